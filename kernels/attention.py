@@ -1,0 +1,152 @@
+"""`span_attention`: one signature over every backend, and what each backend can run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from grat_kernels import flex_backend, reference, sdpa_backend, triton_backend
+from grat_kernels.plan import Plan, plan_by_key
+
+
+class Backend(str, Enum):
+    """How span attention is computed. `AUTO` picks; a backend chosen by name runs or says why it cannot."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    SDPA = "sdpa"
+    FLEX = "flex"
+    TRITON = "triton"
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether a backend can run, and the reason in words, also where it can. True in a condition where it can."""
+
+    able: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.able
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name where it cannot run."""
+
+
+def can_run(
+    backend: Backend | str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    tokens: int | None = None,
+) -> Ability:
+    """Whether a backend runs on a device for a dtype, head dimension and sequence length; never raises.
+
+    Args:
+        backend: a backend by name; for `AUTO` the answer names the choice.
+        device: where the tensors lie.
+        dtype: dtype of query, key and value.
+        head_dim: channels per head.
+        tokens: length of the joint sequence, where known: some backends are for small sizes only.
+    """
+    backend, device = Backend(backend), torch.device(device)
+    if backend is Backend.AUTO:
+        choice, reason = choose_backend(device, dtype, head_dim)
+        return Ability(True, f"{choice.value}: {reason}")
+    if backend is Backend.REFERENCE:
+        return Ability(True, "dense masks in fp32, for small sizes")
+    module = {Backend.SDPA: sdpa_backend, Backend.FLEX: flex_backend, Backend.TRITON: triton_backend}[backend]
+    obstacle = module.obstacle(device, dtype, head_dim, tokens)
+    return Ability(obstacle is None, obstacle or module.DESCRIPTION)
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Backend, str]:
+    """The backend that `AUTO` stands for, and why."""
+    obstacle = triton_backend.obstacle(device, dtype, head_dim, None)
+    if obstacle is None:
+        return Backend.TRITON, "the fastest that runs on this device"
+    return Backend.SDPA, f"triton cannot run here: {obstacle}"
+
+
+def span_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    text_valid: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend | str = Backend.AUTO,
+) -> torch.Tensor:
+    """Attention of every query to the spans of its group (arXiv 2505.14687, section 3; far levels are this project's).
+
+    Args:
+        q: queries `[B, N, H, D]`: image tokens in the plan's order, text before or after them as the plan says.
+        k: keys `[B, N, H, D]`.
+        v: values `[B, N, H, D]`.
+        plan: what attends what, for N tokens.
+        text_valid: valid text tokens of each sample, `[B]` integers on the device of `q`: later text keys are not
+            attended. None means that all are valid.
+        scale: factor on the scores, 1/√D by default.
+        backend: `AUTO` picks; any other runs or raises.
+
+    Returns:
+        `[B, N, H, D]`, contiguous, in the dtype of `q`.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit one another or the plan.
+        BackendUnavailable: if the named backend cannot run these tensors, with the reason.
+    """
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(f"q, k and v must share one shape [B, N, H, D], not {[tuple(t.shape) for t in (q, k, v)]}")
+    if q.shape[1] != plan.tokens:
+        raise ValueError(f"the plan is for {plan.tokens} tokens, the tensors have {q.shape[1]}")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError("q, k and v must share one dtype and one device")
+    if text_valid is not None and text_valid.shape != (q.shape[0],):
+        raise ValueError(f"text_valid needs one number per sample, [{q.shape[0]}], not {list(text_valid.shape)}")
+    backend = Backend(backend)
+    if backend is Backend.AUTO:
+        backend, _ = choose_backend(q.device, q.dtype, q.shape[3])
+    else:
+        ability = can_run(backend, q.device, q.dtype, q.shape[3], q.shape[1])
+        if not ability:
+            raise BackendUnavailable(f"the {backend.value} backend cannot run here: {ability.reason}")
+    return _operator(q, k, v, text_valid, plan.key, 1 / math.sqrt(q.shape[3]) if scale is None else scale, backend.value)
+
+
+@torch.library.custom_op("grat::span_attention", mutates_args=())
+def _operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_valid: torch.Tensor | None,
+    plan_key: int,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    """The operator that torch.compile sees; a plan travels as its key, because operators take no objects."""
+    plan = plan_by_key(plan_key)
+    run = {
+        Backend.REFERENCE: reference.attention,
+        Backend.SDPA: sdpa_backend.attention,
+        Backend.FLEX: flex_backend.attention,
+        Backend.TRITON: triton_backend.attention,
+    }[Backend(backend)]
+    return run(q, k, v, plan, text_valid, scale).contiguous()
+
+
+@_operator.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_valid: torch.Tensor | None,
+    plan_key: int,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    return q.new_empty(q.shape)

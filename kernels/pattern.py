@@ -1,0 +1,253 @@
+"""Attention patterns: which groups a query group attends, and how closely.
+
+A pattern gives every pair of groups a *level*: 0 where the query group attends the key group token by token,
+n > 0 where it attends the summaries of the n-th far level, `NOT_ATTENDED` where it does not see it at all.
+GRAT-B and GRAT-X are section 3.3 of arXiv 2505.14687; sliding tiles are arXiv 2502.04507; far levels are this
+project's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from grat_kernels.geometry import Cell, IntArray
+
+NOT_ATTENDED = -1
+Levels = npt.NDArray[np.int8]
+Coordinates = tuple[int, ...]
+
+
+class Pattern(ABC):
+    """What each group attends. Patterns are immutable and hashable, and know nothing of token counts."""
+
+    @abstractmethod
+    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+        """Levels of all pairs.
+
+        Args:
+            queries: group coordinates `[Q, axes]`.
+            keys: group coordinates `[K, axes]`.
+            counts: groups per axis of the whole grid.
+
+        Returns:
+            `[Q, K]` int8: 0 exact, n the n-th far level, `NOT_ATTENDED`.
+        """
+
+    @property
+    def far_levels(self) -> tuple[FarLevel, ...]:
+        """The far levels that positive levels number from 1; empty for patterns without far field."""
+        return ()
+
+    def check(self, axes: int) -> None:
+        """Raises ValueError if the pattern does not fit a grid of `axes` axes."""
+
+    def level(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> int:
+        """Level of key group `b` for query group `a`; `counts` (groups per axis) matters to sliding tiles only."""
+        extent = counts or tuple(max(pair) + 1 for pair in zip(a, b, strict=True))
+        return int(self.levels(np.asarray([a], np.int64), np.asarray([b], np.int64), extent)[0, 0])
+
+    def attends(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> bool:
+        """Whether query group `a` attends key group `b` token by token."""
+        return self.level(a, b, counts) == 0
+
+
+def _as_levels(attended: npt.NDArray[np.bool_]) -> Levels:
+    return np.where(attended, 0, NOT_ATTENDED).astype(np.int8)
+
+
+def _axis_distances(queries: IntArray, keys: IntArray) -> list[npt.NDArray[np.int32]]:
+    """Distance in groups along each axis, `[Q, K]` each."""
+    pairs = zip(queries.T.astype(np.int32), keys.T.astype(np.int32), strict=True)
+    return [np.abs(query[:, None] - key[None, :]) for query, key in pairs]
+
+
+@dataclass(frozen=True)
+class Full(Pattern):
+    """Every group attends every group."""
+
+    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+        return np.zeros((len(queries), len(keys)), np.int8)
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """GRAT-B: groups at most `radius` apart on every axis; `radius` is one number or one per axis.
+
+    Raises:
+        ValueError: if a radius is negative.
+    """
+
+    radius: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.radius, int):
+            object.__setattr__(self, "radius", tuple(int(axis_radius) for axis_radius in self.radius))
+        if np.min(self.radius) < 0:
+            raise ValueError(f"a radius cannot be negative: {self.radius}")
+
+    def check(self, axes: int) -> None:
+        if not isinstance(self.radius, int) and len(self.radius) != axes:
+            raise ValueError(f"radius {self.radius} has {len(self.radius)} numbers, the grid has {axes} axes")
+
+    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+        distances = _axis_distances(queries, keys)
+        radii = (self.radius,) * len(distances) if isinstance(self.radius, int) else self.radius
+        attended = np.ones((len(queries), len(keys)), np.bool_)
+        for distance, axis_radius in zip(distances, radii, strict=True):
+            attended &= distance <= axis_radius
+        return _as_levels(attended)
+
+
+@dataclass(frozen=True)
+class CrissCross(Pattern):
+    """GRAT-X: groups that share at least `share` coordinates.
+
+    On two axes `share=1` is the same row or column. On three, `share=1` is the planes that the authors' code uses
+    and `share=2` the lines that the paper's speed-up on video implies.
+
+    Raises:
+        ValueError: if `share` is not positive.
+    """
+
+    share: int = 1
+
+    def __post_init__(self) -> None:
+        if self.share < 1:
+            raise ValueError(f"share must be at least 1, not {self.share}")
+
+    def check(self, axes: int) -> None:
+        if self.share > axes:
+            raise ValueError(f"share {self.share} is more than the grid's {axes} axes")
+
+    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+        shared = np.zeros((len(queries), len(keys)), np.int8)
+        for query, key in zip(queries.T, keys.T, strict=True):
+            shared += query[:, None] == key[None, :]
+        return _as_levels(shared >= self.share)
+
+
+@dataclass(frozen=True)
+class SlidingTile(Pattern):
+    """Sliding tile attention (arXiv 2502.04507): `window` groups per axis around the query's group.
+
+    At borders the window shifts inward, so that every group attends equally many; on an axis with fewer groups
+    than the window it covers the axis.
+
+    Raises:
+        ValueError: if a window is not an odd positive number.
+    """
+
+    window: int | tuple[int, ...] = 3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.window, int):
+            object.__setattr__(self, "window", tuple(int(width) for width in self.window))
+        widths = (self.window,) if isinstance(self.window, int) else self.window
+        if any(width < 1 or width % 2 == 0 for width in widths):
+            raise ValueError(f"a window must be an odd positive number of groups, not {self.window}")
+
+    def check(self, axes: int) -> None:
+        if not isinstance(self.window, int) and len(self.window) != axes:
+            raise ValueError(f"window {self.window} has {len(self.window)} numbers, the grid has {axes} axes")
+
+    def level(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> int:
+        if counts is None:
+            raise ValueError("sliding tiles shift at borders: give counts, the groups per axis")
+        return super().level(a, b, counts)
+
+    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+        widths = (self.window,) * len(counts) if isinstance(self.window, int) else self.window
+        attended = np.ones((len(queries), len(keys)), np.bool_)
+        for query, key, width, count in zip(queries.T, keys.T, widths, counts, strict=True):
+            first = np.clip(query - width // 2, 0, max(count - width, 0))[:, None]
+            attended &= (key[None, :] >= first) & (key[None, :] < first + width)
+        return _as_levels(attended)
+
+
+class FarLevel(NamedTuple):
+    """Groups more than `beyond` groups away on some axis are seen as means over blocks of `block` tokens."""
+
+    beyond: int
+    block: Cell
+
+
+@dataclass(frozen=True)
+class Far(Pattern):
+    """Far field: attends nothing exactly, and everything beyond a distance through summaries.
+
+    The distance between groups is the largest over the axes. A pair takes the last level whose `beyond` it
+    exceeds. Join it to a near pattern: `Union(Block(1), Far([(1, (4, 4))]))`; exact attention wins where both apply.
+
+    Raises:
+        ValueError: if there is no level, a size is out of range, or distances do not grow.
+    """
+
+    far: tuple[FarLevel, ...]
+
+    def __init__(self, levels: Sequence[tuple[int, Sequence[int]]]) -> None:
+        far = tuple(FarLevel(int(beyond), tuple(int(size) for size in block)) for beyond, block in levels)
+        if not far:
+            raise ValueError("a far field needs at least one level (beyond, block)")
+        if far[0].beyond < 0 or any(size < 1 for level in far for size in level.block):
+            raise ValueError(f"far levels need beyond >= 0 and positive block sizes: {[tuple(level) for level in far]}")
+        for near, next_level in zip(far, far[1:], strict=False):
+            if next_level.beyond <= near.beyond:
+                raise ValueError(f"far levels must lie ever farther out: beyond {next_level.beyond} follows {near.beyond}")
+        object.__setattr__(self, "far", far)
+
+    @property
+    def far_levels(self) -> tuple[FarLevel, ...]:
+        return self.far
+
+    def check(self, axes: int) -> None:
+        for level in self.far:
+            if len(level.block) != axes:
+                raise ValueError(f"far block {level.block} has {len(level.block)} sizes, the grid has {axes} axes")
+
+    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+        distance = np.max(_axis_distances(queries, keys), axis=0)
+        result = np.full(distance.shape, NOT_ATTENDED, np.int8)
+        for number, level in enumerate(self.far, start=1):
+            result[distance > level.beyond] = number
+        return result
+
+
+@dataclass(frozen=True)
+class Union(Pattern):
+    """Attends what any of its patterns attends, each pair at its most exact level.
+
+    Raises:
+        ValueError: if it is empty or more than one pattern has a far field.
+    """
+
+    patterns: tuple[Pattern, ...]
+
+    def __init__(self, *patterns: Pattern) -> None:
+        if not patterns:
+            raise ValueError("a union needs at least one pattern")
+        if sum(bool(pattern.far_levels) for pattern in patterns) > 1:
+            raise ValueError("a union takes one far field: list all its levels in one Far([...])")
+        object.__setattr__(self, "patterns", patterns)
+
+    @property
+    def far_levels(self) -> tuple[FarLevel, ...]:
+        return next((pattern.far_levels for pattern in self.patterns if pattern.far_levels), ())
+
+    def check(self, axes: int) -> None:
+        for pattern in self.patterns:
+            pattern.check(axes)
+
+    def level(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> int:
+        levels = [pattern.level(a, b, counts) for pattern in self.patterns]
+        return min((level for level in levels if level != NOT_ATTENDED), default=NOT_ATTENDED)
+
+    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+        # NOT_ATTENDED is -1, the largest value once read as unsigned: the most exact level is the unsigned minimum.
+        levels = [pattern.levels(queries, keys, counts).view(np.uint8) for pattern in self.patterns]
+        return np.minimum.reduce(levels).view(np.int8)

@@ -1,0 +1,452 @@
+"""Plans: a grouping and a pattern turned into short lists of contiguous key spans.
+
+In the token order of a `Grouping` every group is one run of positions, neighbouring groups merge into longer runs,
+and attention of a group becomes attention over a few *spans*. Groups that attend the same keys share one list.
+This module is NumPy alone, so that planning a run needs no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from grat_kernels.geometry import Grouping, IntArray, cell_sizes, nests
+from grat_kernels.pattern import NOT_ATTENDED, Pattern
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Span(NamedTuple):
+    """A contiguous run of keys. Level 0: positions in the joint sequence; level n: rows of the n-th summary tensor."""
+
+    start: int
+    length: int
+    level: int
+
+    @property
+    def stop(self) -> int:
+        """First position or row after the span."""
+        return self.start + self.length
+
+
+class QueryRun(NamedTuple):
+    """A contiguous run of queries in the joint sequence that attend the same span list."""
+
+    start: int
+    length: int
+    span_list: int
+
+
+@dataclass(frozen=True)
+class SpanLists:
+    """Span lists in compressed-row form: spans `bounds[i]:bounds[i + 1]` belong to list i, sorted by (level, start)."""
+
+    starts: IntArray
+    lengths: IntArray
+    levels: IntArray
+    bounds: IntArray
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int) -> tuple[Span, ...]:
+        rows = slice(int(self.bounds[index]), int(self.bounds[index + 1]))
+        columns = (self.starts[rows].tolist(), self.lengths[rows].tolist(), self.levels[rows].tolist())
+        return tuple(Span(*values) for values in zip(*columns, strict=True))
+
+    @cached_property
+    def keys(self) -> IntArray:
+        """Keys in each list, summaries counted as one key each, `[lists]`."""
+        return np.add.reduceat(self.lengths, self.bounds[:-1])
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """The blocks behind all summary rows, level by level, blocks in token order within a level.
+
+    Attributes:
+        starts: position of each block's first token in the joint sequence, `[rows]`.
+        counts: tokens of each block, `[rows]`; a summary's score gets `+ log(count)`.
+        offsets: first row of each level, and the number of rows last, `[levels + 1]`.
+    """
+
+    starts: IntArray
+    counts: IntArray
+    offsets: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of summary rows over all levels."""
+        return self.offsets[-1]
+
+
+class Tiles(NamedTuple):
+    """Work lists of a tiled kernel.
+
+    Attributes:
+        query_tiles: `[T, 6]` int32: first row, rows, then four bounds into `key_tiles`: begin of the list, end of
+            full tiles of tokens (no mask), end of partial tiles of tokens, end of summary tiles. Text tiles come
+            first, because each is as long as the whole sequence, then tiles in token order.
+        key_tiles: `[n + 1, 2]` int32: first row and rows of each key tile; summary tiles count rows over all
+            levels. Shared by all query tiles of one list; one padding entry at the end.
+        leading: how many query tiles at the front are text tiles.
+    """
+
+    query_tiles: npt.NDArray[np.int32]
+    key_tiles: npt.NDArray[np.int32]
+    leading: int
+
+
+class PlanTensors(NamedTuple):
+    """A plan's index tensors on one device: `order` and `inverse` `[image tokens]` int64, `log_counts` `[summary rows]` fp32."""
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    log_counts: torch.Tensor
+
+
+_keys = itertools.count(1)
+_plans: WeakValueDictionary[int, Plan] = WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What every query attends, for one grid, pattern and text length. Build it with `build_plan`.
+
+    Attributes:
+        grouping: groups and token order of the image tokens, far blocks included.
+        pattern: the pattern it was built from.
+        text_len: text tokens of the joint sequence.
+        text_first: whether text comes before the image tokens (Flux) or after them (HunyuanVideo).
+        span_lists: the distinct span lists.
+        list_of_group: span list of each group, groups in lexicographic order, `[groups]`.
+        text_list: span list of the text queries; they attend every token exactly.
+        query_runs: runs of queries with one list each, in order of position; they cover the sequence.
+        summaries: the blocks of the far field.
+        key: a number that names the plan in this process while it lives.
+    """
+
+    grouping: Grouping
+    pattern: Pattern
+    text_len: int
+    text_first: bool
+    span_lists: SpanLists
+    list_of_group: IntArray
+    text_list: int
+    query_runs: tuple[QueryRun, ...]
+    summaries: Summaries
+    key: int = field(default_factory=lambda: next(_keys))
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _plans[self.key] = self
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of image tokens."""
+        return self.grouping.grid.tokens
+
+    @property
+    def tokens(self) -> int:
+        """Length of the joint sequence."""
+        return self.image_tokens + self.text_len
+
+    @property
+    def image_start(self) -> int:
+        """Position of the first image token in the joint sequence."""
+        return self.text_len if self.text_first else 0
+
+    @property
+    def text_start(self) -> int:
+        """Position of the first text token in the joint sequence."""
+        return 0 if self.text_first else self.image_tokens
+
+    @property
+    def order(self) -> IntArray:
+        """`order[i]` is the raster index of the i-th image token in group order."""
+        return self.grouping.order
+
+    @property
+    def inverse(self) -> IntArray:
+        """`inverse[r]` is the position in group order of image token r."""
+        return self.grouping.inverse
+
+    def spans(self, group: int) -> tuple[Span, ...]:
+        """Merged spans of a group, counted in lexicographic order of group coordinates, text included."""
+        return self.span_lists[int(self.list_of_group[group])]
+
+    @cached_property
+    def attended_pairs(self) -> int:
+        """Query-key pairs that are computed, a summary counted as one key."""
+        keys = self.span_lists.keys
+        return sum(run.length * int(keys[run.span_list]) for run in self.query_runs)
+
+    @property
+    def density(self) -> float:
+        """Attended pairs over all pairs of the joint sequence, text rows and columns included."""
+        return self.attended_pairs / self.tokens**2
+
+    @property
+    def ideal_speedup(self) -> float:
+        """How much less attention work than full attention: 1 / density."""
+        return 1 / self.density
+
+    @cached_property
+    def reach(self) -> float:
+        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly."""
+        grouping = self.grouping
+        extents = np.asarray(grouping.grid.shape)
+        first = grouping.coordinates * np.asarray(grouping.group)
+        last = np.minimum(first + np.asarray(grouping.group), extents) - 1
+        exact = self.pattern.levels(grouping.coordinates, grouping.coordinates, grouping.counts) == 0
+        squared = np.zeros(exact.shape)
+        for axis in range(grouping.grid.axes):
+            span = last[:, axis][:, None] - first[:, axis][None, :]
+            squared += np.maximum(span, span.T) ** 2
+        return float(np.sqrt(squared.max(where=exact, initial=0.0)))
+
+    def tile_efficiency(self, block_m: int = 128, block_n: int = 128) -> float:
+        """Share of the pairs in executed tiles of `block_m` queries by `block_n` keys that are attended."""
+        query_tiles = self.tiles(block_m, block_n).query_tiles.astype(np.int64)
+        executed = int((query_tiles[:, 5] - query_tiles[:, 2]).sum()) * block_m * block_n
+        return self.attended_pairs / executed
+
+    def tiles(self, block_m: int, block_n: int, *, text_apart: bool = False) -> Tiles:
+        """Work lists for tiles of `block_m` queries by `block_n` keys.
+
+        Args:
+            block_m: queries per tile.
+            block_n: keys per tile.
+            text_apart: cut text keys into tiles of their own and list them all as partial, so that a kernel can
+                mask padded text without a mask in its main loop.
+        """
+        return self.cached(("tiles", block_m, block_n, text_apart), lambda: _build_tiles(self, block_m, block_n, text_apart))
+
+    def tensors(self, device: torch.device | str) -> PlanTensors:
+        """Index tensors on a device, moved once."""
+        import torch
+
+        def build() -> PlanTensors:
+            log_counts = torch.from_numpy(np.log(self.summaries.counts).astype(np.float32))
+            order, inverse = torch.from_numpy(self.order), torch.from_numpy(self.inverse)
+            return PlanTensors(*(tensor.to(device) for tensor in (order, inverse, log_counts)))
+
+        return self.cached(("tensors", torch.device(device)), build)
+
+    def cached(self, name: Hashable, build: Callable[[], Any]) -> Any:
+        """The value kept under `name`, built on first use: backends keep their forms of the plan here."""
+        if name not in self._cache:
+            self._cache[name] = build()
+        return self._cache[name]
+
+
+def plan_by_key(key: int) -> Plan:
+    """The living plan of that key.
+
+    Raises:
+        KeyError: if it has been dropped.
+    """
+    return _plans[key]
+
+
+@lru_cache(maxsize=64)
+def build_plan(grouping: Grouping, pattern: Pattern, text_len: int = 0, text_first: bool = True) -> Plan:
+    """Builds the plan of a pattern on a grouping; equal arguments give the same plan.
+
+    Args:
+        grouping: grid, groups and token order; far blocks are added to the order where they are missing.
+        pattern: which groups attend which.
+        text_len: text tokens of the joint sequence, attended by every query.
+        text_first: whether they come before the image tokens.
+
+    Raises:
+        ValueError: if pattern and grid do not fit, a far block does not nest in a group, or a group attends nothing.
+    """
+    if text_len < 0:
+        raise ValueError(f"text_len cannot be negative: {text_len}")
+    pattern.check(grouping.grid.axes)
+    blocks = tuple(level.block for level in pattern.far_levels)
+    for block in blocks:
+        if not nests(block, grouping.group):
+            raise ValueError(f"far blocks of {block} do not nest in groups of {grouping.group}: use divisors of the group's sizes")
+    grouping = grouping.refined(blocks)
+
+    # Columns of the level matrix in token order, so that equal neighbours are contiguous keys.
+    ranking = np.argsort(grouping.starts)
+    levels = pattern.levels(grouping.coordinates, grouping.coordinates, grouping.counts)[:, ranking]
+    distinct, list_of_group = _distinct_rows(levels)
+
+    text_start = 0 if text_first else grouping.grid.tokens
+    image_start = text_len if text_first else 0
+    tokens = grouping.grid.tokens + text_len
+    span_lists, summaries = _build_lists(grouping, distinct, ranking, blocks, text_len, text_first)
+    if not span_lists.keys.all():
+        raise ValueError(f"{pattern} leaves a group with nothing to attend: join the far field to a near pattern with Union")
+
+    text_list = _whole_sequence_list(span_lists, tokens)
+    runs = [
+        QueryRun(image_start + start, length, span_list)
+        for start, length, span_list in zip(
+            grouping.starts[ranking].tolist(), grouping.sizes[ranking].tolist(), list_of_group[ranking].tolist(), strict=True
+        )
+    ]
+    if text_len:
+        runs.insert(0 if text_first else len(runs), QueryRun(text_start, text_len, text_list))
+    return Plan(
+        grouping=grouping,
+        pattern=pattern,
+        text_len=text_len,
+        text_first=text_first,
+        span_lists=span_lists,
+        list_of_group=list_of_group,
+        text_list=text_list,
+        query_runs=_merge_runs(runs),
+        summaries=summaries,
+    )
+
+
+def _distinct_rows(levels: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int8], IntArray]:
+    """Distinct rows and, for each row, which of them it is."""
+    packed = np.ascontiguousarray(levels).view(np.dtype((np.void, levels.shape[1])))[:, 0]
+    _, first, inverse = np.unique(packed, return_index=True, return_inverse=True)
+    return levels[first], inverse.reshape(-1).astype(np.int64)
+
+
+def _build_lists(
+    grouping: Grouping,
+    levels: npt.NDArray[np.int8],
+    ranking: IntArray,
+    blocks: tuple[tuple[int, ...], ...],
+    text_len: int,
+    text_first: bool,
+) -> tuple[SpanLists, Summaries]:
+    """Merged spans of the distinct rows of the level matrix, plus one list that is the whole sequence, last."""
+    image_start = text_len if text_first else 0
+    tokens = grouping.grid.tokens + text_len
+
+    # Level 0: text is one more column that every row attends.
+    sizes = grouping.sizes[ranking]
+    exact = levels == 0
+    if text_len:
+        end = 0 if text_first else len(sizes)
+        sizes = np.insert(sizes, end, text_len)
+        exact = np.insert(exact, end, True, axis=1)
+    pieces = [(*_merged_spans(exact, sizes), 0)]
+
+    # Far levels: columns are the groups' blocks, which are contiguous in token order.
+    starts, counts, offsets = [], [], [0]
+    for number, block in enumerate(blocks, start=1):
+        block_starts = grouping.cell_starts(block)
+        by_position = np.argsort(block_starts)
+        starts.append(image_start + block_starts[by_position])
+        counts.append(cell_sizes(grouping.grid, block)[by_position])
+        offsets.append(offsets[-1] + len(block_starts))
+        group_of_block = np.searchsorted(grouping.starts[ranking], block_starts, side="right") - 1
+        pieces.append((*_merged_spans(levels == number, np.bincount(group_of_block, minlength=len(ranking))), number))
+
+    whole = len(levels)
+    rows = np.concatenate([piece[0] for piece in pieces] + [np.asarray([whole])])
+    span_starts = np.concatenate([piece[1] for piece in pieces] + [np.asarray([0])])
+    lengths = np.concatenate([piece[2] for piece in pieces] + [np.asarray([tokens])])
+    span_levels = np.concatenate([np.full(len(piece[0]), piece[3]) for piece in pieces] + [np.asarray([0])])
+    by_list = np.argsort(rows, kind="stable")
+    bounds = np.searchsorted(rows[by_list], np.arange(whole + 2))
+    lists = SpanLists(span_starts[by_list], lengths[by_list], span_levels[by_list], bounds)
+    none = np.empty(0, np.int64)
+    return lists, Summaries(np.concatenate([none, *starts]), np.concatenate([none, *counts]), tuple(offsets))
+
+
+def _merged_spans(attended: npt.NDArray[np.bool_], sizes: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Runs of attended columns: (row, start, length), where column c is `sizes[c]` long."""
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    padded = np.zeros((len(attended), attended.shape[1] + 2), np.int8)
+    padded[:, 1:-1] = attended
+    change = np.diff(padded, axis=1)
+    rows, first = np.nonzero(change == 1)
+    _, last = np.nonzero(change == -1)
+    return rows, bounds[first], bounds[last] - bounds[first]
+
+
+def _whole_sequence_list(lists: SpanLists, tokens: int) -> int:
+    """The first list that is the whole sequence in one span: a full pattern's own, else the one kept for text."""
+    single = np.flatnonzero(np.diff(lists.bounds) == 1)
+    whole = single[(lists.lengths[lists.bounds[single]] == tokens) & (lists.levels[lists.bounds[single]] == 0)]
+    return int(whole[0])
+
+
+def _merge_runs(runs: list[QueryRun]) -> tuple[QueryRun, ...]:
+    merged: list[QueryRun] = []
+    for run in runs:
+        if merged and merged[-1].span_list == run.span_list:
+            run = QueryRun(merged[-1].start, merged.pop().length + run.length, run.span_list)
+        merged.append(run)
+    return tuple(merged)
+
+
+_FULL, _PARTIAL, _SUMMARY = 0, 1, 2
+
+
+def _build_tiles(plan: Plan, block_m: int, block_n: int, text_apart: bool) -> Tiles:
+    lists = plan.span_lists
+    owner = np.repeat(np.arange(len(lists)), np.diff(lists.bounds))
+    starts = lists.starts + np.asarray((0, *plan.summaries.offsets[:-1]))[lists.levels]
+    lengths, kinds = lists.lengths, np.where(lists.levels > 0, _SUMMARY, _FULL)
+    if text_apart and plan.text_len:
+        owner, starts, lengths, kinds = _split_off_text(plan, owner, starts, lengths, kinds)
+
+    # Every span becomes its tiles; those shorter than block_n, and all tiles of text set apart, need a mask.
+    tile_count = -(-lengths // block_n)
+    span = np.repeat(np.arange(len(starts)), tile_count)
+    offset = (np.arange(len(span)) - np.repeat(np.cumsum(tile_count) - tile_count, tile_count)) * block_n
+    rows = np.minimum(block_n, lengths[span] - offset)
+    kind = np.where((kinds[span] == _FULL) & (rows < block_n), _PARTIAL, kinds[span])
+    by_list = np.lexsort((np.arange(len(span)), kind, owner[span]))
+    key_tiles = np.zeros((len(span) + 1, 2), np.int32)
+    key_tiles[:-1, 0] = (starts[span] + offset)[by_list]
+    key_tiles[:-1, 1] = rows[by_list]
+    slot = (owner[span] * 3 + kind)[by_list]
+    bounds = np.searchsorted(slot, np.arange(len(lists) * 3 + 1)).reshape(-1)
+    list_bounds = np.stack([bounds[0:-1:3], bounds[1::3], bounds[2::3], bounds[3::3]], axis=1)
+
+    text = QueryRun(plan.text_start, plan.text_len, plan.text_list)
+    apart = plan.text_len > 0 and text in plan.query_runs
+    ordered = ([text] if apart else []) + [run for run in plan.query_runs if not (apart and run == text)]
+    run_starts, run_lengths, run_lists = (np.asarray(column, np.int64) for column in zip(*ordered, strict=True))
+    tile_count = -(-run_lengths // block_m)
+    run = np.repeat(np.arange(len(ordered)), tile_count)
+    offset = (np.arange(len(run)) - np.repeat(np.cumsum(tile_count) - tile_count, tile_count)) * block_m
+    query_tiles = np.empty((len(run), 6), np.int32)
+    query_tiles[:, 0] = run_starts[run] + offset
+    query_tiles[:, 1] = np.minimum(block_m, run_lengths[run] - offset)
+    query_tiles[:, 2:] = list_bounds[run_lists[run]]
+    return Tiles(query_tiles, key_tiles, math.ceil(plan.text_len / block_m) if apart else 0)
+
+
+def _split_off_text(
+    plan: Plan, owner: IntArray, starts: IntArray, lengths: IntArray, kinds: IntArray
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Cuts text off the token spans; text pieces get the kind that is always masked."""
+    text_stop = plan.text_start + plan.text_len
+    stops = starts + lengths
+    tokens = kinds == _FULL
+    text_from, text_to = np.maximum(starts, plan.text_start), np.minimum(stops, text_stop)
+    has_text = tokens & (text_from < text_to)
+    # Text lies at one end of the sequence, so what is left of a span is one piece.
+    rest_start = np.where(has_text & plan.text_first, text_to, starts)
+    rest_stop = np.where(has_text & (not plan.text_first), text_from, stops)
+    rest = rest_stop > rest_start
+    return (
+        np.concatenate([owner[rest], owner[has_text]]),
+        np.concatenate([rest_start[rest], text_from[has_text]]),
+        np.concatenate([(rest_stop - rest_start)[rest], (text_to - text_from)[has_text]]),
+        np.concatenate([kinds[rest], np.full(int(has_text.sum()), _PARTIAL)]),
+    )

@@ -1,0 +1,1 @@
+"""Preset files of grat: YAML data only."""
