@@ -1,0 +1,56 @@
+"""The failures that grat expects: each ends a run in one or two lines and an exit code of its own.
+
+A message says what is wrong and what to type instead. Anything else that is raised is a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+INTERRUPTED = 130
+
+
+class GratError(Exception):
+    """An expected failure; its text is what the user reads."""
+
+    exit_code = 1
+
+
+class BadInput(GratError):
+    """What was typed cannot be done: an option, a preset, a file, a size."""
+
+    exit_code = 2
+
+
+class ModelUnavailable(GratError):
+    """A model is missing, gated or damaged."""
+
+    exit_code = 3
+
+
+class OutOfMemory(GratError):
+    """The device has too little memory for the run."""
+
+    exit_code = 4
+
+
+class NumericalFailure(GratError):
+    """The run produced NaN or an empty picture."""
+
+    exit_code = 5
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` is most likely a slip of, or None where nothing is close."""
+    by_lower_case = {name.lower(): name for name in known}
+    matches = get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.5)
+    return by_lower_case[matches[0]] if matches else None
+
+
+def choices(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, if any, and all of them."""
+    names = list(known)
+    closest = nearest(word, names)
+    listed = f"choose from {', '.join(names)}"
+    return f"did you mean {closest!r}? ({listed})" if closest else listed
