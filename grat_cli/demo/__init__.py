@@ -1,0 +1,53 @@
+"""The bundled demo: a tiny text-to-image Flux, small enough to ship and real enough to run every command on.
+
+Importing this module loads neither torch nor Pillow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """Where a bundled model lies, and the settings it was trained for.
+
+    Attributes:
+        path: folder for `from_pretrained`.
+        native_side: height and width in pixels it was trained at.
+        text_tokens: `max_sequence_length` of its text encoders.
+        steps: recommended number of denoising steps.
+        guidance: recommended `true_cfg_scale`, with an empty negative prompt. 1 turns guidance off.
+    """
+
+    path: Path
+    native_side: int
+    text_tokens: int
+    steps: int
+    guidance: float
+
+
+DEMO_FLUX = DemoModel(
+    path=Path(__file__).resolve().parent / "flux", native_side=256, text_tokens=24, steps=20, guidance=2.0
+)
+
+
+def vocabulary() -> dict[str, list[str]]:
+    """Return the words that the demo model knows, by kind: subjects, colours, places and other words.
+
+    A place is named by any of its phrases, such as "in the snow"; the list gives the phrases.
+    """
+    from grat_cli.demo.drawing import COLOURS
+    from grat_cli.demo.places import PLACES
+    from grat_cli.demo.scenes import known_words
+    from grat_cli.demo.subjects import SUBJECTS
+
+    places = [phrase for place in PLACES.values() for phrase in place.phrases]
+    named = {*SUBJECTS, *COLOURS, *(word for phrase in places for word in phrase.split())}
+    return {
+        "subjects": list(SUBJECTS),
+        "colours": list(COLOURS),
+        "places": places,
+        "other words": [word for word in known_words() if word not in named],
+    }
