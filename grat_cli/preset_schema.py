@@ -1,0 +1,315 @@
+"""What a preset may say: what to attend, when, with which kernel, and how to sample.
+
+Validation is strict (text is not a number, a number is not text) and complete: a valid preset can be planned, up to
+what depends on the grid. `grat_cli.presets` reads the files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import pairwise
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from grat_cli import ranges
+from grat_cli.errors import choices
+from grat_cli.preset_problems import invalid, nesting_sizes, problem_of, shape_text, shown
+from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
+from grat_kernels.geometry import nests
+
+Variant = Literal["full", "b", "x", "bx", "sta"]
+BackendName = Literal["auto", "reference", "sdpa", "flex", "triton"]
+Family = Literal["flux", "demo", "hunyuan"]
+
+VARIANTS: tuple[str, ...] = get_args(Variant)
+BACKENDS: tuple[str, ...] = get_args(BackendName)
+FAMILIES: tuple[str, ...] = get_args(Family)
+AXES: Mapping[str, int] = {"flux": 2, "demo": 2, "hunyuan": 3}
+
+# The fields that say something to each variant, with the value that stands where none is given.
+FIELDS_OF_VARIANT: Mapping[str, Mapping[str, int | None]] = {
+    "full": {},
+    "b": {"radius": 1, "far": None},
+    "x": {"share": 1, "far": None},
+    "bx": {"radius": 1, "share": 1, "far": None},
+    "sta": {"window": 3, "far": None},
+}
+
+
+def _whole_numbers(value: Any, least: int, example: str) -> tuple[int, ...]:
+    if isinstance(value, list | tuple) and value and all(type(item) is int and item >= least for item in value):
+        return tuple(value)
+    raise ValueError(f"expected a list of whole numbers from {least} up, such as {example}, not {shown(value)}")
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    return _whole_numbers(value, 1, "[16, 16]")
+
+
+def _radius(value: Any) -> int | tuple[int, ...] | None:
+    return _number_or_list(value, 0, "2 or [1, 2]")
+
+
+def _window(value: Any) -> int | tuple[int, ...] | None:
+    return _number_or_list(value, 1, "3 or [3, 5]")
+
+
+def _number_or_list(value: Any, least: int, example: str) -> int | tuple[int, ...] | None:
+    if value is None:
+        return None
+    if type(value) is int:
+        if value < least:
+            raise ValueError(f"expected {least} or more, not {value}")
+        return value
+    return _whole_numbers(value, least, example)
+
+
+def _range(value: Any) -> int | str | None:
+    if value is not None and type(value) is not int and not isinstance(value, str):
+        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
+    if value is not None:
+        ranges.covered(value, 1)
+    return value
+
+
+def _amount(value: Any) -> int | float:
+    if type(value) is int and value >= 0:
+        return value
+    if type(value) is float and 0.0 <= value <= 1.0:
+        return value
+    raise ValueError(f"expected a count of steps such as 3 or a fraction such as 0.1, not {shown(value)}")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Sizes = Annotated[tuple[int, ...], BeforeValidator(_sizes)]
+Radius = Annotated[int | tuple[int, ...] | None, BeforeValidator(_radius)]
+Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
+Range = Annotated[int | str | None, BeforeValidator(_range)]
+Amount = Annotated[int | float, BeforeValidator(_amount)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def without_unused(attention: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """The fields of an attention section that say something to `variant`."""
+    meant_for_some = {name for fields in FIELDS_OF_VARIANT.values() for name in fields}
+    unused = meant_for_some - set(FIELDS_OF_VARIANT.get(variant, meant_for_some))
+    return {name: value for name, value in attention.items() if name not in unused}
+
+
+class Section(BaseModel):
+    """A mapping of a preset: immutable, strict, without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                raise invalid(f"unknown key: {choices(str(key), cls.model_fields)}", key)
+        return values
+
+
+class FarLevel(Section):
+    """Groups more than `beyond` groups away are attended as means over blocks of `block` tokens."""
+
+    beyond: Annotated[int, Field(ge=0)]
+    block: Sizes
+
+
+FarLevels = Annotated[tuple[FarLevel, ...] | None, BeforeValidator(_as_tuple)]
+
+
+class Attention(Section):
+    """Which image tokens attend which. Fields that the variant has no use for must be absent or null.
+
+    Attributes:
+        variant: `full`; `b`, `x`, `bx` (GRAT, arXiv 2505.14687); `sta` (sliding tiles, arXiv 2502.04507).
+        group: tokens per group on each axis.
+        radius: for `b` and `bx`: groups at most this far away, one number or one per axis.
+        share: for `x` and `bx`: groups with at least this many coordinates in common.
+        window: for `sta`: groups per axis, odd.
+        far: summaries of what is not attended exactly, nearest level first.
+    """
+
+    variant: Variant
+    group: Sizes
+    radius: Radius = None
+    share: Annotated[int, Field(ge=1)] | None = None
+    window: Window = None
+    far: FarLevels = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults_of_variant(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("variant"), str):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        return {**values, **FIELDS_OF_VARIANT.get(values["variant"], {}), **given}
+
+    @model_validator(mode="after")
+    def _check_fit(self) -> Attention:
+        for name in ("radius", "share", "window", "far"):
+            if getattr(self, name) is not None and name not in FIELDS_OF_VARIANT[self.variant]:
+                takers = " or ".join(variant for variant, fields in FIELDS_OF_VARIANT.items() if name in fields)
+                raise invalid(f"{name} has no meaning for variant {self.variant}: leave it out, or use {takers}", name)
+        for index, level in enumerate(self.far or ()):
+            if len(level.block) == len(self.group) and not nests(level.block, self.group):
+                raise invalid(
+                    f"blocks of {shape_text(level.block)} do not nest in groups of {shape_text(self.group)}: "
+                    f"use {nesting_sizes(level.block, self.group)}",
+                    *("far", index, "block"),
+                )
+        try:
+            self.pattern().check(len(self.group))
+        except ValueError as error:
+            raise invalid(str(error)) from error
+        return self
+
+    def pattern(self) -> Pattern:
+        """The pattern over groups."""
+        radius = 1 if self.radius is None else self.radius
+        share = 1 if self.share is None else self.share
+        near: dict[str, Pattern] = {
+            "full": Full(),
+            "b": Block(radius),
+            "x": CrissCross(share),
+            "bx": Union(Block(radius), CrissCross(share)),
+            "sta": SlidingTile(3 if self.window is None else self.window),
+        }
+        if not self.far:
+            return near[self.variant]
+        return Union(near[self.variant], Far([(level.beyond, level.block) for level in self.far]))
+
+    def changed(self, changes: Mapping[str, Any]) -> Attention:
+        """This with other values; fields that a new variant has no use for go, and its own take their defaults.
+
+        Raises:
+            ValidationError: if the result is not valid.
+        """
+        variant = changes.get("variant", self.variant)
+        return Attention.model_validate({**without_unused(self.model_dump(), variant), **changes})
+
+    @property
+    def cells(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes that the token order has to keep together: the group and the blocks of its far levels."""
+        return (self.group, *(level.block for level in self.far or ()))
+
+    @property
+    def summary(self) -> str:
+        """One line for people, for example `b radius 1, groups 16x16, far 8x8 beyond 1`."""
+        parts = [
+            f"{name} {shape_text(value)}"
+            for name in ("radius", "share", "window")
+            if (value := getattr(self, name)) is not None
+        ]
+        far = [f"{shape_text(level.block)} beyond {level.beyond}" for level in self.far or ()]
+        near = " ".join([self.variant, *parts])
+        return ", ".join([near, f"groups {shape_text(self.group)}", *([f"far {' and '.join(far)}"] if far else [])])
+
+
+class Rule(Section):
+    """Overrides the attention for some steps and layers; ranges as in `grat_cli.ranges`, absent means all."""
+
+    steps: Range = None
+    layers: Range = None
+    variant: Variant | None = None
+    group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes)] = None
+    radius: Radius = None
+    share: Annotated[int, Field(ge=1)] | None = None
+    window: Window = None
+    far: FarLevels = None
+
+    @cached_property
+    def changes(self) -> dict[str, Any]:
+        """The attention fields that the rule gives; `far: null` takes the far field away."""
+        given = self.model_dump(include=self.model_fields_set - {"steps", "layers"})
+        return {name: value for name, value in given.items() if value is not None or name == "far"}
+
+
+class Schedule(Section):
+    """When the attention differs from the preset's own.
+
+    Attributes:
+        dense_steps: first steps with full attention in all layers, before any rule; a count or a fraction.
+        rules: overrides; later rules win.
+    """
+
+    dense_steps: Amount = 0
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple)] = ()
+
+
+class Kernel(Section):
+    """How attention is computed."""
+
+    backend: BackendName = "auto"
+
+
+class Sampling(Section):
+    """How the picture is sampled; None leaves the model's own value."""
+
+    steps: Annotated[int, Field(ge=1)] = 28
+    guidance: Annotated[Number, Field(ge=0)] | None = None
+    shift: Annotated[Number, Field(gt=0)] | None = None
+
+
+class Preset(Section):
+    """A resolved preset.
+
+    Attributes:
+        model: the family of models that it is made for.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    model: Family
+    attention: Attention
+    schedule: Schedule = Schedule()
+    kernel: Kernel = Kernel()
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _check_axes_and_nesting(self) -> Preset:
+        axes = AXES[self.model]
+        if len(self.attention.group) != axes:
+            raise invalid(
+                f"expected {axes} sizes for {self.model}, not {shown(self.attention.group)}", "attention", "group"
+            )
+        for index, attention in enumerate(self.attention_of_rules):
+            if len(attention.group) != axes:
+                raise invalid(
+                    f"the tokens of {self.model} models have {axes} axes", "schedule", "rules", index, "group"
+                )
+        cells = self.cells
+        for outer, inner in pairwise(cells):
+            if not nests(inner, outer):
+                raise invalid(
+                    "a run has one token order, so all groups and blocks must nest, "
+                    f"but {shape_text(inner)} does not in {shape_text(outer)}: use {nesting_sizes(inner, outer)}",
+                    *("schedule", "rules"),
+                )
+        return self
+
+    def _attention_of_rule(self, index: int) -> Attention:
+        try:
+            return self.attention.changed(self.schedule.rules[index].changes)
+        except ValidationError as error:
+            problem = problem_of(error.errors()[0])
+            raise invalid(problem.message, "schedule", "rules", index, *problem.path) from error
+
+    @cached_property
+    def attention_of_rules(self) -> tuple[Attention, ...]:
+        """What each rule of the schedule makes of the preset's attention."""
+        return tuple(self._attention_of_rule(index) for index in range(len(self.schedule.rules)))
+
+    @cached_property
+    def cells(self) -> tuple[tuple[int, ...], ...]:
+        """All groups and blocks of the preset and its rules, coarsest first: the token order of the run."""
+        sizes = {cell for attention in (self.attention, *self.attention_of_rules) for cell in attention.cells}
+        return tuple(sorted(sizes, key=lambda cell: (math.prod(cell), cell), reverse=True))

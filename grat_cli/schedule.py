@@ -1,0 +1,123 @@
+"""Which attention runs at which step in which layer of one run."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from grat_cli import ranges
+from grat_cli.errors import BadInput
+from grat_cli.presets import Attention, Preset, shape_text
+from grat_kernels import Full, Grid, Grouping, Pattern, Plan, build_plan
+
+# Planning holds a few matrices of groups x groups; beyond this many groups they no longer fit in memory at ease.
+MOST_GROUPS = 8192
+
+
+class AttentionSchedule:
+    """A preset laid out over the steps and layers of a run. All its plans share one token order.
+
+    Attributes:
+        grid: the image tokens.
+        steps: denoising steps of the run.
+        layers: attention layers of the transformer.
+        plans: the distinct plans, in order of first use.
+        density: attended pairs over all pairs, mean over the run.
+
+    Raises:
+        BadInput: if preset and grid, steps or layers do not fit.
+    """
+
+    def __init__(
+        self, preset: Preset, grid: Grid, text_len: int, text_first: bool = True, steps: int = 1, layers: int = 1
+    ) -> None:
+        self.grid, self.steps, self.layers = grid, steps, layers
+        _refuse_unfit(preset, grid)
+        cells = preset.cells
+        self._groupings = {cell: Grouping(grid, cell, cells) for cell in cells}
+
+        # Entry [step, layer] says whose attention applies: 0 the preset's own, i its i-th rule's, -1 dense.
+        choice = np.zeros((steps, layers), np.int64)
+        for number, rule in enumerate(preset.schedule.rules, start=1):
+            choice[
+                _slice(rule.steps, steps, "steps", number, preset),
+                _slice(rule.layers, layers, "layers", number, preset),
+            ] = number
+        dense_steps = ranges.leading(preset.schedule.dense_steps, steps)
+        if dense_steps > steps:
+            raise BadInput(
+                f"schedule.dense_steps is {dense_steps}, but the run has {steps} steps: "
+                f"use fewer, or a fraction: --set schedule.dense_steps=0.1"
+            )
+        choice[:dense_steps] = -1
+
+        attentions = (preset.attention, *preset.attention_of_rules)
+        self._plans: list[list[Plan]] = []
+        plan_of_choice: dict[int, Plan] = {}
+        for row in choice.tolist():
+            for number in row:
+                if number not in plan_of_choice:
+                    plan_of_choice[number] = self._build(
+                        None if number < 0 else attentions[number], text_len, text_first
+                    )
+            self._plans.append([plan_of_choice[number] for number in row])
+        self.plans: tuple[Plan, ...] = tuple(dict.fromkeys(plan_of_choice.values()))
+        self.density = float(np.mean([self.density_of_step(step) for step in range(steps)]))
+
+    def plan(self, step: int, layer: int) -> Plan:
+        """The plan of a step and layer, both counted from 0."""
+        return self._plans[step][layer]
+
+    def density_of_step(self, step: int) -> float:
+        """Attended pairs over all pairs, mean over the layers of a step."""
+        return float(np.mean([plan.density for plan in self._plans[step]]))
+
+    @property
+    def ideal_speedup(self) -> float:
+        """How much less attention work the run has than with full attention."""
+        return 1 / self.density
+
+    @cached_property
+    def uses(self) -> dict[Plan, int]:
+        """How many of the run's `steps * layers` attention calls each distinct plan serves."""
+        calls = [plan for row in self._plans for plan in row]
+        return {plan: calls.count(plan) for plan in self.plans}
+
+    def _build(self, attention: Attention | None, text_len: int, text_first: bool) -> Plan:
+        """The plan of an attention; None is full attention, which the coarsest groups describe most briefly."""
+        pattern: Pattern = Full() if attention is None else attention.pattern()
+        full = isinstance(pattern, Full)
+        cell = next(iter(self._groupings)) if full or attention is None else attention.group
+        try:
+            return build_plan(self._groupings[cell], pattern, text_len, text_first)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+
+
+def _refuse_unfit(preset: Preset, grid: Grid) -> None:
+    if len(preset.attention.group) != grid.axes:
+        axes = len(preset.attention.group)
+        raise BadInput(
+            f"preset {preset.name} is for tokens on {axes} axes, this model's have {grid.axes}: see `grat presets`"
+        )
+    for attention in (preset.attention, *preset.attention_of_rules):
+        groups = Grouping(grid, attention.group).counts
+        if int(np.prod(groups)) > MOST_GROUPS:
+            raise BadInput(
+                f"groups of {shape_text(attention.group)} cut {shape_text(grid.shape)} tokens into "
+                f"{int(np.prod(groups)):,} groups, more than {MOST_GROUPS:,}: use larger ones, such as "
+                f"--group {shape_text(tuple(2 * size for size in attention.group))}"
+            )
+
+
+def _slice(spec: int | str | None, count: int, what: str, number: int, preset: Preset) -> slice:
+    if spec is None:
+        return slice(None)
+    covered = ranges.covered(spec, count)
+    if not covered:
+        raise BadInput(
+            f"rule {number} of preset {preset.name} is for {what} {spec}, but the run has {count} {what}, "
+            f"counted from 0: change its {what}, or take the rule out"
+        )
+    return slice(covered.start, covered.stop)
