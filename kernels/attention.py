@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-
 from grat_kernels import flex_backend, reference, sdpa_backend, triton_backend
 from grat_kernels.plan import Plan, plan_by_key
 
@@ -115,7 +114,9 @@ def span_attention(
         ability = can_run(backend, q.device, q.dtype, q.shape[3], q.shape[1])
         if not ability:
             raise BackendUnavailable(f"the {backend.value} backend cannot run here: {ability.reason}")
-    return _operator(q, k, v, text_valid, plan.key, 1 / math.sqrt(q.shape[3]) if scale is None else scale, backend.value)
+    return _operator(
+        q, k, v, text_valid, plan.key, 1 / math.sqrt(q.shape[3]) if scale is None else scale, backend.value
+    )
 
 
 @torch.library.custom_op("grat::span_attention", mutates_args=())

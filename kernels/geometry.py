@@ -89,12 +89,16 @@ class Grouping:
         object.__setattr__(self, "cells", cells)
         for cell in (self.group, *cells):
             if len(cell) != self.grid.axes:
-                raise ValueError(f"a group or block of a {self.grid.axes}-axis grid needs {self.grid.axes} sizes, not {cell}")
+                raise ValueError(
+                    f"a group or block of a {self.grid.axes}-axis grid needs {self.grid.axes} sizes, not {cell}"
+                )
             if min(cell) < 1:
                 raise ValueError(f"group and block sizes must be positive, not {cell}")
         for outer, inner in zip(cells, cells[1:], strict=False):
             if not nests(inner, outer):
-                raise ValueError(f"cells of {inner} do not nest in cells of {outer}: each size must divide the coarser one")
+                raise ValueError(
+                    f"cells of {inner} do not nest in cells of {outer}: each size must divide the coarser one"
+                )
         if self.group not in cells:
             raise ValueError(f"the group {self.group} is not among the cells {cells} that fix the token order")
 

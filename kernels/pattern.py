@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
 from grat_kernels.geometry import Cell, IntArray
 
 NOT_ATTENDED = -1
@@ -198,7 +197,9 @@ class Far(Pattern):
             raise ValueError(f"far levels need beyond >= 0 and positive block sizes: {[tuple(level) for level in far]}")
         for near, next_level in zip(far, far[1:], strict=False):
             if next_level.beyond <= near.beyond:
-                raise ValueError(f"far levels must lie ever farther out: beyond {next_level.beyond} follows {near.beyond}")
+                raise ValueError(
+                    f"far levels must lie ever farther out: beyond {next_level.beyond} follows {near.beyond}"
+                )
         object.__setattr__(self, "far", far)
 
     @property

@@ -17,9 +17,8 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
-
 from grat_kernels.geometry import Grouping, IntArray, cell_sizes, nests
-from grat_kernels.pattern import NOT_ATTENDED, Pattern
+from grat_kernels.pattern import Pattern
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +228,9 @@ class Plan:
             text_apart: cut text keys into tiles of their own and list them all as partial, so that a kernel can
                 mask padded text without a mask in its main loop.
         """
-        return self.cached(("tiles", block_m, block_n, text_apart), lambda: _build_tiles(self, block_m, block_n, text_apart))
+        return self.cached(
+            ("tiles", block_m, block_n, text_apart), lambda: _build_tiles(self, block_m, block_n, text_apart)
+        )
 
     def tensors(self, device: torch.device | str) -> PlanTensors:
         """Index tensors on a device, moved once."""
@@ -277,7 +278,9 @@ def build_plan(grouping: Grouping, pattern: Pattern, text_len: int = 0, text_fir
     blocks = tuple(level.block for level in pattern.far_levels)
     for block in blocks:
         if not nests(block, grouping.group):
-            raise ValueError(f"far blocks of {block} do not nest in groups of {grouping.group}: use divisors of the group's sizes")
+            raise ValueError(
+                f"far blocks of {block} do not nest in groups of {grouping.group}: use divisors of the group's sizes"
+            )
     grouping = grouping.refined(blocks)
 
     # Columns of the level matrix in token order, so that equal neighbours are contiguous keys.
@@ -290,13 +293,18 @@ def build_plan(grouping: Grouping, pattern: Pattern, text_len: int = 0, text_fir
     tokens = grouping.grid.tokens + text_len
     span_lists, summaries = _build_lists(grouping, distinct, ranking, blocks, text_len, text_first)
     if not span_lists.keys.all():
-        raise ValueError(f"{pattern} leaves a group with nothing to attend: join the far field to a near pattern with Union")
+        raise ValueError(
+            f"{pattern} leaves a group with nothing to attend: join the far field to a near pattern with Union"
+        )
 
     text_list = _whole_sequence_list(span_lists, tokens)
     runs = [
         QueryRun(image_start + start, length, span_list)
         for start, length, span_list in zip(
-            grouping.starts[ranking].tolist(), grouping.sizes[ranking].tolist(), list_of_group[ranking].tolist(), strict=True
+            grouping.starts[ranking].tolist(),
+            grouping.sizes[ranking].tolist(),
+            list_of_group[ranking].tolist(),
+            strict=True,
         )
     ]
     if text_len:

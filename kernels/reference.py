@@ -40,10 +40,10 @@ def attention(
         `[B, N, H, D]` in the dtype of `query`.
     """
     query_wide, key_wide, value_wide = (tensor.to(compute_dtype) for tensor in (query, key, value))
-    level_of_key, block_means, log_counts = _key_table(plan)
+    block_means, score_bias = plan.cached("dense definition", lambda: _dense_definition(plan))
     means = torch.from_numpy(block_means).to(query.device, compute_dtype)
+    bias = torch.from_numpy(score_bias).to(query.device, compute_dtype)
     image = slice(plan.image_start, plan.image_start + plan.image_tokens)
-    bias = torch.from_numpy(_score_bias(plan, level_of_key, log_counts)).to(query.device, compute_dtype)
 
     outputs = []
     for sample in range(query.shape[0]):
@@ -79,44 +79,39 @@ def _cell_of_token(plan: Plan, cell: Cell) -> np.ndarray:
     return raster[plan.order] // np.asarray(cell)
 
 
-def _key_table(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each summary row: its far level `[R]`, the averaging weights `[R, image tokens]`, and log of its size `[R]`."""
-    levels, weights = [], [np.zeros((0, plan.image_tokens))]
+def _dense_definition(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Averaging weights of the summaries, `[R, image tokens]`, and what is added to the scores, `[N, N + R]`.
+
+    The latter is 0 for an attended token, log of a summary's size, or -inf for what is not attended.
+    """
+    level_of_row, weights = [], [np.zeros((0, plan.image_tokens))]
     for number, level in enumerate(plan.pattern.far_levels, start=1):
-        cells = _cell_of_token(plan, level.block)
         # Blocks in order of their first token: the summary order of every backend.
-        _, first, block = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+        _, first, block = np.unique(_cell_of_token(plan, level.block), axis=0, return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))
         membership = np.zeros((len(first), plan.image_tokens))
         membership[rank[block.reshape(-1)], np.arange(plan.image_tokens)] = 1
-        levels += [number] * len(first)
+        level_of_row += [number] * len(first)
         weights.append(membership / membership.sum(1, keepdims=True))
-    table = np.concatenate(weights)
-    return np.asarray(levels, np.int64), table, np.log((table > 0).sum(1))
+    means = np.concatenate(weights)
+    log_counts = np.log((means > 0).sum(1))
+    levels = np.asarray(level_of_row, np.int64)
 
-
-def _score_bias(plan: Plan, level_of_row: np.ndarray, log_counts: np.ndarray) -> np.ndarray:
-    """What is added to the scores, `[N, N + R]`: 0, log of a summary's size, or -inf where nothing is attended."""
-    tokens, rows = plan.tokens, len(level_of_row)
-    image = slice(plan.image_start, plan.image_start + plan.image_tokens)
-    bias = np.full((tokens, tokens + rows), -np.inf)
+    bias = np.full((plan.tokens, plan.tokens + len(means)), -np.inf)
     text = slice(plan.text_start, plan.text_start + plan.text_len)
     bias[:, text] = 0
-    bias[text, :tokens] = 0
-
-    groups = _cell_of_token(plan, plan.grouping.group)
-    counts = plan.grouping.counts
-    _, table, _ = _key_table(plan)
-    group_of_row = groups[(table > 0).argmax(1)] if rows else np.zeros((0, groups.shape[1]), np.int64)
-    for a in np.unique(groups, axis=0):
-        own = np.flatnonzero((groups == a).all(1)) + plan.image_start
-        for b in np.unique(groups, axis=0):
-            level = plan.pattern.level(tuple(a.tolist()), tuple(b.tolist()), counts)
+    bias[text, : plan.tokens] = 0
+    group_of_token = _cell_of_token(plan, plan.grouping.group)
+    group_of_row = group_of_token[(means > 0).argmax(1)] if len(means) else group_of_token[:0]
+    distinct = np.unique(group_of_token, axis=0)
+    for a in distinct:
+        queries = plan.image_start + np.flatnonzero((group_of_token == a).all(1))
+        for b in distinct:
+            level = plan.pattern.level(tuple(a.tolist()), tuple(b.tolist()), plan.grouping.counts)
             if level == 0:
-                columns = np.flatnonzero((groups == b).all(1)) + plan.image_start
-                bias[np.ix_(own, columns)] = 0
+                keys = plan.image_start + np.flatnonzero((group_of_token == b).all(1))
+                bias[np.ix_(queries, keys)] = 0
             elif level > 0:
-                columns = np.flatnonzero((level_of_row == level) & (group_of_row == b).all(1))
-                bias[np.ix_(own, tokens + columns)] = log_counts[columns]
-    assert not np.isnan(bias[image]).any()
-    return bias
+                rows = np.flatnonzero((levels == level) & (group_of_row == b).all(1))
+                bias[np.ix_(queries, plan.tokens + rows)] = log_counts[rows]
+    return means, bias
