@@ -6,6 +6,7 @@ comes from the plan by counting, never from a dense N×N mask.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,7 +146,7 @@ def _column_starts(plan: Plan) -> np.ndarray:
     if plan.text_len:
         starts.append(np.asarray([plan.text_start]))
     offsets = plan.summaries.offsets
-    for first, last in zip(offsets, offsets[1:], strict=False):
+    for first, last in itertools.pairwise(offsets):
         blocks = plan.summaries.starts[first:last] - plan.image_start
         group = np.searchsorted(np.sort(plan.grouping.starts), blocks, side="right")
         starts.append(plan.tokens + first + np.flatnonzero(np.diff(group, prepend=0)))

@@ -8,6 +8,7 @@ contiguous run. Everything here is NumPy and written once for any number of axes
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,7 +95,7 @@ class Grouping:
                 )
             if min(cell) < 1:
                 raise ValueError(f"group and block sizes must be positive, not {cell}")
-        for outer, inner in zip(cells, cells[1:], strict=False):
+        for outer, inner in itertools.pairwise(cells):
             if not nests(inner, outer):
                 raise ValueError(
                     f"cells of {inner} do not nest in cells of {outer}: each size must divide the coarser one"

@@ -8,6 +8,7 @@ project's own.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Pattern(ABC):
         """The far levels that positive levels number from 1; empty for patterns without far field."""
         return ()
 
-    def check(self, axes: int) -> None:
+    def check(self, axes: int) -> None:  # noqa: B027 - most patterns fit every grid
         """Raises ValueError if the pattern does not fit a grid of `axes` axes."""
 
     def level(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> int:
@@ -195,7 +196,7 @@ class Far(Pattern):
             raise ValueError("a far field needs at least one level (beyond, block)")
         if far[0].beyond < 0 or any(size < 1 for level in far for size in level.block):
             raise ValueError(f"far levels need beyond >= 0 and positive block sizes: {[tuple(level) for level in far]}")
-        for near, next_level in zip(far, far[1:], strict=False):
+        for near, next_level in itertools.pairwise(far):
             if next_level.beyond <= near.beyond:
                 raise ValueError(
                     f"far levels must lie ever farther out: beyond {next_level.beyond} follows {near.beyond}"

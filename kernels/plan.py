@@ -106,7 +106,7 @@ class Tiles(NamedTuple):
 
 
 class PlanTensors(NamedTuple):
-    """A plan's index tensors on one device: `order` and `inverse` `[image tokens]` int64, `log_counts` `[summary rows]` fp32."""
+    """Index tensors on one device: `order`, `inverse` `[image tokens]` int64; `log_counts` `[summary rows]` fp32."""
 
     order: torch.Tensor
     inverse: torch.Tensor

@@ -1,6 +1,6 @@
 """The definition of span attention: dense masks in full precision, straight from groups and pattern.
 
-Nothing here uses a plan's spans, lists or tiles, so that it can judge them. It is quadratic in memory: small sizes only.
+Nothing here uses a plan's spans, lists or tiles, so that it can judge them. Quadratic in memory: small sizes only.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Three ways, chosen per span list:
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -245,7 +246,7 @@ class _Cutter:
             if span.level == 0:
                 inside = self.cuts[(self.cuts > span.start) & (self.cuts < span.stop)].tolist()
                 bounds = [span.start, *inside, span.stop]
-                pieces += [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+                pieces += [slice(*pair) for pair in itertools.pairwise(bounds)]
         return pieces
 
 
@@ -263,7 +264,7 @@ def _slide_window(plan: Plan, cutter: _Cutter, runs: list[QueryRun]) -> _Window:
                 free[stop - start].append(held.pop((start, stop)))
         else:
             bounds = np.cumsum([0, *(stop - start for start, stop in pieces)]).tolist()
-            for first, last in zip(bounds, bounds[1:], strict=False):
+            for first, last in itertools.pairwise(bounds):
                 free[last - first].append(slice(first, last))
             rows = bounds[-1]
         copies = []

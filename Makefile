@@ -1,0 +1,62 @@
+# Two commands do everything: `make demo` (the main job) and `make test`. Both make .venv on first use.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+TEST_READY := $(VENV)/.installed-test
+LINT_READY := $(VENV)/.installed-lint
+
+# Without it, `python -m pytest` here would import this folder's kernels/ in place of the package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint aot bench test-gpu bench-gpu links clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/grat image "a red fox in the snow" --model demo --seed 7 --out demo.png --overwrite
+
+test: $(TEST_READY)
+	$(RUN) -m pytest
+
+lint: $(LINT_READY) links
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+# Compiles every kernel configuration for every architecture; needs no GPU.
+aot: $(INSTALLED)
+	$(RUN) -m grat_kernels.aot
+
+# Speed and memory of the CPU path, plan building and start-up.
+bench: $(TEST_READY)
+	$(RUN) tests/bench/cpu.py
+
+# On a machine with a GPU, in whatever environment has torch, triton and pytest: nothing is installed.
+test-gpu: links
+	PYTHONPATH=.links $(PYTHON) -m pytest tests/gpu
+
+bench-gpu: links
+	PYTHONPATH=.links $(PYTHON) tests/gpu/bench_kernels.py
+
+# The import names of the source folders, for tools that do not read installed packages.
+links:
+	@mkdir -p .links
+	@ln -sfn ../kernels .links/grat_kernels
+	@ln -sfn ../presets .links/grat_presets
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(TEST_READY): $(INSTALLED)
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(LINT_READY): $(TEST_READY)
+	$(PIP) --editable '.[test,lint]'
+	@touch $@
+
+clean:
+	rm -rf build .links .pytest_cache .hypothesis .ruff_cache *.egg-info
