@@ -1,0 +1,54 @@
+"""Shapes of the transformers that grat knows, for planning without loading one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        family: which presets suit it.
+        heads: attention heads.
+        head_dim: channels per head.
+        layers: transformer blocks with attention over image tokens.
+        text_tokens: text tokens of the joint sequence.
+        token_side: pixels per side of an image token.
+        native_side: side of the square pictures it was trained on, in pixels.
+        runs_twice: whether guidance takes a second transformer call per step (classifier-free guidance) instead of
+            being an input of the transformer (distilled guidance).
+    """
+
+    family: str
+    heads: int
+    head_dim: int
+    layers: int
+    text_tokens: int
+    token_side: int
+    native_side: int
+    runs_twice: bool
+
+    def calls_per_step(self, guidance: float | None) -> int:
+        """Transformer calls per denoising step."""
+        return 2 if self.runs_twice and guidance is not None and guidance > 1 else 1
+
+
+# Sizes in pixels must be multiples of this for every model: the pipelines of diffusers round down silently otherwise.
+SIZE_MULTIPLE = 16
+
+# Flux: 19 double and 38 single blocks (black-forest-labs/FLUX.1-dev, transformer/config.json); dev takes 512 T5 tokens,
+# schnell 256. The demo: 1 double and 4 single blocks.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "flux-dev": Architecture("flux", 24, 128, 57, 512, 16, 1024, runs_twice=False),
+    "flux-schnell": Architecture("flux", 24, 128, 57, 256, 16, 1024, runs_twice=False),
+    "demo": Architecture("demo", 3, 64, 5, 24, 8, 256, runs_twice=True),
+}
+
+
+def architecture_of(model: str, family: str) -> Architecture:
+    """The architecture of a model by name; of any other checkpoint that of its family."""
+    of_family = {"flux": "flux-dev", "demo": "demo"}
+    return ARCHITECTURES[model if model in ARCHITECTURES else of_family[family]]

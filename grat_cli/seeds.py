@@ -1,0 +1,44 @@
+"""Seeds of a run: `--seed` and `--n`."""
+
+from __future__ import annotations
+
+import secrets
+
+from grat_cli.errors import BadInput
+
+LARGEST_SEED = 2**63 - 1
+MOST_PICTURES = 1000
+
+
+def resolve_seeds(text: str | None, count: int | None) -> tuple[int, ...]:
+    """The seeds of a run, one per picture.
+
+    Args:
+        text: `--seed` as typed: one seed, or several with commas; None draws a random one.
+        count: `--n`: so many consecutive seeds from the first on.
+
+    Raises:
+        BadInput: if a seed is not a number in range, is repeated, or several seeds meet a count.
+    """
+    if count is not None and not 1 <= count <= MOST_PICTURES:
+        raise BadInput(f"--n {count}: expected 1 to {MOST_PICTURES} pictures")
+    # Random seeds stay short enough to be typed again.
+    given = (
+        (secrets.randbelow(2**32),) if text is None else tuple(_parsed(text, part.strip()) for part in text.split(","))
+    )
+    if len(given) > 1 and count not in (None, len(given)):
+        raise BadInput(f"--seed gives {len(given)} seeds, --n {count} another number: leave out --n")
+    if len(set(given)) < len(given):
+        raise BadInput(f"--seed {text}: the same seed twice gives the same picture twice")
+    seeds = tuple(given if len(given) > 1 else range(given[0], given[0] + (count or 1)))
+    if seeds[-1] > LARGEST_SEED:
+        raise BadInput(f"--seed {text} with --n {count} goes past the largest seed, {LARGEST_SEED}")
+    return seeds
+
+
+def _parsed(text: str, part: str) -> int:
+    if not (part.isascii() and part.isdigit()):
+        raise BadInput(f"--seed {text}: expected whole numbers such as 7 or 1,2,3")
+    if len(part) > 19 or int(part) > LARGEST_SEED:
+        raise BadInput(f"--seed {text}: seeds go from 0 to {LARGEST_SEED}")
+    return int(part)
