@@ -1,0 +1,255 @@
+"""Flux: joint sequence [text, image], two grid axes, double blocks first, then single blocks.
+
+Everything in the transformer but attention acts on each token alone. So image tokens and their positions are put in
+group order once, before a transformer call, and the prediction is put back in raster order once, after it; in between
+only the attention processors differ from stock (read against diffusers 0.42.1, `transformer_flux.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
+from grat_kernels import Backend, Grid, Plan, span_attention
+
+from grat_cli.adapters.base import CallObserver, Run
+from grat_cli.errors import BadInput
+
+_PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
+
+
+class SpanAttentionProcessor:
+    """Stock Flux attention, with span attention in place of dense attention.
+
+    Attributes:
+        plan: what attends what in the next call; the adapter sets it before every transformer call.
+    """
+
+    plan: Plan
+
+    def __init__(self, backend: Backend, observer: CallObserver | None) -> None:
+        self.backend = backend
+        self.timed = observer.attention if observer else nullcontext
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of one block.
+
+        Args:
+            attn: the block's attention module.
+            hidden_states: image tokens `[B, image, C]` in a double block, `[B, text + image, C]` in a single one.
+            encoder_hidden_states: text tokens `[B, text, C]` in a double block, else None.
+            attention_mask: must be None.
+            image_rotary_emb: a pair, cosines and sines `[text + image, D]`, image rows in group order.
+
+        Returns:
+            `[B, text + image, C]` in a single block; image and text tokens apart in a double one.
+        """
+        if attention_mask is not None:
+            raise BadInput("attention masks are not supported: Flux attends all of its text tokens")
+        query, key, value = _project(attn, hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is not None:
+            text_query, text_key, text_value = _project_text(attn, encoder_hidden_states)
+            query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
+            key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(rows, image_rotary_emb, sequence_dim=1) for rows in (query, key))
+
+        with self.timed():
+            attended = span_attention(query, key, value, self.plan, backend=self.backend)
+        attended = attended.flatten(2, 3)
+        if encoder_hidden_states is None:
+            return attended
+        text, image = attended.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        projection, dropout = attn.to_out
+        return dropout(projection(image.contiguous())), attn.to_add_out(text.contiguous())
+
+
+def _project(attn: FluxAttention, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Query, key and value of image (or joint) tokens, `[B, N, H, D]` each."""
+    if attn.fused_projections:
+        projected = attn.to_qkv(tokens).chunk(3, dim=-1)
+    else:
+        projected = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+    return [tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected]
+
+
+def _project_text(attn: FluxAttention, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Query, key and value of the text tokens of a double block, `[B, text, H, D]` each."""
+    if attn.fused_projections:
+        projected = attn.to_added_qkv(tokens).chunk(3, dim=-1)
+    else:
+        projected = attn.add_q_proj(tokens), attn.add_k_proj(tokens), attn.add_v_proj(tokens)
+    return [tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected]
+
+
+class FluxAdapter:
+    """Runs a `FluxTransformer2DModel` on image tokens in group order; an `adapters.base.Adapter`."""
+
+    text_first = True
+
+    def __init__(self, transformer: torch.nn.Module, grid: Grid) -> None:
+        """Prepares, and changes nothing yet.
+
+        Args:
+            transformer: the model, or what `torch.compile` made of it.
+            grid: rows and columns of image tokens of the calls to come.
+        """
+        # Hooks go on the outermost module, so that a compiled model runs them outside its graph.
+        self._called = transformer
+        self._model: Any = getattr(transformer, "_orig_mod", transformer)
+        self._grid = grid
+        self._attentions: list[Any] = [
+            block.attn for block in (*self._model.transformer_blocks, *self._model.single_transformer_blocks)
+        ]
+
+    @property
+    def layers(self) -> int:
+        """Attention layers: double blocks, then single blocks."""
+        return len(self._attentions)
+
+    @contextmanager
+    def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
+        """See `adapters.base.Adapter.attached`."""
+        for attention in self._attentions:
+            _check_stock(attention.processor)
+        stock = [attention.processor for attention in self._attentions]
+        processors = [SpanAttentionProcessor(backend, observer) for _ in self._attentions]
+        call = _Calls(self._grid, self._attentions, processors, run, observer)
+        handles = []
+        try:
+            for attention, processor in zip(self._attentions, processors, strict=True):
+                attention.set_processor(processor)
+            handles.append(self._called.register_forward_pre_hook(call.before, with_kwargs=True))
+            handles.append(self._called.register_forward_hook(call.after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for attention, processor in zip(self._attentions, stock, strict=True):
+                attention.set_processor(processor)
+
+
+def _check_stock(processor: Any) -> None:
+    """Raises BadInput unless attention is as diffusers made it."""
+    if isinstance(processor, SpanAttentionProcessor):
+        raise BadInput(
+            "GRAT is already installed on this transformer: leave the other `with grat_cli.install(...)` first"
+        )
+    if type(processor) is not FluxAttnProcessor:
+        raise BadInput(
+            f"the transformer's attention was replaced by {type(processor).__name__} (IP-Adapter, or another tool), "
+            "which GRAT does not combine with: unload it first"
+        )
+    if processor._parallel_config is not None:
+        raise BadInput("the transformer splits its sequence over several devices, which GRAT does not support")
+
+
+class _Calls:
+    """The hooks around transformer calls."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        attentions: list[Any],
+        processors: list[SpanAttentionProcessor],
+        run: Run,
+        observer: CallObserver | None,
+    ) -> None:
+        self._grid, self._attentions, self._processors = grid, attentions, processors
+        self._run, self._observer = run, observer
+        self._raster_ids: torch.Tensor | None = None
+        self._group_ids: torch.Tensor | None = None
+        self._inverse: torch.Tensor | None = None
+
+    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Forward pre-hook: checks the call, hands out plans, and puts image tokens in group order."""
+        call = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+        _check_extras(call)
+        for attention, processor in zip(self._attentions, self._processors, strict=True):
+            if attention.processor is not processor:
+                raise BadInput(
+                    "attention processors were replaced inside `with grat_cli.install(...)`: do that outside"
+                )
+        hidden_states, image_ids = call["hidden_states"], call["img_ids"]
+        step = self._run.current_step()
+        schedule = self._run.schedule(call["encoder_hidden_states"].shape[1])
+        if self._observer:
+            self._observer.begin_call(step, schedule.density_of_step(step))
+        for layer, processor in enumerate(self._processors):
+            processor.plan = schedule.plan(step, layer)
+
+        # All plans of a schedule share one token order.
+        order, self._inverse, _ = self._processors[0].plan.tensors(hidden_states.device)
+        if image_ids is not self._raster_ids:
+            self._group_ids = self._exact_ids(hidden_states, image_ids)[order]
+            self._raster_ids = image_ids
+        call["hidden_states"] = hidden_states.index_select(1, order)
+        call["img_ids"] = self._group_ids
+        return (), call
+
+    def after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: puts the prediction back in raster order."""
+        assert self._inverse is not None
+        if isinstance(output, Transformer2DModelOutput):
+            result = replace(output, sample=output.sample.index_select(1, self._inverse))
+        else:
+            result = (output[0].index_select(1, self._inverse), *output[1:])
+        if self._observer:
+            self._observer.end_call()
+        return result
+
+    def _exact_ids(self, hidden_states: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
+        """Raster positions `[tokens, 3]` (0, row, column) in fp32, checked against those of the call.
+
+        Pipelines make positions in the model's dtype, and bf16 holds integers up to 256 only: beyond 4096 pixels
+        a side, neighbouring columns would share a position. The comparison waits for the device, but a pipeline
+        makes one tensor of positions for all of its steps, and each tensor is compared once.
+
+        Raises:
+            BadInput: if they are not those of the grid.
+        """
+        rows, columns = self._grid.shape
+        count = image_ids.shape[-2]
+        if count != self._grid.tokens or hidden_states.shape[1] != self._grid.tokens:
+            raise BadInput(
+                f"GRAT was installed for {rows}x{columns} = {self._grid.tokens} image tokens, the call has "
+                f"{hidden_states.shape[1]}: give the pipeline call the height and width of the install "
+                "(image tokens of references or controls, as in Kontext, are not supported)"
+            )
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        exact = torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float().to(image_ids.device)
+        given = image_ids[0] if image_ids.dim() == 3 else image_ids
+        if not torch.equal(given, exact.to(given.dtype)):
+            raise BadInput(
+                f"the call's image positions are not those of the {rows}x{columns} grid that GRAT was installed for: "
+                "give the pipeline call the height and width of the install, in this order"
+            )
+        return exact
+
+
+def _check_extras(call: dict[str, Any]) -> None:
+    """Raises BadInput for inputs that carry image tokens in an order of their own."""
+    if call.get("controlnet_block_samples") is not None or call.get("controlnet_single_block_samples") is not None:
+        raise BadInput("ControlNet is not supported: its residuals are in raster order, the tokens are in group order")
+    # `scale` is LoRA's, and changes no token order.
+    extras = sorted(set(call.get("joint_attention_kwargs") or {}) - {"scale"})
+    if extras:
+        raise BadInput(
+            f"attention arguments {', '.join(extras)} are not supported (IP-Adapter among them): leave them out"
+        )

@@ -1,0 +1,147 @@
+"""Timing from outside: denoising steps through an adapter's observer, phases of a run through a context manager."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One denoising step.
+
+    Attributes:
+        index: step, counted from 0 over the steps that were run.
+        timestep: the scheduler's timestep.
+        total_ms: time in the transformer, both calls where classifier-free guidance makes two.
+        attention_ms: the part of it in span attention, text queries included.
+        other_ms: the rest: projections, feed-forward, norms, permutation.
+        density: attended pairs over all pairs, mean over layers.
+    """
+
+    index: int
+    timestep: float
+    total_ms: float
+    attention_ms: float
+    other_ms: float
+    density: float
+
+
+@dataclass
+class _Call:
+    """Marks of one transformer call: its begin and end, and (begin, end) of every attention in it."""
+
+    step: int
+    density: float
+    begin: Any
+    end: Any = None
+    attentions: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+class StepRecorder:
+    """Records transformer calls and the attentions in them; an `adapters.base.CallObserver`.
+
+    On CUDA and MPS devices a mark is an event in the stream, so nothing waits for the device until `steps()`;
+    elsewhere it is the wall clock.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._mark, self._elapsed_ms = _stopwatch(device)
+        self._calls: list[_Call] = []
+
+    def begin_call(self, step: int, density: float) -> None:
+        """Marks the begin of a transformer call of denoising step `step`."""
+        self._calls.append(_Call(step, density, self._mark()))
+
+    def end_call(self) -> None:
+        """Marks the end of the transformer call."""
+        self._calls[-1].end = self._mark()
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Marks begin and end of one span attention."""
+        begin = self._mark()
+        yield
+        self._calls[-1].attentions.append((begin, self._mark()))
+
+    def steps(self, timesteps: Sequence[float]) -> list[StepTiming]:
+        """Timings of all finished calls by step; waits for the device.
+
+        Args:
+            timesteps: the scheduler's timestep of every step that was run.
+        """
+        totals: dict[int, float] = {}
+        attentions: dict[int, float] = {}
+        densities: dict[int, float] = {}
+        for call in self._calls:
+            if call.end is None:
+                continue
+            totals[call.step] = totals.get(call.step, 0.0) + self._elapsed_ms(call.begin, call.end)
+            inside = sum(self._elapsed_ms(begin, end) for begin, end in call.attentions)
+            attentions[call.step] = attentions.get(call.step, 0.0) + inside
+            densities[call.step] = call.density
+        return [
+            StepTiming(step, float(timesteps[step]), total, attentions[step], total - attentions[step], densities[step])
+            for step, total in sorted(totals.items())
+        ]
+
+
+def _stopwatch(device: torch.device | str) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """How to take a mark on a device without waiting for it, and the milliseconds between two marks."""
+    kind = str(device).partition(":")[0]
+    if kind == "cuda":
+        import torch
+
+        def cuda_mark() -> torch.cuda.Event:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(device))
+            return event
+
+        def cuda_elapsed_ms(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+            end.synchronize()
+            return begin.elapsed_time(end)
+
+        return cuda_mark, cuda_elapsed_ms
+    if kind == "mps":
+        import torch
+
+        def mps_mark() -> torch.mps.Event:
+            event = torch.mps.Event(enable_timing=True)
+            event.record()
+            return event
+
+        def mps_elapsed_ms(begin: torch.mps.Event, end: torch.mps.Event) -> float:
+            end.synchronize()
+            return begin.elapsed_time(end)
+
+        return mps_mark, mps_elapsed_ms
+    return time.perf_counter, lambda begin, end: (end - begin) * 1000
+
+
+class Phases:
+    """Wall-clock time of the phases of a run: `with phases("denoise"): ...`.
+
+    A phase that is entered again adds up. On a CUDA device the end of a phase waits for the device, so that work
+    is counted in the phase that issued it.
+
+    Attributes:
+        phases_ms: milliseconds by phase name, in order of first entry.
+    """
+
+    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
+        """`wait` returns when the device has finished what was issued to it."""
+        self.phases_ms: dict[str, float] = {}
+        self._wait = wait
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._wait()
+        self.phases_ms[name] = self.phases_ms.get(name, 0.0) + (time.perf_counter() - begin) * 1000
