@@ -47,9 +47,7 @@ class Installation:
         to_run = len(scheduler.timesteps) - (scheduler.begin_index or 0)
         steps = self._steps or to_run
         if to_run > steps:
-            raise BadInput(
-                f"GRAT was installed for {steps} steps, the call runs {to_run}: give install the larger number"
-            )
+            raise BadInput(f"GRAT was installed for {steps} steps, the call runs {to_run}: leave steps out")
         if (text_len, steps) not in self._schedules:
             from grat_cli.schedule import AttentionSchedule
 

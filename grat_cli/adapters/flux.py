@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -68,7 +68,7 @@ class SpanAttentionProcessor:
             key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
             value = torch.cat([text_value, value], dim=1)
         if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(rows, image_rotary_emb, sequence_dim=1) for rows in (query, key))
+            query, key = _rotated(query, image_rotary_emb), _rotated(key, image_rotary_emb)
 
         with self.timed():
             attended = span_attention(query, key, value, self.plan, backend=self.backend)
@@ -96,6 +96,11 @@ def _project_text(attn: FluxAttention, tokens: torch.Tensor) -> list[torch.Tenso
     else:
         projected = attn.add_q_proj(tokens), attn.add_k_proj(tokens), attn.add_v_proj(tokens)
     return [tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected]
+
+
+def _rotated(tokens: torch.Tensor, image_rotary_emb: Any) -> torch.Tensor:
+    """Queries or keys `[B, N, H, D]` with their positions rotated in."""
+    return cast(torch.Tensor, apply_rotary_emb(tokens, image_rotary_emb, sequence_dim=1))
 
 
 class FluxAdapter:
