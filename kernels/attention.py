@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+
 from grat_kernels import flex_backend, reference, sdpa_backend, triton_backend
 from grat_kernels.plan import Plan, plan_by_key
 
@@ -64,7 +65,9 @@ def can_run(
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Backend, str]:
-    """The backend that `AUTO` stands for, and why."""
+    """The backend that `AUTO` stands for, and why. Triton's interpreter is for tests and never chosen."""
+    if device.type != "cuda":
+        return Backend.SDPA, f"the fastest on {device.type}"
     obstacle = triton_backend.obstacle(device, dtype, head_dim, None)
     if obstacle is None:
         return Backend.TRITON, "the fastest that runs on this device"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+
 from grat_kernels.padded_text import padded_positions, without_padding
 from grat_kernels.summaries import summarise
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
 from grat_kernels.geometry import Cell, IntArray
 
 NOT_ATTENDED = -1

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
+
 from grat_kernels.geometry import Grouping, IntArray, cell_sizes, nests
 from grat_kernels.pattern import Pattern
 
@@ -65,7 +66,8 @@ class SpanLists:
     @cached_property
     def keys(self) -> IntArray:
         """Keys in each list, summaries counted as one key each, `[lists]`."""
-        return np.add.reduceat(self.lengths, self.bounds[:-1])
+        total = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
+        return total[self.bounds[1:]] - total[self.bounds[:-1]]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
 from grat_kernels.padded_text import padded_positions, without_padding
 from grat_kernels.summaries import summarise
-from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from grat_kernels.plan import Plan, QueryRun

@@ -1,9 +1,9 @@
 """The span attention kernel: online softmax over short lists of key tiles, in Triton.
 
-One program computes one tile of queries of one head. Its keys come as a flat list of tiles in three stretches: full
-tiles of tokens (no mask, no bias; the bulk of the work), partial tiles of tokens (masked), and tiles of summaries
-(biased and masked). Flat lists keep one software pipeline alive over all spans, where nested loops would rebuild it for
-each. Masked rows are never read, because 0·NaN in `weights @ values` would carry a neighbour's NaN into the output.
+One program computes one tile of queries of one head. Its keys come as a flat list of tiles (`tile_lists`): full tiles
+of tokens, which are the bulk of the work and need neither mask nor bias; full tiles of summaries, which add a bias; and
+partial tiles of either, which add a mask. Flat lists keep one load pipeline alive over all spans, where loops nested
+over spans would restart it for each.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The softmax is computed in base 2, exp2 being one instruction.
-LOG2_E = tl.constexpr(1.4426950408889634)
-# Where the running maximum starts. Finite, so that a tile whose keys are all masked gives exp2(-inf) = 0, never
+# Where the running maximum starts. Finite, so that a tile whose keys are all masked gives exp2(-inf) = 0 and never
 # exp2(-inf - -inf) = NaN; the lowest float32, so that no finite score lies below it.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -22,7 +20,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 def _accumulate(scores, scale, values, accumulator, total, highest):
     """One step of the online softmax: raw `scores` [M, N] and `values` [N, D] into the running sums of M queries.
 
-    The positive `scale` enters by one multiply-add per score.
+    Softmax is computed in base 2, exp2 being one instruction; the positive `scale` holds log2(e) and enters by one
+    multiply-add per score.
     """
     highest_now = tl.maximum(highest, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - highest_now[:, None])
@@ -33,19 +32,40 @@ def _accumulate(scores, scale, values, accumulator, total, highest):
 
 
 @triton.jit
+def _load(pointers, inside, EVERY_CHANNEL: tl.constexpr):
+    """Rows of a full tile: masked only where the head dimension is padded."""
+    if EVERY_CHANNEL:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=inside[None, :], other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "heads",
+        "summaries",
+        "text_start",
+        "text_stop",
+        "tile_count",
+        "leading_tiles",
+        "leading_programs",
+    ]
+)
 def span_attention_kernel(
     query,  # [B, N, H, D] by its strides; the last is 1
     key,
     value,
-    output,
-    query_blocks,  # tensor descriptors [B·N, H·D], blocks [BLOCK_M or BLOCK_N, D]; None: read full tiles by pointers
+    output,  # [B, N, H, D] contiguous
+    query_blocks,  # tensor descriptors [B·N, H·D], blocks [BLOCK_M or BLOCK_N, D]; None: full tiles by pointers
     key_blocks,
     value_blocks,
     summary_key,  # [B, R, H, D] contiguous; None without far field
     summary_value,
-    summary_log_counts,  # [R] fp32
+    summary_key_blocks,  # tensor descriptors [B·R, H·D], blocks [BLOCK_N, D], or None
+    summary_value_blocks,
+    summary_bias,  # [R] fp32: log of the tokens that a row stands for, divided by the scale of the scores
     text_valid,  # [B] int32: valid text tokens; None where all are
-    query_tiles,  # [T, 6] int32, see grat_kernels.plan.Tiles
+    query_tiles,  # [T, 7] int32, see TileLists
     key_tiles,  # [n + 1, 2] int32
     query_batch_stride,
     query_token_stride,
@@ -63,40 +83,47 @@ def span_attention_kernel(
     text_stop,
     tile_count,  # T
     leading_tiles,  # text tiles at the front of the list
-    leading_programs,  # leading_tiles * B * H
+    leading_programs,  # leading_tiles · B · H
     scale,  # factor on the scores, times log2(e)
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,  # next power of two
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     # Text tiles of every head come first: each is as long as the sequence, and started last they would be a long tail.
-    # Then head by head in token order, so that programs that run together share keys in L2.
+    # Then head by head in order of position, so that programs that run together share keys in L2.
     program = tl.program_id(0)
     if program < leading_programs:
         batch_head = program // leading_tiles
         tile = program % leading_tiles
     else:
-        rest = tile_count - leading_tiles
-        batch_head = (program - leading_programs) // rest
-        tile = leading_tiles + (program - leading_programs) % rest
+        image_tiles = tile_count - leading_tiles
+        batch_head = (program - leading_programs) // image_tiles
+        tile = leading_tiles + (program - leading_programs) % image_tiles
+    # Offsets of whole tensors may exceed 32 bits.
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
 
-    entry = query_tiles + tile * 6
+    entry = query_tiles + tile * 7
     first_query = tl.load(entry)
     query_count = tl.load(entry + 1)
     list_begin = tl.load(entry + 2)
     full_end = tl.load(entry + 3)
-    partial_end = tl.load(entry + 4)
-    summary_end = tl.load(entry + 5)
+    full_summary_end = tl.load(entry + 4)
+    partial_end = tl.load(entry + 5)
+    list_end = tl.load(entry + 6)
 
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     channels = tl.arange(0, PADDED_DIM)
     inside = channels < HEAD_DIM
+    EVERY_CHANNEL: tl.constexpr = HEAD_DIM == PADDED_DIM
     query_rows = (first_query + rows).to(tl.int64)
+    stored = (rows < query_count)[:, None] & inside[None, :]
+    key_base = key + batch * key_batch_stride + head * key_head_stride
+    value_base = value + batch * value_batch_stride + head * value_head_stride
 
     if query_blocks is not None:
         batch_row = (batch * tokens).to(tl.int32)
@@ -105,21 +132,17 @@ def span_attention_kernel(
         queries = query_blocks.load([batch_row + first_query, head_column])
     else:
         query_base = query + batch * query_batch_stride + head * query_head_stride
-        queries = tl.load(
-            query_base + query_rows[:, None] * query_token_stride + channels[None, :],
-            mask=(rows < query_count)[:, None] & inside[None, :],
-            other=0.0,
-        )
-    key_base = key + batch * key_batch_stride + head * key_head_stride
-    value_base = value + batch * value_batch_stride + head * value_head_stride
-    key_offsets = columns.to(tl.int64)[:, None] * key_token_stride + channels[None, :]
-    value_offsets = columns.to(tl.int64)[:, None] * value_token_stride + channels[None, :]
+        query_pointers = query_base + query_rows[:, None] * query_token_stride + channels[None, :]
+        queries = tl.load(query_pointers, mask=stored, other=0.0)
 
     accumulator = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     highest = tl.full((BLOCK_M,), LOWEST, tl.float32)
 
-    # Full tiles. The next tile's position is loaded one step ahead, or every load would wait for an index first.
+    # Full tiles of tokens. The next tile's position is read one step ahead: a load that first waited for its own
+    # position would be late.
+    key_offsets = columns[:, None].to(tl.int64) * key_token_stride + channels[None, :]
+    value_offsets = columns[:, None].to(tl.int64) * value_token_stride + channels[None, :]
     next_key = tl.load(key_tiles + 2 * list_begin)
     for index in tl.range(list_begin, full_end, num_stages=STAGES):
         first_key = next_key
@@ -128,56 +151,70 @@ def span_attention_kernel(
             keys = key_blocks.load([batch_row + first_key, head_column])
             values = value_blocks.load([batch_row + first_key, head_column])
         else:
-            key_pointers = key_base + first_key.to(tl.int64) * key_token_stride + key_offsets
-            value_pointers = value_base + first_key.to(tl.int64) * value_token_stride + value_offsets
-            if HEAD_DIM == PADDED_DIM:
-                keys = tl.load(key_pointers)
-                values = tl.load(value_pointers)
-            else:
-                keys = tl.load(key_pointers, mask=inside[None, :], other=0.0)
-                values = tl.load(value_pointers, mask=inside[None, :], other=0.0)
+            keys = _load(key_base + first_key.to(tl.int64) * key_token_stride + key_offsets, inside, EVERY_CHANNEL)
+            values = _load(
+                value_base + first_key.to(tl.int64) * value_token_stride + value_offsets, inside, EVERY_CHANNEL
+            )
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
 
-    # Partial tiles, and all text where a sample's text may be padded.
-    for index in tl.range(full_end, partial_end, num_stages=1):
-        first_key = tl.load(key_tiles + 2 * index)
-        key_count = tl.load(key_tiles + 2 * index + 1)
-        attended = columns < key_count
-        if text_valid is not None:
-            position = first_key + columns
-            padding = (position >= text_start + tl.load(text_valid + batch)) & (position < text_stop)
-            attended = attended & (padding == 0)
-        loaded = attended[:, None] & inside[None, :]
-        keys = tl.load(key_base + first_key.to(tl.int64) * key_token_stride + key_offsets, mask=loaded, other=0.0)
-        values = tl.load(
-            value_base + first_key.to(tl.int64) * value_token_stride + value_offsets, mask=loaded, other=0.0
-        )
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        scores = tl.where(attended[None, :], scores, float("-inf"))
-        accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
-
-    # Summaries: the mean key of c tokens stands for all of them, so log c is added to its score.
+    # Full tiles of summaries. The mean key of c tokens stands for all of them, so log c is added to its score.
     if summary_key is not None:
         summary_stride = heads * HEAD_DIM
-        summary_base = batch * summaries * summary_stride + head * HEAD_DIM
-        summary_offsets = columns[:, None] * summary_stride + channels[None, :]
-        for index in tl.range(partial_end, summary_end, num_stages=1):
-            first_row = tl.load(key_tiles + 2 * index)
-            row_count = tl.load(key_tiles + 2 * index + 1)
-            attended = columns < row_count
-            loaded = attended[:, None] & inside[None, :]
-            start = summary_base + first_row.to(tl.int64) * summary_stride
-            keys = tl.load(summary_key + start + summary_offsets, mask=loaded, other=0.0)
-            values = tl.load(summary_value + start + summary_offsets, mask=loaded, other=0.0)
-            bias = tl.load(summary_log_counts + first_row + columns, mask=attended, other=float("-inf"))
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + (bias * LOG2_E / scale)[None, :]
+        summary_key_base = summary_key + batch * summaries * summary_stride + head * HEAD_DIM
+        summary_value_base = summary_value + batch * summaries * summary_stride + head * HEAD_DIM
+        summary_offsets = columns[:, None].to(tl.int64) * summary_stride + channels[None, :]
+        summary_row = (batch * summaries).to(tl.int32)
+        next_key = tl.load(key_tiles + 2 * full_end)
+        for index in tl.range(full_end, full_summary_end, num_stages=STAGES):
+            first_key = next_key
+            next_key = tl.load(key_tiles + 2 * index + 2)
+            if summary_key_blocks is not None:
+                keys = summary_key_blocks.load([summary_row + first_key, head_column])
+                values = summary_value_blocks.load([summary_row + first_key, head_column])
+            else:
+                start = first_key.to(tl.int64) * summary_stride
+                keys = _load(summary_key_base + start + summary_offsets, inside, EVERY_CHANNEL)
+                values = _load(summary_value_base + start + summary_offsets, inside, EVERY_CHANNEL)
+            bias = tl.load(summary_bias + first_key + columns)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
             accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
 
+    # Partial tiles: tokens up to partial_end (all text among them where it may be padded), then summaries. Keys outside
+    # a span are never read: in the product with the values, 0·NaN would carry a neighbour's NaN into the output.
+    tail = tl.arange(0, BLOCK_TAIL)
+    for index in tl.range(full_summary_end, list_end, num_stages=STAGES):
+        first_key = tl.load(key_tiles + 2 * index)
+        key_count = tl.load(key_tiles + 2 * index + 1)
+        attended = tail < key_count
+        if text_valid is not None:
+            position = first_key + tail
+            padding = (position >= text_start + tl.load(text_valid + batch)) & (position < text_stop)
+            if summary_key is not None:
+                padding = padding & (index < partial_end)
+            attended = attended & (padding == 0)
+        key_start = key_base + first_key.to(tl.int64) * key_token_stride
+        value_start = value_base + first_key.to(tl.int64) * value_token_stride
+        key_stride = key_token_stride
+        value_stride = value_token_stride
+        bias = tl.where(attended, 0.0, float("-inf"))
+        if summary_key is not None:
+            if index >= partial_end:
+                key_start = summary_key_base + first_key.to(tl.int64) * summary_stride
+                value_start = summary_value_base + first_key.to(tl.int64) * summary_stride
+                key_stride = summary_stride
+                value_stride = summary_stride
+            bias += tl.load(summary_bias + first_key + tail, mask=attended & (index >= partial_end), other=0.0)
+        loaded = attended[:, None] & inside[None, :]
+        tail_rows = tail[:, None].to(tl.int64)
+        keys = tl.load(key_start + tail_rows * key_stride + channels[None, :], mask=loaded, other=0.0)
+        values = tl.load(value_start + tail_rows * value_stride + channels[None, :], mask=loaded, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
+        accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
+
     # Stored by masked pointers: a whole block would overwrite the queries of the next tile.
-    output_base = output + (batch * tokens * heads + head) * HEAD_DIM
-    tl.store(
-        output_base + query_rows[:, None] * (heads * HEAD_DIM) + channels[None, :],
-        (accumulator / total[:, None]).to(output.dtype.element_ty),
-        mask=(rows < query_count)[:, None] & inside[None, :],
-    )
+    output_stride = heads * HEAD_DIM
+    output_base = output + batch * tokens * output_stride + head * HEAD_DIM
+    result = accumulator * (1.0 / total)[:, None]
+    output_pointers = output_base + query_rows[:, None] * output_stride + channels[None, :]
+    tl.store(output_pointers, result.to(output.dtype.element_ty), mask=stored)

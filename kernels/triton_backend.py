@@ -7,6 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import TileConfig, architecture_of, tile_config
 
@@ -198,8 +199,9 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _interpreter_obstacle(dtype: torch.dtype) -> str | None:
-    from grat_kernels.span_kernel import span_attention_kernel
     from triton.runtime.interpreter import InterpretedFunction
+
+    from grat_kernels.span_kernel import span_attention_kernel
 
     if not isinstance(span_attention_kernel, InterpretedFunction):
         return (

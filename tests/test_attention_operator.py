@@ -1,0 +1,132 @@
+"""The public call: argument checks, choice of backend, and the operator under torch.compile."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from grat_kernels import (
+    Backend,
+    Block,
+    CrissCross,
+    Grid,
+    Grouping,
+    Plan,
+    Union,
+    build_plan,
+    can_run,
+    span_attention,
+    triton_backend,
+)
+from grat_kernels.attention import BackendUnavailable
+from grat_kernels.plan import plan_by_key
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return build_plan(Grouping(Grid((6, 10)), (4, 4)), Block(0), 4, True)
+
+
+@pytest.fixture
+def tensors(plan: Plan) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, plan.tokens, 2, 32, generator=generator) for _ in range(3)]
+
+
+def test_the_operator_passes_torchs_own_checks(plan: Plan, tensors: list[torch.Tensor]) -> None:
+    arguments = (*tensors, torch.tensor([2, 4]), plan.key, 0.2, "sdpa")
+    # Inference only: there is no backward formula to check.
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.grat.span_attention.default, arguments, test_utils=utilities)
+
+
+def test_compiled_code_keeps_one_graph(plan: Plan, tensors: list[torch.Tensor]) -> None:
+    def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return span_attention(query * 2, key, value, plan, backend=Backend.SDPA).flatten(2) + 1
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), block(*tensors), rtol=0, atol=0)
+
+
+def test_compiled_code_follows_a_change_of_plan(plan: Plan, tensors: list[torch.Tensor]) -> None:
+    wider = build_plan(plan.grouping, CrissCross(1), 4, True)
+
+    def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, current: Plan) -> torch.Tensor:
+        return span_attention(query, key, value, current, backend=Backend.SDPA)
+
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    for current in (plan, wider, plan):
+        expected = span_attention(*tensors, current, backend=Backend.SDPA)
+        torch.testing.assert_close(compiled(*tensors, current), expected, rtol=0, atol=0)
+
+
+def test_output_is_contiguous_in_the_layout_of_the_input(plan: Plan, tensors: list[torch.Tensor]) -> None:
+    strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
+    output = span_attention(*strided, plan, backend=Backend.SDPA)
+    assert output.is_contiguous()
+    torch.testing.assert_close(output, span_attention(*tensors, plan, backend=Backend.SDPA), rtol=0, atol=1e-6)
+
+
+def test_plans_are_named_by_key_while_they_live() -> None:
+    made = build_plan.__wrapped__(Grouping(Grid((4, 4)), (2, 2)), Union(Block(0), CrissCross(2)), 0, True)
+    key = made.key
+    assert plan_by_key(key) is made
+    del made
+    gc.collect()
+    with pytest.raises(KeyError):
+        plan_by_key(key)
+
+
+def test_wrong_arguments_are_refused_in_words(plan: Plan, tensors: list[torch.Tensor]) -> None:
+    query, key, value = tensors
+    with pytest.raises(ValueError, match="one shape"):
+        span_attention(query, key[:, 1:], value, plan)
+    with pytest.raises(ValueError, match="the plan is for 64 tokens"):
+        span_attention(query[:, 1:], key[:, 1:], value[:, 1:], plan)
+    with pytest.raises(ValueError, match="one dtype"):
+        span_attention(query, key.double(), value, plan)
+    with pytest.raises(ValueError, match="one number per sample"):
+        span_attention(query, key, value, plan, torch.tensor([1]))
+    with pytest.raises(ValueError, match="fast"):
+        span_attention(query, key, value, plan, backend="fast")
+
+
+def test_a_backend_chosen_by_name_never_falls_back(plan: Plan, tensors: list[torch.Tensor]) -> None:
+    eighths = [tensor.to(torch.int8) for tensor in tensors]
+    with pytest.raises(BackendUnavailable, match="sdpa backend cannot run here"):
+        span_attention(*eighths, plan, backend=Backend.SDPA)
+    halves = [tensor.bfloat16() for tensor in tensors]
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailable, match="bfloat16"):
+            span_attention(*halves, plan, backend=Backend.TRITON)
+
+
+def test_can_run_gives_reasons_both_ways() -> None:
+    assert can_run(Backend.SDPA, "cpu").reason
+    assert can_run("reference", "cpu")
+    long = can_run(Backend.FLEX, "cpu", tokens=1_000_000)
+    assert not long
+    assert "1000000" in long.reason
+    assert not can_run(Backend.FLEX, "mps")
+    assert not can_run(Backend.TRITON, "mps")
+    assert not can_run(Backend.TRITON, "cpu", torch.float64)
+
+
+def test_auto_says_what_it_chose_and_never_picks_the_interpreter() -> None:
+    # Here the interpreter would run on the CPU, so that only the rule keeps it from being picked.
+    if not torch.cuda.is_available():
+        assert triton_backend.obstacle(torch.device("cpu"), torch.float32, 64, None) is None
+    assert can_run(Backend.AUTO, "cpu", torch.float32, 64).reason.startswith("sdpa")
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; from grat_kernels import Grid, Grouping, Block, build_plan;"
+        "build_plan(Grouping(Grid((8, 8)), (4, 4)), Block(1)).tiles(16, 16);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

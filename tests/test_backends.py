@@ -1,0 +1,173 @@
+"""Every backend against the definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import Problem, error_bound, problems
+from hypothesis import HealthCheck, given, settings
+
+from grat_kernels import (
+    Backend,
+    Block,
+    CrissCross,
+    Far,
+    Full,
+    Grid,
+    Grouping,
+    Union,
+    build_plan,
+    sdpa_backend,
+    span_attention,
+)
+from grat_kernels import reference as definition
+
+FAST = ["reference", "sdpa", "sdpa in windows", "flex"]
+WITH_TRITON = [*FAST, "triton"]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A backend by name; sdpa gathers groups this small in batches, and is tested with a moving window as well."""
+    if request.param == "sdpa in windows":
+        monkeypatch.setattr(sdpa_backend, "CPU_GATHER_BYTES", 1)
+    return Backend(request.param.split()[0])
+
+
+def exact(problem: Problem, *tensors: torch.Tensor, scale: float, text_valid: torch.Tensor | None) -> torch.Tensor:
+    query, key, value = (tensor.double() for tensor in tensors)
+    return definition.attention(query, key, value, problem.plan, text_valid, scale, torch.float64)
+
+
+@pytest.mark.parametrize("backend", FAST, indirect=True)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems())
+def test_backends_equal_the_definition(backend: Backend, problem: Problem) -> None:
+    query, key, value, text_valid = problem.tensors(torch.float32)
+    scale = 1 / math.sqrt(problem.head_dim)
+    output = span_attention(query, key, value, problem.plan, text_valid, backend=backend)
+    assert output.shape == query.shape
+    assert output.is_contiguous()
+    error = (output - exact(problem, query, key, value, scale=scale, text_valid=text_valid)).abs().max()
+    assert error <= error_bound(query, key, value, scale)
+
+
+@settings(max_examples=12)
+@given(problem=problems(max_tokens=80))
+def test_triton_equals_the_definition(problem: Problem) -> None:
+    query, key, value, text_valid = problem.tensors(torch.float32)
+    scale = 1 / math.sqrt(problem.head_dim)
+    output = span_attention(query, key, value, problem.plan, text_valid, backend=Backend.TRITON)
+    error = (output - exact(problem, query, key, value, scale=scale, text_valid=text_valid)).abs().max()
+    assert error <= error_bound(query, key, value, scale)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa in windows"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems())
+def test_sdpa_in_16_bits_is_as_exact_as_the_dtype_allows(
+    backend: Backend, dtype: torch.dtype, problem: Problem
+) -> None:
+    query, key, value, text_valid = problem.tensors(dtype)
+    scale = 1 / math.sqrt(problem.head_dim)
+    output = span_attention(query, key, value, problem.plan, text_valid, backend=backend)
+    assert output.dtype == dtype
+    error = (output - exact(problem, query, key, value, scale=scale, text_valid=text_valid)).abs().max()
+    assert error <= error_bound(query, key, value, scale)
+
+
+@pytest.mark.parametrize("backend", FAST, indirect=True)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems(max_tokens=120))
+def test_nan_in_an_unattended_key_stays_out(backend: Backend, problem: Problem) -> None:
+    query, key, value, text_valid = problem.tensors(torch.float32)
+    plan = problem.plan
+    group = 0
+    seen = torch.zeros(plan.tokens, dtype=torch.bool)
+    for span in plan.spans(group):
+        if span.level == 0:
+            seen[span.start : span.stop] = True
+        else:
+            offset = plan.summaries.offsets[span.level - 1] + span.start
+            for row in range(offset, offset + span.length):
+                seen[plan.summaries.starts[row] : plan.summaries.starts[row] + plan.summaries.counts[row]] = True
+    start = plan.image_start + int(plan.grouping.starts[group])
+    rows = slice(start, start + int(plan.grouping.sizes[group]))
+    clean = span_attention(query, key, value, plan, text_valid, backend=backend)[:, rows]
+    key[:, ~seen] = torch.nan
+    # FlexAttention multiplies masked values by zero: there, only keys are safe.
+    if backend is not Backend.FLEX:
+        value[:, ~seen] = torch.inf
+    poisoned = span_attention(query, key, value, plan, text_valid, backend=backend)[:, rows]
+    torch.testing.assert_close(poisoned, clean, rtol=0, atol=2 * error_bound(query, clean, clean, 1.0))
+    assert poisoned.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("text_first", [True, False])
+def test_padded_text_is_ignored_whatever_it_holds(backend: Backend, text_first: bool) -> None:
+    grouping = Grouping(Grid((9, 11)), (4, 4))
+    generator = torch.Generator().manual_seed(0)
+    padded = build_plan(grouping, Union(Block(1), Far([(1, (2, 2))])), 10, text_first)
+    trimmed = build_plan(grouping, Union(Block(1), Far([(1, (2, 2))])), 6, text_first)
+    query, key, value = (torch.randn(1, padded.tokens, 2, 32, generator=generator) for _ in range(3))
+    kept = [position for position in range(padded.tokens) if not 6 <= position - padded.text_start < 10]
+    expected = definition.attention(*(tensor[:, kept] for tensor in (query, key, value)), trimmed, None, 0.2)
+    drop = [position for position in range(padded.tokens) if position not in kept]
+    key[:, drop] = torch.nan
+    value[:, drop] = torch.nan
+    output = span_attention(query, key, value, padded, torch.tensor([6]), 0.2, backend)[:, kept]
+    assert (output - expected).abs().max() <= 2 * error_bound(query, key.nan_to_num(), value.nan_to_num(), 0.2)
+
+
+@pytest.mark.parametrize("backend", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("shape", [(9, 14), (3, 5, 7)])
+def test_blocks_of_one_token_equal_full_attention(backend: Backend, shape: tuple[int, ...]) -> None:
+    axes = len(shape)
+    grouping = Grouping(Grid(shape), (2,) * axes)
+    far = build_plan(grouping, Union(Block(0), Far([(0, (1,) * axes)])), 5, True)
+    full = build_plan(grouping, Full(), 5, True)
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, far.tokens, 2, 32, generator=generator) for _ in range(3))
+    output = span_attention(query, key, value, far, backend=backend)
+    expected = span_attention(query, key, value, full, backend=Backend.REFERENCE)
+    assert (output - expected).abs().max() <= 2 * error_bound(query, key, value, 1 / math.sqrt(32))
+
+
+@pytest.mark.parametrize("backend", WITH_TRITON, indirect=True)
+def test_summaries_equal_a_plain_dense_computation(backend: Backend) -> None:
+    """Far field on a ragged grid, written out token by token in raster order."""
+    height, width, group, block = 7, 10, 4, 2
+    plan = build_plan(
+        Grouping(Grid((height, width)), (group, group)), Union(CrissCross(1), Far([(0, (block, block))])), 0
+    )
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(height * width, 32, generator=generator, dtype=torch.float64) for _ in range(3))
+    expected = torch.empty_like(query)
+    for y in range(height):
+        for x in range(width):
+            keys, values, bias = [], [], []
+            for block_y in range(0, height, block):
+                for block_x in range(0, width, block):
+                    members = [
+                        row * width + column
+                        for row in range(block_y, min(block_y + block, height))
+                        for column in range(block_x, min(block_x + block, width))
+                    ]
+                    if block_y // group == y // group or block_x // group == x // group:
+                        keys += [key[member] for member in members]
+                        values += [value[member] for member in members]
+                        bias += [0.0] * len(members)
+                    else:
+                        keys.append(key[members].mean(0))
+                        values.append(value[members].mean(0))
+                        bias.append(math.log(len(members)))
+            scores = torch.stack(keys) @ query[y * width + x] / math.sqrt(32) + torch.tensor(bias, dtype=torch.float64)
+            expected[y * width + x] = scores.softmax(0) @ torch.stack(values)
+    order = torch.from_numpy(plan.order)
+    tensors = [tensor[order][None, :, None].float() for tensor in (query, key, value)]
+    output = span_attention(*tensors, plan, backend=backend)[0, torch.from_numpy(plan.inverse), 0]
+    assert (output - expected).abs().max() <= error_bound(*tensors, 1 / math.sqrt(32))

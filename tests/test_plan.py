@@ -1,0 +1,181 @@
+"""Plans: spans, tiles, summaries and the figures read off them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from cases import plans
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Span, Union, build_plan
+from grat_kernels.geometry import cell_sizes
+
+FLUX_8K = Grouping(Grid((512, 512)), (16, 16))
+HUNYUAN_720P = Grouping(Grid((33, 45, 80)), (4, 8, 8))
+
+
+def positions_of_group(plan: Plan, group: int) -> set[int]:
+    """Positions in the joint sequence of a group's tokens, straight from coordinates."""
+    raster = np.stack(np.unravel_index(plan.order, plan.grouping.grid.shape), axis=1)
+    inside = (raster // np.asarray(plan.grouping.group) == plan.grouping.coordinates[group]).all(1)
+    return set((np.flatnonzero(inside) + plan.image_start).tolist())
+
+
+@given(plans(max_tokens=150))
+def test_spans_cover_exactly_the_attended_groups_and_text(plan: Plan) -> None:
+    text = set(range(plan.text_start, plan.text_start + plan.text_len))
+    coordinates = [tuple(row) for row in plan.grouping.coordinates.tolist()]
+    members = [positions_of_group(plan, group) for group in range(len(coordinates))]
+    for group, a in enumerate(coordinates):
+        attended, summarised = set(text), set()
+        for other, b in enumerate(coordinates):
+            level = plan.pattern.level(a, b, plan.grouping.counts)
+            if level == 0:
+                attended |= members[other]
+            elif level > 0:
+                summarised |= {(level, position) for position in members[other]}
+        spans = plan.spans(group)
+        exact = [position for span in spans if span.level == 0 for position in range(span.start, span.stop)]
+        assert sorted(exact) == sorted(attended)
+        far = [(span.level, position) for span in spans if span.level for position in tokens_behind(plan, span)]
+        assert sorted(far) == sorted(summarised)
+
+
+def tokens_behind(plan: Plan, span: Span) -> list[int]:
+    rows = range(
+        plan.summaries.offsets[span.level - 1] + span.start, plan.summaries.offsets[span.level - 1] + span.stop
+    )
+    starts, counts = plan.summaries.starts, plan.summaries.counts
+    return [position for row in rows for position in range(starts[row], starts[row] + counts[row])]
+
+
+@given(plans())
+def test_spans_are_merged_sorted_and_disjoint(plan: Plan) -> None:
+    for group in range(len(plan.grouping.sizes)):
+        spans = plan.spans(group)
+        for left, right in itertools.pairwise(spans):
+            assert left.level < right.level or left.stop < right.start
+
+
+@given(plans())
+def test_query_runs_cover_the_sequence_once(plan: Plan) -> None:
+    position = 0
+    for run in plan.query_runs:
+        assert run.start == position
+        position += run.length
+    assert position == plan.tokens
+
+
+@given(plans())
+def test_summaries_are_the_blocks_of_each_level_in_token_order(plan: Plan) -> None:
+    for number, level in enumerate(plan.pattern.far_levels):
+        rows = slice(plan.summaries.offsets[number], plan.summaries.offsets[number + 1])
+        starts, counts = plan.summaries.starts[rows], plan.summaries.counts[rows]
+        assert starts[0] == plan.image_start
+        np.testing.assert_array_equal(starts[1:], (starts + counts)[:-1])
+        assert sorted(counts.tolist()) == sorted(cell_sizes(plan.grouping.grid, level.block).tolist())
+
+
+@given(plans(), st.sampled_from([(16, 8), (32, 16), (128, 128)]), st.booleans())
+def test_tiles_compute_every_attended_pair_once(plan: Plan, block: tuple[int, int], text_apart: bool) -> None:
+    tiles = plan.tiles(*block, text_apart=text_apart)
+    assert (tiles.query_tiles[:, 1] <= block[0]).all()
+    assert (tiles.key_tiles[:, 1] <= block[1]).all()
+    covered = np.zeros(plan.tokens, np.int64)
+    pairs = 0
+    text = range(plan.text_start, plan.text_start + plan.text_len)
+    for first, rows, begin, full_end, partial_end, end in tiles.query_tiles.tolist():
+        covered[first : first + rows] += 1
+        assert begin <= full_end <= partial_end <= end < len(tiles.key_tiles)
+        for start, keys in tiles.key_tiles[begin:full_end].tolist():
+            assert keys == block[1]
+            assert not text_apart or not set(text) & set(range(start, start + keys))
+        pairs += rows * int(tiles.key_tiles[begin:end, 1].sum())
+    assert (covered == 1).all()
+    assert pairs == plan.attended_pairs
+
+
+def test_text_tiles_come_first_where_text_is_longer_than_the_rest() -> None:
+    plan = build_plan(FLUX_8K, Block(1), 512, True)
+    tiles = plan.tiles(128, 128)
+    assert tiles.leading == 4
+    assert sorted(tiles.query_tiles[:4, 0].tolist()) == [0, 128, 256, 384]
+    after = build_plan(HUNYUAN_720P, Block(1), 256, False).tiles(128, 128)
+    assert after.leading == 2
+    assert after.query_tiles[0, 0] == 33 * 45 * 80
+
+
+# Densities, ideal speed-ups and tile efficiencies counted by an independent script (one group at a time).
+@pytest.mark.parametrize(
+    ("grouping", "pattern", "text_len", "density", "efficiency"),
+    [
+        (FLUX_8K, CrissCross(1), 512, 0.0652, 1.00),
+        (FLUX_8K, Block(1), 512, 0.0123, 1.00),
+        (FLUX_8K, Block(2), 512, 0.0264, 1.00),
+        (FLUX_8K, Union(Block(1), Far([(1, (8, 8))])), 512, 0.028, 0.98),
+        (FLUX_8K, Union(Block(1), Far([(1, (4, 4)), (3, (16, 16))])), 512, 0.018, 0.78),
+        (HUNYUAN_720P, CrissCross(1), 256, 0.345, 0.90),
+        (HUNYUAN_720P, CrissCross(2), 256, 0.049, 0.89),
+        (HUNYUAN_720P, Block(1), 256, 0.047, 0.94),
+        (HUNYUAN_720P, Union(Block(1), Far([(1, (4, 4, 4))])), 256, 0.064, 0.84),
+    ],
+)
+def test_published_sizes_have_the_known_figures(
+    grouping: Grouping, pattern: Pattern, text_len: int, density: float, efficiency: float
+) -> None:
+    plan = build_plan(grouping, pattern, text_len, grouping is FLUX_8K)
+    assert plan.density == pytest.approx(density, abs=5e-4)
+    assert plan.ideal_speedup == pytest.approx(1 / plan.density)
+    assert plan.tile_efficiency() == pytest.approx(efficiency, abs=6e-3)
+
+
+def test_density_counts_text_rows_and_columns() -> None:
+    plan = build_plan(Grouping(Grid((4, 4)), (2, 2)), Block(0), 3, True)
+    assert plan.attended_pairs == 16 * (4 + 3) + 3 * 19
+    assert build_plan(Grouping(Grid((5, 7)), (2, 3)), Full(), 3).density == 1.0
+
+
+def test_full_attention_is_one_span_and_one_run() -> None:
+    plan = build_plan(Grouping(Grid((20, 27)), (8, 8)), Full(), 24, False)
+    assert plan.spans(0) == (Span(0, 20 * 27 + 24, 0),)
+    assert len(plan.query_runs) == 1
+
+
+def test_a_group_row_of_criss_cross_is_one_span() -> None:
+    plan = build_plan(FLUX_8K, CrissCross(1), 512, True)
+    # Group 40 lies in row 1, column 8: text, 31 groups of its column, and its row merged into one span.
+    assert sorted(span.length for span in plan.spans(40)) == [256] * 31 + [512, 512 * 16]
+
+
+def test_reach_is_the_farthest_token_attended_exactly() -> None:
+    plan = build_plan(Grouping(Grid((12, 12)), (4, 4)), Block(1), 0)
+    distances = [
+        np.hypot(*(np.subtract(a, b)))
+        for a in np.ndindex(12, 12)
+        for b in np.ndindex(12, 12)
+        if all(abs(x // 4 - y // 4) <= 1 for x, y in zip(a, b, strict=True))
+    ]
+    assert plan.reach == pytest.approx(max(distances))
+
+
+def test_equal_requests_share_one_plan() -> None:
+    grouping = Grouping(Grid((8, 8)), (4, 4))
+    assert build_plan(grouping, Block(1), 4, True) is build_plan(Grouping(Grid((8, 8)), (4, 4)), Block(1), 4, True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), CrissCross(3)), "axes"),
+        (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), Union(Block(1), Far([(1, (3, 3))]))), "do not nest"),
+        (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), Union(Block(1), Far([(1, (8, 8))]))), "do not nest"),
+        (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), Far([(1, (2, 2))])), "nothing to attend"),
+        (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), Full(), -1), "negative"),
+    ],
+)
+def test_impossible_plans_are_refused_in_words(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
