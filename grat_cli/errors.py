@@ -6,7 +6,7 @@ A message says what is wrong and what to type instead. Anything else that is rai
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 INTERRUPTED = 130
 
@@ -43,9 +43,14 @@ class NumericalFailure(GratError):
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` is most likely a slip of, or None where nothing is close."""
-    by_lower_case = {name.lower(): name for name in known}
-    matches = get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.5)
-    return by_lower_case[matches[0]] if matches else None
+
+    def likeness(name: str) -> tuple[float, bool]:
+        typed, meant = word.lower(), name.lower()
+        # Among equally similar words, one of the same letters is a slip of the fingers.
+        return SequenceMatcher(None, typed, meant).ratio(), sorted(typed) == sorted(meant)
+
+    closest = max(known, key=likeness, default=None)
+    return closest if closest is not None and likeness(closest)[0] >= 0.5 else None
 
 
 def choices(word: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from grat_cli.errors import BadInput, choices
+from grat_cli.errors import BadInput, nearest
 from grat_cli.preset_problems import Problem, problem_of, shape_text
 from grat_cli.preset_schema import (
     AXES,
@@ -85,7 +85,9 @@ def load_preset(name_or_path: str) -> Preset:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or os.sep in name_or_path or path.is_file():
         return preset_from(read_file(path))
-    raise BadInput(f"there is no preset {name_or_path!r}: {choices(name_or_path, names)}")
+    closest = nearest(name_or_path, names)
+    advice = f"did you mean {closest}?" if closest else "grat presets lists them"
+    raise BadInput(f"there is no preset {name_or_path!r}: {advice}")
 
 
 def preset_from(source: YamlSource) -> Preset:

@@ -1,0 +1,144 @@
+"""`grat image`: pictures from a prompt."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import datetime
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from grat_cli import options
+from grat_cli.output import Output
+
+if TYPE_CHECKING:
+    from grat_cli.presets import Preset
+
+
+def image(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.", show_default=False)],
+    res: options.Res = None,
+    seed: options.Seed = None,
+    n: options.Count = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative: options.Negative = None,
+    init_image: options.InitImage = None,
+    strength: options.Strength = None,
+    preset: options.PresetName = None,
+    variant: options.VariantName = None,
+    group: options.Group = None,
+    radius: options.Radius = None,
+    share: options.Share = None,
+    set_items: options.SetItems = None,
+    backend: options.BackendChoice = None,
+    model: options.ModelName = None,
+    base: options.Base = None,
+    device: options.DeviceName = "auto",
+    dtype: options.Dtype = "auto",
+    offload: options.Offload = "none",
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    no_metadata: options.NoMetadata = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make pictures from a prompt."""
+    from grat_cli import media, report
+    from grat_cli.architectures import ARCHITECTURES
+    from grat_cli.errors import BadInput
+    from grat_cli.models import choose_model
+    from grat_cli.planning import architecture_for, schedule_for
+    from grat_cli.resolution import parse_resolution
+    from grat_cli.seeds import resolve_seeds
+    from grat_cli.selection import DTYPES, OFFLOADS, require_choice, require_device, select_preset
+
+    output = Output(as_json=as_json, quiet=quiet)
+
+    # 1. What can be refused without looking at any model.
+    if not prompt.strip():
+        raise BadInput('the prompt is empty: try grat image "a red fox in the snow"')
+    require_device(device)
+    require_choice("--dtype", dtype, DTYPES)
+    require_choice("--offload", offload, OFFLOADS)
+    if strength is not None and init_image is None:
+        raise BadInput("--strength is for image-to-image: add --init-image FILE")
+    if strength is not None and not 0 < strength <= 1:
+        raise BadInput(f"--strength {strength:g}: expected more than 0 and at most 1")
+    if init_image is not None and not init_image.is_file():
+        raise BadInput(f"--init-image {init_image}: there is no such file")
+    seeds = resolve_seeds(seed, n)
+
+    # 2. Model, preset, size; whether they fit one another.
+    choice = choose_model(model)
+    chosen = select_preset(
+        choice,
+        preset=preset,
+        variant=variant,
+        group=group,
+        radius=radius,
+        share=share,
+        backend=backend,
+        steps=steps,
+        guidance=guidance,
+        set_items=set_items or (),
+    )
+    resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
+    if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
+        schedule_for(chosen, architecture_for(choice), resolution)
+
+    # 3. Where the pictures go, before hours are spent on them.
+    now = datetime.now().astimezone()
+    word = _variant_word(chosen)
+    names = [media.default_name(now, prompt, str(resolution), word, seed) for seed in seeds]
+    paths = media.output_paths(out, names, seeds)
+    media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
+
+    # 4. Make them, one by one; each is written as soon as it is done.
+    from grat_cli.generation import ImageRequest, generate_images
+
+    output.hint(f"{choice.name} ({choice.reason}), {resolution}, {chosen.sampling.steps} steps")
+    output.hint(f"{chosen.name}: {chosen.attention.summary}")
+    output.hint(f"seed {', '.join(map(str, seeds))}")
+    request = ImageRequest(
+        prompt=prompt,
+        preset=chosen,
+        model=choice,
+        width=resolution.width,
+        height=resolution.height,
+        seeds=seeds,
+        negative_prompt=negative,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        init_image=init_image,
+        strength=0.7 if strength is None else strength,
+        base=base,
+    )
+    command = shlex.join(["grat", *(context.find_root().obj or ())])
+    reports: list[dict[str, Any]] = []
+    with output.progress() as progress:
+        for path, generated in zip(paths, generate_images(request, progress), strict=True):
+            made = report.build_report(request, generated, command, datetime.now().astimezone())
+            progress.phase("save")
+            began = perf_counter()
+            media.write_png(generated.image, path, None if no_metadata else report.provenance(made))
+            made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
+            media.write_json(made, media.report_path(path))
+            reports.append(made)
+            output.line(str(path))
+
+    # 5. What it took.
+    output.data({"images": [{"file": str(path), **made} for path, made in zip(paths, reports, strict=True)]})
+    if len(reports) == 1:
+        output.show(report.timing_table(reports[0]), report.phases_line(reports[0]))
+    else:
+        output.show(report.pictures_table(reports))
+
+
+def _variant_word(preset: Preset) -> str:
+    """The variant in a file's name: `b`, or `b-far` with a far field."""
+    return preset.attention.variant + ("-far" if preset.attention.far else "")

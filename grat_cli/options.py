@@ -1,0 +1,292 @@
+"""Options that commands share, as `Annotated` types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grat_cli.errors import BadInput
+
+_PICTURE, _ATTENTION, _MODEL, _OUTPUT = "Picture", "Attention", "Model", "Output"
+
+
+def _number(option: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A parser of numbers whose complaint names the option; Typer's own words are longer and say less."""
+
+    def parse(text: str) -> int | float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            expected = "a whole number" if kind is int else "a number"
+            raise BadInput(f"{option} {text}: expected {expected}")
+        return number
+
+    return parse
+
+
+def complete_preset() -> list[str]:
+    """Names of presets, for shell completion."""
+    from grat_cli.presets import preset_names
+
+    return preset_names()
+
+
+def complete_variant() -> list[str]:
+    """Names of variants, for shell completion."""
+    from grat_cli.selection import PRESET_VARIANTS
+
+    return list(PRESET_VARIANTS)
+
+
+def complete_model() -> list[str]:
+    """Names of models, for shell completion."""
+    from grat_cli.architectures import ARCHITECTURES
+
+    return list(ARCHITECTURES)
+
+
+def complete_backend() -> list[str]:
+    """Names of backends, for shell completion."""
+    from grat_cli.presets import BACKENDS
+
+    return list(BACKENDS)
+
+
+# Picture
+Res = Annotated[
+    str | None,
+    typer.Option(
+        "--res",
+        metavar="SIZE",
+        help="1024, 1536x1024, 4k, 4mp, 16:9 or 16:9@4mp, in multiples of 16. Default: the model's own size.",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+    ),
+]
+Seed = Annotated[
+    str | None,
+    typer.Option(
+        "--seed",
+        metavar="SEED,...",
+        help="One seed or several: one picture each. Default: random.",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        "--n",
+        parser=_number("--n", int),
+        metavar="COUNT",
+        help="So many pictures, with consecutive seeds.",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        parser=_number("--steps", int),
+        metavar="COUNT",
+        help="Denoising steps. Default: the preset's.",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        parser=_number("--guidance", float),
+        metavar="SCALE",
+        help="How closely to follow the prompt. Default: the preset's.",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+    ),
+]
+Negative = Annotated[
+    str | None,
+    typer.Option(
+        "--negative",
+        metavar="PROMPT",
+        help="What to keep out of the picture.",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+    ),
+]
+InitImage = Annotated[
+    Path | None,
+    typer.Option(
+        "--init-image",
+        metavar="FILE",
+        help="A picture to start from (image-to-image).",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        "--strength",
+        parser=_number("--strength", float),
+        metavar="SHARE",
+        help="How much of --init-image to redo, 0 to 1. Default: 0.7.",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+    ),
+]
+
+# Attention
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="A preset by name or from a YAML file. Default: the recommended one (see grat presets).",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+        autocompletion=complete_preset,
+    ),
+]
+VariantName = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME",
+        help="full, b, b-wide, x, bx, far or sta: the model's preset of that name. With --preset: its variant instead.",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+        autocompletion=complete_variant,
+    ),
+]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        "--group",
+        metavar="SIZE",
+        help="Tokens per group, such as 16 or 16x16.",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+    ),
+]
+Radius = Annotated[
+    str | None,
+    typer.Option(
+        "--radius",
+        metavar="GROUPS",
+        help="For b and bx: how many groups away is attended, such as 2 or 1x2.",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+    ),
+]
+Share = Annotated[
+    int | None,
+    typer.Option(
+        "--share",
+        parser=_number("--share", int),
+        metavar="COUNT",
+        help="For x and bx: how many group coordinates must be equal.",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+    ),
+]
+SetItems = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any value of the preset, such as schedule.dense_steps=0.1; may be repeated.",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+    ),
+]
+BackendChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="auto, reference, sdpa, flex or triton. One that is named runs or says why not (see grat env).",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+        autocompletion=complete_backend,
+    ),
+]
+
+# Model
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="demo, flux-dev, flux-schnell, a Hub id, a folder or a .safetensors file. "
+        "Default: flux-dev with a CUDA device, else demo.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+        autocompletion=complete_model,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="Folder or Hub id with the text encoders and autoencoder for a .safetensors --model.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", show_default=False, rich_help_panel=_MODEL
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="auto, float32, bfloat16 or float16.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
+Offload = Annotated[
+    str,
+    typer.Option(
+        "--offload",
+        metavar="HOW",
+        help="none, model or sequential: keep parts in main memory until they are needed.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
+
+# Output
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="PATH",
+        help="File or folder to write to. Default: a telling name in the current folder.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)]
+NoMetadata = Annotated[
+    bool,
+    typer.Option("--no-metadata", help="Keep prompt and settings out of the picture file.", rich_help_panel=_OUTPUT),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but the result's names.", rich_help_panel=_OUTPUT)]
+# Read by app.run, because a mistake among the other options must already obey it.
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.", rich_help_panel=_OUTPUT)]

@@ -1,0 +1,139 @@
+"""How a run shows that it gets on, on stderr."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from grat_cli.output import Output
+
+PHASE_WORDS = {
+    "load": "loading",
+    "text": "reading the prompt",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "save": "saving",
+}
+
+
+class ProgressDisplay(Protocol):
+    """A `generation.Progress` that is shown while a `with` block lasts."""
+
+    def __enter__(self) -> ProgressDisplay: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def phase(self, name: str) -> None:
+        """A phase begins: load, text, denoise, decode or save."""
+
+    def step(self, done: int, total: int) -> None:
+        """So many denoising steps are done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def step(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class LogProgress(NoProgress):
+    """For files and pipes: a line per phase, and during denoising a line at most every `interval_s` seconds."""
+
+    def __init__(self, output: Output, interval_s: float = 10.0) -> None:
+        self._output, self._interval_s = output, interval_s
+        self._phase, self._began, self._last_line = "", 0.0, 0.0
+
+    def phase(self, name: str) -> None:
+        self._phase, self._began = name, time.monotonic()
+        self._last_line = self._began
+        self._output.hint(PHASE_WORDS.get(name, name))
+
+    def step(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done and (now - self._last_line >= self._interval_s or done == total):
+            self._last_line = now
+            per_step = (now - self._began) / done
+            self._output.hint(f"step {done}/{total}, {pace(per_step)}, {duration(per_step * (total - done))} left")
+
+    def note(self, text: str) -> None:
+        self._output.hint(text)
+
+
+class LiveProgress(NoProgress):
+    """For terminals: a bar with steps, time per step and time left; a spinner for other phases."""
+
+    def __init__(self, output: Output) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self._output = output
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[steps]}", markup=False),
+            console=output.error_console,
+            transient=True,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=None, steps="")
+        self._began = 0.0
+
+    def __enter__(self) -> LiveProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str) -> None:
+        self._began = time.monotonic()
+        self._progress.reset(self._task, description=PHASE_WORDS.get(name, name), total=None, steps="")
+
+    def step(self, done: int, total: int) -> None:
+        steps = f"{done}/{total}"
+        if done:
+            per_step = (time.monotonic() - self._began) / done
+            steps += f" {pace(per_step)} {duration(per_step * (total - done))} left"
+        self._progress.update(self._task, completed=done, total=total, steps=steps)
+
+    def note(self, text: str) -> None:
+        self._output.hint(text)
+
+
+def pace(seconds_per_step: float) -> str:
+    """Time per step, such as `0.21 s/step`."""
+    return f"{seconds_per_step:.{0 if seconds_per_step >= 100 else 2}f} s/step"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: `8 s`, `2:05` or `1:02:05`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,151 @@
+"""Reports: what made a picture, how long it took, on what; written beside it, and in part inside it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.environment import versions
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from grat_cli.generation import GeneratedImage, ImageRequest
+
+SCHEMA = "grat.report/1"
+
+# What a run cost says nothing about how to repeat it, and stays out of the picture.
+_COSTS = ("phases", "steps", "peak_memory_bytes")
+_STEPS_SHOWN_WHOLE = 4
+
+
+def build_report(request: ImageRequest, generated: GeneratedImage, command: str, created: datetime) -> dict[str, Any]:
+    """Everything about one picture, as plain data.
+
+    Args:
+        request: what was asked for.
+        generated: what came of it.
+        command: the command line as typed.
+        created: when, with time zone.
+    """
+    schedule = generated.schedule
+    image_tokens = schedule.grid.tokens
+    return {
+        "schema": SCHEMA,
+        "created": created.isoformat(timespec="seconds"),
+        "command": command,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": generated.seed,
+        "width": generated.width,
+        "height": generated.height,
+        "init_image": None if request.init_image is None else str(request.init_image),
+        "strength": None if request.init_image is None else request.strength,
+        "preset": request.preset.model_dump(mode="json"),
+        "model": {
+            "name": request.model.name,
+            "source": request.model.source,
+            "family": request.model.family,
+            "revision": generated.model_revision,
+            "base": request.base,
+            "reason": request.model.reason,
+        },
+        "grid": list(schedule.grid.shape),
+        "tokens": {
+            "image": image_tokens,
+            "text": generated.text_tokens,
+            "total": image_tokens + generated.text_tokens,
+        },
+        "density": schedule.density,
+        "ideal_speedup": schedule.ideal_speedup,
+        "backend": {
+            "requested": request.preset.kernel.backend,
+            "used": generated.backend,
+            "reason": generated.backend_reason,
+        },
+        "device": {
+            "name": generated.device,
+            "model": generated.device_name,
+            "dtype": generated.dtype,
+            "offload": request.offload,
+        },
+        "versions": versions(),
+        "phases": {name: round(milliseconds, 3) for name, milliseconds in generated.phases_ms.items()},
+        "steps": [_rounded(asdict(step)) for step in generated.steps],
+        "peak_memory_bytes": generated.peak_memory_bytes,
+    }
+
+
+def provenance(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a report that goes into the picture: all but what the run cost."""
+    return {name: value for name, value in report.items() if name not in _COSTS}
+
+
+def timing_table(report: Mapping[str, Any]) -> RenderableType:
+    """Steps of a report for people, the sum last; of many steps the first, the median and the last."""
+    steps: Sequence[Mapping[str, Any]] = report["steps"]
+    table = _table("step")
+    for name, step in _telling_steps(steps):
+        table.add_row(name, *_cells(step))
+    table.add_section()
+    table.add_row(f"{len(steps)} steps", *_cells(_sum(steps)))
+    return table
+
+
+def pictures_table(reports: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One line per picture: denoising time, the part of it in attention, density."""
+    table = _table("seed")
+    for made in reports:
+        table.add_row(str(made["seed"]), *_cells(_sum(made["steps"])))
+    return table
+
+
+def phases_line(report: Mapping[str, Any]) -> str:
+    """For example `load 1.2 s, text 0.1 s, denoise 4.5 s, decode 0.2 s, save 0.1 s`."""
+    return ", ".join(f"{name} {milliseconds_text(value)}" for name, value in report["phases"].items())
+
+
+def milliseconds_text(milliseconds: float) -> str:
+    """A time for people: `0.8 ms`, `210 ms`, `4.52 s` or `95 s`."""
+    if milliseconds < 1000:
+        return f"{milliseconds:.{1 if milliseconds < 10 else 0}f} ms"
+    return f"{milliseconds / 1000:.{2 if milliseconds < 10_000 else 1}f} s"
+
+
+def _table(first_column: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column(first_column, no_wrap=True)
+    for name in ("time", "attention", "share", "density"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _cells(times: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    total, attention = times["total_ms"], times["attention_ms"]
+    share = f"{attention / total:.0%}" if total else "-"
+    return milliseconds_text(total), milliseconds_text(attention), share, f"{times['density']:.3f}"
+
+
+def _sum(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Times added up, densities averaged."""
+    times = {name: sum(step[name] for step in steps) for name in ("total_ms", "attention_ms")}
+    return {**times, "density": statistics.fmean(step["density"] for step in steps) if steps else 0.0}
+
+
+def _telling_steps(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    if len(steps) <= _STEPS_SHOWN_WHOLE:
+        return [(str(step["index"] + 1), step) for step in steps]
+    # The step of median length, not medians column by column: its parts belong together.
+    median = sorted(steps, key=lambda step: step["total_ms"])[len(steps) // 2]
+    return [("1 (first)", steps[0]), ("median", median), (f"{len(steps)} (last)", steps[-1])]
+
+
+def _rounded(step: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in step.items()}

@@ -1,0 +1,100 @@
+"""Which preset a command runs with: from `--preset`, `--variant`, `--set` and the other flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from grat_cli.errors import BadInput, choices
+from grat_cli.models import ModelChoice
+from grat_cli.presets import AXES, VARIANTS, Preset, Sampling, load_preset, preset_names, resolve_preset
+
+# The presets that come with grat are named after the family and one of these; `far` is the recommended one.
+PRESET_VARIANTS = ("full", "b", "b-wide", "x", "bx", "far", "sta")
+RECOMMENDED = "far"
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OFFLOADS = ("none", "model", "sequential")
+
+
+def select_preset(
+    model: ModelChoice,
+    *,
+    preset: str | None = None,
+    variant: str | None = None,
+    group: str | None = None,
+    radius: str | None = None,
+    share: int | None = None,
+    backend: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    set_items: Sequence[str] = (),
+) -> Preset:
+    """The resolved preset of a run.
+
+    Without `preset`, `variant` names one of the presets for the model's family; with it, `variant` replaces the
+    preset's own. A preset that comes with grat serves all models of a family, so steps and guidance are the model's.
+
+    Raises:
+        BadInput: naming the option that does not fit.
+    """
+    if preset is None:
+        if variant is not None and variant not in PRESET_VARIANTS:
+            raise BadInput(f"there is no variant {variant!r}: {choices(variant, PRESET_VARIANTS)}")
+        base = load_preset(f"{model.family}-{variant or RECOMMENDED}")
+        variant = None
+    else:
+        base = load_preset(preset)
+        if variant is not None and variant not in VARIANTS and variant in PRESET_VARIANTS:
+            raise BadInput(
+                f"--variant {variant} is short for the preset {model.family}-{variant}: leave out --preset, "
+                f"or choose from {', '.join(VARIANTS)}"
+            )
+    if AXES[base.model] != AXES[model.family]:
+        raise BadInput(f"preset {base.name} is for {base.model} models, {model.name} is not one: see grat presets")
+    if base.name in preset_names():
+        sampling = Sampling(steps=model.default_steps, guidance=model.default_guidance, shift=base.sampling.shift)
+        base = base.model_copy(update={"sampling": sampling})
+    return resolve_preset(
+        base,
+        set_items=set_items,
+        variant=variant,
+        group=_sizes("--group", group, "16 or 16x16"),
+        radius=_sizes("--radius", radius, "2 or 1x2"),
+        share=share,
+        backend=backend,
+        steps=steps,
+        guidance=guidance,
+    )
+
+
+def require_choice(option: str, word: str, known: Sequence[str]) -> str:
+    """The word, if it is one of the known ones.
+
+    Raises:
+        BadInput: naming the nearest.
+    """
+    if word not in known:
+        raise BadInput(f"{option} {word}: {choices(word, known)}")
+    return word
+
+
+def require_device(name: str) -> str:
+    """The name of a device, if it is one; whether it exists here is for torch to say.
+
+    Raises:
+        BadInput: naming the nearest.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", name, re.ASCII):
+        raise BadInput(f"--device {name}: {choices(name, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps'))}")
+    return name
+
+
+def _sizes(option: str, text: str | None, example: str) -> int | tuple[int, ...] | None:
+    """`16` is a number for all axes, `4x8x8` one per axis."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,6}(x-?\d{1,6})*", text, re.ASCII):
+        raise BadInput(f"{option} {text}: expected whole numbers such as {example}")
+    numbers = tuple(int(part) for part in text.split("x"))
+    return numbers[0] if len(numbers) == 1 else numbers
