@@ -1,14 +1,12 @@
 """Tile sizes of the span kernel, one readable table: architecture, head dimension, width of the dtype.
 
-Every row compiles without a spill inside a loop and within the shared memory of its architecture;
-`python -m grat_kernels.aot` checks that without a GPU.
+Every row compiles without a spill inside a loop and within the shared memory of its architecture, which
+`python -m grat_kernels.aot` checks without a GPU.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
-
-Form = Literal["tma", "pointers"]
 
 
 class TileConfig(NamedTuple):
@@ -16,100 +14,113 @@ class TileConfig(NamedTuple):
 
     Attributes:
         block_m: queries per tile.
-        block_n: keys per tile.
+        block_n: keys per full tile.
+        block_tail: most keys of a partial tile.
         warps: warps per program.
-        stages: depth of the load pipeline in the loop over full tiles.
-        form: how full tiles are read: `tma` through tensor descriptors, `pointers` through addresses.
+        stages: depth of the load pipelines.
+        form: how full tiles are read: `tma` through tensor descriptors where the tensors allow it, or `pointers`.
     """
 
     block_m: int
     block_n: int
+    block_tail: int
     warps: int
     stages: int
-    form: Form
+    form: Literal["tma", "pointers"]
 
 
 class Case(NamedTuple):
-    """One row key: the largest padded head dimension it serves and the bits of the dtype."""
+    """A row's key: the largest padded head dimension that it serves, and the bits of the dtype."""
 
     head_dim: int
     bits: int
 
 
-# fp32 runs on the ordinary arithmetic units (exact products, no TF32) and serves tests and small checks: its tiles are
-# chosen to fit every architecture, not to be fast.
+# fp32 keeps exact products (no TF32) on the ordinary arithmetic units and serves tests and small checks: these tiles
+# fit every architecture.
 _FP32 = {
-    Case(64, 32): TileConfig(32, 32, 4, 1, "pointers"),
-    Case(128, 32): TileConfig(32, 32, 4, 1, "pointers"),
-    Case(256, 32): TileConfig(32, 16, 4, 1, "pointers"),
+    Case(64, 32): TileConfig(32, 32, 16, 4, 1, "pointers"),
+    Case(128, 32): TileConfig(32, 32, 16, 4, 1, "pointers"),
+    Case(256, 32): TileConfig(32, 16, 16, 4, 1, "pointers"),
 }
 
 TABLE: dict[str, dict[Case, TileConfig]] = {
-    # A100: 163 KB of shared memory per program.
+    # A100.
     "sm_80": {
-        Case(64, 16): TileConfig(128, 64, 4, 3, "pointers"),
-        Case(128, 16): TileConfig(128, 64, 8, 2, "pointers"),
-        Case(256, 16): TileConfig(64, 32, 4, 2, "pointers"),
+        Case(64, 16): TileConfig(128, 64, 32, 4, 3, "pointers"),
+        Case(128, 16): TileConfig(128, 64, 32, 8, 3, "pointers"),
+        Case(256, 16): TileConfig(64, 32, 16, 4, 3, "pointers"),
         **_FP32,
     },
-    # RTX 30 and 40 series, A10, L4, L40: 99 KB.
+    # RTX 30 and 40 series, A10, L4, L40.
     "sm_86": {
-        Case(64, 16): TileConfig(128, 64, 4, 2, "pointers"),
-        Case(128, 16): TileConfig(128, 64, 8, 2, "pointers"),
-        Case(256, 16): TileConfig(64, 32, 4, 2, "pointers"),
+        Case(64, 16): TileConfig(128, 64, 32, 4, 3, "pointers"),
+        Case(128, 16): TileConfig(128, 64, 32, 8, 3, "pointers"),
+        Case(256, 16): TileConfig(64, 32, 16, 4, 2, "pointers"),
         **_FP32,
     },
-    # H100, H200: 227 KB.
+    # H100, H200.
     "sm_90": {
-        Case(64, 16): TileConfig(128, 128, 8, 2, "tma"),
-        Case(128, 16): TileConfig(128, 128, 8, 2, "tma"),
-        Case(256, 16): TileConfig(128, 64, 8, 2, "tma"),
+        Case(64, 16): TileConfig(128, 128, 64, 8, 2, "tma"),
+        Case(128, 16): TileConfig(128, 128, 64, 8, 2, "tma"),
+        Case(256, 16): TileConfig(128, 64, 32, 8, 2, "tma"),
         **_FP32,
     },
-    # B200, GB200: 227 KB.
+    # B200, GB200.
     "sm_100": {
-        Case(64, 16): TileConfig(128, 128, 8, 2, "tma"),
-        Case(128, 16): TileConfig(128, 128, 8, 2, "tma"),
-        Case(256, 16): TileConfig(128, 64, 8, 2, "tma"),
+        Case(64, 16): TileConfig(128, 128, 64, 8, 2, "tma"),
+        Case(128, 16): TileConfig(128, 128, 64, 8, 2, "tma"),
+        Case(256, 16): TileConfig(128, 64, 32, 8, 2, "tma"),
         **_FP32,
     },
-    # RTX 50 series: 99 KB.
+    # RTX 50 series.
     "sm_120": {
-        Case(64, 16): TileConfig(128, 64, 4, 2, "pointers"),
-        Case(128, 16): TileConfig(128, 64, 8, 2, "pointers"),
-        Case(256, 16): TileConfig(64, 32, 4, 2, "pointers"),
+        Case(64, 16): TileConfig(128, 64, 32, 4, 3, "pointers"),
+        Case(128, 16): TileConfig(128, 64, 32, 8, 3, "pointers"),
+        Case(256, 16): TileConfig(64, 32, 16, 4, 2, "pointers"),
         **_FP32,
     },
-    # AMD: 64 KB of local memory.
+    # AMD.
     "rocm": {
-        Case(64, 16): TileConfig(128, 64, 4, 1, "pointers"),
-        Case(128, 16): TileConfig(128, 64, 4, 1, "pointers"),
-        Case(256, 16): TileConfig(64, 32, 4, 1, "pointers"),
+        Case(64, 16): TileConfig(128, 64, 32, 4, 1, "pointers"),
+        Case(128, 16): TileConfig(128, 64, 32, 4, 1, "pointers"),
+        Case(256, 16): TileConfig(64, 32, 16, 4, 1, "pointers"),
         **_FP32,
     },
-    # Triton's interpreter on the CPU: small tiles, so that small tests meet full and partial ones.
+    # Triton's interpreter on the CPU: its time goes by the operation, so tiles are large for the sizes it is used on.
     "interpreter": {
-        Case(256, 16): TileConfig(32, 16, 1, 1, "pointers"),
-        Case(256, 32): TileConfig(32, 16, 1, 1, "pointers"),
+        Case(256, 16): TileConfig(64, 64, 32, 1, 1, "pointers"),
+        Case(256, 32): TileConfig(64, 64, 32, 1, 1, "pointers"),
     },
 }
 
+# Shared memory that one program may use, in bytes: the CUDA C++ programming guide's table of compute capabilities.
+SHARED_MEMORY_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+}
+
+_ROW_OF_CAPABILITY = {(8, 0): "sm_80", (8, 6): "sm_86", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "sm_120"}
+
 
 def architecture_of(capability: tuple[int, int]) -> str:
-    """The table's name for a CUDA compute capability: the nearest row that is not newer.
+    """The table's architecture for a CUDA compute capability: the newest one that is not newer.
 
     Raises:
-        ValueError: if it is older than 8.0.
+        ValueError: if the capability is older than 8.0.
     """
-    rows = {(8, 0): "sm_80", (8, 6): "sm_86", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "sm_120"}
-    older = [row for row in rows if row <= capability]
+    older = [known for known in _ROW_OF_CAPABILITY if known <= capability]
     if not older:
         raise ValueError(f"compute capability {capability[0]}.{capability[1]} is older than 8.0")
-    return rows[max(older)]
+    return _ROW_OF_CAPABILITY[max(older)]
 
 
 def tile_config(architecture: str, head_dim: int, bits: int) -> TileConfig:
-    """The row for a head dimension (padded to a power of two) and a dtype width.
+    """The row for a head dimension and a dtype width.
 
     Raises:
         ValueError: if no row serves the head dimension.

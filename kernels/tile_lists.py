@@ -96,14 +96,15 @@ def _spans(plan: Plan, mask_text: bool) -> _Spans:
     text = np.where(of_summaries, 0, _overlap(starts, lists.lengths, plan.text_start, plan.text_len))
     image_starts = starts + (text if plan.text_first else 0)
     text_starts = starts + (0 if plan.text_first else lists.lengths - text)
-    pieces = _Spans(
-        np.concatenate([image_starts, text_starts]),
-        np.concatenate([lists.lengths - text, text]),
-        np.tile(owners, 2),
-        np.tile(of_summaries, 2),
-        np.repeat([False, True], len(owners)),
+    pieces = np.concatenate([lists.lengths - text, text])
+    kept = pieces > 0
+    return _Spans(
+        np.concatenate([image_starts, text_starts])[kept],
+        pieces[kept],
+        np.tile(owners, 2)[kept],
+        np.tile(of_summaries, 2)[kept],
+        np.repeat([False, True], len(owners))[kept],
     )
-    return _Spans(*(column[pieces.lengths > 0] for column in pieces))
 
 
 def _overlap(starts: IntArray, lengths: IntArray, start: int, length: int) -> IntArray:

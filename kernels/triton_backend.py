@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import TileConfig, architecture_of, tile_config
+from grat_kernels.tile_lists import build_tile_lists
 
 if TYPE_CHECKING:
     from grat_kernels.plan import Plan
@@ -81,56 +82,101 @@ def attention(
     Raises:
         ValueError: if the scale is not positive.
     """
-    if not scale > 0:
-        raise ValueError(f"the Triton kernel needs a positive scale, not {scale}")
-    from grat_kernels.span_kernel import span_attention_kernel
-
-    batch, tokens, heads, head_dim = query.shape
     query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    block_m, block_n, warps, stages, form = config or config_for(query.device, query.dtype, head_dim)
-    by_descriptor = form == "tma" and all(fits_descriptor(tensor) for tensor in (query, key, value))
+    far = plan.summaries.rows > 0
+    launch = launch_of(
+        query,
+        key,
+        value,
+        output,
+        summarise(key, plan) if far else None,
+        summarise(value, plan) if far else None,
+        plan,
+        text_valid,
+        scale,
+        config or config_for(query.device, query.dtype, query.shape[3]),
+    )
+    from grat_kernels.span_kernel import span_attention_kernel
+
+    with _on_device(query.device):
+        span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
+    return output
+
+
+class Launch(NamedTuple):
+    """Everything that the kernel is launched with: programs, run-time arguments in order, constants and options."""
+
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, int]
+
+
+def launch_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    summary_key: torch.Tensor | None,
+    summary_value: torch.Tensor | None,
+    plan: Plan,
+    text_valid: torch.Tensor | None,
+    scale: float,
+    config: TileConfig,
+) -> Launch:
+    """The launch for these tensors, which may lie on the meta device: ahead-of-time compilation asks for it too.
+
+    Raises:
+        ValueError: if the scale is not positive.
+    """
+    if not scale > 0:
+        raise ValueError(f"the Triton kernel needs a positive scale, not {scale}")
+    device = query.device
+    batch, tokens, heads, head_dim = query.shape
+    block_m, block_n, block_tail, warps, stages, form = config
     if plan.text_len == 0:
         text_valid = None
-    far = plan.summaries.rows > 0
-    query_tiles, key_tiles, leading = _device_tiles(
-        plan, query.device, block_m, block_n, text_apart=text_valid is not None
+    tiles = _device_tiles(plan, device, block_m, block_n, block_tail, mask_text=text_valid is not None)
+    blocks: list[Any] = [None] * 5
+    if form == "tma" and all(fits_descriptor(tensor) for tensor in (query, key, value)):
+        sources = ((query, block_m), (key, block_n), (value, block_n), (summary_key, block_n), (summary_value, block_n))
+        blocks = [None if tensor is None else _descriptor(tensor, rows) for tensor, rows in sources]
+    arguments = (
+        query,
+        key,
+        value,
+        output,
+        *blocks[:3],
+        summary_key,
+        summary_value,
+        *blocks[3:],
+        None if summary_key is None else _summary_bias(plan, device, scale),
+        None if text_valid is None else text_valid.to(device, torch.int32),
+        tiles.query_tiles,
+        tiles.key_tiles,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        tokens,
+        heads,
+        plan.summaries.rows,
+        plan.text_start,
+        plan.text_start + plan.text_len,
+        len(tiles.query_tiles),
+        tiles.leading,
+        tiles.leading * batch * heads,
+        scale * _LOG2_E,
     )
-    with _on_device(query.device):
-        span_attention_kernel[(len(query_tiles) * batch * heads,)](
-            query,
-            key,
-            value,
-            output,
-            _descriptor(query, block_m) if by_descriptor else None,
-            _descriptor(key, block_n) if by_descriptor else None,
-            _descriptor(value, block_n) if by_descriptor else None,
-            summarise(key, plan) if far else None,
-            summarise(value, plan) if far else None,
-            plan.tensors(query.device).log_counts if far else None,
-            None if text_valid is None else text_valid.to(torch.int32),
-            query_tiles,
-            key_tiles,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            tokens,
-            heads,
-            plan.summaries.rows,
-            plan.text_start,
-            plan.text_start + plan.text_len,
-            len(query_tiles),
-            leading,
-            leading * batch * heads,
-            scale * _LOG2_E,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded_head_dim(head_dim),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            STAGES=stages,
-            num_warps=warps,
-        )
-    return output
+    options = {
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded_head_dim(head_dim),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_TAIL": block_tail,
+        "STAGES": stages,
+        "num_warps": warps,
+    }
+    return Launch(len(tiles.query_tiles) * batch * heads, arguments, options)
 
 
 def config_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> TileConfig:
@@ -177,20 +223,28 @@ def _descriptor(tensor: torch.Tensor, rows: int) -> Any:
     return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], [rows, head_dim])
 
 
+class _DeviceTiles(NamedTuple):
+    """`TileLists` on a device."""
+
+    query_tiles: torch.Tensor
+    key_tiles: torch.Tensor
+    leading: int
+
+
 def _device_tiles(
-    plan: Plan, device: torch.device, block_m: int, block_n: int, *, text_apart: bool
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Query tiles, key tiles and the number of leading tiles, moved to the device once."""
+    plan: Plan, device: torch.device, block_m: int, block_n: int, block_tail: int, *, mask_text: bool
+) -> _DeviceTiles:
+    def build() -> _DeviceTiles:
+        tiles = build_tile_lists(plan, block_m, block_n, block_tail, mask_text=mask_text)
+        query_tiles, key_tiles = (torch.from_numpy(table).to(device) for table in (tiles.query_tiles, tiles.key_tiles))
+        return _DeviceTiles(query_tiles, key_tiles, tiles.leading)
 
-    def build() -> tuple[torch.Tensor, torch.Tensor, int]:
-        tiles = plan.tiles(block_m, block_n, text_apart=text_apart)
-        return (
-            torch.from_numpy(tiles.query_tiles).to(device),
-            torch.from_numpy(tiles.key_tiles).to(device),
-            tiles.leading,
-        )
+    return plan.cached(("triton tiles", device, block_m, block_n, block_tail, mask_text), build)
 
-    return plan.cached(("triton tiles", device, block_m, block_n, text_apart), build)
+
+def _summary_bias(plan: Plan, device: torch.device, scale: float) -> torch.Tensor:
+    """What is added to a summary's score before scaling, so that log of its count is added after, `[R]` fp32."""
+    return plan.cached(("triton summary bias", device, scale), lambda: plan.tensors(device).log_counts / scale)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
