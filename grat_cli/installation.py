@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
 from grat_cli.presets import Preset, load_preset
+from grat_cli.time_shift import extrapolation
 
 if TYPE_CHECKING:
-    from grat_kernels import Backend, Grid
-
     from grat_cli.adapters.base import CallObserver
     from grat_cli.schedule import AttentionSchedule
+    from grat_kernels import Backend, Grid
 
 SUPPORTED_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
 
@@ -116,13 +117,15 @@ def install(
             f"{_nearest_multiple(width, pixels_per_token)}"
         )
 
-    from grat_kernels import Grid
-
     from grat_cli.adapters.flux import FluxAdapter
+    from grat_kernels import Grid
 
     grid = Grid((height // pixels_per_token, width // pixels_per_token))
     adapter = FluxAdapter(pipe.transformer, grid)
     installation = Installation(pipe, preset, grid, steps, adapter.layers)
+    warning = extrapolation(pipe.scheduler, grid.tokens)
+    if warning:
+        warnings.warn(warning, stacklevel=3)
     with adapter.attached(installation, installation.backend, observer):
         yield installation
 

@@ -1,0 +1,388 @@
+"""Images from prompts: the main path, which reads from top to bottom in `generate_images`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from grat_cli.checkpoints import load_model
+from grat_cli.devices import (
+    choose_device,
+    choose_dtype,
+    device_name,
+    forget_peak_memory,
+    is_out_of_memory,
+    peak_memory,
+    wait_for,
+)
+from grat_cli.errors import BadInput, NumericalFailure, OutOfMemory
+from grat_cli.guidance import Guidance, choose_guidance
+from grat_cli.installation import install
+from grat_cli.models import ModelChoice
+from grat_cli.presets import Preset
+from grat_cli.time_shift import time_shift
+from grat_cli.timing import Phases, StepRecorder, StepTiming
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from grat_cli.schedule import AttentionSchedule
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What to make.
+
+    Attributes:
+        prompt: what the picture shows.
+        preset: attention, schedule, kernel and sampling.
+        model: of `models.choose_model`.
+        width: in pixels.
+        height: in pixels.
+        seeds: one image is made for each.
+        negative_prompt: what to steer away from, or None.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        offload: `none`, `model` or `sequential`, as in diffusers.
+        init_image: picture to start from, or None for noise.
+        strength: share of the steps that are run on `init_image`: 1 leaves nothing of it.
+        base: folder or hub id of the other parts, for a model that is a file of a transformer alone.
+    """
+
+    prompt: str
+    preset: Preset
+    model: ModelChoice
+    width: int
+    height: int
+    seeds: tuple[int, ...]
+    negative_prompt: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: str = "none"
+    init_image: Path | None = None
+    strength: float = 0.7
+    base: str | None = None
+
+
+class Progress(Protocol):
+    """Told how a run goes on."""
+
+    def phase(self, name: str) -> None:
+        """A phase begins: load, text, denoise or decode."""
+        ...
+
+    def step(self, done: int, total: int) -> None:
+        """So many denoising steps have been issued."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth knowing, in one sentence."""
+        ...
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A picture, and what there is to report about how it was made.
+
+    Attributes:
+        phases_ms: load and text are 0 for all but the first image of a request.
+        steps: timing of every denoising step.
+        peak_memory_bytes: up to the end of this image.
+        peak_memory_kind: what was measured, in words.
+        backend: how attention was computed, never `auto`.
+        backend_reason: why.
+        guidance: effective guidance scale, or None.
+        shift: effective time shift, a factor.
+        model_revision: commit of the weights on the hub, or None.
+        schedule: which attention ran when.
+        text_tokens: length of the text in the joint sequence.
+    """
+
+    image: Image.Image
+    seed: int
+    width: int
+    height: int
+    phases_ms: dict[str, float]
+    steps: list[StepTiming]
+    peak_memory_bytes: int
+    peak_memory_kind: str
+    backend: str
+    backend_reason: str
+    device: str
+    device_name: str
+    dtype: str
+    guidance: float | None
+    shift: float
+    model_revision: str | None
+    schedule: AttentionSchedule
+    text_tokens: int
+
+
+def generate_images(request: ImageRequest, progress: Progress) -> Iterator[GeneratedImage]:
+    """Makes one image per seed; the model is loaded once.
+
+    Raises:
+        BadInput: if the request cannot be done, with what to change.
+        ModelUnavailable: if the model is missing, gated or damaged.
+        OutOfMemory: if the device has too little memory.
+        NumericalFailure: if latents turn NaN or infinite, or the picture is one flat colour.
+    """
+    # 1. What can be refused before anything is loaded.
+    _check_size(request)
+    device = choose_device(request.device)
+    dtype = choose_dtype(request.dtype, device)
+    init_image = _read_init_image(request, progress)
+    _note_expectations(request, progress)
+    phases = Phases(lambda: wait_for(device))
+    forget_peak_memory(device)
+
+    with _memory_advice(request, device):
+        # 2. Load.
+        progress.phase("load")
+        with phases("load"):
+            model = load_model(
+                request.model,
+                device=device,
+                dtype=dtype,
+                offload=request.offload,
+                image_to_image=init_image is not None,
+                base=request.base,
+            )
+        pipe = model.pipe
+        _tile_large_pictures(pipe, request)
+
+        # 3. Encode the prompts, once for all seeds.
+        guidance = choose_guidance(pipe, request.model, request.preset, request.negative_prompt)
+        for note in guidance.notes:
+            progress.note(note)
+        progress.phase("text")
+        with phases("text"):
+            text = _encode_text(pipe, request, guidance)
+
+    for seed in request.seeds:
+        with _memory_advice(request, device):
+            # 4. Denoise with GRAT attention installed.
+            progress.phase("denoise")
+            recorder, watch = StepRecorder(device), _StepWatch(progress)
+            image_tokens = (request.height // request.model.token_side) * (request.width // request.model.token_side)
+            with (
+                time_shift(pipe, image_tokens, request.preset.sampling.shift) as shift,
+                install(
+                    pipe, request.preset, height=request.height, width=request.width, observer=recorder
+                ) as installation,
+            ):
+                with phases("denoise"):
+                    latents = _denoise(pipe, request, text | guidance.arguments, init_image, seed, watch)
+                timesteps = pipe.scheduler.timesteps[pipe.scheduler.begin_index or 0 :].tolist()
+            watch.raise_if_not_finite()
+
+            # 5. Decode.
+            progress.phase("decode")
+            with phases("decode"):
+                picture = _decode(pipe, latents, request)
+
+        # 6. Report.
+        memory_bytes, memory_kind = peak_memory(device)
+        yield GeneratedImage(
+            image=picture,
+            seed=seed,
+            width=request.width,
+            height=request.height,
+            phases_ms=dict(phases.phases_ms),
+            steps=recorder.steps(timesteps),
+            peak_memory_bytes=memory_bytes,
+            peak_memory_kind=memory_kind,
+            backend=installation.backend.value,
+            backend_reason=installation.backend_reason,
+            device=str(device),
+            device_name=device_name(device),
+            dtype=str(dtype).removeprefix("torch."),
+            guidance=guidance.scale,
+            shift=shift,
+            model_revision=model.revision,
+            schedule=installation.last_schedule,
+            text_tokens=text["prompt_embeds"].shape[1],
+        )
+        phases.phases_ms = {"load": 0.0, "text": 0.0}
+
+
+def _check_size(request: ImageRequest) -> None:
+    unit = request.model.size_multiple
+    if request.width % unit or request.height % unit or min(request.width, request.height) < unit:
+        raise BadInput(
+            f"width and height must be multiples of {unit}, not {request.width}x{request.height}: "
+            f"the nearest is {_nearest(request.width, unit)}x{_nearest(request.height, unit)}"
+        )
+
+
+def _nearest(size: int, unit: int) -> int:
+    return max(unit, round(size / unit) * unit)
+
+
+def _read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | None:
+    """The picture to start from, cut to the request's shape and resized to it."""
+    if request.init_image is None:
+        return None
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not 0.0 < request.strength <= 1.0:
+        raise BadInput(f"strength must lie above 0 and at most at 1, not {request.strength}")
+    if int(request.preset.sampling.steps * request.strength) < 1:
+        raise BadInput(
+            f"strength {request.strength} of {request.preset.sampling.steps} steps is less than one step: raise either"
+        )
+    try:
+        picture = ImageOps.exif_transpose(Image.open(request.init_image)).convert("RGB")
+    except FileNotFoundError:
+        raise BadInput(f"there is no picture {request.init_image}: check the path") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{request.init_image} cannot be read as a picture: {error}") from error
+    if picture.width * request.height != picture.height * request.width:
+        progress.note(
+            f"{request.init_image.name} is {picture.width}x{picture.height}: "
+            f"its middle is cut out in the shape of {request.width}x{request.height}"
+        )
+    return ImageOps.fit(picture, (request.width, request.height), Image.Resampling.LANCZOS)
+
+
+def _note_expectations(request: ImageRequest, progress: Progress) -> None:
+    """Says beforehand what a model cannot do."""
+    if request.model.family == "demo":
+        from grat_cli.demo import vocabulary
+
+        known = vocabulary()
+        words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
+        unknown = [word for word in re.findall(r"[^\W_]+", request.prompt.lower()) if word not in words]
+        if unknown:
+            named = ", ".join(dict.fromkeys(unknown))
+            progress.note(f"the demo model does not know {named}; it draws {', '.join(known['subjects'])}")
+    elif request.init_image is None and request.width * request.height > 2 * request.model.native_side**2:
+        progress.note(
+            f"Flux was trained at about {request.model.native_side}x{request.model.native_side}: much larger pictures "
+            "from noise repeat and blur with any attention; start from one with --init"
+        )
+
+
+@contextmanager
+def _memory_advice(request: ImageRequest, device: torch.device) -> Iterator[None]:
+    """Turns running out of memory into OutOfMemory with what would help."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = f"{request.width // 32 * 16}x{request.height // 32 * 16}"
+        advice = [f"a smaller --res such as {smaller}"]
+        if device.type != "cpu":
+            advice += [f"--offload {kind}" for kind in ("model", "sequential") if kind != request.offload]
+        raise OutOfMemory(
+            f"{device_name(device)} has too little memory for {request.width}x{request.height} "
+            f"with {request.model.name}: try {' or '.join(advice)}"
+        ) from error
+
+
+def _tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
+    """Decodes in tiles above the size that the model was trained at, where the autoencoder can.
+
+    Not with AutoencoderTiny: its tiles assume 8 pixels per latent whatever its depth (diffusers 0.42.1).
+    """
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    large = request.width * request.height > request.model.native_side**2
+    if large and not isinstance(pipe.vae, AutoencoderTiny) and hasattr(pipe.vae, "enable_tiling"):
+        pipe.vae.enable_tiling()
+
+
+def _encode_text(pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[str, torch.Tensor]:
+    """Embeddings of prompt and negative prompt, as the pipelines take them."""
+    import torch
+
+    def encode(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings, pooled, _ = pipe.encode_prompt(
+            prompt=prompt, prompt_2=None, max_sequence_length=request.model.text_tokens
+        )
+        return embeddings, pooled
+
+    with torch.no_grad():
+        embeddings, pooled = encode(request.prompt)
+        text = {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+        if guidance.negative_prompt is not None:
+            embeddings, pooled = encode(guidance.negative_prompt)
+            text |= {"negative_prompt_embeds": embeddings, "negative_pooled_prompt_embeds": pooled}
+    return text
+
+
+class _StepWatch:
+    """The pipeline's callback after every step: tells progress, and collects without waiting whether all is finite."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._finite: list[torch.Tensor] = []
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        self._finite.append(tensors["latents"].isfinite().all())
+        self._progress.step(step + 1, pipe.num_timesteps)
+        return {}
+
+    def raise_if_not_finite(self) -> None:
+        """Raises NumericalFailure with the first step whose latents were not finite."""
+        import torch
+
+        finite = torch.stack(self._finite).tolist()
+        if not all(finite):
+            raise NumericalFailure(
+                f"latents turned NaN or infinite at step {finite.index(False) + 1} of {len(finite)}: "
+                "try --dtype float32 or bfloat16, or another --backend"
+            )
+
+
+def _denoise(
+    pipe: Any,
+    request: ImageRequest,
+    arguments: dict[str, Any],
+    init_image: Image.Image | None,
+    seed: int,
+    watch: _StepWatch,
+) -> torch.Tensor:
+    """Latents of one image, `[1, image tokens, channels]`."""
+    import torch
+
+    from grat_kernels import BackendUnavailable
+
+    if init_image is not None:
+        arguments = arguments | {"image": init_image, "strength": request.strength}
+    try:
+        return pipe(
+            **arguments,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.preset.sampling.steps,
+            # Noise is drawn on the CPU, so that a seed gives the same one on every device.
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+            callback_on_step_end=watch,
+        ).images
+    except BackendUnavailable as error:
+        raise BadInput(f"{error}; use --backend auto") from error
+
+
+def _decode(pipe: Any, latents: torch.Tensor, request: ImageRequest) -> Image.Image:
+    """The picture of latents `[1, image tokens, channels]`, as at the end of the pipelines."""
+    import torch
+
+    with torch.no_grad():
+        unpacked = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
+        scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        pixels = pipe.vae.decode(scaled, return_dict=False)[0]
+        pipe.maybe_free_model_hooks()
+        if not pixels.isfinite().all():
+            raise NumericalFailure("the picture has NaN after decoding: try --dtype float32 or bfloat16")
+        picture = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    if all(low == high for low, high in picture.getextrema()):
+        raise NumericalFailure("the picture is one flat colour: try another --seed, --dtype float32, or more --steps")
+    return picture
