@@ -7,9 +7,12 @@ import sys
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    from grat_cli.app import run
+    try:
+        from grat_cli.app import run
 
-    sys.exit(run(sys.argv[1:]))
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # before the command line was read, or while its error was printed
+        sys.exit(130)
 
 
 if __name__ == "__main__":

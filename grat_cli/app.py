@@ -53,7 +53,9 @@ def run(arguments: Sequence[str]) -> int:
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     try:
         # Outside its standalone mode Typer leaves errors to us, and turns Ctrl-C and typer.Exit into a return value.
-        code = typer.main.get_command(app).main(list(arguments), prog_name="grat", standalone_mode=False)
+        code = typer.main.get_command(app).main(
+            list(arguments), prog_name="grat", standalone_mode=False, obj=tuple(arguments)
+        )
     except Exception as error:
         if "--debug" in options:
             traceback.print_exc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class Output:
         if as_json and quiet:
             raise BadInput("--json and --quiet exclude each other: --json already prints nothing else on stdout")
         self.mode = Mode.JSON if as_json else Mode.QUIET if quiet else Mode.HUMAN
+        self._display: ProgressDisplay | None = None
 
     @cached_property
     def console(self) -> Console:
@@ -55,7 +57,9 @@ class Output:
 
     def line(self, text: str) -> None:
         """A line of the result for people and scripts, never wrapped, so that it can be copied: a path, a name."""
-        if self.mode is not Mode.JSON:
+        if self.mode is Mode.JSON:
+            return
+        with self._display.paused() if self._display else nullcontext():
             print(text, flush=True)
 
     def data(self, data: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -70,11 +74,13 @@ class Output:
 
     def progress(self) -> ProgressDisplay:
         """A progress display, live on a terminal, a line now and then elsewhere, silent with `--quiet`."""
-        from grat_cli.progress import LiveProgress, LogProgress, NoProgress
+        from grat_cli.progress import LiveProgress, LogProgress, ProgressDisplay
 
         if self.mode is Mode.QUIET:
-            return NoProgress()
-        return LiveProgress(self) if self.error_console.is_terminal else LogProgress(self)
+            self._display = ProgressDisplay()
+        else:
+            self._display = LiveProgress(self) if self.error_console.is_terminal else LogProgress(self)
+        return self._display
 
 
 def print_error(message: str) -> None:

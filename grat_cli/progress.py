@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grat_cli.output import Output
@@ -18,14 +19,19 @@ PHASE_WORDS = {
 }
 
 
-class ProgressDisplay(Protocol):
-    """A `generation.Progress` that is shown while a `with` block lasts."""
+class ProgressDisplay:
+    """A `generation.Progress` that is shown while a `with` block lasts; this one shows nothing."""
 
-    def __enter__(self) -> ProgressDisplay: ...
+    def __enter__(self) -> ProgressDisplay:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the terminal to others while a `with` block lasts."""
+        yield
 
     def phase(self, name: str) -> None:
         """A phase begins: load, text, denoise, decode or save."""
@@ -37,28 +43,7 @@ class ProgressDisplay(Protocol):
         """Something the user should know."""
 
 
-class NoProgress:
-    """Shows nothing."""
-
-    def __enter__(self) -> NoProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def phase(self, name: str) -> None:
-        pass
-
-    def step(self, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-class LogProgress(NoProgress):
+class LogProgress(ProgressDisplay):
     """For files and pipes: a line per phase, and during denoising a line at most every `interval_s` seconds."""
 
     def __init__(self, output: Output, interval_s: float = 10.0) -> None:
@@ -81,7 +66,7 @@ class LogProgress(NoProgress):
         self._output.hint(text)
 
 
-class LiveProgress(NoProgress):
+class LiveProgress(ProgressDisplay):
     """For terminals: a bar with steps, time per step and time left; a spinner for other phases."""
 
     def __init__(self, output: Output) -> None:
@@ -95,6 +80,7 @@ class LiveProgress(NoProgress):
             TextColumn("{task.fields[steps]}", markup=False),
             console=output.error_console,
             transient=True,
+            redirect_stdout=False,  # else results printed meanwhile would end up on stderr
             expand=True,
         )
         self._task = self._progress.add_task("", total=None, steps="")
@@ -104,10 +90,16 @@ class LiveProgress(NoProgress):
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._progress.stop()
+        try:
+            yield
+        finally:
+            self._progress.start()
 
     def phase(self, name: str) -> None:
         self._began = time.monotonic()

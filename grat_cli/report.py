@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SCHEMA = "grat.report/1"
 
 # What a run cost says nothing about how to repeat it, and stays out of the picture.
-_COSTS = ("phases", "steps", "peak_memory_bytes")
+_COSTS = ("phases", "steps", "peak_memory_bytes", "peak_memory_kind")
 _STEPS_SHOWN_WHOLE = 4
 
 
@@ -54,6 +54,11 @@ def build_report(request: ImageRequest, generated: GeneratedImage, command: str,
             "base": request.base,
             "reason": request.model.reason,
         },
+        "sampling": {
+            "steps": len(generated.steps),
+            "guidance": generated.guidance,
+            "shift": generated.shift,
+        },
         "grid": list(schedule.grid.shape),
         "tokens": {
             "image": image_tokens,
@@ -77,6 +82,7 @@ def build_report(request: ImageRequest, generated: GeneratedImage, command: str,
         "phases": {name: round(milliseconds, 3) for name, milliseconds in generated.phases_ms.items()},
         "steps": [_rounded(asdict(step)) for step in generated.steps],
         "peak_memory_bytes": generated.peak_memory_bytes,
+        "peak_memory_kind": generated.peak_memory_kind,
     }
 
 
@@ -92,7 +98,7 @@ def timing_table(report: Mapping[str, Any]) -> RenderableType:
     for name, step in _telling_steps(steps):
         table.add_row(name, *_cells(step))
     table.add_section()
-    table.add_row(f"{len(steps)} steps", *_cells(_sum(steps)))
+    table.add_row(f"all {len(steps)}", *_cells(_sum(steps)))
     return table
 
 
@@ -120,7 +126,7 @@ def _table(first_column: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)  # 40 columns are enough
     table.add_column(first_column, no_wrap=True)
     for name in ("time", "attention", "share", "density"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -144,7 +150,7 @@ def _telling_steps(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mappin
         return [(str(step["index"] + 1), step) for step in steps]
     # The step of median length, not medians column by column: its parts belong together.
     median = sorted(steps, key=lambda step: step["total_ms"])[len(steps) // 2]
-    return [("1 (first)", steps[0]), ("median", median), (f"{len(steps)} (last)", steps[-1])]
+    return [("first", steps[0]), ("median", median), ("last", steps[-1])]
 
 
 def _rounded(step: dict[str, Any]) -> dict[str, Any]:

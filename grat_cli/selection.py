@@ -68,6 +68,13 @@ def select_preset(
     )
 
 
+def mismatch_note(preset: Preset, model: ModelChoice) -> str | None:
+    """A sentence where a preset is used on another family than it was made for; it may be meant, so it is no error."""
+    if preset.model == model.family:
+        return None
+    return f"{preset.name} was made for {preset.model} models; grat presets {model.family} lists those for {model.name}"
+
+
 def require_choice(option: str, word: str, known: Sequence[str]) -> str:
     """The word, if it is one of the known ones.
 

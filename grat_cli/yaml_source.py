@@ -73,6 +73,7 @@ def read_text(text: str, label: str, *, numbered: bool = True) -> YamlSource:
 
     loader = None
     try:
+        # Not the loader on libyaml: deeply nested input overflows its stack and ends the process.
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
@@ -103,7 +104,8 @@ def _refuse_surprises(node: yaml.Node, place: Callable[[yaml.Mark], str], seen: 
                 raise BadInput(f"{where}: merge keys (<<) are not supported: write the values out")
             _refuse_surprises(key, place, seen)
             if not isinstance(key, yaml.ScalarNode) or key.tag != f"{_TAG}str":
-                raise BadInput(f"{where}: keys must be text, not {getattr(key, 'value', 'a collection')}")
+                shown = key.value if isinstance(key, yaml.ScalarNode) else "lists or sections"
+                raise BadInput(f"{where}: keys must be text, not {shown}")
             if key.value in keys:
                 raise BadInput(f"{where}: {key.value!r} is given twice")
             keys.add(key.value)

@@ -54,7 +54,7 @@ def image(
     from grat_cli.planning import architecture_for, schedule_for
     from grat_cli.resolution import parse_resolution
     from grat_cli.seeds import resolve_seeds
-    from grat_cli.selection import DTYPES, OFFLOADS, require_choice, require_device, select_preset
+    from grat_cli.selection import DTYPES, OFFLOADS, mismatch_note, require_choice, require_device, select_preset
 
     output = Output(as_json=as_json, quiet=quiet)
 
@@ -103,6 +103,8 @@ def image(
     output.hint(f"{choice.name} ({choice.reason}), {resolution}, {chosen.sampling.steps} steps")
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
     output.hint(f"seed {', '.join(map(str, seeds))}")
+    if note := mismatch_note(chosen, choice):
+        output.hint(note)
     request = ImageRequest(
         prompt=prompt,
         preset=chosen,

@@ -19,6 +19,7 @@ def info(
 ) -> None:
     """Show what made a picture: prompt, seed, model, preset, size, versions."""
     from grat_cli import media, report
+    from grat_cli.errors import BadInput
 
     output = Output(as_json=as_json, quiet=quiet)
     found = media.read_provenance(file)
@@ -27,7 +28,7 @@ def info(
         facts = _facts(found)
         timings = [report.timing_table(found), report.phases_line(found)] if "steps" in found else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise media.BadInput(f"{file} is not a whole report of grat: {error!r} is missing or wrong") from error
+        raise BadInput(f"{file} is not a whole report of this version of grat: --json shows it as it is") from error
     output.show(fact_table(facts), *timings)
     if quiet:
         output.line(str(found["command"]))
@@ -37,7 +38,7 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
     from grat_cli.presets import Preset
 
     preset = Preset.model_validate(found["preset"])
-    model, device, backend = found["model"], found["device"], found["backend"]
+    model, device, backend, sampling = found["model"], found["device"], found["backend"], found["sampling"]
     facts = {
         "prompt": found["prompt"],
         "negative": found.get("negative_prompt"),
@@ -49,12 +50,20 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "preset": preset.name,
         "attention": preset.attention.summary,
         "density": f"{found['density']:.3f} ({found['ideal_speedup']:.1f}x less attention work)",
-        "steps": str(preset.sampling.steps),
-        "guidance": None if preset.sampling.guidance is None else f"{preset.sampling.guidance:g}",
+        "steps": str(sampling["steps"]),
+        "guidance": None if sampling["guidance"] is None else f"{sampling['guidance']:g}",
+        "time shift": f"{sampling['shift']:.3g}",
         "backend": f"{backend['used']} ({backend['reason']})",
         "device": f"{device['model']} ({device['name']}, {device['dtype']})",
-        "peak memory": bytes_text(found["peak_memory_bytes"]) if found.get("peak_memory_bytes") else None,
+        "peak memory": _peak_memory(found),
         "made": f"{found['created']} by grat {found['versions']['grat']}",
         "command": found["command"],
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _peak_memory(found: dict[str, Any]) -> str | None:
+    """Only reports say it, pictures do not."""
+    if "peak_memory_bytes" not in found:
+        return None
+    return f"{bytes_text(found['peak_memory_bytes'])} ({found['peak_memory_kind']})"

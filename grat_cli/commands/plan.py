@@ -33,14 +33,24 @@ def plan(
     radius: options.Radius = None,
     share: options.Share = None,
     set_items: options.SetItems = None,
-    model: options.ModelName = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="As for grat image. Default: demo for the demo's presets, else flux-dev.",
+            show_default=False,
+            rich_help_panel="Model",
+            autocompletion=options.complete_model,
+        ),
+    ] = None,
     dtype: options.Dtype = "auto",
     picture: Annotated[
         Path | None,
         typer.Option(
             "--picture",
             metavar="FILE.png",
-            help="Draw the pattern into a file instead.",
+            help="Draw the pattern into a file instead of the terminal.",
             show_default=False,
             rich_help_panel="Output",
         ),
@@ -58,7 +68,7 @@ def plan(
     from grat_cli.planning import architecture_for, forecast
     from grat_cli.presets import load_preset
     from grat_cli.resolution import parse_resolution
-    from grat_cli.selection import DTYPES, require_choice, select_preset
+    from grat_cli.selection import DTYPES, mismatch_note, require_choice, select_preset
 
     output = Output(as_json=as_json, quiet=quiet)
     if preset_name and preset:
@@ -91,6 +101,8 @@ def plan(
     result = forecast(chosen, choice.name, architecture_for(choice), resolution, dtype)
 
     # 3. Show it.
+    if note := mismatch_note(chosen, choice):
+        output.hint(note)
     output.data(result.as_dict())
     output.show(fact_table(_facts(result)))
     if picture is not None:
