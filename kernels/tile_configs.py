@@ -18,7 +18,7 @@ class TileConfig(NamedTuple):
         block_tail: most keys of a partial tile.
         warps: warps per program.
         stages: depth of the load pipelines.
-        form: how full tiles are read: `tma` through tensor descriptors where the tensors allow it, or `pointers`.
+        form: how full tiles are read: `tma` through tensor descriptors, `pointers` by addresses.
     """
 
     block_m: int
@@ -29,69 +29,77 @@ class TileConfig(NamedTuple):
     form: Literal["tma", "pointers"]
 
 
-class Case(NamedTuple):
-    """A row's key: the largest padded head dimension that it serves, and the bits of the dtype."""
+class Row(NamedTuple):
+    """A row of the table: the largest head dimension (padded to a power of two) and the dtype bits that it serves."""
 
     head_dim: int
     bits: int
+    config: TileConfig
 
 
 # fp32 keeps exact products (no TF32) on the ordinary arithmetic units and serves tests and small checks: these tiles
 # fit every architecture.
-_FP32 = {
-    Case(64, 32): TileConfig(32, 32, 16, 4, 1, "pointers"),
-    Case(128, 32): TileConfig(32, 32, 16, 4, 1, "pointers"),
-    Case(256, 32): TileConfig(32, 16, 16, 4, 1, "pointers"),
-}
+_FP32 = (
+    Row(64, 32, TileConfig(32, 32, 16, 4, 1, "pointers")),
+    Row(128, 32, TileConfig(32, 32, 16, 4, 1, "pointers")),
+    Row(256, 32, TileConfig(32, 16, 16, 4, 1, "pointers")),
+)
 
-TABLE: dict[str, dict[Case, TileConfig]] = {
+# Rows in order of preference.
+TABLE: dict[str, tuple[Row, ...]] = {
     # A100.
-    "sm_80": {
-        Case(64, 16): TileConfig(128, 64, 32, 4, 3, "pointers"),
-        Case(128, 16): TileConfig(128, 64, 32, 8, 3, "pointers"),
-        Case(256, 16): TileConfig(64, 32, 16, 4, 3, "pointers"),
-        **_FP32,
-    },
+    "sm_80": (
+        Row(64, 16, TileConfig(128, 64, 32, 4, 3, "pointers")),
+        Row(128, 16, TileConfig(128, 64, 32, 8, 3, "pointers")),
+        Row(256, 16, TileConfig(64, 16, 16, 4, 4, "pointers")),
+        *_FP32,
+    ),
     # RTX 30 and 40 series, A10, L4, L40.
-    "sm_86": {
-        Case(64, 16): TileConfig(128, 64, 32, 4, 3, "pointers"),
-        Case(128, 16): TileConfig(128, 64, 32, 8, 3, "pointers"),
-        Case(256, 16): TileConfig(64, 32, 16, 4, 2, "pointers"),
-        **_FP32,
-    },
+    "sm_86": (
+        Row(64, 16, TileConfig(128, 64, 32, 4, 3, "pointers")),
+        Row(128, 16, TileConfig(128, 64, 32, 8, 3, "pointers")),
+        Row(256, 16, TileConfig(64, 16, 16, 4, 3, "pointers")),
+        *_FP32,
+    ),
     # H100, H200.
-    "sm_90": {
-        Case(64, 16): TileConfig(128, 128, 64, 8, 2, "tma"),
-        Case(128, 16): TileConfig(128, 128, 64, 8, 2, "tma"),
-        Case(256, 16): TileConfig(128, 64, 32, 8, 2, "tma"),
-        **_FP32,
-    },
+    "sm_90": (
+        Row(64, 16, TileConfig(128, 128, 64, 8, 3, "tma")),
+        Row(128, 16, TileConfig(128, 128, 64, 8, 2, "tma")),
+        Row(256, 16, TileConfig(128, 64, 32, 8, 2, "tma")),
+        Row(64, 16, TileConfig(128, 128, 64, 8, 2, "pointers")),
+        Row(128, 16, TileConfig(128, 128, 64, 8, 2, "pointers")),
+        Row(256, 16, TileConfig(128, 32, 32, 8, 2, "pointers")),
+        *_FP32,
+    ),
     # B200, GB200.
-    "sm_100": {
-        Case(64, 16): TileConfig(128, 128, 64, 8, 2, "tma"),
-        Case(128, 16): TileConfig(128, 128, 64, 8, 2, "tma"),
-        Case(256, 16): TileConfig(128, 64, 32, 8, 2, "tma"),
-        **_FP32,
-    },
+    "sm_100": (
+        Row(64, 16, TileConfig(128, 128, 64, 8, 3, "tma")),
+        Row(128, 16, TileConfig(128, 128, 64, 8, 2, "tma")),
+        Row(256, 16, TileConfig(128, 64, 32, 8, 2, "tma")),
+        Row(64, 16, TileConfig(128, 128, 64, 8, 2, "pointers")),
+        Row(128, 16, TileConfig(128, 128, 64, 8, 2, "pointers")),
+        Row(256, 16, TileConfig(128, 64, 32, 8, 2, "pointers")),
+        *_FP32,
+    ),
     # RTX 50 series.
-    "sm_120": {
-        Case(64, 16): TileConfig(128, 64, 32, 4, 3, "pointers"),
-        Case(128, 16): TileConfig(128, 64, 32, 8, 3, "pointers"),
-        Case(256, 16): TileConfig(64, 32, 16, 4, 2, "pointers"),
-        **_FP32,
-    },
+    "sm_120": (
+        Row(64, 16, TileConfig(128, 64, 32, 4, 3, "pointers")),
+        Row(128, 16, TileConfig(128, 64, 16, 8, 3, "pointers")),
+        Row(256, 16, TileConfig(64, 16, 16, 4, 3, "pointers")),
+        *_FP32,
+    ),
     # AMD.
-    "rocm": {
-        Case(64, 16): TileConfig(128, 64, 32, 4, 1, "pointers"),
-        Case(128, 16): TileConfig(128, 64, 32, 4, 1, "pointers"),
-        Case(256, 16): TileConfig(64, 32, 16, 4, 1, "pointers"),
-        **_FP32,
-    },
+    "rocm": (
+        Row(64, 16, TileConfig(128, 64, 32, 4, 1, "pointers")),
+        Row(128, 16, TileConfig(128, 64, 32, 4, 1, "pointers")),
+        Row(256, 16, TileConfig(64, 32, 16, 4, 1, "pointers")),
+        *_FP32,
+    ),
     # Triton's interpreter on the CPU: its time goes by the operation, so tiles are large for the sizes it is used on.
-    "interpreter": {
-        Case(256, 16): TileConfig(64, 64, 32, 1, 1, "pointers"),
-        Case(256, 32): TileConfig(64, 64, 32, 1, 1, "pointers"),
-    },
+    "interpreter": (
+        Row(256, 16, TileConfig(64, 64, 32, 1, 1, "pointers")),
+        Row(256, 32, TileConfig(64, 64, 32, 1, 1, "pointers")),
+    ),
 }
 
 # Shared memory that one program may use, in bytes: the CUDA C++ programming guide's table of compute capabilities.
@@ -119,13 +127,23 @@ def architecture_of(capability: tuple[int, int]) -> str:
     return _ROW_OF_CAPABILITY[max(older)]
 
 
-def tile_config(architecture: str, head_dim: int, bits: int) -> TileConfig:
-    """The row for a head dimension and a dtype width.
+def tile_config(architecture: str, head_dim: int, bits: int, *, descriptors: bool) -> TileConfig:
+    """The table's tiles for a head dimension and a dtype width.
+
+    Args:
+        architecture: a key of `TABLE`.
+        head_dim: channels per head.
+        bits: of the dtype.
+        descriptors: whether the tensors can be read through tensor descriptors.
 
     Raises:
-        ValueError: if no row serves the head dimension.
+        ValueError: if no row serves the case.
     """
-    cases = [case for case in TABLE[architecture] if case.bits == bits and case.head_dim >= head_dim]
-    if not cases:
+    fitting = [
+        row
+        for row in TABLE[architecture]
+        if row.bits == bits and row.head_dim >= head_dim and (descriptors or row.config.form == "pointers")
+    ]
+    if not fitting:
         raise ValueError(f"no tiles for head dimension {head_dim} in {bits} bits on {architecture}")
-    return TABLE[architecture][min(cases)]
+    return min(fitting, key=lambda row: row.head_dim).config

@@ -73,14 +73,13 @@ def attention(
         plan: what attends what.
         text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
         scale: positive factor on the scores.
-        config: tiles other than the table's, for tests and tuning. The `tma` form reads by pointers where the
-            tensors are not laid out for it.
+        config: tiles other than the table's, for tests and tuning.
 
     Returns:
         `[B, N, H, D]`, contiguous, in the dtype of `query`.
 
     Raises:
-        ValueError: if the scale is not positive.
+        ValueError: if the scale is not positive, or `config` wants descriptors that the tensors do not allow.
     """
     query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -95,7 +94,7 @@ def attention(
         plan,
         text_valid,
         scale,
-        config or config_for(query.device, query.dtype, query.shape[3]),
+        config or config_for(query, key, value),
     )
     from grat_kernels.span_kernel import span_attention_kernel
 
@@ -127,7 +126,7 @@ def launch_of(
     """The launch for these tensors, which may lie on the meta device: ahead-of-time compilation asks for it too.
 
     Raises:
-        ValueError: if the scale is not positive.
+        ValueError: if the scale is not positive, or `config` wants descriptors that the tensors do not allow.
     """
     if not scale > 0:
         raise ValueError(f"the Triton kernel needs a positive scale, not {scale}")
@@ -138,7 +137,9 @@ def launch_of(
         text_valid = None
     tiles = _device_tiles(plan, device, block_m, block_n, block_tail, mask_text=text_valid is not None)
     blocks: list[Any] = [None] * 5
-    if form == "tma" and all(fits_descriptor(tensor) for tensor in (query, key, value)):
+    if form == "tma":
+        if not all(fits_descriptor(tensor) for tensor in (query, key, value)):
+            raise ValueError("these tensors cannot be read through tensor descriptors: use the pointer form")
         sources = ((query, block_m), (key, block_n), (value, block_n), (summary_key, block_n), (summary_value, block_n))
         blocks = [None if tensor is None else _descriptor(tensor, rows) for tensor, rows in sources]
     arguments = (
@@ -179,15 +180,16 @@ def launch_of(
     return Launch(len(tiles.query_tiles) * batch * heads, arguments, options)
 
 
-def config_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> TileConfig:
-    """The table's tiles for tensors on a device."""
-    if device.type == "cpu":
+def config_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> TileConfig:
+    """The table's tiles for these tensors."""
+    if query.device.type == "cpu":
         architecture = "interpreter"
     elif torch.version.hip is not None:
         architecture = "rocm"
     else:
-        architecture = architecture_of(torch.cuda.get_device_capability(device))
-    return tile_config(architecture, head_dim, dtype.itemsize * 8)
+        architecture = architecture_of(torch.cuda.get_device_capability(query.device))
+    descriptors = all(fits_descriptor(tensor) for tensor in (query, key, value))
+    return tile_config(architecture, query.shape[3], query.element_size() * 8, descriptors=descriptors)
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -1,0 +1,258 @@
+"""Ahead-of-time compilation of the span kernel for every row of the tile table, without a GPU.
+
+    python -m grat_kernels.aot                 everything (minutes)
+    python -m grat_kernels.aot --arch sm_90    one architecture
+
+What is compiled is what the launcher launches: its own arguments, for tensors without data. The machine code is then
+read for what a row of the table promises: no spill inside a loop, shared memory within the architecture's, tensor
+cores and asynchronous loads of the right kind. The exit code is 1 where a promise is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from grat_kernels.tile_configs import SHARED_MEMORY_LIMIT, TileConfig, architecture_of, tile_config
+
+# What the loops should compute and load with. Tensor cores by architecture: mma, wgmma, tcgen05.
+_MATRIX_OPCODE = {
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": r"UTC\w*MMA",
+    "sm_120": "HMMA",
+}
+_LOAD_OPCODE = {"tma": "UTMALDG", "pointers": "LDGSTS"}
+_COUNTED = {"HMMA": "HMMA", "HGMMA": "HGMMA", "UTC*MMA": r"UTC\w*MMA", "UTMALDG": "UTMALDG", "LDGSTS": "LDGSTS"}
+
+_DTYPES = ("bfloat16", "float16", "float32")
+# One that is padded to a power of two, which rules descriptors out.
+_PADDED_HEAD_DIM = 96
+_HEAD_DIMS = (64, _PADDED_HEAD_DIM, 128, 256)
+
+
+class Variant(NamedTuple):
+    """One compilation of the kernel."""
+
+    architecture: str
+    dtype: str
+    head_dim: int
+    descriptors: bool  # whether the tensors allow them
+    text_valid: bool
+    far: bool
+
+    @property
+    def config(self) -> TileConfig:
+        """The table's tiles, in this variant's form."""
+        row = architecture_of(divmod(int(self.architecture.removeprefix("sm_")), 10))
+        bits = 32 if self.dtype == "float32" else 16
+        return tile_config(row, self.head_dim, bits, descriptors=self.descriptors)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What came out of a compilation.
+
+    Attributes:
+        registers: per thread.
+        spills: instructions that read or write local memory.
+        spills_in_loops: those of them inside a loop.
+        shared_bytes: shared memory of a program.
+        opcodes: how often instructions of interest occur.
+        problems: broken promises, in words.
+    """
+
+    variant: Variant
+    registers: int
+    spills: int
+    spills_in_loops: int
+    shared_bytes: int
+    opcodes: dict[str, int]
+    problems: tuple[str, ...]
+
+
+def variants(architectures: Iterable[str]) -> Iterator[Variant]:
+    """Every compilation that the table can lead to on these architectures."""
+    for architecture, dtype, head_dim, text_valid, far in itertools.product(
+        architectures, _DTYPES, _HEAD_DIMS, (False, True), (False, True)
+    ):
+        variant = Variant(architecture, dtype, head_dim, False, text_valid, far)
+        yield variant
+        if variant._replace(descriptors=True).config != variant.config and head_dim != _PADDED_HEAD_DIM:
+            yield variant._replace(descriptors=True)
+
+
+def compile_variant(variant: Variant) -> Build:
+    """Compiles one variant and reads its machine code.
+
+    Raises:
+        RuntimeError: if Triton runs as an interpreter in this process, which compiles nothing.
+    """
+    compiled = _compile(variant)
+    registers, listing = _disassemble(compiled.asm["cubin"])
+    from grat_kernels.sass import parse
+
+    code = parse(listing)
+    opcodes = {name: code.count(opcode) for name, opcode in _COUNTED.items()}
+    problems = []
+    if code.spills_in_loops:
+        problems.append(f"{code.spills_in_loops} spills inside a loop")
+    if compiled.metadata.shared > SHARED_MEMORY_LIMIT[variant.architecture]:
+        problems.append(f"{compiled.metadata.shared} bytes of shared memory")
+    if variant.dtype != "float32" and not code.count(_MATRIX_OPCODE[variant.architecture]):
+        problems.append(f"no {_MATRIX_OPCODE[variant.architecture]}")
+    if variant.config.stages > 1 and not code.count(_LOAD_OPCODE[variant.config.form]):
+        problems.append(f"no {_LOAD_OPCODE[variant.config.form]}")
+    return Build(
+        variant, registers, code.spills, code.spills_in_loops, compiled.metadata.shared, opcodes, tuple(problems)
+    )
+
+
+def _compile(variant: Variant) -> Any:
+    import torch
+    import triton
+    from triton.backends.driver import DriverBase
+    from triton.runtime.driver import driver
+
+    from grat_kernels.geometry import Grid, Grouping
+    from grat_kernels.pattern import Block, Far, Union
+    from grat_kernels.plan import build_plan
+    from grat_kernels.span_kernel import span_attention_kernel
+    from grat_kernels.triton_backend import launch_of
+
+    if not isinstance(span_attention_kernel, triton.JITFunction):
+        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    pattern = Union(Block(1), Far([(1, (8, 8))])) if variant.far else Block(1)
+    plan = build_plan(Grouping(Grid((64, 64)), (16, 16)), pattern, text_len=512)
+    batch, heads = 2, 24
+    tokens, summaries = (
+        torch.empty(batch, rows, heads, variant.head_dim, dtype=getattr(torch, variant.dtype), device="meta")
+        for rows in (plan.tokens, plan.summaries.rows)
+    )
+    launch = launch_of(
+        *(tokens, tokens, tokens, tokens),
+        *((summaries, summaries) if variant.far else (None, None)),
+        plan,
+        torch.empty(batch, dtype=torch.int32, device="meta") if variant.text_valid else None,
+        1 / math.sqrt(variant.head_dim),
+        variant.config,
+    )
+    driver.set_active(cast(DriverBase, _TargetOnly(variant.architecture)))
+    return span_attention_kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
+
+
+class _TargetOnly:
+    """Stands where Triton expects a GPU's driver: it names an architecture and runs nothing."""
+
+    def __init__(self, architecture: str) -> None:
+        self._number = int(architecture.removeprefix("sm_"))
+
+    def get_current_device(self) -> int:
+        # Triton keeps one compiler per device: each architecture counts as one.
+        return self._number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._number, 32)
+
+
+def _disassemble(cubin: bytes) -> tuple[int, str]:
+    """Registers per thread and the listing of a compiled kernel, by the tools that come with Triton."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file], **_CAPTURE).stdout
+        listing = subprocess.run([tools / "nvdisasm", "-c", file], **_CAPTURE).stdout
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump names no registers: {usage!r}")
+    return int(registers[1]), listing
+
+
+_CAPTURE: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+
+
+def _row(build: Build) -> str:
+    variant, config = build.variant, build.variant.config
+    tiles = f"{config.block_m}x{config.block_n}/{config.block_tail} w{config.warps} s{config.stages}"
+    options = "+".join(name for name in ("text_valid", "far") if getattr(variant, name)) or "-"
+    opcodes = " ".join(f"{name} {count}" for name, count in build.opcodes.items() if count)
+    return (
+        f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {config.form:8} {options:14} {tiles:19} "
+        f"{build.registers:4} {build.spills:6} {build.spills_in_loops:8} {build.shared_bytes / 1024:7.1f}  {opcodes}"
+        + "".join(f"  PROBLEM: {problem}" for problem in build.problems)
+    )
+
+
+def _record(build: Build) -> dict[str, Any]:
+    return asdict(build) | {"variant": build.variant._asdict(), "config": build.variant.config._asdict()}
+
+
+_HEADER = (
+    f"{'target':6} {'dtype':8} {'dim':3} {'form':8} {'variant':14} {'tiles':19} "
+    f"{'regs':>4} {'spills':>6} {'in loops':>8} {'KiB':>7}  instructions"
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compiles the table and prints what came out; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grat_kernels.aot", description="Compile the span kernel's tile table."
+    )
+    parser.add_argument("--arch", action="append", choices=list(SHARED_MEMORY_LIMIT), help="only this one; repeatable")
+    parser.add_argument("--dtype", choices=_DTYPES, help="only this dtype")
+    parser.add_argument("--head-dim", type=int, help="only this head dimension")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        print("Triton's interpreter compiles nothing: unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    wanted = [
+        variant
+        for variant in variants(chosen.arch or SHARED_MEMORY_LIMIT)
+        if chosen.dtype in (None, variant.dtype) and chosen.head_dim in (None, variant.head_dim)
+    ]
+    builds = []
+    if not chosen.json:
+        print(_HEADER)
+    with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
+        for build in pool.map(compile_variant, wanted):
+            builds.append(build)
+            if not chosen.json:
+                print(_row(build), flush=True)
+    if chosen.json:
+        rows = [
+            asdict(build) | {"variant": build.variant._asdict(), "config": build.variant.config._asdict()}
+            for build in builds
+        ]
+        print(json.dumps(rows, indent=1))
+    broken = sum(bool(build.problems) for build in builds)
+    print(f"{len(builds)} compiled, {broken} with problems", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

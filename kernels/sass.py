@@ -1,0 +1,116 @@
+"""Reading NVIDIA machine code (SASS): instructions of a kernel and its loops.
+
+A loop cannot be told from label order alone: waits on barriers put their retry paths behind the end of a kernel, and
+the jump back from there is no loop. So loops are found as in a compiler: blocks, dominators, back edges.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<text>.+?)\s*;")
+_BRANCH = re.compile(r"\bBRA\b(?P<operands>.*)`\((?P<target>\.L_x_\d+)\)")
+_END = re.compile(r"\b(EXIT|RET)\b")
+_PREDICATED = re.compile(r"^@|^BRA(\.\S+)? +!?U?P\d")
+_SPILL = re.compile(r"\b(STL|LDL)\b")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One kernel's instructions in order, and its natural loops as instruction indices."""
+
+    instructions: tuple[str, ...]
+    loops: tuple[tuple[int, ...], ...]
+
+    def count(self, opcode: str) -> int:
+        """Instructions whose opcode matches a regular expression."""
+        pattern = re.compile(rf"\b(?:{opcode})\b")
+        return sum(bool(pattern.search(instruction)) for instruction in self.instructions)
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return self._spills(range(len(self.instructions)))
+
+    @property
+    def spills_in_loops(self) -> int:
+        """Those of them that some loop repeats."""
+        return self._spills({index for loop in self.loops for index in loop})
+
+    def _spills(self, indices: Iterable[int]) -> int:
+        return sum(bool(_SPILL.search(self.instructions[index])) for index in indices)
+
+
+def parse(listing: str) -> MachineCode:
+    """Reads what `nvdisasm -c` prints for a kernel."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif instruction := _INSTRUCTION.match(line):
+            instructions.append(instruction["text"])
+    return MachineCode(tuple(instructions), _find_loops(instructions, labels))
+
+
+def _find_loops(instructions: Sequence[str], labels: dict[str, int]) -> tuple[tuple[int, ...], ...]:
+    """Natural loops: for each back edge (to a block that dominates its source), the blocks that reach its source."""
+    jumps = [index for index, text in enumerate(instructions) if _BRANCH.search(text) or _END.search(text)]
+    starts = sorted({0, *labels.values(), *(index + 1 for index in jumps)} - {len(instructions)})
+    stops = [*starts[1:], len(instructions)]
+    block_at = {start: block for block, start in enumerate(starts)}
+    successors = [
+        _successors(block, instructions[stop - 1], labels, block_at, len(starts)) for block, stop in enumerate(stops)
+    ]
+    predecessors: list[list[int]] = [[] for _ in starts]
+    for block, targets in enumerate(successors):
+        for target in targets:
+            predecessors[target].append(block)
+
+    dominators = _dominators(predecessors)
+    loops = []
+    for block, targets in enumerate(successors):
+        for target in targets:
+            if target in dominators[block]:
+                body = _reaching(block, target, predecessors)
+                loops.append(tuple(index for member in sorted(body) for index in range(starts[member], stops[member])))
+    return tuple(loops)
+
+
+def _successors(block: int, last: str, labels: dict[str, int], block_at: dict[int, int], blocks: int) -> list[int]:
+    """Blocks that may follow a block that ends with the instruction `last`."""
+    branch = _BRANCH.search(last)
+    falls_through = bool(_PREDICATED.match(last)) if branch or _END.search(last) else True
+    targets = [block + 1] if falls_through and block + 1 < blocks else []
+    if branch and labels[branch["target"]] in block_at:
+        targets.append(block_at[labels[branch["target"]]])
+    return targets
+
+
+def _dominators(predecessors: list[list[int]]) -> list[set[int]]:
+    """For each block, the blocks on every path to it from the entry; itself alone where nothing leads there."""
+    everything = set(range(len(predecessors)))
+    dominators = [{0}] + [set(everything) for _ in predecessors[1:]]
+    changed = True
+    while changed:
+        changed = False
+        for block, sources in enumerate(predecessors[1:], start=1):
+            common = set.intersection(*(dominators[source] for source in sources)) if sources else set()
+            if common | {block} != dominators[block]:
+                dominators[block] = common | {block}
+                changed = True
+    return dominators
+
+
+def _reaching(source: int, header: int, predecessors: list[list[int]]) -> set[int]:
+    """Blocks from which `source` is reached without passing `header`, both included."""
+    body, pending = {header}, [source]
+    while pending:
+        block = pending.pop()
+        if block not in body:
+            body.add(block)
+            pending += predecessors[block]
+    return body
