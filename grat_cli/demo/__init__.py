@@ -40,11 +40,11 @@ def vocabulary() -> dict[str, list[str]]:
     """
     from grat_cli.demo.drawing import COLOURS
     from grat_cli.demo.places import PLACES
-    from grat_cli.demo.scenes import known_words
+    from grat_cli.demo.scenes import ARTICLES, known_words
     from grat_cli.demo.subjects import SUBJECTS
 
     places = [phrase for place in PLACES.values() for phrase in place.phrases]
-    named = {*SUBJECTS, *COLOURS, *(word for phrase in places for word in phrase.split())}
+    named = {*SUBJECTS, *COLOURS, *(word for phrase in places for word in phrase.split())} - set(ARTICLES)
     return {
         "subjects": list(SUBJECTS),
         "colours": list(COLOURS),

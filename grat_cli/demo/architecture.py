@@ -13,7 +13,10 @@ from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.scenes import known_words
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 LATENT_CHANNELS = 4
 TOKEN_PIXELS = 8  # the autoencoder's 4 pixels times the pipeline's 2x2 packing
@@ -50,7 +53,8 @@ def build_clip_tokenizer() -> Any:
     for piece in [*(byte + "</w>" for byte in alphabet), CLIP_START, CLIP_END]:
         vocabulary.setdefault(piece, len(vocabulary))
     merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=DEMO_FLUX.text_tokens)
+    options: dict[str, Any] = {"vocab": vocabulary, "merges": merges}
+    return CLIPTokenizer(**options, model_max_length=DEMO_FLUX.text_tokens)
 
 
 def build_t5_tokenizer() -> Any:
@@ -140,7 +144,7 @@ def build_t5_encoder(tokenizer: Any) -> Any:
 
 def build_autoencoder() -> AutoencoderTiny:
     """Return an untrained autoencoder: [B, 3, H, W] to [B, 4, H/4, W/4] and back."""
-    from diffusers import AutoencoderTiny
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     return AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32),
@@ -156,7 +160,7 @@ def build_autoencoder() -> AutoencoderTiny:
 def build_transformer() -> FluxTransformer2DModel:
     """Return an untrained transformer of 3.8 million parameters, modulation and output starting at zero (DiT)."""
     import torch
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -180,7 +184,7 @@ def build_transformer() -> FluxTransformer2DModel:
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Return the flow-matching scheduler with Flux's shift by token count."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
 
@@ -188,7 +192,7 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 def build_pipeline(seed: int = 0) -> FluxPipeline:
     """Return an untrained pipeline in fp32; the same seed gives the same weights."""
     import torch
-    from diffusers import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     torch.manual_seed(seed)
     clip_tokenizer, t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
@@ -210,7 +214,10 @@ def load_pipeline(folder: Path) -> FluxPipeline:
     `AutoencoderKL`, though an `AutoencoderTiny` has everything the pipeline asks of it.
     """
     import torch
-    from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
     from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
     def load(loader: Any, part: str, **options: Any) -> Any:

@@ -27,7 +27,7 @@ INK: Colour = (24, 22, 26)
 
 def blend(first: Colour, second: Colour, share: float) -> Colour:
     """Return `first` moved towards `second` by `share` (0 to 1)."""
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second))
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 

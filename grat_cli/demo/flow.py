@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, apply_rotary_emb
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import TOKEN_PIXELS
 from grat_cli.demo.shards import EncodedScenes, SceneStream, encode_captions, save_atomically
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 GRID = DEMO_FLUX.native_side // TOKEN_PIXELS
 
@@ -79,14 +81,26 @@ class PlainAttention(FluxAttnProcessor):
             query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj, encoder_hidden_states)), query], 1)
             key = torch.cat([attn.norm_added_k(heads(attn.add_k_proj, encoder_hidden_states)), key], 1)
             value = torch.cat([heads(attn.add_v_proj, encoder_hidden_states), value], 1)
-        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1) * attn.head_dim**-0.5
-        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        def rotate(states: torch.Tensor) -> Any:
+            return apply_rotary_emb(states, image_rotary_emb, sequence_dim=1)
+
+        query, key = rotate(query), rotate(key)
+        query = query * attn.head_dim**-0.5
         scores = query.transpose(1, 2) @ key.transpose(1, 2).transpose(-1, -2)
         output = (scores.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return output
         text, image = output.split_with_sizes([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
         return attn.to_out[0](image), attn.to_add_out(text)
+
+
+def use_plain_attention(transformer: torch.nn.Module) -> None:
+    """Make every attention of a Flux transformer a `PlainAttention`."""
+    processor: Any = PlainAttention()
+    for module in transformer.modules():
+        if isinstance(module, FluxAttention):
+            module.set_processor(processor)
 
 
 @dataclass(frozen=True)
@@ -152,8 +166,7 @@ class FlowTrainer:
         self.master: FluxTransformer2DModel = copy.deepcopy(pipe.transformer).float().train()
         self.average: FluxTransformer2DModel = copy.deepcopy(self.master)
         self._worker = copy.deepcopy(self.master).bfloat16()
-        for block in (*self._worker.transformer_blocks, *self._worker.single_transformer_blocks):
-            block.attn.set_processor(PlainAttention())
+        use_plain_attention(self._worker)
         # bf16 would round sigma * 1000 to steps of 4; the embedding takes it exact.
         self._exact_timestep = torch.zeros(0)
         self._worker.time_text_embed.register_forward_pre_hook(lambda _, given: (self._exact_timestep, *given[1:]))
@@ -171,7 +184,7 @@ class FlowTrainer:
         self.step = state["step"]
         self.master.load_state_dict(state["master"])
         self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self._optimizers, state["optimizers"]):
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
     def save(self) -> None:
@@ -186,7 +199,8 @@ class FlowTrainer:
 
     def _synchronise(self) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(list(self._worker.parameters()), list(self.master.parameters()))
+            for worker, master in zip(self._worker.parameters(), self.master.parameters(), strict=True):
+                worker.copy_(master)
 
     def learning_rate(self) -> float:
         """Return the rate of the coming step."""
@@ -224,7 +238,7 @@ class FlowTrainer:
         loss = self._loss(self._stream.batch(self.step, generator), generator)
         loss.backward()
         parameters = list(self.master.parameters())
-        for parameter, worker in zip(parameters, self._worker.parameters()):
+        for parameter, worker in zip(parameters, self._worker.parameters(), strict=True):
             parameter.grad = None if worker.grad is None else worker.grad.float()
             worker.grad = None
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -235,7 +249,8 @@ class FlowTrainer:
         self._synchronise()
         keep = min(self.settings.average, (1 + self.step) / (20 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), parameters, 1 - keep)
+            for average, parameter in zip(self.average.parameters(), parameters, strict=True):
+                average.lerp_(parameter, 1 - keep)
         self.step += 1
         return loss.item()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -14,9 +14,10 @@ from grat_cli.demo.architecture import TOKEN_PIXELS
 from grat_cli.demo.scenes import Scene, draw_scene
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 HELD_OUT_SEED = 1_000_000_000_000  # scenes from here on are never trained on
+SCENES_PER_SEED = 1_000_000_000
 ENCODER_BATCH = 16
 
 
@@ -59,9 +60,8 @@ def pictures_to_tensor(scenes: list[Scene]) -> torch.Tensor:
 def encode_captions(pipe: FluxPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pooled [N, 64] and the full [N, text tokens, 128] embeddings of the captions."""
     with torch.no_grad():
-        prompt, pooled, _ = pipe.encode_prompt(
-            prompt=captions, prompt_2=captions, max_sequence_length=DEMO_FLUX.text_tokens
-        )
+        embeddings: Any = pipe.encode_prompt(captions, captions, max_sequence_length=DEMO_FLUX.text_tokens)
+    prompt, pooled, _ = embeddings
     return pooled, prompt
 
 
@@ -108,6 +108,8 @@ class SceneStream:
     ) -> None:
         if shard_size * window < batch:
             raise ValueError(f"a window of {window} shards of {shard_size} scenes is smaller than a batch of {batch}")
+        if not 0 <= seed < HELD_OUT_SEED // SCENES_PER_SEED:
+            raise ValueError(f"the seed is {seed}: from {HELD_OUT_SEED // SCENES_PER_SEED} on, scenes are held out")
         pipe.vae.to(memory_format=torch.channels_last)  # four times faster on a CPU
         self._pipe, self._folder, self._side, self._batch, self._seed = pipe, folder, side, batch, seed
         self._shard_size, self._window = shard_size, window
@@ -122,7 +124,7 @@ class SceneStream:
     def _shard(self, index: int) -> EncodedScenes:
         path = self._path(index)
         if not path.exists():
-            first = self._seed * 1_000_000_000 + index * self._shard_size
+            first = self._seed * SCENES_PER_SEED + index * self._shard_size
             scenes = [draw_scene(first + number, self._side) for number in range(self._shard_size)]
             encoded = encode_scenes(self._pipe, scenes)
             save_atomically({name: tensor.bfloat16() for name, tensor in vars(encoded).items()}, path)

@@ -32,6 +32,40 @@ def open_run(folder: Path, init: Path | None, threads: int):
 
 
 @app.command()
+def autoencoder(
+    folder: Folder,
+    init: Init = None,
+    decoder_only: Annotated[bool, typer.Option(help="Keep the encoder, so that the transformer stays valid.")] = False,
+    steps: Annotated[int, typer.Option(help="Step to stop at.")] = 3_000,
+    minutes: Annotated[float, typer.Option(help="Stop after so many minutes, to be continued later.")] = 1e9,
+    batch: Annotated[int, typer.Option(help="Crops per step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    seed: Annotated[int, typer.Option(help="Seed of scenes, crops and noise.")] = 1,
+    threads: Threads = 2,
+) -> None:
+    """Train the autoencoder, whose latents the transformer learns, continuing where the run stopped."""
+    pipe = open_run(folder, init, threads)
+    from grat_cli.demo.architecture import save_pipeline
+    from grat_cli.demo.autoencoding import (
+        AutoencoderSettings,
+        AutoencoderTrainer,
+        signal_to_noise,
+        use_latent_statistics,
+    )
+
+    settings = AutoencoderSettings(
+        decoder_only=decoder_only, steps=steps, batch=batch, learning_rate=learning_rate, seed=seed
+    )
+    trainer = AutoencoderTrainer(pipe, folder, settings)
+    trainer.train(minutes, log=lambda line: print(line, flush=True))
+    pipe.vae.eval()
+    if not decoder_only:
+        use_latent_statistics(pipe.vae)
+    typer.echo(f"{signal_to_noise(pipe.vae):.1f} dB after {trainer.step} steps")
+    save_pipeline(pipe, folder / "pipeline", half=False)
+
+
+@app.command()
 def transformer(
     folder: Folder,
     init: Init = None,
@@ -41,6 +75,7 @@ def transformer(
     batch: Annotated[int, typer.Option(help="Pictures per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     decay: Annotated[int, typer.Option(help="Last steps, over which the rate falls.")] = 0,
+    shard_size: Annotated[int, typer.Option(help="Scenes drawn and encoded at a time.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of pictures and noise.")] = 1,
     threads: Threads = 2,
 ) -> None:
@@ -51,26 +86,49 @@ def transformer(
     settings = FlowSettings(
         side=resolution, steps=steps, batch=batch, learning_rate=learning_rate, decay=decay, seed=seed
     )
-    trainer = FlowTrainer(pipe, folder, settings)
+    trainer = FlowTrainer(pipe, folder, settings, shard_size=shard_size)
     typer.echo(", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(settings)))
     trainer.train(minutes, log=lambda line: print(line, flush=True))
 
 
-@app.command()
-def export(
-    folder: Folder,
-    out: Annotated[Path, typer.Option(help="Pipeline folder to write.")],
-) -> None:
-    """Write the averaged weights of a run as a bf16 pipeline folder."""
+def averaged_pipeline(folder: Path, threads: int):
+    """Return the run's pipeline with the averaged weights of its transformer, and the step they are from."""
     import torch
 
-    from grat_cli.demo.architecture import save_pipeline
-
-    pipe = open_run(folder, None, threads=2)
+    pipe = open_run(folder, None, threads)
     state = torch.load(folder / "transformer.pt")
     pipe.transformer.load_state_dict(state["average"])
+    return pipe, state["step"]
+
+
+@app.command()
+def export(folder: Folder, out: Annotated[Path, typer.Option(help="Pipeline folder to write.")]) -> None:
+    """Write the averaged weights of a run as a bf16 pipeline folder."""
+    pipe, step = averaged_pipeline(folder, threads=1)
+    from grat_cli.demo.architecture import save_pipeline
+
     save_pipeline(pipe, out, half=True)
-    typer.echo(f"step {state['step']} written to {out}")
+    typer.echo(f"step {step} written to {out}")
+
+
+@app.command()
+def samples(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="Picture to write.")],
+    resolution: Annotated[int, typer.Option(help="Side of each sample in pixels.")] = 256,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Guidance scale (true_cfg_scale).")] = 2.0,
+    threads: Threads = 2,
+) -> None:
+    """Draw a sheet of samples with a run's averaged weights, and print its losses on held-out scenes."""
+    pipe, step = averaged_pipeline(folder, threads)
+    from grat_cli.demo.evaluation import draw_samples, held_out_losses
+
+    sigmas = (0.95, 0.8, 0.5, 0.2)
+    typer.echo(f"step {step}, sigmas {sigmas}")
+    for caption, losses in held_out_losses(pipe, resolution, 24, sigmas).items():
+        typer.echo(f"{caption} caption: " + " ".join(f"{loss:.4f}" for loss in losses))
+    draw_samples(pipe, resolution, steps, guidance).save(out)
 
 
 if __name__ == "__main__":
