@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import errno
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.devices import is_out_of_memory
 from grat_cli.errors import BadInput, ModelUnavailable
+from grat_cli.hub import download_pipeline, first_line, revision_of, root_cause
 from grat_cli.models import ModelChoice
 
 if TYPE_CHECKING:
     import torch
 
+_NEURAL_PARTS = {"text_encoder", "text_encoder_2", "transformer", "vae"}
 OFFLOADS = ("none", "model", "sequential")
 
 
@@ -55,7 +58,7 @@ def load_model(
         raise BadInput(f"unknown offload {offload!r}: choose from {', '.join(OFFLOADS)}")
     if offload != "none" and device.type == "cpu":
         raise BadInput("--offload moves parts of the model off a GPU, and the run is on the CPU: leave it out")
-    with _without_known_warnings():
+    with _without_pointless_warnings():
         pipe, folder = _load(choice, dtype, image_to_image, base)
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":
@@ -64,20 +67,18 @@ def load_model(
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
-    return LoadedModel(pipe, _revision(folder) if choice.kind == "hub" else None)
+    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None)
 
 
 def _load(choice: ModelChoice, dtype: torch.dtype, image_to_image: bool, base: str | None) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
     from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 
     pipeline = FluxImg2ImgPipeline if image_to_image else FluxPipeline
     if choice.kind != "file":
-        folder = Path(choice.source) if choice.kind == "folder" else _download(pipeline, choice.source)
-        with _damage_of(choice.name), _without_bars():
-            return pipeline.from_pretrained(folder, dtype=dtype), folder
+        folder = Path(choice.source) if choice.kind == "folder" else download_pipeline(pipeline, choice.source)
+        return _load_folder(pipeline, folder, choice.name, dtype), folder
 
     if base is None:
         raise ModelUnavailable(
@@ -85,53 +86,67 @@ def _load(choice: ModelChoice, dtype: torch.dtype, image_to_image: bool, base: s
             "a folder or a hub id such as --base black-forest-labs/FLUX.1-dev"
         )
     folder = Path(base).expanduser()
+    base = str(folder) if folder.is_dir() else base
     if not folder.is_dir():
-        # A component that is passed is not downloaded.
-        folder = _download(pipeline, base, transformer=None)
+        folder = download_pipeline(pipeline, base, leave_out="transformer")
+    return _load_folder(pipeline, folder, base, dtype, transformer=_load_file(choice, base, dtype)), folder
+
+
+def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype) -> Any:
+    """A transformer from a file in diffusers' or the original layout, with the configuration of `base`."""
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from safetensors import safe_open
+
     with _damage_of(choice.name), _without_bars():
+        with safe_open(choice.source, "pt") as file:
+            embeds_guidance = any("guidance" in key for key in file.keys())  # noqa: SIM118
+        config: Any = FluxTransformer2DModel.load_config(base, subfolder="transformer")
+        # Else weights would be left out without a word.
+        if embeds_guidance != config["guidance_embeds"]:
+            matching = "FLUX.1-dev" if embeds_guidance else "FLUX.1-schnell"
+            raise ModelUnavailable(
+                f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
+                f"try --base black-forest-labs/{matching}"
+            )
         transformer = FluxTransformer2DModel.from_single_file(
-            choice.source, config=str(folder), subfolder="transformer", dtype=dtype
+            choice.source, config=base, subfolder="transformer", dtype=dtype
         )
-    with _damage_of(base), _without_bars():
-        return pipeline.from_pretrained(folder, transformer=transformer, dtype=dtype), folder
+        lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
+        if lacking:
+            raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
+    return transformer
 
 
-def _download(pipeline: Any, hub_id: str, **passed: Any) -> Path:
-    """The snapshot folder of a hub id, downloaded where it is not in the cache."""
-    try:
-        return Path(pipeline.download(hub_id, **passed))
-    except Exception as error:
-        raise ModelUnavailable(_why_not_downloaded(error, hub_id)) from error
+def _load_folder(pipeline: Any, folder: Path, name: str, dtype: torch.dtype, **given: Any) -> Any:
+    """A pipeline from a folder, strictly.
+
+    Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
+    """
+    with _damage_of(name), _without_bars():
+        index = json.loads((folder / "model_index.json").read_text())
+        parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+        for part in parts.keys() - given.keys():
+            needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
+            if not needed.exists():
+                raise FileNotFoundError(f"{needed} is missing")
+        for part in _NEURAL_PARTS & parts.keys() - given.keys():
+            library, class_name = parts[part]
+            with _damage_of(f"{part} of {name}"):
+                given[part] = _load_part(getattr(import_module(library), class_name), folder / part, dtype)
+        return pipeline.from_pretrained(folder, **given, dtype=dtype)
 
 
-def _why_not_downloaded(error: BaseException, hub_id: str) -> str:
-    """What to do about a failed download; diffusers wraps the hub's own error, so the whole chain is read."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    demo = "or use --model demo"
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    status = next((found.response.status_code for found in chain if isinstance(found, HfHubHTTPError)), None)
-    if any(isinstance(found, GatedRepoError) for found in chain) or status == 403:
-        return (
-            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, "
-            f"then log in with `hf auth login`, {demo}"
-        )
-    if any(isinstance(found, RepositoryNotFoundError) for found in chain) or status in (401, 404):
-        return f"the hub has no model {hub_id}, or it is private: check the name, log in with `hf auth login`, {demo}"
-    if any(isinstance(found, HFValidationError) for found in chain):
-        return f"{hub_id!r} is not a hub id: write owner/name, {demo}"
-    if any(isinstance(found, PermissionError) for found in chain) or any(
-        isinstance(found, OSError) and found.errno == errno.ENOSPC for found in chain
-    ):
-        return f"{hub_id} cannot be stored ({_first_line(error)}): see HF_HOME, {demo}"
-    return (
-        f"{hub_id} is not in the local cache and cannot be downloaded ({_first_line(chain[-1])}): "
-        f"go online, give a local folder, {demo}"
-    )
+def _load_part(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A text encoder, transformer or autoencoder with every one of its weights."""
+    part, report = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    # Encoders are often parts of larger checkpoints; of a transformer everything is used.
+    left_over = sorted(report["unexpected_keys"]) if folder.name == "transformer" else []
+    if lacking or left_over:
+        problem = "it lacks" if lacking else "its configuration has no place for"
+        keys = lacking or left_over
+        raise ValueError(f"{problem} {len(keys)} weights, such as {keys[0]}")
+    return part
 
 
 @contextmanager
@@ -141,41 +156,38 @@ def _damage_of(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise ModelUnavailable(
-            f"{name} is damaged, incomplete or not a Flux model ({_first_line(error)}): "
+            f"{name} is damaged, incomplete or not Flux's ({first_line(root_cause(error))}): "
             "get its files again, or use --model demo"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
-
-
-def _revision(folder: Path) -> str | None:
-    """The commit of a snapshot in the hub's cache, `.../snapshots/<commit>`."""
-    return folder.name if folder.parent.name == "snapshots" else None
-
-
 @contextmanager
-def _without_known_warnings() -> Iterator[None]:
-    """Holds back two warnings about models that are as they should be; all others pass."""
-    texts = {
+def _without_pointless_warnings() -> Iterator[None]:
+    """Holds back warnings that are beside the point here; all others pass."""
+    pointless = (
         # FluxPipeline is annotated with AutoencoderKL, and runs with AutoencoderTiny as well.
-        "diffusers.pipelines.pipeline_utils": "Expected types for vae",
+        ("diffusers.pipelines.pipeline_utils", "Expected types for vae"),
+        # Either the cache has the model, or an error says that the hub is out of reach.
+        ("diffusers.pipelines.pipeline_utils", "Couldn't connect to the Hub"),
+        # What is missing is an error here, and says so itself.
+        ("diffusers.models.modeling_utils", "Some weights of"),
+        ("transformers.modeling_utils", "LOAD REPORT"),
+        # Said of an empty list of modules, after loading a single file.
+        ("diffusers.models.modeling_utils", "kept in float32: []"),
         # Image processors serve image prompts, which are not used here.
-        "transformers.utils.import_utils": "requires torchvision",
-    }
-    filters = {logging.getLogger(name): _LeavesOut(text) for name, text in texts.items()}
-    for logger, leaves_out in filters.items():
+        ("transformers.utils.import_utils", "requires torchvision"),
+    )
+    filters = [(logging.getLogger(name), _LeavesOut(text)) for name, text in pointless]
+    for logger, leaves_out in filters:
         logger.addFilter(leaves_out)
     try:
         yield
     finally:
-        for logger, leaves_out in filters.items():
+        for logger, leaves_out in filters:
             logger.removeFilter(leaves_out)
 
 

@@ -54,8 +54,8 @@ def extrapolation(scheduler: Any, image_tokens: int) -> str | None:
         return None
     mu = low + (high - low) * (image_tokens - fewest) / (most - fewest)
     return (
-        f"at {image_tokens} image tokens the pipeline extrapolates its time shift to mu = {mu:.1f}, trained up to {high}: "
-        "nearly all steps are spent in pure noise; `grat_cli.time_shift.time_shift` ends the line where training did"
+        f"at {image_tokens} image tokens the pipeline extrapolates its time shift to mu = {mu:.1f}, far beyond {high}, "
+        "and spends nearly all steps in pure noise: `grat_cli.time_shift.time_shift` ends the line where training did"
     )
 
 

@@ -10,11 +10,11 @@ import pytest
 import tiny_flux
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-from grat_kernels import Backend, Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Union, build_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grat_cli.adapters.flux import FluxAdapter, SpanAttentionProcessor
 from grat_cli.errors import BadInput
+from grat_kernels import Backend, Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Union, build_plan
 
 # Two computations of one fp32 forward pass: sums of a few hundred terms in another order, through three layers.
 RELATIVE = 5e-6

@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from grat_kernels import Backend
-
     from grat_cli.schedule import AttentionSchedule
+    from grat_kernels import Backend
 
 
 class Run(Protocol):

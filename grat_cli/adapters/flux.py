@@ -17,10 +17,10 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
-from grat_kernels import Backend, Grid, Plan, span_attention
 
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
+from grat_kernels import Backend, Grid, Plan, span_attention
 
 _PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 

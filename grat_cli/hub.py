@@ -1,0 +1,100 @@
+"""Pipelines from the Hugging Face hub, and what to do when one cannot be had."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+from grat_cli.errors import ModelUnavailable
+from grat_cli.models import PIPELINE_CLASSES
+
+_OR_DEMO = "or use --model demo"
+
+
+def download_pipeline(pipeline: Any, hub_id: str, leave_out: str | None = None) -> Path:
+    """The snapshot folder of a pipeline, downloaded where it is not in the cache.
+
+    Args:
+        pipeline: the pipeline class.
+        hub_id: `owner/name`.
+        leave_out: a part that is not needed.
+
+    Raises:
+        ModelUnavailable: if it is missing, gated, of another class or out of reach.
+    """
+    import huggingface_hub
+
+    try:
+        # A few bytes tell whether gigabytes are worth it.
+        index = json.loads(Path(huggingface_hub.hf_hub_download(hub_id, "model_index.json")).read_text())
+        if index.get("_class_name") not in PIPELINE_CLASSES:
+            raise ModelUnavailable(
+                f"{hub_id} is a {index.get('_class_name')}, which is not supported: "
+                f"give a {' or '.join(PIPELINE_CLASSES)}"
+            )
+        return Path(pipeline.download(hub_id, **({leave_out: None} if leave_out else {})))
+    except ModelUnavailable:
+        raise
+    except Exception as error:
+        raise ModelUnavailable(_why_not(error, hub_id)) from error
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit of a snapshot in the hub's cache, `.../snapshots/<commit>`; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first exception of a chain: libraries wrap the one that says what happened."""
+    return _chain(error)[-1]
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, at most one line of it."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def _why_not(error: BaseException, hub_id: str) -> str:
+    """What to do about a failed download."""
+    from huggingface_hub import errors
+
+    chain = _chain(error)
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    statuses = {link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)}
+    if caused_by(errors.GatedRepoError) or 403 in statuses:
+        return (
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, "
+            f"then log in with `hf auth login`, {_OR_DEMO}"
+        )
+    if caused_by(errors.RepositoryNotFoundError) or 401 in statuses:
+        return (
+            f"the hub has no model {hub_id}, or it is private: check the name, log in with `hf auth login`, {_OR_DEMO}"
+        )
+    if caused_by(errors.HFValidationError):
+        return f"{hub_id!r} is not a hub id: write owner/name, {_OR_DEMO}"
+    if caused_by(errors.RemoteEntryNotFoundError):
+        return (
+            f"{hub_id} is not a diffusers pipeline: it has no model_index.json; of a repository of single files, "
+            f"download one and give it with --model FILE --base black-forest-labs/FLUX.1-dev"
+        )
+    if caused_by(PermissionError) or any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
+        return f"{hub_id} cannot be stored ({first_line(error)}): set HF_HOME to a folder with room, {_OR_DEMO}"
+    return (
+        f"{hub_id} is not in the local cache and cannot be downloaded ({first_line(chain[-1])}): "
+        f"go online, give a local folder, {_OR_DEMO}"
+    )
