@@ -40,9 +40,9 @@ class Row(NamedTuple):
 # fp32 keeps exact products (no TF32) on the ordinary arithmetic units and serves tests and small checks: these tiles
 # fit every architecture.
 _FP32 = (
-    Row(64, 32, TileConfig(32, 32, 16, 4, 1, "pointers")),
-    Row(128, 32, TileConfig(32, 32, 16, 4, 1, "pointers")),
-    Row(256, 32, TileConfig(32, 16, 16, 4, 1, "pointers")),
+    Row(64, 32, TileConfig(32, 32, 32, 4, 1, "pointers")),
+    Row(128, 32, TileConfig(32, 32, 32, 8, 1, "pointers")),
+    Row(256, 32, TileConfig(32, 16, 16, 8, 1, "pointers")),
 )
 
 # Rows in order of preference.
