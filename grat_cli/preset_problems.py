@@ -28,8 +28,8 @@ def problem_of(error: ErrorDetails) -> Problem:
         "string_type": "text",
         "model_type": "a section with keys",
         "tuple_type": "a list",
-        "greater_than": f"more than {shown(context.get('gt'))}",
-        "greater_than_equal": f"{shown(context.get('ge'))} or more",
+        "greater_than": f"more than {context.get('gt', 0):g}",
+        "greater_than_equal": f"{context.get('ge', 0):g} or more",
         "string_pattern_mismatch": "a name of letters, digits, dots and dashes",
     }
     if error["type"] == "missing":

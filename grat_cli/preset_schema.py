@@ -12,7 +12,16 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from grat_cli import ranges
 from grat_cli.errors import choices
@@ -47,6 +56,10 @@ def _whole_numbers(value: Any, least: int, example: str) -> tuple[int, ...]:
 
 def _sizes(value: Any) -> tuple[int, ...]:
     return _whole_numbers(value, 1, "[16, 16]")
+
+
+def _sizes_or_none(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else _sizes(value)
 
 
 def _radius(value: Any) -> int | tuple[int, ...] | None:
@@ -220,16 +233,21 @@ class Rule(Section):
     steps: Range = None
     layers: Range = None
     variant: Variant | None = None
-    group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes)] = None
+    group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes_or_none)] = None
     radius: Radius = None
     share: Annotated[int, Field(ge=1)] | None = None
     window: Window = None
     far: FarLevels = None
 
+    @model_serializer(mode="wrap")
+    def _write_what_is_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Absent is not null: `far: null` takes the far field away."""
+        return {name: value for name, value in write(self).items() if name in self.model_fields_set}
+
     @cached_property
     def changes(self) -> dict[str, Any]:
-        """The attention fields that the rule gives; `far: null` takes the far field away."""
-        given = self.model_dump(include=self.model_fields_set - {"steps", "layers"})
+        """The attention fields that the rule gives."""
+        given = self.model_dump(exclude={"steps", "layers"})
         return {name: value for name, value in given.items() if value is not None or name == "far"}
 
 

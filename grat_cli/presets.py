@@ -148,9 +148,6 @@ def preset_yaml(preset: Preset) -> str:
     """The preset as YAML that loads to an equal one."""
     data = preset.model_dump(mode="json")
     data["attention"] = without_unused(data["attention"], preset.attention.variant)
-    data["schedule"]["rules"] = [
-        rule.model_dump(mode="json", include=rule.model_fields_set) for rule in preset.schedule.rules
-    ]
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)
 
 

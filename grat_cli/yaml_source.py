@@ -60,8 +60,8 @@ def read_file(path: Path) -> YamlSource:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a text file in UTF-8") from error
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise BadInput(f"cannot read {path}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from error
     return read_text(text, str(path))
 
 

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from grat_cli.errors import BadInput, GratError, ModelUnavailable, NumericalFailure, OutOfMemory, choices, nearest
+
+
+def test_exit_codes_are_the_documented_ones() -> None:
+    codes = {error: error.exit_code for error in (BadInput, ModelUnavailable, OutOfMemory, NumericalFailure)}
+    assert codes == {BadInput: 2, ModelUnavailable: 3, OutOfMemory: 4, NumericalFailure: 5}
+    assert all(issubclass(error, GratError) for error in codes)
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "expected"),
+    [
+        ("flx-far", ["flux-far", "demo-far"], "flux-far"),
+        ("--rse", ["--set", "--res"], "--res"),  # both share three letters; only one has the same
+        ("FLUX-X", ["flux-b", "flux-x"], "flux-x"),
+        ("qqq", ["flux-b"], None),
+        ("", ["flux-b"], None),
+        ("x", [], None),
+    ],
+)
+def test_nearest_names_the_likely_slip_and_nothing_unlike(word: str, known: list[str], expected: str | None) -> None:
+    assert nearest(word, known) == expected
+
+
+def test_choices_always_list_what_there_is() -> None:
+    assert choices("tritn", ["sdpa", "triton"]) == "did you mean 'triton'? (choose from sdpa, triton)"
+    assert choices("qqq", ["sdpa", "triton"]) == "choose from sdpa, triton"
