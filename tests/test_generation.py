@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
+import grat_cli
 from grat_cli import generation
 from grat_cli.checkpoints import LoadedModel, load_model
 from grat_cli.demo import DEMO_FLUX
@@ -80,11 +81,11 @@ def stock() -> Any:
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The pipeline that the next generation gets, to be tampered with."""
     pipe = load_model(choose_model("demo"), device=CPU, dtype=torch.float32).pipe
     monkeypatch.setattr(generation, "load_model", lambda *arguments, **options: LoadedModel(pipe, None))
-    yield pipe
+    return pipe
 
 
 @pytest.mark.parametrize("size", [(96, 80), (208, 144)])
@@ -104,6 +105,23 @@ def test_full_attention_gives_the_stock_picture(stock: Any, size: tuple[int, int
     assert np.abs(pixels(made.image) - pixels(expected)).max() <= 1
     (sparse,) = generate(preset=preset("b"), width=width, height=height)
     assert np.abs(pixels(sparse.image) - pixels(expected)).max() > 1
+
+
+def test_install_serves_several_prompts_and_pictures_per_prompt(stock: Any) -> None:
+    arguments = {
+        "prompt": [PROMPT, "a blue boat at night"],
+        "num_images_per_prompt": 2,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": 2,
+        "max_sequence_length": DEMO_FLUX.text_tokens,
+    }
+    expected = stock(**arguments, generator=torch.Generator().manual_seed(7)).images
+    with grat_cli.install(stock, preset("full"), height=HEIGHT, width=WIDTH):
+        made = stock(**arguments, generator=torch.Generator().manual_seed(7)).images
+    assert len(made) == 4
+    for picture, other in zip(made, expected, strict=True):
+        assert np.abs(pixels(picture) - pixels(other)).max() <= 1
 
 
 def test_the_same_request_gives_the_same_pixels_whatever_seeds_came_before() -> None:
@@ -128,9 +146,7 @@ def test_progress_and_what_is_reported() -> None:
     for made in (first, second):
         assert [step.index for step in made.steps] == list(range(STEPS))
         assert made.steps[0].timestep == 1000
-        assert all(
-            earlier.timestep > later.timestep for earlier, later in zip(made.steps, made.steps[1:], strict=False)
-        )
+        assert all(earlier.timestep > later.timestep for earlier, later in pairwise(made.steps))
         assert sum(step.total_ms for step in made.steps) < made.phases_ms["denoise"]
         assert all(step.density == pytest.approx(made.schedule.density) for step in made.steps)
         assert (made.backend, made.device, made.dtype, made.text_tokens) == ("sdpa", "cpu", "float32", 24)
@@ -306,9 +322,7 @@ def test_guidance_of_each_model() -> None:
 
     schnell = guidance_for("flux-schnell", None, None, embeds=False)
     assert (schnell.scale, schnell.arguments, schnell.notes) == (None, {"guidance_scale": 0.0}, ())
-    assert guidance_for("flux-schnell", 3.5, None, embeds=False).notes == (
-        "flux-schnell takes no guidance: 3.5 is not used",
-    )
-    assert guidance_for("flux-schnell", None, "blur", embeds=False).arguments == {
-        "true_cfg_scale": NEGATIVE_PROMPT_SCALE
-    }
+    given = guidance_for("flux-schnell", 3.5, None, embeds=False)
+    assert given.notes == ("flux-schnell takes no guidance: 3.5 is not used",)
+    steered = guidance_for("flux-schnell", None, "blur", embeds=False)
+    assert steered.arguments == {"true_cfg_scale": NEGATIVE_PROMPT_SCALE}
