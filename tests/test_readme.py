@@ -1,0 +1,93 @@
+"""What the README tells people to type, typed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import grat_cli
+from grat_cli.app import app
+from grat_cli.presets import load_preset
+from grat_cli.schedule import AttentionSchedule
+from grat_kernels import Grid
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+COMMANDS = [shlex.split(line, comments=True) for line in SHELL if line.startswith("grat ")]
+# These load weights that cannot be had everywhere: their options are parsed, nothing is run.
+NEEDS_WEIGHTS = [command for command in COMMANDS if command[1] == "image" and {"--offload", "--model"} & set(command)]
+NEEDS_WEIGHTS = [command for command in NEEDS_WEIGHTS if "demo" not in command]
+RUNNABLE = [command for command in COMMANDS if command not in NEEDS_WEIGHTS]
+
+
+def test_the_two_commands_are_make_targets() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    makes = [line.split()[1] for line in SHELL if line.startswith("make ")]
+    assert makes[:2] == ["demo", "test"]
+    mentioned = re.findall(r"`make ([a-z-]+)`", README)
+    assert set(makes) | set(mentioned) <= set(targets)
+
+
+def test_every_command_that_needs_no_weights_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    assert len(RUNNABLE) >= 8
+    first = runner.invoke(app, ["image", "a red fox", "--model", "demo", "--steps", "1", "--out", "demo.png"])
+    assert first.exit_code == 0, first.stderr
+    for command in RUNNABLE:
+        quick = ["--steps", "2", "--model", "demo"] if command[1] == "image" else []
+        result = runner.invoke(app, [*command[1:], *quick])
+        assert result.exit_code == 0, f"{shlex.join(command)}: {result.stderr}"
+        assert result.stdout.strip()
+
+
+@pytest.mark.parametrize("command", NEEDS_WEIGHTS, ids=shlex.join)
+def test_commands_for_large_models_are_understood(command: list[str]) -> None:
+    group = typer.main.get_command(app)
+    context = group.commands[command[1]].make_context(command[1], command[2:])  # type: ignore[attr-defined]
+    assert context.params["prompt"] == "a fox"
+
+
+def test_the_table_of_presets_states_the_planned_work() -> None:
+    rows = re.findall(r"^\| `(flux-[a-z-]+)`.*\| ([0-9/]+) \|$", README, re.MULTILINE)
+    assert len(rows) == 7
+    for name, work in rows:
+        schedule = AttentionSchedule(load_preset(name), Grid((512, 512)), 512, text_first=True, steps=28, layers=57)
+        stated = work.partition("/")[2] or "1"
+        assert f"{schedule.ideal_speedup:.0f}" == stated, name
+
+
+def test_the_preset_shown_is_valid(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "my-preset.yaml"
+    path.write_text(shown)
+    preset = load_preset(str(path))
+    schedule = AttentionSchedule(preset, Grid((128, 128)), 512, text_first=True, steps=28, layers=57)
+    assert schedule.plan(2, 30).density == schedule.plan(10, 1).density == 1.0
+    assert schedule.plan(3, 2).density < 0.5
+
+
+def test_the_python_example_calls_what_exists() -> None:
+    (shown,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(shown))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "install"
+    ]
+    arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    inspect.signature(grat_cli.install).bind("pipe", **arguments)
+    load_preset(arguments["preset"])
+
+
+def test_files_that_the_readme_points_to_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).is_file(), target
