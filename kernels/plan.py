@@ -8,7 +8,6 @@ This module is NumPy alone, so that planning a run needs no torch.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -66,7 +65,11 @@ class SpanLists:
     @cached_property
     def keys(self) -> IntArray:
         """Keys in each list, summaries counted as one key each, `[lists]`."""
-        total = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
+        return self.sums(self.lengths)
+
+    def sums(self, values: IntArray) -> IntArray:
+        """Sums over each list of a value per span, `[lists]` from `[spans]`; an empty list sums to 0."""
+        total = np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
         return total[self.bounds[1:]] - total[self.bounds[:-1]]
 
 
@@ -88,23 +91,6 @@ class Summaries:
     def rows(self) -> int:
         """Number of summary rows over all levels."""
         return self.offsets[-1]
-
-
-class Tiles(NamedTuple):
-    """Work lists of a tiled kernel.
-
-    Attributes:
-        query_tiles: `[T, 6]` int32: first row, rows, then four bounds into `key_tiles`: begin of the list, end of
-            full tiles of tokens (no mask), end of partial tiles of tokens, end of summary tiles. Text tiles come
-            first, because each is as long as the whole sequence, then tiles in token order.
-        key_tiles: `[n + 1, 2]` int32: first row and rows of each key tile; summary tiles count rows over all
-            levels. Shared by all query tiles of one list; one padding entry at the end.
-        leading: how many query tiles at the front are text tiles.
-    """
-
-    query_tiles: npt.NDArray[np.int32]
-    key_tiles: npt.NDArray[np.int32]
-    leading: int
 
 
 class PlanTensors(NamedTuple):
@@ -216,23 +202,10 @@ class Plan:
         return float(np.sqrt(squared.max(where=exact, initial=0.0)))
 
     def tile_efficiency(self, block_m: int = 128, block_n: int = 128) -> float:
-        """Share of the pairs in executed tiles of `block_m` queries by `block_n` keys that are attended."""
-        query_tiles = self.tiles(block_m, block_n).query_tiles.astype(np.int64)
-        executed = int((query_tiles[:, 5] - query_tiles[:, 2]).sum()) * block_m * block_n
-        return self.attended_pairs / executed
-
-    def tiles(self, block_m: int, block_n: int, *, text_apart: bool = False) -> Tiles:
-        """Work lists for tiles of `block_m` queries by `block_n` keys.
-
-        Args:
-            block_m: queries per tile.
-            block_n: keys per tile.
-            text_apart: cut text keys into tiles of their own and list them all as partial, so that a kernel can
-                mask padded text without a mask in its main loop.
-        """
-        return self.cached(
-            ("tiles", block_m, block_n, text_apart), lambda: _build_tiles(self, block_m, block_n, text_apart)
-        )
+        """Attended share of the pairs in tiles of `block_m` queries by `block_n` keys, cut from runs and spans."""
+        key_tiles = self.span_lists.sums(-(-self.span_lists.lengths // block_n))
+        executed = sum(-(-run.length // block_m) * int(key_tiles[run.span_list]) for run in self.query_runs)
+        return self.attended_pairs / (executed * block_m * block_n)
 
     def tensors(self, device: torch.device | str) -> PlanTensors:
         """Index tensors on a device, moved once."""
@@ -400,63 +373,3 @@ def _merge_runs(runs: list[QueryRun]) -> tuple[QueryRun, ...]:
             run = QueryRun(merged[-1].start, merged.pop().length + run.length, run.span_list)
         merged.append(run)
     return tuple(merged)
-
-
-_FULL, _PARTIAL, _SUMMARY = 0, 1, 2
-
-
-def _build_tiles(plan: Plan, block_m: int, block_n: int, text_apart: bool) -> Tiles:
-    lists = plan.span_lists
-    owner = np.repeat(np.arange(len(lists)), np.diff(lists.bounds))
-    starts = lists.starts + np.asarray((0, *plan.summaries.offsets[:-1]))[lists.levels]
-    lengths, kinds = lists.lengths, np.where(lists.levels > 0, _SUMMARY, _FULL)
-    if text_apart and plan.text_len:
-        owner, starts, lengths, kinds = _split_off_text(plan, owner, starts, lengths, kinds)
-
-    # Every span becomes its tiles; those shorter than block_n, and all tiles of text set apart, need a mask.
-    tile_count = -(-lengths // block_n)
-    span = np.repeat(np.arange(len(starts)), tile_count)
-    offset = (np.arange(len(span)) - np.repeat(np.cumsum(tile_count) - tile_count, tile_count)) * block_n
-    rows = np.minimum(block_n, lengths[span] - offset)
-    kind = np.where((kinds[span] == _FULL) & (rows < block_n), _PARTIAL, kinds[span])
-    by_list = np.lexsort((np.arange(len(span)), kind, owner[span]))
-    key_tiles = np.zeros((len(span) + 1, 2), np.int32)
-    key_tiles[:-1, 0] = (starts[span] + offset)[by_list]
-    key_tiles[:-1, 1] = rows[by_list]
-    slot = (owner[span] * 3 + kind)[by_list]
-    bounds = np.searchsorted(slot, np.arange(len(lists) * 3 + 1)).reshape(-1)
-    list_bounds = np.stack([bounds[0:-1:3], bounds[1::3], bounds[2::3], bounds[3::3]], axis=1)
-
-    text = QueryRun(plan.text_start, plan.text_len, plan.text_list)
-    apart = plan.text_len > 0 and text in plan.query_runs
-    ordered = ([text] if apart else []) + [run for run in plan.query_runs if not (apart and run == text)]
-    run_starts, run_lengths, run_lists = (np.asarray(column, np.int64) for column in zip(*ordered, strict=True))
-    tile_count = -(-run_lengths // block_m)
-    run = np.repeat(np.arange(len(ordered)), tile_count)
-    offset = (np.arange(len(run)) - np.repeat(np.cumsum(tile_count) - tile_count, tile_count)) * block_m
-    query_tiles = np.empty((len(run), 6), np.int32)
-    query_tiles[:, 0] = run_starts[run] + offset
-    query_tiles[:, 1] = np.minimum(block_m, run_lengths[run] - offset)
-    query_tiles[:, 2:] = list_bounds[run_lists[run]]
-    return Tiles(query_tiles, key_tiles, math.ceil(plan.text_len / block_m) if apart else 0)
-
-
-def _split_off_text(
-    plan: Plan, owner: IntArray, starts: IntArray, lengths: IntArray, kinds: IntArray
-) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Cuts text off the token spans; text pieces get the kind that is always masked."""
-    text_stop = plan.text_start + plan.text_len
-    stops = starts + lengths
-    tokens = kinds == _FULL
-    text_from, text_to = np.maximum(starts, plan.text_start), np.minimum(stops, text_stop)
-    has_text = tokens & (text_from < text_to)
-    # Text lies at one end of the sequence, so what is left of a span is one piece.
-    rest_start = np.where(has_text & plan.text_first, text_to, starts)
-    rest_stop = np.where(has_text & (not plan.text_first), text_from, stops)
-    rest = rest_stop > rest_start
-    return (
-        np.concatenate([owner[rest], owner[has_text]]),
-        np.concatenate([rest_start[rest], text_from[has_text]]),
-        np.concatenate([(rest_stop - rest_start)[rest], (text_to - text_from)[has_text]]),
-        np.concatenate([kinds[rest], np.full(int(has_text.sum()), _PARTIAL)]),
-    )

@@ -126,7 +126,7 @@ def test_auto_says_what_it_chose_and_never_picks_the_interpreter() -> None:
 def test_planning_needs_no_torch() -> None:
     code = (
         "import sys; from grat_kernels import Grid, Grouping, Block, build_plan;"
-        "build_plan(Grouping(Grid((8, 8)), (4, 4)), Block(1)).tiles(16, 16);"
+        "build_plan(Grouping(Grid((8, 8)), (4, 4)), Block(1)).tile_efficiency();"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

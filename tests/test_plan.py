@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from cases import plans
 from hypothesis import given
-from hypothesis import strategies as st
 
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Span, Union, build_plan
 from grat_kernels.geometry import cell_sizes
@@ -77,35 +76,6 @@ def test_summaries_are_the_blocks_of_each_level_in_token_order(plan: Plan) -> No
         assert starts[0] == plan.image_start
         np.testing.assert_array_equal(starts[1:], (starts + counts)[:-1])
         assert sorted(counts.tolist()) == sorted(cell_sizes(plan.grouping.grid, level.block).tolist())
-
-
-@given(plans(), st.sampled_from([(16, 8), (32, 16), (128, 128)]), st.booleans())
-def test_tiles_compute_every_attended_pair_once(plan: Plan, block: tuple[int, int], text_apart: bool) -> None:
-    tiles = plan.tiles(*block, text_apart=text_apart)
-    assert (tiles.query_tiles[:, 1] <= block[0]).all()
-    assert (tiles.key_tiles[:, 1] <= block[1]).all()
-    covered = np.zeros(plan.tokens, np.int64)
-    pairs = 0
-    text = range(plan.text_start, plan.text_start + plan.text_len)
-    for first, rows, begin, full_end, partial_end, end in tiles.query_tiles.tolist():
-        covered[first : first + rows] += 1
-        assert begin <= full_end <= partial_end <= end < len(tiles.key_tiles)
-        for start, keys in tiles.key_tiles[begin:full_end].tolist():
-            assert keys == block[1]
-            assert not text_apart or not set(text) & set(range(start, start + keys))
-        pairs += rows * int(tiles.key_tiles[begin:end, 1].sum())
-    assert (covered == 1).all()
-    assert pairs == plan.attended_pairs
-
-
-def test_text_tiles_come_first_where_text_is_longer_than_the_rest() -> None:
-    plan = build_plan(FLUX_8K, Block(1), 512, True)
-    tiles = plan.tiles(128, 128)
-    assert tiles.leading == 4
-    assert sorted(tiles.query_tiles[:4, 0].tolist()) == [0, 128, 256, 384]
-    after = build_plan(HUNYUAN_720P, Block(1), 256, False).tiles(128, 128)
-    assert after.leading == 2
-    assert after.query_tiles[0, 0] == 33 * 45 * 80
 
 
 # Densities, ideal speed-ups and tile efficiencies counted by an independent script (one group at a time).

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 from grat_kernels import Block, CrissCross, Far, Grid, Grouping, Pattern, Union, build_plan, span_attention
+from grat_kernels.tile_lists import build_tile_lists
 
 SIDE, HEADS, HEAD_DIM = 128, 4, 64
 REPETITIONS = 5
@@ -85,7 +86,7 @@ def plan_table() -> Table:
     def build(grid: Grid, group: tuple[int, ...], pattern: Pattern, text_len: int, text_first: bool) -> None:
         build_plan.cache_clear()
         plan = build_plan(Grouping(grid, group), pattern, text_len, text_first)
-        _ = plan.order, plan.tiles(128, 128)
+        _ = plan.order, build_tile_lists(plan, 128, 128, 32, mask_text=False)
 
     times = median_ms({name: lambda case=case: build(*case) for name, case in cases.items()}, 9)
     table = Table(title="plan, token order and tile lists, built from nothing")
