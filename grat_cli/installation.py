@@ -121,6 +121,11 @@ def install(
     from grat_kernels import Grid
 
     grid = Grid((height // pixels_per_token, width // pixels_per_token))
+    if not hasattr(pipe.scheduler, "step_index") or not hasattr(pipe.scheduler, "begin_index"):
+        raise BadInput(
+            f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
+            "use FlowMatchEulerDiscreteScheduler"
+        )
     adapter = FluxAdapter(pipe.transformer, grid)
     installation = Installation(pipe, preset, grid, steps, adapter.layers)
     warning = extrapolation(pipe.scheduler, grid.tokens)

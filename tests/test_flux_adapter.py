@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grat_cli.adapters.flux import FluxAdapter, SpanAttentionProcessor
 from grat_cli.errors import BadInput
+from grat_cli.timing import StepRecorder
 from grat_kernels import Backend, Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Union, build_plan
 
 # Two computations of one fp32 forward pass: sums of a few hundred terms in another order, through three layers.
@@ -305,11 +306,12 @@ def test_later_calls_of_a_run_never_read_from_the_device(model: Any) -> None:
         torch.ones(1).item()
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_transformers_attend_over_spans(whole: bool) -> None:
-    """`torch.compile` of the transformer, and of its blocks alone as diffusers recommends; no graph breaks."""
+@pytest.mark.parametrize("form", ["wrapped", "blocks", "in place"])
+def test_compiled_transformers_attend_over_spans(form: str) -> None:
+    """`torch.compile` of the transformer, of its blocks as diffusers recommends, and `transformer.compile()`."""
     torch._dynamo.reset()
     model: Any = tiny_flux.transformer(num_single_layers=1)
+    called: Any = model
     grid = Grid((8, 12))
     inputs = tiny_flux.inputs(*grid.shape)
     plans = plan_of(grid, Block(1)), plan_of(grid, CrissCross(1))
@@ -318,10 +320,18 @@ def test_compiled_transformers_attend_over_spans(whole: bool) -> None:
     with FluxAdapter(model, grid).attached(run, Backend.SDPA):
         for run.step in range(2):
             expected.append(model(**inputs)[0])
-    called: Any = torch.compile(model, backend="eager", fullgraph=True) if whole else model
-    if not whole:
+    if form == "wrapped":
+        called = torch.compile(model, backend="eager", fullgraph=True)
+    elif form == "blocks":
         model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    else:
+        model.compile(backend="eager")
     with FluxAdapter(called, grid).attached(run, Backend.SDPA):
         for run.step in range(2):
             assert relative_difference(called(**inputs)[0], expected[run.step]) < RELATIVE
+    with (
+        pytest.raises(BadInput, match="compiled transformer cannot be timed"),
+        FluxAdapter(called, grid).attached(run, Backend.SDPA, observer=StepRecorder()),
+    ):
+        pass
     torch._dynamo.reset()

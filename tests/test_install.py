@@ -224,12 +224,17 @@ def test_what_does_not_fit_is_refused_in_words(pipe: Any) -> None:
         enter(pipe, "no-such-preset")
     with pytest.raises(BadInput, match="installed for 2 steps, the call runs 3"):
         enter(pipe, preset(), steps=2)
-    video = preset().model_copy(update={"model": "hunyuan", "attention": preset("x").attention.model_copy()})
     video = Preset.model_validate(
-        video.model_dump() | {"attention": {"variant": "x", "group": [4, 8, 8]}, "model": "hunyuan"}
+        {"name": "test", "model": "hunyuan", "attention": {"variant": "x", "group": [4, 8, 8]}}
     )
     with pytest.raises(BadInput, match="preset test is for hunyuan models, the pipeline is a FluxPipeline"):
         enter(pipe, video)
+
+
+def test_a_scheduler_that_does_not_count_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "scheduler", object())
+    with pytest.raises(BadInput, match="object does not count its steps"):
+        enter(pipe, preset())
 
 
 def test_a_backend_by_name_runs_or_says_why_not(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

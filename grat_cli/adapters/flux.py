@@ -128,11 +128,18 @@ class FluxAdapter:
         """Attention layers: double blocks, then single blocks."""
         return len(self._attentions)
 
+    def _has_compiled_blocks(self) -> bool:
+        blocks = (*self._model.transformer_blocks, *self._model.single_transformer_blocks)
+        return any(block._compiled_call_impl is not None for block in blocks)
+
     @contextmanager
     def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
         """See `adapters.base.Adapter.attached`."""
         for attention in self._attentions:
             _check_stock(attention.processor)
+        compiled_in_place = getattr(self._model, "_compiled_call_impl", None) is not None
+        if observer and (compiled_in_place or self._called is not self._model or self._has_compiled_blocks()):
+            raise BadInput("attention inside a compiled transformer cannot be timed: install without an observer")
         stock = [attention.processor for attention in self._attentions]
         processors = [SpanAttentionProcessor(backend, observer) for _ in self._attentions]
         call = _Calls(self._grid, self._attentions, processors, run, observer)
@@ -140,8 +147,11 @@ class FluxAdapter:
         try:
             for attention, processor in zip(self._attentions, processors, strict=True):
                 attention.set_processor(processor)
-            handles.append(self._called.register_forward_pre_hook(call.before, with_kwargs=True))
-            handles.append(self._called.register_forward_hook(call.after))
+            before, after = call.before, call.after
+            if compiled_in_place:  # such a module's hooks are compiled with it, and these are no tensor code
+                before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+            handles.append(self._called.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(self._called.register_forward_hook(after))
             yield
         finally:
             for handle in handles:
