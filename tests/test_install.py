@@ -231,9 +231,13 @@ def test_what_does_not_fit_is_refused_in_words(pipe: Any) -> None:
         enter(pipe, video)
 
 
+class OtherScheduler:
+    """One that keeps no step index."""
+
+
 def test_a_scheduler_that_does_not_count_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipe, "scheduler", object())
-    with pytest.raises(BadInput, match="object does not count its steps"):
+    monkeypatch.setattr(pipe, "scheduler", OtherScheduler())
+    with pytest.raises(BadInput, match="OtherScheduler does not count its steps"):
         enter(pipe, preset())
 
 

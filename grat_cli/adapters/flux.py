@@ -147,7 +147,8 @@ class FluxAdapter:
         try:
             for attention, processor in zip(self._attentions, processors, strict=True):
                 attention.set_processor(processor)
-            before, after = call.before, call.after
+            before: Any = call.before
+            after: Any = call.after
             if compiled_in_place:  # such a module's hooks are compiled with it, and these are no tensor code
                 before, after = torch.compiler.disable(before), torch.compiler.disable(after)
             handles.append(self._called.register_forward_pre_hook(before, with_kwargs=True))
