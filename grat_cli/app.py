@@ -81,7 +81,7 @@ def _message(error: Exception) -> str:
         )
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "grat"
-    if hasattr(error, "possibilities"):  # an unknown option
+    if hasattr(error, "option_name") and hasattr(error, "possibilities"):  # an unknown option
         option = str(getattr(error, "option_name", ""))
         known = [name for parameter in context.command.params for name in parameter.opts] if context else []
         closest = nearest(option, [name for name in known if name.startswith("-")])

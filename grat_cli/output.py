@@ -70,7 +70,7 @@ class Output:
     def hint(self, text: str) -> None:
         """Something worth knowing that is not the result."""
         if self.mode is not Mode.QUIET:
-            self.error_console.print(text, style="dim", markup=False)
+            self.error_console.print(text, style="dim", markup=False, soft_wrap=not self.error_console.is_terminal)
 
     def progress(self) -> ProgressDisplay:
         """A progress display, live on a terminal, a line now and then elsewhere, silent with `--quiet`."""

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from grat_cli.generation import GeneratedImage, ImageRequest
+    from grat_cli.generation import GeneratedImage
+    from grat_cli.image_request import ImageRequest
 
 SCHEMA = "grat.report/1"
 

@@ -81,14 +81,14 @@ def names(folder: Path) -> set[str]:
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """Two small pictures by the demo model itself."""
     folder = tmp_path_factory.mktemp("real")
-    return folder, grat(*FOX, "--res", "64", "--steps", "2", "--seed", "3,5", "--out", folder / "fox.png", "--json")
+    return folder, grat(*FOX, "--res", "128", "--steps", "2", "--seed", "3,5", "--out", folder / "fox.png", "--json")
 
 
 def test_the_demo_makes_pictures_with_reports(real: tuple[Path, Result]) -> None:
     folder, result = real
     assert result.code == 0, result.err
     assert names(folder) == {"fox-s3.png", "fox-s3.json", "fox-s5.png", "fox-s5.json"}
-    planned = grat("plan", "demo-far", "--res", "64", "--steps", "2", "--json").data
+    planned = grat("plan", "demo-far", "--res", "128", "--steps", "2", "--json").data
     for seed, made in zip((3, 5), result.data["images"], strict=True):
         assert made["file"] == str(folder / f"fox-s{seed}.png")
         written = json.loads((folder / f"fox-s{seed}.json").read_text())
@@ -97,11 +97,12 @@ def test_the_demo_makes_pictures_with_reports(real: tuple[Path, Result]) -> None
         assert (written["grid"], written["tokens"], written["density"]) == (
             *(planned["grid"], planned["tokens"], planned["density"]),
         )
+        assert written["density"] < 0.8
         assert written["backend"]["used"] in ("sdpa", "triton")
         assert set(written["phases"]) == {"load", "text", "denoise", "decode", "save"}
         assert all(0 < step["attention_ms"] <= step["total_ms"] for step in written["steps"])
         with Image.open(made["file"]) as image:
-            assert image.size == (64, 64)
+            assert image.size == (128, 128)
     first, second = (np.asarray(Image.open(folder / f"fox-s{seed}.png")) for seed in (3, 5))
     assert (first != second).any()
 
@@ -112,10 +113,16 @@ def test_info_reads_picture_and_report(real: tuple[Path, Result]) -> None:
     assert whole == json.loads((folder / "fox-s3.json").read_text())
     assert inside == {name: value for name, value in whole.items() if name in inside}
     shown = grat("info", folder / "fox-s3.json").out
-    for words in ("a red fox in the snow", "demo-far", "b radius 1, groups 4x4, far 4x4 beyond 1", "64x64", "denoise "):
+    for words in (
+        "a red fox in the snow",
+        "demo-far",
+        "b radius 1, groups 4x4, far 4x4 beyond 1",
+        "128x128",
+        "denoise ",
+    ):
         assert words in shown
     command = grat("info", folder / "fox-s3.png", "--quiet").out
-    assert command.startswith("grat image 'a red fox in the snow' --model demo --res 64 --steps 2 --seed 3,5 --out ")
+    assert command.startswith("grat image 'a red fox in the snow' --model demo --res 128 --steps 2 --seed 3,5 --out ")
 
 
 def test_the_default_name_tells_what_the_picture_is(painter: Painter, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from PIL import Image
 from rich.console import Console
 
 from grat_cli import report
-from grat_cli.generation import GeneratedImage, ImageRequest
+from grat_cli.generation import GeneratedImage
+from grat_cli.image_request import ImageRequest
 from grat_cli.models import choose_model
 from grat_cli.planning import architecture_for, schedule_for
 from grat_cli.presets import Preset

@@ -88,7 +88,9 @@ def image(
     )
     resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
     if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
-        schedule_for(chosen, architecture_for(choice), resolution)
+        schedule = schedule_for(chosen, architecture_for(choice), resolution)
+        if schedule.density == 1 and chosen.attention.variant != "full":
+            output.hint(f"at {resolution} every group attends all others: this is full attention")
 
     # 3. Where the pictures go, before hours are spent on them.
     now = datetime.now().astimezone()
@@ -98,7 +100,8 @@ def image(
     media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
 
     # 4. Make them, one by one; each is written as soon as it is done.
-    from grat_cli.generation import ImageRequest, generate_images
+    from grat_cli.generation import generate_images
+    from grat_cli.image_request import ImageRequest
 
     output.hint(f"{choice.name} ({choice.reason}), {resolution}, {chosen.sampling.steps} steps")
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
