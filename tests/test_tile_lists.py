@@ -1,4 +1,4 @@
-"""Work lists of the span kernel: every attended pair once, text first."""
+"""The kernel's work lists against the plan they come from."""
 
 from __future__ import annotations
 
@@ -7,49 +7,66 @@ from cases import plans
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grat_kernels import Block, Grid, Grouping, Plan, build_plan
-from grat_kernels.tile_lists import build_tile_lists
+from grat_kernels import Block, Full, Grid, Grouping, Plan, build_plan
+from grat_kernels.tile_lists import TileLists, build_tile_lists
+
+block_sizes = st.sampled_from([(16, 32, 8), (8, 16, 16), (64, 64, 32)])
 
 
-@given(plans(), st.sampled_from([(16, 8, 8), (32, 16, 4), (128, 128, 32)]), st.booleans())
-def test_tiles_compute_every_attended_pair_once(plan: Plan, blocks: tuple[int, int, int], mask_text: bool) -> None:
-    block_m, block_n, block_tail = blocks
-    tiles = build_tile_lists(plan, *blocks, mask_text=mask_text)
-    assert (tiles.query_tiles[:, 1] <= block_m).all()
-    text = set(range(plan.text_start, plan.text_start + plan.text_len))
-    summary_offsets = (0, *plan.summaries.offsets)
-    list_of_query = {}
+def covered(plan: Plan, lists: TileLists) -> np.ndarray:
+    """How often the tiles compute each pair of a query and a key, `[N, N + R]`, tokens before summaries."""
+    count = np.zeros((plan.tokens, plan.tokens + plan.summaries.rows), np.int64)
+    for first_query, queries, begin, full_end, full_summary_end, partial_end, end in lists.query_tiles.tolist():
+        for index in range(begin, end):
+            first, keys = lists.key_tiles[index].tolist()
+            of_summaries = full_end <= index < full_summary_end or partial_end <= index < end
+            first += plan.tokens if of_summaries else 0
+            count[first_query : first_query + queries, first : first + keys] += 1
+    return count
+
+
+def attended(plan: Plan) -> np.ndarray:
+    """Whether each pair is attended, `[N, N + R]`, from the plan's spans."""
+    mask = np.zeros((plan.tokens, plan.tokens + plan.summaries.rows), np.int64)
     for run in plan.query_runs:
-        list_of_query.update(dict.fromkeys(range(run.start, run.start + run.length), run.span_list))
-    seen: list[int] = []
-    for first, queries, *bounds in tiles.query_tiles.tolist():
-        seen += range(first, first + queries)
-        keys: list[tuple[bool, int]] = []
-        stretches = zip(bounds, bounds[1:], (False, True, False, True), (False, False, True, True), strict=False)
-        for begin, end, of_summaries, partial in stretches:
-            assert begin <= end < len(tiles.key_tiles)
-            for start, length in tiles.key_tiles[begin:end].tolist():
-                assert length <= block_tail if partial else length == block_n
-                if mask_text and not partial and not of_summaries:
-                    assert not text & set(range(start, start + length))
-                keys += [(of_summaries, key) for key in range(start, start + length)]
-        (span_list,) = {list_of_query[query] for query in range(first, first + queries)}
-        expected = [
-            (span.level > 0, summary_offsets[span.level] + key)
-            for span in plan.span_lists[span_list]
-            for key in range(span.start, span.stop)
-        ]
-        assert sorted(keys) == sorted(expected)
-    assert sorted(seen) == list(range(plan.tokens))
+        for span in plan.span_lists[run.span_list]:
+            offset = 0 if span.level == 0 else plan.tokens + plan.summaries.offsets[span.level - 1]
+            mask[run.start : run.start + run.length, offset + span.start : offset + span.stop] = 1
+    return mask
 
 
-def test_text_tiles_come_first_because_each_is_as_long_as_the_sequence() -> None:
-    before = build_plan(Grouping(Grid((512, 512)), (16, 16)), Block(1), 512, True)
-    tiles = build_tile_lists(before, 128, 128, 32, mask_text=False)
-    assert tiles.leading == 4
-    assert tiles.query_tiles[:4, 0].tolist() == [0, 128, 256, 384]
-    after = build_plan(Grouping(Grid((33, 45, 80)), (4, 8, 8)), Block(1), 256, False)
-    tiles = build_tile_lists(after, 128, 128, 32, mask_text=False)
-    assert tiles.leading == 2
-    assert tiles.query_tiles[:2, 0].tolist() == [33 * 45 * 80, 33 * 45 * 80 + 128]
-    assert (np.diff(tiles.query_tiles[2:, 0]) > 0).all()
+@given(plan=plans(max_tokens=150), sizes=block_sizes, mask_text=st.booleans())
+def test_tiles_cover_what_is_attended_once(plan: Plan, sizes: tuple[int, int, int], mask_text: bool) -> None:
+    lists = build_tile_lists(plan, *sizes, mask_text=mask_text)
+    np.testing.assert_array_equal(covered(plan, lists), attended(plan))
+
+
+@given(plan=plans(max_tokens=150), sizes=block_sizes, mask_text=st.booleans())
+def test_full_tiles_are_full_and_free_of_text_to_mask(plan: Plan, sizes: tuple[int, int, int], mask_text: bool) -> None:
+    block_m, block_n, block_tail = sizes
+    lists = build_tile_lists(plan, block_m, block_n, block_tail, mask_text=mask_text)
+    assert (lists.query_tiles[:, 1] >= 1).all()
+    assert (lists.query_tiles[:, 1] <= block_m).all()
+    assert (np.diff(lists.query_tiles[:, 2:], axis=1) >= 0).all()
+    for begin, full_end, full_summary_end, _, end in lists.query_tiles[:, 2:].tolist():
+        assert (lists.key_tiles[begin:full_summary_end, 1] == block_n).all()
+        assert (lists.key_tiles[full_summary_end:end, 1] >= 1).all()
+        assert (lists.key_tiles[full_summary_end:end, 1] <= block_tail).all()
+        if mask_text:
+            full = lists.key_tiles[begin:full_end]
+            assert not ((full[:, 0] < plan.text_start + plan.text_len) & (full.sum(1) > plan.text_start)).any()
+    # The kernel reads one entry ahead.
+    assert lists.query_tiles[:, 2:].max() < len(lists.key_tiles)
+
+
+def test_text_tiles_lead_only_where_text_attends_more() -> None:
+    grouping = Grouping(Grid((40, 40)), (8, 8))
+    for text_first in (True, False):
+        lists = build_tile_lists(build_plan(grouping, Block(0), 70, text_first), 32, 32, 16, mask_text=False)
+        assert lists.leading == 3
+        text_start = 0 if text_first else 1600
+        np.testing.assert_array_equal(
+            lists.query_tiles[:3, :2], [[text_start, 32], [text_start + 32, 32], [text_start + 64, 6]]
+        )
+        assert (np.diff(lists.query_tiles[3:, 0]) > 0).all()
+    assert build_tile_lists(build_plan(grouping, Full(), 70), 32, 32, 16, mask_text=False).leading == 0
