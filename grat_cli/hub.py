@@ -26,9 +26,17 @@ def download_pipeline(pipeline: Any, hub_id: str, leave_out: str | None = None) 
     """
     import huggingface_hub
 
+    # Asked first because it fails at once where the hub is out of reach; downloads retry for half a minute.
+    obstacle: Exception | None = None
+    try:
+        huggingface_hub.model_info(hub_id)
+    except Exception as error:
+        obstacle = error
+
     try:
         # A few bytes tell whether gigabytes are worth it.
-        index = json.loads(Path(huggingface_hub.hf_hub_download(hub_id, "model_index.json")).read_text())
+        index_file = huggingface_hub.hf_hub_download(hub_id, "model_index.json", local_files_only=obstacle is not None)
+        index = json.loads(Path(index_file).read_text())
         if index.get("_class_name") not in PIPELINE_CLASSES:
             raise ModelUnavailable(
                 f"{hub_id} is a {index.get('_class_name')}, which is not supported: "
@@ -38,7 +46,7 @@ def download_pipeline(pipeline: Any, hub_id: str, leave_out: str | None = None) 
     except ModelUnavailable:
         raise
     except Exception as error:
-        raise ModelUnavailable(_why_not(error, hub_id)) from error
+        raise ModelUnavailable(_why_not(obstacle or error, hub_id)) from (obstacle or error)
 
 
 def revision_of(folder: Path) -> str | None:

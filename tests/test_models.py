@@ -226,15 +226,29 @@ def raises(error: Exception) -> Callable[..., Any]:
     ],
 )
 def test_hub_failures_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception, says: str) -> None:
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda hub_id: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", raises(error))
     with pytest.raises(ModelUnavailable, match=says) as caught:
         load("owner/name")
     assert "--model" in str(caught.value)
 
 
+def test_out_of_reach_of_the_hub_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_in_the_cache(hub_id: str, file: str, local_files_only: bool) -> Any:
+        assert local_files_only
+        raise hub_errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", raises(ConnectionError("no route to the hub")))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_in_the_cache)
+    with pytest.raises(ModelUnavailable, match="cannot be downloaded .*no route to the hub.*go online"):
+        load("owner/name")
+
+
 def hub_with_index(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A hub that has `model_index.json` of a folder."""
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments: str(folder / "model_index.json"))
+    index = str(folder / "model_index.json")
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda hub_id: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments, **options: index)
 
 
 def test_a_wrapped_hub_failure_is_recognised(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
