@@ -86,6 +86,32 @@ def require_choice(option: str, word: str, known: Sequence[str]) -> str:
     return word
 
 
+def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> None:
+    """Makes sure that a backend chosen by name can run, which is known long before the model is loaded.
+
+    Args:
+        name: of the backend; `auto` always runs.
+        device: as for `devices.choose_device`.
+        dtype: as for `devices.choose_dtype`.
+        head_dim: channels per head.
+        tokens: length of the joint sequence.
+
+    Raises:
+        BadInput: if it cannot run here, with the reason.
+    """
+    if name == "auto":
+        return
+    from grat_cli.devices import choose_device, choose_dtype
+    from grat_kernels import can_run
+
+    chosen_device = choose_device(device)
+    ability = can_run(name, chosen_device, choose_dtype(dtype, chosen_device), head_dim, tokens)
+    if not ability:
+        raise BadInput(
+            f"the {name} backend cannot run here: {ability.reason}\nUse --backend auto; grat env lists what runs."
+        )
+
+
 def require_device(name: str) -> str:
     """The name of a device, if it is one; whether it exists here is for torch to say.
 

@@ -87,6 +87,15 @@ def test_existing_outputs_are_refused_before_anything_is_loaded(tmp_path: Path) 
     assert report.read_text() == seeded.read_text() == "precious"
 
 
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grat_cli.generation.generate_images", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("grat_kernels.triton_backend.obstacle", lambda *_: "there is no GPU")
+    message = refusal(*IMAGE, "--backend", "triton")
+    assert (
+        message == "the triton backend cannot run here: there is no GPU\nUse --backend auto; grat env lists what runs."
+    )
+
+
 def test_debug_shows_where_an_error_comes_from() -> None:
     result = grat("plan", "nothing", "--debug")
     assert result.code == 2

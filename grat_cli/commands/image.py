@@ -54,7 +54,15 @@ def image(
     from grat_cli.planning import architecture_for, schedule_for
     from grat_cli.resolution import parse_resolution
     from grat_cli.seeds import resolve_seeds
-    from grat_cli.selection import DTYPES, OFFLOADS, mismatch_note, require_choice, require_device, select_preset
+    from grat_cli.selection import (
+        DTYPES,
+        OFFLOADS,
+        mismatch_note,
+        require_backend,
+        require_choice,
+        require_device,
+        select_preset,
+    )
 
     output = Output(as_json=as_json, quiet=quiet)
 
@@ -88,7 +96,10 @@ def image(
     )
     resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
     if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
-        schedule = schedule_for(chosen, architecture_for(choice), resolution)
+        architecture = architecture_for(choice)
+        schedule = schedule_for(chosen, architecture, resolution)
+        tokens = schedule.plans[0].tokens
+        require_backend(chosen.kernel.backend, device, dtype, architecture.head_dim, tokens)
         if schedule.density == 1 and chosen.attention.variant != "full":
             output.hint(f"at {resolution} every group attends all others: this is full attention")
 
