@@ -28,17 +28,17 @@ from typing import Any, NamedTuple, cast
 
 from grat_kernels.tile_configs import SHARED_MEMORY_LIMIT, TileConfig, architecture_of, tile_config
 
-# What the loops should compute and load with. Tensor cores by architecture: mma, wgmma, tcgen05.
+# What the loops should compute with (mma, wgmma, tcgen05, mfma) and load with (cp.async.bulk, cp.async).
 _MATRIX_OPCODE = {
     "sm_80": "HMMA",
     "sm_86": "HMMA",
     "sm_89": "HMMA",
     "sm_90": "HGMMA",
-    "sm_100": r"UTC\w*MMA",
+    "sm_100": "UTC*MMA",
     "sm_120": "HMMA",
+    "gfx942": "v_mfma",
 }
 _LOAD_OPCODE = {"tma": "UTMALDG", "pointers": "LDGSTS"}
-_COUNTED = {"HMMA": "HMMA", "HGMMA": "HGMMA", "UTC*MMA": r"UTC\w*MMA", "UTMALDG": "UTMALDG", "LDGSTS": "LDGSTS"}
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # One that is padded to a power of two, which rules descriptors out.
@@ -59,7 +59,8 @@ class Variant(NamedTuple):
     @property
     def config(self) -> TileConfig:
         """The table's tiles, in this variant's form."""
-        row = architecture_of(divmod(int(self.architecture.removeprefix("sm_")), 10))
+        cuda = self.architecture.startswith("sm_")
+        row = architecture_of(divmod(int(self.architecture.removeprefix("sm_")), 10)) if cuda else "rocm"
         bits = 32 if self.dtype == "float32" else 16
         return tile_config(row, self.head_dim, bits, descriptors=self.descriptors)
 
@@ -72,8 +73,8 @@ class Build:
         registers: per thread.
         spills: instructions that read or write local memory.
         spills_in_loops: those of them inside a loop.
-        shared_bytes: shared memory of a program.
         opcodes: how often instructions of interest occur.
+        shared_bytes: shared memory of a program.
         problems: broken promises, in words.
     """
 
@@ -81,8 +82,8 @@ class Build:
     registers: int
     spills: int
     spills_in_loops: int
-    shared_bytes: int
     opcodes: dict[str, int]
+    shared_bytes: int
     problems: tuple[str, ...]
 
 
@@ -104,23 +105,17 @@ def compile_variant(variant: Variant) -> Build:
         RuntimeError: if Triton runs as an interpreter in this process, which compiles nothing.
     """
     compiled = _compile(variant)
-    registers, listing = _disassemble(compiled.asm["cubin"])
-    from grat_kernels.sass import parse
-
-    code = parse(listing)
-    opcodes = {name: code.count(opcode) for name, opcode in _COUNTED.items()}
+    code = _read_cuda(compiled) if variant.architecture.startswith("sm_") else _read_rocm(compiled)
     problems = []
     if code.spills_in_loops:
         problems.append(f"{code.spills_in_loops} spills inside a loop")
     if compiled.metadata.shared > SHARED_MEMORY_LIMIT[variant.architecture]:
         problems.append(f"{compiled.metadata.shared} bytes of shared memory")
-    if variant.dtype != "float32" and not code.count(_MATRIX_OPCODE[variant.architecture]):
+    if variant.dtype != "float32" and not code.opcodes[_MATRIX_OPCODE[variant.architecture]]:
         problems.append(f"no {_MATRIX_OPCODE[variant.architecture]}")
-    if variant.config.stages > 1 and not code.count(_LOAD_OPCODE[variant.config.form]):
+    if variant.config.stages > 1 and not code.opcodes[_LOAD_OPCODE[variant.config.form]]:
         problems.append(f"no {_LOAD_OPCODE[variant.config.form]}")
-    return Build(
-        variant, registers, code.spills, code.spills_in_loops, compiled.metadata.shared, opcodes, tuple(problems)
-    )
+    return Build(variant, *code, compiled.metadata.shared, tuple(problems))
 
 
 def _compile(variant: Variant) -> Any:
@@ -160,35 +155,60 @@ class _TargetOnly:
     """Stands where Triton expects a GPU's driver: it names an architecture and runs nothing."""
 
     def __init__(self, architecture: str) -> None:
-        self._number = int(architecture.removeprefix("sm_"))
+        self._architecture = architecture
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> str:
         # Triton keeps one compiler per device: each architecture counts as one.
-        return self._number
+        return self._architecture
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self._number, 32)
+        if self._architecture.startswith("sm_"):
+            return GPUTarget("cuda", int(self._architecture.removeprefix("sm_")), 32)
+        return GPUTarget("hip", self._architecture, 64)
 
 
-def _disassemble(cubin: bytes) -> tuple[int, str]:
-    """Registers per thread and the listing of a compiled kernel, by the tools that come with Triton."""
+class _Code(NamedTuple):
+    """The part of `Build` that is read off machine code."""
+
+    registers: int
+    spills: int
+    spills_in_loops: int
+    opcodes: dict[str, int]
+
+
+def _read_cuda(compiled: Any) -> _Code:
+    """Reads a cubin by the tools that come with Triton."""
     import triton
+
+    from grat_kernels.sass import parse
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
+        file.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file], **_CAPTURE).stdout
         listing = subprocess.run([tools / "nvdisasm", "-c", file], **_CAPTURE).stdout
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump names no registers: {usage!r}")
-    return int(registers[1]), listing
+    code = parse(listing)
+    opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS")}
+    return _Code(int(registers[1]), code.spills, code.spills_in_loops, opcodes)
+
+
+def _read_rocm(compiled: Any) -> _Code:
+    """Reads the figures at the end of an assembly listing, which do not tell where a spill lies."""
+    listing = compiled.asm["amdgcn"]
+    registers, spills = (
+        sum(int(number) for number in re.findall(rf"\.{name}:\s+(\d+)", listing))
+        for name in ("vgpr_count", "vgpr_spill_count")
+    )
+    return _Code(registers, spills, spills, {"v_mfma": listing.count("v_mfma")})
 
 
 _CAPTURE: dict[str, Any] = {"capture_output": True, "text": True, "check": True}

@@ -26,8 +26,8 @@ class MachineCode:
     loops: tuple[tuple[int, ...], ...]
 
     def count(self, opcode: str) -> int:
-        """Instructions whose opcode matches a regular expression."""
-        pattern = re.compile(rf"\b(?:{opcode})\b")
+        """Instructions with that opcode, whatever its modifiers; `*` stands for any letters."""
+        pattern = re.compile(rf"\b{opcode.replace('*', '[A-Z]*')}\b")
         return sum(bool(pattern.search(instruction)) for instruction in self.instructions)
 
     @property

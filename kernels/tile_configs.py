@@ -88,7 +88,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(256, 16, TileConfig(64, 16, 16, 4, 3, "pointers")),
         *_FP32,
     ),
-    # AMD.
+    # AMD; MI300 (gfx942) is the one that is checked.
     "rocm": (
         Row(64, 16, TileConfig(128, 64, 32, 4, 1, "pointers")),
         Row(128, 16, TileConfig(128, 64, 32, 4, 1, "pointers")),
@@ -102,7 +102,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
 }
 
-# Shared memory that one program may use, in bytes: the CUDA C++ programming guide's table of compute capabilities.
+# Shared memory that one program may use, in bytes: table of compute capabilities in the CUDA C++ programming guide;
+# local data share in AMD's CDNA3 instruction set architecture.
 SHARED_MEMORY_LIMIT = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -110,6 +111,7 @@ SHARED_MEMORY_LIMIT = {
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
 }
 
 _ROW_OF_CAPABILITY = {(8, 0): "sm_80", (8, 6): "sm_86", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "sm_120"}
