@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers.configuration_utils as diffusers_configuration
 import diffusers.pipelines.pipeline_utils as diffusers_pipelines
 import huggingface_hub
 import pytest
@@ -240,7 +241,7 @@ def test_out_of_reach_of_the_hub_only_the_cache_is_asked(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(huggingface_hub, "model_info", raises(ConnectionError("no route to the hub")))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_in_the_cache)
-    with pytest.raises(ModelUnavailable, match="cannot be downloaded .*no route to the hub.*go online"):
+    with pytest.raises(ModelUnavailable, match=r"cannot be downloaded .*no route to the hub.*go online"):
         load("owner/name")
 
 
@@ -281,6 +282,29 @@ def test_the_commit_of_a_hub_model_is_recorded(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(diffusers_pipelines.DiffusionPipeline, "download", lambda *arguments, **options: str(snapshot))
     assert load("owner/name").revision == COMMIT
     assert load(str(folder)).revision is None
+
+
+def test_the_base_of_a_file_may_be_on_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    """Its transformer is not downloaded, only the configuration of it."""
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / COMMIT
+    shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns("transformer"))
+    hub_with_index(monkeypatch, folder)
+    asked = []
+
+    def download(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options))
+        return str(snapshot)
+
+    monkeypatch.setattr(diffusers_pipelines.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(
+        diffusers_configuration,
+        "hf_hub_download",
+        lambda hub_id, *, subfolder, filename, **options: str(folder / subfolder / filename),
+    )
+    loaded = load(str(folder / WEIGHTS), base="owner/name")
+    assert asked == [("owner/name", {"transformer": None})]
+    assert loaded.pipe.transformer.config.num_single_layers == 4
+    assert loaded.revision is None
 
 
 def test_offload_needs_a_gpu() -> None:
