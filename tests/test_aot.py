@@ -1,0 +1,120 @@
+"""The tile table, compiled for each architecture without a GPU, and the reading of machine code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grat_kernels import aot, sass
+from grat_kernels.tile_configs import SHARED_MEMORY_LIMIT, TABLE, architecture_of
+
+# The head dimension of Flux and HunyuanVideo on every architecture, and the other forms of Hopper.
+COMPILED = [
+    aot.Variant("sm_80", "bfloat16", 128, descriptors=True, text_valid=True, far=True),
+    aot.Variant("sm_86", "bfloat16", 128, descriptors=True, text_valid=False, far=True),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=False, text_valid=True, far=True),
+    aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True),
+    aot.Variant("sm_100", "bfloat16", 128, descriptors=True, text_valid=True, far=True),
+    aot.Variant("sm_120", "bfloat16", 128, descriptors=True, text_valid=False, far=False),
+    aot.Variant("gfx942", "bfloat16", 128, descriptors=False, text_valid=True, far=True),
+]
+
+# Compiles the cases, and one configuration that is too large for its architecture.
+PROGRAM = """
+import json, sys
+from grat_kernels import aot
+
+builds = [aot.compile_variant(aot.Variant(*fields)) for fields in json.loads(sys.argv[1])]
+tile_config = aot.tile_config
+aot.tile_config = lambda *case, **options: tile_config(*case, **options)._replace(block_n=128, stages=4)
+builds.append(aot.compile_variant(aot.Variant("sm_86", "bfloat16", 128, False, False, False)))
+print(json.dumps([[build.opcodes, build.spills_in_loops, build.shared_bytes, build.problems] for build in builds]))
+"""
+
+
+@pytest.mark.slow
+def test_the_table_compiles_as_promised(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", PROGRAM, json.dumps(COMPILED)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    *builds, too_large = json.loads(result.stdout)
+    for variant, (opcodes, spills_in_loops, shared_bytes, problems) in zip(COMPILED, builds, strict=True):
+        assert not problems, (variant, problems)
+        assert spills_in_loops == 0
+        assert shared_bytes <= SHARED_MEMORY_LIMIT[variant.architecture]
+        if variant.architecture == "sm_90":
+            assert opcodes["HGMMA"] > 0
+            assert (opcodes["UTMALDG"] > 0) == variant.descriptors
+        if variant.architecture == "sm_100":
+            assert opcodes["UTC*MMA"] > 0
+            assert opcodes["UTMALDG"] > 0
+    assert any("shared memory" in problem for problem in too_large[3])
+
+
+def test_every_row_of_the_table_is_compiled() -> None:
+    compiled = {variant.config for variant in aot.variants(SHARED_MEMORY_LIMIT)}
+    for architecture, rows in TABLE.items():
+        if architecture != "interpreter":
+            assert {row.config for row in rows} <= compiled
+
+
+def test_the_interpreter_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert aot.main(["--arch", "sm_90"]) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_capabilities_take_the_nearest_older_row() -> None:
+    expected = {(8, 0): "sm_80", (8, 9): "sm_86", (9, 0): "sm_90", (10, 3): "sm_100", (12, 1): "sm_120"}
+    assert {capability: architecture_of(capability) for capability in expected} == expected
+    with pytest.raises(ValueError, match="older than"):
+        architecture_of((7, 5))
+
+
+# As nvdisasm prints it: a loop (.L_x_1) whose wait retries behind the kernel's end (.L_x_3) and jumps back.
+LISTING = """
+        .section        .text.kernel
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   STL [R1], R0 ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R4], R5 ;
+        /*0040*/              @!P1 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        {spill}
+        /*0070*/                   BRA.U UP0, `(.L_x_1) ;
+.L_x_2:
+        /*0080*/                   LDL R0, [R1] ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R4], R5 ;
+        /*00b0*/              @!P1 BRA `(.L_x_3) ;
+        /*00c0*/                   BRA `(.L_x_4) ;
+.L_x_5:
+        /*00d0*/                   BRA `(.L_x_5);
+"""
+
+
+def test_loops_are_told_from_retry_paths() -> None:
+    code = sass.parse(LISTING.replace("{spill}", "/*0060*/                   FADD R2, R2, R3 ;"))
+    assert code.count("HGMMA") == 1
+    assert code.spills == 2
+    assert code.spills_in_loops == 0
+    assert sorted(len(loop) for loop in code.loops) == [1, 2, 8]
+
+
+def test_a_spill_in_a_loop_is_seen() -> None:
+    code = sass.parse(LISTING.replace("{spill}", "/*0060*/                   LDL.64 R2, [R1+0x8] ;"))
+    assert code.spills == 3
+    assert code.spills_in_loops == 1
