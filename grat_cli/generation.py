@@ -115,7 +115,8 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             # 4. Denoise with GRAT attention installed.
             progress.phase("denoise")
             recorder, watch = StepRecorder(device), _StepWatch(progress)
-            image_tokens = (request.height // request.model.token_side) * (request.width // request.model.token_side)
+            token_side = pipe.vae_scale_factor * 2
+            image_tokens = (request.height // token_side) * (request.width // token_side)
             with (
                 time_shift(pipe, image_tokens, request.preset.sampling.shift) as shift,
                 install(
@@ -165,7 +166,8 @@ def _memory_advice(request: ImageRequest, device: torch.device) -> Iterator[None
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        smaller = f"{request.width // 32 * 16}x{request.height // 32 * 16}"
+        unit = request.model.size_multiple
+        smaller = "x".join(str(max(unit, side // (2 * unit) * unit)) for side in (request.width, request.height))
         advice = [f"a smaller --res such as {smaller}"]
         if device.type != "cpu":
             advice += [f"--offload {kind}" for kind in ("model", "sequential") if kind != request.offload]

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.errors import BadInput
+from grat_cli.errors import BadInput, choices
+from grat_cli.preset_schema import BACKENDS
 from grat_cli.presets import Preset, load_preset
 from grat_cli.time_shift import extrapolation
 
 if TYPE_CHECKING:
-    from grat_cli.adapters.base import CallObserver
+    from grat_cli.adapters.base import Adapter, CallObserver
     from grat_cli.schedule import AttentionSchedule
     from grat_kernels import Backend, Grid
 
@@ -28,8 +29,8 @@ class Installation:
         backend_reason: why this backend.
     """
 
-    def __init__(self, pipe: Any, preset: Preset, grid: Grid, steps: int | None, layers: int) -> None:
-        self._pipe, self._preset, self._steps, self._layers = pipe, preset, steps, layers
+    def __init__(self, pipe: Any, preset: Preset, grid: Grid, steps: int | None, adapter: Adapter) -> None:
+        self._pipe, self._preset, self._steps, self._adapter = pipe, preset, steps, adapter
         self._schedules: dict[tuple[int, int], AttentionSchedule] = {}
         self._last_schedule: AttentionSchedule | None = None
         self.grid = grid
@@ -53,7 +54,7 @@ class Installation:
             from grat_cli.schedule import AttentionSchedule
 
             self._schedules[text_len, steps] = AttentionSchedule(
-                self._preset, self.grid, text_len, text_first=True, steps=steps, layers=self._layers
+                self._preset, self.grid, text_len, self._adapter.text_first, steps, self._adapter.layers
             )
         self._last_schedule = self._schedules[text_len, steps]
         return self._last_schedule
@@ -103,11 +104,7 @@ def install(
     pixels_per_token, pipeline = _geometry(pipe)
     preset = load_preset(preset) if isinstance(preset, str) else preset
     if backend is not None:
-        from grat_kernels import Backend as BackendName
-
-        preset = preset.model_copy(
-            update={"kernel": preset.kernel.model_copy(update={"backend": BackendName(backend).value})}
-        )
+        preset = _with_backend(preset, backend)
     if len(preset.attention.group) != 2:
         raise BadInput(f"preset {preset.name} is for {preset.model} models, the pipeline is a {pipeline}")
     if height % pixels_per_token or width % pixels_per_token:
@@ -127,12 +124,19 @@ def install(
             "use FlowMatchEulerDiscreteScheduler"
         )
     adapter = FluxAdapter(pipe.transformer, grid)
-    installation = Installation(pipe, preset, grid, steps, adapter.layers)
+    installation = Installation(pipe, preset, grid, steps, adapter)
     warning = extrapolation(pipe.scheduler, grid.tokens)
     if warning:
         warnings.warn(warning, stacklevel=3)
     with adapter.attached(installation, installation.backend, observer):
         yield installation
+
+
+def _with_backend(preset: Preset, backend: Backend | str) -> Preset:
+    name = str(getattr(backend, "value", backend))
+    if name not in BACKENDS:
+        raise BadInput(f"unknown backend {name!r}: {choices(name, BACKENDS)}")
+    return preset.model_copy(update={"kernel": preset.kernel.model_copy(update={"backend": name})})
 
 
 def _geometry(pipe: Any) -> tuple[int, str]:

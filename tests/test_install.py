@@ -222,6 +222,8 @@ def test_what_does_not_fit_is_refused_in_words(pipe: Any) -> None:
         enter(FluxFillPipeline.__new__(FluxFillPipeline), preset())
     with pytest.raises(BadInput, match="no-such-preset"):
         enter(pipe, "no-such-preset")
+    with pytest.raises(BadInput, match="unknown backend 'tritn': did you mean 'triton'"):
+        enter(pipe, preset(), backend="tritn")
     with pytest.raises(BadInput, match="installed for 2 steps, the call runs 3"):
         enter(pipe, preset(), steps=2)
     video = Preset.model_validate(

@@ -41,6 +41,9 @@ class CallObserver(Protocol):
 class Adapter(Protocol):
     """One model family: runs its transformer on permuted tokens with span attention, and undoes it."""
 
+    text_first: bool
+    """Whether text tokens come before image tokens in the joint sequence."""
+
     @property
     def layers(self) -> int:
         """Number of attention layers that take a plan."""
