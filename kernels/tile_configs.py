@@ -41,7 +41,6 @@ class Row(NamedTuple):
 # fit every architecture.
 _FP32 = (
     Row(64, 32, TileConfig(32, 32, 32, 4, 1, "pointers")),
-    Row(128, 32, TileConfig(32, 32, 32, 8, 1, "pointers")),
     Row(256, 32, TileConfig(32, 16, 16, 8, 1, "pointers")),
 )
 
