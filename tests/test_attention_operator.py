@@ -25,6 +25,8 @@ from grat_kernels import (
 from grat_kernels.attention import BackendUnavailable
 from grat_kernels.plan import plan_by_key
 
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @pytest.fixture
 def plan() -> Plan:
@@ -32,19 +34,20 @@ def plan() -> Plan:
 
 
 @pytest.fixture
-def tensors(plan: Plan) -> list[torch.Tensor]:
+def tensors(plan: Plan) -> Tensors:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, plan.tokens, 2, 32, generator=generator) for _ in range(3)]
+    query, key, value = (torch.randn(2, plan.tokens, 2, 32, generator=generator) for _ in range(3))
+    return query, key, value
 
 
-def test_the_operator_passes_torchs_own_checks(plan: Plan, tensors: list[torch.Tensor]) -> None:
+def test_the_operator_passes_torchs_own_checks(plan: Plan, tensors: Tensors) -> None:
     arguments = (*tensors, torch.tensor([2, 4]), plan.key, 0.2, "sdpa")
     # Inference only: there is no backward formula to check.
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.grat.span_attention.default, arguments, test_utils=utilities)
 
 
-def test_compiled_code_keeps_one_graph(plan: Plan, tensors: list[torch.Tensor]) -> None:
+def test_compiled_code_keeps_one_graph(plan: Plan, tensors: Tensors) -> None:
     def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return span_attention(query * 2, key, value, plan, backend=Backend.SDPA).flatten(2) + 1
 
@@ -52,7 +55,7 @@ def test_compiled_code_keeps_one_graph(plan: Plan, tensors: list[torch.Tensor]) 
     torch.testing.assert_close(compiled(*tensors), block(*tensors), rtol=0, atol=0)
 
 
-def test_compiled_code_follows_a_change_of_plan(plan: Plan, tensors: list[torch.Tensor]) -> None:
+def test_compiled_code_follows_a_change_of_plan(plan: Plan, tensors: Tensors) -> None:
     wider = build_plan(plan.grouping, CrissCross(1), 4, True)
 
     def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, current: Plan) -> torch.Tensor:
@@ -64,9 +67,9 @@ def test_compiled_code_follows_a_change_of_plan(plan: Plan, tensors: list[torch.
         torch.testing.assert_close(compiled(*tensors, current), expected, rtol=0, atol=0)
 
 
-def test_output_is_contiguous_in_the_layout_of_the_input(plan: Plan, tensors: list[torch.Tensor]) -> None:
-    strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
-    output = span_attention(*strided, plan, backend=Backend.SDPA)
+def test_output_is_contiguous_in_the_layout_of_the_input(plan: Plan, tensors: Tensors) -> None:
+    query, key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors)
+    output = span_attention(query, key, value, plan, backend=Backend.SDPA)
     assert output.is_contiguous()
     torch.testing.assert_close(output, span_attention(*tensors, plan, backend=Backend.SDPA), rtol=0, atol=1e-6)
 
@@ -81,7 +84,7 @@ def test_plans_are_named_by_key_while_they_live() -> None:
         plan_by_key(key)
 
 
-def test_wrong_arguments_are_refused_in_words(plan: Plan, tensors: list[torch.Tensor]) -> None:
+def test_wrong_arguments_are_refused_in_words(plan: Plan, tensors: Tensors) -> None:
     query, key, value = tensors
     with pytest.raises(ValueError, match="one shape"):
         span_attention(query, key[:, 1:], value, plan)
@@ -95,14 +98,14 @@ def test_wrong_arguments_are_refused_in_words(plan: Plan, tensors: list[torch.Te
         span_attention(query, key, value, plan, backend="fast")
 
 
-def test_a_backend_chosen_by_name_never_falls_back(plan: Plan, tensors: list[torch.Tensor]) -> None:
-    eighths = [tensor.to(torch.int8) for tensor in tensors]
+def test_a_backend_chosen_by_name_never_falls_back(plan: Plan, tensors: Tensors) -> None:
+    query, key, value = (tensor.to(torch.int8) for tensor in tensors)
     with pytest.raises(BackendUnavailable, match="sdpa backend cannot run here"):
-        span_attention(*eighths, plan, backend=Backend.SDPA)
-    halves = [tensor.bfloat16() for tensor in tensors]
+        span_attention(query, key, value, plan, backend=Backend.SDPA)
+    query, key, value = (tensor.bfloat16() for tensor in tensors)
     if not torch.cuda.is_available():
         with pytest.raises(BackendUnavailable, match="bfloat16"):
-            span_attention(*halves, plan, backend=Backend.TRITON)
+            span_attention(query, key, value, plan, backend=Backend.TRITON)
 
 
 def test_can_run_gives_reasons_both_ways() -> None:

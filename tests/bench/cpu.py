@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ SIDE, HEADS, HEAD_DIM = 128, 4, 64
 REPETITIONS = 5
 
 
-def median_ms(runs: dict[str, Callable[[], object]], repetitions: int = REPETITIONS) -> dict[str, list[float]]:
+def median_ms(runs: Mapping[str, Callable[[], object]], repetitions: int = REPETITIONS) -> dict[str, list[float]]:
     """Milliseconds of each repetition, all runs interleaved, after one warm-up each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
@@ -51,7 +51,7 @@ def attention_table() -> Table:
     query, key, value = (torch.randn(1, SIDE * SIDE, HEADS, HEAD_DIM) for _ in range(3))
 
     def dense() -> torch.Tensor:
-        return scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+        return scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
 
     runs: dict[str, Callable[[], object]] = {"dense": dense}
     for name, plan in plans.items():

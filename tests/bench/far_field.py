@@ -96,9 +96,11 @@ def main() -> None:
         **{name: (settings, "sdpa") for name, settings in PATTERNS.items()},
     }.items():
         made, density, seconds = pictures(settings, backend)
-        scores = [structural_similarity(a, b, channel_axis=2) for a, b in zip(reference, made, strict=True)]
+        scores = [
+            np.asarray(structural_similarity(a, b, channel_axis=2)).item() for a, b in zip(reference, made, strict=True)
+        ]
         with np.errstate(divide="ignore"):  # identical pictures: infinite
-            noise = [peak_signal_noise_ratio(a, b) for a, b in zip(reference, made, strict=True)]
+            noise = [float(peak_signal_noise_ratio(a, b)) for a, b in zip(reference, made, strict=True)]
         margin = 1.96 * statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
         rows.append(
             {
@@ -134,9 +136,9 @@ def main() -> None:
 
 def load_demo() -> object:
     """The demo pipeline, in fp32 on the CPU."""
-    from diffusers import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(DEMO_FLUX.path, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(DEMO_FLUX.path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
