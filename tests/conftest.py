@@ -12,6 +12,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Tests are small: a second thread costs more than it brings, on a busy machine ten times as much.
+torch.set_num_threads(1)
+
 settings.register_profile("grat", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("grat")
 

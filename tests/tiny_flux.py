@@ -11,9 +11,6 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-# At this size a second thread costs more than it brings, on a busy machine ten times as much.
-torch.set_num_threads(1)
-
 PIXELS_PER_TOKEN = 8
 TEXT_TOKENS = 6
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 1, 2
