@@ -1,0 +1,290 @@
+"""The compiled Triton kernel against the definition, on a CUDA device.
+
+Needs torch, triton, numpy and pytest, and no downloads: `make test-gpu`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sampled_rows import sampled_error
+
+from grat_kernels import (
+    Block,
+    CrissCross,
+    Far,
+    Full,
+    Grid,
+    Grouping,
+    Plan,
+    SlidingTile,
+    Union,
+    build_plan,
+    reference,
+    triton_backend,
+)
+from grat_kernels.tile_configs import TABLE, Row, TileConfig, architecture_of, tile_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+DESCRIPTORS = pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+
+PLANS = {
+    "full": build_plan(Grouping(Grid((20, 26)), (16, 16)), Full(), 77),
+    "block": build_plan(Grouping(Grid((45, 52)), (16, 16)), Block(1), 77),
+    "block of a video": build_plan(Grouping(Grid((6, 21, 18)), (4, 8, 8)), Block((1, 1, 0)), 30, text_first=False),
+    "criss-cross": build_plan(Grouping(Grid((40, 37)), (8, 16)), CrissCross(), 200, text_first=False),
+    "planes": build_plan(Grouping(Grid((6, 21, 18)), (4, 8, 8)), CrissCross(1), 7),
+    "lines": build_plan(Grouping(Grid((9, 21, 18)), (4, 8, 8)), CrissCross(2), 130, text_first=False),
+    "union": build_plan(Grouping(Grid((45, 40)), (16, 16)), Union(Block(0), CrissCross()), 0),
+    "sliding tiles": build_plan(Grouping(Grid((40, 50)), (8, 8)), SlidingTile((1, 3)), 33),
+    "far field": build_plan(Grouping(Grid((45, 50)), (16, 16)), Union(Block(0), Far([(0, (2, 2))])), 13),
+    "far pyramid": build_plan(
+        Grouping(Grid((40, 50)), (8, 8)), Union(Block(0), Far([(0, (1, 2)), (2, (4, 4))])), 20, text_first=False
+    ),
+    "far field of a video": build_plan(
+        Grouping(Grid((6, 17, 20)), (2, 8, 8)), Union(CrissCross(2), Far([(0, (1, 2, 2))])), 256, text_first=False
+    ),
+    "one token": build_plan(Grouping(Grid((1,)), (4,)), Full()),
+    "one token and text": build_plan(Grouping(Grid((1, 1, 1)), (2, 2, 2)), Block(0), 3, text_first=False),
+}
+
+
+def this_architecture() -> str:
+    return architecture_of(torch.cuda.get_device_capability())
+
+
+def rows_of_this_device() -> list[Row]:
+    """Every row of the table for the device at hand; none where there is no device."""
+    return list(TABLE[this_architecture()]) if torch.cuda.is_available() else []
+
+
+def random_tensors(
+    plan: Plan, batch: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(plan.tokens + head_dim)
+    shape = (batch, plan.tokens, heads, head_dim)
+    query, key, value = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(3))
+    return query, key, value
+
+
+def tiles(dtype: torch.dtype, head_dim: int, descriptors: bool) -> TileConfig:
+    return tile_config(this_architecture(), head_dim, dtype.itemsize * 8, descriptors=descriptors)
+
+
+def run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Plan,
+    text_valid: torch.Tensor | None = None,
+    config: TileConfig | None = None,
+) -> torch.Tensor:
+    return triton_backend.attention(query, key, value, plan, text_valid, 1 / math.sqrt(query.shape[3]), config=config)
+
+
+def assert_accurate(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Plan,
+    text_valid: torch.Tensor | None = None,
+) -> None:
+    """At most twice the error of a dense computation in the same precision, and one unit in the last place."""
+    scale = 1 / math.sqrt(query.shape[3])
+    exact = reference.attention(
+        query.double(), key.double(), value.double(), plan, text_valid, scale, compute_dtype=torch.float64
+    )
+    plain = reference.attention(query, key, value, plan, text_valid, scale, compute_dtype=query.dtype)
+    last_place = torch.finfo(query.dtype).eps * exact.abs().max()
+    assert output.dtype == query.dtype
+    assert output.is_contiguous()
+    assert (output - exact).abs().max() <= 2 * (plain - exact).abs().max() + last_place
+
+
+@DTYPES
+@DESCRIPTORS
+@pytest.mark.parametrize("name", PLANS)
+def test_equals_the_definition(name: str, dtype: torch.dtype, descriptors: bool) -> None:
+    plan = PLANS[name]
+    tensors = random_tensors(plan, 2, 3, 128, dtype)
+    assert_accurate(run(*tensors, plan, config=tiles(dtype, 128, descriptors)), *tensors, plan)
+
+
+@pytest.mark.parametrize("row", rows_of_this_device(), ids=str)
+@pytest.mark.parametrize("name", ["block", "far field", "far field of a video"])
+def test_every_row_of_the_table(name: str, row: Row) -> None:
+    plan = PLANS[name]
+    text_valid = torch.tensor([plan.text_len, plan.text_len // 3], device="cuda")
+    for dtype in (torch.bfloat16, torch.float16) if row.bits == 16 else (torch.float32,):
+        tensors = random_tensors(plan, 2, 2, row.head_dim, dtype)
+        assert_accurate(run(*tensors, plan, config=row.config), *tensors, plan)
+        assert_accurate(run(*tensors, plan, text_valid, row.config), *tensors, plan, text_valid)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 112, 128, 160, 256])
+def test_head_dimensions(head_dim: int, dtype: torch.dtype) -> None:
+    plan = PLANS["far field of a video"]
+    tensors = random_tensors(plan, 1, 5, head_dim, dtype)
+    assert_accurate(run(*tensors, plan), *tensors, plan)
+
+
+@DTYPES
+@DESCRIPTORS
+@pytest.mark.parametrize("name", ["block", "lines", "far field", "far field of a video", "one token and text"])
+def test_padded_text_is_masked_in_each_sample(name: str, dtype: torch.dtype, descriptors: bool) -> None:
+    plan = PLANS[name]
+    config = tiles(dtype, 128, descriptors)
+    query, key, value = random_tensors(plan, 2, 2, 128, dtype)
+    text_valid = torch.tensor([plan.text_len - 2, 0], device="cuda")
+    output = run(query, key, value, plan, text_valid, config)
+    assert_accurate(output, query, key, value, plan, text_valid)
+    for sample, valid in enumerate(text_valid.tolist()):
+        padding = slice(plan.text_start + valid, plan.text_start + plan.text_len)
+        key[sample, padding] = torch.nan
+        value[sample, padding] = torch.inf
+    assert torch.equal(run(query, key, value, plan, text_valid, config), output)
+
+
+@DTYPES
+@DESCRIPTORS
+@pytest.mark.parametrize("name", ["block", "lines", "far field", "far pyramid", "far field of a video"])
+def test_nothing_unattended_reaches_the_output(name: str, dtype: torch.dtype, descriptors: bool) -> None:
+    plan = PLANS[name]
+    config = tiles(dtype, 128, descriptors)
+    query, key, value = random_tensors(plan, 1, 2, 128, dtype)
+    clean = run(query, key, value, plan, config=config)
+    for group in range(len(plan.list_of_group)):
+        unseen = ~attended_tokens(plan, group)
+        start = plan.image_start + int(plan.grouping.starts[group])
+        rows = slice(start, start + int(plan.grouping.sizes[group]))
+        bad_key, bad_value = key.clone(), value.clone()
+        bad_key[:, unseen] = torch.nan if group % 2 else torch.inf
+        bad_value[:, unseen] = torch.nan
+        assert torch.equal(run(query, bad_key, bad_value, plan, config=config)[:, rows], clean[:, rows])
+
+
+def attended_tokens(plan: Plan, group: int) -> torch.Tensor:
+    """Which tokens a group attends, itself or through a summary, `[N]` bool."""
+    attended = torch.zeros(plan.tokens, dtype=torch.bool)
+    for span in plan.spans(group):
+        if span.level == 0:
+            attended[span.start : span.stop] = True
+            continue
+        offset = plan.summaries.offsets[span.level - 1]
+        for row in range(offset + span.start, offset + span.stop):
+            start = int(plan.summaries.starts[row])
+            attended[start : start + int(plan.summaries.counts[row])] = True
+    return attended.cuda()
+
+
+@DTYPES
+def test_layouts(dtype: torch.dtype) -> None:
+    """Heads first, parts of a fused projection, and offsets that descriptors do not take: read in place."""
+    plan = PLANS["far field"]
+    query, key, value = random_tensors(plan, 2, 3, 128, dtype)
+    heads_first = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value)]
+    fused = torch.stack([query, key, value], dim=2).unbind(2)
+    shifted = []
+    for tensor in (query, key, value):
+        buffer = torch.empty(tensor.numel() + 1, dtype=dtype, device="cuda")
+        shifted.append(buffer[1:].view(tensor.shape).copy_(tensor))
+    for (one, two, three), fits in (
+        (heads_first, False),
+        (fused, True),
+        (shifted, False),
+        ((query, fused[1], value), True),
+    ):
+        assert all(triton_backend.fits_descriptor(tensor) for tensor in (one, two, three)) == fits
+        assert_accurate(run(one, two, three, plan), query, key, value, plan)
+
+
+def test_runs_repeat_bit_by_bit_on_any_stream() -> None:
+    plan = PLANS["far field of a video"]
+    tensors = random_tensors(plan, 2, 8, 128, torch.bfloat16)
+    first = run(*tensors, plan)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = [run(*tensors, plan) for _ in range(20)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(output, first) for output in again)
+
+
+def needs_memory(gigabytes: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of free GPU memory, there are {free:.0f}")
+
+
+@DESCRIPTORS
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+def test_tensors_of_more_than_two_to_the_31_elements(descriptors: bool, far: bool) -> None:
+    needs_memory(40)
+    pattern = Union(Block(1), Far([(1, (8, 8))])) if far else Block(1)
+    plan = build_plan(Grouping(Grid((512, 512)), (16, 16)), pattern, 512)
+    shape = (3, plan.tokens, 24, 128)
+    assert math.prod(shape) > 2**31
+    query, key, value = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    output = run(query, key, value, plan, config=tiles(torch.bfloat16, 128, descriptors))
+    sampled = sampled_error(output, query, key, value, plan)
+    assert sampled.error <= 2 * sampled.plain_error + torch.finfo(torch.bfloat16).eps * sampled.largest
+
+
+def test_strides_of_more_than_two_to_the_31_elements() -> None:
+    needs_memory(12)
+    plan = PLANS["far field"]
+    shape = (2, plan.tokens, 2, 64)
+    buffer = torch.empty(2**31 + 2**24, dtype=torch.bfloat16, device="cuda")
+    strides = (2**31 + 2**20, 128, 64, 1)
+    query, key, value = random_tensors(plan, 2, 2, 64, torch.bfloat16)
+    distant_key = torch.as_strided(buffer, shape, strides).copy_(key)
+    distant_value = torch.as_strided(buffer, shape, strides, storage_offset=2**22).copy_(value)
+    assert_accurate(run(query, distant_key, distant_value, plan), query, key, value, plan)
+
+
+SANITIZED = """
+import torch
+from grat_kernels import Block, Far, Grid, Grouping, Union, build_plan, triton_backend
+from grat_kernels.tile_configs import architecture_of, tile_config
+
+architecture = architecture_of(torch.cuda.get_device_capability())
+for dtype in (torch.bfloat16, torch.float32):
+    for head_dim in (64, 80, 128):
+        for text_first in (True, False):
+            plan = build_plan(Grouping(Grid((21, 37)), (8, 16)), Union(Block(0), Far([(0, (1, 2))])), 19, text_first)
+            tensors = [torch.randn(2, plan.tokens, 2, head_dim, device="cuda").to(dtype) for _ in range(3)]
+            for descriptors in {False, all(map(triton_backend.fits_descriptor, tensors))}:
+                config = tile_config(architecture, head_dim, dtype.itemsize * 8, descriptors=descriptors)
+                for text_valid in (None, torch.tensor([19, 4], device="cuda")):
+                    triton_backend.attention(*tensors, plan, text_valid, 0.1, config=config)
+torch.cuda.synchronize()
+print("finished")
+"""
+
+
+def test_no_access_out_of_bounds() -> None:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not installed")
+    # Without torch's pool of memory, so that each tensor ends where its allocation ends.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent)
+    if "not supported" in result.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "finished" in result.stdout
