@@ -74,6 +74,14 @@ def build_tile_lists(plan: Plan, block_m: int, block_n: int, block_tail: int, *,
     return TileLists(query_tiles, key_tiles, -(-plan.text_len // block_m) if is_text.any() else 0)
 
 
+def tile_efficiency(plan: Plan, block_m: int, block_n: int, block_tail: int) -> float:
+    """Share of the pairs that the tiles compute which are attended; the rest is work on masked keys and queries."""
+    lists = build_tile_lists(plan, block_m, block_n, block_tail, mask_text=False)
+    begin, _, full_summary_end, _, end = lists.query_tiles[:, 2:].T.astype(np.int64)
+    keys = (full_summary_end - begin) * block_n + (end - full_summary_end) * block_tail
+    return plan.attended_pairs / (block_m * int(keys.sum()))
+
+
 class _Spans(NamedTuple):
     """Pieces of all span lists: first key, keys, list, whether of summaries, whether all of it needs a mask."""
 

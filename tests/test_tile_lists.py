@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grat_kernels import Block, Full, Grid, Grouping, Plan, build_plan
-from grat_kernels.tile_lists import TileLists, build_tile_lists
+from grat_kernels.tile_lists import TileLists, build_tile_lists, tile_efficiency
 
 block_sizes = st.sampled_from([(16, 32, 8), (8, 16, 16), (64, 64, 32)])
 
@@ -70,3 +70,11 @@ def test_text_tiles_lead_only_where_text_attends_more() -> None:
         )
         assert (np.diff(lists.query_tiles[3:, 0]) > 0).all()
     assert build_tile_lists(build_plan(grouping, Full(), 70), 32, 32, 16, mask_text=False).leading == 0
+
+
+def test_tile_efficiency_counts_what_is_computed_in_vain() -> None:
+    whole = build_plan(Grouping(Grid((32, 32)), (16, 16)), Block(0), 0)
+    assert tile_efficiency(whole, 64, 64, 32) == 1
+    # Groups of 9 queries in tiles of 16, which attend 9 keys: a tile of 8 and one that holds one key of 8.
+    ragged = build_plan(Grouping(Grid((6, 6)), (3, 3)), Block(0), 0)
+    assert tile_efficiency(ragged, 16, 32, 8) == (9 * 9) / (16 * 16)
