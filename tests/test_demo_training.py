@@ -8,7 +8,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
 from typer.testing import CliRunner
 
 from grat_cli.demo import DEMO_FLUX
-from grat_cli.demo.architecture import build_pipeline, load_pipeline
+from grat_cli.demo.architecture import build_pipeline, load_pipeline, save_pipeline
 from grat_cli.demo.autoencoding import AutoencoderSettings, AutoencoderTrainer
 from grat_cli.demo.flow import FlowSettings, FlowTrainer, draw_sigmas, image_positions, time_shift, use_plain_attention
 from grat_cli.demo.train import app
@@ -81,6 +81,23 @@ def test_an_exported_run_holds_the_averaged_weights(pipe, tmp_path) -> None:
     exported = FluxPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16, local_files_only=True)
     assert torch.equal(weights_of(exported.transformer), weights_of(trainer.average).bfloat16())
     assert str(tmp_path) not in "".join(file.read_text() for file in Path(tmp_path / "out").rglob("*.json"))
+
+
+def test_a_run_without_weights_is_refused(tmp_path) -> None:
+    for command in ("export", "samples"):
+        result = CliRunner().invoke(app, [command, "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+        assert result.exit_code == 2
+        assert "no trained transformer" in " ".join(result.output.split())
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_saved_pipeline_can_replace_the_one_it_was_loaded_from(pipe, tmp_path) -> None:
+    save_pipeline(pipe, tmp_path / "pipeline", half=False)
+    save_pipeline(load_pipeline(tmp_path / "pipeline"), tmp_path / "pipeline", half=False)
+    again = load_pipeline(tmp_path / "pipeline")
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        assert torch.equal(weights_of(getattr(again, part)), weights_of(getattr(pipe, part)))
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
 
 
 def test_seeds_that_would_reach_the_held_out_scenes_are_refused(pipe, tmp_path) -> None:

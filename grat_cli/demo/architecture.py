@@ -6,6 +6,7 @@ Everything is seeded: the text encoders are never trained, so the same seed must
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,17 +236,22 @@ def load_pipeline(folder: Path) -> FluxPipeline:
 
 
 def save_pipeline(pipe: FluxPipeline, folder: Path, *, half: bool) -> None:
-    """Write a pipeline folder; `half` stores the weights in bf16."""
+    """Write a pipeline folder in place of what was there; `half` stores the weights in bf16."""
     import torch
 
     if half:
         pipe = pipe.to(torch.bfloat16)
     pipe.vae.to(memory_format=torch.contiguous_format)
-    pipe.save_pretrained(folder)
+    # Loaded weights may still be read from the folder's files, so they are only replaced once all is written.
+    partial = folder.with_name(folder.name + ".partial")
+    pipe.save_pretrained(partial)
     # Drop where the parts were loaded from, and an entry that the autoencoder writes but warns about when it reads it.
-    for configuration in folder.glob("*/config.json"):
+    for configuration in partial.glob("*/config.json"):
         entries = json.loads(configuration.read_text())
         entries.pop("_name_or_path", None)
         if configuration.parent.name == "vae":
             entries.pop("block_out_channels", None)
         configuration.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)

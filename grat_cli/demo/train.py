@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -17,7 +20,7 @@ Init = Annotated[
 Threads = Annotated[int, typer.Option(help="CPU threads.")]
 
 
-def open_run(folder: Path, init: Path | None, threads: int):
+def open_run(folder: Path, init: Path | None, threads: int) -> FluxPipeline:
     """Return the pipeline that the run in `folder` starts from, and make the run if there is none."""
     import torch
 
@@ -28,6 +31,8 @@ def open_run(folder: Path, init: Path | None, threads: int):
     if not start.exists():
         pipe = load_pipeline(init) if init else build_pipeline()
         save_pipeline(pipe, start, half=False)
+    elif init:
+        typer.echo(f"continuing the run in {folder}, which has begun already: --init is not read", err=True)
     return load_pipeline(start)
 
 
@@ -91,12 +96,15 @@ def transformer(
     trainer.train(minutes, log=lambda line: print(line, flush=True))
 
 
-def averaged_pipeline(folder: Path, threads: int):
+def averaged_pipeline(folder: Path, threads: int) -> tuple[FluxPipeline, int]:
     """Return the run's pipeline with the averaged weights of its transformer, and the step they are from."""
+    state_file = folder / "transformer.pt"
+    if not state_file.exists():
+        raise typer.BadParameter(f"{folder} holds no trained transformer: run the command transformer on it first")
     import torch
 
     pipe = open_run(folder, None, threads)
-    state = torch.load(folder / "transformer.pt")
+    state = torch.load(state_file)
     pipe.transformer.load_state_dict(state["average"])
     return pipe, state["step"]
 
