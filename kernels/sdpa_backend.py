@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "torch scaled_dot_product_attention, groups of equal shape in batches"
 
 # Keys and values gathered at once: about what stays in a CPU's second-level cache; memory alone matters elsewhere.
-CPU_GATHER_BYTES = 4 << 20
+CPU_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 256 << 20
 
 
@@ -63,57 +64,57 @@ def attention(
 
 
 class _Source(NamedTuple):
-    """What is attended: tokens `[B, N, H, D]`, summaries `[B, R, H, D]`, and what is added to their scores.
+    """What is attended: tokens, then the summaries of all levels.
 
-    `token_bias` `[B, N]` is -inf on padded text and None where there is none; `summary_bias` is `[R]`.
+    Attributes:
+        key: `[B, N + R, H, D]`.
+        value: `[B, N + R, H, D]`.
+        bias: added to the scores: 0, log of a summary's size, -inf on padded text, `[B, N + R]`; None where all 0.
     """
 
     key: torch.Tensor
     value: torch.Tensor
-    summary_key: torch.Tensor
-    summary_value: torch.Tensor
-    token_bias: torch.Tensor | None
-    summary_bias: torch.Tensor
+    bias: torch.Tensor | None
 
     @classmethod
     def of(cls, key: torch.Tensor, value: torch.Tensor, plan: Plan, text_valid: torch.Tensor | None) -> _Source:
         # The CPU kernel takes fp32 biases with 16-bit keys; else a bias must have the dtype of the query.
         half_on_cpu = key.device.type == "cpu" and key.element_size() == 2
         bias_dtype = torch.float32 if half_on_cpu else key.dtype
-        token_bias = None
-        if text_valid is not None:
+        bias = None
+        if text_valid is not None or plan.summaries.rows:
+            bias = torch.zeros(key.shape[0], plan.tokens + plan.summaries.rows, dtype=bias_dtype, device=key.device)
+        if text_valid is not None and bias is not None:
             padded = padded_positions(plan, text_valid, key.device)
-            token_bias = torch.zeros(padded.shape, dtype=bias_dtype, device=key.device).masked_fill_(padded, -torch.inf)
+            bias[:, : plan.tokens].masked_fill_(padded, -torch.inf)
             key, value = without_padding(key, padded), without_padding(value, padded)
-        return cls(
-            key,
-            value,
-            summarise(key, plan),
-            summarise(value, plan),
-            token_bias,
-            plan.tensors(key.device).log_counts.to(bias_dtype),
-        )
+        if plan.summaries.rows and bias is not None:
+            bias[:, plan.tokens :] = plan.tensors(key.device).log_counts
+            # One copy of all keys spares two copies of every gathered list.
+            key = torch.cat([key, summarise(key, plan)], dim=1)
+            value = torch.cat([value, summarise(value, plan)], dim=1)
+        return cls(key, value, bias)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Source:
+        """The same change made to all parts."""
+        return _Source(change(self.key), change(self.value), None if self.bias is None else change(self.bias))
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """Dense attention in `[B, N, H, D]` layout; `bias` `[B or 1, keys]` is added to every query's scores."""
-    mask = None if bias is None else bias[:, None, None, :].expand(query.shape[0], 1, query.shape[1], -1)
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+def _attend(query: torch.Tensor, source: _Source, scale: float) -> torch.Tensor:
+    """Dense attention of queries `[B, n, H, D]` to all of a source with as many samples."""
+    mask = None if source.bias is None else source.bias[:, None, None, :].expand(-1, 1, query.shape[1], -1)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, source.key, source.value))
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
 class _Slice(NamedTuple):
-    """Queries that attend one span of tokens: nothing is copied."""
+    """Queries that attend one span: nothing is copied."""
 
     queries: slice
     keys: slice
 
     def run(self, query: torch.Tensor, source: _Source, scale: float, out: torch.Tensor) -> None:
-        bias = None if source.token_bias is None else source.token_bias[:, self.keys]
-        key, value = source.key[:, self.keys], source.value[:, self.keys]
-        out[:, self.queries] = _attend(query[:, self.queries], key, value, bias, scale)
+        out[:, self.queries] = _attend(query[:, self.queries], source.map(lambda tensor: tensor[:, self.keys]), scale)
 
 
 class _Batch(NamedTuple):
@@ -121,165 +122,137 @@ class _Batch(NamedTuple):
 
     runs: int
     queries: torch.Tensor
-    tokens: torch.Tensor
-    summaries: torch.Tensor
+    keys: torch.Tensor
 
     def run(self, query: torch.Tensor, source: _Source, scale: float, out: torch.Tensor) -> None:
-        key = self._gather(source.key, source.summary_key)
-        value = self._gather(source.value, source.summary_value)
-        attended = _attend(self._rows(query, self.queries).flatten(0, 1), key, value, self._bias(source), scale)
+        gathered = source.map(lambda tensor: self._gather(tensor, self.keys))
+        attended = _attend(self._gather(query, self.queries), gathered, scale)
         out[:, self.queries] = attended.unflatten(0, (-1, self.runs)).flatten(1, 2)
 
-    def _rows(self, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`[B, rows, ...]` to `[B, runs, rows of one, ...]`."""
-        return tensor.index_select(1, rows).unflatten(1, (self.runs, -1))
-
-    def _gather(self, tokens: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
-        rows = self._rows(tokens, self.tokens)
-        if len(self.summaries):
-            rows = torch.cat([rows, self._rows(summaries, self.summaries)], dim=2)
-        return rows.flatten(0, 1)
-
-    def _bias(self, source: _Source) -> torch.Tensor | None:
-        """`[B * runs, keys]`, or None where nothing is added."""
-        if source.token_bias is None and not len(self.summaries):
-            return None
-        batch = source.key.shape[0]
-        summary = self._rows(source.summary_bias.expand(batch, -1), self.summaries)
-        if source.token_bias is None:
-            token = summary.new_zeros(batch, self.runs, len(self.tokens) // self.runs)
-        else:
-            token = self._rows(source.token_bias, self.tokens)
-        return torch.cat([token, summary], dim=2).flatten(0, 1)
+    def _gather(self, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`[B * runs, rows of one, ...]` from `[B, rows, ...]`."""
+        return tensor.index_select(1, rows).unflatten(1, (self.runs, -1)).flatten(0, 1)
 
 
 class _Copy(NamedTuple):
     """Rows of a window to fill, and where they come from."""
 
-    window: slice
-    source: slice
+    rows: slice
+    origin: slice
 
 
 class _Step(NamedTuple):
-    """One run over a window: token rows that change since the step before, and all summary rows."""
+    """One run over a window: what changes in the window since the step before."""
 
     queries: slice
-    tokens: tuple[_Copy, ...]
-    summaries: tuple[_Copy, ...]
+    copies: tuple[_Copy, ...]
 
 
 class _Window(NamedTuple):
-    """Runs whose lists hold token pieces of equal sizes, in an order that changes few pieces from step to step."""
+    """Runs whose lists hold pieces of equal sizes, in an order that changes few pieces from step to step."""
 
     rows: int
     steps: tuple[_Step, ...]
 
     def run(self, query: torch.Tensor, source: _Source, scale: float, out: torch.Tensor) -> None:
-        batch, _, heads, head_dim = query.shape
-        key, value = (query.new_empty(batch, self.rows, heads, head_dim) for _ in range(2))
-        biased = source.token_bias is not None or source.summary_bias.numel() > 0
-        bias = torch.zeros(batch, self.rows, dtype=source.summary_bias.dtype, device=query.device) if biased else None
+        window = source.map(lambda tensor: tensor.new_empty(tensor.shape[0], self.rows, *tensor.shape[2:]))
+        pairs = [(window.key, source.key), (window.value, source.value)]
+        if window.bias is not None and source.bias is not None:
+            pairs.append((window.bias, source.bias))
         for step in self.steps:
-            for window, rows in step.tokens:
-                key[:, window] = source.key[:, rows]
-                value[:, window] = source.value[:, rows]
-                if bias is not None and source.token_bias is not None:
-                    bias[:, window] = source.token_bias[:, rows]
-            for window, rows in step.summaries:
-                key[:, window] = source.summary_key[:, rows]
-                value[:, window] = source.summary_value[:, rows]
-                if bias is not None:
-                    bias[:, window] = source.summary_bias[rows]
-            out[:, step.queries] = _attend(query[:, step.queries], key, value, bias, scale)
+            for rows, origin in step.copies:
+                for held, tensor in pairs:
+                    held[:, rows] = tensor[:, origin]
+            out[:, step.queries] = _attend(query[:, step.queries], window, scale)
 
 
 def _divide(plan: Plan, device: torch.device, gathered_keys: int) -> list[_Slice | _Batch | _Window]:
     """Divides a plan's runs among the three ways; a batch gathers at most `gathered_keys` keys."""
     work: list[_Slice | _Batch | _Window] = []
-    batches: dict[tuple[int, int, int], list[QueryRun]] = defaultdict(list)
+    batches: dict[tuple[int, int], list[QueryRun]] = defaultdict(list)
     windows: dict[tuple[tuple[int, ...], int], list[QueryRun]] = defaultdict(list)
-    cutter = _Cutter(plan)
+    lists = _KeyLists(plan)
     for run in plan.query_runs:
-        spans = plan.span_lists[run.span_list]
-        tokens = sum(span.length for span in spans if span.level == 0)
-        summaries = sum(span.length for span in spans if span.level > 0)
-        if len(spans) == 1 and summaries == 0:
-            work.append(_Slice(slice(run.start, run.start + run.length), slice(spans[0].start, spans[0].stop)))
-        elif tokens + summaries <= gathered_keys:
-            batches[run.length, tokens, summaries].append(run)
+        near, far = lists.near(run), lists.far(run)
+        keys = sum(key_range[1] - key_range[0] for key_range in near + far)
+        if len(near) == 1 and not far:
+            work.append(_Slice(slice(run.start, run.start + run.length), slice(*near[0])))
+        elif keys <= gathered_keys:
+            batches[run.length, keys].append(run)
         else:
-            sizes = sorted(piece.stop - piece.start for piece in cutter.pieces(run))
-            windows[tuple(sizes), summaries].append(run)
-    for (_, tokens, summaries), runs in batches.items():
-        size = max(1, gathered_keys // (tokens + summaries))
-        work += [_gather_batch(plan, runs[first : first + size], device) for first in range(0, len(runs), size)]
-    work += [_slide_window(plan, cutter, runs) for runs in windows.values()]
+            pieces = lists.pieces(run)
+            windows[tuple(sorted(stop - start for start, stop in pieces)), keys].append(run)
+    for (_, keys), runs in batches.items():
+        size = max(1, gathered_keys // keys)
+        work += [_gather_batch(lists, runs[first : first + size], device) for first in range(0, len(runs), size)]
+    work += [_slide_window(lists, runs) for runs in windows.values()]
     return work
 
 
-def _gather_batch(plan: Plan, runs: list[QueryRun], device: torch.device) -> _Batch:
-    def rows(ranges: list[tuple[int, int]]) -> torch.Tensor:
-        parts = [np.arange(start, start + length) for start, length in ranges]
-        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts])).to(device)
-
-    offsets = (0, *plan.summaries.offsets)
-    spans = [span for run in runs for span in plan.span_lists[run.span_list]]
-    return _Batch(
-        len(runs),
-        rows([(run.start, run.length) for run in runs]),
-        rows([(span.start, span.length) for span in spans if span.level == 0]),
-        rows([(offsets[span.level] + span.start, span.length) for span in spans if span.level > 0]),
-    )
-
-
-class _Cutter:
-    """Cuts token spans where groups and text begin, so that neighbouring lists share whole pieces."""
+class _KeyLists:
+    """Spans as ranges (start, stop) of a source's rows, where summaries follow the tokens."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        starts = np.sort(plan.grouping.starts) + plan.image_start
-        self.cuts = np.append(starts, plan.text_start) if plan.text_len else starts
-        self.cuts.sort()
+        self._lists = plan.span_lists
+        self._offsets = (0, *(plan.tokens + offset for offset in plan.summaries.offsets))
+        # Groups and text begin here: neighbouring lists share what lies between cuts as whole pieces.
+        cuts = plan.grouping.starts + plan.image_start
+        self._cuts = np.sort(np.append(cuts, plan.text_start) if plan.text_len else cuts)
 
-    def pieces(self, run: QueryRun) -> list[slice]:
+    def near(self, run: QueryRun) -> list[tuple[int, int]]:
+        """Ranges of tokens."""
+        return [(span.start, span.stop) for span in self._lists[run.span_list] if span.level == 0]
+
+    def far(self, run: QueryRun) -> list[tuple[int, int]]:
+        """Ranges of summaries."""
+        return [
+            (self._offsets[span.level] + span.start, self._offsets[span.level] + span.stop)
+            for span in self._lists[run.span_list]
+            if span.level > 0
+        ]
+
+    def pieces(self, run: QueryRun) -> list[tuple[int, int]]:
+        """Ranges of tokens, cut where groups and text begin."""
         pieces = []
-        for span in self.plan.span_lists[run.span_list]:
-            if span.level == 0:
-                inside = self.cuts[(self.cuts > span.start) & (self.cuts < span.stop)].tolist()
-                bounds = [span.start, *inside, span.stop]
-                pieces += [slice(*pair) for pair in itertools.pairwise(bounds)]
+        for start, stop in self.near(run):
+            inside = self._cuts[(self._cuts > start) & (self._cuts < stop)].tolist()
+            pieces += itertools.pairwise([start, *inside, stop])
         return pieces
 
 
-def _slide_window(plan: Plan, cutter: _Cutter, runs: list[QueryRun]) -> _Window:
-    offsets = (0, *plan.summaries.offsets)
+def _gather_batch(lists: _KeyLists, runs: list[QueryRun], device: torch.device) -> _Batch:
+    def rows(ranges: list[tuple[int, int]]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([np.arange(*key_range) for key_range in ranges])).to(device)
+
+    queries = rows([(run.start, run.start + run.length) for run in runs])
+    keys = rows([key_range for run in runs for key_range in lists.near(run) + lists.far(run)])
+    return _Batch(len(runs), queries, keys)
+
+
+def _slide_window(lists: _KeyLists, runs: list[QueryRun]) -> _Window:
     held: dict[tuple[int, int], slice] = {}
     steps = []
+    token_rows = 0
     rows = 0
     for run in runs:
-        pieces = [(piece.start, piece.stop) for piece in cutter.pieces(run)]
-        wanted = set(pieces)
+        pieces = lists.pieces(run)
         free: dict[int, list[slice]] = defaultdict(list)
         if held:
-            for start, stop in [piece for piece in held if piece not in wanted]:
+            for start, stop in sorted(held.keys() - set(pieces)):
                 free[stop - start].append(held.pop((start, stop)))
         else:
-            bounds = np.cumsum([0, *(stop - start for start, stop in pieces)]).tolist()
-            for first, last in itertools.pairwise(bounds):
-                free[last - first].append(slice(first, last))
-            rows = bounds[-1]
+            for start, stop in pieces:
+                free[stop - start].append(slice(token_rows, token_rows + stop - start))
+                token_rows += stop - start
         copies = []
         for start, stop in pieces:
             if (start, stop) not in held:
                 held[start, stop] = free[stop - start].pop(0)
                 copies.append(_Copy(held[start, stop], slice(start, stop)))
-        filled = rows
-        summaries = []
-        for span in plan.span_lists[run.span_list]:
-            if span.level > 0:
-                first = offsets[span.level] + span.start
-                summaries.append(_Copy(slice(filled, filled + span.length), slice(first, first + span.length)))
-                filled += span.length
-        steps.append(_Step(slice(run.start, run.start + run.length), tuple(copies), tuple(summaries)))
-    summary_rows = sum(copy.source.stop - copy.source.start for copy in steps[0].summaries)
-    return _Window(rows + summary_rows, tuple(steps))
+        # Summaries are few: all of them are copied, after the tokens.
+        rows = token_rows
+        for start, stop in lists.far(run):
+            copies.append(_Copy(slice(rows, rows + stop - start), slice(start, stop)))
+            rows += stop - start
+        steps.append(_Step(slice(run.start, run.start + run.length), tuple(copies)))
+    return _Window(rows, tuple(steps))
