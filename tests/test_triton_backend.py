@@ -51,6 +51,7 @@ PLANS = {
     ),
     "one token": build_plan(Grouping(Grid((1,)), (4,)), Full()),
     "one token and text": build_plan(Grouping(Grid((1, 1, 1)), (2, 2, 2)), Block(0), 3, text_first=False),
+    "text and one token": build_plan(Grouping(Grid((1, 1)), (2, 2)), Block(0), 3),
 }
 
 
@@ -108,7 +109,7 @@ def test_equals_the_definition(name: str, dtype: torch.dtype, config: TileConfig
 
 
 @pytest.mark.parametrize("config", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("name", ["block", "far field of a video", "one token and text"])
+@pytest.mark.parametrize("name", ["block", "far field of a video", "one token and text", "text and one token"])
 def test_padded_text_is_masked_in_each_sample(name: str, config: TileConfig) -> None:
     plan = PLANS[name]
     query, key, value = random_tensors(plan, 2, 1, 32, torch.float32)

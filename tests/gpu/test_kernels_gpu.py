@@ -58,6 +58,7 @@ PLANS = {
     ),
     "one token": build_plan(Grouping(Grid((1,)), (4,)), Full()),
     "one token and text": build_plan(Grouping(Grid((1, 1, 1)), (2, 2, 2)), Block(0), 3, text_first=False),
+    "text and one token": build_plan(Grouping(Grid((1, 1)), (2, 2)), Block(0), 3),
 }
 
 
@@ -144,7 +145,9 @@ def test_head_dimensions(head_dim: int, dtype: torch.dtype) -> None:
 
 @DTYPES
 @DESCRIPTORS
-@pytest.mark.parametrize("name", ["block", "lines", "far field", "far field of a video", "one token and text"])
+@pytest.mark.parametrize(
+    "name", ["block", "lines", "far field", "far field of a video", "one token and text", "text and one token"]
+)
 def test_padded_text_is_masked_in_each_sample(name: str, dtype: torch.dtype, descriptors: bool) -> None:
     plan = PLANS[name]
     config = tiles(dtype, 128, descriptors)
