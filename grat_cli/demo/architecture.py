@@ -245,10 +245,11 @@ def save_pipeline(pipe: FluxPipeline, folder: Path, *, half: bool) -> None:
     # Loaded weights may still be read from the folder's files, so they are only replaced once all is written.
     partial = folder.with_name(folder.name + ".partial")
     pipe.save_pretrained(partial)
-    # Drop where the parts were loaded from, and an entry that the autoencoder writes but warns about when it reads it.
-    for configuration in partial.glob("*/config.json"):
+    # Drop how the parts were loaded, and an entry that the autoencoder writes but warns about when it reads it.
+    for configuration in partial.glob("*/*config.json"):
         entries = json.loads(configuration.read_text())
-        entries.pop("_name_or_path", None)
+        for entry in ("_name_or_path", "is_local", "local_files_only"):
+            entries.pop(entry, None)
         if configuration.parent.name == "vae":
             entries.pop("block_out_channels", None)
         configuration.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
