@@ -73,6 +73,7 @@ class Build:
         registers: per thread.
         spills: instructions that read or write local memory.
         spills_in_loops: those of them inside a loop.
+        matrix_loops: loops that compute on tensor cores; None where that cannot be read.
         opcodes: how often instructions of interest occur.
         shared_bytes: shared memory of a program.
         problems: broken promises, in words.
@@ -82,6 +83,7 @@ class Build:
     registers: int
     spills: int
     spills_in_loops: int
+    matrix_loops: int | None
     opcodes: dict[str, int]
     shared_bytes: int
     problems: tuple[str, ...]
@@ -105,14 +107,19 @@ def compile_variant(variant: Variant) -> Build:
         RuntimeError: if Triton runs as an interpreter in this process, which compiles nothing.
     """
     compiled = _compile(variant)
-    code = _read_cuda(compiled) if variant.architecture.startswith("sm_") else _read_rocm(compiled)
+    matrix_opcode = _MATRIX_OPCODE[variant.architecture]
+    cuda = variant.architecture.startswith("sm_")
+    code = _read_cuda(compiled, matrix_opcode) if cuda else _read_rocm(compiled)
     problems = []
     if code.spills_in_loops:
         problems.append(f"{code.spills_in_loops} spills inside a loop")
     if compiled.metadata.shared > SHARED_MEMORY_LIMIT[variant.architecture]:
         problems.append(f"{compiled.metadata.shared} bytes of shared memory")
-    if variant.dtype != "float32" and not code.opcodes[_MATRIX_OPCODE[variant.architecture]]:
-        problems.append(f"no {_MATRIX_OPCODE[variant.architecture]}")
+    expected_loops = 4 if variant.far else 2
+    if variant.dtype != "float32" and code.matrix_loops not in (None, expected_loops):
+        problems.append(f"{code.matrix_loops} loops on tensor cores instead of {expected_loops}")
+    if variant.dtype != "float32" and not code.opcodes[matrix_opcode]:
+        problems.append(f"no {matrix_opcode}")
     if variant.config.stages > 1 and not code.opcodes[_LOAD_OPCODE[variant.config.form]]:
         problems.append(f"no {_LOAD_OPCODE[variant.config.form]}")
     return Build(variant, *code, compiled.metadata.shared, tuple(problems))
@@ -178,10 +185,11 @@ class _Code(NamedTuple):
     registers: int
     spills: int
     spills_in_loops: int
+    matrix_loops: int | None
     opcodes: dict[str, int]
 
 
-def _read_cuda(compiled: Any) -> _Code:
+def _read_cuda(compiled: Any, matrix_opcode: str) -> _Code:
     """Reads a cubin by the tools that come with Triton."""
     import triton
 
@@ -198,7 +206,7 @@ def _read_cuda(compiled: Any) -> _Code:
         raise RuntimeError(f"cuobjdump names no registers: {usage!r}")
     code = parse(listing)
     opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS")}
-    return _Code(int(registers[1]), code.spills, code.spills_in_loops, opcodes)
+    return _Code(int(registers[1]), code.spills, code.spills_in_loops, code.loops_with(matrix_opcode), opcodes)
 
 
 def _read_rocm(compiled: Any) -> _Code:
@@ -208,7 +216,7 @@ def _read_rocm(compiled: Any) -> _Code:
         sum(int(number) for number in re.findall(rf"\.{name}:\s+(\d+)", listing))
         for name in ("vgpr_count", "vgpr_spill_count")
     )
-    return _Code(registers, spills, spills, {"v_mfma": listing.count("v_mfma")})
+    return _Code(registers, spills, spills, None, {"v_mfma": listing.count("v_mfma")})
 
 
 _CAPTURE: dict[str, Any] = {"capture_output": True, "text": True, "check": True}

@@ -27,8 +27,12 @@ class MachineCode:
 
     def count(self, opcode: str) -> int:
         """Instructions with that opcode, whatever its modifiers; `*` stands for any letters."""
-        pattern = re.compile(rf"\b{opcode.replace('*', '[A-Z]*')}\b")
-        return sum(bool(pattern.search(instruction)) for instruction in self.instructions)
+        return len(self._matching(opcode))
+
+    def loops_with(self, opcode: str) -> int:
+        """Loops that contain an instruction with that opcode."""
+        matching = self._matching(opcode)
+        return sum(not matching.isdisjoint(loop) for loop in self.loops)
 
     @property
     def spills(self) -> int:
@@ -42,6 +46,10 @@ class MachineCode:
 
     def _spills(self, indices: Iterable[int]) -> int:
         return sum(bool(_SPILL.search(self.instructions[index])) for index in indices)
+
+    def _matching(self, opcode: str) -> set[int]:
+        pattern = re.compile(rf"\b{opcode.replace('*', '[A-Z]*')}\b")
+        return {index for index, instruction in enumerate(self.instructions) if pattern.search(instruction)}
 
 
 def parse(listing: str) -> MachineCode:

@@ -180,37 +180,41 @@ def span_attention_kernel(
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
             accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
 
-    # Partial tiles: tokens up to partial_end (all text among them where it may be padded), then summaries. Keys outside
-    # a span are never read: in the product with the values, 0·NaN would carry a neighbour's NaN into the output.
+    # Partial tiles of tokens, all text among them where it may be padded. Keys outside a span are never read: in the
+    # product with the values, 0·NaN would carry a neighbour's NaN into the output.
     tail = tl.arange(0, BLOCK_TAIL)
-    for index in tl.range(full_summary_end, list_end, num_stages=STAGES):
+    tail_rows = tail[:, None].to(tl.int64)
+    for index in tl.range(full_summary_end, partial_end, num_stages=STAGES):
         first_key = tl.load(key_tiles + 2 * index)
         key_count = tl.load(key_tiles + 2 * index + 1)
         attended = tail < key_count
         if text_valid is not None:
             position = first_key + tail
             padding = (position >= text_start + tl.load(text_valid + batch)) & (position < text_stop)
-            if summary_key is not None:
-                padding = padding & (index < partial_end)
             attended = attended & (padding == 0)
+        loaded = attended[:, None] & inside[None, :]
         key_start = key_base + first_key.to(tl.int64) * key_token_stride
         value_start = value_base + first_key.to(tl.int64) * value_token_stride
-        key_stride = key_token_stride
-        value_stride = value_token_stride
-        bias = tl.where(attended, 0.0, float("-inf"))
-        if summary_key is not None:
-            if index >= partial_end:
-                key_start = summary_key_base + first_key.to(tl.int64) * summary_stride
-                value_start = summary_value_base + first_key.to(tl.int64) * summary_stride
-                key_stride = summary_stride
-                value_stride = summary_stride
-            bias += tl.load(summary_bias + first_key + tail, mask=attended & (index >= partial_end), other=0.0)
-        loaded = attended[:, None] & inside[None, :]
-        tail_rows = tail[:, None].to(tl.int64)
-        keys = tl.load(key_start + tail_rows * key_stride + channels[None, :], mask=loaded, other=0.0)
-        values = tl.load(value_start + tail_rows * value_stride + channels[None, :], mask=loaded, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
+        keys = tl.load(key_start + tail_rows * key_token_stride + channels[None, :], mask=loaded, other=0.0)
+        values = tl.load(value_start + tail_rows * value_token_stride + channels[None, :], mask=loaded, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        scores = tl.where(attended[None, :], scores, float("-inf"))
         accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
+
+    # Partial tiles of summaries.
+    if summary_key is not None:
+        for index in tl.range(partial_end, list_end, num_stages=STAGES):
+            first_key = tl.load(key_tiles + 2 * index)
+            key_count = tl.load(key_tiles + 2 * index + 1)
+            attended = tail < key_count
+            loaded = attended[:, None] & inside[None, :]
+            start = first_key.to(tl.int64) * summary_stride
+            offsets = tail_rows * summary_stride + channels[None, :]
+            keys = tl.load(summary_key_base + start + offsets, mask=loaded, other=0.0)
+            values = tl.load(summary_value_base + start + offsets, mask=loaded, other=0.0)
+            bias = tl.load(summary_bias + first_key + tail, mask=attended, other=float("-inf"))
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
+            accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
 
     # Stored by masked pointers: a whole block would overwrite the queries of the next tile.
     output_stride = heads * HEAD_DIM

@@ -109,6 +109,8 @@ LISTING = """
 def test_loops_are_told_from_retry_paths() -> None:
     code = sass.parse(LISTING.replace("{spill}", "/*0060*/                   FADD R2, R2, R3 ;"))
     assert code.count("HGMMA") == 1
+    assert code.loops_with("HGMMA") == 1
+    assert code.loops_with("SYNCS") == 2
     assert code.spills == 2
     assert code.spills_in_loops == 0
     assert sorted(len(loop) for loop in code.loops) == [1, 2, 8]
