@@ -14,7 +14,7 @@ export PYTHONSAFEPATH := 1
 .PHONY: demo test lint aot bench fidelity test-gpu bench-gpu links clean
 
 demo: $(INSTALLED)
-	$(VENV)/bin/grat image "a red fox in the snow" --model demo --seed 7 --out demo.png --overwrite
+	$(VENV)/bin/grat image "a red fox in the snow" --model demo --seed 2 --out demo.png --overwrite
 
 test: $(TEST_READY)
 	$(RUN) -m pytest

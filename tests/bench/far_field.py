@@ -23,6 +23,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import grat_cli
 from grat_cli.demo import DEMO_FLUX
+from grat_cli.demo.architecture import load_pipeline
 from grat_cli.presets import load_preset, resolve_preset
 
 SIDE = DEMO_FLUX.native_side
@@ -136,9 +137,7 @@ def main() -> None:
 
 def load_demo() -> object:
     """The demo pipeline, in fp32 on the CPU."""
-    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(DEMO_FLUX.path, dtype=torch.float32)
+    pipe = load_pipeline(DEMO_FLUX.path)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
