@@ -76,6 +76,7 @@ def span_attention_kernel(
     value_batch_stride,
     value_token_stride,
     value_head_stride,
+    row_stride,  # H·D: from token to token in the contiguous tensors, output and summaries
     tokens,  # N
     heads,  # H
     summaries,  # R
@@ -160,10 +161,9 @@ def span_attention_kernel(
 
     # Full tiles of summaries. The mean key of c tokens stands for all of them, so log c is added to its score.
     if summary_key is not None:
-        summary_stride = heads * HEAD_DIM
-        summary_key_base = summary_key + batch * summaries * summary_stride + head * HEAD_DIM
-        summary_value_base = summary_value + batch * summaries * summary_stride + head * HEAD_DIM
-        summary_offsets = columns[:, None].to(tl.int64) * summary_stride + channels[None, :]
+        summary_key_base = summary_key + batch * summaries * row_stride + head * HEAD_DIM
+        summary_value_base = summary_value + batch * summaries * row_stride + head * HEAD_DIM
+        summary_offsets = columns[:, None].to(tl.int64) * row_stride + channels[None, :]
         summary_row = (batch * summaries).to(tl.int32)
         next_key = tl.load(key_tiles + 2 * full_end)
         for index in tl.range(full_end, full_summary_end, num_stages=STAGES):
@@ -173,7 +173,7 @@ def span_attention_kernel(
                 keys = summary_key_blocks.load([summary_row + first_key, head_column])
                 values = summary_value_blocks.load([summary_row + first_key, head_column])
             else:
-                start = first_key.to(tl.int64) * summary_stride
+                start = first_key.to(tl.int64) * row_stride
                 keys = _load(summary_key_base + start + summary_offsets, inside, EVERY_CHANNEL)
                 values = _load(summary_value_base + start + summary_offsets, inside, EVERY_CHANNEL)
             bias = tl.load(summary_bias + first_key + columns)
@@ -208,8 +208,8 @@ def span_attention_kernel(
             key_count = tl.load(key_tiles + 2 * index + 1)
             attended = tail < key_count
             loaded = attended[:, None] & inside[None, :]
-            start = first_key.to(tl.int64) * summary_stride
-            offsets = tail_rows * summary_stride + channels[None, :]
+            start = first_key.to(tl.int64) * row_stride
+            offsets = tail_rows * row_stride + channels[None, :]
             keys = tl.load(summary_key_base + start + offsets, mask=loaded, other=0.0)
             values = tl.load(summary_value_base + start + offsets, mask=loaded, other=0.0)
             bias = tl.load(summary_bias + first_key + tail, mask=attended, other=float("-inf"))
@@ -217,8 +217,7 @@ def span_attention_kernel(
             accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
 
     # Stored by masked pointers: a whole block would overwrite the queries of the next tile.
-    output_stride = heads * HEAD_DIM
-    output_base = output + batch * tokens * output_stride + head * HEAD_DIM
+    output_base = output + batch * tokens * row_stride + head * HEAD_DIM
     result = accumulator * (1.0 / total)[:, None]
-    output_pointers = output_base + query_rows[:, None] * output_stride + channels[None, :]
+    output_pointers = output_base + query_rows[:, None] * row_stride + channels[None, :]
     tl.store(output_pointers, result.to(output.dtype.element_ty), mask=stored)

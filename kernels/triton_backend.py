@@ -158,6 +158,7 @@ def launch_of(
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
+        heads * head_dim,
         tokens,
         heads,
         plan.summaries.rows,
