@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +11,7 @@ from grat_cli import ranges
 from grat_cli.errors import BadInput
 from grat_cli.presets import Attention, Preset, shape_text
 from grat_kernels import Full, Grid, Grouping, Pattern, Plan, build_plan
+from grat_kernels.geometry import cell_counts
 
 # Planning holds a few matrices of groups x groups; beyond this many groups they no longer fit in memory at ease.
 MOST_GROUPS = 8192
@@ -102,12 +104,14 @@ def _refuse_unfit(preset: Preset, grid: Grid) -> None:
             f"preset {preset.name} is for tokens on {axes} axes, this model's have {grid.axes}: see `grat presets`"
         )
     for attention in (preset.attention, *preset.attention_of_rules):
-        groups = Grouping(grid, attention.group).counts
-        if int(np.prod(groups)) > MOST_GROUPS:
+        groups = math.prod(cell_counts(grid, attention.group))
+        if groups > MOST_GROUPS:
+            larger = attention.group
+            while math.prod(cell_counts(grid, larger)) > MOST_GROUPS:
+                larger = tuple(2 * size for size in larger)
             raise BadInput(
                 f"groups of {shape_text(attention.group)} cut {shape_text(grid.shape)} tokens into "
-                f"{int(np.prod(groups)):,} groups, more than {MOST_GROUPS:,}: use larger ones, such as "
-                f"--group {shape_text(tuple(2 * size for size in attention.group))}"
+                f"{groups:,} groups, more than {MOST_GROUPS:,}: use larger ones, such as --group {shape_text(larger)}"
             )
 
 
