@@ -38,10 +38,10 @@ fidelity: $(TEST_READY)
 
 # On a machine with a GPU, in whatever environment has torch, triton and pytest: nothing is installed.
 test-gpu: links
-	PYTHONPATH=.links $(PYTHON) -m pytest tests/gpu
+	PYTHONPATH=.links:tests/gpu $(PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu
 
 bench-gpu: links
-	PYTHONPATH=.links $(PYTHON) tests/gpu/bench_kernels.py
+	PYTHONPATH=.links:tests/gpu $(PYTHON) tests/gpu/bench_kernels.py
 
 # The import names of the source folders, for tools that do not read installed packages.
 links:

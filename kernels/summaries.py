@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,30 +12,41 @@ if TYPE_CHECKING:
     from grat_kernels.plan import Plan
 
 
+# Positions or rows that follow one another are a slice, which copies nothing when it selects.
+Selection = slice | torch.Tensor
+
+
 def summarise(tokens: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Means over the blocks of every far level, `[B, R, H, D]` from `[B, N, H, D]`, in the dtype of `tokens`.
 
     Accumulates in fp32. Blocks are contiguous in the plan's token order; ragged ones at the borders come in few
-    sizes, and each size is one batched mean.
+    sizes, and each size of a level is one batched mean.
     """
     batch, _, heads, head_dim = tokens.shape
     means = tokens.new_empty(batch, plan.summaries.rows, heads, head_dim)
-    for rows, gather, count in _blocks_by_size(plan, tokens.device):
-        blocks = tokens[:, gather].unflatten(1, (-1, count))
+    for rows, positions, count in _blocks_by_size(plan, tokens.device):
+        blocks = tokens[:, positions].unflatten(1, (-1, count))
         means[:, rows] = blocks.mean(2, dtype=torch.promote_types(tokens.dtype, torch.float32)).to(tokens.dtype)
     return means
 
 
-def _blocks_by_size(plan: Plan, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-    """For each block size: summary rows `[n]`, positions of their tokens `[n * count]`, and the size."""
+def _blocks_by_size(plan: Plan, device: torch.device) -> list[tuple[Selection, Selection, int]]:
+    """For each level and block size: summary rows `[n]`, positions of their tokens `[n * count]`, and the size."""
 
-    def build() -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    def select(indices: np.ndarray) -> Selection:
+        first, last = int(indices[0]), int(indices[-1])
+        if last - first + 1 == len(indices):
+            return slice(first, last + 1)
+        return torch.from_numpy(indices).to(device)
+
+    def build() -> list[tuple[Selection, Selection, int]]:
         summaries = plan.summaries
         batches = []
-        for count in np.unique(summaries.counts).tolist():
-            rows = np.flatnonzero(summaries.counts == count)
-            positions = (summaries.starts[rows][:, None] + np.arange(count)).reshape(-1)
-            batches.append((torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device), count))
+        for first, last in itertools.pairwise(summaries.offsets):
+            for count in np.unique(summaries.counts[first:last]).tolist():
+                rows = first + np.flatnonzero(summaries.counts[first:last] == count)
+                positions = (summaries.starts[rows][:, None] + np.arange(count)).reshape(-1)
+                batches.append((select(rows), select(positions), count))
         return batches
 
     return plan.cached(("summary blocks", device), build)
