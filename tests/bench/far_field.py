@@ -24,21 +24,13 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import grat_cli
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import load_pipeline
+from grat_cli.demo.evaluation import SHEET_PROMPTS
 from grat_cli.presets import load_preset, resolve_preset
 
 SIDE = DEMO_FLUX.native_side
+# The sample sheet's prompts without the last one, and five more.
 PROMPTS = [
-    "a red fox in the snow",
-    "a blue boat at night",
-    "a yellow house in the forest",
-    "a purple car in the city",
-    "a white cat in a meadow",
-    "an orange balloon in the sky",
-    "a green tree in the desert",
-    "a pink flower on the grass",
-    "a black rabbit at sunset",
-    "an orange fish on the sea",
-    "a blue bird in the woods",
+    *SHEET_PROMPTS[:-1],
     "a red car in the desert",
     "a white house at night",
     "a brown fox at dusk",
