@@ -48,6 +48,7 @@ links:
 	@mkdir -p .links
 	@ln -sfn ../kernels .links/grat_kernels
 	@ln -sfn ../presets .links/grat_presets
+	@ln -sfn ../grat_cli .links/grat_cli
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
