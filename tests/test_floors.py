@@ -36,6 +36,7 @@ FLOORS = (
     ("generation", "media", "resolution", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "report", "output"),
+    ("bench.*",),
     ("options",),
     ("commands", "commands.image", "commands.plan", "commands.presets", "commands.env", "commands.info"),
     ("app",),
@@ -103,7 +104,9 @@ def test_imports_point_to_lower_floors(module: str) -> None:
     for imported in imports_of(MODULES[module].read_text()):
         if imported not in MODULES or imported == module:
             continue
-        same_folder = module.startswith("grat_cli.demo") and imported.startswith("grat_cli.demo")
+        same_folder = any(
+            module.startswith(folder) and imported.startswith(folder) for folder in ("grat_cli.demo", "grat_cli.bench")
+        )
         # A package's __init__ hands out what lies beside it.
         assert same_folder or floor_of(imported) < own_floor, f"{module} must not import {imported}"
 
