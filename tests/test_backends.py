@@ -199,9 +199,16 @@ def test_heads_of_different_classes_attend_differently(backend: Backend, padded:
     output = span_attention(query, key, value, HEAD_PLAN, text_valid, backend=backend)
     assert output.is_contiguous()
     for head, number in enumerate(HEAD_PLAN.class_of_head):
-        one_head = [tensor[:, :, head : head + 1].double() for tensor in (query, key, value)]
-        member = HEAD_PLAN.classes[number]
-        expected = definition.attention(*one_head, member, text_valid, scale, torch.float64)
+        one_head = slice(head, head + 1)
+        expected = definition.attention(
+            query[:, :, one_head].double(),
+            key[:, :, one_head].double(),
+            value[:, :, one_head].double(),
+            HEAD_PLAN.classes[number],
+            text_valid,
+            scale,
+            torch.float64,
+        )
         error = (output[:, :, head : head + 1] - expected).abs().max()
         assert error <= error_bound(query, key, value, scale)
 
