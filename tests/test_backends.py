@@ -221,8 +221,8 @@ def test_head_plans_say_what_does_not_fit() -> None:
         build_head_plan((near, near), (0, 0))
     with pytest.raises(ValueError, match="share one token order"):
         build_head_plan((near, (Grouping(Grid((8, 8)), (8, 8)), Block(0))), (0, 1))
+    query = torch.randn(1, HEAD_PLAN.tokens, 3, 32)
     with pytest.raises(ValueError, match="5 heads, the tensors have 3"):
-        query = torch.randn(1, HEAD_PLAN.tokens, 3, 32)
         span_attention(query, query, query, HEAD_PLAN)
     assert HEAD_PLAN.density == pytest.approx(sum(HEAD_PLAN.classes[c].density for c in (2, 0, 1, 0, 3)) / 5)
     assert build_head_plan((near, near), (0, 1)) is build_head_plan((near, near), (0, 1))
