@@ -344,7 +344,7 @@ def conditions(result: BenchResult) -> dict[str, str]:
         "sizes": "; ".join(plain(case.title) for case in result.cases),
         **{plain(name).replace("_", " "): setting_text(value) for name, value in result.settings.items()},
         "versions": ", ".join(f"{plain(name)} {plain(version)}" for name, version in known.items()),
-        "date": plain(result.created),
+        "date": plain(result.created).replace("T", " "),
         "command": plain(result.command),
     }
     return {name: value for name, value in facts.items() if value}
@@ -375,7 +375,8 @@ def finding(level: Level, case: Case) -> str:
         return "Full attention was not measured, so there is no speed-up to state."
     patterns = [row for row in measured(case) if row.role == "pattern" and row.speedup and row.median_ms]
     unit = time_unit(case)
-    whole = f"{label(full)} takes {unit.text(full.median_ms)}"
+    kernel = f" ({plain(full.kernel)})" if full.kernel else ""
+    whole = f"Full attention{kernel} takes {unit.text(full.median_ms)}"
     if not patterns:
         return f"{whole}; no pattern was measured beside it."
     best = max(patterns, key=lambda row: row.speedup or 0)

@@ -71,6 +71,7 @@ def _case(result: BenchResult, case: Case) -> Iterator[str]:
 
 def _summary(result: BenchResult) -> Iterator[str]:
     known = figures.conditions(result)
+    known["date"] = known["date"][:10]  # the day is enough
     facts = [f"{known[name]}{unit}" for name, unit in _README_FACTS.items() if name in known]
     yield from (f"**{_escaped(figures.title(result))}**: {_escaped(', '.join(facts))}.", "")
     lines: list[dict[str, str]] = []
@@ -87,7 +88,7 @@ def _summary(result: BenchResult) -> Iterator[str]:
     if len(result.cases) > 1:
         headings.insert(0, "size")
     yield from _table(headings, [[line.get(name, figures.NOTHING) for name in headings] for line in lines])
-    yield from ("", *_fenced(figures.plain(result.command), "sh"))
+    yield from ("", *_fenced(figures.plain(result.command), "text"))
 
 
 def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
