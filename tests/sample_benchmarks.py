@@ -63,9 +63,7 @@ ATTENTION = BenchResult(
                 attention_row(
                     "na", 0.0129, 22.4, role="baseline", kernel="natten", description="a window of 57×57 tokens"
                 ),
-                attention_row(
-                    "clear", 0.0141, 61.0, role="baseline", kernel="flex", description="a disc of radius 32"
-                ),
+                attention_row("clear", 0.0141, 61.0, role="baseline", kernel="flex", description="a disc of radius 32"),
                 attention_row(
                     "flex",
                     0.01228,
@@ -242,7 +240,7 @@ NASTY = '<script>alert("&")</script>'
 EXTREME = replace(
     ATTENTION,
     command=f"grat bench --compare 'full,{NASTY}' && echo \"$(date)\" | tee `x`",
-    device_name="Device <0> & \"co\" | pipe [bold]x[/bold]",
+    device_name='Device <0> & "co" | pipe [bold]x[/bold]',
     settings={"heads": 1, "nested": {"a": None, "b": [1, 2]}, "prompt": NASTY, "nothing": None},
     cases=(
         Case(

@@ -62,7 +62,10 @@ def draw(
     top = margin + line * max(map(len, titles), default=0) + gap
     sheet = Image.new(
         "RGB",
-        (left + columns * (width + gap) - gap + margin, top + sum(heights) + len(rows) * (caption_height + gap) + margin),
+        (
+            left + columns * (width + gap) - gap + margin,
+            top + sum(heights) + len(rows) * (caption_height + gap) + margin,
+        ),
         _GROUND,
     )
     pen = ImageDraw.Draw(sheet)

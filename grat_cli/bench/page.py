@@ -40,7 +40,10 @@ def as_html(result: BenchResult, contact_sheet: bytes | None = None) -> str:
         *_notes(result),
         _conditions(result),
         *_meanings(result),
-        element("footer", f"Made by grat bench on {_text(figures.plain(result.created)[:10])}. Schema {_text(result.schema)}."),
+        element(
+            "footer",
+            f"Made by grat bench on {_text(figures.plain(result.created)[:10])}. Schema {_text(result.schema)}.",
+        ),
     ]
     return (
         "<!doctype html>\n"
@@ -54,7 +57,10 @@ def as_html(result: BenchResult, contact_sheet: bytes | None = None) -> str:
 
 
 def _header(result: BenchResult) -> str:
-    facts = [result.dtype, *(f"{result.settings[name]} {unit}" for name, unit in _COUNTS.items() if name in result.settings)]
+    facts = [
+        result.dtype,
+        *(f"{result.settings[name]} {unit}" for name, unit in _COUNTS.items() if name in result.settings),
+    ]
     findings = [_text(figures.finding(result.level, case)) for case in result.cases]
     if len(findings) == 1:
         lead = element("p", findings[0], class_="lead")
@@ -68,12 +74,20 @@ def _header(result: BenchResult) -> str:
         "header",
         element("p", f"grat bench · {result.level}", class_="product"),
         element("h1", _text(figures.title(result))),
-        element("p", _text(" · ".join(map(figures.plain, [*facts, figures.plain(result.created)[:10]]))), class_="soft"),
+        element(
+            "p", _text(" · ".join(map(figures.plain, [*facts, figures.plain(result.created)[:10]]))), class_="soft"
+        ),
         lead,
     )
 
 
-_COUNTS = {"heads": "heads", "head_dim": "channels a head", "layers": "layers", "steps": "steps", "repetitions": "repetitions"}
+_COUNTS = {
+    "heads": "heads",
+    "head_dim": "channels a head",
+    "layers": "layers",
+    "steps": "steps",
+    "repetitions": "repetitions",
+}
 
 
 def _case(result: BenchResult, case: Case, looks: Mapping[str, Style], number: int) -> str:
@@ -92,7 +106,7 @@ def _case(result: BenchResult, case: Case, looks: Mapping[str, Style], number: i
     return element(
         "section",
         element("h2", _text(case.title)),
-        element("p", _text(figures.tokens_text(case)), class_="soft"),
+        *([element("p", _text(tokens), class_="soft")] if (tokens := figures.tokens_text(case)) else []),
         *([element("div", *plotted, class_="plots")] if plotted else []),
         _table(result, case, looks) if case.rows else element("p", "No rows."),
         id=f"case-{number}",
@@ -104,29 +118,33 @@ def _table(result: BenchResult, case: Case, looks: Mapping[str, Style]) -> str:
     columns = figures.columns(result.level, case, rows)
     with_kernels = any(row.kernel for row in rows)
     headings = [element("th", "variant", scope="col")]
-    if with_kernels:
-        headings.append(element("th", "kernel", scope="col", class_="words", title="What computed it."))
     for column in columns:
         unit = element("span", _text(column.unit)) if column.unit else ""
         words = "<br>".join(map(_text, column.title.split()))
         headings.append(element("th", words, unit, scope="col", title=column.meaning))
+    if with_kernels:
+        headings.append(element("th", "kernel", scope="col", class_="words", title="What computed it."))
     paddings = [column.padding() for column in columns]
     lines = []
     for index, row in enumerate(rows):
         cells = [_row_heading(row, looks)]
-        if with_kernels:
-            cells.append(element("td", _text(row.kernel or ""), class_="words"))
         if row.skipped is not None:
-            reason = f"skipped: {row.skipped}"
-            cells.append(element("td", _text(reason), class_="words", colspan=max(1, len(columns))))
+            reason = element("span", _text(f"skipped: {row.skipped}"), class_="reason")
+            cells.append(element("td", reason, class_="words", colspan=max(1, len(headings) - 1)))
         else:
-            cells += [_cell(column.cells[index], padding[index]) for column, padding in zip(columns, paddings, strict=True)]
+            cells += [
+                _cell(column.cells[index], padding[index]) for column, padding in zip(columns, paddings, strict=True)
+            ]
+            if with_kernels:
+                cells.append(element("td", _text(row.kernel or figures.NOTHING), class_="words"))
         lines.append(element("tr", *cells, class_="full" if row.role == "full" else None))
+    longest = max(len(figures.label(row)) for row in rows)
     table = element(
         "table",
-        element("caption", "Median over the repetitions, with the shortest and the longest."),
+        element("caption", _text(f"Figures of every variant, {case.title}"), class_="unseen"),
         element("thead", element("tr", *headings)),
         element("tbody", *(f"\n{line}" for line in lines)),
+        style=f"--names: {min(17.0, 2.5 + 0.62 * longest):.1f}em",
     )
     # Focusable, so that the keyboard can scroll it.
     return element("div", table, class_="scroll", tabindex=0, role="region", aria_label=f"Figures of {case.title}")
@@ -135,7 +153,10 @@ def _table(result: BenchResult, case: Case, looks: Mapping[str, Style]) -> str:
 def _row_heading(row: Row, looks: Mapping[str, Style]) -> str:
     remark = figures.remark(row)
     small = element("small", _text(remark)) if remark else ""
-    return element("th", swatch(looks[row.name]), _text(row.name), small, scope="row")
+    named = element(
+        "span", swatch(looks[row.name]), element("span", _text(figures.label(row)), small), class_="variant"
+    )
+    return element("th", named, scope="row")
 
 
 def _cell(cell: str | None, padding: int) -> str:
@@ -156,7 +177,9 @@ def _pictures(result: BenchResult, contact_sheet: bytes | None) -> Iterator[str]
         if kind is None:
             raise ValueError("the contact sheet is neither PNG nor JPEG nor WebP")
         source = f"data:{kind};base64,{base64.b64encode(contact_sheet).decode('ascii')}"
-    image = element("img", src=source, alt="Pictures of every prompt in columns, one row per variant, with the same seeds.")
+    image = element(
+        "img", src=source, alt="Pictures of every prompt in columns, one row per variant, with the same seeds."
+    )
     caption = "The same prompts and seeds, a row per variant."
     picture = element("figure", element("div", image, class_="sheet"), element("figcaption", caption))
     yield element("section", element("h2", "Pictures"), picture)

@@ -48,7 +48,7 @@ _RULES = """
 html { -webkit-text-size-adjust: 100%; color-scheme: light dark }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-main { max-width: 1160px; margin: 0 auto; padding: 40px 28px 56px }
+main { max-width: 1240px; margin: 0 auto; padding: 40px 28px 56px }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -.015em; margin: 0; overflow-wrap: anywhere }
 h2 { font-size: 1.35rem; line-height: 1.3; letter-spacing: -.01em; margin: 0; overflow-wrap: anywhere }
 h3 { font-size: 1rem; margin: 0 }
@@ -85,20 +85,22 @@ figcaption { color: var(--soft); font-size: .9rem; margin-top: 6px }
 .swatch { width: 13px; height: 13px; margin-right: 7px; vertical-align: -1.5px; flex: none }
 
 .scroll { overflow-x: auto; margin: 0 -28px; padding: 0 28px }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-caption { text-align: left; color: var(--soft); font-size: .9rem; padding-bottom: 6px }
+table { border-collapse: collapse; width: 100%; font-size: .94rem; font-variant-numeric: tabular-nums }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap }
 th, td { padding: 7px 0 7px 15px; text-align: right; vertical-align: baseline; white-space: nowrap }
 thead th { vertical-align: bottom; font-size: .86rem; line-height: 1.25; font-weight: 600; color: var(--soft);
-  white-space: normal;  border-bottom: 1.5px solid var(--ink) }
+  border-bottom: 1.5px solid var(--ink) }
 thead th span { display: block; font-weight: 400 }
 tbody th { font-weight: 600 }
 th:first-child, .words { text-align: left }
 th:first-child { position: sticky; left: 0; padding-left: 0; padding-right: 8px; background: var(--ground);
-  white-space: normal; overflow-wrap: anywhere; min-width: 8.5em; max-width: 17em }
-th small { display: block; font-weight: 400; color: var(--soft); font-size: .84rem; padding-left: 20px; line-height: 1.3 }
+  white-space: normal; overflow-wrap: anywhere; min-width: min(var(--names), 40vw) }
+.variant { display: flex; align-items: baseline }
+th small { display: block; font-weight: 400; color: var(--soft); font-size: .84rem; line-height: 1.3 }
 tbody tr + tr > * { border-top: 1px solid var(--grid) }
 tr.full > * { border-bottom: 1px solid var(--rule) }
-td.words { color: var(--soft); white-space: normal; overflow-wrap: break-word }
+td.words { color: var(--soft) }
+.reason { display: inline-block; max-width: min(60em, 50vw); white-space: normal; overflow-wrap: anywhere }
 td.nothing { color: var(--soft) }
 td[data-pad]::after { content: attr(data-pad); visibility: hidden }
 
@@ -108,7 +110,7 @@ dd { margin: 0; overflow-wrap: anywhere; max-width: 52em }
 dd ol { margin: 0; padding-left: 1.6em }
 pre { margin: 10px 0 0; padding: 12px 14px; background: var(--raised); border: 1px solid var(--rule);
   border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere }
-.sheet { overflow-x: auto; margin-top: 18px }
+.sheet { overflow-x: auto; margin-top: 18px; border: 1px solid var(--rule); border-radius: 6px }
 .sheet img { display: block; width: 100%; min-width: 640px; height: auto }
 footer { margin-top: 48px; border-top: 1px solid var(--rule); padding-top: 14px; color: var(--soft); font-size: .9rem }
 
@@ -118,7 +120,6 @@ footer { margin-top: 48px; border-top: 1px solid var(--rule); padding-top: 14px;
   h1 { font-size: 1.5rem }
   section { margin-top: 38px }
   th, td { padding-left: 14px }
-  th:first-child { max-width: 10em }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0 }
   dd { margin-bottom: 9px }
 }
@@ -126,12 +127,14 @@ footer { margin-top: 48px; border-top: 1px solid var(--rule); padding-top: 14px;
   @page { margin: 14mm }
   main { max-width: none; padding: 0 }
   body { font-size: 10.5px }
-  figure, tr, pre { break-inside: avoid }
+  figure, tr, pre, table, dl { break-inside: avoid }
   h2, h3 { break-after: avoid }
   .plots { grid-template-columns: 1fr 1fr; gap: 20px 28px }
   .scroll { overflow: visible; margin: 0; padding: 0 }
   th, td { padding: 4px 0 4px 8px }
-  th:first-child { position: static; min-width: 0 }
+  table { font-size: 8.5px }
+  th:first-child { position: static; min-width: 7em }
+  .reason { max-width: none }
   .sheet img { min-width: 0 }
   nav { display: none }
 }
@@ -140,7 +143,9 @@ footer { margin-top: 48px; border-top: 1px solid var(--rule); padding-top: 14px;
 
 def style_sheet() -> str:
     """The whole CSS; print is always light."""
-    variants = "\n".join(f".{name} {{ --colour: var(--{name}) }}" for name in LIGHT if name.startswith(("colour", "neutral")))
+    variants = "\n".join(
+        f".{name} {{ --colour: var(--{name}) }}" for name in LIGHT if name.startswith(("colour", "neutral"))
+    )
     dark = f"@media screen and (prefers-color-scheme: dark) {{ {_variables(DARK)} }}"
     return f"{_variables(LIGHT)}\n{dark}\n{variants}\n{_RULES.strip()}\n"
 

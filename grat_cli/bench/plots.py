@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import chain
 
 from grat_cli.bench import figures
@@ -32,7 +33,7 @@ COLOURS = 8
 _SHAPES = {"full": "diamond", "pattern": "circle", "baseline": "square", "peer": "triangle", "noise floor": "cross"}
 _ROW_HEIGHT = 27.0
 _RADIUS = 5.0
-_SQUARE = Box(46, 8, WIDTH - 8, 414)
+_SQUARE = Box(46, 24, WIDTH - 8, 424)
 _SQUARE_HEIGHT = _SQUARE.bottom + 44
 
 
@@ -90,7 +91,9 @@ def swatch(style: Style) -> str:
     return element("svg", drawn, viewBox="0 0 14 14", class_="swatch", aria_hidden="true")
 
 
-def _trade_off(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
+def _trade_off(
+    level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str
+) -> Plot | None:
     """Speed-up against density on logarithmic axes, with the ideal.
 
     Full attention is left out: it is at 1, 1 by definition, and would push all others into a corner.
@@ -124,7 +127,10 @@ def _trade_off(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str
         [(row, across(density), up(speedup)) for row, density, speedup in points],
         looks,
         area,
-        [f"density {figures.density_text(density)}, speed-up {figures.speedup_text(speedup)}" for _, density, speedup in points],
+        [
+            f"density {figures.density_text(density)}, speed-up {figures.speedup_text(speedup)}"
+            for _, density, speedup in points
+        ],
         ideal,
     )
     if level == "attention":
@@ -140,13 +146,23 @@ def _trade_off(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str
         (row, f"density {figures.density_text(density)}, speed-up {figures.speedup_text(speedup)}")
         for row, density, speedup in points
     )
-    return Plot("Speed-up against density", caption, _svg(identifier, "Speed-up against density", described, _SQUARE_HEIGHT, drawn), square=True)
+    return Plot(
+        "Speed-up against density",
+        caption,
+        _svg(identifier, "Speed-up against density", described, _SQUARE_HEIGHT, drawn),
+        square=True,
+    )
 
 
 def _quality(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
     """SSIM with its interval against speed-up; the noise floor as a line."""
     points = [
-        (row, row.speedup, row.quality.ssim, row.quality.ssim_interval if math.isfinite(row.quality.ssim_interval) else 0.0)
+        (
+            row,
+            row.speedup,
+            row.quality.ssim,
+            row.quality.ssim_interval if math.isfinite(row.quality.ssim_interval) else 0.0,
+        )
         for row in rows
         if row.quality is not None
         and row.speedup is not None
@@ -170,16 +186,29 @@ def _quality(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -
         drawn.append(_whisker(x, top, x, bottom, looks[row.name]))
         obstacles.append(Box(x - 3, top, x + 3, bottom))
     facts = [
-        f"SSIM {ssim:.3f} ± {interval:.3f}, speed-up {figures.speedup_text(speedup)}" for _, speedup, ssim, interval in points
+        f"SSIM {ssim:.3f} ± {interval:.3f}, speed-up {figures.speedup_text(speedup)}"
+        for _, speedup, ssim, interval in points
     ]
     drawn += _labelled_points(
-        [(row, across(speedup), up(ssim)) for row, speedup, ssim, _ in points], looks, area, facts, *levels, obstacles=obstacles
+        [(row, across(speedup), up(ssim)) for row, speedup, ssim, _ in points],
+        looks,
+        area,
+        facts,
+        *levels,
+        obstacles=obstacles,
     )
     described = _described((row, fact) for (row, *_), fact in zip(points, facts, strict=True))
     caption = "Bars are 95 % intervals of the mean. " + (
-        "Dashed: the noise floor, full attention against itself on another kernel." if floors else "1 is the same picture."
+        "Dashed: the noise floor, full attention against itself on another kernel."
+        if floors
+        else "1 is the same picture."
     )
-    return Plot("Similarity against speed-up", caption, _svg(identifier, "Similarity against speed-up", described, _SQUARE_HEIGHT, drawn), square=True)
+    return Plot(
+        "Similarity against speed-up",
+        caption,
+        _svg(identifier, "Similarity against speed-up", described, _SQUARE_HEIGHT, drawn),
+        square=True,
+    )
 
 
 def _efficiency(level: Level, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
@@ -222,7 +251,9 @@ def _times(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, St
         title = element("title", _escaped(f"{figures.label(row)}: {unit.text(median)} ({unit.range(row.times_ms)})"))
         look = looks[row.name]
         drawn.append(_whisker(low, y, high, y, look))
-        drawn.append(marker(look.shape, across(median / unit.milliseconds), y, _RADIUS - 0.5, f"point {look.colour}", title))
+        drawn.append(
+            marker(look.shape, across(median / unit.milliseconds), y, _RADIUS - 0.5, f"point {look.colour}", title)
+        )
     drawn += frame.names()
     described = _described((row, f"{unit.text(median)}, {unit.range(row.times_ms)}") for row, median in timed)
     what = "one attention call" if level == "attention" else "all denoising steps of a picture"
@@ -254,7 +285,11 @@ def _steps(case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifi
     for (row, median), y in zip(timed, frame.middles, strict=True):
         total, look = median / unit.milliseconds, looks[row.name]
         attention = min(row.attention_ms or 0.0, median) / unit.milliseconds
-        parts = f"{unit.text(row.attention_ms)} of {unit.text(median)} in attention" if row.attention_ms else unit.text(median)
+        parts = (
+            f"{unit.text(row.attention_ms)} of {unit.text(median)} in attention"
+            if row.attention_ms
+            else unit.text(median)
+        )
         title = f"{figures.label(row)}: {parts}"
         drawn.append(_bar(attention, total, y, across, "bar rest", title))
         if attention:
@@ -263,10 +298,16 @@ def _steps(case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifi
         drawn.append(_whisker(low, y, high, y, Style("ink", look.shape), cap=3))
     drawn += frame.names()
     described = _described(
-        (row, f"{unit.text(median)}" + (f", {unit.text(row.attention_ms)} of it in attention" if row.attention_ms else ""))
+        (
+            row,
+            f"{unit.text(median)}"
+            + (f", {unit.text(row.attention_ms)} of it in attention" if row.attention_ms else ""),
+        )
         for row, median in timed
     )
-    caption = "Median step; whiskers from the shortest to the longest. Behind the times: the speed-up of the whole step."
+    caption = (
+        "Median step; whiskers from the shortest to the longest. Behind the times: the speed-up of the whole step."
+    )
     return Plot("Time of a step", caption, _svg(identifier, "Time of a step", described, frame.height, drawn))
 
 
@@ -279,7 +320,7 @@ def _over_steps(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str
     unit = figures.SECONDS if max(times) >= 10_000 else figures.MILLISECONDS
     names = [fitted(figures.label(row), 120) for row in runs]
     gap = 1.2 * FONT_SIZE
-    area = Box(46, 12, WIDTH - 26 - max(map(text_width, names)), 12 + max(288.0, gap * len(runs)))
+    area = Box(46, 24, WIDTH - 26 - max(map(text_width, names)), 24 + max(276.0, gap * len(runs)))
     most = max(len(row.step_times_ms) for row in runs)
     across = Scale(1, most, area.left + 6, area.right - 6)
     up = scale_from_zero([time / unit.milliseconds for time in times], area.bottom, area.top, room=0.06)
@@ -335,7 +376,9 @@ class _Rows:
             baseline = y + 0.34 * FONT_SIZE
             title = element("title", _escaped(whole))
             drawn.append(
-                element("text", title, _escaped(name), x=self.area.left - 8, y=baseline, class_="name", text_anchor="end")
+                element(
+                    "text", title, _escaped(name), x=self.area.left - 8, y=baseline, class_="name", text_anchor="end"
+                )
             )
             drawn.append(text(end, WIDTH - 1, baseline, class_="value", text_anchor="end"))
         return drawn
@@ -373,8 +416,7 @@ def _axes(
         drawn.append(text(tick_text(tick), area.left - 6, up(tick) + 4, class_="tick", text_anchor="end"))
     middle = (area.left + area.right) / 2
     drawn.append(text(across_title, middle, area.bottom + 35, class_="axis", text_anchor="middle"))
-    turned = f"translate(11 {(area.top + area.bottom) / 2:.1f}) rotate(-90)"
-    drawn.append(text(up_title, 0, 0, class_="axis", text_anchor="middle", transform=turned))
+    drawn.append(text(up_title, 0, area.top - 12, class_="axis"))
     return "".join(drawn)
 
 
@@ -446,8 +488,6 @@ def _described(facts: Iterable[tuple[Row, str]]) -> str:
 
 
 def _escaped(content: str) -> str:
-    from html import escape
-
     return escape(figures.plain(content))
 
 

@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m grat_cli.bench.readme", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", nargs="*", type=Path, help="files that grat bench --json wrote")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where the table is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 where the table is out of date"
+    )
     options = parser.parse_args(arguments)
     try:
         before = options.readme.read_text(encoding="utf-8")

@@ -122,8 +122,8 @@ def scale_from_zero(values: Sequence[float], start: float, stop: float, *, room:
 
 def tick_text(value: float) -> str:
     """`0.001`, `0.5`, `20`, `5,000`, `2M`."""
-    for size, suffix in ((1e9, "G"), (1e6, "M")):
-        if value >= size:
+    for least, size, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e5, 1e3, "k")):
+        if value >= least:
             return f"{value / size:g}{suffix}"
     shown = f"{value:,.9f}".rstrip("0").rstrip(".")
     return shown if len(shown) < 8 else f"{value:.0e}"
@@ -185,7 +185,9 @@ def place_labels(
             if label.tied:
                 tie = _sampled([(x, y), box.nearest(x, y)])
                 own = Box(x, y, x, y).grown(radius)
-                passed = sum(any(other != own and other.overlaps(Box(a, b, a, b).grown(0.5)) for other in taken) for a, b in tie)
+                passed = sum(
+                    any(other != own and other.overlaps(Box(a, b, a, b).grown(0.5)) for other in taken) for a, b in tie
+                )
                 cost += 10 + 4 * passed
             if best is None or cost < best[0]:
                 best = cost, label
@@ -230,7 +232,17 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 def _candidates(x: float, y: float, width: float, size: float, radius: float) -> Iterator[tuple[Box, float]]:
     height = 1.15 * size
-    for distance in (radius + 1.5, radius + 8, radius + 18, radius + 30, radius + 45, radius + 65, radius + 90, 140, 190):
+    for distance in (
+        radius + 1.5,
+        radius + 8,
+        radius + 18,
+        radius + 30,
+        radius + 45,
+        radius + 65,
+        radius + 90,
+        140,
+        190,
+    ):
         # Beside, below and above first; a step at a time around the point where it is crowded.
         angles = (0, 180, 90, 270, 45, 135, 315, 225, 22, 158, 338, 202, 67, 113, 292, 247)
         for preference, angle in enumerate(angles):

@@ -146,7 +146,6 @@ def _stacked(column: figures.Column) -> str:
 
 def _width(column: figures.Column) -> int:
     cells = [
-        len(cell or figures.NOTHING) + padding
-        for cell, padding in zip(column.cells, column.padding(), strict=True)
+        len(cell or figures.NOTHING) + padding for cell, padding in zip(column.cells, column.padding(), strict=True)
     ]
     return max([*cells, *map(len, _stacked(column).split("\n"))])
