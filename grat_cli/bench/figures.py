@@ -52,7 +52,7 @@ class Column:
         if not all(re.fullmatch(r"[\d,]+(\.\d+)?[×%]?", cell) for cell in shown):
             return (0,) * len(self.cells)
         behind = [_behind_integer(cell) if cell is not None else 0 for cell in self.cells]
-        return tuple(max(behind) - here if cell is not None else 0 for here, cell in zip(behind, self.cells))
+        return tuple(max(behind) - here if cell is not None else 0 for here, cell in zip(behind, self.cells, strict=True))
 
 
 def plain(text: object) -> str:
@@ -380,7 +380,8 @@ def finding(level: Level, case: Case) -> str:
     if not patterns:
         return f"{whole}; no pattern was measured beside it."
     best = max(patterns, key=lambda row: row.speedup or 0)
-    assert best.speedup is not None and best.median_ms is not None
+    assert best.speedup is not None
+    assert best.median_ms is not None
     taken = f"{plain(best.name)} {unit.text(best.median_ms)}"
     if best.speedup <= 1:
         return f"{whole}, and no pattern is faster: the fastest, {taken}, is {speedup_text(best.speedup)} as fast."

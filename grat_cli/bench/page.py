@@ -1,4 +1,4 @@
-"""Benchmarks as one HTML file that opens anywhere: plots, tables, conditions; no scripts, nothing loaded from elsewhere."""
+"""Benchmarks as one HTML file that opens anywhere: plots, tables, conditions; no scripts, nothing to load."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ figcaption { color: var(--soft); font-size: .9rem; margin-top: 6px }
 table { border-collapse: collapse; width: 100%; font-size: .94rem; font-variant-numeric: tabular-nums }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap }
 th, td { padding: 7px 0 7px 15px; text-align: right; vertical-align: baseline; white-space: nowrap }
-thead th { vertical-align: bottom; font-size: .86rem; line-height: 1.25; font-weight: 600; color: var(--soft);
+thead th { vertical-align: bottom; font-size: .92em; line-height: 1.25; font-weight: 600; color: var(--soft);
   border-bottom: 1.5px solid var(--ink) }
 thead th span { display: block; font-weight: 400 }
 tbody th { font-weight: 600 }
@@ -96,11 +96,11 @@ th:first-child, .words { text-align: left }
 th:first-child { position: sticky; left: 0; padding-left: 0; padding-right: 8px; background: var(--ground);
   white-space: normal; overflow-wrap: anywhere; min-width: min(var(--names), 40vw) }
 .variant { display: flex; align-items: baseline }
-th small { display: block; font-weight: 400; color: var(--soft); font-size: .84rem; line-height: 1.3 }
+th small { display: block; font-weight: 400; color: var(--soft); font-size: .88em; line-height: 1.3 }
 tbody tr + tr > * { border-top: 1px solid var(--grid) }
 tr.full > * { border-bottom: 1px solid var(--rule) }
 td.words { color: var(--soft) }
-.reason { display: inline-block; max-width: min(60em, 50vw); white-space: normal; overflow-wrap: anywhere }
+.reason { display: block; max-width: min(60em, 50vw); white-space: normal; overflow-wrap: anywhere }
 td.nothing { color: var(--soft) }
 td[data-pad]::after { content: attr(data-pad); visibility: hidden }
 
@@ -126,6 +126,7 @@ footer { margin-top: 48px; border-top: 1px solid var(--rule); padding-top: 14px;
 @media print {
   @page { margin: 14mm }
   main { max-width: none; padding: 0 }
+  html { font-size: 11px }
   body { font-size: 10.5px }
   figure, tr, pre, table, dl { break-inside: avoid }
   h2, h3 { break-after: avoid }

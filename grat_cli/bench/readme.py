@@ -1,6 +1,7 @@
 """Writes measured figures into the README: `python -m grat_cli.bench.readme kernels/results/*.json`.
 
-What stands between `<!-- performance -->` and `<!-- /performance -->` is replaced, by "Not yet measured." without files.
+What stands between `<!-- performance -->` and `<!-- /performance -->` is replaced;
+without files it says "Not yet measured."
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from grat_cli.bench.figures import plain
 
@@ -137,11 +138,15 @@ def marker(shape: str, x: float, y: float, radius: float, class_: str, *children
         "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
         "triangle": [(0, -1.15), (1.1, 0.8), (-1.1, 0.8)],
         "diamond": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
-        "cross": [(-0.4, -1.1), (0.4, -1.1), (0.4, -0.4), (1.1, -0.4), (1.1, 0.4), (0.4, 0.4)]
-        + [(0.4, 1.1), (-0.4, 1.1), (-0.4, 0.4), (-1.1, 0.4), (-1.1, -0.4), (-0.4, -0.4)],
+        "cross": _CROSS,
     }[shape]
     points = " ".join(f"{x + radius * dx:.2f},{y + radius * dy:.2f}" for dx, dy in corners)
     return element("polygon", *children, points=points, class_=class_)
+
+
+# An arm's corners, then the same turned by a quarter three times.
+_ARM = ((-0.4, -1.1), (0.4, -1.1), (0.4, -0.4))
+_CROSS = (*_ARM, *((-y, x) for x, y in _ARM), *((-x, -y) for x, y in _ARM), *((y, -x) for x, y in _ARM))
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ def _candidates(x: float, y: float, width: float, size: float, radius: float) ->
 def _sampled(polyline: Sequence[tuple[float, float]], step: float = 4.0) -> list[tuple[float, float]]:
     """Points along a polyline."""
     found = []
-    for (x1, y1), (x2, y2) in zip(polyline, polyline[1:]):
+    for (x1, y1), (x2, y2) in pairwise(polyline):
         count = max(1, int(math.hypot(x2 - x1, y2 - y1) / step))
         found += [(x1 + (x2 - x1) * k / count, y1 + (y2 - y1) * k / count) for k in range(count + 1)]
     return found
