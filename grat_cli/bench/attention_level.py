@@ -30,7 +30,8 @@ from grat_cli.bench.peak_rates import peak_tflops
 from grat_cli.bench.peers import Scene, peer_rows
 from grat_cli.bench.results import Absent, BenchResult, Case, Row
 from grat_cli.bench.sampled import AttendedRows, SampledError, rows_of_mask, rows_of_plan, sampled_error
-from grat_cli.bench.variants import Request, Variant, size_text, variant_for
+from grat_cli.bench.sizes import Size
+from grat_cli.bench.variants import Request, Variant, variant_for
 from grat_cli.devices import device_name
 from grat_cli.environment import versions
 from grat_kernels import Grid, can_run, span_attention
@@ -39,31 +40,6 @@ from grat_kernels.attention import choose_backend
 _SAMPLED_ROWS = 5  # besides three corners
 # What the sdpa backend gathers at once on a device that is no CPU.
 _GATHER_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Size:
-    """A case to measure.
-
-    Attributes:
-        title: for people, such as `2048x2048 pixels`.
-        grid: image tokens.
-        text_len: text tokens of the joint sequence.
-    """
-
-    title: str
-    grid: Grid
-    text_len: int
-
-    @property
-    def text_first(self) -> bool:
-        """As in Flux; the joint sequence of HunyuanVideo, on three axes, ends with the text."""
-        return self.grid.axes < 3
-
-    @property
-    def tokens(self) -> int:
-        """Length of the joint sequence."""
-        return self.grid.tokens + self.text_len
 
 
 @dataclass(frozen=True)
@@ -349,11 +325,6 @@ class _AttentionBench:
             error=error.error if error else None,
             plain_error=error.plain_error if error else None,
         )
-
-
-def tokens_title(grid: Grid) -> str:
-    """`33x45x80 tokens`."""
-    return f"{size_text(grid.shape)} tokens"
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -26,10 +26,7 @@ from grat_cli.bench.measure import CannotRun
 from grat_cli.bench.results import Absent, Mask
 from grat_cli.bench.sampled import AttendedRows, rows_of_mask, rows_of_plan
 from grat_cli.bench.variants import Variant, na_window_near, size_text
-from grat_cli.errors import BadInput, choices
 from grat_kernels import Plan, SlidingTile, build_plan, can_run, span_attention
-
-NAMES = ("natten", "flex", "flashinfer", "sage", "pisa")
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 _WORKSPACE_BYTES = 128 * 2**20
@@ -93,19 +90,6 @@ class PeerRow:
     executed_pairs: float
     extra_bytes: int
     attended: AttendedRows | None
-
-
-def parse_peers(text: str) -> tuple[str, ...]:
-    """Reads the value of `--peers`.
-
-    Raises:
-        BadInput: naming the nearest for a name that does not exist.
-    """
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in NAMES:
-            raise BadInput(f"--peers {name}: {choices(name, NAMES)}" if name else "--peers: a name is empty")
-    return names
 
 
 def peer_rows(name: str, scene: Scene) -> list[PeerRow] | Absent:

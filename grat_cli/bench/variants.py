@@ -1,6 +1,6 @@
 """What the names of `--compare` stand for: dense attention, patterns of groups, and windows around each token.
 
-A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
+The names of `--peers` stand here as well, so that a mistake in either needs no torch to be seen. A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "sta": ("window", "group"),
 }
 NAMES: tuple[str, ...] = tuple(PARAMETERS)
+PEERS: tuple[str, ...] = ("natten", "flex", "flashinfer", "sage", "pisa")
 
 # Groups and far blocks of grids large enough for them, by number of axes. On a smaller axis both are halved until
 # there are this many groups: with fewer, a pattern is nearly full attention.
@@ -118,6 +119,19 @@ def parse_variants(text: str) -> tuple[Request, ...]:
         if request.name in (earlier.name for earlier in requests[:number]):
             raise BadInput(f"--compare names {request.name} twice: leave one out")
     return requests
+
+
+def parse_peers(text: str) -> tuple[str, ...]:
+    """Reads the value of `--peers`, such as `natten,flex`.
+
+    Raises:
+        BadInput: naming the nearest for a name that does not exist.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in PEERS:
+            raise BadInput(f"--peers {name}: {choices(name, PEERS)}" if name else "--peers: a name is empty")
+    return names
 
 
 def _request(text: str) -> Request:
