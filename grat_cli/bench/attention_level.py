@@ -34,7 +34,7 @@ from grat_cli.bench.sizes import Size
 from grat_cli.bench.variants import Request, Variant, variant_for
 from grat_cli.devices import device_name
 from grat_cli.environment import versions
-from grat_kernels import Grid, can_run, span_attention
+from grat_kernels import can_run, span_attention
 from grat_kernels.attention import choose_backend
 
 _SAMPLED_ROWS = 5  # besides three corners

@@ -1,6 +1,7 @@
 """What the names of `--compare` stand for: dense attention, patterns of groups, and windows around each token.
 
-The names of `--peers` stand here as well, so that a mistake in either needs no torch to be seen. A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
+A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
+The names of `--peers` stand here as well, so that a mistake in either is seen without loading torch.
 """
 
 from __future__ import annotations
