@@ -52,7 +52,9 @@ class Column:
         if not all(re.fullmatch(r"[\d,]+(\.\d+)?[×%]?", cell) for cell in shown):
             return (0,) * len(self.cells)
         behind = [_behind_integer(cell) if cell is not None else 0 for cell in self.cells]
-        return tuple(max(behind) - here if cell is not None else 0 for here, cell in zip(behind, self.cells, strict=True))
+        return tuple(
+            max(behind) - here if cell is not None else 0 for here, cell in zip(behind, self.cells, strict=True)
+        )
 
 
 def plain(text: object) -> str:
