@@ -308,7 +308,11 @@ def test_the_contact_sheet_is_embedded_or_beside() -> None:
 def test_every_level_has_its_plots() -> None:
     expected = {
         "attention": (ATTENTION, ["Speed-up against density", "Sparse efficiency", "Time of attention"]),
-        "step": (STEP, ["Speed-up against density", "Time of a step", "Sparse efficiency of attention"] * 2),
+        "step": (
+            STEP,
+            ["Speed-up against size"]
+            + ["Speed-up against density", "Time of a step", "Sparse efficiency of attention"] * 2,
+        ),
         "image": (IMAGE, ["Similarity against speed-up", "Time of denoising", "Time of each denoising step"]),
         "nothing to compare": (ONE_ROW, []),
         "all skipped": (SKIPPED, []),

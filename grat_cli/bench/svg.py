@@ -121,10 +121,10 @@ def scale_from_zero(values: Sequence[float], start: float, stop: float, *, room:
 
 
 def tick_text(value: float) -> str:
-    """`0.001`, `0.5`, `20`, `5,000`, `2M`."""
-    for least, size, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e5, 1e3, "k")):
+    """`0.001`, `0.5`, `20`, `5,000`, `66k`, `2M`."""
+    for least, size, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if value >= least:
-            return f"{value / size:g}{suffix}"
+            return f"{value / size:.3g}{suffix}"
     shown = f"{value:,.9f}".rstrip("0").rstrip(".")
     return shown if len(shown) < 8 else f"{value:.0e}"
 
