@@ -28,7 +28,7 @@ from grat_cli.bench.markdown import as_markdown, readme_table
 from grat_cli.bench.page import as_html
 from grat_cli.bench.page_style import DARK, LIGHT
 from grat_cli.bench.plots import COLOURS, styles
-from grat_cli.bench.results import Absent, BenchResult, Case, Row
+from grat_cli.bench.results import Absent, BenchResult, Case, Level, Quality, Row
 from grat_cli.bench.svg import Box, place_labels, spread, text_width
 from grat_cli.bench.tables import bench_tables
 
@@ -455,6 +455,25 @@ def test_a_page_of_any_number_of_rows(count: int) -> None:
     reader = Reader(as_html(result))
     assert all(row.name in "".join(reader.text) for row in rows)
     assert Reader(as_html(replace(result, cases=(), absent=())))
+
+
+@pytest.mark.parametrize("level", ["attention", "step", "image"])
+def test_figures_that_no_axis_can_hold_break_nothing(level: Level) -> None:
+    infinite, unknown = float("inf"), float("nan")
+    rows = (
+        Row("full", "full", "", times_ms=(0.0, 0.0)),
+        Row("a", "pattern", "", speedup=infinite, density=0.0, sparse_efficiency=0.0, times_ms=(unknown,)),
+        Row("b", "noise floor", "", speedup=1.0, quality=Quality(1.0, unknown, infinite, unknown), attention_ms=0.0),
+        Row("c", "pattern", "", speedup=-1.0, quality=Quality(-0.1, 0.0, 3.0, 0.1), tflops=0.0, error=0.0),
+    )
+    case = Case("", (), 0, rows)
+    result = replace(ATTENTION, level=level, versions={}, settings={}, cases=(case,))
+    for drawing in drawings(as_html(result)):
+        assert "nan" not in ElementTree.tostring(drawing, "unicode")
+    assert Reader(as_html(result))
+    assert "`a`" in as_markdown(result)
+    assert "`a`" in readme_table([result])
+    assert "variant" in shown(result, 30)
 
 
 # Contact sheet
