@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,5 @@ def _wrapped(content: str, font: FreeTypeFont | ImageFont, width: float, most: i
 def _cut(content: str, font: FreeTypeFont | ImageFont, width: float) -> str:
     if font.getlength(content) <= width:
         return content
-    while content and font.getlength(content + "…") > width:
-        content = content[:-1]
-    return content.rstrip() + "…"
+    longest = bisect_right(range(1, len(content) + 1), width, key=lambda length: font.getlength(content[:length] + "…"))
+    return content[:longest].rstrip() + "…"

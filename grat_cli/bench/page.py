@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from grat_cli.bench import figures
 from grat_cli.bench.page_style import style_sheet
-from grat_cli.bench.plots import Style, plots, styles, swatch
+from grat_cli.bench.plots import Plot, Style, plot_across_cases, plots, styles, swatch
 from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.bench.svg import element
 
@@ -33,6 +33,7 @@ def as_html(result: BenchResult, contact_sheet: bytes | None = None) -> str:
     title = figures.title(result)
     body = [
         _header(result),
+        *_sizes(result, looks),
         *(_case(result, case, looks, number) for number, case in enumerate(result.cases, start=1)),
         *_pictures(result, contact_sheet),
         *_variants(result, looks),
@@ -93,16 +94,7 @@ _COUNTS = {
 def _case(result: BenchResult, case: Case, looks: Mapping[str, Style], number: int) -> str:
     drawn = plots(result.level, case, looks, f"case-{number}")
     beside = len(drawn) > 2  # a square plot then stands beside two others
-    plotted = [
-        element(
-            "figure",
-            element("h3", _text(plot.heading)),
-            plot.svg,
-            element("figcaption", _text(plot.caption)),
-            class_="plot-of beside" if plot.square and beside else "plot-of",
-        )
-        for plot in drawn
-    ]
+    plotted = [_figure(plot, beside=beside and plot.square) for plot in drawn]
     return element(
         "section",
         element("h2", _text(case.title)),
@@ -111,6 +103,21 @@ def _case(result: BenchResult, case: Case, looks: Mapping[str, Style], number: i
         _table(result, case, looks) if case.rows else element("p", "No rows."),
         id=f"case-{number}",
     )
+
+
+def _figure(plot: Plot, *, beside: bool = False) -> str:
+    return element(
+        "figure",
+        element("h3", _text(plot.heading)),
+        plot.svg,
+        element("figcaption", _text(plot.caption)),
+        class_="plot-of beside" if beside else "plot-of",
+    )
+
+
+def _sizes(result: BenchResult, looks: Mapping[str, Style]) -> Iterator[str]:
+    if plot := plot_across_cases(result, looks):
+        yield element("section", element("h2", "All sizes"), element("div", _figure(plot), class_="plots"))
 
 
 def _table(result: BenchResult, case: Case, looks: Mapping[str, Style]) -> str:

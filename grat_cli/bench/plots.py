@@ -33,6 +33,7 @@ COLOURS = 8
 _SHAPES = {"full": "diamond", "pattern": "circle", "baseline": "square", "peer": "triangle", "noise floor": "cross"}
 _ROW_HEIGHT = 27.0
 _RADIUS = 5.0
+_NAME_GAP = 1.2 * FONT_SIZE
 _SQUARE = Box(46, 24, WIDTH - 8, 424)
 _SQUARE_HEIGHT = _SQUARE.bottom + 44
 
@@ -83,6 +84,43 @@ def plots(level: Level, case: Case, looks: Mapping[str, Style], identifier: str)
         _over_steps(rows, looks, f"{identifier}-over-steps"),
     ]
     return [plot for plot in made if plot is not None]
+
+
+def plot_across_cases(result: BenchResult, looks: Mapping[str, Style]) -> Plot | None:
+    """Speed-up against the length of the sequence, where several sizes were measured."""
+    lines: dict[str, dict[int, Row]] = {}
+    for case in result.cases:
+        tokens = math.prod(case.grid) + case.text_len if case.grid else 0
+        for row in figures.measured(case):
+            # A peer stands beside several patterns under one name, so its rows make no line.
+            if row.role in ("pattern", "baseline") and tokens and row.speedup is not None and _drawable(row.speedup):
+                lines.setdefault(row.name, {}).setdefault(tokens, row)
+    lines = {name: dict(sorted(line_rows.items())) for name, line_rows in lines.items() if len(line_rows) > 1}
+    if not lines:
+        return None
+    lengths = sorted({tokens for line_rows in lines.values() for tokens in line_rows})
+    speedups = [row.speedup or 1.0 for line_rows in lines.values() for row in line_rows.values()]
+    rows = [next(iter(line_rows.values())) for line_rows in lines.values()]
+    area = _area_with_names(rows)
+    across = log_scale(lengths, area.left, area.right, least=2.0)
+    up = log_scale([*speedups, 1.0], area.bottom, area.top, least=3.0)
+    drawn = [_axes(across, up, area, "tokens", "speed-up", across_ticks=lengths)]
+    drawn.append(line(area.left, up(1), area.right, up(1), "ideal"))
+    places = [
+        [(across(tokens), up(row.speedup or 1.0)) for tokens, row in line_rows.items()] for line_rows in lines.values()
+    ]
+    drawn += _lines_with_names(rows, places, looks, area)
+    for row, line_places in zip(rows, places, strict=True):
+        look = looks[row.name]
+        drawn += [marker(look.shape, x, y, 3.5, f"point {look.colour}") for x, y in line_places[:-1]]
+    described = "; ".join(
+        f"{figures.plain(name)}: "
+        + ", ".join(f"{figures.speedup_text(row.speedup or 1.0)} at {n:,} tokens" for n, row in line_rows.items())
+        for name, line_rows in lines.items()
+    )
+    heading = "Speed-up against size"
+    svg = _svg("sizes", heading, f"{described}.", area.bottom + 44, drawn)
+    return Plot(heading, "Dashed: full attention. Both axes are logarithmic.", svg)
 
 
 def swatch(style: Style) -> str:
@@ -318,32 +356,51 @@ def _over_steps(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str
         return None
     times = [time for row in runs for time in row.step_times_ms]
     unit = figures.SECONDS if max(times) >= 10_000 else figures.MILLISECONDS
-    names = [fitted(figures.label(row), 120) for row in runs]
-    gap = 1.2 * FONT_SIZE
-    area = Box(46, 24, WIDTH - 26 - max(map(text_width, names)), 24 + max(276.0, gap * len(runs)))
+    area = _area_with_names(runs)
     most = max(len(row.step_times_ms) for row in runs)
     across = Scale(1, most, area.left + 6, area.right - 6)
     up = scale_from_zero([time / unit.milliseconds for time in times], area.bottom, area.top, room=0.06)
     every = next(step * size for size in _powers_of_ten() for step in (1, 2, 5) if most <= 8 * step * size)
     whole = sorted({1, *range(every, most + 1, every)})
     drawn = [_axes(across, up, area, "denoising step", unit.name, across_ticks=whole)]
-    ends = [up(row.step_times_ms[-1] / unit.milliseconds) for row in runs]
-    heights = spread(ends, gap, area.top + 5, area.bottom - 5)
-    for row, name, end, height in zip(runs, names, ends, heights, strict=True):
-        look = looks[row.name]
-        places = [(across(step + 1), up(time / unit.milliseconds)) for step, time in enumerate(row.step_times_ms)]
-        title = element("title", _escaped(figures.label(row)))
-        path = " ".join(f"{x:.2f},{y:.2f}" for x, y in places)
-        drawn.append(element("polyline", title, points=path, class_=f"run {look.colour}"))
-        last = places[-1][0]
-        drawn.append(marker(look.shape, last, end, 3.5, f"point {look.colour}"))
-        drawn.append(line(last + 5, end, area.right + 12, height, f"tie {look.colour}"))
-        drawn.append(text(name, area.right + 15, height + 0.34 * FONT_SIZE, class_=f"label {look.colour}"))
+    places = [
+        [(across(step), up(time / unit.milliseconds)) for step, time in enumerate(row.step_times_ms, start=1)]
+        for row in runs
+    ]
+    drawn += _lines_with_names(runs, places, looks, area)
     described = _described(
         (row, f"{unit.text(min(row.step_times_ms))} to {unit.text(max(row.step_times_ms))}") for row in runs
     )
     svg = _svg(identifier, "Time of each denoising step", described, area.bottom + 44, drawn)
     return Plot("Time of each denoising step", "Median over the pictures.", svg)
+
+
+def _area_with_names(rows: Sequence[Row]) -> Box:
+    """An area beside which the names of these rows fit, one below the other."""
+    widest = max(text_width(_short_name(row)) for row in rows)
+    return Box(46, 24, WIDTH - 26 - widest, 24 + max(276.0, _NAME_GAP * len(rows)))
+
+
+def _lines_with_names(
+    rows: Sequence[Row], places: Sequence[Sequence[tuple[float, float]]], looks: Mapping[str, Style], area: Box
+) -> list[str]:
+    """A line per row, its name at the end."""
+    drawn = []
+    heights = spread([line_places[-1][1] for line_places in places], _NAME_GAP, area.top + 5, area.bottom - 5)
+    for row, line_places, height in zip(rows, places, heights, strict=True):
+        look, (last, end) = looks[row.name], line_places[-1]
+        title = element("title", _escaped(figures.label(row)))
+        path = " ".join(f"{x:.2f},{y:.2f}" for x, y in line_places)
+        drawn.append(element("polyline", title, points=path, class_=f"run {look.colour}"))
+        drawn.append(marker(look.shape, last, end, 3.5, f"point {look.colour}"))
+        drawn.append(line(last + 5, end, area.right + 12, height, f"tie {look.colour}"))
+        baseline = height + 0.34 * FONT_SIZE
+        drawn.append(text(_short_name(row), area.right + 15, baseline, class_=f"label {look.colour}"))
+    return drawn
+
+
+def _short_name(row: Row) -> str:
+    return fitted(figures.label(row), 120)
 
 
 class _Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,23 +13,21 @@ from grat_cli.bench.figures import plain
 
 FONT_SIZE = 12.0
 # Widths of common sans-serif letters over the font size, a little generous, because the reader's font is not known.
-_NARROW, _WIDE = "fijlrtI.,:;'|!()[]/-·", "mwMW@%<>+=×~—"
+_WIDTHS = dict.fromkeys("fijlrtI.,:;'|!()[]/-·", 0.38) | dict.fromkeys("mwMW@%<>+=×~—", 0.95)
 
 
 def text_width(text: str, size: float = FONT_SIZE) -> float:
     """About how wide a text is drawn."""
-    widths = {letter: 0.38 for letter in _NARROW} | {letter: 0.95 for letter in _WIDE}
     # Letters beyond Latin are as wide as they are high.
-    return size * sum(widths.get(c, 0.74 if c.isupper() else 0.6 if ord(c) < 0x2E80 else 1.05) for c in text)
+    return size * sum(_WIDTHS.get(c, 0.74 if c.isupper() else 0.6 if ord(c) < 0x2E80 else 1.05) for c in text)
 
 
 def fitted(text: str, width: float, size: float = FONT_SIZE) -> str:
     """The text, shortened until it fits."""
     if text_width(text, size) <= width:
         return text
-    while text and text_width(text + "…", size) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    longest = bisect_right(range(1, len(text) + 1), width, key=lambda length: text_width(text[:length] + "…", size))
+    return text[:longest].rstrip() + "…"
 
 
 def element(name: str, *children: str, **attributes: object) -> str:
@@ -122,10 +121,10 @@ def scale_from_zero(values: Sequence[float], start: float, stop: float, *, room:
 
 
 def tick_text(value: float) -> str:
-    """`0.001`, `0.5`, `20`, `5,000`, `2M`."""
-    for least, size, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e5, 1e3, "k")):
+    """`0.001`, `0.5`, `20`, `5,000`, `66k`, `2M`."""
+    for least, size, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if value >= least:
-            return f"{value / size:g}{suffix}"
+            return f"{value / size:.3g}{suffix}"
     shown = f"{value:,.9f}".rstrip("0").rstrip(".")
     return shown if len(shown) < 8 else f"{value:.0e}"
 
@@ -183,6 +182,8 @@ def place_labels(
     for x, y, content in points:
         best: tuple[float, Label] | None = None
         for box, distance in _candidates(x, y, text_width(content, size), size, radius):
+            if best and distance >= best[0]:
+                break  # what follows is farther still
             if not area.holds(box) or any(box.overlaps(other) for other in taken):
                 continue
             label = Label(content, box, distance > radius + 4)
