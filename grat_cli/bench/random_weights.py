@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Family = Literal["flux", "hunyuan"]
+Weights = Literal["own", "random"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class StepModel:
         text_tokens: text tokens of the joint sequence.
         default_grids: image tokens per axis where nothing else is asked for.
         pixels_per_token: pixels and frames that a token stands for, by axis.
+        bundled: whether its own weights lie beside its configuration.
     """
 
     name: str
@@ -39,6 +41,7 @@ class StepModel:
     text_tokens: int
     default_grids: tuple[tuple[int, ...], ...]
     pixels_per_token: tuple[int, ...]
+    bundled: bool = False
 
     @property
     def axes(self) -> int:
@@ -63,6 +66,7 @@ STEP_MODELS: Mapping[str, StepModel] = {
             DEMO_FLUX.text_tokens,
             ((64, 64), (128, 128)),
             (8, 8),
+            bundled=True,
         ),
         StepModel("flux-dev", "flux", _bundled("flux-dev"), 512, _LARGE_PICTURES, (16, 16)),
         StepModel("flux-schnell", "flux", _bundled("flux-schnell"), 256, _LARGE_PICTURES, (16, 16)),
@@ -82,16 +86,26 @@ def step_model(name: str) -> StepModel:
     return STEP_MODELS[name]
 
 
-def transformer_config(model: StepModel, layers: tuple[int, int] | None = None) -> dict[str, Any]:
+def transformer_config(
+    model: StepModel, layers: tuple[int, int] | None = None, weights: Weights = "random"
+) -> dict[str, Any]:
     """The configuration of a model's transformer.
 
     Args:
         model: which.
         layers: double and single blocks in place of the model's own numbers.
+        weights: what it will be filled with.
 
     Raises:
-        BadInput: if a number of blocks is not possible.
+        BadInput: if the model's own weights are not bundled or have other layers, or a number of blocks is not
+            possible.
     """
+    if weights == "own" and (not model.bundled or layers is not None):
+        raise BadInput(
+            f"--layers changes {model.name}, whose own weights do not fit then: add --weights random"
+            if model.bundled
+            else f"no weights of {model.name} are bundled: use --weights random, a step takes as long with them"
+        )
     config: dict[str, Any] = json.loads(model.config.read_text())
     if layers is None:
         return config
@@ -125,7 +139,8 @@ def random_transformer(
     """
     import torch
 
-    model = _hollow(config).to(dtype).to_empty(device=device)
+    # Not diffusers' own `to`, which warns of parts to be kept in fp32 though there are none.
+    model = torch.nn.Module.to(_hollow(config), dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -135,6 +150,15 @@ def random_transformer(
             else:
                 parameter.fill_(0 if name.endswith("bias") else 1)
     return model.eval().requires_grad_(False)
+
+
+def own_transformer(model: StepModel, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
+    """The transformer of a model whose weights are bundled."""
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    loader: Any = FluxTransformer2DModel
+    transformer = loader.from_pretrained(model.config.parent, dtype=dtype, local_files_only=True)
+    return transformer.to(device).eval().requires_grad_(False)
 
 
 def _hollow(config: Mapping[str, Any]) -> torch.nn.Module:
