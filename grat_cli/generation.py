@@ -100,7 +100,7 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
                 base=request.base,
             )
         pipe = model.pipe
-        _tile_large_pictures(pipe, request)
+        tile_large_pictures(pipe, request)
 
         # 3. Encode the prompts, once for all seeds.
         guidance = choose_guidance(pipe, request.model, request.preset, request.negative_prompt)
@@ -177,7 +177,7 @@ def _memory_advice(request: ImageRequest, device: torch.device) -> Iterator[None
         ) from error
 
 
-def _tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
+def tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
     """Decodes in tiles above the size that the model was trained at, where the autoencoder can.
 
     Not with AutoencoderTiny: its tiles assume 8 pixels per latent whatever its depth (diffusers 0.42.1).

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from grat_cli.bench.inside_models import FixedPlan, stock_attention
+from grat_cli.bench.dense import DenseKernel, dense_candidates, dense_rate, fastest_dense
+from grat_cli.bench.inside_models import Attach, Host, Inside, backend_for
 from grat_cli.bench.measure import (
     CannotRun,
     Measurement,
@@ -23,8 +23,8 @@ from grat_cli.bench.measure import (
     Run,
     Unwatched,
     available_memory,
-    clock_for,
     measure,
+    memory_obstacle,
     memory_words,
 )
 from grat_cli.bench.random_weights import (
@@ -43,18 +43,11 @@ from grat_cli.devices import choose_device, choose_dtype, device_name
 from grat_cli.environment import versions
 from grat_cli.errors import BadInput, OutOfMemory
 from grat_cli.timing import StepRecorder
-from grat_kernels import Backend, Grid, build_plan, can_run
+from grat_kernels import Grid
 
-if TYPE_CHECKING:
-    from grat_cli.adapters.base import Adapter
-
-STOCK_KERNEL = "diffusers, torch SDPA"
-NO_KERNEL = "there is no kernel for it inside a model here: see --level attention, or --level image for its pictures"
-
-# A trial at this many tokens or fewer tells how fast the machine is, by which steps that would take far too long are
-# skipped before they start. Small steps use a machine worse than large ones do: as many times faster may those be.
-_TRIAL_TOKENS = 2048
-_TRIAL_MARGIN = 3.0
+# By the rate of dense attention, steps that would take far too long are skipped before they start. Their matrix
+# products may be as many times faster.
+_RATE_MARGIN = 3.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,8 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
     text_len = model.text_tokens if settings.text_len is None else settings.text_len
     grids = [Grid(shape) for shape in settings.grids or model.default_grids]
     cases = [(grid, _variants(settings.compare, model, grid)) for grid in grids]
-    backend, why = _choose_backend(settings.backend, device, dtype, config["attention_head_dim"], grids, text_len)
+    most_tokens = max(grid.tokens for grid in grids) + text_len
+    backend, why = backend_for(settings.backend, device, dtype, config["attention_head_dim"], most_tokens)
     _refuse_large(model, config, dtype, device)
 
     # 2. The transformer.
@@ -120,8 +114,10 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
         if weights == "random"
         else own_transformer(model, device, dtype)
     )
-    bench = _Steps(model, config, transformer, device, dtype, backend, text_len, settings)
-    rate = bench.flop_per_second(grids) if settings.max_seconds is not None else None
+    bench = _Steps(model, config, Host(transformer, model.family, text_len, backend, device, dtype), settings)
+    rate = None
+    if settings.max_seconds is not None:
+        rate = _RATE_MARGIN * dense_rate(device, dtype, config["num_attention_heads"], config["attention_head_dim"])
 
     # 3. Its steps.
     found = []
@@ -183,24 +179,6 @@ def _variants(compare: Sequence[Request], model: StepModel, grid: Grid) -> list[
     return [variant_for(Request("full", "full", {}), grid), *others]
 
 
-def _choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grids: Sequence[Grid], text_len: int
-) -> tuple[Backend, str]:
-    """The backend that a name stands for, and why.
-
-    Raises:
-        BadInput: if one chosen by name cannot run here.
-    """
-    from grat_kernels.attention import choose_backend
-
-    if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim)
-    ability = can_run(name, device, dtype, head_dim, max(grid.tokens for grid in grids) + text_len)
-    if not ability:
-        raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
-    return Backend(name), f"chosen by name; {ability.reason}"
-
-
 def _refuse_large(model: StepModel, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     """Raises OutOfMemory if the weights do not fit on the device."""
     needed, available = parameter_count(config) * dtype.itemsize, available_memory(device)
@@ -211,40 +189,11 @@ def _refuse_large(model: StepModel, config: Mapping[str, Any], dtype: torch.dtyp
         )
 
 
-@dataclass(frozen=True)
-class _Contender:
-    """A row to be: how to attach its attention, and what is known of it.
-
-    Attributes:
-        attach: attaches its attention and a recorder, whose step a function gives, while a `with` block lasts.
-        pairs: query-key pairs of one attention call and head.
-        density: `pairs` over all pairs.
-    """
-
-    variant: Variant
-    kernel: str
-    attach: Callable[[StepRecorder, Callable[[], int]], AbstractContextManager[None]]
-    pairs: int
-    density: float
-
-
 class _Steps:
     """A transformer, and what its steps run on."""
 
-    def __init__(
-        self,
-        model: StepModel,
-        config: Mapping[str, Any],
-        transformer: Any,
-        device: torch.device,
-        dtype: torch.dtype,
-        backend: Backend,
-        text_len: int,
-        settings: StepSettings,
-    ) -> None:
-        self._model, self._config, self._transformer = model, config, transformer
-        self._device, self._dtype, self._backend = device, dtype, backend
-        self._text_len, self._settings = text_len, settings
+    def __init__(self, model: StepModel, config: Mapping[str, Any], host: Host, settings: StepSettings) -> None:
+        self._model, self._config, self._host, self._settings = model, config, host, settings
 
     def case(self, grid: Grid, variants: Sequence[Variant], rate: float | None, progress: Progress) -> Case:
         """Measures the rows of one size, interleaved.
@@ -255,124 +204,77 @@ class _Steps:
             rate: floating-point operations per second that steps may reach, or None.
             progress: is told of every call.
         """
-        inputs = self._inputs(grid)
-        contenders: dict[str, _Contender] = {}
+        host, settings = self._host, self._settings
+        inputs = step_inputs(self._config, grid.shape, host.text_len, host.device, host.dtype, settings.seed)
+        candidates: dict[str, Inside] = {}
         obstacles: dict[str, str] = {}
         for variant in variants:
             try:
-                contenders[variant.name] = self._contender(variant)
+                dense = self._fastest_dense(grid, rate) if variant.kind == "full" else None
+                candidates[variant.name] = host.inside(variant, dense)
             except CannotRun as reason:
                 obstacles[variant.name] = str(reason)
 
-        watched = {
-            name: _Watched(self._transformer, inputs, contender.attach, self._device)
-            for name, contender in contenders.items()
-        }
-        held = sum(parameter.nbytes for parameter in self._transformer.parameters())
+        held = sum(parameter.nbytes for parameter in host.transformer.parameters())
         held += sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
+        calls = {
+            name: _Watched(host.transformer, inputs, inside.attach, host.device) for name, inside in candidates.items()
+        }
         runs = [
             Run(
                 name,
-                watched[name],
-                flop=self._flop(grid, contender.pairs),
+                calls[name],
+                flop=self._flop(grid, inside.pairs),
                 extra_bytes=self._activation_bytes(grid),
                 held_bytes=held,
                 inspect=_refuse_not_finite,
             )
-            for name, contender in contenders.items()
+            for name, inside in candidates.items()
         ]
         measured = measure(
             runs,
-            self._device,
-            repetitions=self._settings.repetitions,
-            max_seconds=self._settings.max_seconds,
+            host.device,
+            repetitions=settings.repetitions,
+            max_seconds=settings.max_seconds,
             flop_per_second=rate,
             progress=progress,
         )
-        rows = []
-        full = None
+        rows: list[Row] = []
         for variant in variants:
             if variant.name in obstacles:
                 rows.append(_row(variant, skipped=obstacles[variant.name]))
                 continue
-            contender, measurement = contenders[variant.name], measured[variant.name]
-            times = watched[variant.name].last(len(measurement.times_ms))
-            row = _measured_row(contender, measurement, times, full)
-            full = full or row
-            rows.append(row)
-        return Case(self._title(grid), grid.shape, self._text_len, tuple(rows))
+            measurement = measured[variant.name]
+            times = calls[variant.name].last(len(measurement.times_ms))
+            full = rows[0] if rows else None
+            rows.append(_measured_row(variant, candidates[variant.name], measurement, times, full))
+        return Case(self._title(grid), grid.shape, host.text_len, tuple(rows))
 
-    def flop_per_second(self, grids: Sequence[Grid]) -> float | None:
-        """The most that steps of a machine may be expected to reach, from one at a small size.
-
-        None where all steps are small: there is nothing to be saved then.
-        """
-        largest = max(grids, key=lambda grid: grid.tokens)
-        shape = largest.shape
-        while math.prod(shape) > _TRIAL_TOKENS:
-            shape = tuple(-(-side // 2) for side in shape)
-        if shape == largest.shape:
-            return None
-        trial = Grid(shape)
-        contender = self._contender(variant_for(Request("full", "full", {}), trial))
-        call = _Watched(self._transformer, self._inputs(trial), contender.attach, self._device)
-        with torch.inference_mode():
-            call()
-            seconds = clock_for(self._device)(call) / 1000
-        return _TRIAL_MARGIN * self._flop(trial, contender.pairs) / seconds
-
-    def _inputs(self, grid: Grid) -> dict[str, Any]:
-        return step_inputs(self._config, grid.shape, self._text_len, self._device, self._dtype, self._settings.seed)
-
-    def _contender(self, variant: Variant) -> _Contender:
-        """What a variant is inside this transformer.
+    def _fastest_dense(self, grid: Grid, rate: float | None) -> DenseKernel:
+        """The dense kernel that is fastest at the size of an attention call.
 
         Raises:
-            CannotRun: if it is nothing, with the reason.
+            CannotRun: if none can be run at that size.
         """
-        if variant.obstacle:
-            raise CannotRun(variant.obstacle)
-        text_first = self._model.family == "flux"
-        pairs = variant.attended_pairs(self._text_len, text_first)
-        density = pairs / (variant.grid.tokens + self._text_len) ** 2
-        if variant.kind == "full":
-            return _Contender(
-                variant,
-                STOCK_KERNEL,
-                lambda recorder, step: stock_attention(
-                    self._transformer, recorder, step, masked=self._model.family != "hunyuan"
-                ),
-                pairs,
-                density,
-            )
-        if variant.grouping is None or variant.pattern is None:
-            raise CannotRun(NO_KERNEL)
-        plan = build_plan(variant.grouping, variant.pattern, self._text_len, text_first)
-        adapter = self._adapter(variant.grid)
-        return _Contender(
-            variant,
-            self._backend.value,
-            lambda recorder, step: adapter.attached(FixedPlan(plan, step), self._backend, recorder),
-            pairs,
-            density,
-        )
-
-    def _adapter(self, grid: Grid) -> Adapter:
-        if self._model.family == "flux":
-            from grat_cli.adapters.flux import FluxAdapter
-
-            return FluxAdapter(self._transformer, grid)
-        from grat_cli.adapters.hunyuan import HunyuanAdapter
-
-        return HunyuanAdapter(self._transformer, grid)
+        device, dtype = self._host.device, self._host.dtype
+        candidates = dense_candidates(device)
+        if len(candidates) == 1:  # no need of tensors to find out
+            [(name, attention)] = candidates.items()
+            return DenseKernel(name, attention, {})
+        heads, head_dim = self._config["num_attention_heads"], self._config["attention_head_dim"]
+        shape = (1, grid.tokens + self._host.text_len, heads, head_dim)
+        if reason := memory_obstacle(4 * math.prod(shape) * dtype.itemsize, device):
+            raise CannotRun(reason)
+        query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+        return fastest_dense(query, key, value, max_seconds=self._settings.max_seconds, flop_per_second=rate)
 
     def _flop(self, grid: Grid, pairs: int) -> float:
         """Floating-point operations of a step, roughly: an image token passes half the weights of a double block."""
         doubles, singles = (
             sum(parameter.numel() for parameter in blocks.parameters())
-            for blocks in (self._transformer.transformer_blocks, self._transformer.single_transformer_blocks)
+            for blocks in (self._host.transformer.transformer_blocks, self._host.transformer.single_transformer_blocks)
         )
-        tokens = grid.tokens + self._text_len
+        tokens = grid.tokens + self._host.text_len
         layers = self._config["num_layers"] + self._config["num_single_layers"]
         return 2.0 * tokens * (doubles / 2 + singles) + 4.0 * pairs * self._width * layers
 
@@ -380,7 +282,7 @@ class _Steps:
         """Memory of a step's activations, roughly: at the widest point a single block holds the joint sequence in
         about 15 times its width: itself, its norm, query, key, value, output, and 4 times as much for feed-forward,
         twice."""
-        return 15 * (grid.tokens + self._text_len) * self._width * self._dtype.itemsize
+        return 15 * (grid.tokens + self._host.text_len) * self._width * self._host.dtype.itemsize
 
     @property
     def _width(self) -> int:
@@ -401,7 +303,7 @@ class _Watched:
         self,
         transformer: Any,
         inputs: Mapping[str, Any],
-        attach: Callable[[StepRecorder, Callable[[], int]], AbstractContextManager[None]],
+        attach: Attach,
         device: torch.device,
     ) -> None:
         self._transformer, self._inputs, self._attach = transformer, inputs, attach
@@ -431,30 +333,31 @@ def _row(variant: Variant, **values: Any) -> Row:
 
 
 def _measured_row(
-    contender: _Contender, measurement: Measurement, times: Sequence[tuple[float, float]], full: Row | None
+    variant: Variant, inside: Inside, measurement: Measurement, times: Sequence[tuple[float, float]], full: Row | None
 ) -> Row:
-    """The row of a contender.
+    """The row of a variant that was called.
 
     Args:
-        contender: what ran.
+        variant: which.
+        inside: what ran.
         measurement: its memory, or why it was skipped.
         times: milliseconds of each call, and of the attention in it.
         full: the row of full attention; None for that row itself.
     """
-    variant, density = contender.variant, contender.density
-    known = {"kernel": contender.kernel, "density": density, "reach_tokens": variant.reach()}
+    known = {"density": inside.density, "reach_tokens": variant.reach()}
     if measurement.skipped is not None:
-        return _row(variant, **known | {"kernel": None, "skipped": measurement.skipped})
+        return _row(variant, **known, skipped=measurement.skipped)
     total_ms = statistics.median(total for total, _ in times)
     attention_ms = statistics.median(attention for _, attention in times)
     speedup = efficiency = None
     if full is None:
         speedup = 1.0
     elif full.median_ms is not None and full.attention_ms is not None:
-        speedup, efficiency = full.median_ms / total_ms, full.attention_ms * density / attention_ms
+        speedup, efficiency = full.median_ms / total_ms, full.attention_ms * inside.density / attention_ms
     return _row(
         variant,
         **known,
+        kernel=inside.kernel,
         times_ms=tuple(total for total, _ in times),
         attention_ms=attention_ms,
         speedup=speedup,
