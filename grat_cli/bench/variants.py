@@ -1,10 +1,11 @@
 """What the names of `--compare` stand for: dense attention, patterns of groups, and windows around each token.
 
-A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
+The names of `--peers` stand here as well, so that a mistake in either needs no torch to be seen. A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "sta": ("window", "group"),
 }
 NAMES: tuple[str, ...] = tuple(PARAMETERS)
+PEERS: tuple[str, ...] = ("natten", "flex", "flashinfer", "sage", "pisa")
 
 # Groups and far blocks of grids large enough for them, by number of axes. On a smaller axis both are halved until
 # there are this many groups: with fewer, a pattern is nearly full attention.
@@ -119,6 +121,19 @@ def parse_variants(text: str) -> tuple[Request, ...]:
     return requests
 
 
+def parse_peers(text: str) -> tuple[str, ...]:
+    """Reads the value of `--peers`, such as `natten,flex`.
+
+    Raises:
+        BadInput: naming the nearest for a name that does not exist.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in PEERS:
+            raise BadInput(f"--peers {name}: {choices(name, PEERS)}" if name else "--peers: a name is empty")
+    return names
+
+
 def _request(text: str) -> Request:
     kind, *items = text.split(":")
     if kind not in NAMES:
@@ -174,6 +189,28 @@ def na_starts(extent: int, window: int) -> np.ndarray:
 def na_pairs(grid: Grid, window: Sequence[int]) -> int:
     """Image-image pairs of neighbourhood attention."""
     return grid.tokens * math.prod(window)
+
+
+def na_window_near(grid: Grid, keys: float) -> tuple[int, ...]:
+    """The neighbourhood whose number of keys is nearest to `keys`: odd widths in the proportions of the groups.
+
+    An axis that is shorter than its share is covered whole.
+    """
+    shares = default_group(grid)
+    covered: set[int] = set()
+    while True:
+        free = [axis for axis in range(grid.axes) if axis not in covered]
+        area = keys / math.prod(grid.shape[axis] for axis in covered) / math.prod(shares[axis] for axis in free)
+        factor = area ** (1 / len(free)) if free else 1.0
+        too_short = {axis for axis in free if shares[axis] * factor >= grid.shape[axis]}
+        if not too_short:
+            break
+        covered |= too_short
+    options = []
+    for axis, extent in enumerate(grid.shape):
+        below = max(1, int((shares[axis] * factor - 1) // 2 * 2 + 1))
+        options.append([extent] if axis in covered else sorted({below, min(below + 2, extent)}))
+    return min(itertools.product(*options), key=lambda widths: abs(math.prod(widths) - keys))
 
 
 def clear_offsets(grid: Grid, window: Sequence[int]) -> np.ndarray:
@@ -244,10 +281,13 @@ def _sta(request: Request, grid: Grid) -> Variant:
 
 def _na(request: Request, grid: Grid) -> Variant:
     typed = "window" in request.parameters
-    wanted = _sizes(request, "window", grid) if typed else _na_window_like_grat_b(grid)
-    if any(width < 1 or width % 2 == 0 for width in wanted):
-        raise ValueError(f"a window must be an odd number of tokens, not {size_text(wanted)}")
-    window = tuple(min(width, extent) for width, extent in zip(wanted, grid.shape, strict=True))
+    if typed:
+        wanted = _sizes(request, "window", grid)
+        if any(width % 2 == 0 for width in wanted):
+            raise ValueError(f"a window must be an odd number of tokens, not {size_text(wanted)}")
+        window = tuple(min(width, extent) for width, extent in zip(wanted, grid.shape, strict=True))
+    else:
+        window = na_window_near(grid, _grat_b_keys(grid))
     words = f"neighbourhood attention: {size_text(window)} tokens around each token{'' if typed else _AS_DENSE}"
     return Variant(request.name, "na", "baseline", words, grid, window=window)
 
@@ -259,9 +299,9 @@ def _clear(request: Request, grid: Grid) -> Variant:
     if grid.axes != 2:
         obstacle = f"CLEAR is defined on two axes, not {grid.axes}"
         return Variant(request.name, "clear", "baseline", "CLEAR", grid, obstacle=obstacle)
-    window = typed or _clear_window_like_grat_b(grid)
-    words = f"CLEAR: tokens nearer than {window[0]}{'' if typed else _AS_DENSE}"
-    return Variant(request.name, "clear", "baseline", words, grid, window=window)
+    radius = typed[0] if typed else _clear_radius_like_grat_b(grid)
+    words = f"CLEAR: tokens nearer than {radius}{'' if typed else _AS_DENSE}"
+    return Variant(request.name, "clear", "baseline", words, grid, window=(radius,))
 
 
 _MAKERS = {
@@ -352,38 +392,14 @@ def _default_block(grid: Grid, group: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(block)
 
 
-def _grat_b_pairs(grid: Grid) -> list[float]:
-    """Mean keys of a query of `grat-b` along each axis: its pattern is a product over the axes."""
-    means = []
-    for extent, size in zip(grid.shape, default_group(grid), strict=True):
-        sizes = [min(size, extent - start) for start in range(0, extent, size)]
-        keys = [sum(sizes[max(0, index - 1) : index + 2]) for index in range(len(sizes))]
-        means.append(sum(count * queries for count, queries in zip(keys, sizes, strict=True)) / extent)
-    return means
+def _grat_b_keys(grid: Grid) -> float:
+    """Mean image keys of an image query of `grat-b`."""
+    return build_plan(Grouping(grid, default_group(grid)), Block(1)).attended_pairs / grid.tokens
 
 
-def _na_window_like_grat_b(grid: Grid) -> tuple[int, ...]:
-    """Odd windows, near the mean keys per axis, whose product is nearest to the mean keys of `grat-b`."""
-    means = _grat_b_pairs(grid)
-    target = math.prod(means)
-    best: tuple[int, ...] = ()
-    options = []
-    for mean, extent in zip(means, grid.shape, strict=True):
-        below = max(1, int((mean - 1) // 2 * 2 + 1))
-        options.append([width for width in (below, below + 2) if width <= extent] or [1])
-    for number in range(math.prod(map(len, options))):
-        widths = []
-        for widths_of_axis in options:
-            number, index = divmod(number, len(widths_of_axis))
-            widths.append(widths_of_axis[index])
-        if not best or abs(math.prod(widths) - target) < abs(math.prod(best) - target):
-            best = tuple(widths)
-    return best
-
-
-def _clear_window_like_grat_b(grid: Grid) -> tuple[int]:
+def _clear_radius_like_grat_b(grid: Grid) -> int:
     """The radius whose mean keys are nearest to those of `grat-b`."""
-    target = math.prod(_grat_b_pairs(grid)) * grid.tokens
+    target = _grat_b_keys(grid) * grid.tokens
     guess = max(1, round(math.sqrt(target / grid.tokens / math.pi)))
     # Discs cut off at borders need a larger radius, never a smaller one, and one below the grid's diagonal.
     first, last = guess, math.isqrt(sum(extent**2 for extent in grid.shape)) + 1
@@ -393,4 +409,4 @@ def _clear_window_like_grat_b(grid: Grid) -> tuple[int]:
             first = middle + 1
         else:
             last = middle
-    return min(((max(1, first - 1),), (first,)), key=lambda window: abs(clear_pairs(grid, window) - target))
+    return min(max(1, first - 1), first, key=lambda radius: abs(clear_pairs(grid, (radius,)) - target))
