@@ -181,7 +181,7 @@ def run_image_level(settings: ImageSettings, progress: Progress | None = None) -
             "Times are of the whole denoising of a picture; text encoders and autoencoder are left out.",
             "Full attention is stock diffusers. Pictures are compared with its pictures of the same prompts and seeds: "
             "mean and 95 % interval by Student's t over the pictures.",
-            "The noise floor is full attention on another backend: nothing comes closer for a reason.",
+            "The noise floor is full attention on another backend: differences no larger than its own mean nothing.",
             memory_words(device),
         ),
     )
