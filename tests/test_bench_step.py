@@ -225,7 +225,13 @@ def test_windows_inside_flux_equal_stock_attention_under_a_mask(
     assert step.density == inside.density
 
 
-def test_neighbourhoods_inside_hunyuan_leave_out_what_is_far() -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_neighbourhoods_inside_hunyuan_leave_out_what_is_far(ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ordered:
+        monkeypatch.setattr(
+            inside_models, "baseline_for", lambda window, device, *_: baselines.flex_baseline(window, device)
+        )
     model: Any = tiny_hunyuan.transformer()
     grid = Grid((3, 6, 8))
     inputs = tiny_hunyuan.inputs(grid.shape)

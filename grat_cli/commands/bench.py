@@ -233,7 +233,7 @@ def bench(
             "--reps",
             parser=options.number("--reps", int),
             metavar="COUNT",
-            help="Timed calls of each row, after a warm-up. Default: 5 on a CPU, else 20.",
+            help="Timed calls of each row, after a warm-up. Default: 5; for attention on a GPU 20.",
             show_default=False,
             rich_help_panel=_HOW,
         ),
