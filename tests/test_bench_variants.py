@@ -83,7 +83,8 @@ def test_full_knows_no_groups() -> None:
 
 
 grids = st.one_of(
-    st.tuples(st.integers(1, 14), st.integers(1, 14)), st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+    st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
 ).map(Grid)
 
 

@@ -170,8 +170,8 @@ def natten_baseline(window: Window, stride: tuple[int, ...] | None = None) -> Ba
             if window.text_len
             else {}
         )
-        run = (natten.na1d, natten.na2d, natten.na3d)[window.grid.axes - 1]
         try:
+            run = getattr(natten, f"na{window.grid.axes}d")
             attended = run(*image, kernel_size=window.size, stride=stride or 1, **text)
         except torch.OutOfMemoryError:
             raise
