@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,8 +106,8 @@ def dense_rate(device: torch.device, dtype: torch.dtype, heads: int, head_dim: i
 
 
 def _torch_default(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _torch_kernel(name: str, backend: SDPBackend) -> Attention:
