@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from grat_cli.bench.measure import CannotRun, Run, measure
+from grat_cli.bench.measure import CannotRun, Run, guarded, measure
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -127,12 +127,10 @@ def _flash_package(package: str) -> Attention:
     """`flash_attn_func` of a package takes and gives `[B, N, H, D]`; FlashAttention-3 may add the log-sum-exp."""
 
     def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        try:
+        def call() -> torch.Tensor:
             output = importlib.import_module(package).flash_attn_func(query, key, value)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # another project's code: whatever it raises, it cannot run here
-            raise CannotRun(f"{package} failed: {type(error).__name__}: {error}") from error
-        return output[0] if isinstance(output, tuple) else output
+            return output[0] if isinstance(output, tuple) else output
+
+        return guarded(package, call)()
 
     return attention
