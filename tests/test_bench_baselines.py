@@ -89,7 +89,8 @@ def test_blocks_of_flex_attention_are_the_definition(window: Window) -> None:
         moved = tensor.clone()
         moved[:, window.image] = tensor[:, window.image][:, torch.from_numpy(baseline.order)]
         tiled.append(moved)
-    expected = dense(*raster, definition(window))
+    query, key, value = raster
+    expected = dense(query, key, value, definition(window))
     expected[:, window.image] = expected[:, window.image][:, torch.from_numpy(baseline.order)]
     torch.testing.assert_close(baseline.attention(*tiled), expected, rtol=1e-4, atol=1e-5)
     assert definition(window).sum() <= baseline.executed_pairs

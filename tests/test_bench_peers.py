@@ -58,8 +58,9 @@ def scene(compare: str, grid: Grid = GRID, text_len: int = TEXT, **options: Any)
     variants = [variant_for(request, grid) for request in parse_variants(compare)]
     generator = torch.Generator().manual_seed(0)
     shape = (1, grid.tokens + text_len, 2, options.get("head_dim", 16))
-    tensors = [torch.randn(shape, generator=generator).to(options.get("dtype", torch.bfloat16)) for _ in range(3)]
-    return Scene(*tensors, variants, text_len, grid.axes < 3)
+    dtype = options.get("dtype", torch.bfloat16)
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    return Scene(query, key, value, variants, text_len, grid.axes < 3)
 
 
 @pytest.fixture
@@ -195,11 +196,11 @@ def natten_stand_in(
         first = (leader - size // 2).clamp(0, extent - size)[:, None]
         of_axis = (tokens >= first) & (tokens < first + size)
         inside = torch.kron(inside, of_axis.int())
-    flat = [tensor.flatten(1, len(shape))[0] for tensor in (query, key, value)]
+    query, key, value = (tensor.flatten(1, len(shape))[0] for tensor in (query, key, value))
     if additional_keys is not None and additional_values is not None:
-        flat[1], flat[2] = torch.cat([flat[1], additional_keys[0]]), torch.cat([flat[2], additional_values[0]])
+        key, value = torch.cat([key, additional_keys[0]]), torch.cat([value, additional_values[0]])
         inside = torch.nn.functional.pad(inside, (0, additional_keys.shape[1]), value=1)
-    return masked(*flat, inside.bool()).unflatten(0, shape)[None]
+    return masked(query, key, value, inside.bool()).unflatten(0, shape)[None]
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -229,8 +230,8 @@ def test_natten(compare: str, grid: Grid, mask: str, installed: Installed) -> No
         order = torch.arange(where.query.shape[1])
         image = slice(plan.image_start, plan.image_start + plan.image_tokens)
         order[image] = plan.image_start + torch.from_numpy(plan.order)
-        tensors = [tensor[:, order] for tensor in (where.query, where.key, where.value)]
-        expected = reference.attention(*tensors, plan, None, 1 / math.sqrt(tensors[0].shape[3]))
+        query, key, value = (tensor[:, order] for tensor in (where.query, where.key, where.value))
+        expected = reference.attention(query, key, value, plan, None, 1 / math.sqrt(query.shape[3]))
         torch.testing.assert_close(row.call()[:, order], expected, rtol=0.02, atol=0.02)
 
 
@@ -303,7 +304,8 @@ class VariableBlockSparseAttentionWrapper:
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         assert all(tensor.is_contiguous() for tensor in (q, k, v))
-        return masked(*(tensor.transpose(0, 1) for tensor in (q, k, v)), self.mask).transpose(0, 1)
+        query, key, value = (tensor.transpose(0, 1) for tensor in (q, k, v))
+        return masked(query, key, value, self.mask).transpose(0, 1)
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")

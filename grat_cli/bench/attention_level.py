@@ -22,6 +22,7 @@ from grat_cli.bench.measure import (
     Progress,
     Run,
     Unwatched,
+    guarded,
     measure,
     memory_obstacle,
     memory_words,
@@ -238,7 +239,9 @@ class _AttentionBench:
         def call() -> torch.Tensor:
             return span_attention(scene.query, scene.key, scene.value, plan, backend=resolved)
 
-        return _Candidate(row, plan.attended_pairs, call, executed, extra_bytes, rows_of_plan(plan))
+        # On a CPU nothing is compiled: there, an error is a bug.
+        run = guarded(resolved, call) if self.device.type == "cuda" else call
+        return _Candidate(row, plan.attended_pairs, run, executed, extra_bytes, rows_of_plan(plan))
 
     def _peer_candidates(self, scene: Scene) -> list[_Candidate]:
         candidates = []

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from grat_cli.bench.dense import Attention
-from grat_cli.bench.measure import CannotRun
+from grat_cli.bench.measure import guarded
 from grat_cli.bench.variants import Variant, na_starts, size_text
 from grat_kernels import Grid, Grouping
 
@@ -170,13 +170,13 @@ def natten_baseline(window: Window, stride: tuple[int, ...] | None = None) -> Ba
             if window.text_len
             else {}
         )
-        try:
-            run = getattr(natten, f"na{window.grid.axes}d")
-            attended = run(*image, kernel_size=window.size, stride=stride or 1, **text)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # another project's code: whatever it raises, it cannot run here
-            raise CannotRun(f"NATTEN failed: {type(error).__name__}: {error}") from error
+        run = guarded(
+            "NATTEN",
+            lambda: getattr(natten, f"na{window.grid.axes}d")(
+                *image, kernel_size=window.size, stride=stride or 1, **text
+            ),
+        )
+        attended = run()
         return _with_text_queries(window, attended.flatten(1, window.grid.axes), query, key, value)
 
     return Baseline("NATTEN", attention, None, window.tokens * math.prod(window.size))

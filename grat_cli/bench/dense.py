@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from grat_cli.bench.measure import CannotRun, Run, measure
+from grat_cli.bench.measure import CannotRun, Run, guarded, measure
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -105,8 +106,8 @@ def dense_rate(device: torch.device, dtype: torch.dtype, heads: int, head_dim: i
 
 
 def _torch_default(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _torch_kernel(name: str, backend: SDPBackend) -> Attention:
@@ -126,12 +127,10 @@ def _flash_package(package: str) -> Attention:
     """`flash_attn_func` of a package takes and gives `[B, N, H, D]`; FlashAttention-3 may add the log-sum-exp."""
 
     def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        try:
+        def call() -> torch.Tensor:
             output = importlib.import_module(package).flash_attn_func(query, key, value)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # another project's code: whatever it raises, it cannot run here
-            raise CannotRun(f"{package} failed: {type(error).__name__}: {error}") from error
-        return output[0] if isinstance(output, tuple) else output
+            return output[0] if isinstance(output, tuple) else output
+
+        return guarded(package, call)()
 
     return attention

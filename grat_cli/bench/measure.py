@@ -55,6 +55,24 @@ class CannotRun(Exception):
     """A call cannot run here; its text says why. The row is skipped with these words."""
 
 
+def guarded(name: str, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A call of a kernel that depends on its surroundings: what it raises becomes the reason why it has no figures.
+
+    For other projects' kernels, and for compiled ones, which may fail to compile on one device and not on another.
+    """
+
+    def attempt() -> torch.Tensor:
+        try:
+            return call()
+        except (CannotRun, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            what = str(error).strip().partition("\n")[0]
+            raise CannotRun(f"{name} failed: {type(error).__name__}: {what}") from error
+
+    return attempt
+
+
 @dataclass(frozen=True)
 class Run:
     """A call to measure.

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from grat_cli.bench.baselines import Window, mask_row, natten_baseline, natten_obstacle
-from grat_cli.bench.measure import CannotRun
+from grat_cli.bench.measure import guarded
 from grat_cli.bench.results import Absent, Mask
 from grat_cli.bench.sampled import AttendedRows, rows_of_mask, rows_of_plan
 from grat_cli.bench.variants import Variant, na_window_near, size_text
@@ -74,7 +74,7 @@ class PeerRow:
         mask: how it relates to the variant's.
         density: attended pairs over all pairs.
         reach: farthest token that is attended exactly; None where the peer chooses at run time.
-        call: runs it; may raise `CannotRun`.
+        call: runs it; raises `CannotRun` for whatever goes wrong in it, but for lack of memory.
         executed_pairs: for predicting its time.
         extra_bytes: for predicting its memory, output included.
         attended: what it should compute; None where it approximates.
@@ -286,7 +286,7 @@ def _sage(scene: Scene) -> list[PeerRow] | str:
             mask="identical",
             density=1.0,
             reach=math.hypot(*(extent - 1 for extent in scene.variants[0].grid.shape)),
-            call=_guarded("sageattention", call),
+            call=guarded("sageattention", call),
             executed_pairs=tokens**2,
             extra_bytes=3 * scene.query.nbytes,
             attended=rows_of_mask(lambda position: None),
@@ -322,7 +322,7 @@ def _pisa(scene: Scene) -> list[PeerRow] | str:
                 mask="equal density",
                 density=exact_blocks / blocks,
                 reach=None,
-                call=_guarded("piecewise_attn", _once(partial(prepared, density))),
+                call=guarded("piecewise_attn", _once(partial(prepared, density))),
                 executed_pairs=scene.query.shape[1] ** 2 * exact_blocks / blocks,
                 extra_bytes=5 * scene.query.nbytes,
                 attended=None,
@@ -355,7 +355,7 @@ def _identical(
         mask="identical",
         density=plan.density,
         reach=plan.reach,
-        call=_guarded(peer, call),
+        call=guarded(peer, call),
         executed_pairs=plan.attended_pairs,
         extra_bytes=extra_bytes,
         attended=rows_of_plan(plan),
@@ -386,22 +386,6 @@ def _once(prepare: Callable[[], Callable[[], torch.Tensor]]) -> Callable[[], tor
         return prepared[0]()
 
     return call
-
-
-def _guarded(peer: str, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """A call of another project's code: what it raises becomes the reason why its row has no figures."""
-
-    def guarded() -> torch.Tensor:
-        try:
-            return call()
-        except (CannotRun, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise CannotRun(
-                f"{peer} failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            ) from error
-
-    return guarded
 
 
 def _accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:

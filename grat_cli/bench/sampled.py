@@ -52,17 +52,12 @@ def sampled_error(
         picks.append((sample, position, head))
     error, plain_error, largest = 0.0, 0.0, 0.0
     for sample, position, head in picks:
-        row = (
-            output[sample, position, head],
-            query[sample, position, head],
-            key[sample, :, head],
-            value[sample, :, head],
-        )
+        found, row_query = output[sample, position, head], query[sample, position, head]
+        keys, values = key[sample, :, head], value[sample, :, head]
         if query.device.type == "mps":  # has no fp64
-            row = tuple(tensor.cpu() for tensor in row)
-        found, *tensors = row
-        exact = _row(*tensors, attended, position, torch.float64)
-        plain = _row(*tensors, attended, position, query.dtype)
+            found, row_query, keys, values = (tensor.cpu() for tensor in (found, row_query, keys, values))
+        exact = _row(row_query, keys, values, attended, position, torch.float64)
+        plain = _row(row_query, keys, values, attended, position, query.dtype)
         # A row that holds NaN is infinitely wrong: max() would drop the NaN.
         difference = float((found - exact).abs().max())
         error = max(error, math.inf if math.isnan(difference) else difference)

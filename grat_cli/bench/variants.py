@@ -295,7 +295,7 @@ def _na(request: Request, grid: Grid) -> Variant:
 
 def _clear(request: Request, grid: Grid) -> Variant:
     typed = request.parameters.get("window")
-    if typed is not None and (len(typed) > 1 or typed[0] < 1):
+    if typed is not None and (len(typed) != 1 or typed[0] < 1):
         raise ValueError("a window is one radius in tokens, such as window=16")
     if grid.axes != 2:
         obstacle = f"CLEAR is defined on two axes, not {grid.axes}"
