@@ -44,6 +44,8 @@ PRODUCER_REGISTERS = gl.constexpr(40)
 # Elements that one cp.async copies: 16 bytes.
 VECTOR = gl.constexpr(8)
 ELEMENT_BYTES = gl.constexpr(2)
+# Rows of a packed tile that a thread copies at a time.
+CHUNK_ROWS = gl.constexpr(4)
 
 # A negative total is impossible, so this stores nothing. But the assembler cannot know, and may not move a wait for
 # the matrix products across it: without it, ptxas hoists the wait above the softmax, and the overlap is lost.
@@ -80,10 +82,10 @@ def _work_of(item, query_tiles, class_of_head, heads, tiles, leading):
 
 
 @gluon.jit
-def _padded(rows, batch, text_valid, text):
-    """Which slots of a packed tile hold text tokens that are padding in this sample."""
+def _padding(batch, text_valid, text):
+    """Where padded text begins and ends in a sample's sequence."""
     text_start, text_stop = text
-    return (rows >= text_start + gl.load(text_valid + batch)) & (rows < text_stop)
+    return text_start + gl.load(text_valid + batch), text_stop
 
 
 @gluon.jit
@@ -97,12 +99,33 @@ def _send_tile(blocks, row, column, ring, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _send_rows(pointers, present, ring, step, STAGES: gl.constexpr):
-    """Copies the rows of one packed tile into its slot, once that is empty; slots without a row become zeros."""
+def _send_rows(
+    source, summary_source, packed_tile, text_padding, channels, tokens, ring, step,
+    STAGES: gl.constexpr, CHUNK: gl.constexpr,
+):  # fmt: skip
+    """Copies the rows of one packed tile into its slot, once that is empty; slots without a row become zeros.
+
+    In chunks, because addresses of all rows at once would not fit the producer's few registers.
+    """
     slots, full, empty = ring
+    rows_of_tile, chunk_slots = packed_tile
+    pointer, token_stride = source
     slot = step % STAGES
     mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-    async_copy.async_copy_global_to_shared(slots.index(slot), pointers, mask=present)
+    for chunk in gl.static_range(slots.shape[1] // CHUNK):
+        rows = gl.load(rows_of_tile + chunk * CHUNK + chunk_slots)
+        present = rows >= 0
+        if text_padding is not None:
+            padding_start, padding_stop = text_padding
+            present = present & ((rows < padding_start) | (rows >= padding_stop))
+        wide = gl.cast(rows, gl.int64)
+        pointers = pointer + wide * token_stride
+        if summary_source is not None:
+            summary_pointer, summary_stride = summary_source
+            pointers = gl.where(rows >= tokens, summary_pointer + (wide - tokens) * summary_stride, pointers)
+        inside = present[:, None] & (channels >= 0)[None, :]
+        target = slots.index(slot).slice(chunk * CHUNK, CHUNK)
+        async_copy.async_copy_global_to_shared(target, pointers[:, None] + channels[None, :], mask=inside)
     async_copy.commit_group()
     async_copy.wait_group(0)
     # Ordinary writes to shared memory reach the tensor cores, which read by another path, only past this fence.
@@ -131,7 +154,8 @@ def _producer(blocks, sources, lists, sizes, counter, rings, queries_ring, item_
     ROWS: gl.constexpr = gl.BlockedLayout(
         [1, VECTOR], [32 // THREADS_PER_ROW, THREADS_PER_ROW], [PRODUCER_WARPS, 1], [1, 0]
     )
-    slots = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ROWS))
+    CHUNK: gl.constexpr = CHUNK_ROWS * PRODUCER_WARPS * 32 // THREADS_PER_ROW
+    chunk_slots = gl.arange(0, CHUNK, gl.SliceLayout(1, ROWS))
     channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, ROWS))
 
     step = 0
@@ -173,23 +197,31 @@ def _producer(blocks, sources, lists, sizes, counter, rings, queries_ring, item_
                     step += 1
             if packed_rows is not None:
                 batch_row = gl.cast(batch, gl.int64) * tokens
+                key_stride = gl.cast(key_vectors, gl.int64) * VECTOR
+                value_stride = gl.cast(value_vectors, gl.int64) * VECTOR
+                key_source = (key + batch_row * key_stride + column, key_stride)
+                value_source = (value + batch_row * value_stride + column, value_stride)
+                summary_key_source = None
+                summary_value_source = None
+                if summary_key is not None:
+                    summary_stride = gl.cast(heads, gl.int64) * HEAD_DIM
+                    summary_start = gl.cast(batch, gl.int64) * summaries * summary_stride + column
+                    summary_key_source = (summary_key + summary_start, summary_stride)
+                    summary_value_source = (summary_value + summary_start, summary_stride)
+                padding = None
+                if text_valid is not None:
+                    padding = _padding(batch, text_valid, text)
                 for index in range(full_summary_end, end):
-                    rows = gl.load(packed_rows + next_tile * BLOCK_N + slots)
+                    packed_tile = (packed_rows + next_tile * BLOCK_N, chunk_slots)
                     next_tile = gl.load(key_tiles + index + 1)
-                    present = rows >= 0
-                    if text_valid is not None:
-                        present = present & (_padded(rows, batch, text_valid, text) == 0)
-                    token_rows = batch_row + rows
-                    key_rows = key + column + token_rows * (key_vectors * VECTOR)
-                    value_rows = value + column + token_rows * (value_vectors * VECTOR)
-                    if summary_key is not None:
-                        summary_rows = gl.cast(batch, gl.int64) * summaries + (rows - tokens)
-                        offsets = summary_rows * (heads * HEAD_DIM) + column
-                        key_rows = gl.where(rows >= tokens, summary_key + offsets, key_rows)
-                        value_rows = gl.where(rows >= tokens, summary_value + offsets, value_rows)
-                    inside = present[:, None] & (channels >= 0)[None, :]
-                    _send_rows(key_rows[:, None] + channels[None, :], inside, key_ring, step, STAGES)
-                    _send_rows(value_rows[:, None] + channels[None, :], inside, value_ring, step, STAGES)
+                    _send_rows(
+                        key_source, summary_key_source, packed_tile, padding, channels, tokens, key_ring, step,
+                        STAGES, CHUNK,
+                    )  # fmt: skip
+                    _send_rows(
+                        value_source, summary_value_source, packed_tile, padding, channels, tokens, value_ring, step,
+                        STAGES, CHUNK,
+                    )  # fmt: skip
                     step += 1
         item = gl.atomic_add(counter, 1, sem="relaxed")
 
@@ -215,7 +247,8 @@ def _bias_of(
             bias = gl.load(packed_bias + tile * BLOCK_N + columns)
             if text_valid is not None:
                 rows = gl.load(packed_rows + tile * BLOCK_N + columns)
-                bias = gl.where(_padded(rows, batch, text_valid, text), float("-inf"), bias)
+                padding_start, padding_stop = _padding(batch, text_valid, text)
+                bias = gl.where((rows >= padding_start) & (rows < padding_stop), float("-inf"), bias)
     return bias
 
 
@@ -270,7 +303,7 @@ def _advance(
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(pending_scores,))
     mbarrier.arrive(key_empty.index(next_slot), count=1)
     if BIASED:
-        scores = scores + bias[None, :]
+        scores = scores + gl.convert_layout(bias, gl.SliceLayout(0, SCORES))[None, :]
     next_weights, decay, total, highest = _softmax(scores, scale, total, highest)
     next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights.type.layout)
     # Waiting for the softmax's results as well keeps it before the wait.
@@ -302,7 +335,7 @@ def _consumer(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
     ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    COLUMNS: gl.constexpr = gl.BlockedLayout([1], [32], [CONSUMER_WARPS], [0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [CONSUMER_WARPS], [0])
     BIASED: gl.constexpr = summary_bias is not None or packed_rows is not None
 
@@ -331,7 +364,7 @@ def _consumer(
         if BIASED:
             tile = gl.load(key_tiles + begin)
             bias = _bias_of(begin, tile, batch, bounds, biases, packed_rows, text_valid, text, BLOCK_N, COLUMNS)
-            scores = scores + bias[None, :]
+            scores = scores + gl.convert_layout(bias, gl.SliceLayout(0, SCORES))[None, :]
         weights, _, total, highest = _softmax(scores, scale, total, highest)
         weights = gl.convert_layout(weights.to(ELEMENT), WEIGHTS)
 
