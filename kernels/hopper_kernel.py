@@ -28,14 +28,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.7 renamed it.
+all_threads_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 # Where the running maximum starts. Finite, so that a tile whose keys are all masked gives exp2(-inf) = 0 and never
 # exp2(-inf - -inf) = NaN; the lowest float32, so that no finite score lies below it.
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 
-# Consumers, each with a warp group and this many queries: the rows of one wgmma instruction.
+# Consumers, each with a warp group and its share of the queries.
 CONSUMERS = gl.constexpr(2)
 CONSUMER_WARPS = gl.constexpr(4)
-CONSUMER_ROWS = gl.constexpr(64)
 PRODUCER_WARPS = gl.constexpr(4)
 # A register file of 64 K serves 3 · 128 threads with 168 registers each; the producer hands most of its own to the
 # consumers. These are what FlashAttention-3 gives to a producer that copies rows itself.
@@ -130,6 +132,8 @@ def _send_rows(
     async_copy.wait_group(0)
     # Ordinary writes to shared memory reach the tensor cores, which read by another path, only past this fence.
     fence_async_shared()
+    # One thread arrives for all: only after every thread has passed its fence.
+    all_threads_meet()
     mbarrier.arrive(full.index(slot), count=1)
 
 
@@ -147,14 +151,16 @@ def _producer(blocks, sources, lists, sizes, counter, rings, queries_ring, item_
     tokens, heads, summaries, text, tiles, leading, items = sizes
     key_ring, value_ring = rings
     query_slots, query_full, query_empty = queries_ring
-    HEAD_DIM: gl.constexpr = key_blocks.block_shape[1]
+    HALF: gl.constexpr = query_blocks.block_shape[0]
     BLOCK_N: gl.constexpr = key_blocks.block_shape[0]
+    HEAD_DIM: gl.constexpr = key_blocks.block_shape[1]
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [PRODUCER_WARPS], [0])
     THREADS_PER_ROW: gl.constexpr = HEAD_DIM // VECTOR
     ROWS: gl.constexpr = gl.BlockedLayout(
         [1, VECTOR], [32 // THREADS_PER_ROW, THREADS_PER_ROW], [PRODUCER_WARPS, 1], [1, 0]
     )
-    CHUNK: gl.constexpr = CHUNK_ROWS * PRODUCER_WARPS * 32 // THREADS_PER_ROW
+    MOST: gl.constexpr = CHUNK_ROWS * PRODUCER_WARPS * 32 // THREADS_PER_ROW
+    CHUNK: gl.constexpr = MOST if MOST < BLOCK_N else BLOCK_N
     chunk_slots = gl.arange(0, CHUNK, gl.SliceLayout(1, ROWS))
     channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, ROWS))
 
@@ -170,13 +176,10 @@ def _producer(blocks, sources, lists, sizes, counter, rings, queries_ring, item_
             row = batch * tokens
             mbarrier.wait(query_empty, (published & 1) ^ 1)
             _publish(item, item_slot, ONE)
-            mbarrier.expect(query_full, CONSUMERS * CONSUMER_ROWS * HEAD_DIM * ELEMENT_BYTES)
+            mbarrier.expect(query_full, CONSUMERS * HALF * HEAD_DIM * ELEMENT_BYTES)
             for half in gl.static_range(CONSUMERS):
                 tma.async_copy_global_to_shared(
-                    query_blocks,
-                    [row + first_query + half * CONSUMER_ROWS, column],
-                    query_full,
-                    query_slots.index(half),
+                    query_blocks, [row + first_query + half * HALF, column], query_full, query_slots.index(half)
                 )
             published += 1
 
@@ -429,7 +432,7 @@ def _consumer(
     ]
 )
 def span_attention_kernel(
-    query_blocks,  # tensor descriptors [B·N, H·D], blocks [CONSUMER_ROWS or BLOCK_N, D]
+    query_blocks,  # tensor descriptors [B·N, H·D], blocks [BLOCK_M / CONSUMERS or BLOCK_N, D]
     key_blocks,
     value_blocks,
     summary_key_blocks,  # tensor descriptors [B·R, H·D], blocks [BLOCK_N, D]; None without far field
@@ -461,12 +464,11 @@ def span_attention_kernel(
     scale,  # factor on the scores, times log2(e)
     STAGES: gl.constexpr,
 ):
+    HALF: gl.constexpr = query_blocks.block_shape[0]
     BLOCK_N: gl.constexpr = key_blocks.block_shape[0]
     HEAD_DIM: gl.constexpr = key_blocks.block_shape[1]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    query_slots = gl.allocate_shared_memory(
-        query_blocks.dtype, [CONSUMERS, CONSUMER_ROWS, HEAD_DIM], query_blocks.layout
-    )
+    query_slots = gl.allocate_shared_memory(query_blocks.dtype, [CONSUMERS, HALF, HEAD_DIM], query_blocks.layout)
     key_slots = gl.allocate_shared_memory(key_blocks.dtype, [STAGES, BLOCK_N, HEAD_DIM], key_blocks.layout)
     value_slots = gl.allocate_shared_memory(value_blocks.dtype, [STAGES, BLOCK_N, HEAD_DIM], value_blocks.layout)
     item_slot = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
