@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_kernels.geometry import Grid, Grouping
 from grat_kernels.pattern import Block, CrissCross, Far, FarLevel, Full, Pattern, SlidingTile, Union
-from grat_kernels.plan import Plan, Span, build_plan
+from grat_kernels.plan import HeadPlan, Plan, Span, build_head_plan, build_plan
 
 if TYPE_CHECKING:
     from grat_kernels.attention import Ability, Backend, BackendUnavailable, can_run, span_attention
@@ -25,11 +25,13 @@ __all__ = [
     "Full",
     "Grid",
     "Grouping",
+    "HeadPlan",
     "Pattern",
     "Plan",
     "SlidingTile",
     "Span",
     "Union",
+    "build_head_plan",
     "build_plan",
     "can_run",
     "span_attention",

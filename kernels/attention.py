@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 
 from grat_kernels import flex_backend, reference, sdpa_backend, triton_backend
-from grat_kernels.plan import Plan, plan_by_key
+from grat_kernels.plan import HeadPlan, Plan, plan_by_key
 
 
 class Backend(str, Enum):
@@ -78,7 +78,7 @@ def span_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan,
+    plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None = None,
     scale: float | None = None,
     backend: Backend | str = Backend.AUTO,
@@ -89,7 +89,7 @@ def span_attention(
         q: queries `[B, N, H, D]`: image tokens in the plan's order, text before or after them as the plan says.
         k: keys `[B, N, H, D]`.
         v: values `[B, N, H, D]`.
-        plan: what attends what, for N tokens.
+        plan: what attends what, for N tokens; a `HeadPlan` for H heads.
         text_valid: valid text tokens of each sample, `[B]` integers on the device of `q`: later text keys are not
             attended. None means that all are valid.
         scale: factor on the scores, 1/√D by default.
@@ -106,6 +106,8 @@ def span_attention(
         raise ValueError(f"q, k and v must share one shape [B, N, H, D], not {[tuple(t.shape) for t in (q, k, v)]}")
     if q.shape[1] != plan.tokens:
         raise ValueError(f"the plan is for {plan.tokens} tokens, the tensors have {q.shape[1]}")
+    if isinstance(plan, HeadPlan) and q.shape[2] != len(plan.class_of_head):
+        raise ValueError(f"the plan is for {len(plan.class_of_head)} heads, the tensors have {q.shape[2]}")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError("q, k and v must share one dtype and one device")
     if text_valid is not None and text_valid.shape != (q.shape[0],):
@@ -134,13 +136,21 @@ def _operator(
 ) -> torch.Tensor:
     """The operator that torch.compile sees; a plan travels as its key, because operators take no objects."""
     plan = plan_by_key(plan_key)
+    if Backend(backend) is Backend.TRITON:
+        return triton_backend.attention(q, k, v, plan, text_valid, scale).contiguous()
     run = {
         Backend.REFERENCE: reference.attention,
         Backend.SDPA: sdpa_backend.attention,
         Backend.FLEX: flex_backend.attention,
-        Backend.TRITON: triton_backend.attention,
     }[Backend(backend)]
-    return run(q, k, v, plan, text_valid, scale).contiguous()
+    if isinstance(plan, Plan):
+        return run(q, k, v, plan, text_valid, scale).contiguous()
+    # These take one class of heads at a time.
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for number, member in enumerate(plan.classes):
+        heads = plan.heads_of(number)
+        out[:, :, heads] = run(q[:, :, heads], k[:, :, heads], v[:, :, heads], member, text_valid, scale)
+    return out
 
 
 @_operator.register_fake

@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from grat_kernels.geometry import Grouping, IntArray, cell_sizes, nests
-from grat_kernels.pattern import Pattern
+from grat_kernels.geometry import Cell, Grouping, IntArray, cell_sizes, nests
+from grat_kernels.pattern import NOT_ATTENDED, Pattern
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +78,13 @@ class Summaries:
     """The blocks behind all summary rows, level by level, blocks in token order within a level.
 
     Attributes:
+        blocks: block size of each level.
         starts: position of each block's first token in the joint sequence, `[rows]`.
         counts: tokens of each block, `[rows]`; a summary's score gets `+ log(count)`.
         offsets: first row of each level, and the number of rows last, `[levels + 1]`.
     """
 
+    blocks: tuple[Cell, ...]
     starts: IntArray
     counts: IntArray
     offsets: tuple[int, ...]
@@ -102,40 +104,27 @@ class PlanTensors(NamedTuple):
 
 
 _keys = itertools.count(1)
-_plans: WeakValueDictionary[int, Plan] = WeakValueDictionary()
+_plans: WeakValueDictionary[int, Plan | HeadPlan] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What every query attends, for one grid, pattern and text length. Build it with `build_plan`.
+class JointSequence:
+    """Image tokens in group order with text before or after them, and their summaries: what plans are made over.
 
     Attributes:
         grouping: groups and token order of the image tokens, far blocks included.
-        pattern: the pattern it was built from.
         text_len: text tokens of the joint sequence.
         text_first: whether text comes before the image tokens (Flux) or after them (HunyuanVideo).
-        span_lists: the distinct span lists.
-        list_of_group: span list of each group, groups in lexicographic order, `[groups]`.
-        text_list: span list of the text queries; they attend every token exactly.
-        query_runs: runs of queries with one list each, in order of position; they cover the sequence.
         summaries: the blocks of the far field.
         key: a number that names the plan in this process while it lives.
     """
 
     grouping: Grouping
-    pattern: Pattern
     text_len: int
     text_first: bool
-    span_lists: SpanLists
-    list_of_group: IntArray
-    text_list: int
-    query_runs: tuple[QueryRun, ...]
     summaries: Summaries
-    key: int = field(default_factory=lambda: next(_keys))
-    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        _plans[self.key] = self
+    key: int = field(default_factory=lambda: next(_keys), kw_only=True)
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
     def image_tokens(self) -> int:
@@ -166,6 +155,50 @@ class Plan:
     def inverse(self) -> IntArray:
         """`inverse[r]` is the position in group order of image token r."""
         return self.grouping.inverse
+
+    def tensors(self, device: torch.device | str) -> PlanTensors:
+        """Index tensors on a device, moved once."""
+        import torch
+
+        def build() -> PlanTensors:
+            log_counts = torch.from_numpy(np.log(self.summaries.counts).astype(np.float32))
+            order, inverse = torch.from_numpy(self.order), torch.from_numpy(self.inverse)
+            return PlanTensors(*(tensor.to(device) for tensor in (order, inverse, log_counts)))
+
+        return self.cached(("tensors", torch.device(device)), build)
+
+    def cached(self, name: Hashable, build: Callable[[], Any]) -> Any:
+        """The value kept under `name`, built on first use: backends keep their forms of the plan here."""
+        if name not in self._cache:
+            self._cache[name] = build()
+        return self._cache[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(JointSequence):
+    """What every query attends, for one grid, pattern and text length. Build it with `build_plan`.
+
+    Attributes:
+        pattern: the pattern it was built from.
+        span_lists: the distinct span lists.
+        list_of_group: span list of each group, groups in lexicographic order, `[groups]`.
+        text_list: span list of the text queries; they attend every token exactly.
+        query_runs: runs of queries with one list each, in order of position; they cover the sequence.
+    """
+
+    pattern: Pattern
+    span_lists: SpanLists
+    list_of_group: IntArray
+    text_list: int
+    query_runs: tuple[QueryRun, ...]
+
+    def __post_init__(self) -> None:
+        _plans[self.key] = self
+
+    @property
+    def classes(self) -> tuple[Plan, ...]:
+        """The plans of all head classes: this one serves every head."""
+        return (self,)
 
     def spans(self, group: int) -> tuple[Span, ...]:
         """Merged spans of a group, counted in lexicographic order of group coordinates, text included."""
@@ -201,31 +234,53 @@ class Plan:
             squared += np.maximum(span, span.T) ** 2
         return float(np.sqrt(squared.max(where=exact, initial=0.0)))
 
-    def tile_efficiency(self, block_m: int = 128, block_n: int = 128) -> float:
-        """Attended share of the pairs in tiles of `block_m` queries by `block_n` keys, cut from runs and spans."""
-        key_tiles = self.span_lists.sums(-(-self.span_lists.lengths // block_n))
-        executed = sum(-(-run.length // block_m) * int(key_tiles[run.span_list]) for run in self.query_runs)
-        return self.attended_pairs / (executed * block_m * block_n)
+    def tile_efficiency(self, block_m: int = 128, block_n: int = 128, block_tail: int | None = None) -> float:
+        """Share of the pairs computed in tiles that are attended; the rest is work on masked keys and queries.
 
-    def tensors(self, device: torch.device | str) -> PlanTensors:
-        """Index tensors on a device, moved once."""
-        import torch
-
-        def build() -> PlanTensors:
-            log_counts = torch.from_numpy(np.log(self.summaries.counts).astype(np.float32))
-            order, inverse = torch.from_numpy(self.order), torch.from_numpy(self.inverse)
-            return PlanTensors(*(tensor.to(device) for tensor in (order, inverse, log_counts)))
-
-        return self.cached(("tensors", torch.device(device)), build)
-
-    def cached(self, name: Hashable, build: Callable[[], Any]) -> Any:
-        """The value kept under `name`, built on first use: backends keep their forms of the plan here."""
-        if name not in self._cache:
-            self._cache[name] = build()
-        return self._cache[name]
+        Args:
+            block_m: queries per tile, cut from runs.
+            block_n: keys per full tile, cut from spans.
+            block_tail: keys per packed tile, which gathers what full tiles leave over; `block_n` by default.
+        """
+        block_tail = block_tail or block_n
+        lists = self.span_lists
+        packed = -(-lists.sums(lists.lengths % block_n) // block_tail)
+        keys = lists.sums(lists.lengths // block_n) * block_n + packed * block_tail
+        executed = sum(-(-run.length // block_m) * int(keys[run.span_list]) for run in self.query_runs)
+        return self.attended_pairs / (executed * block_m)
 
 
-def plan_by_key(key: int) -> Plan:
+@dataclass(frozen=True, eq=False)
+class HeadPlan(JointSequence):
+    """Plans by attention head, which one kernel launch serves. Build it with `build_head_plan`.
+
+    Attributes:
+        classes: one plan per class of heads; all share token order, text and summaries.
+        class_of_head: class of each head.
+    """
+
+    classes: tuple[Plan, ...]
+    class_of_head: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _plans[self.key] = self
+
+    @property
+    def density(self) -> float:
+        """Attended pairs over all pairs of the joint sequence, mean over heads."""
+        return float(np.mean([self.classes[number].density for number in self.class_of_head]))
+
+    @property
+    def ideal_speedup(self) -> float:
+        """How much less attention work than full attention: 1 / density."""
+        return 1 / self.density
+
+    def heads_of(self, number: int) -> list[int]:
+        """The heads of a class."""
+        return [head for head, owner in enumerate(self.class_of_head) if owner == number]
+
+
+def plan_by_key(key: int) -> Plan | HeadPlan:
     """The living plan of that key.
 
     Raises:
@@ -235,7 +290,43 @@ def plan_by_key(key: int) -> Plan:
 
 
 @lru_cache(maxsize=64)
-def build_plan(grouping: Grouping, pattern: Pattern, text_len: int = 0, text_first: bool = True) -> Plan:
+def build_head_plan(
+    classes: tuple[tuple[Grouping, Pattern], ...],
+    class_of_head: tuple[int, ...],
+    text_len: int = 0,
+    text_first: bool = True,
+) -> HeadPlan:
+    """Builds plans for classes of heads that attend differently; equal arguments give the same plan.
+
+    Args:
+        classes: groups and pattern of each class. Groups may differ in size, but not in the token order.
+        class_of_head: class of each head, counted from 0.
+        text_len: text tokens of the joint sequence.
+        text_first: whether they come before the image tokens.
+
+    Raises:
+        ValueError: if a class has no heads or does not exist, token orders differ, or as for `build_plan`.
+    """
+    if set(class_of_head) != set(range(len(classes))):
+        raise ValueError(
+            f"class_of_head names classes {sorted(set(class_of_head))}, there are {len(classes)}, counted from 0"
+        )
+    blocks = tuple(dict.fromkeys(level.block for _, pattern in classes for level in pattern.far_levels))
+    plans = tuple(build_plan(grouping, pattern, text_len, text_first, blocks) for grouping, pattern in classes)
+    first = plans[0]
+    for plan in plans:
+        if plan.grouping.grid != first.grouping.grid or plan.grouping.cells != first.grouping.cells:
+            raise ValueError(
+                f"heads of one plan share one token order, not those of cells {first.grouping.cells} and "
+                f"{plan.grouping.cells}: give every Grouping the same cells"
+            )
+    return HeadPlan(first.grouping, text_len, text_first, first.summaries, plans, class_of_head)
+
+
+@lru_cache(maxsize=64)
+def build_plan(
+    grouping: Grouping, pattern: Pattern, text_len: int = 0, text_first: bool = True, blocks: tuple[Cell, ...] = ()
+) -> Plan:
     """Builds the plan of a pattern on a grouping; equal arguments give the same plan.
 
     Args:
@@ -243,6 +334,7 @@ def build_plan(grouping: Grouping, pattern: Pattern, text_len: int = 0, text_fir
         pattern: which groups attend which.
         text_len: text tokens of the joint sequence, attended by every query.
         text_first: whether they come before the image tokens.
+        blocks: further block sizes to summarise, for plans that share their summaries.
 
     Raises:
         ValueError: if pattern and grid do not fit, a far block does not nest in a group, or a group attends nothing.
@@ -250,8 +342,9 @@ def build_plan(grouping: Grouping, pattern: Pattern, text_len: int = 0, text_fir
     if text_len < 0:
         raise ValueError(f"text_len cannot be negative: {text_len}")
     pattern.check(grouping.grid.axes)
-    blocks = tuple(level.block for level in pattern.far_levels)
-    for block in blocks:
+    far_blocks = [level.block for level in pattern.far_levels]
+    blocks = tuple(dict.fromkeys((*blocks, *far_blocks)))
+    for block in far_blocks:
         if not nests(block, grouping.group):
             raise ValueError(
                 f"far blocks of {block} do not nest in groups of {grouping.group}: use divisors of the group's sizes"
@@ -261,6 +354,8 @@ def build_plan(grouping: Grouping, pattern: Pattern, text_len: int = 0, text_fir
     # Columns of the level matrix in token order, so that equal neighbours are contiguous keys.
     ranking = np.argsort(grouping.starts)
     levels = pattern.levels(grouping.coordinates, grouping.coordinates, grouping.counts)[:, ranking]
+    # From numbers of the pattern's far levels to numbers of the summaries' levels; NOT_ATTENDED is the last entry.
+    levels = np.asarray([0, *(blocks.index(block) + 1 for block in far_blocks), NOT_ATTENDED], np.int8)[levels]
     distinct, list_of_group = _distinct_rows(levels)
 
     text_start = 0 if text_first else grouping.grid.tokens
@@ -286,14 +381,14 @@ def build_plan(grouping: Grouping, pattern: Pattern, text_len: int = 0, text_fir
         runs.insert(0 if text_first else len(runs), QueryRun(text_start, text_len, text_list))
     return Plan(
         grouping=grouping,
-        pattern=pattern,
         text_len=text_len,
         text_first=text_first,
+        summaries=summaries,
+        pattern=pattern,
         span_lists=span_lists,
         list_of_group=list_of_group,
         text_list=text_list,
         query_runs=_merge_runs(runs),
-        summaries=summaries,
     )
 
 
@@ -308,7 +403,7 @@ def _build_lists(
     grouping: Grouping,
     levels: npt.NDArray[np.int8],
     ranking: IntArray,
-    blocks: tuple[tuple[int, ...], ...],
+    blocks: tuple[Cell, ...],
     text_len: int,
     text_first: bool,
 ) -> tuple[SpanLists, Summaries]:
@@ -345,7 +440,7 @@ def _build_lists(
     bounds = np.searchsorted(rows[by_list], np.arange(whole + 2))
     lists = SpanLists(span_starts[by_list], lengths[by_list], span_levels[by_list], bounds)
     none = np.empty(0, np.int64)
-    return lists, Summaries(np.concatenate([none, *starts]), np.concatenate([none, *counts]), tuple(offsets))
+    return lists, Summaries(blocks, np.concatenate([none, *starts]), np.concatenate([none, *counts]), tuple(offsets))
 
 
 def _merged_spans(attended: npt.NDArray[np.bool_], sizes: IntArray) -> tuple[IntArray, IntArray, IntArray]:

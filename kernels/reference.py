@@ -85,14 +85,15 @@ def _dense_definition(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     The latter is 0 for an attended token, log of a summary's size, or -inf for what is not attended.
     """
     level_of_row, weights = [], [np.zeros((0, plan.image_tokens))]
-    for number, level in enumerate(plan.pattern.far_levels, start=1):
+    for number, size in enumerate(plan.summaries.blocks, start=1):
         # Blocks in order of their first token: the summary order of every backend.
-        _, first, block = np.unique(_cell_of_token(plan, level.block), axis=0, return_index=True, return_inverse=True)
+        _, first, block = np.unique(_cell_of_token(plan, size), axis=0, return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))
         membership = np.zeros((len(first), plan.image_tokens))
         membership[rank[block.reshape(-1)], np.arange(plan.image_tokens)] = 1
         level_of_row += [number] * len(first)
         weights.append(membership / membership.sum(1, keepdims=True))
+    number_of_level = [0, *(plan.summaries.blocks.index(level.block) + 1 for level in plan.pattern.far_levels)]
     means = np.concatenate(weights)
     log_counts = np.log((means > 0).sum(1))
     levels = np.asarray(level_of_row, np.int64)
@@ -112,6 +113,6 @@ def _dense_definition(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
                 keys = plan.image_start + np.flatnonzero((group_of_token == b).all(1))
                 bias[np.ix_(queries, keys)] = 0
             elif level > 0:
-                rows = np.flatnonzero((levels == level) & (group_of_row == b).all(1))
+                rows = np.flatnonzero((levels == number_of_level[level]) & (group_of_row == b).all(1))
                 bias[np.ix_(queries, plan.tokens + rows)] = log_counts[rows]
     return means, bias

@@ -2,8 +2,8 @@
 
 One program computes one tile of queries of one head. Its keys come as a flat list of tiles (`tile_lists`): full tiles
 of tokens, which are the bulk of the work and need neither mask nor bias; full tiles of summaries, which add a bias; and
-partial tiles of either, which add a mask. Flat lists keep one load pipeline alive over all spans, where loops nested
-over spans would restart it for each.
+packed tiles, which gather what is left over of all spans. Flat lists keep one load pipeline alive over all spans, where
+loops nested over spans would restart it for each.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ def span_attention_kernel(
     summary_value_blocks,
     summary_bias,  # [R] fp32: log of the tokens that a row stands for, divided by the scale of the scores
     text_valid,  # [B] int32: valid text tokens; None where all are
-    query_tiles,  # [T, 7] int32, see TileLists
-    key_tiles,  # [n + 1, 2] int32
+    class_of_head,  # [H] int32: which T query tiles a head takes; None where all take the same
+    query_tiles,  # [C·T, 6] int32, see TileLists
+    key_tiles,  # [n + 1] int32
+    packed_rows,  # [P, BLOCK_TAIL] int32
+    packed_bias,  # [P, BLOCK_TAIL] fp32: as summary_bias; 0 for tokens, -inf in empty slots
     query_batch_stride,
     query_token_stride,
     query_head_stride,
@@ -83,7 +86,7 @@ def span_attention_kernel(
     text_start,
     text_stop,
     tile_count,  # T
-    leading_tiles,  # text tiles at the front of the list
+    leading_tiles,  # text tiles at the front
     leading_programs,  # leading_tiles · B · H
     scale,  # factor on the scores, times log2(e)
     HEAD_DIM: tl.constexpr,
@@ -107,14 +110,15 @@ def span_attention_kernel(
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
 
-    entry = query_tiles + tile * 7
+    if class_of_head is not None:
+        tile += tl.load(class_of_head + head) * tile_count
+    entry = query_tiles + tile * 6
     first_query = tl.load(entry)
     query_count = tl.load(entry + 1)
     list_begin = tl.load(entry + 2)
     full_end = tl.load(entry + 3)
     full_summary_end = tl.load(entry + 4)
-    partial_end = tl.load(entry + 5)
-    list_end = tl.load(entry + 6)
+    list_end = tl.load(entry + 5)
 
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -144,10 +148,10 @@ def span_attention_kernel(
     # position would be late.
     key_offsets = columns[:, None].to(tl.int64) * key_token_stride + channels[None, :]
     value_offsets = columns[:, None].to(tl.int64) * value_token_stride + channels[None, :]
-    next_key = tl.load(key_tiles + 2 * list_begin)
+    next_key = tl.load(key_tiles + list_begin)
     for index in tl.range(list_begin, full_end, num_stages=STAGES):
         first_key = next_key
-        next_key = tl.load(key_tiles + 2 * index + 2)
+        next_key = tl.load(key_tiles + index + 1)
         if key_blocks is not None:
             keys = key_blocks.load([batch_row + first_key, head_column])
             values = value_blocks.load([batch_row + first_key, head_column])
@@ -165,10 +169,10 @@ def span_attention_kernel(
         summary_value_base = summary_value + batch * summaries * row_stride + head * HEAD_DIM
         summary_offsets = columns[:, None].to(tl.int64) * row_stride + channels[None, :]
         summary_row = (batch * summaries).to(tl.int32)
-        next_key = tl.load(key_tiles + 2 * full_end)
+        next_key = tl.load(key_tiles + full_end)
         for index in tl.range(full_end, full_summary_end, num_stages=STAGES):
             first_key = next_key
-            next_key = tl.load(key_tiles + 2 * index + 2)
+            next_key = tl.load(key_tiles + index + 1)
             if summary_key_blocks is not None:
                 keys = summary_key_blocks.load([summary_row + first_key, head_column])
                 values = summary_value_blocks.load([summary_row + first_key, head_column])
@@ -180,41 +184,30 @@ def span_attention_kernel(
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
             accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
 
-    # Partial tiles of tokens, all text among them where it may be padded. Keys outside a span are never read: in the
-    # product with the values, 0·NaN would carry a neighbour's NaN into the output.
+    # Packed tiles, all text among them where it may be padded. Only attended keys are read, and zeros stand in empty
+    # slots: in the product with the values, 0·NaN would carry a neighbour's NaN into the output.
     tail = tl.arange(0, BLOCK_TAIL)
-    tail_rows = tail[:, None].to(tl.int64)
-    for index in tl.range(full_summary_end, partial_end, num_stages=STAGES):
-        first_key = tl.load(key_tiles + 2 * index)
-        key_count = tl.load(key_tiles + 2 * index + 1)
-        attended = tail < key_count
+    for index in tl.range(full_summary_end, list_end, num_stages=STAGES):
+        slots = tl.load(key_tiles + index) * BLOCK_TAIL + tail
+        packed = tl.load(packed_rows + slots)
+        bias = tl.load(packed_bias + slots)
+        attended = packed >= 0
         if text_valid is not None:
-            position = first_key + tail
-            padding = (position >= text_start + tl.load(text_valid + batch)) & (position < text_stop)
+            padding = (packed >= text_start + tl.load(text_valid + batch)) & (packed < text_stop)
             attended = attended & (padding == 0)
-        loaded = attended[:, None] & inside[None, :]
-        key_start = key_base + first_key.to(tl.int64) * key_token_stride
-        value_start = value_base + first_key.to(tl.int64) * value_token_stride
-        keys = tl.load(key_start + tail_rows * key_token_stride + channels[None, :], mask=loaded, other=0.0)
-        values = tl.load(value_start + tail_rows * value_token_stride + channels[None, :], mask=loaded, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        scores = tl.where(attended[None, :], scores, float("-inf"))
+            bias = tl.where(attended, bias, float("-inf"))
+        of_tokens = (attended & (packed < tokens))[:, None] & inside[None, :]
+        token_rows = packed[:, None].to(tl.int64)
+        keys = tl.load(key_base + token_rows * key_token_stride + channels[None, :], mask=of_tokens, other=0.0)
+        values = tl.load(value_base + token_rows * value_token_stride + channels[None, :], mask=of_tokens, other=0.0)
+        if summary_key is not None:
+            of_summaries = (packed >= tokens)[:, None] & inside[None, :]
+            offsets = (packed - tokens)[:, None].to(tl.int64) * row_stride + channels[None, :]
+            # Where one load reads, the other gives zeros.
+            keys += tl.load(summary_key_base + offsets, mask=of_summaries, other=0.0)
+            values += tl.load(summary_value_base + offsets, mask=of_summaries, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
         accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
-
-    # Partial tiles of summaries.
-    if summary_key is not None:
-        for index in tl.range(partial_end, list_end, num_stages=STAGES):
-            first_key = tl.load(key_tiles + 2 * index)
-            key_count = tl.load(key_tiles + 2 * index + 1)
-            attended = tail < key_count
-            loaded = attended[:, None] & inside[None, :]
-            start = first_key.to(tl.int64) * row_stride
-            offsets = tail_rows * row_stride + channels[None, :]
-            keys = tl.load(summary_key_base + start + offsets, mask=loaded, other=0.0)
-            values = tl.load(summary_value_base + start + offsets, mask=loaded, other=0.0)
-            bias = tl.load(summary_bias + first_key + tail, mask=attended, other=float("-inf"))
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
-            accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
 
     # Stored by masked pointers: a whole block would overwrite the queries of the next tile.
     output_base = output + batch * tokens * row_stride + head * HEAD_DIM

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import Plan
+    from grat_kernels.plan import JointSequence
 
 
 # Positions or rows that follow one another are a slice, which copies nothing when it selects.
 Selection = slice | torch.Tensor
 
 
-def summarise(tokens: torch.Tensor, plan: Plan) -> torch.Tensor:
+def summarise(tokens: torch.Tensor, plan: JointSequence) -> torch.Tensor:
     """Means over the blocks of every far level, `[B, R, H, D]` from `[B, N, H, D]`, in the dtype of `tokens`.
 
     Accumulates in fp32. Blocks are contiguous in the plan's token order; ragged ones at the borders come in few
@@ -30,7 +30,7 @@ def summarise(tokens: torch.Tensor, plan: Plan) -> torch.Tensor:
     return means
 
 
-def _blocks_by_size(plan: Plan, device: torch.device) -> list[tuple[Selection, Selection, int]]:
+def _blocks_by_size(plan: JointSequence, device: torch.device) -> list[tuple[Selection, Selection, int]]:
     """For each level and block size: summary rows `[n]`, positions of their tokens `[n * count]`, and the size."""
 
     def select(indices: np.ndarray) -> Selection:

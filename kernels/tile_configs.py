@@ -15,7 +15,7 @@ class TileConfig(NamedTuple):
     Attributes:
         block_m: queries per tile.
         block_n: keys per full tile.
-        block_tail: most keys of a partial tile.
+        block_tail: keys per packed tile.
         warps: warps per program.
         stages: depth of the load pipelines.
         form: how full tiles are read: `tma` through tensor descriptors, `pointers` by addresses.

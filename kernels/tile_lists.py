@@ -9,77 +9,136 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from grat_kernels.geometry import IntArray
-    from grat_kernels.plan import Plan
+    from grat_kernels.plan import HeadPlan, Plan
 
 
 class TileLists(NamedTuple):
-    """Work lists of the span kernel.
+    """Work lists of the span kernels.
 
     Attributes:
-        query_tiles: `[T, 7]` int32: first query, queries, then five bounds into `key_tiles`: begin of the list, end of
-            the full tiles of tokens, of the full tiles of summaries, of the partial tiles of tokens, of the partial
-            tiles of summaries. Text tiles come first, because each is as long as the whole sequence, then tiles in
-            order of position.
-        key_tiles: `[n + 1, 2]` int32: first key and keys of each tile; summaries count rows over all levels. A full
-            tile has `block_n` keys, a partial one at most `block_tail`. Shared by all query tiles of one span list;
-            one padding entry at the end.
-        leading: how many query tiles at the front are text tiles.
+        query_tiles: `[C·T, 6]` int32: first query, queries, then bounds into `key_tiles`: begin of the list, end of the
+            full tiles of tokens, end of the full tiles of summaries, end of the list. T tiles for each of C head
+            classes; a class with fewer is filled up with tiles of no queries and no keys. Text tiles come first,
+            because each is as long as the whole sequence, then tiles in order of position.
+        key_tiles: `[n + 1]` int32, shared by all query tiles of one span list: the first key of a full tile of tokens,
+            the first row of a full tile of summaries (rows counted over all levels), the number of a packed tile.
+            One padding entry at the end.
+        packed_rows: `[P, block_tail]` int32: what each slot of a packed tile holds: a position in the joint sequence,
+            or N + r for row r of the summaries, or `EMPTY`.
+        leading: how many query tiles at the front of each class are text tiles.
     """
 
     query_tiles: npt.NDArray[np.int32]
     key_tiles: npt.NDArray[np.int32]
+    packed_rows: npt.NDArray[np.int32]
     leading: int
 
 
-def build_tile_lists(plan: Plan, block_m: int, block_n: int, block_tail: int, *, mask_text: bool) -> TileLists:
+EMPTY = -1
+
+
+def build_tile_lists(
+    plan: Plan | HeadPlan, block_m: int, block_n: int, block_tail: int, *, mask_text: bool
+) -> TileLists:
     """Cuts a plan into tiles.
+
+    Full tiles are runs of `block_n` keys and need no mask. What they leave over of all spans of a list is gathered,
+    one key after another, into packed tiles, so that ragged spans waste next to nothing.
 
     Args:
         plan: what attends what.
         block_m: queries per tile.
         block_n: keys per full tile.
-        block_tail: most keys of a partial tile: what is left of a span after its full tiles is cut this finely, so
-            that ragged spans waste little.
-        mask_text: list all text keys in partial tiles, so that a kernel can mask padded text without a mask in its
+        block_tail: keys per packed tile.
+        mask_text: list all text keys in packed tiles, so that a kernel can mask padded text without a mask in its
             main loops.
     """
+    classes = [_class_lists(member, block_m, block_n, block_tail, mask_text=mask_text) for member in plan.classes]
+    most = max(len(lists.query_tiles) for lists in classes)
+    query_tiles, key_tiles, packed_rows = [], [], []
+    keys = packed = 0
+    for lists in classes:
+        tiles = np.zeros((most, 6), np.int32)
+        tiles[: len(lists.query_tiles)] = lists.query_tiles
+        tiles[: len(lists.query_tiles), 2:] += keys
+        query_tiles.append(tiles)
+        key_tiles.append(lists.key_tiles + np.where(lists.is_packed, packed, 0).astype(np.int32))
+        packed_rows.append(lists.packed_rows)
+        keys += len(lists.key_tiles)
+        packed += len(lists.packed_rows)
+    padding = np.zeros(1, np.int32)
+    return TileLists(
+        np.concatenate(query_tiles),
+        np.concatenate([*key_tiles, padding]),
+        np.concatenate(packed_rows),
+        -(-plan.text_len // block_m),
+    )
+
+
+class _ClassLists(NamedTuple):
+    """`TileLists` of one head class, without padding, and which of its key tiles are packed."""
+
+    query_tiles: npt.NDArray[np.int32]
+    key_tiles: npt.NDArray[np.int32]
+    is_packed: npt.NDArray[np.bool_]
+    packed_rows: npt.NDArray[np.int32]
+
+
+def _class_lists(plan: Plan, block_m: int, block_n: int, block_tail: int, *, mask_text: bool) -> _ClassLists:
     spans = _spans(plan, mask_text)
     full_count = np.where(spans.masked, 0, spans.lengths // block_n)
     full_span, full_offset = _cut(full_count, block_n)
-    tail_starts, tail_lengths = spans.starts + full_count * block_n, spans.lengths - full_count * block_n
-    tail_span, tail_offset = _cut(-(-tail_lengths // block_tail), block_tail)
+    packed_rows, packed_owner = _pack(plan, spans, full_count * block_n, block_tail)
 
-    span = np.concatenate([full_span, tail_span])
-    first = np.concatenate([spans.starts[full_span] + full_offset, tail_starts[tail_span] + tail_offset])
-    tail_keys = np.minimum(block_tail, tail_lengths[tail_span] - tail_offset)
-    keys = np.concatenate([np.full(len(full_span), block_n), tail_keys])
-    # Stretches of a list in this order: full tokens, full summaries, partial tokens, partial summaries.
-    partial = np.arange(len(span)) >= len(full_span)
-    slot = spans.owners[span] * 4 + partial * 2 + spans.of_summaries[span]
+    # Stretches of a list in this order: full tiles of tokens, full tiles of summaries, packed tiles.
+    first = np.concatenate([spans.starts[full_span] + full_offset, np.arange(len(packed_rows))])
+    is_packed = np.arange(len(first)) >= len(full_span)
+    owner = np.concatenate([spans.owners[full_span], packed_owner])
+    kind = np.concatenate([spans.of_summaries[full_span], np.full(len(packed_rows), 2)])
+    slot = owner * 3 + kind
     by_slot = np.argsort(slot, kind="stable")
-    key_tiles = np.zeros((len(span) + 1, 2), np.int32)
-    key_tiles[:-1, 0] = first[by_slot]
-    key_tiles[:-1, 1] = keys[by_slot]
-    bounds = np.searchsorted(slot[by_slot], np.arange(len(plan.span_lists) * 4 + 1))
-    list_bounds = np.stack([bounds[0:-1:4], bounds[1::4], bounds[2::4], bounds[3::4], bounds[4::4]], axis=1)
+    bounds = np.searchsorted(slot[by_slot], np.arange(len(plan.span_lists) * 3 + 1))
+    list_bounds = np.stack([bounds[0:-1:3], bounds[1::3], bounds[2::3], bounds[3::3]], axis=1)
+    return _ClassLists(
+        _query_tiles(plan, block_m, list_bounds), first[by_slot].astype(np.int32), is_packed[by_slot], packed_rows
+    )
 
-    runs = np.asarray(plan.query_runs, np.int64)
-    is_text = (runs[:, 0] == plan.text_start) & (runs[:, 1] == plan.text_len)
-    runs = np.concatenate([runs[is_text], runs[~is_text]])
+
+def _pack(plan: Plan, spans: _Spans, done: IntArray, size: int) -> tuple[npt.NDArray[np.int32], IntArray]:
+    """Packed tiles `[P, size]` of what lies in each span after its first `done` keys, and the list of each tile."""
+    by_owner = np.argsort(spans.owners, kind="stable")
+    left = (spans.lengths - done)[by_owner]
+    start = (spans.starts + done + np.where(spans.of_summaries, plan.tokens, 0))[by_owner]
+    keys_of_list = np.bincount(spans.owners[by_owner], weights=left, minlength=len(plan.span_lists)).astype(np.int64)
+    tiles_of_list = -(-keys_of_list // size)
+    span, offset = _cut(left, 1)
+    # A key's slot: where its list's tiles begin, and how many keys of the list come before it.
+    list_begin, keys_before = np.cumsum(tiles_of_list) - tiles_of_list, np.cumsum(keys_of_list) - keys_of_list
+    owner = spans.owners[by_owner][span]
+    slot = (list_begin[owner] * size - keys_before[owner]) + np.arange(len(span))
+    rows = np.full(int(tiles_of_list.sum()) * size, EMPTY, np.int32)
+    rows[slot] = start[span] + offset
+    return rows.reshape(-1, size), np.repeat(np.arange(len(plan.span_lists)), tiles_of_list)
+
+
+def _query_tiles(plan: Plan, block_m: int, list_bounds: IntArray) -> npt.NDArray[np.int32]:
+    """Query tiles `[T, 6]` of one head class: text first, cut from the runs where they meet the text."""
+    starts, lengths, lists = np.asarray(plan.query_runs, np.int64).T
+    image_starts, text_starts, text_lengths = _at_text(plan, starts, lengths)
+    runs = np.stack(
+        [
+            np.append(text_starts, image_starts),
+            np.append(text_lengths, lengths - text_lengths),
+            np.append(lists, lists),
+        ],
+        axis=1,
+    )
     run, offset = _cut(-(-runs[:, 1] // block_m), block_m)
-    query_tiles = np.empty((len(run), 7), np.int32)
-    query_tiles[:, 0] = runs[run, 0] + offset
-    query_tiles[:, 1] = np.minimum(block_m, runs[run, 1] - offset)
-    query_tiles[:, 2:] = list_bounds[runs[run, 2]]
-    return TileLists(query_tiles, key_tiles, -(-plan.text_len // block_m) if is_text.any() else 0)
-
-
-def tile_efficiency(plan: Plan, block_m: int, block_n: int, block_tail: int) -> float:
-    """Share of the pairs that the tiles compute which are attended; the rest is work on masked keys and queries."""
-    lists = build_tile_lists(plan, block_m, block_n, block_tail, mask_text=False)
-    begin, _, full_summary_end, _, end = lists.query_tiles[:, 2:].T.astype(np.int64)
-    keys = (full_summary_end - begin) * block_n + (end - full_summary_end) * block_tail
-    return plan.attended_pairs / (block_m * int(keys.sum()))
+    tiles = np.empty((len(run), 6), np.int32)
+    tiles[:, 0] = runs[run, 0] + offset
+    tiles[:, 1] = np.minimum(block_m, runs[run, 1] - offset)
+    tiles[:, 2:] = list_bounds[runs[run, 2]]
+    return tiles
 
 
 class _Spans(NamedTuple):
@@ -100,10 +159,8 @@ def _spans(plan: Plan, mask_text: bool) -> _Spans:
     if not mask_text or plan.text_len == 0:
         return _Spans(starts, lists.lengths, owners, of_summaries, np.zeros(len(owners), np.bool_))
 
-    # Text lies at one end of the sequence, so what a span of tokens holds besides text is one piece.
-    text = np.where(of_summaries, 0, _overlap(starts, lists.lengths, plan.text_start, plan.text_len))
-    image_starts = starts + (text if plan.text_first else 0)
-    text_starts = starts + (0 if plan.text_first else lists.lengths - text)
+    image_starts, text_starts, text = _at_text(plan, starts, np.where(of_summaries, 0, lists.lengths))
+    image_starts = np.where(of_summaries, starts, image_starts)
     pieces = np.concatenate([lists.lengths - text, text])
     kept = pieces > 0
     return _Spans(
@@ -115,9 +172,14 @@ def _spans(plan: Plan, mask_text: bool) -> _Spans:
     )
 
 
-def _overlap(starts: IntArray, lengths: IntArray, start: int, length: int) -> IntArray:
-    """How much of each run lies in `start : start + length`."""
-    return np.maximum(0, np.minimum(starts + lengths, start + length) - np.maximum(starts, start))
+def _at_text(plan: Plan, starts: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Runs of positions cut in two: where their image tokens begin, where their text begins, and how much it is.
+
+    Text lies at one end of the sequence, so what a run holds besides text is one piece.
+    """
+    text_stop = plan.text_start + plan.text_len
+    text = np.maximum(0, np.minimum(starts + lengths, text_stop) - np.maximum(starts, plan.text_start))
+    return starts + (text if plan.text_first else 0), starts + (0 if plan.text_first else lengths - text), text
 
 
 def _cut(counts: IntArray, size: int) -> tuple[IntArray, IntArray]:

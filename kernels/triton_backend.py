@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from grat_kernels.launching import LOG2_E, descriptor, device_tiles, fits_descriptor, on_device, padded_head_dim
 from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import TileConfig, architecture_of, tile_config
-from grat_kernels.tile_lists import build_tile_lists
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import Plan
+    from grat_kernels.plan import HeadPlan, Plan
 
 DESCRIPTION = "span kernel in Triton, for CUDA and ROCm devices"
 
-_LOG2_E = 1.4426950408889634
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
-# Smallest inner dimension of a matrix product in Triton.
-_MIN_PADDED_DIM = 16
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None) -> str | None:
@@ -57,7 +53,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: Plan,
+    plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None,
     scale: float,
     *,
@@ -98,7 +94,7 @@ def attention(
     )
     from grat_kernels.span_kernel import span_attention_kernel
 
-    with _on_device(query.device):
+    with on_device(query.device):
         span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
     return output
 
@@ -118,7 +114,7 @@ def launch_of(
     output: torch.Tensor,
     summary_key: torch.Tensor | None,
     summary_value: torch.Tensor | None,
-    plan: Plan,
+    plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None,
     scale: float,
     config: TileConfig,
@@ -135,13 +131,13 @@ def launch_of(
     block_m, block_n, block_tail, warps, stages, form = config
     if plan.text_len == 0:
         text_valid = None
-    tiles = _device_tiles(plan, device, block_m, block_n, block_tail, mask_text=text_valid is not None)
+    tiles = device_tiles(plan, device, block_m, block_n, block_tail, scale, mask_text=text_valid is not None)
     blocks: list[Any] = [None] * 5
     if form == "tma":
         if not all(fits_descriptor(tensor) for tensor in (query, key, value)):
             raise ValueError("these tensors cannot be read through tensor descriptors: use the pointer form")
         sources = ((query, block_m), (key, block_n), (value, block_n), (summary_key, block_n), (summary_value, block_n))
-        blocks = [None if tensor is None else _descriptor(tensor, rows) for tensor, rows in sources]
+        blocks = [None if tensor is None else descriptor(tensor, rows) for tensor, rows in sources]
     arguments = (
         query,
         key,
@@ -151,10 +147,13 @@ def launch_of(
         summary_key,
         summary_value,
         *blocks[3:],
-        None if summary_key is None else _summary_bias(plan, device, scale),
+        tiles.summary_bias,
         None if text_valid is None else text_valid.to(device, torch.int32),
+        tiles.class_of_head,
         tiles.query_tiles,
         tiles.key_tiles,
+        tiles.packed_rows,
+        tiles.packed_bias,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -164,10 +163,10 @@ def launch_of(
         plan.summaries.rows,
         plan.text_start,
         plan.text_start + plan.text_len,
-        len(tiles.query_tiles),
+        tiles.count,
         tiles.leading,
         tiles.leading * batch * heads,
-        scale * _LOG2_E,
+        scale * LOG2_E,
     )
     options = {
         "HEAD_DIM": head_dim,
@@ -178,7 +177,7 @@ def launch_of(
         "STAGES": stages,
         "num_warps": warps,
     }
-    return Launch(len(tiles.query_tiles) * batch * heads, arguments, options)
+    return Launch(tiles.count * batch * heads, arguments, options)
 
 
 def config_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> TileConfig:
@@ -191,68 +190,6 @@ def config_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> T
         architecture = architecture_of(torch.cuda.get_device_capability(query.device))
     descriptors = all(fits_descriptor(tensor) for tensor in (query, key, value))
     return tile_config(architecture, query.shape[3], query.element_size() * 8, descriptors=descriptors)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Channels that a tile holds: the next power of two, and at least what a matrix product takes."""
-    return max(_MIN_PADDED_DIM, 1 << (head_dim - 1).bit_length())
-
-
-def fits_descriptor(tensor: torch.Tensor) -> bool:
-    """Whether a tensor `[B, N, H, D]` can be read as a matrix `[B·N, H·D]` by the tensor memory accelerator.
-
-    It wants a 16-byte aligned start and row length (CUDA driver API, cuTensorMapEncodeTiled), and a block that does
-    not reach into the next head.
-    """
-    batch, tokens, heads, head_dim = tensor.shape
-    batch_stride, token_stride, head_stride, channel_stride = tensor.stride()
-    return (
-        channel_stride == 1
-        and head_dim == padded_head_dim(head_dim)
-        and (heads == 1 or head_stride == head_dim)
-        and (batch == 1 or batch_stride == tokens * token_stride)
-        and token_stride >= heads * head_dim
-        and token_stride * tensor.element_size() % 16 == 0
-        and tensor.data_ptr() % 16 == 0
-        and batch * tokens < 2**31
-    )
-
-
-def _descriptor(tensor: torch.Tensor, rows: int) -> Any:
-    """`tensor` as a matrix `[B·N, H·D]`, read in blocks of `rows` tokens of one head."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    batch, tokens, heads, head_dim = tensor.shape
-    return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], [rows, head_dim])
-
-
-class _DeviceTiles(NamedTuple):
-    """`TileLists` on a device."""
-
-    query_tiles: torch.Tensor
-    key_tiles: torch.Tensor
-    leading: int
-
-
-def _device_tiles(
-    plan: Plan, device: torch.device, block_m: int, block_n: int, block_tail: int, *, mask_text: bool
-) -> _DeviceTiles:
-    def build() -> _DeviceTiles:
-        tiles = build_tile_lists(plan, block_m, block_n, block_tail, mask_text=mask_text)
-        query_tiles, key_tiles = (torch.from_numpy(table).to(device) for table in (tiles.query_tiles, tiles.key_tiles))
-        return _DeviceTiles(query_tiles, key_tiles, tiles.leading)
-
-    return plan.cached(("triton tiles", device, block_m, block_n, block_tail, mask_text), build)
-
-
-def _summary_bias(plan: Plan, device: torch.device, scale: float) -> torch.Tensor:
-    """What is added to a summary's score before scaling, so that log of its count is added after, `[R]` fp32."""
-    return plan.cached(("triton summary bias", device, scale), lambda: plan.tensors(device).log_counts / scale)
-
-
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a CUDA device current: Triton launches on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _interpreter_obstacle(dtype: torch.dtype) -> str | None:

@@ -18,6 +18,7 @@ from grat_kernels import (
     Grid,
     Grouping,
     Union,
+    build_head_plan,
     build_plan,
     sdpa_backend,
     span_attention,
@@ -171,3 +172,57 @@ def test_summaries_equal_a_plain_dense_computation(backend: Backend) -> None:
     query, key, value = (tensor[order][None, :, None].float() for tensor in (query, key, value))
     output = span_attention(query, key, value, plan, backend=backend)[0, torch.from_numpy(plan.inverse), 0]
     assert (output - expected).abs().max() <= error_bound(query, key, value, 1 / math.sqrt(32))
+
+
+CELLS = ((8, 8), (4, 4), (2, 2))
+HEAD_PLAN = build_head_plan(
+    (
+        (Grouping(Grid((9, 18)), (8, 8), CELLS), Union(Block(0), Far([(0, (2, 2))]))),
+        (Grouping(Grid((9, 18)), (4, 4), CELLS), CrissCross()),
+        (Grouping(Grid((9, 18)), (4, 4), CELLS), Union(Block(0), Far([(0, (2, 2)), (1, (4, 4))]))),
+        (Grouping(Grid((9, 18)), (8, 8), CELLS), Full()),
+    ),
+    class_of_head=(2, 0, 1, 0, 3),
+    text_len=7,
+)
+
+
+# Tiles that fill up the shorter classes have no keys: 0/0, computed and not stored.
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+@pytest.mark.parametrize("backend", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("padded", [False, True], ids=["all text", "padded text"])
+def test_heads_of_different_classes_attend_differently(backend: Backend, padded: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(2, HEAD_PLAN.tokens, 5, 32, generator=generator) for _ in range(3))
+    text_valid = torch.tensor([7, 2]) if padded else None
+    scale = 1 / math.sqrt(32)
+    output = span_attention(query, key, value, HEAD_PLAN, text_valid, backend=backend)
+    assert output.is_contiguous()
+    for head, number in enumerate(HEAD_PLAN.class_of_head):
+        one_head = slice(head, head + 1)
+        expected = definition.attention(
+            query[:, :, one_head].double(),
+            key[:, :, one_head].double(),
+            value[:, :, one_head].double(),
+            HEAD_PLAN.classes[number],
+            text_valid,
+            scale,
+            torch.float64,
+        )
+        error = (output[:, :, head : head + 1] - expected).abs().max()
+        assert error <= error_bound(query, key, value, scale)
+
+
+def test_head_plans_say_what_does_not_fit() -> None:
+    near = (Grouping(Grid((8, 8)), (4, 4)), Block(0))
+    with pytest.raises(ValueError, match="counted from 0"):
+        build_head_plan((near,), (0, 1))
+    with pytest.raises(ValueError, match="counted from 0"):
+        build_head_plan((near, near), (0, 0))
+    with pytest.raises(ValueError, match="share one token order"):
+        build_head_plan((near, (Grouping(Grid((8, 8)), (8, 8)), Block(0))), (0, 1))
+    query = torch.randn(1, HEAD_PLAN.tokens, 3, 32)
+    with pytest.raises(ValueError, match="5 heads, the tensors have 3"):
+        span_attention(query, query, query, HEAD_PLAN)
+    assert HEAD_PLAN.density == pytest.approx(sum(HEAD_PLAN.classes[c].density for c in (2, 0, 1, 0, 3)) / 5)
+    assert build_head_plan((near, near), (0, 1)) is build_head_plan((near, near), (0, 1))

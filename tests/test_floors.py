@@ -19,6 +19,7 @@ FLOORS = (
     ("geometry", "padded_text", "sass", "span_kernel", "summaries", "tile_configs", "tile_lists"),
     ("pattern",),
     ("plan",),
+    ("launching",),
     ("reference", "sdpa_backend", "flex_backend", "triton_backend"),
     ("attention", "aot"),
     ("grat_kernels",),
@@ -42,7 +43,7 @@ FLOORS = (
     ("app",),
     ("__main__",),
 )
-KERNEL_FLOORS = 6
+KERNEL_FLOORS = 7
 NOT_IN_KERNELS = {"diffusers", "transformers", "typer", "yaml", "pydantic", "rich", "PIL", "grat_cli", "grat_presets"}
 
 

@@ -25,6 +25,7 @@ from grat_kernels import (
     reference,
     triton_backend,
 )
+from grat_kernels.launching import fits_descriptor
 from grat_kernels.tile_configs import TileConfig
 
 if torch.cuda.is_available():
@@ -164,7 +165,7 @@ def test_layouts_give_the_same_result(layout) -> None:
     expected = run(query, key, value, plan)
     assert torch.equal(run(layout(query), layout(key), layout(value), plan), expected)
     assert torch.equal(run(query, layout(key), value, plan), expected)
-    descriptors = all(triton_backend.fits_descriptor(layout(tensor)) for tensor in (query, key, value))
+    descriptors = all(fits_descriptor(layout(tensor)) for tensor in (query, key, value))
     assert descriptors == (layout is _part_of_a_projection)
     if descriptors:
         with_descriptors = run(layout(query), layout(key), layout(value), plan, config=DESCRIPTORS)

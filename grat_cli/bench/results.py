@@ -118,7 +118,7 @@ class BenchResult:
     """A whole benchmark.
 
     Attributes:
-        settings: everything else that the figures depend on: heads, head dimension, layers, repetitions, model, prompts.
+        settings: what else the figures depend on: heads, head dimension, layers, repetitions, model, prompts.
         contact_sheet: file name of the pictures side by side, beside the other outputs; None without pictures.
     """
 

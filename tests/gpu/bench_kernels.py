@@ -27,7 +27,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, build_plan, triton_backend
 from grat_kernels import Union as Join
 from grat_kernels.summaries import summarise
-from grat_kernels.tile_lists import tile_efficiency
 
 HEADS, HEAD_DIM = 24, 128
 
@@ -166,7 +165,7 @@ def bench(name: str, case: Case, dtype: torch.dtype, repetitions: int, seconds: 
                 case=name,
                 variant=variant,
                 density=density,
-                tile_efficiency=tile_efficiency(plan, *config[:3]) if variant in plans else None,
+                tile_efficiency=plan.tile_efficiency(*config[:3]) if variant in plans else None,
                 median_ms=median,
                 min_ms=min(times[variant]),
                 max_ms=max(times[variant]),

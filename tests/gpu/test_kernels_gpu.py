@@ -30,6 +30,7 @@ from grat_kernels import (
     reference,
     triton_backend,
 )
+from grat_kernels.launching import fits_descriptor
 from grat_kernels.tile_configs import TABLE, Row, TileConfig, architecture_of, tile_config
 
 pytestmark = [
@@ -211,7 +212,7 @@ def test_layouts(dtype: torch.dtype) -> None:
         (shifted, False),
         ((query, fused[1], value), True),
     ):
-        assert all(triton_backend.fits_descriptor(tensor) for tensor in (one, two, three)) == fits
+        assert all(fits_descriptor(tensor) for tensor in (one, two, three)) == fits
         assert_accurate(run(one, two, three, plan), query, key, value, plan)
 
 
@@ -262,6 +263,8 @@ def test_strides_of_more_than_two_to_the_31_elements() -> None:
 SANITIZED = """
 import torch
 from grat_kernels import Block, Far, Grid, Grouping, Union, build_plan, triton_backend
+from grat_kernels.launching import fits_descriptor
+from grat_kernels.launching import fits_descriptor
 from grat_kernels.tile_configs import architecture_of, tile_config
 
 architecture = architecture_of(torch.cuda.get_device_capability())
@@ -270,7 +273,7 @@ for dtype in (torch.bfloat16, torch.float32):
         for text_first in (True, False):
             plan = build_plan(Grouping(Grid((21, 37)), (8, 16)), Union(Block(0), Far([(0, (1, 2))])), 19, text_first)
             tensors = [torch.randn(2, plan.tokens, 2, head_dim, device="cuda").to(dtype) for _ in range(3)]
-            for descriptors in {False, all(map(triton_backend.fits_descriptor, tensors))}:
+            for descriptors in {False, all(map(fits_descriptor, tensors))}:
                 config = tile_config(architecture, head_dim, dtype.itemsize * 8, descriptors=descriptors)
                 for text_valid in (None, torch.tensor([19, 4], device="cuda")):
                     triton_backend.attention(*tensors, plan, text_valid, 0.1, config=config)

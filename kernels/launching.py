@@ -1,0 +1,114 @@
+"""What the launchers of all compiled kernels share: layouts they can read, and a plan's tables on a device."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from grat_kernels.plan import HeadPlan
+from grat_kernels.tile_lists import EMPTY, build_tile_lists
+
+if TYPE_CHECKING:
+    from grat_kernels.plan import Plan
+
+LOG2_E = 1.4426950408889634
+# Smallest inner dimension of a matrix product in Triton.
+_MIN_PADDED_DIM = 16
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Channels that a tile holds: the next power of two, and at least what a matrix product takes."""
+    return max(_MIN_PADDED_DIM, 1 << (head_dim - 1).bit_length())
+
+
+def fits_descriptor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor `[B, N, H, D]` can be read as a matrix `[B·N, H·D]` by the tensor memory accelerator.
+
+    It wants a 16-byte aligned start and row length (CUDA driver API, cuTensorMapEncodeTiled), and a block that does
+    not reach into the next head.
+    """
+    batch, tokens, heads, head_dim = tensor.shape
+    batch_stride, token_stride, head_stride, channel_stride = tensor.stride()
+    return (
+        channel_stride == 1
+        and head_dim == padded_head_dim(head_dim)
+        and (heads == 1 or head_stride == head_dim)
+        and (batch == 1 or batch_stride == tokens * token_stride)
+        and token_stride >= heads * head_dim
+        and token_stride * tensor.element_size() % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+        and batch * tokens < 2**31
+    )
+
+
+def descriptor(tensor: torch.Tensor, rows: int) -> Any:
+    """`tensor` `[B, N, H, D]` as a matrix `[B·N, H·D]`, read in blocks of `rows` tokens of one head."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, tokens, heads, head_dim = tensor.shape
+    return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], [rows, head_dim])
+
+
+class DeviceTiles(NamedTuple):
+    """`TileLists` on a device, with the scores' biases.
+
+    Attributes:
+        class_of_head: class of each head, `[H]` int32; None where there is one class.
+        packed_bias: what is added to the score of each slot before scaling, `[P, block_tail]` fp32.
+        summary_bias: the same for each summary row, `[R]` fp32; None without far field.
+        count: query tiles of one class, T.
+    """
+
+    query_tiles: torch.Tensor
+    key_tiles: torch.Tensor
+    packed_rows: torch.Tensor
+    packed_bias: torch.Tensor
+    summary_bias: torch.Tensor | None
+    class_of_head: torch.Tensor | None
+    count: int
+    leading: int
+
+
+def device_tiles(
+    plan: Plan | HeadPlan,
+    device: torch.device,
+    block_m: int,
+    block_n: int,
+    block_tail: int,
+    scale: float,
+    *,
+    mask_text: bool,
+) -> DeviceTiles:
+    """A plan's tile lists on a device, moved once; arguments as for `build_tile_lists`.
+
+    Args:
+        scale: factor on the scores. Biases are divided by it, so that what is added after scaling is the logarithm of
+            the tokens that a summary stands for.
+    """
+
+    def build() -> DeviceTiles:
+        tiles = build_tile_lists(plan, block_m, block_n, block_tail, mask_text=mask_text)
+        summary_bias = (np.log(plan.summaries.counts) / scale).astype(np.float32)
+        # Bias of any position: 0 for tokens, then the summaries, -inf last, where EMPTY finds it.
+        bias = np.concatenate([np.zeros(plan.tokens, np.float32), summary_bias, np.full(1, -np.inf, np.float32)])
+        assert EMPTY == -1
+        classes = [np.asarray(plan.class_of_head, np.int32)] if isinstance(plan, HeadPlan) else []
+        tables = [tiles.query_tiles, tiles.key_tiles, tiles.packed_rows, bias[tiles.packed_rows], summary_bias]
+        moved = [torch.from_numpy(table).to(device) for table in (*tables, *classes)]
+        return DeviceTiles(
+            *moved[:4],
+            summary_bias=moved[4] if plan.summaries.rows else None,
+            class_of_head=moved[5] if classes else None,
+            count=len(tiles.query_tiles) // len(plan.classes),
+            leading=tiles.leading,
+        )
+
+    return plan.cached(("device tiles", device, block_m, block_n, block_tail, scale, mask_text), build)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a CUDA device current: Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
