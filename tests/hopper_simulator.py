@@ -404,6 +404,12 @@ class Product:
 # Threads -----------------------------------------------------------------------------------------------------------
 
 
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 @dataclass
 class Role:
     """A thread of the simulation: one role of one program."""
@@ -414,7 +420,7 @@ class Role:
     condition: Callable[[], bool] | None = None
     waits_for: str = ""
     finished: bool = False
-    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    turn: threading.Lock = field(default_factory=_locked)
     products: list[Product] = field(default_factory=list)
     copies: list[Callable[[], None]] = field(default_factory=list)
     groups: list[list[Callable[[], None]]] = field(default_factory=list)
@@ -436,9 +442,9 @@ class Simulation:
         self.memory = GlobalMemory()
         self.roles: list[Role] = []
         self.current: Role | None = None
-        self.in_flight: list[tuple[float, Callable[[], None]]] = []
+        self.in_flight: list[Callable[[], None]] = []
         self.failure: BaseException | None = None
-        self._idle = threading.Semaphore(0)
+        self._end = _locked()
         # Some roles and the asynchronous work may be slow as a whole.
         self._speeds = [self.random.choice([0.03, 0.3, 1.0, 1.0]) for _ in range(4)]
         self.kernel = self._load(SOURCE.read_text() if source is None else source)
@@ -459,13 +465,10 @@ class Simulation:
         constants = {name: value for name, value in launch.options.items() if name.isupper()}
         for program in range(self.programs):
             self._start(f"consumer 0 of program {program}", program, 0, lambda: self.kernel(*arguments, **constants))
-        while not all(role.finished for role in self.roles):
-            self._step()
-            if self.failure:
-                self._stop()
-                raise self.failure
-        while self.in_flight:
-            self._finish_one()
+        self._choose().turn.release()
+        self._end.acquire()
+        if self.failure:
+            raise self.failure
 
     def written(self, tensor: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """What lies in a contiguous tensor after the run, and how often each of its elements was written."""
@@ -480,10 +483,13 @@ class Simulation:
         role = self.current
         assert role is not None
         role.condition, role.waits_for = condition, waits_for
-        self._idle.release()
-        role.turn.acquire()
+        chosen = self._choose()
+        if chosen is not role:
+            chosen.turn.release()
+            role.turn.acquire()
         if self.failure:
             raise _Stopped
+        self.current = role
         role.condition = None
 
     def _start(self, name: str, program: int, kind: int, body: Callable[[], None]) -> Role:
@@ -491,58 +497,65 @@ class Simulation:
 
         def run() -> None:
             role.turn.acquire()
+            if self.failure:
+                return
+            self.current = role
             try:
-                if not self.failure:
-                    body()
-                    if role.products or role.copies or role.groups:
-                        raise ProtocolError(f"{role.name} ends without waiting for what it started")
+                body()
+                if role.products or role.copies or role.groups:
+                    raise ProtocolError(f"{role.name} ends without waiting for what it started")
+                role.finished = True
+                while self.in_flight and all(role.finished for role in self.roles):
+                    self._finish_one()
+                following = None if all(role.finished for role in self.roles) else self._choose()
             except _Stopped:
-                pass
+                return
             except BaseException as error:
-                self.failure = error
-            role.finished = True
-            self._idle.release()
+                self._fail(error)
+                return
+            (self._end if following is None else following.turn).release()
 
         self.roles.append(role)
         threading.Thread(target=run, daemon=True).start()
         return role
 
-    def _step(self) -> None:
-        ready = [role for role in self.roles if not role.finished and (role.condition is None or role.condition())]
-        choices: list[tuple[float, Any]] = [(role.weight, role) for role in ready]
-        if self.in_flight or any(role.products or role.groups for role in self.roles):
-            choices.append((self._speeds[3], None))
-        if not choices:
-            waiting = ", ".join(f"{role.name} for {role.waits_for}" for role in self.roles if not role.finished)
-            self.failure = ProtocolError(f"deadlock: {waiting}")
-            return
-        (_, chosen), *_ = self.random.choices(choices, [weight for weight, _ in choices])
-        if chosen is None:
-            try:
-                self._finish_one()
-            except BaseException as error:
-                self.failure = error
-            return
-        self.current = chosen
-        chosen.turn.release()
-        self._idle.acquire()
+    def _choose(self) -> Role:
+        """Ends some of what is under way, and picks who runs next."""
+        while True:
+            ready = [role for role in self.roles if not role.finished and (role.condition is None or role.condition())]
+            choices: list[Role | None] = [*ready]
+            weights = [role.weight for role in ready]
+            if self.in_flight or any(role.products or role.groups for role in self.roles):
+                choices.append(None)
+                weights.append(self._speeds[3])
+            if not choices:
+                waiting = ", ".join(f"{role.name} for {role.waits_for}" for role in self.roles if not role.finished)
+                raise ProtocolError(f"deadlock: {waiting}")
+            chosen = self.random.choices(choices, weights)[0]
+            if chosen is not None:
+                return chosen
+            self._finish_one()
 
     def _finish_one(self) -> None:
         """Something asynchronous ends: a copy in any order, of products and copied rows of a role the oldest."""
-        ends: list[Callable[[], None]] = []
-        for number in range(len(self.in_flight)):
-            ends.append(lambda number=number: self.in_flight.pop(number)[1]())
+        ends: list[Callable[[], Any]] = []
+        if self.in_flight:
+            number = self.random.randrange(len(self.in_flight))
+            ends.append(lambda: self.in_flight.pop(number)())
         for role in self.roles:
             if role.products:
                 ends.append(lambda role=role: role.products.pop(0).finish())
             if role.groups:
                 ends.append(lambda role=role: [copy() for copy in role.groups.pop(0)])
-        if ends:
-            self.random.choice(ends)()
+        self.random.choice(ends)()
 
-    def _stop(self) -> None:
+    def _fail(self, error: BaseException) -> None:
+        """Ends the simulation: every thread wakes up and stops."""
+        self.failure = error
         for role in self.roles:
-            role.turn.release()
+            if role.turn.locked():
+                role.turn.release()
+        self._end.release()
 
     # The Gluon language
 
@@ -694,7 +707,7 @@ class Simulation:
             target.slot.unfenced = False
             barrier.complete(target.content.size * ELEMENT_BYTES)
 
-        self.in_flight.append((0.0, finish))
+        self.in_flight.append(finish)
 
     def _async_copy(self) -> SimpleNamespace:
         def copy(target: View, pointers: Pointers, mask: Array) -> None:
@@ -702,7 +715,7 @@ class Simulation:
             role = self.current
             assert role is not None
             if target.shape != list(pointers.addresses.shape) or target.content.shape[0] == 0:
-                raise ProtocolError(f"{target.shape} rows by {pointers.addresses.shape} addresses")
+                raise ProtocolError(f"{pointers.addresses.shape} addresses for a slot of {target.shape}")
             target.slot.begin_write()
             target.slot.loading += 1
             target.slot.unfenced = True
