@@ -154,16 +154,17 @@ def test_programs_share_the_work() -> None:
 
 # A line of the kernel, what stands there instead, and how that shows.
 FAULTS = {
-    "refill waits for one consumer": ("init(key_empty.index(slot), count=CONSUMERS)", "init(key_empty.index(slot), count=1)", "arrivals|overwritten"),
-    "values: refill waits for one consumer": ("init(value_empty.index(slot), count=CONSUMERS)", "init(value_empty.index(slot), count=1)", "arrivals|overwritten"),
-    "queries: refill waits for one consumer": ("init(query_empty, count=CONSUMERS)", "init(query_empty, count=1)", "arrivals|overwritten"),
-    "refill does not wait": ("    mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)\n    mbarrier.expect", "    mbarrier.expect", "overwritten|arrivals"),
-    "packed refill does not wait": ("    mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)\n    for", "    for", "overwritten|arrivals"),
+    "refill waits for one consumer": ("init(key_empty.index(slot), count=CONSUMERS)", "init(key_empty.index(slot), count=1)", "arrivals|overwritten|deadlock"),
+    "values: refill waits for one consumer": ("init(value_empty.index(slot), count=CONSUMERS)", "init(value_empty.index(slot), count=1)", "arrivals|overwritten|deadlock"),
+    "queries: refill waits for one consumer": ("init(query_empty, count=CONSUMERS)", "init(query_empty, count=1)", "arrivals|overwritten|deadlock"),
+    "refill does not wait": ("    mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)\n    mbarrier.expect", "    mbarrier.expect", "overwritten|arrivals|deadlock"),
+    "packed refill does not wait": ("    mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)\n    for", "    for", "overwritten|arrivals|deadlock"),
     "wrong parity of the refill": ("((step // STAGES) & 1) ^ 1", "(step // STAGES) & 1", "deadlock"),
     "queries: wrong parity of the refill": ("(published & 1) ^ 1", "published & 1", "deadlock"),
     "keys: wrong parity": ("mbarrier.wait(key_full.index(next_slot), ((step + 1) // STAGES) & 1)", "mbarrier.wait(key_full.index(next_slot), (step // STAGES) & 1)", "loaded|deadlock|overwritten|wrong"),
     "values are not awaited": ("    mbarrier.wait(value_full.index(slot), (step // STAGES) & 1)\n    pending", "    pending", "loaded|wrong"),
-    "keys are released too early": ("    scores = warpgroup_mma_wait(num_outstanding=1, deps=(pending_scores,))\n    mbarrier.arrive(key_empty.index(next_slot), count=1)\n", "    mbarrier.arrive(key_empty.index(next_slot), count=1)\n    scores = warpgroup_mma_wait(num_outstanding=1, deps=(pending_scores,))\n", "overwritten"),
+    "keys are released too early": ("        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))\n        mbarrier.arrive(key_empty.index(slot), count=1)\n", "        mbarrier.arrive(key_empty.index(slot), count=1)\n        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))\n", "overwritten"),
+    "values are released too early": ("    accumulator, next_weights, decay, total = warpgroup_mma_wait(\n        num_outstanding=0, deps=(pending_output, next_weights, decay, total)\n    )\n    mbarrier.arrive(value_empty.index(slot), count=1)\n", "    mbarrier.arrive(value_empty.index(slot), count=1)\n    accumulator, next_weights, decay, total = warpgroup_mma_wait(\n        num_outstanding=0, deps=(pending_output, next_weights, decay, total)\n    )\n", "overwritten"),
     "values are never released": ("    mbarrier.arrive(value_empty.index(slot), count=1)\n    accumulator = accumulator *", "    accumulator = accumulator *", "deadlock"),
     "queries are released too early": ("        # Queries are not read any more", "        mbarrier.arrive(query_empty, count=1)\n        # Queries", "arrivals|overwritten|deadlock"),
     "scores are not awaited": ("num_outstanding=1, deps=(pending_scores,)", "num_outstanding=2, deps=(pending_scores,)", "before its matrix product"),
