@@ -97,7 +97,15 @@ def attention(
     if plan.summaries.rows and summaries is None:
         summaries = (summarise(key, plan), summarise(value, plan))
     launch = launch_of(
-        query, key, value, output, *(summaries or (None, None)), plan, text_valid, scale, config or HOPPER[query.shape[3]]
+        query,
+        key,
+        value,
+        output,
+        *(summaries or (None, None)),
+        plan,
+        text_valid,
+        scale,
+        config or HOPPER[query.shape[3]],
     )
     from grat_kernels.hopper_kernel import span_attention_kernel
 
@@ -193,5 +201,6 @@ def _descriptor(tensor: torch.Tensor, rows: int) -> Any:
 
     batch, tokens, heads, head_dim = tensor.shape
     block = [rows, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16)
+    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    layout: Any = gl.NVMMASharedLayout.get_default_for(block, element)
     return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], block, layout)

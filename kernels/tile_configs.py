@@ -102,7 +102,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
 }
 
 
-
 class HopperConfig(NamedTuple):
     """How the Hopper kernel is compiled for one head dimension.
 

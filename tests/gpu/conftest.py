@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def hang_guard(request: pytest.FixtureRequest) -> Iterator[None]:
 
     A kernel that waits for ever cannot be interrupted: only the end of its process takes it off the device.
     """
-    capture = request.config.pluginmanager.getplugin("capturemanager")
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         stderr = os.dup(2)
     faulthandler.dump_traceback_later(SECONDS_PER_TEST, exit=True, file=stderr)

@@ -102,7 +102,8 @@ def test_heads_of_several_classes(stages: int) -> None:
     output = run(query, key, value, plan, config=HOPPER[128]._replace(stages=stages))
     for number, member in enumerate(plan.classes):
         heads = plan.heads_of(number)
-        assert_accurate(output[:, :, heads].contiguous(), *(t[:, :, heads] for t in (query, key, value)), member)
+        part = output[:, :, heads].contiguous()
+        assert_accurate(part, query[:, :, heads], key[:, :, heads], value[:, :, heads], member)
 
 
 def test_layouts() -> None:
@@ -115,9 +116,9 @@ def test_layouts() -> None:
     for tensor in (query, key, value):
         buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")
         shifted.append(buffer[1:].view(tensor.shape).copy_(tensor))
-    for tensors, fits in ((heads_first, False), (fused, True), (shifted, False)):
-        assert all(map(fits_descriptor, tensors)) == fits
-        assert_accurate(run(*tensors, plan), query, key, value, plan)
+    for (one, two, three), fits in ((heads_first, False), (fused, True), (shifted, False)):
+        assert all(map(fits_descriptor, (one, two, three))) == fits
+        assert_accurate(run(one, two, three, plan), query, key, value, plan)
 
 
 def test_summaries_may_be_given() -> None:
