@@ -1,4 +1,4 @@
-"""A kernel that hangs ends the run instead of holding the machine."""
+"""Guards of the GPU tests: a kernel that hangs ends its process, with the test's name, in place of hanging forever."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 
-# The longest test compiles a few kernels and computes some seconds.
-SECONDS_PER_TEST = 300
+SECONDS_PER_TEST = 240
 
 
 @pytest.fixture(autouse=True)
 def hang_guard(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ends the process where a test takes too long, and shows where it stands.
-
-    A kernel that waits for ever cannot be interrupted: only the end of its process takes it off the device.
-    """
+    """Ends the process if a test takes too long: no exception reaches a thread that waits for the device."""
     capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+    # Where pytest captures nothing: what it holds back is lost when the process ends.
     with capture.global_and_fixture_disabled():
         stderr = os.dup(2)
     faulthandler.dump_traceback_later(SECONDS_PER_TEST, exit=True, file=stderr)
