@@ -55,7 +55,7 @@ def test_a_thousand_launches_end_and_agree() -> None:
     assert torch.equal(*outputs)
 
 
-def test_agrees_with_the_triton_kernel_at_the_size_of_a_video() -> None:
+def test_agrees_with_another_kernel_at_the_size_of_a_video() -> None:
     plan = build_plan(Grouping(Grid((33, 45, 80)), (4, 8, 8)), Block(1), 256, text_first=False)
     query, key, value = random_tensors(plan, 1, 4, 128, torch.bfloat16)
     text_valid = torch.tensor([100], device="cuda")
