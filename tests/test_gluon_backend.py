@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,13 +191,15 @@ def test_what_it_cannot_run_is_said() -> None:
         assert "no device cuda" in (gluon_backend.obstacle(cuda, torch.float16, 64, 1) or "")
 
 
-def test_triton_may_be_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'triton'")
-
-    for absent in (missing, lambda name: None):
-        monkeypatch.setattr(importlib.util, "find_spec", absent)
-        assert "triton 3.6" in (gluon_backend.obstacle(torch.device("cuda"), torch.float16, 128, None) or "")
+def test_triton_may_be_missing_or_speak_another_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = "triton.experimental.gluon.language.nvidia.hopper"
+    assert gluon_backend._language_obstacle() is None
+    # As in Triton 3.9, which names the copies otherwise, and before Gluon.
+    for module in (SimpleNamespace(tma=SimpleNamespace(async_load=None)), None):
+        monkeypatch.setitem(sys.modules, hopper, module)
+        assert "Triton 3.6 and 3.7, here is" in (gluon_backend._language_obstacle() or "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in (gluon_backend.obstacle(torch.device("cuda"), torch.float16, 128, None) or "")
 
 
 def test_a_scale_that_is_not_positive_is_refused() -> None:
