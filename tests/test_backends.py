@@ -199,9 +199,16 @@ def test_heads_of_different_classes_attend_differently(backend: Backend, padded:
     output = span_attention(query, key, value, HEAD_PLAN, text_valid, backend=backend)
     assert output.is_contiguous()
     for head, number in enumerate(HEAD_PLAN.class_of_head):
-        one_head = [tensor[:, :, head : head + 1].double() for tensor in (query, key, value)]
-        member = HEAD_PLAN.classes[number]
-        expected = definition.attention(*one_head, member, text_valid, scale, torch.float64)
+        one_head = slice(head, head + 1)
+        expected = definition.attention(
+            query[:, :, one_head].double(),
+            key[:, :, one_head].double(),
+            value[:, :, one_head].double(),
+            HEAD_PLAN.classes[number],
+            text_valid,
+            scale,
+            torch.float64,
+        )
         error = (output[:, :, head : head + 1] - expected).abs().max()
         assert error <= error_bound(query, key, value, scale)
 
@@ -214,8 +221,8 @@ def test_head_plans_say_what_does_not_fit() -> None:
         build_head_plan((near, near), (0, 0))
     with pytest.raises(ValueError, match="share one token order"):
         build_head_plan((near, (Grouping(Grid((8, 8)), (8, 8)), Block(0))), (0, 1))
+    query = torch.randn(1, HEAD_PLAN.tokens, 3, 32)
     with pytest.raises(ValueError, match="5 heads, the tensors have 3"):
-        query = torch.randn(1, HEAD_PLAN.tokens, 3, 32)
         span_attention(query, query, query, HEAD_PLAN)
     assert HEAD_PLAN.density == pytest.approx(sum(HEAD_PLAN.classes[c].density for c in (2, 0, 1, 0, 3)) / 5)
     assert build_head_plan((near, near), (0, 1)) is build_head_plan((near, near), (0, 1))
