@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the span kernel for every row of the tile table, without a GPU.
+"""Ahead-of-time compilation of the kernels for every row of the tile tables, without a GPU.
 
     python -m grat_kernels.aot                 everything (minutes)
     python -m grat_kernels.aot --arch sm_90    one architecture

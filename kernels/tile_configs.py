@@ -101,6 +101,25 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+
+
+class SpecialisedConfig(NamedTuple):
+    """How the warp-specialised kernel is compiled for one head dimension.
+
+    Attributes:
+        block_m: queries per tile, for both computing warp groups.
+        block_n: keys per tile.
+        stages: tiles of keys, and of values, in shared memory.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+
+
+# By head dimension, for Hopper: as many stages as fit into shared memory beside the output, and no more than three.
+SPECIALISED = {64: SpecialisedConfig(128, 128, 3), 128: SpecialisedConfig(128, 128, 2)}
+
 # Shared memory that one program may use, in bytes: table of compute capabilities in the CUDA C++ programming guide;
 # local data share in AMD's CDNA3 instruction set architecture.
 SHARED_MEMORY_LIMIT = {
