@@ -36,12 +36,16 @@ bench: $(TEST_READY)
 fidelity: $(TEST_READY)
 	$(RUN) tests/bench/far_field.py
 
-# On a machine with a GPU, in whatever environment has torch, triton and pytest: nothing is installed.
+# On a machine with a GPU, in whatever environment has torch, triton and pytest: nothing is installed. Each kernel is
+# tested in a process of its own, so that one that hangs or faults leaves the others their results.
+GPU_PYTHON = PYTHONPATH=.links:tests/gpu $(PYTHON)
 test-gpu: links
-	PYTHONPATH=.links:tests/gpu $(PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu
+	@status=0; for kernel in "triton and not ws" ws gluon "not triton and not gluon"; do \
+		$(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu -k "$$kernel" || status=1; \
+	done; exit $$status
 
 bench-gpu: links
-	PYTHONPATH=.links:tests/gpu $(PYTHON) tests/gpu/bench_kernels.py
+	$(GPU_PYTHON) tests/gpu/bench_kernels.py
 
 # The import names of the source folders, for tools that do not read installed packages.
 links:

@@ -66,7 +66,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(128, 16, TileConfig(128, 128, 64, 8, 2, "tma")),
         Row(256, 16, TileConfig(128, 64, 32, 8, 2, "tma")),
         Row(64, 16, TileConfig(128, 128, 64, 8, 2, "pointers")),
-        Row(128, 16, TileConfig(128, 128, 64, 8, 2, "pointers")),
+        Row(128, 16, TileConfig(128, 64, 64, 8, 3, "pointers")),
         Row(256, 16, TileConfig(128, 32, 32, 8, 2, "pointers")),
         *_FP32,
     ),
@@ -82,7 +82,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # RTX 50 series.
     "sm_120": (
-        Row(64, 16, TileConfig(128, 64, 32, 4, 3, "pointers")),
+        Row(64, 16, TileConfig(128, 64, 32, 8, 3, "pointers")),
         Row(128, 16, TileConfig(128, 64, 16, 8, 3, "pointers")),
         Row(256, 16, TileConfig(64, 16, 16, 4, 3, "pointers")),
         *_FP32,

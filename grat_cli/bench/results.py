@@ -165,7 +165,8 @@ class BenchResult:
         )
         known = _known(cls, data)
         known |= {"cases": cases, "absent": tuple(Absent(**absent) for absent in data["absent"])}
-        return cls(**known | {"notes": tuple(data["notes"])})
+        known["notes"] = tuple(data["notes"])
+        return cls(**known)
 
     @classmethod
     def from_json(cls, text: str) -> BenchResult:

@@ -1,4 +1,4 @@
-"""The compiled Triton kernel against the definition, on a CUDA device.
+"""The compiled span kernels against the definition, on a CUDA device.
 
 Needs torch, triton, numpy and pytest, and no downloads: `make test-gpu`.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SECONDS_PER_TEST
 from sampled_rows import sampled_error
 
 from grat_kernels import (
@@ -23,11 +24,15 @@ from grat_kernels import (
     Full,
     Grid,
     Grouping,
+    HeadPlan,
     Plan,
     SlidingTile,
     Union,
+    build_head_plan,
     build_plan,
+    can_run,
     reference,
+    span_attention,
     triton_backend,
 )
 from grat_kernels.launching import fits_descriptor
@@ -39,7 +44,11 @@ pytestmark = [
 ]
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-DESCRIPTORS = pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+# A kernel, and how it reads full tiles where it can do so in two ways.
+TRITON_FORMS = ("triton-descriptors", "triton-pointers")
+KERNELS = pytest.mark.parametrize("kernel", [*TRITON_FORMS, "triton-ws", "gluon"])
+# A kernel as `span_attention` calls it: of triton the form that fits the tensors.
+BACKENDS = pytest.mark.parametrize("kernel", ["triton", "triton-ws", "gluon"])
 
 PLANS = {
     "full": build_plan(Grouping(Grid((20, 26)), (16, 16)), Full(), 77),
@@ -73,7 +82,7 @@ def rows_of_this_device() -> list[Row]:
 
 
 def random_tensors(
-    plan: Plan, batch: int, heads: int, head_dim: int, dtype: torch.dtype
+    plan: Plan | HeadPlan, batch: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(plan.tokens + head_dim)
     shape = (batch, plan.tokens, heads, head_dim)
@@ -86,14 +95,23 @@ def tiles(dtype: torch.dtype, head_dim: int, descriptors: bool) -> TileConfig:
 
 
 def run(
+    kernel: str,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: Plan,
+    plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None = None,
-    config: TileConfig | None = None,
 ) -> torch.Tensor:
-    return triton_backend.attention(query, key, value, plan, text_valid, 1 / math.sqrt(query.shape[3]), config=config)
+    """One of `KERNELS`; skips the test where it does not run on this device or for these tensors."""
+    dtype, head_dim = query.dtype, query.shape[3]
+    backend, form = ("triton", kernel.partition("-")[2]) if kernel in TRITON_FORMS else (kernel, None)
+    ability = can_run(backend, "cuda", dtype, head_dim, plan.tokens)
+    if not ability:
+        pytest.skip(f"{backend}: {ability.reason}")
+    if form is None:
+        return span_attention(query, key, value, plan, text_valid, backend=backend)
+    config = tiles(dtype, head_dim, form == "descriptors")
+    return triton_backend.attention(query, key, value, plan, text_valid, 1 / math.sqrt(head_dim), config=config)
 
 
 def assert_accurate(
@@ -117,12 +135,12 @@ def assert_accurate(
 
 
 @DTYPES
-@DESCRIPTORS
+@KERNELS
 @pytest.mark.parametrize("name", PLANS)
-def test_equals_the_definition(name: str, dtype: torch.dtype, descriptors: bool) -> None:
+def test_equals_the_definition(name: str, kernel: str, dtype: torch.dtype) -> None:
     plan = PLANS[name]
     tensors = random_tensors(plan, 2, 3, 128, dtype)
-    assert_accurate(run(*tensors, plan, config=tiles(dtype, 128, descriptors)), *tensors, plan)
+    assert_accurate(run(kernel, *tensors, plan), *tensors, plan)
 
 
 @pytest.mark.parametrize("row", rows_of_this_device(), ids=str)
@@ -132,45 +150,69 @@ def test_every_row_of_the_table(name: str, row: Row) -> None:
     text_valid = torch.tensor([plan.text_len, plan.text_len // 3], device="cuda")
     for dtype in (torch.bfloat16, torch.float16) if row.bits == 16 else (torch.float32,):
         tensors = random_tensors(plan, 2, 2, row.head_dim, dtype)
-        assert_accurate(run(*tensors, plan, config=row.config), *tensors, plan)
-        assert_accurate(run(*tensors, plan, text_valid, row.config), *tensors, plan, text_valid)
+        scale = 1 / math.sqrt(row.head_dim)
+        for valid in (None, text_valid):
+            output = triton_backend.attention(*tensors, plan, valid, scale, config=row.config)
+            assert_accurate(output, *tensors, plan, valid)
 
 
 @DTYPES
+@BACKENDS
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 112, 128, 160, 256])
-def test_head_dimensions(head_dim: int, dtype: torch.dtype) -> None:
+def test_head_dimensions(head_dim: int, kernel: str, dtype: torch.dtype) -> None:
     plan = PLANS["far field of a video"]
     tensors = random_tensors(plan, 1, 5, head_dim, dtype)
-    assert_accurate(run(*tensors, plan), *tensors, plan)
+    assert_accurate(run(kernel, *tensors, plan), *tensors, plan)
 
 
 @DTYPES
-@DESCRIPTORS
+@KERNELS
+@pytest.mark.parametrize("padded", [False, True], ids=["all text", "padded text"])
+def test_heads_of_different_classes(padded: bool, kernel: str, dtype: torch.dtype) -> None:
+    cells = ((16, 16), (8, 8), (2, 2))
+    fine, coarse = (Grouping(Grid((45, 50)), group, cells) for group in ((8, 8), (16, 16)))
+    classes = (
+        (coarse, Union(Block(0), Far([(0, (2, 2))]))),
+        (fine, CrissCross()),
+        (coarse, Full()),
+        (fine, Union(Block(1), Far([(1, (2, 2)), (2, (8, 8))]))),
+    )
+    plan = build_head_plan(classes, (2, 0, 3, 1, 0), 77)
+    query, key, value = random_tensors(plan, 2, 5, 128, dtype)
+    text_valid = torch.tensor([77, 11], device="cuda") if padded else None
+    output = run(kernel, query, key, value, plan, text_valid)
+    for head, number in enumerate(plan.class_of_head):
+        attended, own_query, own_key, own_value = (
+            tensor[:, :, head : head + 1].contiguous() for tensor in (output, query, key, value)
+        )
+        assert_accurate(attended, own_query, own_key, own_value, plan.classes[number], text_valid)
+
+
+@DTYPES
+@KERNELS
 @pytest.mark.parametrize(
     "name", ["block", "lines", "far field", "far field of a video", "one token and text", "text and one token"]
 )
-def test_padded_text_is_masked_in_each_sample(name: str, dtype: torch.dtype, descriptors: bool) -> None:
+def test_padded_text_is_masked_in_each_sample(name: str, kernel: str, dtype: torch.dtype) -> None:
     plan = PLANS[name]
-    config = tiles(dtype, 128, descriptors)
     query, key, value = random_tensors(plan, 2, 2, 128, dtype)
     text_valid = torch.tensor([plan.text_len - 2, 0], device="cuda")
-    output = run(query, key, value, plan, text_valid, config)
+    output = run(kernel, query, key, value, plan, text_valid)
     assert_accurate(output, query, key, value, plan, text_valid)
     for sample, valid in enumerate(text_valid.tolist()):
         padding = slice(plan.text_start + valid, plan.text_start + plan.text_len)
         key[sample, padding] = torch.nan
         value[sample, padding] = torch.inf
-    assert torch.equal(run(query, key, value, plan, text_valid, config), output)
+    assert torch.equal(run(kernel, query, key, value, plan, text_valid), output)
 
 
 @DTYPES
-@DESCRIPTORS
+@KERNELS
 @pytest.mark.parametrize("name", ["block", "lines", "far field", "far pyramid", "far field of a video"])
-def test_nothing_unattended_reaches_the_output(name: str, dtype: torch.dtype, descriptors: bool) -> None:
+def test_nothing_unattended_reaches_the_output(name: str, kernel: str, dtype: torch.dtype) -> None:
     plan = PLANS[name]
-    config = tiles(dtype, 128, descriptors)
     query, key, value = random_tensors(plan, 1, 2, 128, dtype)
-    clean = run(query, key, value, plan, config=config)
+    clean = run(kernel, query, key, value, plan)
     for group in range(len(plan.list_of_group)):
         unseen = ~attended_tokens(plan, group)
         start = plan.image_start + int(plan.grouping.starts[group])
@@ -178,7 +220,7 @@ def test_nothing_unattended_reaches_the_output(name: str, dtype: torch.dtype, de
         bad_key, bad_value = key.clone(), value.clone()
         bad_key[:, unseen] = torch.nan if group % 2 else torch.inf
         bad_value[:, unseen] = torch.nan
-        assert torch.equal(run(query, bad_key, bad_value, plan, config=config)[:, rows], clean[:, rows])
+        assert torch.equal(run(kernel, query, bad_key, bad_value, plan)[:, rows], clean[:, rows])
 
 
 def attended_tokens(plan: Plan, group: int) -> torch.Tensor:
@@ -196,7 +238,8 @@ def attended_tokens(plan: Plan, group: int) -> torch.Tensor:
 
 
 @DTYPES
-def test_layouts(dtype: torch.dtype) -> None:
+@BACKENDS
+def test_layouts(kernel: str, dtype: torch.dtype) -> None:
     """Heads first, parts of a fused projection, and offsets that descriptors do not take: read in place."""
     plan = PLANS["far field"]
     query, key, value = random_tensors(plan, 2, 3, 128, dtype)
@@ -213,17 +256,18 @@ def test_layouts(dtype: torch.dtype) -> None:
         ((query, fused[1], value), True),
     ):
         assert all(fits_descriptor(tensor) for tensor in (one, two, three)) == fits
-        assert_accurate(run(one, two, three, plan), query, key, value, plan)
+        assert_accurate(run(kernel, one, two, three, plan), query, key, value, plan)
 
 
-def test_runs_repeat_bit_by_bit_on_any_stream() -> None:
+@KERNELS
+def test_runs_repeat_bit_by_bit_on_any_stream(kernel: str) -> None:
     plan = PLANS["far field of a video"]
     tensors = random_tensors(plan, 2, 8, 128, torch.bfloat16)
-    first = run(*tensors, plan)
+    first = run(kernel, *tensors, plan)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        again = [run(*tensors, plan) for _ in range(20)]
+        again = [run(kernel, *tensors, plan) for _ in range(20)]
     torch.cuda.synchronize()
     assert all(torch.equal(output, first) for output in again)
 
@@ -234,21 +278,22 @@ def needs_memory(gigabytes: float) -> None:
         pytest.skip(f"needs {gigabytes} GiB of free GPU memory, there are {free:.0f}")
 
 
-@DESCRIPTORS
+@KERNELS
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
-def test_tensors_of_more_than_two_to_the_31_elements(descriptors: bool, far: bool) -> None:
+def test_tensors_of_more_than_two_to_the_31_elements(kernel: str, far: bool) -> None:
     needs_memory(40)
     pattern = Union(Block(1), Far([(1, (8, 8))])) if far else Block(1)
     plan = build_plan(Grouping(Grid((512, 512)), (16, 16)), pattern, 512)
     shape = (3, plan.tokens, 24, 128)
     assert math.prod(shape) > 2**31
     query, key, value = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-    output = run(query, key, value, plan, config=tiles(torch.bfloat16, 128, descriptors))
+    output = run(kernel, query, key, value, plan)
     sampled = sampled_error(output, query, key, value, plan)
     assert sampled.error <= 2 * sampled.plain_error + torch.finfo(torch.bfloat16).eps * sampled.largest
 
 
-def test_strides_of_more_than_two_to_the_31_elements() -> None:
+@BACKENDS
+def test_strides_of_more_than_two_to_the_31_elements(kernel: str) -> None:
     needs_memory(12)
     plan = PLANS["far field"]
     shape = (2, plan.tokens, 2, 64)
@@ -257,39 +302,46 @@ def test_strides_of_more_than_two_to_the_31_elements() -> None:
     query, key, value = random_tensors(plan, 2, 2, 64, torch.bfloat16)
     distant_key = torch.as_strided(buffer, shape, strides).copy_(key)
     distant_value = torch.as_strided(buffer, shape, strides, storage_offset=2**22).copy_(value)
-    assert_accurate(run(query, distant_key, distant_value, plan), query, key, value, plan)
+    assert_accurate(run(kernel, query, distant_key, distant_value, plan), query, key, value, plan)
 
 
 SANITIZED = """
+import sys
 import torch
-from grat_kernels import Block, Far, Grid, Grouping, Union, build_plan, triton_backend
-from grat_kernels.launching import fits_descriptor
-from grat_kernels.launching import fits_descriptor
-from grat_kernels.tile_configs import architecture_of, tile_config
+from grat_kernels import Block, Far, Grid, Grouping, Union, build_plan, can_run, span_attention
 
-architecture = architecture_of(torch.cuda.get_device_capability())
+backend = sys.argv[1]
+launches = 0
 for dtype in (torch.bfloat16, torch.float32):
     for head_dim in (64, 80, 128):
         for text_first in (True, False):
             plan = build_plan(Grouping(Grid((21, 37)), (8, 16)), Union(Block(0), Far([(0, (1, 2))])), 19, text_first)
             tensors = [torch.randn(2, plan.tokens, 2, head_dim, device="cuda").to(dtype) for _ in range(3)]
-            for descriptors in {False, all(map(fits_descriptor, tensors))}:
-                config = tile_config(architecture, head_dim, dtype.itemsize * 8, descriptors=descriptors)
-                for text_valid in (None, torch.tensor([19, 4], device="cuda")):
-                    triton_backend.attention(*tensors, plan, text_valid, 0.1, config=config)
+            for text_valid in (None, torch.tensor([19, 4], device="cuda")):
+                if can_run(backend, "cuda", dtype, head_dim, plan.tokens):
+                    span_attention(*tensors, plan, text_valid, backend=backend)
+                    launches += 1
 torch.cuda.synchronize()
+assert launches
 print("finished")
 """
 
 
-def test_no_access_out_of_bounds() -> None:
+@BACKENDS
+@pytest.mark.parametrize("check", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(check: str, kernel: str) -> None:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
+    ability = can_run(kernel, "cuda", torch.bfloat16, 128)
+    if not ability:
+        pytest.skip(f"{kernel}: {ability.reason}")
     # Without torch's pool of memory, so that each tensor ends where its allocation ends.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent)
+    command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, kernel]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=SECONDS_PER_TEST
+    )
     if "not supported" in result.stdout:
         pytest.skip("compute-sanitizer does not support this device")
     assert result.returncode == 0, result.stdout[-3000:]

@@ -1,0 +1,553 @@
+"""The plots of a benchmark as inline SVG: one colour and one shape per variant in all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import chain
+
+from grat_cli.bench import figures
+from grat_cli.bench.results import BenchResult, Case, Level, Row
+from grat_cli.bench.svg import (
+    FONT_SIZE,
+    Box,
+    Scale,
+    draw_label,
+    element,
+    fitted,
+    line,
+    log_scale,
+    marker,
+    place_labels,
+    scale_from_zero,
+    spread,
+    text,
+    text_width,
+    tick_text,
+)
+
+WIDTH = 460.0
+COLOURS = 8
+_SHAPES = {"full": "diamond", "pattern": "circle", "baseline": "square", "peer": "triangle", "noise floor": "cross"}
+_ROW_HEIGHT = 27.0
+_RADIUS = 5.0
+_NAME_GAP = 1.2 * FONT_SIZE
+_SQUARE = Box(46, 24, WIDTH - 8, 424)
+_SQUARE_HEIGHT = _SQUARE.bottom + 44
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a variant looks everywhere.
+
+    Attributes:
+        colour: CSS class that sets its colour.
+        shape: of its points; it says what the row is there for, so that colour is never alone.
+    """
+
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: the SVG element, its heading, a sentence on how to read it, and whether it is about square."""
+
+    heading: str
+    caption: str
+    svg: str
+    square: bool = False
+
+
+def styles(result: BenchResult) -> dict[str, Style]:
+    """A style for every name, the same in all cases; full attention is neutral."""
+    found: dict[str, Style] = {}
+    for row in chain.from_iterable(figures.ordered(case) for case in result.cases):
+        if row.name not in found:
+            coloured = sum(style.colour != "neutral" for style in found.values())
+            colour = "neutral" if row.role == "full" else f"colour-{coloured % COLOURS}"
+            found[row.name] = Style(colour, _SHAPES[row.role])
+    return found
+
+
+def plots(level: Level, case: Case, looks: Mapping[str, Style], identifier: str) -> list[Plot]:
+    """The plots that this case has figures for."""
+    rows = figures.measured(case)
+    made = [
+        _quality(rows, looks, f"{identifier}-quality"),
+        _trade_off(level, case, rows, looks, f"{identifier}-density") if level != "image" else None,
+        _steps(case, rows, looks, f"{identifier}-steps") if level == "step" else None,
+        _efficiency(level, rows, looks, f"{identifier}-efficiency"),
+        _times(level, case, rows, looks, f"{identifier}-times") if level != "step" else None,
+        _over_steps(rows, looks, f"{identifier}-over-steps"),
+    ]
+    return [plot for plot in made if plot is not None]
+
+
+def plot_across_cases(result: BenchResult, looks: Mapping[str, Style]) -> Plot | None:
+    """Speed-up against the length of the sequence, where several sizes were measured."""
+    lines: dict[str, dict[int, Row]] = {}
+    for case in result.cases:
+        tokens = math.prod(case.grid) + case.text_len if case.grid else 0
+        for row in figures.measured(case):
+            # A peer stands beside several patterns under one name, so its rows make no line.
+            if row.role in ("pattern", "baseline") and tokens and row.speedup is not None and _drawable(row.speedup):
+                lines.setdefault(row.name, {}).setdefault(tokens, row)
+    lines = {name: dict(sorted(line_rows.items())) for name, line_rows in lines.items() if len(line_rows) > 1}
+    if not lines:
+        return None
+    lengths = sorted({tokens for line_rows in lines.values() for tokens in line_rows})
+    speedups = [row.speedup or 1.0 for line_rows in lines.values() for row in line_rows.values()]
+    rows = [next(iter(line_rows.values())) for line_rows in lines.values()]
+    area = _area_with_names(rows)
+    across = log_scale(lengths, area.left, area.right, least=2.0)
+    up = log_scale([*speedups, 1.0], area.bottom, area.top, least=3.0)
+    drawn = [_axes(across, up, area, "tokens", "speed-up", across_ticks=lengths)]
+    drawn.append(line(area.left, up(1), area.right, up(1), "ideal"))
+    places = [
+        [(across(tokens), up(row.speedup or 1.0)) for tokens, row in line_rows.items()] for line_rows in lines.values()
+    ]
+    drawn += _lines_with_names(rows, places, looks, area)
+    for row, line_places in zip(rows, places, strict=True):
+        look = looks[row.name]
+        drawn += [marker(look.shape, x, y, 3.5, f"point {look.colour}") for x, y in line_places[:-1]]
+    described = "; ".join(
+        f"{figures.plain(name)}: "
+        + ", ".join(f"{figures.speedup_text(row.speedup or 1.0)} at {n:,} tokens" for n, row in line_rows.items())
+        for name, line_rows in lines.items()
+    )
+    heading = "Speed-up against size"
+    svg = _svg("sizes", heading, f"{described}.", area.bottom + 44, drawn)
+    return Plot(heading, "Dashed: full attention. Both axes are logarithmic.", svg)
+
+
+def swatch(style: Style) -> str:
+    """The variant's point, for tables."""
+    drawn = marker(style.shape, 7, 7, _RADIUS, f"point {style.colour}")
+    return element("svg", drawn, viewBox="0 0 14 14", class_="swatch", aria_hidden="true")
+
+
+def _trade_off(
+    level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str
+) -> Plot | None:
+    """Speed-up against density on logarithmic axes, with the ideal.
+
+    Full attention is left out: it is at 1, 1 by definition, and would push all others into a corner.
+    """
+    points = [
+        (row, row.density, row.speedup)
+        for row in rows
+        if row.role != "full" and row.density is not None and row.speedup is not None
+        if _drawable(row.density, row.speedup)
+    ]
+    if not points:
+        return None
+    full = figures.full_of(case)
+    share = 1.0 if level == "attention" else full.attention_share if full is not None else None
+
+    area = _SQUARE
+    across = log_scale([density for _, density, _ in points], area.left, area.right)
+    up = log_scale([speedup for _, _, speedup in points], area.bottom, area.top, least=3.0)
+    ideal: list[tuple[float, float]] = []
+    if share is not None:
+        for part in range(61):
+            density = across.low * (across.high / across.low) ** (part / 60)
+            best = 1 / (1 - share + share * density)
+            if density <= 1 and up.low <= best <= up.high:
+                ideal.append((across(density), up(best)))
+    drawn = [_axes(across, up, area, "density (share of pairs attended)", "speed-up")]
+    if len(ideal) > 1:
+        path = " ".join(f"{x:.2f},{y:.2f}" for x, y in ideal)
+        drawn.append(element("polyline", element("title", "ideal"), points=path, class_="ideal"))
+    drawn += _labelled_points(
+        [(row, across(density), up(speedup)) for row, density, speedup in points],
+        looks,
+        area,
+        [
+            f"density {figures.density_text(density)}, speed-up {figures.speedup_text(speedup)}"
+            for _, density, speedup in points
+        ],
+        ideal,
+    )
+    if level == "attention":
+        caption = "Dashed: the ideal, 1/density, on which full attention is at 1. Both axes are logarithmic."
+    elif share is not None:
+        caption = (
+            f"Dashed: the ideal, if attention ({share:.0%} of a step of full attention) took time in proportion to "
+            "density and all else stayed. Both axes are logarithmic."
+        )
+    else:
+        caption = "Both axes are logarithmic."
+    described = _described(
+        (row, f"density {figures.density_text(density)}, speed-up {figures.speedup_text(speedup)}")
+        for row, density, speedup in points
+    )
+    return Plot(
+        "Speed-up against density",
+        caption,
+        _svg(identifier, "Speed-up against density", described, _SQUARE_HEIGHT, drawn),
+        square=True,
+    )
+
+
+def _quality(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
+    """SSIM with its interval against speed-up; the noise floor as a line."""
+    points = [
+        (
+            row,
+            row.speedup,
+            row.quality.ssim,
+            row.quality.ssim_interval if math.isfinite(row.quality.ssim_interval) else 0.0,
+        )
+        for row in rows
+        if row.quality is not None
+        and row.speedup is not None
+        and _drawable(row.speedup)
+        and math.isfinite(row.quality.ssim)
+    ]
+    if not any(row.role != "noise floor" for row, *_ in points):
+        return None
+    area = _SQUARE
+    across = log_scale([speedup for _, speedup, _, _ in points] + [1.0], area.left, area.right, least=3.0)
+    lowest = min(ssim - interval for _, _, ssim, interval in points)
+    highest = max(1.0, max(ssim + interval for _, _, ssim, interval in points))
+    up = Scale(lowest - 0.08 * (highest - lowest) - 0.01, highest + 0.01, area.bottom, area.top)
+    drawn = [_axes(across, up, area, "speed-up of denoising", "SSIM to full attention")]
+    floors = [(row, ssim) for row, _, ssim, _ in points if row.role == "noise floor"]
+    levels = [[(area.left, up(ssim)), (area.right, up(ssim))] for _, ssim in floors]
+    drawn += [line(start[0], start[1], stop[0], stop[1], "ideal") for start, stop in levels]
+    obstacles = []
+    for row, speedup, ssim, interval in points:
+        x, top, bottom = across(speedup), up(ssim + interval), up(ssim - interval)
+        drawn.append(_whisker(x, top, x, bottom, looks[row.name]))
+        obstacles.append(Box(x - 3, top, x + 3, bottom))
+    facts = [
+        f"SSIM {ssim:.3f} ± {interval:.3f}, speed-up {figures.speedup_text(speedup)}"
+        for _, speedup, ssim, interval in points
+    ]
+    drawn += _labelled_points(
+        [(row, across(speedup), up(ssim)) for row, speedup, ssim, _ in points],
+        looks,
+        area,
+        facts,
+        *levels,
+        obstacles=obstacles,
+    )
+    described = _described((row, fact) for (row, *_), fact in zip(points, facts, strict=True))
+    caption = "Bars are 95 % intervals of the mean. " + (
+        "Dashed: the noise floor, full attention against itself on another kernel."
+        if floors
+        else "1 is the same picture."
+    )
+    return Plot(
+        "Similarity against speed-up",
+        caption,
+        _svg(identifier, "Similarity against speed-up", described, _SQUARE_HEIGHT, drawn),
+        square=True,
+    )
+
+
+def _efficiency(level: Level, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
+    """Bars of sparse efficiency, with a line at 1."""
+    bars = [
+        (row, row.sparse_efficiency)
+        for row in rows
+        if row.role != "full" and row.sparse_efficiency is not None and _drawable(row.sparse_efficiency)
+    ]
+    if not bars:
+        return None
+    frame = _Rows([row for row, _ in bars], [f"{value:,.2f}" for _, value in bars])
+    across = scale_from_zero([*(value for _, value in bars), 1.05], frame.area.left, frame.area.right)
+    drawn = [frame.axes(across, "speed-up × density")]
+    for (row, value), y in zip(bars, frame.middles, strict=True):
+        drawn.append(_bar(0, value, y, across, f"bar {looks[row.name].colour}", f"{figures.label(row)}: {value:.2f}"))
+    drawn += [line(across(1), frame.area.top, across(1), frame.area.bottom, "ideal"), *frame.names()]
+    described = _described((row, f"{value:.2f}") for row, value in bars)
+    caption = "Dashed: 1, where every attended pair costs what it costs in full attention."
+    heading = "Sparse efficiency" if level == "attention" else "Sparse efficiency of attention"
+    return Plot(heading, caption, _svg(identifier, heading, described, frame.height, drawn))
+
+
+def _times(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
+    """Median times with whiskers from minimum to maximum."""
+    timed = [(row, row.median_ms) for row in rows if row.median_ms is not None and _drawable(*row.times_ms)]
+    if len(timed) < 2:
+        return None
+    unit = figures.time_unit(case)
+    frame = _Rows([row for row, _ in timed], [unit.text(median) for _, median in timed])
+    values = [time / unit.milliseconds for row, _ in timed for time in row.times_ms]
+    logarithmic = max(values) / min(values) > 8
+    if logarithmic:
+        across = log_scale(values, frame.area.left, frame.area.right)
+    else:
+        across = scale_from_zero(values, frame.area.left, frame.area.right)
+    drawn = [frame.axes(across, unit.name)]
+    for (row, median), y in zip(timed, frame.middles, strict=True):
+        low, high = (across(bound / unit.milliseconds) for bound in (min(row.times_ms), max(row.times_ms)))
+        title = element("title", _escaped(f"{figures.label(row)}: {unit.text(median)} ({unit.range(row.times_ms)})"))
+        look = looks[row.name]
+        drawn.append(_whisker(low, y, high, y, look))
+        drawn.append(
+            marker(look.shape, across(median / unit.milliseconds), y, _RADIUS - 0.5, f"point {look.colour}", title)
+        )
+    drawn += frame.names()
+    described = _described((row, f"{unit.text(median)}, {unit.range(row.times_ms)}") for row, median in timed)
+    what = "one attention call" if level == "attention" else "all denoising steps of a picture"
+    caption = f"Median of {what}; whiskers, where longer than the point, from the shortest to the longest." + (
+        " The axis is logarithmic." if logarithmic else ""
+    )
+    heading = "Time of attention" if level == "attention" else "Time of denoising"
+    return Plot(heading, caption, _svg(identifier, heading, described, frame.height, drawn))
+
+
+def _steps(case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
+    """Time of a step: attention and the rest, stacked."""
+    timed = [(row, row.median_ms) for row in rows if row.median_ms is not None and _drawable(*row.times_ms)]
+    if len(timed) < 2:
+        return None
+    unit = figures.time_unit(case)
+    ends = [
+        unit.text(median) + (f" · {figures.speedup_text(row.speedup)}" if row.speedup else "") for row, median in timed
+    ]
+    frame = _Rows([row for row, _ in timed], ends, top=30)
+    longest = [max(row.times_ms) / unit.milliseconds for row, _ in timed]
+    across = scale_from_zero(longest, frame.area.left, frame.area.right)
+    drawn = [frame.axes(across, unit.name)]
+    x = frame.area.left
+    for class_, name in (("bar neutral", "attention"), ("bar rest", "everything else")):
+        drawn.append(element("rect", x=x, y=6.0, width=11.0, height=11.0, class_=class_))
+        drawn.append(text(name, x + 16, 15.5, class_="name"))
+        x += 32 + text_width(name)
+    for (row, median), y in zip(timed, frame.middles, strict=True):
+        total, look = median / unit.milliseconds, looks[row.name]
+        attention = min(row.attention_ms or 0.0, median) / unit.milliseconds
+        parts = (
+            f"{unit.text(row.attention_ms)} of {unit.text(median)} in attention"
+            if row.attention_ms
+            else unit.text(median)
+        )
+        title = f"{figures.label(row)}: {parts}"
+        drawn.append(_bar(attention, total, y, across, "bar rest", title))
+        if attention:
+            drawn.append(_bar(0, attention, y, across, f"bar {look.colour}", title))
+        low, high = (across(bound / unit.milliseconds) for bound in (min(row.times_ms), max(row.times_ms)))
+        drawn.append(_whisker(low, y, high, y, Style("ink", look.shape), cap=3))
+    drawn += frame.names()
+    described = _described(
+        (
+            row,
+            f"{unit.text(median)}"
+            + (f", {unit.text(row.attention_ms)} of it in attention" if row.attention_ms else ""),
+        )
+        for row, median in timed
+    )
+    caption = (
+        "Median step; whiskers from the shortest to the longest. Behind the times: the speed-up of the whole step."
+    )
+    return Plot("Time of a step", caption, _svg(identifier, "Time of a step", described, frame.height, drawn))
+
+
+def _over_steps(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
+    """Time of each denoising step over a run, a line per variant."""
+    runs = [row for row in rows if len(row.step_times_ms) > 1 and _drawable(*row.step_times_ms)]
+    if not runs:
+        return None
+    times = [time for row in runs for time in row.step_times_ms]
+    unit = figures.SECONDS if max(times) >= 10_000 else figures.MILLISECONDS
+    area = _area_with_names(runs)
+    most = max(len(row.step_times_ms) for row in runs)
+    across = Scale(1, most, area.left + 6, area.right - 6)
+    up = scale_from_zero([time / unit.milliseconds for time in times], area.bottom, area.top, room=0.06)
+    every = next(step * size for size in _powers_of_ten() for step in (1, 2, 5) if most <= 8 * step * size)
+    whole = sorted({1, *range(every, most + 1, every)})
+    drawn = [_axes(across, up, area, "denoising step", unit.name, across_ticks=whole)]
+    places = [
+        [(across(step), up(time / unit.milliseconds)) for step, time in enumerate(row.step_times_ms, start=1)]
+        for row in runs
+    ]
+    drawn += _lines_with_names(runs, places, looks, area)
+    described = _described(
+        (row, f"{unit.text(min(row.step_times_ms))} to {unit.text(max(row.step_times_ms))}") for row in runs
+    )
+    svg = _svg(identifier, "Time of each denoising step", described, area.bottom + 44, drawn)
+    return Plot("Time of each denoising step", "Median over the pictures.", svg)
+
+
+def _area_with_names(rows: Sequence[Row]) -> Box:
+    """An area beside which the names of these rows fit, one below the other."""
+    widest = max(text_width(_short_name(row)) for row in rows)
+    return Box(46, 24, WIDTH - 26 - widest, 24 + max(276.0, _NAME_GAP * len(rows)))
+
+
+def _lines_with_names(
+    rows: Sequence[Row], places: Sequence[Sequence[tuple[float, float]]], looks: Mapping[str, Style], area: Box
+) -> list[str]:
+    """A line per row, its name at the end."""
+    drawn = []
+    heights = spread([line_places[-1][1] for line_places in places], _NAME_GAP, area.top + 5, area.bottom - 5)
+    for row, line_places, height in zip(rows, places, heights, strict=True):
+        look, (last, end) = looks[row.name], line_places[-1]
+        title = element("title", _escaped(figures.label(row)))
+        path = " ".join(f"{x:.2f},{y:.2f}" for x, y in line_places)
+        drawn.append(element("polyline", title, points=path, class_=f"run {look.colour}"))
+        drawn.append(marker(look.shape, last, end, 3.5, f"point {look.colour}"))
+        drawn.append(line(last + 5, end, area.right + 12, height, f"tie {look.colour}"))
+        baseline = height + 0.34 * FONT_SIZE
+        drawn.append(text(_short_name(row), area.right + 15, baseline, class_=f"label {look.colour}"))
+    return drawn
+
+
+def _short_name(row: Row) -> str:
+    return fitted(figures.label(row), 120)
+
+
+class _Rows:
+    """A frame of horizontal rows: names to the left, a figure to the right of each."""
+
+    def __init__(self, rows: Sequence[Row], ends: Sequence[str], top: float = 8) -> None:
+        self._names = [fitted(figures.label(row), 0.3 * WIDTH) for row in rows]
+        self._full_names = [figures.label(row) for row in rows]
+        self._ends = ends
+        left = 10 + max(map(text_width, self._names))
+        right = WIDTH - 8 - max(map(text_width, ends))
+        self.area = Box(left, top, right, top + _ROW_HEIGHT * len(rows))
+        self.middles = [top + _ROW_HEIGHT * (index + 0.5) for index in range(len(rows))]
+        self.height = self.area.bottom + 42
+
+    def axes(self, across: Scale, title: str) -> str:
+        """Grid lines with their figures below."""
+        drawn = [_area(self.area)]
+        for tick, name in _readable(across, across.ticks(6)):
+            drawn.append(line(across(tick), self.area.top, across(tick), self.area.bottom, "grid"))
+            drawn.append(text(name, across(tick), self.area.bottom + 16, class_="tick", text_anchor="middle"))
+        middle = (self.area.left + self.area.right) / 2
+        drawn.append(text(title, middle, self.area.bottom + 35, class_="axis", text_anchor="middle"))
+        return "".join(drawn)
+
+    def names(self) -> list[str]:
+        """What stands beside the rows."""
+        drawn = []
+        for name, whole, end, y in zip(self._names, self._full_names, self._ends, self.middles, strict=True):
+            baseline = y + 0.34 * FONT_SIZE
+            title = element("title", _escaped(whole))
+            drawn.append(
+                element(
+                    "text", title, _escaped(name), x=self.area.left - 8, y=baseline, class_="name", text_anchor="end"
+                )
+            )
+            drawn.append(text(end, WIDTH - 1, baseline, class_="value", text_anchor="end"))
+        return drawn
+
+
+def _labelled_points(
+    points: Sequence[tuple[Row, float, float]],
+    looks: Mapping[str, Style],
+    area: Box,
+    facts: Sequence[str],
+    *lines: Sequence[tuple[float, float]],
+    obstacles: Sequence[Box] = (),
+) -> list[str]:
+    named = [(x, y, fitted(figures.label(row), 150)) for row, x, y in points]
+    labels = place_labels(named, area, lines=[polyline for polyline in lines if polyline], obstacles=obstacles)
+    drawn = []
+    for (row, x, y), label in zip(points, labels, strict=True):
+        if label is not None:
+            drawn += draw_label(label, x, y, looks[row.name].colour)
+    for (row, x, y), fact in zip(points, facts, strict=True):
+        title = element("title", _escaped(f"{figures.label(row)}: {fact}"))
+        drawn.append(marker(looks[row.name].shape, x, y, _RADIUS, f"point {looks[row.name].colour}", title))
+    return drawn
+
+
+def _axes(
+    across: Scale, up: Scale, area: Box, across_title: str, up_title: str, across_ticks: Sequence[float] | None = None
+) -> str:
+    drawn = [_area(area)]
+    for tick, name in _readable(across, across_ticks or across.ticks(7)):
+        drawn.append(line(across(tick), area.top, across(tick), area.bottom, "grid"))
+        drawn.append(text(name, across(tick), area.bottom + 16, class_="tick", text_anchor="middle"))
+    for tick in up.ticks(7):
+        drawn.append(line(area.left, up(tick), area.right, up(tick), "grid"))
+        drawn.append(text(tick_text(tick), area.left - 6, up(tick) + 4, class_="tick", text_anchor="end"))
+    middle = (area.left + area.right) / 2
+    drawn.append(text(across_title, middle, area.bottom + 35, class_="axis", text_anchor="middle"))
+    drawn.append(text(up_title, 0, area.top - 12, class_="axis"))
+    return "".join(drawn)
+
+
+def _powers_of_ten() -> Iterator[int]:
+    size = 1
+    while True:
+        yield size
+        size *= 10
+
+
+def _readable(scale: Scale, ticks: Iterable[float]) -> list[tuple[float, str]]:
+    """Ticks of a horizontal axis, without those whose figures would touch the one before."""
+    kept: list[tuple[float, str]] = []
+    free = -math.inf
+    for tick in ticks:
+        half = text_width(tick_text(tick), 11) / 2
+        if scale(tick) - half > free:
+            kept.append((tick, tick_text(tick)))
+            free = scale(tick) + half + 6
+    return kept
+
+
+def _area(area: Box) -> str:
+    width, height = area.right - area.left, area.bottom - area.top
+    return element("rect", x=float(area.left), y=float(area.top), width=width, height=height, class_="area")
+
+
+def _bar(start: float, stop: float, y: float, across: Scale, class_: str, title: str) -> str:
+    height = 0.58 * _ROW_HEIGHT
+    left, right = across(start), across(stop)
+    return element(
+        "rect",
+        element("title", _escaped(title)),
+        x=left,
+        y=y - height / 2,
+        width=max(right - left, 0.5),
+        height=height,
+        class_=class_,
+    )
+
+
+def _whisker(x1: float, y1: float, x2: float, y2: float, look: Style, cap: float = 4) -> str:
+    """A line, horizontal or vertical, with a cap at each end; without caps where they would blur a point."""
+    if math.hypot(x2 - x1, y2 - y1) < 3.5 * cap:
+        cap = 0.0
+    across, up = (0.0, cap) if y1 == y2 else (cap, 0.0)
+    path = (
+        f"M{x1 - across:.2f} {y1 - up:.2f}L{x1 + across:.2f} {y1 + up:.2f}M{x1:.2f} {y1:.2f}L{x2:.2f} {y2:.2f}"
+        f"M{x2 - across:.2f} {y2 - up:.2f}L{x2 + across:.2f} {y2 + up:.2f}"
+    )
+    return element("path", d=path, class_=f"whisker {look.colour}")
+
+
+def _svg(identifier: str, title: str, description: str, height: float, drawn: Sequence[str]) -> str:
+    return element(
+        "svg",
+        element("title", _escaped(title), id=f"{identifier}-title"),
+        element("desc", _escaped(description), id=f"{identifier}-desc"),
+        *drawn,
+        viewBox=f"0 0 {WIDTH:g} {height:g}",
+        role="img",
+        aria_labelledby=f"{identifier}-title {identifier}-desc",
+        class_="plot",
+    )
+
+
+def _described(facts: Iterable[tuple[Row, str]]) -> str:
+    return "; ".join(f"{figures.label(row)}: {fact}" for row, fact in facts) + "."
+
+
+def _escaped(content: str) -> str:
+    return escape(figures.plain(content))
+
+
+def _drawable(*values: float) -> bool:
+    """Whether a logarithmic axis can hold them."""
+    return bool(values) and all(math.isfinite(value) and value > 0 for value in values)
