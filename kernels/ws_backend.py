@@ -12,7 +12,7 @@ from grat_kernels.launching import LOG2_E, descriptor, fits_descriptor, on_devic
 from grat_kernels.padded_text import padded_positions
 from grat_kernels.plan import HeadPlan
 from grat_kernels.summaries import summarise
-from grat_kernels.tile_configs import SPECIALISED, SpecialisedConfig
+from grat_kernels.tile_configs import SPECIALISED, HopperConfig
 from grat_kernels.tile_lists import EMPTY, build_single_lists
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def attention(
     scale: float,
     *,
     summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
-    config: SpecialisedConfig | None = None,
+    config: HopperConfig | None = None,
 ) -> torch.Tensor:
     """Span attention by the warp-specialised kernel.
 
@@ -145,7 +145,7 @@ def launch_of(
     plan: Plan | HeadPlan,
     padded: torch.Tensor | None,
     scale: float,
-    config: SpecialisedConfig,
+    config: HopperConfig,
 ) -> Launch:
     """The launch for these tensors, which may lie on the meta device: ahead-of-time compilation asks for it too.
 

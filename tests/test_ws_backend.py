@@ -15,10 +15,10 @@ from test_triton_backend import PLANS, assert_accurate, random_tensors
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, HeadPlan, Plan, Union, build_head_plan, build_plan
 from grat_kernels import ws_backend
 from grat_kernels.summaries import summarise
-from grat_kernels.tile_configs import SPECIALISED, SpecialisedConfig
+from grat_kernels.tile_configs import SPECIALISED, HopperConfig
 
 # Tiles small enough that small grids have full and partial tiles of tokens and of summaries.
-SMALL = SpecialisedConfig(32, 32, 1)
+SMALL = HopperConfig(32, 32, 1)
 
 FULL_TILES_ONLY = build_plan(Grouping(Grid((16, 16)), (8, 8)), CrissCross(), 64)
 # The second class has more query tiles, and the far field alone.
@@ -38,7 +38,7 @@ def run(
     value: torch.Tensor,
     plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None = None,
-    config: SpecialisedConfig | None = SMALL,
+    config: HopperConfig | None = SMALL,
 ) -> torch.Tensor:
     return ws_backend.attention(query, key, value, plan, text_valid, 1 / math.sqrt(query.shape[3]), config=config)
 
