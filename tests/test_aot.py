@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grat_kernels import aot, sass
-from grat_kernels.tile_configs import SHARED_MEMORY_LIMIT, TABLE, architecture_of
+from grat_kernels.tile_configs import SHARED_MEMORY_LIMIT, SPECIALISED, TABLE, architecture_of
 
 # The head dimension of Flux and HunyuanVideo on every architecture, and the other forms of Hopper.
 COMPILED = [
@@ -24,6 +24,10 @@ COMPILED = [
     aot.Variant("sm_100", "bfloat16", 128, descriptors=True, text_valid=True, far=True),
     aot.Variant("sm_120", "bfloat16", 128, descriptors=True, text_valid=False, far=False),
     aot.Variant("gfx942", "bfloat16", 128, descriptors=False, text_valid=True, far=True),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="triton-ws"),
+    aot.Variant("sm_90", "bfloat16", 128, True, text_valid=False, far=False, kernel="triton-ws", ragged=True),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="triton-ws"),
+    aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True, kernel="triton-ws"),
 ]
 
 # Compiles the cases, and one configuration that is too large for its architecture.
@@ -37,6 +41,25 @@ aot.tile_config = lambda *case, **options: tile_config(*case, **options)._replac
 builds.append(aot.compile_variant(aot.Variant("sm_86", "bfloat16", 128, False, False, False)))
 print(json.dumps([[build.opcodes, build.spills_in_loops, build.shared_bytes, build.problems] for build in builds]))
 """
+
+
+# With twice the warps the compiler ignores the request.
+UNSPECIALISED = """
+import json
+from grat_kernels import aot, ws_backend
+
+ws_backend._WARPS = 8
+build = aot.compile_variant(aot.Variant("sm_90", "bfloat16", 128, True, False, False, "triton-ws"))
+print(json.dumps(build.problems))
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_not_specialised_is_told() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", UNSPECIALISED]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert any("256 threads, which are not specialised" in problem for problem in json.loads(result.stdout))
 
 
 @pytest.mark.slow
@@ -62,6 +85,7 @@ def test_the_table_compiles_as_promised(tmp_path: Path) -> None:
 
 def test_every_row_of_the_table_is_compiled() -> None:
     compiled = {variant.config for variant in aot.variants(SHARED_MEMORY_LIMIT)}
+    assert set(SPECIALISED.values()) <= compiled
     for architecture, rows in TABLE.items():
         if architecture != "interpreter":
             assert {row.config for row in rows} <= compiled
