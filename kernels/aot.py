@@ -32,6 +32,7 @@ from grat_kernels.sass import MachineCode, parse
 from grat_kernels.tile_configs import (
     HOPPER,
     SHARED_MEMORY_LIMIT,
+    SPECIALISED,
     HopperConfig,
     TileConfig,
     architecture_of,
@@ -66,6 +67,7 @@ class Variant(NamedTuple):
     text_valid: bool
     far: bool
     kernel: str = "triton"
+    ragged: bool = False  # whether spans leave something over after their full tiles
 
     @property
     def config(self) -> TileConfig | HopperConfig:
@@ -165,7 +167,8 @@ def _inputs(variant: Variant) -> tuple[Any, ...]:
     from grat_kernels.plan import build_plan
 
     pattern = Union(Block(1), Far([(1, (8, 8))])) if variant.far else Block(1)
-    plan = build_plan(Grouping(Grid((64, 64)), (16, 16)), pattern, text_len=512)
+    grid = Grid((64, 61) if variant.ragged else (64, 64))
+    plan = build_plan(Grouping(grid, (16, 16)), pattern, text_len=512)
     batch, heads = 2, 24
     tokens, summaries = (
         torch.empty(batch, rows, heads, variant.head_dim, dtype=getattr(torch, variant.dtype), device="meta")
@@ -264,8 +267,65 @@ def _gluon_problems(variant: Variant, code: _Code) -> list[str]:
     return problems
 
 
+# The warp-specialised kernel
+
+
+def _specialised_variants(architectures: Iterable[str]) -> Iterator[Variant]:
+    if "sm_90" in architectures:
+        for dtype, head_dim, text_valid, far, ragged in itertools.product(
+            ("bfloat16", "float16"), SPECIALISED, (False, True), (False, True), (False, True)
+        ):
+            # Summaries are ragged as it is.
+            if not (far and ragged):
+                yield Variant("sm_90", dtype, head_dim, True, text_valid, far, "triton-ws", ragged)
+
+
+def _specialised_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    import torch
+
+    from grat_kernels.ws_backend import launch_of
+    from grat_kernels.ws_kernel import specialised_attention_kernel
+
+    query, *_, output, summary_key, _, plan, text_valid, scale, config = _inputs(variant)
+    keys = query if summary_key is None else torch.cat([query, summary_key], dim=1)
+    padded = None if text_valid is None else torch.empty(query.shape[:2], dtype=torch.bool, device="meta")
+    launch = launch_of(query, keys, keys, output, plan, padded, scale, config)
+    return specialised_attention_kernel, launch.arguments, launch.options
+
+
+def _specialised_tile_loops(code: MachineCode) -> tuple[tuple[int, ...], ...]:
+    """Within the loop in which the warps that are not the first wait for work, those of consumers and producer."""
+    return tuple(loop for opcode in ("HGMMA", "UTMALDG") for loop in code.innermost_with(opcode))
+
+
+def _specialised_problems(variant: Variant, code: _Code) -> list[str]:
+    machine = code.machine
+    assert machine is not None
+    problems = []
+    loops = machine.innermost_with("HGMMA")
+    if len(loops) != 2:
+        problems.append(f"{len(loops)} loops on tensor cores instead of one for each of two warp groups")
+    if not all(machine.arrives_as_one(loop) for loop in loops):
+        problems.append("a thread arrives before its warps have met")
+    # A third one loads. It gives registers away, they take some.
+    if (code.threads, bool(machine.count("USETMAXREG"))) != (3 * 128, True):
+        problems.append(f"{code.threads} threads, which are not specialised")
+    # Both halves of the queries, keys and values, and a bias.
+    expected_loads = 5 if variant.far or variant.text_valid else 4
+    if code.opcodes["UTMALDG"] != expected_loads:
+        problems.append(f"{code.opcodes['UTMALDG']} UTMALDG instead of {expected_loads}")
+    return problems
+
+
 KERNELS = {
     "triton": Kernel(_triton_variants, _triton_config, _triton_launch, lambda code: code.loops, _triton_problems),
+    "triton-ws": Kernel(
+        _specialised_variants,
+        lambda variant: SPECIALISED[variant.head_dim],
+        _specialised_launch,
+        _specialised_tile_loops,
+        _specialised_problems,
+    ),
     "gluon": Kernel(
         _gluon_variants,
         lambda variant: HOPPER[variant.head_dim],
@@ -308,6 +368,7 @@ class _Code(NamedTuple):
     spills_in_loops: int
     matrix_loops: int | None
     opcodes: dict[str, int]
+    threads: int
     machine: MachineCode | None  # None where it is not NVIDIA's
 
 
@@ -328,7 +389,8 @@ def _read_cuda(compiled: Any, matrix_opcode: str, kernel: Kernel) -> _Code:
     opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS")}
     loops = kernel.tile_loops(code)
     matrix_loops = code.loops_with(matrix_opcode, among=loops)
-    return _Code(int(registers[1]), code.spills, code.spills_within(loops), matrix_loops, opcodes, code)
+    threads = 32 * compiled.metadata.num_warps
+    return _Code(int(registers[1]), code.spills, code.spills_within(loops), matrix_loops, opcodes, threads, code)
 
 
 def _read_rocm(compiled: Any) -> _Code:
@@ -338,7 +400,8 @@ def _read_rocm(compiled: Any) -> _Code:
         sum(int(number) for number in re.findall(rf"\.{name}:\s+(\d+)", listing))
         for name in ("vgpr_count", "vgpr_spill_count")
     )
-    return _Code(registers, spills, spills, None, {"v_mfma": listing.count("v_mfma")}, None)
+    threads = 64 * compiled.metadata.num_warps
+    return _Code(registers, spills, spills, None, {"v_mfma": listing.count("v_mfma")}, threads, None)
 
 
 _CAPTURE: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
@@ -351,7 +414,7 @@ def _row(build: Build) -> str:
     else:
         form, tail = variant.kernel, ""
     tiles = f"{config.block_m}x{config.block_n}{tail} s{config.stages}"
-    options = "+".join(name for name in ("text_valid", "far") if getattr(variant, name)) or "-"
+    options = "+".join(name for name in ("text_valid", "far", "ragged") if getattr(variant, name)) or "-"
     opcodes = " ".join(f"{name} {count}" for name, count in build.opcodes.items() if count)
     return (
         f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {form:8} {options:14} {tiles:19} "

@@ -27,7 +27,7 @@ _PRODUCT_EVENTS = {
 _ARRIVAL_EVENTS = {
     "B": re.compile(r"\bBAR\.SYNC\b"),
     "W": re.compile(r"\bWARPGROUP\.DEPBAR\b"),
-    "A": re.compile(r"\bSYNCS\.ARRIVE\.TRANS64\.A1T0\b"),
+    "A": re.compile(r"\bSYNCS\.ARRIVE\.TRANS64\.A[1R]T0\b"),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from grat_kernels import aot, sass
-from grat_kernels.tile_configs import HOPPER, SHARED_MEMORY_LIMIT, TABLE, architecture_of
+from grat_kernels.tile_configs import HOPPER, SHARED_MEMORY_LIMIT, SPECIALISED, TABLE, architecture_of
 
 # The head dimension of Flux and HunyuanVideo on every architecture, and the other forms of Hopper.
 COMPILED = [
@@ -28,6 +28,10 @@ COMPILED = [
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="gluon"),
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="gluon"),
     aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True, kernel="gluon"),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="triton-ws"),
+    aot.Variant("sm_90", "bfloat16", 128, True, text_valid=False, far=False, kernel="triton-ws", ragged=True),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="triton-ws"),
+    aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True, kernel="triton-ws"),
 ]
 
 # Compiles the cases, and one configuration that is too large for its architecture.
@@ -66,6 +70,23 @@ def test_the_assembler_needs_the_pin_to_leave_the_softmax_where_it_is(tmp_path: 
     assert run_compiler(WITHOUT_PIN, tmp_path) == ["a softmax outside of the matrix products"]
 
 
+# With twice the warps the compiler ignores the request.
+UNSPECIALISED = """
+import json
+from grat_kernels import aot, ws_backend
+
+ws_backend._WARPS = 8
+build = aot.compile_variant(aot.Variant("sm_90", "bfloat16", 128, True, False, False, "triton-ws"))
+print(json.dumps(build.problems))
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_not_specialised_is_told(tmp_path: Path) -> None:
+    problems = run_compiler(UNSPECIALISED, tmp_path)
+    assert any("256 threads, which are not specialised" in problem for problem in problems)
+
+
 @pytest.mark.slow
 def test_the_table_compiles_as_promised(tmp_path: Path) -> None:
     *builds, too_large = run_compiler(PROGRAM, tmp_path, json.dumps(COMPILED))
@@ -84,7 +105,7 @@ def test_the_table_compiles_as_promised(tmp_path: Path) -> None:
 
 def test_every_row_of_the_table_is_compiled() -> None:
     compiled = {variant.config for variant in aot.variants(SHARED_MEMORY_LIMIT)}
-    assert set(HOPPER.values()) <= compiled
+    assert {*HOPPER.values(), *SPECIALISED.values()} <= compiled
     for architecture, rows in TABLE.items():
         if architecture != "interpreter":
             assert {row.config for row in rows} <= compiled
