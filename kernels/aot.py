@@ -261,7 +261,7 @@ def _gluon_problems(variant: Variant, code: _Code) -> list[str]:
         problems.append(f"{len(loops)} loops on tensor cores instead of {expected_loops}")
     if not all(machine.hides_softmax(loop) for loop in loops):
         problems.append("a softmax outside of the matrix products")
-    if not all(machine.arrives_as_one(loop) for loop in loops):
+    if not all(machine.arrives_as_one(loop) for loop in (*loops, *machine.innermost_with("LDGSTS"))):
         problems.append("a thread arrives before its warps have met")
     if not code.opcodes["UTMALDG"]:
         problems.append("no UTMALDG")

@@ -193,6 +193,7 @@ MEETING = "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80"
         ("0x1", MEETING, True, True),
         ("0x0", MEETING, False, True),
         ("0x1", "NOP", True, False),
+        ("0x1", "FENCE.VIEW.ASYNC.S", True, False),
     ],
 )
 def test_the_order_of_a_softmax_and_of_arrivals(first: str, meet: str, hides: bool, as_one: bool) -> None:
