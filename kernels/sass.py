@@ -27,6 +27,7 @@ _PRODUCT_EVENTS = {
 _ARRIVAL_EVENTS = {
     "B": re.compile(r"\bBAR\.SYNC\b"),
     "W": re.compile(r"\bWARPGROUP\.DEPBAR\b"),
+    "F": re.compile(r"\bFENCE\.VIEW\.ASYNC\b"),
     "A": re.compile(r"\bSYNCS\.ARRIVE\.TRANS64\.A[1R]T0\b"),
 }
 

@@ -193,7 +193,6 @@ MEETING = "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80"
         ("0x1", MEETING, True, True),
         ("0x0", MEETING, False, True),
         ("0x1", "NOP", True, False),
-        ("0x1", "FENCE.VIEW.ASYNC.S", True, False),
     ],
 )
 def test_the_order_of_a_softmax_and_of_arrivals(first: str, meet: str, hides: bool, as_one: bool) -> None:
@@ -205,3 +204,10 @@ def test_the_order_of_a_softmax_and_of_arrivals(first: str, meet: str, hides: bo
     assert code.spills == 2
     assert code.spills_in_loops == 1
     assert code.spills_within([loop]) == 0
+
+
+def test_a_meeting_before_the_fence_is_none() -> None:
+    fence = "/*0048*/                   FENCE.VIEW.ASYNC.S ;\n        /*0050*/"
+    code = sass.parse(OVERLAPPED.format(first="0x1", meet=MEETING).replace("/*0050*/", fence))
+    (loop,) = code.innermost_with("HGMMA")
+    assert not code.arrives_as_one(loop)
