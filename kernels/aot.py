@@ -228,10 +228,12 @@ def _triton_problems(variant: Variant, code: _Code) -> list[str]:
 
 def _gluon_variants(architectures: Iterable[str]) -> Iterator[Variant]:
     if "sm_90" in architectures:
-        for dtype, head_dim, text_valid, far in itertools.product(
-            ("bfloat16", "float16"), HOPPER, (False, True), (False, True)
-        ):
-            yield Variant("sm_90", dtype, head_dim, True, text_valid, far, "gluon")
+        for dtype, head_dim in itertools.product(("bfloat16", "float16"), HOPPER):
+            variant = Variant("sm_90", dtype, head_dim, True, False, False, "gluon")
+            # Padded text and far fields leave tiles to pack by themselves.
+            yield from (variant, variant._replace(ragged=True))
+            yield from (variant._replace(text_valid=text_valid, far=True) for text_valid in (False, True))
+            yield variant._replace(text_valid=True)
 
 
 def _gluon_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
@@ -253,16 +255,17 @@ def _gluon_problems(variant: Variant, code: _Code) -> list[str]:
     problems = []
     loops = machine.innermost_with("HGMMA")
     # Each consumer has one loop for full tiles of tokens and one for what has biases.
-    expected_loops = 4 if variant.far or variant.text_valid else 2
+    packed = variant.far or variant.text_valid or variant.ragged
+    expected_loops = 4 if packed else 2
     if len(loops) != expected_loops:
         problems.append(f"{len(loops)} loops on tensor cores instead of {expected_loops}")
     if not all(machine.hides_softmax(loop) for loop in loops):
         problems.append("a softmax outside of the matrix products")
-    if not all(machine.arrives_as_one(loop) for loop in loops):
+    if not all(machine.arrives_as_one(loop) for loop in (*loops, *machine.innermost_with("LDGSTS"))):
         problems.append("a thread arrives before its warps have met")
     if not code.opcodes["UTMALDG"]:
         problems.append("no UTMALDG")
-    if variant.text_valid and not code.opcodes["LDGSTS"]:
+    if packed and not code.opcodes["LDGSTS"]:
         problems.append("no LDGSTS")
     return problems
 

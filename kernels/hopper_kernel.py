@@ -246,16 +246,15 @@ def _bias_of(
     _begin, full_end, full_summary_end, _end = bounds
     columns = gl.arange(0, BLOCK_N, LAYOUT)
     bias = gl.zeros([BLOCK_N], gl.float32, LAYOUT)
-    if summary_bias is not None:
-        of_summaries = (index >= full_end) & (index < full_summary_end)
-        if of_summaries:
+    # The outer conditions are the compiler's, which tells them from those of the device only apart.
+    if summary_bias is not None:  # noqa: SIM102
+        if (index >= full_end) & (index < full_summary_end):
             bias = gl.load(summary_bias + tile + columns)
-    if packed_rows is not None:
-        slots = tile * BLOCK_N + columns
+    if packed_rows is not None:  # noqa: SIM102
         if index >= full_summary_end:
-            bias = gl.load(packed_bias + slots)
+            bias = gl.load(packed_bias + tile * BLOCK_N + columns)
             if text_valid is not None:
-                rows = gl.load(packed_rows + slots)
+                rows = gl.load(packed_rows + tile * BLOCK_N + columns)
                 padding_start, padding_stop = _padding(batch, text_valid, text)
                 bias = gl.where((rows >= padding_start) & (rows < padding_stop), float("-inf"), bias)
     return bias

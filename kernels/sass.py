@@ -23,10 +23,11 @@ _PRODUCT_EVENTS = {
     "0": re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0$"),
     "E": re.compile(r"\bMUFU\.EX2\b"),
 }
-# Meetings of warps, waits for matrix products, and arrivals (those that announce no bytes).
+# Meetings of warps, waits for matrix products, fences, and arrivals (those that announce no bytes).
 _ARRIVAL_EVENTS = {
     "B": re.compile(r"\bBAR\.SYNC\b"),
     "W": re.compile(r"\bWARPGROUP\.DEPBAR\b"),
+    "F": re.compile(r"\bFENCE\.VIEW\.ASYNC\b"),
     "A": re.compile(r"\bSYNCS\.ARRIVE\.TRANS64\.A[1R]T0\b"),
 }
 
@@ -65,7 +66,7 @@ class MachineCode:
     def arrives_as_one(self, loop: tuple[int, ...]) -> bool:
         """Whether every arrival of one thread at a shared-memory barrier follows a meeting of its warps.
 
-        So the thread speaks for the others, which may still have been reading.
+        So the thread speaks for the others, which may still have been reading, or before their fence after writing.
         """
         return not re.search("(^|[^B])A", self._events(loop, _ARRIVAL_EVENTS))
 

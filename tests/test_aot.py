@@ -204,3 +204,10 @@ def test_the_order_of_a_softmax_and_of_arrivals(first: str, meet: str, hides: bo
     assert code.spills == 2
     assert code.spills_in_loops == 1
     assert code.spills_within([loop]) == 0
+
+
+def test_a_meeting_before_the_fence_is_none() -> None:
+    fence = "/*0048*/                   FENCE.VIEW.ASYNC.S ;\n        /*0050*/"
+    code = sass.parse(OVERLAPPED.format(first="0x1", meet=MEETING).replace("/*0050*/", fence))
+    (loop,) = code.innermost_with("HGMMA")
+    assert not code.arrives_as_one(loop)
