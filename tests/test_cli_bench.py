@@ -137,7 +137,7 @@ def test_defaults_of_a_cpu(measured: Measured) -> None:
     assert (size.title, size.grid.shape, size.text_len, size.text_first) == ("128x128 tokens", (128, 128), 512, True)
     assert (asked["heads"], asked["head_dim"], asked["repetitions"]) == (4, 64, 5)
     assert (asked["dtype"], asked["backends"], asked["peers"]) == (torch.float32, ("auto",), ())
-    assert asked["max_seconds"] == 90
+    assert asked["max_seconds"] == 60
 
 
 def test_defaults_of_a_gpu(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
