@@ -243,7 +243,7 @@ def denoise(
     """Latents of one image, `[1, image tokens, channels]`."""
     import torch
 
-    from grat_kernels import BackendUnavailable
+    from grat_kernels import BackendUnavailable, KernelMismatch
 
     if init_image is not None:
         arguments = arguments | {"image": init_image, "strength": request.strength}
@@ -260,6 +260,8 @@ def denoise(
         ).images
     except BackendUnavailable as error:
         raise BadInput(f"{error}; use --backend auto") from error
+    except KernelMismatch as error:
+        raise NumericalFailure(str(error)) from error
 
 
 def decode(pipe: Any, latents: torch.Tensor, request: ImageRequest) -> Image.Image:

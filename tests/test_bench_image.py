@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import grat
+from PIL import Image
 
 from grat_cli.bench import image_level
 from grat_cli.bench.image_level import NOISE_FLOOR, PROMPTS, ImageSettings, Pictures, run_image_level
@@ -201,3 +203,20 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 def test_the_prompts_are_different_pictures() -> None:
     assert len(set(PROMPTS)) == len(PROMPTS) == 16
+
+
+def test_the_command_makes_a_contact_sheet(tmp_path: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox in the snow\n\na blue boat at night\n")
+    done = grat(
+        *("bench", "--level", "image", "--model", "demo", "--res", f"{WIDTH}x{HEIGHT}", "--prompts", prompts),
+        *("--compare", NAMES[0], "--device", "cpu", "--out", tmp_path / "made", "--json"),
+    )
+    assert done.code == 0, done.err
+    assert done.data["settings"]["prompts"] == ["a red fox in the snow", "a blue boat at night"]
+    assert done.data["settings"]["steps"] == DEMO_FLUX.steps
+    assert [row["name"] for row in done.data["cases"][0]["rows"]] == ["full", NAMES[0], NOISE_FLOOR]
+    assert done.data["contact_sheet"] == "made.png"
+    with Image.open(tmp_path / "made.png") as sheet:
+        assert sheet.width > 2 * WIDTH
+        assert sheet.height > 3 * HEIGHT

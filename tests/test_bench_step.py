@@ -12,6 +12,7 @@ import pytest
 import tiny_flux
 import tiny_hunyuan
 import torch
+from command_line import grat, refusal
 
 from grat_cli.bench import baselines, inside_models, random_weights, step_level
 from grat_cli.bench.inside_models import Host, stock_attention
@@ -224,7 +225,13 @@ def test_windows_inside_flux_equal_stock_attention_under_a_mask(
     assert step.density == inside.density
 
 
-def test_neighbourhoods_inside_hunyuan_leave_out_what_is_far() -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_neighbourhoods_inside_hunyuan_leave_out_what_is_far(ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ordered:
+        monkeypatch.setattr(
+            inside_models, "baseline_for", lambda window, device, *_: baselines.flex_baseline(window, device)
+        )
     model: Any = tiny_hunyuan.transformer()
     grid = Grid((3, 6, 8))
     inputs = tiny_hunyuan.inputs(grid.shape)
@@ -266,3 +273,45 @@ def test_what_does_not_exist_cannot_run() -> None:
     host = Host(tiny_hunyuan.transformer(), "hunyuan", 7, Backend.SDPA, CPU, torch.float32)
     with pytest.raises(CannotRun, match="two axes"):
         host.inside(variant_for(parse_variants("clear")[0], Grid((2, 4, 6))))
+
+
+def test_the_command_measures_a_step(tmp_path: Any) -> None:
+    done = grat(
+        *(
+            "bench",
+            "--level",
+            "step",
+            "--model",
+            "hunyuan",
+            "--layers",
+            "1,2",
+            "--grid",
+            "3x4x6",
+            "--weights",
+            "random",
+        ),
+        *("--compare", "grat-b:group=2", "--reps", "1", "--device", "cpu", "--dtype", "float32"),
+        *("--out", str(tmp_path / "step"), "--json"),
+    )
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert done.data == result
+    assert (result["settings"]["double_blocks"], result["settings"]["single_blocks"]) == (1, 2)
+    assert [row["name"] for row in result["cases"][0]["rows"]] == ["full", "grat-b:group=2"]
+    assert all(0 < row["attention_share"] < 1 for row in result["cases"][0]["rows"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layers", "2x4"), "expected double and single blocks, such as 2,4"),
+        (("--layers", "0,0"), "needs one"),
+        (("--weights", "real"), "--weights real"),
+        (("--weights", "own", "--model", "flux-dev"), "no weights of flux-dev are bundled"),
+        (("--weights", "own", "--layers", "1,1"), "add --weights random"),
+        (("--model", "hunyuan", "--res", "1024"), "--grid 33x45x80"),
+    ],
+)
+def test_the_command_says_what_does_not_fit(options: tuple[str, ...], message: str) -> None:
+    given = options if "--model" in options else ("--model", "demo", *options)
+    assert message in refusal("bench", "--level", "step", "--device", "cpu", *given)

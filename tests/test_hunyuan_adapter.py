@@ -49,8 +49,8 @@ def raster_mask(grid: Grid, radius: int | None, share: int | None) -> np.ndarray
     coordinates = np.stack(np.unravel_index(np.arange(grid.tokens), grid.shape), axis=1) // GROUP
     apart = np.abs(coordinates[:, None] - coordinates[None, :])
     if radius is not None:
-        return (apart <= radius).all(-1)
-    return (apart == 0).sum(-1) >= share
+        return np.asarray((apart <= radius).all(-1))
+    return np.asarray((apart == 0).sum(-1) >= share)
 
 
 class StockUnderMask:

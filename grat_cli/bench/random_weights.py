@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 Family = Literal["flux", "hunyuan"]
-Weights = Literal["own", "random"]
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,14 @@ def step_model(name: str) -> StepModel:
 
 
 def transformer_config(
-    model: StepModel, layers: tuple[int, int] | None = None, weights: Weights = "random"
+    model: StepModel, layers: tuple[int, int] | None = None, weights: str = "random"
 ) -> dict[str, Any]:
     """The configuration of a model's transformer.
 
     Args:
         model: which.
         layers: double and single blocks in place of the model's own numbers.
-        weights: what it will be filled with.
+        weights: `own` or `random`: what it will be filled with.
 
     Raises:
         BadInput: if the model's own weights are not bundled or have other layers, or a number of blocks is not

@@ -29,7 +29,6 @@ from grat_cli.bench.measure import (
 )
 from grat_cli.bench.random_weights import (
     StepModel,
-    Weights,
     own_transformer,
     parameter_count,
     random_transformer,
@@ -74,7 +73,7 @@ class StepSettings:
     compare: tuple[Request, ...]
     grids: tuple[tuple[int, ...], ...] = ()
     layers: tuple[int, int] | None = None
-    weights: Weights | None = None
+    weights: str | None = None
     text_len: int | None = None
     device: str = "auto"
     dtype: str = "auto"

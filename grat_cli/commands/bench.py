@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from grat_cli.bench.variants import Request
 
 LEVELS = ("attention", "step", "image")
+WEIGHTS = ("own", "random")
 _COMPARE = {
     "attention": "full,na,grat-b",
     "step": "full,grat-b,grat-far",
@@ -46,6 +47,7 @@ _ONLY_FOR = {
     "--reps": ("attention", "step"),
     "--model": ("step", "image"),
     "--layers": ("step",),
+    "--weights": ("step",),
     "--prompts": ("image",),
 }
 
@@ -67,6 +69,11 @@ def complete_peers(incomplete: str) -> list[str]:
 def complete_level() -> list[str]:
     """Names of levels, for shell completion."""
     return list(LEVELS)
+
+
+def complete_weights() -> list[str]:
+    """Kinds of weights, for shell completion."""
+    return list(WEIGHTS)
 
 
 def _continued(incomplete: str, names: tuple[str, ...]) -> list[str]:
@@ -191,10 +198,22 @@ def bench(
         str | None,
         typer.Option(
             "--layers",
-            metavar="DOUBLExSINGLE",
-            help="For step: so many blocks of both kinds, such as 2x4, for smaller machines. Default: the model's.",
+            metavar="DOUBLE,SINGLE",
+            help="For step: so many blocks of both kinds, such as 2,4, for smaller machines. Default: the model's.",
             show_default=False,
             rich_help_panel=_SIZE,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="NAME",
+            help="For step: random, or own for those that a model comes with (demo). Times do not depend on it. "
+            "Default: own where there are any.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+            autocompletion=complete_weights,
         ),
     ] = None,
     backend: Annotated[
@@ -269,6 +288,7 @@ def bench(
         "--reps": reps,
         "--model": model,
         "--layers": layers,
+        "--weights": weights,
         "--prompts": prompts,
     }
     for option, value in typed.items():
@@ -287,6 +307,8 @@ def bench(
     require_device(device)
     require_choice("--dtype", dtype, DTYPES)
     require_choice("--backend", backend, BACKENDS)
+    if weights is not None:
+        require_choice("--weights", weights, WEIGHTS)
     requests = parse_variants(compare if compare is not None else _COMPARE[level])
     peer_names = parse_peers(peers) if peers is not None else ()
     stem = _stem(out, f"grat-bench-{datetime.now():%Y%m%d-%H%M%S}-{level}")
@@ -306,7 +328,9 @@ def bench(
             output, requests, sizes, peer_names, text, heads, head_dim, reps, device=device, dtype=dtype, **common
         )
     elif level == "step":
-        result = _step(output, requests, model, res, grid, text, layers, reps, device=device, dtype=dtype, **common)
+        result = _step(
+            output, requests, model, weights, res, grid, text, layers, reps, device=device, dtype=dtype, **common
+        )
     else:
         result, sheet = _image(output, requests, model, res, prompts, device=device, dtype=dtype, **common)
 
@@ -377,6 +401,7 @@ def _step(
     output: Output,
     requests: tuple[Request, ...],
     model: str | None,
+    weights: str | None,
     res: str | None,
     grid: str | None,
     text: int | None,
@@ -392,9 +417,9 @@ def _step(
     chosen = step_model(model or choose_model(None).name)
     blocks = None
     if layers is not None:
-        if not re.fullmatch(r"\d{1,4}x\d{1,4}", layers, re.ASCII):
-            raise BadInput(f"--layers {layers}: expected double and single blocks, such as 2x4")
-        double, single = map(int, layers.split("x"))
+        if not re.fullmatch(r"\d{1,4},\d{1,4}", layers, re.ASCII):
+            raise BadInput(f"--layers {layers}: expected double and single blocks, such as 2,4")
+        double, single = map(int, layers.split(","))
         blocks = double, single
     if res is not None and chosen.axes != 2:
         raise BadInput(f"--res is for pictures; give {chosen.name} tokens, such as --grid 33x45x80")
@@ -404,6 +429,7 @@ def _step(
         compare=_without_full(requests),
         grids=tuple(size.grid.shape for size in [*pictures, *_grid_sizes(grid, text)]),
         layers=blocks,
+        weights=weights,
         text_len=text,
         **({} if reps is None else {"repetitions": reps}),
         **common,
