@@ -137,7 +137,7 @@ def test_defaults_of_a_cpu(measured: Measured) -> None:
     assert (size.title, size.grid.shape, size.text_len, size.text_first) == ("128x128 tokens", (128, 128), 512, True)
     assert (asked["heads"], asked["head_dim"], asked["repetitions"]) == (4, 64, 5)
     assert (asked["dtype"], asked["backends"], asked["peers"]) == (torch.float32, ("auto",), ())
-    assert asked["max_seconds"] == 90
+    assert asked["max_seconds"] == 60
 
 
 def test_defaults_of_a_gpu(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,13 +167,13 @@ def test_sizes_by_pixels_and_by_tokens(measured: Measured) -> None:
 def test_a_step_is_asked_for(measured: Measured) -> None:
     step = ("bench", "--level", "step")
     assert grat(*step, "--model", "demo", "--res", "512", "--grid", "32x48", "--reps", 3, "--out", "a").code == 0
-    assert grat(*step, "--model", "hunyuan", "--layers", "2x4", "--compare", "full,na", "--out", "b").code == 0
+    assert grat(*step, "--model", "hunyuan", "--layers", "2,4", "--compare", "full,na", "--out", "b").code == 0
     demo, hunyuan = measured
     assert (demo.model, demo.grids, demo.repetitions) == ("demo", ((64, 64), (32, 48)), 3)
     assert [request.name for request in demo.compare] == ["grat-b", "grat-far"]
     assert (hunyuan.grids, hunyuan.layers, hunyuan.repetitions) == ((), (2, 4), StepSettings.repetitions)
     assert [request.name for request in hunyuan.compare] == ["na"]
-    assert hunyuan.command == "grat bench --level step --model hunyuan --layers 2x4 --compare full,na --out b"
+    assert hunyuan.command == "grat bench --level step --model hunyuan --layers 2,4 --compare full,na --out b"
 
 
 def test_pictures_are_asked_for_and_laid_side_by_side(measured: Measured, tmp_path: Path) -> None:

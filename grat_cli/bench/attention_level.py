@@ -340,7 +340,9 @@ def _gpu_state(device: torch.device) -> str | None:
     if device.type != "cuda" or program is None:
         return None
     fields = "clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
-    command = [program, f"--query-gpu={fields}", "--format=csv", f"--id={device.index or 0}"]
+    # Its own numbers are not torch's where CUDA_VISIBLE_DEVICES hides some.
+    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = [program, f"--query-gpu={fields}", "--format=csv", f"--id={identity}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -143,7 +143,7 @@ def measure(
         progress.note(f"{run.name} is skipped: {reason}")
 
     # 1. One call each, in which compilers and caches do their work. What it takes tells whether there is time for more.
-    with torch.inference_mode():
+    with torch.no_grad():  # as in diffusers
         for run in list(waiting):
             reason = (
                 memory_obstacle(run.extra_bytes, device)
@@ -203,15 +203,13 @@ def clock_for(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
 
 def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    flush: list[torch.Tensor] = []
+    free, _ = torch.cuda.mem_get_info(device)
+    flush = torch.empty(min(_FLUSH_BYTES, free // 4), dtype=torch.uint8, device=device)
 
     def clock(call: Callable[[], object]) -> float:
         with torch.cuda.device(device):
-            if not flush:
-                free, _ = torch.cuda.mem_get_info(device)
-                flush.append(torch.empty(min(_FLUSH_BYTES, free // 4), dtype=torch.uint8, device=device))
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush[0].zero_()
+            flush.zero_()
             start.record()
             result = call()
             stop.record()

@@ -237,7 +237,8 @@ def _full(request: Request, grid: Grid) -> Variant:
 
 def _full_list(request: Request, grid: Grid) -> Variant:
     """Full attention by the span kernel: its quality apart from what sparsity and scheduling add."""
-    return _grouped(request, grid, Full(), "every token attends every token, by the span kernel", {"variant": "full"})
+    words = "every token attends every token, by the span kernel"
+    return _grouped(request, grid, Full(), words, {"variant": "full"}, role="baseline")
 
 
 def _grat_b(request: Request, grid: Grid) -> Variant:

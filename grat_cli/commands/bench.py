@@ -35,7 +35,7 @@ _TEXT_TOKENS = {2: 512, 3: 256}
 # Shows the effect in a minute on two CPU cores; on a GPU, Flux at 4096x4096.
 _CPU_GRID, _CPU_HEADS, _CPU_HEAD_DIM, _CPU_REPETITIONS = "128x128", 4, 64, 5
 _GPU_RES, _GPU_HEADS, _GPU_HEAD_DIM, _GPU_REPETITIONS = "4096", 24, 128, 20
-_MAX_SECONDS = 90.0
+_MAX_SECONDS = {"attention": 60.0, "step": 600.0, "image": None}
 
 # Which options say something to which level; the others are refused rather than ignored.
 _ONLY_FOR = {
@@ -233,22 +233,23 @@ def bench(
             "--reps",
             parser=options.number("--reps", int),
             metavar="COUNT",
-            help="Timed calls of each row, after a warm-up. Default: 5; for attention on a GPU 20.",
+            help="Timed calls of each row, after a warm-up. Default: 5; for attention on a GPU, 20.",
             show_default=False,
             rich_help_panel=_HOW,
         ),
     ] = None,
     max_seconds: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--max-seconds",
             parser=options.number("--max-seconds", float),
             metavar="SECONDS",
-            help="Most time for one row; one that would take longer is skipped, and says so. Default: 90.",
+            help="Most time for one row; one that would take longer is skipped, and says so. "
+            "Default: 60 for attention, 600 for a step, no limit for pictures.",
             show_default=False,
             rich_help_panel=_HOW,
         ),
-    ] = _MAX_SECONDS,
+    ] = None,
     device: options.DeviceName = "auto",
     dtype: options.Dtype = "auto",
     out: Annotated[
@@ -301,7 +302,7 @@ def bench(
     ):
         if value is not None and value < least:
             raise BadInput(f"{option} {value}: expected {least} or more")
-    if max_seconds <= 0:
+    if max_seconds is not None and max_seconds <= 0:
         raise BadInput(f"--max-seconds {max_seconds:g}: expected more than 0")
     require_device(device)
     require_choice("--dtype", dtype, DTYPES)
@@ -316,7 +317,8 @@ def bench(
         paths["png"] = stem.with_name(f"{stem.name}.png")
     media.refuse_unwritable(list(paths.values()), overwrite=overwrite)
     command = shlex.join(["grat", *(context.find_root().obj or ())])
-    common = {"backend": backend, "max_seconds": max_seconds, "command": command}
+    limit = _MAX_SECONDS[level] if max_seconds is None else max_seconds
+    common = {"backend": backend, "max_seconds": limit, "command": command}
 
     # 2. Measure.
     sheet = None
@@ -365,7 +367,7 @@ def _attention(
     device: str,
     dtype: str,
     backend: str,
-    max_seconds: float,
+    max_seconds: float | None,
     command: str,
 ) -> BenchResult:
     from grat_cli.bench.attention_level import run_attention_level
