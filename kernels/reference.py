@@ -23,6 +23,7 @@ def attention(
     plan: Plan,
     text_valid: torch.Tensor | None,
     scale: float,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Span attention by one dense softmax over all tokens and all summaries.
@@ -34,6 +35,7 @@ def attention(
         plan: what attends what.
         text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
         scale: factor on the scores.
+        summaries: means of keys and values, `[B, R, H, D]` each, in place of those of `key` and `value`.
         compute_dtype: precision of everything inside.
 
     Returns:
@@ -55,8 +57,11 @@ def attention(
             rows = query_wide[sample, :, head]
             keys, values = key_wide[sample, :, head], value_wide[sample, :, head]
             # A NaN in one token must not reach others through 0·NaN, so each block is averaged by itself.
-            summary_keys = _masked_product(means, keys[image])
-            summary_values = _masked_product(means, values[image])
+            if summaries is None:
+                summary_keys = _masked_product(means, keys[image])
+                summary_values = _masked_product(means, values[image])
+            else:
+                summary_keys, summary_values = (tensor[sample, :, head].to(compute_dtype) for tensor in summaries)
             scores = rows @ torch.cat([keys, summary_keys]).T * scale
             scores = torch.where(sample_bias == -math.inf, -math.inf, scores + sample_bias)
             heads.append(_masked_product(scores.softmax(-1), torch.cat([values, summary_values])))
