@@ -53,6 +53,7 @@ def descriptor(tensor: torch.Tensor, rows: int) -> Any:
     return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], [rows, head_dim])
 
 
+@torch.compiler.assume_constant_result
 def triton_obstacle(device: torch.device) -> str | None:
     """Why no Triton kernel runs on a device, in words, or None where they do. Never raises."""
     if importlib.util.find_spec("triton") is None:

@@ -41,7 +41,7 @@ def tensors(plan: Plan) -> Tensors:
 
 
 def test_the_operator_passes_torchs_own_checks(plan: Plan, tensors: Tensors) -> None:
-    arguments = (*tensors, torch.tensor([2, 4]), plan.key, 0.2, "sdpa")
+    arguments = (*tensors, torch.tensor([2, 4]), None, None, plan.key, 0.2, "sdpa")
     # Inference only: there is no backward formula to check.
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.grat.span_attention.default, arguments, test_utils=utilities)
