@@ -156,20 +156,21 @@ def _operator(
     plan = plan_by_key(plan_key)
     summaries = None if summary_key is None or summary_value is None else (summary_key, summary_value)
     if Backend(backend) is Backend.TRITON:
-        return triton_backend.attention(q, k, v, plan, text_valid, scale, summaries).contiguous()
+        return triton_backend.attention(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
     run = {
         Backend.REFERENCE: reference.attention,
         Backend.SDPA: sdpa_backend.attention,
         Backend.FLEX: flex_backend.attention,
     }[Backend(backend)]
     if isinstance(plan, Plan):
-        return run(q, k, v, plan, text_valid, scale, summaries).contiguous()
+        return run(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
     # These take one class of heads at a time.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for number, member in enumerate(plan.classes):
         heads = plan.heads_of(number)
-        of_class = None if summaries is None else (summaries[0][:, :, heads], summaries[1][:, :, heads])
-        out[:, :, heads] = run(q[:, :, heads], k[:, :, heads], v[:, :, heads], member, text_valid, scale, of_class)
+        of_heads = None if summaries is None else (summaries[0][:, :, heads], summaries[1][:, :, heads])
+        tensors = q[:, :, heads], k[:, :, heads], v[:, :, heads]
+        out[:, :, heads] = run(*tensors, member, text_valid, scale, summaries=of_heads)
     return out
 
 

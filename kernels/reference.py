@@ -23,8 +23,8 @@ def attention(
     plan: Plan,
     text_valid: torch.Tensor | None,
     scale: float,
-    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Span attention by one dense softmax over all tokens and all summaries.
 
@@ -35,8 +35,8 @@ def attention(
         plan: what attends what.
         text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
         scale: factor on the scores.
-        summaries: means of keys and values, `[B, R, H, D]` each, in place of those of `key` and `value`.
         compute_dtype: precision of everything inside.
+        summaries: means of keys and values, `[B, R, H, D]` each, in place of those of `key` and `value`.
 
     Returns:
         `[B, N, H, D]` in the dtype of `query`.

@@ -55,8 +55,8 @@ def attention(
     plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None,
     scale: float,
-    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
     """Span attention by the Triton kernel.
