@@ -1,11 +1,12 @@
-"""Ahead-of-time compilation of the span kernel for every row of the tile table, without a GPU.
+"""Ahead-of-time compilation of the kernels without a GPU: the span kernel for every row of its table, and rope_norm.
 
     python -m grat_kernels.aot                 everything (minutes)
     python -m grat_kernels.aot --arch sm_90    one architecture
 
 What is compiled is what the launcher launches: its own arguments, for tensors without data. The machine code is then
 read for what a row of the table promises: no spill inside a loop, shared memory within the architecture's, tensor
-cores and asynchronous loads of the right kind. The exit code is 1 where a promise is broken.
+cores and asynchronous loads of the right kind; of `rope_norm`, that it loads 16 bytes at a time. The exit code is 1
+where a promise is broken.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -39,6 +40,8 @@ _MATRIX_OPCODE = {
     "gfx942": "v_mfma",
 }
 _LOAD_OPCODE = {"tma": "UTMALDG", "pointers": "LDGSTS"}
+
+_WIDE_LOAD = "LDG.E.128"
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # One that is padded to a power of two, which rules descriptors out.
@@ -158,6 +161,121 @@ def _compile(variant: Variant) -> Any:
     return span_attention_kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
 
 
+class RopeNormVariant(NamedTuple):
+    """One compilation of the kernel that normalises, rotates, joins and pools."""
+
+    architecture: str
+    dtype: str
+    head_dim: int
+    text_apart: bool  # as in double blocks, where text and image are joined
+    levels: int  # of the far field
+
+
+@dataclass(frozen=True)
+class RopeNormBuild:
+    """What came out of a compilation of `rope_norm`; as for `Build`.
+
+    Attributes:
+        wide_loads: loads of 16 bytes.
+    """
+
+    variant: RopeNormVariant
+    registers: int
+    spills: int
+    spills_in_loops: int
+    wide_loads: int
+    shared_bytes: int
+    problems: tuple[str, ...]
+
+
+_ROPE_NORM_HEAD_DIMS = (64, 80, 128, 256)
+_FAR_BLOCKS = ((2, 2), (4, 4), (16, 16))
+
+
+def rope_norm_variants(architectures: Iterable[str]) -> Iterator[RopeNormVariant]:
+    """Single blocks without far field, and double blocks with little and much of it."""
+    for architecture, dtype, head_dim, (text_apart, levels) in itertools.product(
+        architectures, _DTYPES, _ROPE_NORM_HEAD_DIMS, ((False, 0), (True, 1), (True, len(_FAR_BLOCKS)))
+    ):
+        yield RopeNormVariant(architecture, dtype, head_dim, text_apart, levels)
+
+
+def compile_rope_norm(variant: RopeNormVariant) -> RopeNormBuild:
+    """Compiles one variant and reads its machine code.
+
+    Raises:
+        RuntimeError: if Triton runs as an interpreter in this process, which compiles nothing.
+    """
+    compiled = _compile_rope_norm(variant)
+    if variant.architecture.startswith("sm_"):
+        code = _read_cuda(compiled, _WIDE_LOAD)
+        wide_loads = code.opcodes[_WIDE_LOAD]
+    else:
+        code = _read_rocm(compiled)
+        wide_loads = compiled.asm["amdgcn"].count("load_dwordx4")
+    problems = []
+    if code.spills_in_loops:
+        problems.append(f"{code.spills_in_loops} spills inside a loop")
+    if compiled.metadata.shared > SHARED_MEMORY_LIMIT[variant.architecture]:
+        problems.append(f"{compiled.metadata.shared} bytes of shared memory")
+    # Text and image have a loop each, and each reads query, key and the angles.
+    if code.matrix_loops not in (None, 2):
+        problems.append(f"{code.matrix_loops} loops load 16 bytes at a time instead of 2")
+    if wide_loads < 8:
+        problems.append(f"{wide_loads} loads of 16 bytes")
+    return RopeNormBuild(
+        variant,
+        code.registers,
+        code.spills,
+        code.spills_in_loops,
+        wide_loads,
+        compiled.metadata.shared,
+        tuple(problems),
+    )
+
+
+def _compile_rope_norm(variant: RopeNormVariant) -> Any:
+    import torch
+    import triton
+    from triton.backends.driver import DriverBase
+    from triton.runtime.driver import driver
+
+    from grat_kernels import rope_norm
+    from grat_kernels.geometry import Grid, Grouping
+    from grat_kernels.pattern import Block, Far, Union
+    from grat_kernels.plan import build_plan
+    from grat_kernels.rope_norm_kernel import rope_norm_kernel
+
+    if not isinstance(rope_norm_kernel, triton.JITFunction):
+        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    pattern = Block(0)
+    if variant.levels:
+        pattern = Union(
+            pattern, Far([(distance, block) for distance, block in enumerate(_FAR_BLOCKS[: variant.levels])])
+        )
+    plan = build_plan(Grouping(Grid((64, 64)), (16, 16)), pattern, text_len=512)
+    batch, heads = 2, 24
+
+    def empty(*shape: int, dtype: str = variant.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    def projections(rows: int) -> rope_norm.Projections:
+        query, key, value = empty(batch, rows, 3, heads, variant.head_dim).unbind(2)
+        return rope_norm.Projections(query, key, value)
+
+    norms = rope_norm.Norms(empty(variant.head_dim), empty(variant.head_dim), 1e-6)
+    angles = empty(plan.tokens, variant.head_dim, dtype="float32")
+    image = projections(plan.image_tokens if variant.text_apart else plan.tokens)
+    text = projections(plan.text_len) if variant.text_apart else None
+    launch = rope_norm.launch_of(
+        rope_norm.sections_of(image, norms, text, norms, (angles, angles), plan),
+        rope_norm.empty_outputs(image.query, plan.tokens, plan.summaries.rows, variant.text_apart),
+        plan,
+    )
+    driver.set_active(cast(DriverBase, _TargetOnly(variant.architecture)))
+    return rope_norm_kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
+
+
 class _TargetOnly:
     """Stands where Triton expects a GPU's driver: it names an architecture and runs nothing."""
 
@@ -205,7 +323,7 @@ def _read_cuda(compiled: Any, matrix_opcode: str) -> _Code:
     if registers is None:
         raise RuntimeError(f"cuobjdump names no registers: {usage!r}")
     code = parse(listing)
-    opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS")}
+    opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS", _WIDE_LOAD)}
     return _Code(int(registers[1]), code.spills, code.spills_in_loops, code.loops_with(matrix_opcode), opcodes)
 
 
@@ -234,8 +352,19 @@ def _row(build: Build) -> str:
     )
 
 
-def _record(build: Build) -> dict[str, Any]:
-    return asdict(build) | {"variant": build.variant._asdict(), "config": build.variant.config._asdict()}
+def _rope_norm_row(build: RopeNormBuild) -> str:
+    variant = build.variant
+    options = f"{'text apart' if variant.text_apart else 'joint'}, {variant.levels} levels"
+    return (
+        f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {options:43} {build.registers:4} "
+        f"{build.spills:6} {build.spills_in_loops:8} {build.shared_bytes / 1024:7.1f}  16-byte loads {build.wide_loads}"
+        + "".join(f"  PROBLEM: {problem}" for problem in build.problems)
+    )
+
+
+def _record(build: Build | RopeNormBuild) -> dict[str, Any]:
+    record = asdict(build) | {"variant": build.variant._asdict()}
+    return record | {"config": build.variant.config._asdict()} if isinstance(build, Build) else record
 
 
 _HEADER = (
@@ -244,11 +373,26 @@ _HEADER = (
 )
 
 
+class _Table(NamedTuple):
+    """What is compiled of one kernel, how, and how a result is printed."""
+
+    variants: Callable[[Iterable[str]], Iterable[Any]]
+    compile: Callable[[Any], Any]
+    row: Callable[[Any], str]
+
+
+_TABLES = {
+    "span": _Table(variants, compile_variant, _row),
+    "rope_norm": _Table(rope_norm_variants, compile_rope_norm, _rope_norm_row),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compiles the table and prints what came out; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m grat_kernels.aot", description="Compile the span kernel's tile table."
+        prog="python -m grat_kernels.aot", description="Compile the span kernel's tile table, and rope_norm."
     )
+    parser.add_argument("--kernel", choices=list(_TABLES), help="only this one")
     parser.add_argument("--arch", action="append", choices=list(SHARED_MEMORY_LIMIT), help="only this one; repeatable")
     parser.add_argument("--dtype", choices=_DTYPES, help="only this dtype")
     parser.add_argument("--head-dim", type=int, help="only this head dimension")
@@ -258,25 +402,23 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("Triton's interpreter compiles nothing: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    wanted = [
-        variant
-        for variant in variants(chosen.arch or SHARED_MEMORY_LIMIT)
-        if chosen.dtype in (None, variant.dtype) and chosen.head_dim in (None, variant.head_dim)
-    ]
     builds = []
-    if not chosen.json:
-        print(_HEADER)
     with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
-        for build in pool.map(compile_variant, wanted):
-            builds.append(build)
+        for kernel in [chosen.kernel] if chosen.kernel else _TABLES:
+            table = _TABLES[kernel]
+            wanted = [
+                variant
+                for variant in table.variants(chosen.arch or SHARED_MEMORY_LIMIT)
+                if chosen.dtype in (None, variant.dtype) and chosen.head_dim in (None, variant.head_dim)
+            ]
             if not chosen.json:
-                print(_row(build), flush=True)
+                print(f"{kernel}\n{_HEADER}")
+            for build in pool.map(table.compile, wanted):
+                builds.append(build)
+                if not chosen.json:
+                    print(table.row(build), flush=True)
     if chosen.json:
-        rows = [
-            asdict(build) | {"variant": build.variant._asdict(), "config": build.variant.config._asdict()}
-            for build in builds
-        ]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([_record(build) for build in builds], indent=1))
     broken = sum(bool(build.problems) for build in builds)
     print(f"{len(builds)} compiled, {broken} with problems", file=sys.stderr)
     return 1 if broken else 0

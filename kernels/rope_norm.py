@@ -222,7 +222,7 @@ def _operator(
     if text_query is not None and text_key is not None and text_value is not None:
         text = Projections(text_query, text_key, text_value)
     rotation = None if cosines is None or sines is None else (cosines, sines)
-    sections = _sections(
+    sections = sections_of(
         Projections(query, key, value),
         Norms(query_weight, key_weight, eps),
         text,
@@ -230,7 +230,7 @@ def _operator(
         rotation,
         plan,
     )
-    outputs = _outputs(query, plan.tokens, summary_rows, text is not None)
+    outputs = empty_outputs(query, plan.tokens, summary_rows, text is not None)
     if fused:
         _launch(sections, outputs, plan)
     else:
@@ -259,7 +259,7 @@ def _(
     fused: bool,
 ) -> list[torch.Tensor]:
     tokens = query.shape[1] + (0 if text_query is None else text_query.shape[1])
-    outputs = _outputs(query, tokens, summary_rows, text_query is not None)
+    outputs = empty_outputs(query, tokens, summary_rows, text_query is not None)
     return [tensor for tensor in outputs if tensor is not None]
 
 
@@ -281,7 +281,8 @@ class Outputs(NamedTuple):
     summary_value: torch.Tensor | None
 
 
-def _outputs(query: torch.Tensor, tokens: int, summary_rows: int, text_apart: bool) -> Outputs:
+def empty_outputs(query: torch.Tensor, tokens: int, summary_rows: int, text_apart: bool) -> Outputs:
+    """Tensors to write to: of the joint sequence of `tokens`, and of `summary_rows` summaries."""
     batch, _, heads, head_dim = query.shape
 
     def empty(rows: int) -> torch.Tensor:
@@ -318,7 +319,7 @@ class Section(NamedTuple):
     rotation_row: int
 
 
-def _sections(
+def sections_of(
     image: Projections,
     norms: Norms,
     text: Projections | None,

@@ -228,8 +228,10 @@ def test_known_summaries_are_used_as_they_are(backend: Backend, by_head: bool) -
     for head, number in enumerate(HEAD_PLAN.class_of_head):
         one_head = slice(head, head + 1)
         expected = definition.attention(
-            *(tensor[:, :, one_head].double() for tensor in (query, key, value)),
-            HEAD_PLAN.classes[number] if by_head else HEAD_PLAN.classes[2],
+            query[:, :, one_head].double(),
+            key[:, :, one_head].double(),
+            value[:, :, one_head].double(),
+            HEAD_PLAN.classes[number if by_head else 2],
             None,
             scale,
             torch.float64,

@@ -386,7 +386,7 @@ def test_a_fused_kernel_that_cannot_run_is_refused_when_it_was_asked_for() -> No
         for name, value in tiny_flux.inputs(*grid.shape).items()
     }
     with (
-        pytest.raises(BadInput, match="fused kernel cannot run here: .*float64"),
+        pytest.raises(BadInput, match=r"fused kernel cannot run here: .*float64"),
         FluxAdapter(model, grid, fused=True).attached(run_with(grid, Full()), Backend.SDPA),
     ):
         model(**inputs)

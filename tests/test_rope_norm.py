@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import cases
 import numpy as np
@@ -141,7 +141,7 @@ def exact(call: Call) -> Exact:
                 continue
             tokens = part[index].double()
             normalised = tokens / (tokens.square().mean(-1, keepdim=True) + norms.eps).sqrt()
-            weight = norms[index]
+            weight = norms.key if index else norms.query
             parts.append(normalised if weight is None else normalised * weight.double())
         joined = join(parts[0], parts[1])  # type: ignore[arg-type]
         pairs = torch.view_as_complex(joined.unflatten(-1, (-1, 2)).contiguous())
@@ -169,7 +169,10 @@ def assert_exact_but_for_rounding(result: Joined, call: Call) -> None:
     """Computed in fp32 and rounded once; means of what was rounded."""
     expected = exact(call)
     dtype = call.image.query.dtype
-    for tensor, truth, size in ((result.query, expected.query, expected.sizes[0]), (result.key, expected.key, expected.sizes[1])):
+    for tensor, truth, size in (
+        (result.query, expected.query, expected.sizes[0]),
+        (result.key, expected.key, expected.sizes[1]),
+    ):
         assert tensor.dtype == dtype
         assert tensor.is_contiguous()
         error = fp32_error(size)
@@ -344,12 +347,14 @@ def test_the_kernel_gives_the_same_bits_in_any_batch() -> None:
     assert_same_bits(call.run(True), both)
     assert call.text is not None
     for sample in range(2):
-        image, text = (Projections(*(tensor[sample : sample + 1] for tensor in part)) for part in (call.image, call.text))
+        image, text = (
+            Projections(*(tensor[sample : sample + 1] for tensor in part)) for part in (call.image, call.text)
+        )
         alone = Call(image, call.norms, call.rotation, call.plan, text, call.text_norms).run(True)
         assert both.summaries is not None
+        row = slice(sample, sample + 1)
         expected = Joined(
-            *(tensor[sample : sample + 1] for tensor in both[:3]),
-            (both.summaries[0][sample : sample + 1], both.summaries[1][sample : sample + 1]),
+            both.query[row], both.key[row], both.value[row], (both.summaries[0][row], both.summaries[1][row])
         )
         assert_same_bits(alone, expected)
 
@@ -481,7 +486,7 @@ def test_hunyuan_video_attention_is_handed_what_stock_hands_it(
             pre_only=not double,
             qk_norm="rms_norm",
             eps=1e-6,
-            processor=transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0(),
+            processor=cast(Any, transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0()),
         ),
         dtype,
     )
