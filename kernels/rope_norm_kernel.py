@@ -4,8 +4,8 @@ One program takes a chunk of tokens and a few heads through a list of *runs*, sh
 block cuts. Summary blocks are whole runs that follow one another inside one chunk, so each mean is summed by one
 program in one order: no atomics, and the same bits every time.
 
-Tiles are [tokens, heads, channels]: threads spread over the last two, so that a thread holds all tokens of a run and
-adds them up in its own registers.
+Tiles are [tokens, columns], a column being one channel of one head. Threads spread over the columns, so that a thread
+holds all tokens of a run and adds them up in its own registers.
 """
 
 from __future__ import annotations
@@ -15,28 +15,31 @@ import triton.language as tl
 
 
 @triton.jit
-def _normalised_and_rotated(states, weight, eps, cosines, sines, HEAD_DIM: tl.constexpr):
-    """RMS norm, then rotation of neighbouring channels, in fp32.
+def _normalised_and_rotated(states, weight, eps, cosines, sines, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """RMS norm of each head, then rotation of neighbouring channels, in fp32.
 
     Args:
-        states: `[tokens, heads, D]` fp32, zeros in channels past `HEAD_DIM`.
+        states: `[tokens, columns]`, zeros in channels past `HEAD_DIM`.
         weight: `[D]` fp32, or None.
         cosines: `[tokens, D]` fp32, or None for no rotation.
         sines: likewise.
+
+    Returns:
+        `[tokens, columns]` fp32.
     """
+    tokens: tl.constexpr = states.shape[0]
+    heads: tl.constexpr = states.shape[1] // PADDED_DIM
+    states = tl.reshape(states.to(tl.float32), [tokens, heads, PADDED_DIM])
     mean_square = tl.sum(states * states, 2) / HEAD_DIM
     states = states * tl.rsqrt(mean_square + eps)[:, :, None]
     if weight is not None:
         states = states * weight[None, None, :]
     if cosines is not None:
-        tokens: tl.constexpr = states.shape[0]
-        heads: tl.constexpr = states.shape[1]
-        channels: tl.constexpr = states.shape[2]
         # Channels 2i and 2i + 1 are real and imaginary part of a complex number.
-        real, imaginary = tl.split(tl.reshape(states, [tokens, heads, channels // 2, 2]))
-        turned = tl.reshape(tl.join(-imaginary, real), [tokens, heads, channels])
+        real, imaginary = tl.split(tl.reshape(states, [tokens, heads, PADDED_DIM // 2, 2]))
+        turned = tl.reshape(tl.join(-imaginary, real), [tokens, heads, PADDED_DIM])
         states = states * cosines[:, None, :] + turned * sines[:, None, :]
-    return states
+    return tl.reshape(states, [tokens, heads * PADDED_DIM])
 
 
 @triton.jit
@@ -58,13 +61,9 @@ def _load_positions(table, rows, channels, loaded, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _offsets(batch, rows, heads, channels, strides):
-    """Offsets into a tensor `[B, N, H, D]` with the strides of its first three dimensions, `[tokens, heads, D]`."""
-    return (
-        batch * strides[0]
-        + rows[:, None, None] * strides[1]
-        + heads[None, :, None] * strides[2]
-        + channels[None, None, :]
-    )
+    """Offsets into a tensor `[B, N, H, D]` with the strides of its first three dimensions, `[rows, columns]`."""
+    columns = heads * strides[2] + channels
+    return batch * strides[0] + rows[:, None] * strides[1] + columns[None, :]
 
 
 @triton.jit
@@ -85,36 +84,36 @@ def _chunk(
     last_run,
     batch,
     heads,
-    head_exists,
+    column_exists,
     LEVELS: tl.constexpr,
     POOL: tl.constexpr,  # whether these tokens are summarised
     RUN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """The runs `first_run:last_run` of one chunk, for the heads `[HEADS]` of one program."""
-    channels = tl.arange(0, PADDED_DIM)
-    inside = channels < HEAD_DIM
+    """The runs `first_run:last_run` of one chunk; `heads` and `column_exists` are of the columns of one program."""
+    COLUMNS: tl.constexpr = heads.shape[0]
+    channels = tl.arange(0, COLUMNS) % PADDED_DIM
     slots = tl.arange(0, RUN)
-    query_weight = _load_vector(weights[0], channels, inside)
-    key_weight = _load_vector(weights[1], channels, inside)
+    head_channels = tl.arange(0, PADDED_DIM)
+    inside = head_channels < HEAD_DIM
+    query_weight = _load_vector(weights[0], head_channels, inside)
+    key_weight = _load_vector(weights[1], head_channels, inside)
     RUN_FIELDS: tl.constexpr = 3 + 2 * LEVELS
     if POOL:
-        # Sums of the runs since a block of any level ended, [heads, D], and of each level's blocks before that.
-        key_sum = tl.zeros((heads.shape[0], PADDED_DIM), tl.float32)
-        value_sum = tl.zeros((heads.shape[0], PADDED_DIM), tl.float32)
+        # Sums of the runs since a block of any level ended, and of each level's blocks before that.
+        key_sum = tl.zeros((COLUMNS,), tl.float32)
+        value_sum = tl.zeros((COLUMNS,), tl.float32)
         PADDED_LEVELS: tl.constexpr = triton.next_power_of_2(LEVELS)
         levels = tl.arange(0, PADDED_LEVELS)
-        key_sums = tl.zeros((PADDED_LEVELS, heads.shape[0], PADDED_DIM), tl.float32)
-        value_sums = tl.zeros((PADDED_LEVELS, heads.shape[0], PADDED_DIM), tl.float32)
-        summary_stored = head_exists[None, :, None] & inside[None, None, :]
+        key_sums = tl.zeros((PADDED_LEVELS, COLUMNS), tl.float32)
+        value_sums = tl.zeros((PADDED_LEVELS, COLUMNS), tl.float32)
 
     for run in range(first_run, last_run):
         start = tl.load(runs + run * RUN_FIELDS).to(tl.int64)
-        count = tl.load(runs + run * RUN_FIELDS + 1)
+        exists = slots < tl.load(runs + run * RUN_FIELDS + 1)
+        loaded = exists[:, None] & column_exists[None, :]
         positions = start + slots
-        exists = (slots < count)[:, None] & inside[None, :]
-        loaded = exists[:, None, :] & head_exists[None, :, None]
         rows = positions - first_row
         joined_offsets = _offsets(batch, positions, heads, channels, joined_strides)
 
@@ -122,12 +121,13 @@ def _chunk(
         key = tl.load(tokens[1] + _offsets(batch, rows, heads, channels, strides[1]), mask=loaded, other=0.0)
         if POOL or (joined[2] is not None):
             value = tl.load(tokens[2] + _offsets(batch, rows, heads, channels, strides[2]), mask=loaded, other=0.0)
-        cosines = _load_positions(rotation[0], positions - first_position, channels, exists, HEAD_DIM)
-        sines = _load_positions(rotation[1], positions - first_position, channels, exists, HEAD_DIM)
+        turned = exists[:, None] & inside[None, :]
+        cosines = _load_positions(rotation[0], positions - first_position, head_channels, turned, HEAD_DIM)
+        sines = _load_positions(rotation[1], positions - first_position, head_channels, turned, HEAD_DIM)
 
-        query = _normalised_and_rotated(query.to(tl.float32), query_weight, eps, cosines, sines, HEAD_DIM)
+        query = _normalised_and_rotated(query, query_weight, eps, cosines, sines, HEAD_DIM, PADDED_DIM)
         tl.store(joined[0] + joined_offsets, query.to(joined[0].dtype.element_ty), mask=loaded)
-        key = _normalised_and_rotated(key.to(tl.float32), key_weight, eps, cosines, sines, HEAD_DIM)
+        key = _normalised_and_rotated(key, key_weight, eps, cosines, sines, HEAD_DIM, PADDED_DIM)
         key = key.to(joined[1].dtype.element_ty)
         tl.store(joined[1] + joined_offsets, key, mask=loaded)
         if joined[2] is not None:
@@ -141,12 +141,12 @@ def _chunk(
                 # For each level, the summary row that ends here, or -1, and the tokens that it stands for.
                 entry = runs + run * RUN_FIELDS + 3 + 2 * levels
                 summary_row = tl.load(entry, mask=levels < LEVELS, other=-1)
-                summarised = tl.load(entry + 1, mask=levels < LEVELS, other=1).to(tl.float32)[:, None, None]
-                ends = (summary_row >= 0)[:, None, None]
+                summarised = tl.load(entry + 1, mask=levels < LEVELS, other=1).to(tl.float32)[:, None]
+                ends = (summary_row >= 0)[:, None]
+                stored = ends & column_exists[None, :]
                 offsets = _offsets(batch, summary_row.to(tl.int64), heads, channels, summary_strides)
-                stored = ends & summary_stored
-                key_sums += key_sum[None, :, :]
-                value_sums += value_sum[None, :, :]
+                key_sums += key_sum[None, :]
+                value_sums += value_sum[None, :]
                 tl.store(summaries[0] + offsets, (key_sums / summarised).to(summaries[0].dtype.element_ty), mask=stored)
                 tl.store(
                     summaries[1] + offsets, (value_sums / summarised).to(summaries[1].dtype.element_ty), mask=stored
@@ -202,8 +202,11 @@ def rope_norm_kernel(
     # Heads of one chunk run next to each other: they read the same positions.
     program = tl.program_id(0)
     head_groups = tl.cdiv(head_count, HEADS)
-    heads = (program % head_groups) * HEADS + tl.arange(0, HEADS)
-    head_exists = heads < head_count
+    columns = tl.arange(0, HEADS * PADDED_DIM)
+    heads = (program % head_groups) * HEADS + columns // PADDED_DIM
+    column_exists = heads < head_count
+    if HEAD_DIM != PADDED_DIM:
+        column_exists = column_exists & (columns % PADDED_DIM < HEAD_DIM)
     # Offsets of whole tensors may exceed 32 bits.
     heads = heads.to(tl.int64)
     batch = (program // head_groups % batches).to(tl.int64)
@@ -228,7 +231,7 @@ def rope_norm_kernel(
             last_run,
             batch,
             heads,
-            head_exists,
+            column_exists,
             LEVELS,
             False,
             RUN,
@@ -253,7 +256,7 @@ def rope_norm_kernel(
             last_run,
             batch,
             heads,
-            head_exists,
+            column_exists,
             LEVELS,
             LEVELS > 0,
             RUN,
