@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.errors import BadInput, choices
+from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.preset_schema import BACKENDS
 from grat_cli.presets import Preset, load_preset
 from grat_cli.time_shift import extrapolation
@@ -35,13 +35,11 @@ class Installation:
         self._last_schedule: AttentionSchedule | None = None
         self.grid = grid
         self.backend, self.backend_reason = _resolve_backend(pipe, preset.kernel.backend, grid.tokens)
+        _check_kernel(pipe, preset, self.backend)
 
     def current_step(self) -> int:
         """The step of the call under way, from the scheduler's own counters: plain integers, so nothing waits."""
-        scheduler = self._pipe.scheduler
-        begin = scheduler.begin_index or 0
-        index = begin if scheduler.step_index is None else scheduler.step_index
-        return index - begin
+        return step_under_way(self._pipe.scheduler)
 
     def schedule(self, text_len: int) -> AttentionSchedule:
         """The schedule for a text length and for as many steps as the scheduler is set to run."""
@@ -100,6 +98,7 @@ def install(
 
     Raises:
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
+        NumericalFailure: if the backend's kernel computes wrong results on this machine.
     """
     pixels_per_token, pipeline = _geometry(pipe)
     preset = load_preset(preset) if isinstance(preset, str) else preset
@@ -130,6 +129,13 @@ def install(
         warnings.warn(warning, stacklevel=3)
     with adapter.attached(installation, installation.backend, observer):
         yield installation
+
+
+def step_under_way(scheduler: Any) -> int:
+    """The denoising step that a scheduler is at, counted from 0 over the steps that are run."""
+    begin = scheduler.begin_index or 0
+    index = begin if scheduler.step_index is None else scheduler.step_index
+    return index - begin
 
 
 def _with_backend(preset: Preset, backend: Backend | str) -> Preset:
@@ -177,3 +183,27 @@ def _resolve_backend(pipe: Any, name: str, tokens: int) -> tuple[Backend, str]:
     if not ability:
         raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
     return Backend(name), f"chosen by name; {ability.reason}"
+
+
+def _check_kernel(pipe: Any, preset: Preset, backend: Backend) -> None:
+    """Tests the kernel in the forms that the preset uses, so that no denoising step waits for it.
+
+    Raises:
+        NumericalFailure: if it computes wrong results on this machine.
+    """
+    from grat_kernels.attention import KernelMismatch, check_kernel
+
+    forms = {bool(attention.far) for attention in (preset.attention, *preset.attention_of_rules)}
+    if preset.schedule.dense_steps:
+        forms.add(False)
+    try:
+        for far in sorted(forms):
+            check_kernel(
+                backend,
+                pipe._execution_device,
+                pipe.transformer.dtype,
+                pipe.transformer.config.attention_head_dim,
+                far=far,
+            )
+    except KernelMismatch as error:
+        raise NumericalFailure(str(error)) from error

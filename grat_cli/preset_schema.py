@@ -30,7 +30,7 @@ from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Uni
 from grat_kernels.geometry import nests
 
 Variant = Literal["full", "b", "x", "bx", "sta"]
-BackendName = Literal["auto", "reference", "sdpa", "flex", "triton"]
+BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
 Family = Literal["flux", "demo", "hunyuan"]
 
 VARIANTS: tuple[str, ...] = get_args(Variant)

@@ -12,7 +12,7 @@ from grat_kernels.pattern import Block, CrissCross, Far, FarLevel, Full, Pattern
 from grat_kernels.plan import HeadPlan, Plan, Span, build_head_plan, build_plan
 
 if TYPE_CHECKING:
-    from grat_kernels.attention import Ability, Backend, BackendUnavailable, can_run, span_attention
+    from grat_kernels.attention import Ability, Backend, BackendUnavailable, KernelMismatch, can_run, span_attention
 
 __all__ = [
     "Ability",
@@ -26,6 +26,7 @@ __all__ = [
     "Grid",
     "Grouping",
     "HeadPlan",
+    "KernelMismatch",
     "Pattern",
     "Plan",
     "SlidingTile",
@@ -39,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Ability", "Backend", "BackendUnavailable", "can_run", "span_attention"):
+    if name in ("Ability", "Backend", "BackendUnavailable", "KernelMismatch", "can_run", "span_attention"):
         from grat_kernels import attention
 
         return getattr(attention, name)

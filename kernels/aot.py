@@ -1,12 +1,13 @@
-"""Ahead-of-time compilation of the kernels without a GPU: the span kernel for every row of its table, and rope_norm.
+"""Ahead-of-time compilation, without a GPU: the span kernels for every row of their tables, and `rope_norm`.
 
     python -m grat_kernels.aot                 everything (minutes)
     python -m grat_kernels.aot --arch sm_90    one architecture
+    python -m grat_kernels.aot --kernel gluon  one kernel
 
-What is compiled is what the launcher launches: its own arguments, for tensors without data. The machine code is then
-read for what a row of the table promises: no spill inside a loop, shared memory within the architecture's, tensor
-cores and asynchronous loads of the right kind; of `rope_norm`, that it loads 16 bytes at a time. The exit code is 1
-where a promise is broken.
+What is compiled is what the launchers launch: their own arguments, for tensors without data. The machine code is then
+read for what a row of a table promises: no spill inside a loop over tiles, shared memory within the architecture's,
+tensor cores and asynchronous loads of the right kind, and on Hopper a softmax that runs under the matrix products; and
+of `rope_norm`, loads of 16 bytes. The exit code is 1 where a promise is broken.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from grat_kernels.tile_configs import SHARED_MEMORY_LIMIT, TileConfig, architecture_of, tile_config
+from grat_kernels.sass import MachineCode, parse
+from grat_kernels.tile_configs import (
+    HOPPER,
+    SHARED_MEMORY_LIMIT,
+    SPECIALISED,
+    HopperConfig,
+    TileConfig,
+    architecture_of,
+    tile_config,
+)
 
 # What the loops should compute with (mma, wgmma, tcgen05, mfma) and load with (cp.async.bulk, cp.async).
 _MATRIX_OPCODE = {
@@ -50,7 +60,7 @@ _HEAD_DIMS = (64, _PADDED_HEAD_DIM, 128, 256)
 
 
 class Variant(NamedTuple):
-    """One compilation of the kernel."""
+    """One compilation of a kernel."""
 
     architecture: str
     dtype: str
@@ -58,14 +68,13 @@ class Variant(NamedTuple):
     descriptors: bool  # whether the tensors allow them
     text_valid: bool
     far: bool
+    kernel: str = "triton"
+    ragged: bool = False  # whether spans leave something over after their full tiles
 
     @property
-    def config(self) -> TileConfig:
+    def config(self) -> TileConfig | HopperConfig:
         """The table's tiles, in this variant's form."""
-        cuda = self.architecture.startswith("sm_")
-        row = architecture_of(divmod(int(self.architecture.removeprefix("sm_")), 10)) if cuda else "rocm"
-        bits = 32 if self.dtype == "float32" else 16
-        return tile_config(row, self.head_dim, bits, descriptors=self.descriptors)
+        return KERNELS[self.kernel].config(self)
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,8 @@ class Build:
     Attributes:
         registers: per thread.
         spills: instructions that read or write local memory.
-        spills_in_loops: those of them inside a loop.
-        matrix_loops: loops that compute on tensor cores; None where that cannot be read.
+        spills_in_loops: those of them inside a loop over tiles.
+        matrix_loops: loops over tiles that compute on tensor cores; None where that cannot be read.
         opcodes: how often instructions of interest occur.
         shared_bytes: shared memory of a program.
         problems: broken promises, in words.
@@ -92,15 +101,29 @@ class Build:
     problems: tuple[str, ...]
 
 
-def variants(architectures: Iterable[str]) -> Iterator[Variant]:
-    """Every compilation that the table can lead to on these architectures."""
-    for architecture, dtype, head_dim, text_valid, far in itertools.product(
-        architectures, _DTYPES, _HEAD_DIMS, (False, True), (False, True)
-    ):
-        variant = Variant(architecture, dtype, head_dim, False, text_valid, far)
-        yield variant
-        if variant._replace(descriptors=True).config != variant.config and head_dim != _PADDED_HEAD_DIM:
-            yield variant._replace(descriptors=True)
+class Kernel(NamedTuple):
+    """A kernel with a table of its own.
+
+    Attributes:
+        variants: every compilation that its table can lead to on these architectures.
+        config: the table's tiles for a variant.
+        launch: the kernel, its arguments and its options, as launched for a variant on tensors without data.
+        tile_loops: the loops over tiles in its machine code.
+        problems: promises of its own that are broken, in words.
+    """
+
+    variants: Callable[[Iterable[str]], Iterator[Variant]]
+    config: Callable[[Variant], TileConfig | HopperConfig]
+    launch: Callable[[Variant], tuple[Any, tuple[Any, ...], dict[str, int]]]
+    tile_loops: Callable[[MachineCode], tuple[tuple[int, ...], ...]]
+    problems: Callable[[Variant, _Code], list[str]]
+
+
+def variants(architectures: Iterable[str], kernels: Iterable[str] | None = None) -> Iterator[Variant]:
+    """Every compilation that the tables of some kernels (all by default) can lead to on these architectures."""
+    architectures = list(architectures)
+    for name in KERNELS if kernels is None else kernels:
+        yield from KERNELS[name].variants(architectures)
 
 
 def compile_variant(variant: Variant) -> Build:
@@ -112,44 +135,52 @@ def compile_variant(variant: Variant) -> Build:
     compiled = _compile(variant)
     matrix_opcode = _MATRIX_OPCODE[variant.architecture]
     cuda = variant.architecture.startswith("sm_")
-    code = _read_cuda(compiled, matrix_opcode) if cuda else _read_rocm(compiled)
+    code = _read_cuda(compiled, matrix_opcode, KERNELS[variant.kernel].tile_loops) if cuda else _read_rocm(compiled)
     problems = []
     if code.spills_in_loops:
         problems.append(f"{code.spills_in_loops} spills inside a loop")
     if compiled.metadata.shared > SHARED_MEMORY_LIMIT[variant.architecture]:
         problems.append(f"{compiled.metadata.shared} bytes of shared memory")
-    expected_loops = 3 if variant.far else 2
-    if variant.dtype != "float32" and code.matrix_loops not in (None, expected_loops):
-        problems.append(f"{code.matrix_loops} loops on tensor cores instead of {expected_loops}")
     if variant.dtype != "float32" and not code.opcodes[matrix_opcode]:
         problems.append(f"no {matrix_opcode}")
-    if variant.config.stages > 1 and not code.opcodes[_LOAD_OPCODE[variant.config.form]]:
-        problems.append(f"no {_LOAD_OPCODE[variant.config.form]}")
-    return Build(variant, *code, compiled.metadata.shared, tuple(problems))
+    problems += KERNELS[variant.kernel].problems(variant, code)
+    figures = (code.registers, code.spills, code.spills_in_loops, code.matrix_loops, code.opcodes)
+    return Build(variant, *figures, compiled.metadata.shared, tuple(problems))
 
 
 def _compile(variant: Variant) -> Any:
-    import torch
+    kernel, arguments, options = KERNELS[variant.kernel].launch(variant)
+    return _compile_for(variant.architecture, kernel, arguments, options)
+
+
+def _compile_for(architecture: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> Any:
     import triton
     from triton.backends.driver import DriverBase
     from triton.runtime.driver import driver
 
+    driver.set_active(cast(DriverBase, _TargetOnly(architecture)))
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    return kernel.warmup(*arguments, grid=(1,), **options)
+
+
+def _inputs(variant: Variant) -> tuple[Any, ...]:
+    """What the launchers take for a variant, on tensors without data: from queries to the tiles' sizes."""
+    import torch
+
     from grat_kernels.geometry import Grid, Grouping
     from grat_kernels.pattern import Block, Far, Union
     from grat_kernels.plan import build_plan
-    from grat_kernels.span_kernel import span_attention_kernel
-    from grat_kernels.triton_backend import launch_of
 
-    if not isinstance(span_attention_kernel, triton.JITFunction):
-        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     pattern = Union(Block(1), Far([(1, (8, 8))])) if variant.far else Block(1)
-    plan = build_plan(Grouping(Grid((64, 64)), (16, 16)), pattern, text_len=512)
+    grid = Grid((64, 61) if variant.ragged else (64, 64))
+    plan = build_plan(Grouping(grid, (16, 16)), pattern, text_len=512)
     batch, heads = 2, 24
     tokens, summaries = (
         torch.empty(batch, rows, heads, variant.head_dim, dtype=getattr(torch, variant.dtype), device="meta")
         for rows in (plan.tokens, plan.summaries.rows)
     )
-    launch = launch_of(
+    return (
         *(tokens, tokens, tokens, tokens),
         *((summaries, summaries) if variant.far else (None, None)),
         plan,
@@ -157,8 +188,161 @@ def _compile(variant: Variant) -> Any:
         1 / math.sqrt(variant.head_dim),
         variant.config,
     )
-    driver.set_active(cast(DriverBase, _TargetOnly(variant.architecture)))
-    return span_attention_kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
+
+
+# The Triton kernel
+
+
+def _triton_variants(architectures: Iterable[str]) -> Iterator[Variant]:
+    for architecture, dtype, head_dim, text_valid, far in itertools.product(
+        architectures, _DTYPES, _HEAD_DIMS, (False, True), (False, True)
+    ):
+        variant = Variant(architecture, dtype, head_dim, False, text_valid, far)
+        yield variant
+        if variant._replace(descriptors=True).config != variant.config and head_dim != _PADDED_HEAD_DIM:
+            yield variant._replace(descriptors=True)
+
+
+def _triton_config(variant: Variant) -> TileConfig:
+    cuda = variant.architecture.startswith("sm_")
+    row = architecture_of(divmod(int(variant.architecture.removeprefix("sm_")), 10)) if cuda else "rocm"
+    bits = 32 if variant.dtype == "float32" else 16
+    return tile_config(row, variant.head_dim, bits, descriptors=variant.descriptors)
+
+
+def _triton_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    from grat_kernels.span_kernel import span_attention_kernel
+    from grat_kernels.triton_backend import launch_of
+
+    launch = launch_of(*_inputs(variant))
+    return span_attention_kernel, launch.arguments, launch.options
+
+
+def _triton_problems(variant: Variant, code: _Code) -> list[str]:
+    problems = []
+    expected_loops = 3 if variant.far else 2
+    if variant.dtype != "float32" and code.matrix_loops not in (None, expected_loops):
+        problems.append(f"{code.matrix_loops} loops on tensor cores instead of {expected_loops}")
+    config = _triton_config(variant)
+    if config.stages > 1 and not code.opcodes[_LOAD_OPCODE[config.form]]:
+        problems.append(f"no {_LOAD_OPCODE[config.form]}")
+    return problems
+
+
+# The Gluon kernel
+
+
+def _gluon_variants(architectures: Iterable[str]) -> Iterator[Variant]:
+    if "sm_90" in architectures:
+        for dtype, head_dim, text_valid, far in itertools.product(
+            ("bfloat16", "float16"), HOPPER, (False, True), (False, True)
+        ):
+            yield Variant("sm_90", dtype, head_dim, True, text_valid, far, "gluon")
+
+
+def _gluon_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    from grat_kernels.gluon_backend import launch_of
+    from grat_kernels.hopper_kernel import span_attention_kernel
+
+    launch = launch_of(*_inputs(variant))
+    return span_attention_kernel, launch.arguments, launch.options
+
+
+def _gluon_tile_loops(code: MachineCode) -> tuple[tuple[int, ...], ...]:
+    """Within the loop over work items, those of the consumers and of the producer."""
+    return tuple(loop for opcode in ("HGMMA", "UTMALDG", "LDGSTS") for loop in code.innermost_with(opcode))
+
+
+def _gluon_problems(variant: Variant, code: _Code) -> list[str]:
+    machine = code.machine
+    assert machine is not None
+    problems = []
+    loops = machine.innermost_with("HGMMA")
+    # Each consumer has one loop for full tiles of tokens and one for what has biases.
+    expected_loops = 4 if variant.far or variant.text_valid else 2
+    if len(loops) != expected_loops:
+        problems.append(f"{len(loops)} loops on tensor cores instead of {expected_loops}")
+    if not all(machine.hides_softmax(loop) for loop in loops):
+        problems.append("a softmax outside of the matrix products")
+    if not all(machine.arrives_as_one(loop) for loop in loops):
+        problems.append("a thread arrives before its warps have met")
+    if not code.opcodes["UTMALDG"]:
+        problems.append("no UTMALDG")
+    if variant.text_valid and not code.opcodes["LDGSTS"]:
+        problems.append("no LDGSTS")
+    return problems
+
+
+# The warp-specialised kernel
+
+
+def _specialised_variants(architectures: Iterable[str]) -> Iterator[Variant]:
+    if "sm_90" in architectures:
+        for dtype, head_dim, text_valid, far, ragged in itertools.product(
+            ("bfloat16", "float16"), SPECIALISED, (False, True), (False, True), (False, True)
+        ):
+            # Summaries are ragged as it is.
+            if not (far and ragged):
+                yield Variant("sm_90", dtype, head_dim, True, text_valid, far, "triton-ws", ragged)
+
+
+def _specialised_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    import torch
+
+    from grat_kernels.ws_backend import launch_of
+    from grat_kernels.ws_kernel import specialised_attention_kernel
+
+    query, *_, output, summary_key, _, plan, text_valid, scale, config = _inputs(variant)
+    keys = query if summary_key is None else torch.cat([query, summary_key], dim=1)
+    padded = None if text_valid is None else torch.empty(query.shape[:2], dtype=torch.bool, device="meta")
+    launch = launch_of(query, keys, keys, output, plan, padded, scale, config)
+    return specialised_attention_kernel, launch.arguments, launch.options
+
+
+def _specialised_tile_loops(code: MachineCode) -> tuple[tuple[int, ...], ...]:
+    """Within the loop in which the warps that are not the first wait for work, those of consumers and producer."""
+    return tuple(loop for opcode in ("HGMMA", "UTMALDG") for loop in code.innermost_with(opcode))
+
+
+def _specialised_problems(variant: Variant, code: _Code) -> list[str]:
+    machine = code.machine
+    assert machine is not None
+    problems = []
+    loops = machine.innermost_with("HGMMA")
+    if len(loops) != 2:
+        problems.append(f"{len(loops)} loops on tensor cores instead of one for each of two warp groups")
+    if not all(machine.arrives_as_one(loop) for loop in loops):
+        problems.append("a thread arrives before its warps have met")
+    # A third one loads. It gives registers away, they take some.
+    if (code.threads, bool(machine.count("USETMAXREG"))) != (3 * 128, True):
+        problems.append(f"{code.threads} threads, which are not specialised")
+    # Both halves of the queries, keys and values, and a bias.
+    expected_loads = 5 if variant.far or variant.text_valid else 4
+    if code.opcodes["UTMALDG"] != expected_loads:
+        problems.append(f"{code.opcodes['UTMALDG']} UTMALDG instead of {expected_loads}")
+    return problems
+
+
+KERNELS = {
+    "triton": Kernel(_triton_variants, _triton_config, _triton_launch, lambda code: code.loops, _triton_problems),
+    "triton-ws": Kernel(
+        _specialised_variants,
+        lambda variant: SPECIALISED[variant.head_dim],
+        _specialised_launch,
+        _specialised_tile_loops,
+        _specialised_problems,
+    ),
+    "gluon": Kernel(
+        _gluon_variants,
+        lambda variant: HOPPER[variant.head_dim],
+        _gluon_launch,
+        _gluon_tile_loops,
+        _gluon_problems,
+    ),
+}
+
+
+# The kernel before attention
 
 
 class RopeNormVariant(NamedTuple):
@@ -188,6 +372,7 @@ class RopeNormBuild:
     problems: tuple[str, ...]
 
 
+_ROPE_NORM = "rope_norm"
 _ROPE_NORM_HEAD_DIMS = (64, 80, 128, 256)
 _FAR_BLOCKS = ((2, 2), (4, 4), (16, 16))
 
@@ -206,10 +391,11 @@ def compile_rope_norm(variant: RopeNormVariant) -> RopeNormBuild:
     Raises:
         RuntimeError: if Triton runs as an interpreter in this process, which compiles nothing.
     """
-    compiled = _compile_rope_norm(variant)
+    kernel, arguments, options = _rope_norm_launch(variant)
+    compiled = _compile_for(variant.architecture, kernel, arguments, options)
     if variant.architecture.startswith("sm_"):
-        code = _read_cuda(compiled, _WIDE_LOAD)
-        wide_loads = code.opcodes[_WIDE_LOAD]
+        code = _read_cuda(compiled, _WIDE_LOAD, lambda code: code.loops)
+        wide_loads = code.machine.count(_WIDE_LOAD) if code.machine else 0
     else:
         code = _read_rocm(compiled)
         wide_loads = compiled.asm["amdgcn"].count("load_dwordx4")
@@ -234,11 +420,8 @@ def compile_rope_norm(variant: RopeNormVariant) -> RopeNormBuild:
     )
 
 
-def _compile_rope_norm(variant: RopeNormVariant) -> Any:
+def _rope_norm_launch(variant: RopeNormVariant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
     import torch
-    import triton
-    from triton.backends.driver import DriverBase
-    from triton.runtime.driver import driver
 
     from grat_kernels import rope_norm
     from grat_kernels.geometry import Grid, Grouping
@@ -246,8 +429,6 @@ def _compile_rope_norm(variant: RopeNormVariant) -> Any:
     from grat_kernels.plan import build_plan
     from grat_kernels.rope_norm_kernel import rope_norm_kernel
 
-    if not isinstance(rope_norm_kernel, triton.JITFunction):
-        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     pattern = Block(0)
     if variant.levels:
         pattern = Union(
@@ -272,8 +453,10 @@ def _compile_rope_norm(variant: RopeNormVariant) -> Any:
         rope_norm.empty_outputs(image.query, plan.tokens, plan.summaries.rows, variant.text_apart),
         plan,
     )
-    driver.set_active(cast(DriverBase, _TargetOnly(variant.architecture)))
-    return rope_norm_kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
+    return rope_norm_kernel, launch.arguments, launch.options
+
+
+# Reading what came out
 
 
 class _TargetOnly:
@@ -298,20 +481,22 @@ class _TargetOnly:
 
 
 class _Code(NamedTuple):
-    """The part of `Build` that is read off machine code."""
+    """What is read off machine code."""
 
     registers: int
     spills: int
     spills_in_loops: int
     matrix_loops: int | None
     opcodes: dict[str, int]
+    threads: int
+    machine: MachineCode | None  # None where it is not NVIDIA's
 
 
-def _read_cuda(compiled: Any, matrix_opcode: str) -> _Code:
+def _read_cuda(
+    compiled: Any, matrix_opcode: str, tile_loops: Callable[[MachineCode], tuple[tuple[int, ...], ...]]
+) -> _Code:
     """Reads a cubin by the tools that come with Triton."""
     import triton
-
-    from grat_kernels.sass import parse
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
@@ -323,8 +508,11 @@ def _read_cuda(compiled: Any, matrix_opcode: str) -> _Code:
     if registers is None:
         raise RuntimeError(f"cuobjdump names no registers: {usage!r}")
     code = parse(listing)
-    opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS", _WIDE_LOAD)}
-    return _Code(int(registers[1]), code.spills, code.spills_in_loops, code.loops_with(matrix_opcode), opcodes)
+    opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS")}
+    loops = tile_loops(code)
+    matrix_loops = code.loops_with(matrix_opcode, among=loops)
+    threads = 32 * compiled.metadata.num_warps
+    return _Code(int(registers[1]), code.spills, code.spills_within(loops), matrix_loops, opcodes, threads, code)
 
 
 def _read_rocm(compiled: Any) -> _Code:
@@ -334,7 +522,8 @@ def _read_rocm(compiled: Any) -> _Code:
         sum(int(number) for number in re.findall(rf"\.{name}:\s+(\d+)", listing))
         for name in ("vgpr_count", "vgpr_spill_count")
     )
-    return _Code(registers, spills, spills, None, {"v_mfma": listing.count("v_mfma")})
+    threads = 64 * compiled.metadata.num_warps
+    return _Code(registers, spills, spills, None, {"v_mfma": listing.count("v_mfma")}, threads, None)
 
 
 _CAPTURE: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
@@ -342,11 +531,15 @@ _CAPTURE: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 
 def _row(build: Build) -> str:
     variant, config = build.variant, build.variant.config
-    tiles = f"{config.block_m}x{config.block_n}/{config.block_tail} w{config.warps} s{config.stages}"
-    options = "+".join(name for name in ("text_valid", "far") if getattr(variant, name)) or "-"
+    if isinstance(config, TileConfig):
+        form, tail = config.form, f"/{config.block_tail} w{config.warps}"
+    else:
+        form, tail = variant.kernel, ""
+    tiles = f"{config.block_m}x{config.block_n}{tail} s{config.stages}"
+    options = "+".join(name for name in ("text_valid", "far", "ragged") if getattr(variant, name)) or "-"
     opcodes = " ".join(f"{name} {count}" for name, count in build.opcodes.items() if count)
     return (
-        f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {config.form:8} {options:14} {tiles:19} "
+        f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {form:8} {options:14} {tiles:19} "
         f"{build.registers:4} {build.spills:6} {build.spills_in_loops:8} {build.shared_bytes / 1024:7.1f}  {opcodes}"
         + "".join(f"  PROBLEM: {problem}" for problem in build.problems)
     )
@@ -373,27 +566,17 @@ _HEADER = (
 )
 
 
-class _Table(NamedTuple):
-    """What is compiled of one kernel, how, and how a result is printed."""
-
-    variants: Callable[[Iterable[str]], Iterable[Any]]
-    compile: Callable[[Any], Any]
-    row: Callable[[Any], str]
-
-
-_TABLES = {
-    "span": _Table(variants, compile_variant, _row),
-    "rope_norm": _Table(rope_norm_variants, compile_rope_norm, _rope_norm_row),
-}
+def _compile_any(variant: Variant | RopeNormVariant) -> Build | RopeNormBuild:
+    return compile_variant(variant) if isinstance(variant, Variant) else compile_rope_norm(variant)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compiles the table and prints what came out; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m grat_kernels.aot", description="Compile the span kernel's tile table, and rope_norm."
+        prog="python -m grat_kernels.aot", description="Compile the span kernels' tile tables, and rope_norm."
     )
-    parser.add_argument("--kernel", choices=list(_TABLES), help="only this one")
     parser.add_argument("--arch", action="append", choices=list(SHARED_MEMORY_LIMIT), help="only this one; repeatable")
+    parser.add_argument("--kernel", action="append", choices=[*KERNELS, _ROPE_NORM], help="only this one; repeatable")
     parser.add_argument("--dtype", choices=_DTYPES, help="only this dtype")
     parser.add_argument("--head-dim", type=int, help="only this head dimension")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
@@ -402,21 +585,22 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("Triton's interpreter compiles nothing: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    builds = []
+    architectures, kernels = chosen.arch or SHARED_MEMORY_LIMIT, chosen.kernel or [*KERNELS, _ROPE_NORM]
+    span = variants(architectures, [name for name in kernels if name != _ROPE_NORM])
+    before = rope_norm_variants(architectures) if _ROPE_NORM in kernels else ()
+    wanted = [
+        variant
+        for variant in (*span, *before)
+        if chosen.dtype in (None, variant.dtype) and chosen.head_dim in (None, variant.head_dim)
+    ]
+    builds: list[Build | RopeNormBuild] = []
+    if not chosen.json:
+        print(_HEADER)
     with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
-        for kernel in [chosen.kernel] if chosen.kernel else _TABLES:
-            table = _TABLES[kernel]
-            wanted = [
-                variant
-                for variant in table.variants(chosen.arch or SHARED_MEMORY_LIMIT)
-                if chosen.dtype in (None, variant.dtype) and chosen.head_dim in (None, variant.head_dim)
-            ]
+        for build in pool.map(_compile_any, wanted):
+            builds.append(build)
             if not chosen.json:
-                print(f"{kernel}\n{_HEADER}")
-            for build in pool.map(table.compile, wanted):
-                builds.append(build)
-                if not chosen.json:
-                    print(table.row(build), flush=True)
+                print(_row(build) if isinstance(build, Build) else _rope_norm_row(build), flush=True)
     if chosen.json:
         print(json.dumps([_record(build) for build in builds], indent=1))
     broken = sum(bool(build.problems) for build in builds)

@@ -8,8 +8,17 @@ from enum import Enum
 
 import torch
 
-from grat_kernels import flex_backend, reference, sdpa_backend, triton_backend
+from grat_kernels import (
+    flex_backend,
+    gluon_backend,
+    reference,
+    sdpa_backend,
+    self_test,
+    triton_backend,
+    ws_backend,
+)
 from grat_kernels.plan import HeadPlan, Plan, plan_by_key
+from grat_kernels.self_test import KernelMismatch as KernelMismatch
 
 
 class Backend(str, Enum):
@@ -20,6 +29,20 @@ class Backend(str, Enum):
     SDPA = "sdpa"
     FLEX = "flex"
     TRITON = "triton"
+    TRITON_WS = "triton-ws"
+    GLUON = "gluon"
+
+
+# Backends that say what they need.
+_MODULES = {
+    Backend.SDPA: sdpa_backend,
+    Backend.FLEX: flex_backend,
+    Backend.TRITON: triton_backend,
+    Backend.TRITON_WS: ws_backend,
+    Backend.GLUON: gluon_backend,
+}
+# Kernels of our own, the fastest first. One launch serves all classes of heads, and each is tested before it is used.
+KERNELS = (Backend.GLUON, Backend.TRITON_WS, Backend.TRITON)
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,7 @@ def can_run(
         return Ability(True, f"{choice.value}: {reason}")
     if backend is Backend.REFERENCE:
         return Ability(True, "dense masks in fp32, for small sizes")
-    module = {Backend.SDPA: sdpa_backend, Backend.FLEX: flex_backend, Backend.TRITON: triton_backend}[backend]
+    module = _MODULES[backend]
     obstacle = module.obstacle(device, dtype, head_dim, tokens)
     return Ability(obstacle is None, obstacle or module.DESCRIPTION)
 
@@ -68,10 +91,35 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> t
     """The backend that `AUTO` stands for, and why. Triton's interpreter is for tests and never chosen."""
     if device.type != "cuda":
         return Backend.SDPA, f"the fastest on {device.type}"
-    obstacle = triton_backend.obstacle(device, dtype, head_dim, None)
-    if obstacle is None:
-        return Backend.TRITON, "the fastest that runs on this device"
-    return Backend.SDPA, f"triton cannot run here: {obstacle}"
+    obstacles = []
+    for backend in KERNELS:
+        obstacle = _MODULES[backend].obstacle(device, dtype, head_dim, None)
+        if obstacle is None:
+            return backend, "; ".join(["the fastest that runs on this device", *obstacles[:1]])
+        obstacles.append(f"{backend.value} cannot run here: {obstacle}")
+    return Backend.SDPA, obstacles[-1]
+
+
+def check_kernel(
+    backend: Backend | str, device: torch.device, dtype: torch.dtype, head_dim: int, *, far: bool, padded: bool = False
+) -> None:
+    """Tests a kernel of ours now, and not at its first use, where the wait would disturb; others need no test.
+
+    Args:
+        backend: any but `AUTO`.
+        device: where the tensors will lie.
+        dtype: of the tensors to come.
+        head_dim: channels per head.
+        far: whether they will attend summaries.
+        padded: whether `text_valid` will be given.
+
+    Raises:
+        KernelMismatch: if the kernel computes wrong results on this machine.
+    """
+    backend = Backend(backend)
+    if backend in KERNELS:
+        form = self_test.Form(torch.empty(0, device=device).device, dtype, head_dim, far, padded)
+        self_test.check(backend.value, _MODULES[backend].attention, form)
 
 
 def span_attention(
@@ -104,6 +152,7 @@ def span_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit one another or the plan.
         BackendUnavailable: if the named backend cannot run these tensors, with the reason.
+        KernelMismatch: if the kernel, at its first use, computes wrong results on this machine.
     """
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f"q, k and v must share one shape [B, N, H, D], not {[tuple(t.shape) for t in (q, k, v)]}")
@@ -154,14 +203,14 @@ def _operator(
 ) -> torch.Tensor:
     """The operator that torch.compile sees; a plan travels as its key, because operators take no objects."""
     plan = plan_by_key(plan_key)
-    summaries = None if summary_key is None or summary_value is None else (summary_key, summary_value)
-    if Backend(backend) is Backend.TRITON:
-        return triton_backend.attention(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
-    run = {
-        Backend.REFERENCE: reference.attention,
-        Backend.SDPA: sdpa_backend.attention,
-        Backend.FLEX: flex_backend.attention,
-    }[Backend(backend)]
+    summaries = None
+    if summary_key is not None and summary_value is not None:
+        summaries = summary_key.contiguous(), summary_value.contiguous()
+    chosen = Backend(backend)
+    run = reference.attention if chosen is Backend.REFERENCE else _MODULES[chosen].attention
+    if chosen in KERNELS:
+        self_test.check(backend, run, self_test.form_of(q, k, v, plan, text_valid))
+        return run(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
     if isinstance(plan, Plan):
         return run(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
     # These take one class of heads at a time.

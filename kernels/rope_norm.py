@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from grat_kernels.geometry import Grid, Grouping
 from grat_kernels.launching import on_device, padded_head_dim, triton_obstacle
-from grat_kernels.plan import plan_by_key
+from grat_kernels.pattern import Block, Far, Union
+from grat_kernels.plan import build_plan, plan_by_key
+from grat_kernels.self_test import require_close
 from grat_kernels.summaries import summarise
 
 if TYPE_CHECKING:
@@ -232,6 +235,7 @@ def _operator(
     )
     outputs = empty_outputs(query, plan.tokens, summary_rows, text is not None)
     if fused:
+        _check_kernel(query.device, query.dtype, query.shape[3])
         _launch(sections, outputs, plan)
     else:
         _compute(sections, outputs, plan)
@@ -456,6 +460,53 @@ def _chunk_starts(starts: np.ndarray, origin: int) -> np.ndarray:
     """Those of `starts` that come first in each stretch of `_CHUNK_TOKENS` tokens after `origin`."""
     _, first = np.unique((starts - origin) // _CHUNK_TOKENS, return_index=True)
     return starts[first]
+
+
+_passed: set[tuple[torch.device, torch.dtype, int]] = set()
+
+
+def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Compares the kernel with torch at its first use in this process for a device, dtype and head dimension.
+
+    It waits for the device then, and inside a CUDA graph's capture leaves the test to the next call, as `self_test`
+    does for the other kernels.
+
+    Raises:
+        KernelMismatch: if rounding cannot explain the difference.
+    """
+    if (device, dtype, head_dim) in _passed:
+        return
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    plan = build_plan(Grouping(Grid((7, 6)), (4, 4)), Union(Block(0), Far([(0, (2, 2)), (1, (4, 4))])), 5)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        results = []
+        for work_dtype, work in ((dtype, _launch), (dtype, _compute), (torch.float64, _compute)):
+            sections = _random_sections(plan, device, dtype, head_dim, work_dtype)
+            outputs = empty_outputs(sections[1].projections.query, plan.tokens, plan.summaries.rows, text_apart=True)
+            work(sections, outputs, plan)
+            results.append([tensor.double() for tensor in outputs if tensor is not None])
+        for output, plain, exact in zip(*results, strict=True):
+            require_close("the fused norm and rotation kernel", output.to(dtype), plain, exact)
+    _passed.add((device, dtype, head_dim))
+
+
+def _random_sections(
+    plan: JointSequence, device: torch.device, dtype: torch.dtype, head_dim: int, work_dtype: torch.dtype
+) -> tuple[Section, Section]:
+    """Text and image of two samples and two heads, the same each time: values of `dtype`, held in `work_dtype`."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype).to(work_dtype)
+
+    def projections(rows: int) -> Projections:
+        return Projections(*(random(2, rows, 2, head_dim) for _ in range(3)))
+
+    image, text = projections(plan.image_tokens), projections(plan.text_len)
+    norms, text_norms = (Norms(random(head_dim), random(head_dim), 1e-6) for _ in range(2))
+    angles = torch.randn(plan.tokens, head_dim // 2, generator=generator, device="cpu").repeat_interleave(2, dim=1)
+    return sections_of(image, norms, text, text_norms, (angles.cos().to(device), angles.sin().to(device)), plan)
 
 
 class Launch(NamedTuple):

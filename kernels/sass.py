@@ -16,6 +16,19 @@ _BRANCH = re.compile(r"\bBRA\b(?P<operands>.*)`\((?P<target>\.L_x_\d+)\)")
 _END = re.compile(r"\b(EXIT|RET)\b")
 _PREDICATED = re.compile(r"^@|^BRA(\.\S+)? +!?U?P\d")
 _SPILL = re.compile(r"\b(STL|LDL)\b")
+# Matrix products, waits until one or none of them is under way, and exponentials.
+_PRODUCT_EVENTS = {
+    "M": re.compile(r"\bHGMMA\b"),
+    "1": re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x1$"),
+    "0": re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0$"),
+    "E": re.compile(r"\bMUFU\.EX2\b"),
+}
+# Meetings of warps, waits for matrix products, and arrivals (those that announce no bytes).
+_ARRIVAL_EVENTS = {
+    "B": re.compile(r"\bBAR\.SYNC\b"),
+    "W": re.compile(r"\bWARPGROUP\.DEPBAR\b"),
+    "A": re.compile(r"\bSYNCS\.ARRIVE\.TRANS64\.A[1R]T0\b"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,10 +42,32 @@ class MachineCode:
         """Instructions with that opcode, whatever its modifiers; `*` stands for any letters."""
         return len(self._matching(opcode))
 
-    def loops_with(self, opcode: str) -> int:
-        """Loops that contain an instruction with that opcode."""
+    def loops_with(self, opcode: str, among: Iterable[Sequence[int]] | None = None) -> int:
+        """Loops, all or some, that contain an instruction with that opcode."""
         matching = self._matching(opcode)
-        return sum(not matching.isdisjoint(loop) for loop in self.loops)
+        return sum(not matching.isdisjoint(loop) for loop in (self.loops if among is None else among))
+
+    def innermost_with(self, opcode: str) -> tuple[tuple[int, ...], ...]:
+        """Loops that contain an instruction with that opcode, and no smaller loop that does."""
+        matching = self._matching(opcode)
+        loops = [frozenset(loop) for loop in self.loops if not matching.isdisjoint(loop)]
+        return tuple(tuple(sorted(loop)) for loop in loops if not any(other < loop for other in loops))
+
+    def hides_softmax(self, loop: tuple[int, ...]) -> bool:
+        """Whether a loop computes its exponentials under a matrix product on Hopper.
+
+        It starts two products, waits until one of them is under way still, computes all exponentials, and only then
+        waits for the other. The order of addresses is that of execution but for the retries of waits, which hold none
+        of these.
+        """
+        return bool(re.fullmatch("M+1E+0", self._events(loop, _PRODUCT_EVENTS)))
+
+    def arrives_as_one(self, loop: tuple[int, ...]) -> bool:
+        """Whether every arrival of one thread at a shared-memory barrier follows a meeting of its warps.
+
+        So the thread speaks for the others, which may still have been reading.
+        """
+        return not re.search("(^|[^B])A", self._events(loop, _ARRIVAL_EVENTS))
 
     @property
     def spills(self) -> int:
@@ -42,7 +77,17 @@ class MachineCode:
     @property
     def spills_in_loops(self) -> int:
         """Those of them that some loop repeats."""
-        return self._spills({index for loop in self.loops for index in loop})
+        return self.spills_within(self.loops)
+
+    def spills_within(self, loops: Iterable[Sequence[int]]) -> int:
+        """Loads and stores of local memory in some loops."""
+        return self._spills({index for loop in loops for index in loop})
+
+    def _events(self, loop: Sequence[int], letters: dict[str, re.Pattern[str]]) -> str:
+        """Instructions of interest in a loop in order, as one letter each."""
+        return "".join(
+            letter for index in loop for letter, pattern in letters.items() if pattern.search(self.instructions[index])
+        )
 
     def _spills(self, indices: Iterable[int]) -> int:
         return sum(bool(_SPILL.search(self.instructions[index])) for index in indices)

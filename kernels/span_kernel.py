@@ -17,7 +17,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _accumulate(scores, scale, values, accumulator, total, highest):
+def accumulate(scores, scale, values, accumulator, total, highest):
     """One step of the online softmax: raw `scores` [M, N] and `values` [N, D] into the running sums of M queries.
 
     Softmax is computed in base 2, exp2 being one instruction; the positive `scale` holds log2(e) and enters by one
@@ -161,7 +161,7 @@ def span_attention_kernel(
                 value_base + first_key.to(tl.int64) * value_token_stride + value_offsets, inside, EVERY_CHANNEL
             )
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
+        accumulator, total, highest = accumulate(scores, scale, values, accumulator, total, highest)
 
     # Full tiles of summaries. The mean key of c tokens stands for all of them, so log c is added to its score.
     if summary_key is not None:
@@ -182,7 +182,7 @@ def span_attention_kernel(
                 values = _load(summary_value_base + start + summary_offsets, inside, EVERY_CHANNEL)
             bias = tl.load(summary_bias + first_key + columns)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
-            accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
+            accumulator, total, highest = accumulate(scores, scale, values, accumulator, total, highest)
 
     # Packed tiles, all text among them where it may be padded. Only attended keys are read, and zeros stand in empty
     # slots: in the product with the values, 0·NaN would carry a neighbour's NaN into the output.
@@ -207,7 +207,7 @@ def span_attention_kernel(
             keys += tl.load(summary_key_base + offsets, mask=of_summaries, other=0.0)
             values += tl.load(summary_value_base + offsets, mask=of_summaries, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
-        accumulator, total, highest = _accumulate(scores, scale, values, accumulator, total, highest)
+        accumulator, total, highest = accumulate(scores, scale, values, accumulator, total, highest)
 
     # Stored by masked pointers: a whole block would overwrite the queries of the next tile.
     output_base = output + batch * tokens * row_stride + head * HEAD_DIM

@@ -101,6 +101,26 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+
+class HopperConfig(NamedTuple):
+    """How a Hopper kernel is compiled for one head dimension.
+
+    Attributes:
+        block_m: queries per tile, for both consumers.
+        block_n: keys per tile.
+        stages: tiles of keys, and of values, in shared memory.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+
+
+# The Gluon kernel, by head dimension: as many stages as fit into shared memory, and no more than four.
+HOPPER = {64: HopperConfig(128, 128, 4), 128: HopperConfig(128, 128, 3), 256: HopperConfig(128, 64, 2)}
+# The warp-specialised kernel: likewise, but its output takes a place of its own.
+SPECIALISED = {64: HopperConfig(128, 128, 4), 128: HopperConfig(128, 128, 2)}
+
 # Shared memory that one program may use, in bytes: table of compute capabilities in the CUDA C++ programming guide;
 # local data share in AMD's CDNA3 instruction set architecture.
 SHARED_MEMORY_LIMIT = {

@@ -37,6 +37,26 @@ class TileLists(NamedTuple):
 EMPTY = -1
 
 
+class SingleLists(NamedTuple):
+    """Work lists of a kernel that has one loop for tokens and summaries, full tiles and partial ones.
+
+    Attributes:
+        query_tiles: `[C·T, 4]` int32: first query, queries, then begin and end of the list in `key_tiles`. Classes and
+            order as in `TileLists`.
+        key_tiles: `[n, 3]` int32, shared by all query tiles of one span list: first row, rows, and row of `biased_rows`
+            of each tile. Rows are positions in the joint sequence, then those of the summaries. A tile of fewer than
+            `block_n` rows covers rows outside its span, which need a mask.
+        biased_rows: `[P, block_n]` int32: the rows of each tile that need a bias, and first what stands for all tiles
+            that need none, which is `EMPTY` throughout.
+        leading: how many query tiles at the front of each class are text tiles.
+    """
+
+    query_tiles: npt.NDArray[np.int32]
+    key_tiles: npt.NDArray[np.int32]
+    biased_rows: npt.NDArray[np.int32]
+    leading: int
+
+
 def build_tile_lists(
     plan: Plan | HeadPlan, block_m: int, block_n: int, block_tail: int, *, mask_text: bool
 ) -> TileLists:
@@ -54,25 +74,63 @@ def build_tile_lists(
             main loops.
     """
     classes = [_class_lists(member, block_m, block_n, block_tail, mask_text=mask_text) for member in plan.classes]
-    most = max(len(lists.query_tiles) for lists in classes)
-    query_tiles, key_tiles, packed_rows = [], [], []
-    keys = packed = 0
-    for lists in classes:
-        tiles = np.zeros((most, 6), np.int32)
-        tiles[: len(lists.query_tiles)] = lists.query_tiles
-        tiles[: len(lists.query_tiles), 2:] += keys
-        query_tiles.append(tiles)
-        key_tiles.append(lists.key_tiles + np.where(lists.is_packed, packed, 0).astype(np.int32))
-        packed_rows.append(lists.packed_rows)
-        keys += len(lists.key_tiles)
-        packed += len(lists.packed_rows)
+    packed_before = np.cumsum([0, *(len(lists.packed_rows) for lists in classes)])
+    key_tiles = [
+        lists.key_tiles + np.where(lists.is_packed, packed, 0).astype(np.int32)
+        for lists, packed in zip(classes, packed_before[:-1], strict=True)
+    ]
     padding = np.zeros(1, np.int32)
     return TileLists(
-        np.concatenate(query_tiles),
+        _joined_query_tiles([lists.query_tiles for lists in classes], [len(lists.key_tiles) for lists in classes]),
         np.concatenate([*key_tiles, padding]),
-        np.concatenate(packed_rows),
+        np.concatenate([lists.packed_rows for lists in classes]),
         -(-plan.text_len // block_m),
     )
+
+
+def build_single_lists(plan: Plan | HeadPlan, block_m: int, block_n: int, *, bias_text: bool) -> SingleLists:
+    """Cuts a plan into tiles of one kind, in order of their rows; what is left of each span is a tile of its own.
+
+    Args:
+        plan: what attends what.
+        block_m: queries per tile.
+        block_n: most keys per tile.
+        bias_text: whether text needs a bias, as summaries always do.
+    """
+    query_tiles, key_tiles = [], []
+    for member in plan.classes:
+        spans = _spans(member, mask_text=False)
+        span, offset = _cut(-(-spans.lengths // block_n), block_n)
+        first = (spans.starts + np.where(spans.of_summaries, plan.tokens, 0))[span] + offset
+        rows = np.minimum(block_n, spans.lengths[span] - offset)
+        in_text = (first < plan.text_start + plan.text_len) & (first + rows > plan.text_start)
+        biased = spans.of_summaries[span] | (in_text & bias_text)
+        key_tiles.append(np.stack([first, rows, biased], axis=1).astype(np.int32))
+        # Spans, and so tiles, come list by list.
+        bounds = np.searchsorted(spans.owners[span], np.arange(len(member.span_lists) + 1))
+        query_tiles.append(_query_tiles(member, block_m, np.stack([bounds[:-1], bounds[1:]], axis=1)))
+    joined = np.concatenate(key_tiles)
+    biased = joined[:, 2] == 1
+    starts, joined[biased, 2] = np.unique(joined[biased, 0], return_inverse=True)
+    joined[biased, 2] += 1
+    # A tile may reach past the last row, where its mask ends before.
+    biased_rows = np.minimum(starts[:, None] + np.arange(block_n), plan.tokens + plan.summaries.rows - 1)
+    return SingleLists(
+        _joined_query_tiles(query_tiles, [len(tiles) for tiles in key_tiles]),
+        joined,
+        np.concatenate([np.full((1, block_n), EMPTY), biased_rows]).astype(np.int32),
+        -(-plan.text_len // block_m),
+    )
+
+
+def _joined_query_tiles(classes: list[npt.NDArray[np.int32]], key_tiles: list[int]) -> npt.NDArray[np.int32]:
+    """Query tiles of all classes, each filled up to the most of any, with bounds into the joined key tiles."""
+    most = max(len(tiles) for tiles in classes)
+    joined = np.zeros((len(classes), most, classes[0].shape[1]), np.int32)
+    for number, tiles in enumerate(classes):
+        joined[number, : len(tiles)] = tiles
+        joined[number, : len(tiles), 2:] += sum(key_tiles[:number])
+    return joined.reshape(len(classes) * most, -1)
 
 
 class _ClassLists(NamedTuple):
@@ -122,7 +180,10 @@ def _pack(plan: Plan, spans: _Spans, done: IntArray, size: int) -> tuple[npt.NDA
 
 
 def _query_tiles(plan: Plan, block_m: int, list_bounds: IntArray) -> npt.NDArray[np.int32]:
-    """Query tiles `[T, 6]` of one head class: text first, cut from the runs where they meet the text."""
+    """Query tiles `[T, 2 + b]` of one head class, with the b bounds of their lists `[lists, b]`.
+
+    Text comes first, cut from the runs where they meet it.
+    """
     starts, lengths, lists = np.asarray(plan.query_runs, np.int64).T
     image_starts, text_starts, text_lengths = _at_text(plan, starts, lengths)
     runs = np.stack(
@@ -134,7 +195,7 @@ def _query_tiles(plan: Plan, block_m: int, list_bounds: IntArray) -> npt.NDArray
         axis=1,
     )
     run, offset = _cut(-(-runs[:, 1] // block_m), block_m)
-    tiles = np.empty((len(run), 6), np.int32)
+    tiles = np.empty((len(run), 2 + list_bounds.shape[1]), np.int32)
     tiles[:, 0] = runs[run, 0] + offset
     tiles[:, 1] = np.minimum(block_m, runs[run, 1] - offset)
     tiles[:, 2:] = list_bounds[runs[run, 2]]

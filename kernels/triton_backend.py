@@ -69,7 +69,7 @@ def attention(
         plan: what attends what.
         text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
         scale: positive factor on the scores.
-        summaries: of keys and values, `[B, R, H, D]` each, where they are known already.
+        summaries: of keys and values, `[B, R, H, D]` contiguous each, where they are known already.
         config: tiles other than the table's, for tests and tuning.
 
     Returns:
@@ -82,7 +82,7 @@ def attention(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     summary_key = summary_value = None
     if plan.summaries.rows:
-        summary_key, summary_value = (tensor.contiguous() for tensor in summary_pair(key, value, plan, summaries))
+        summary_key, summary_value = summary_pair(key, value, plan, summaries)
     launch = launch_of(
         query,
         key,

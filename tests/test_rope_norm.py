@@ -33,6 +33,7 @@ from grat_kernels import (
     summaries,
 )
 from grat_kernels.rope_norm import Joined, Norms, Projections
+from grat_kernels.self_test import KernelMismatch
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu tests the compiled kernel", allow_module_level=True)
@@ -577,6 +578,23 @@ def test_wrong_arguments_are_refused_in_words() -> None:
     odd_image, odd_text = (Projections(*(tensor[..., :3] for tensor in part)) for part in (odd.image, odd.text or ()))
     with pytest.raises(ValueError, match="must be even, not 3"):
         Call(odd_image, Norms(None, None, 1e-6), None, call.plan, odd_text, Norms(None, None, 1e-6)).run(False)
+
+
+def test_a_kernel_that_computes_something_else_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = random_call(PLANS["far field"], torch.float32, True, True)
+    monkeypatch.setattr(rope_norm, "_passed", set())
+    launch = rope_norm._launch
+
+    def broken(sections: Any, outputs: rope_norm.Outputs, plan: Any) -> None:
+        launch(sections, outputs, plan)
+        outputs.key[0, -1, 0, 0] += 1e-3
+
+    monkeypatch.setattr(rope_norm, "_launch", broken)
+    with pytest.raises(KernelMismatch, match=r"fused norm and rotation kernel computes wrong results here.*float32"):
+        call.run(True)
+    monkeypatch.setattr(rope_norm, "_launch", launch)
+    call.run(True)
+    assert rope_norm._passed == {(torch.device("cpu"), torch.float32, 16)}
 
 
 def test_what_the_kernel_cannot_run_is_refused_by_name() -> None:

@@ -44,9 +44,6 @@ class Adapter(Protocol):
     text_first: bool
     """Whether text tokens come before image tokens in the joint sequence."""
 
-    preparation: str | None
-    """How queries, keys and values of the latest call were made ready for attention; None before the first."""
-
     @property
     def layers(self) -> int:
         """Number of attention layers that take a plan."""

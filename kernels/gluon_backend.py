@@ -1,0 +1,215 @@
+"""The Gluon backend: what it needs, and the launch of the span kernel for Hopper."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from grat_kernels.launching import LOG2_E, device_tiles, fits_descriptor, on_device
+from grat_kernels.summaries import summarise
+from grat_kernels.tile_configs import HOPPER, HopperConfig
+
+if TYPE_CHECKING:
+    from grat_kernels.plan import HeadPlan, Plan
+
+DESCRIPTION = "span kernel in Gluon, for Hopper (compute capability 9.0)"
+
+_CAPABILITY = (9, 0)
+_DTYPES = (torch.float16, torch.bfloat16)
+# What one cp.async copies, in elements: rows of packed tiles are addressed in these.
+_VECTOR = 8
+# Consumers share the queries of a tile.
+_CONSUMERS = 2
+_WARPS = 4
+# Three warp groups share the 64 K registers of a multiprocessor. The limit also makes their split take effect.
+_REGISTERS = 168
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None) -> str | None:
+    """Why the kernel cannot run, in words, or None where it can. Never raises.
+
+    Args:
+        device: where the tensors lie.
+        dtype: dtype of query, key and value.
+        head_dim: channels per head.
+        tokens: length of the joint sequence, where known.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (Linux only)"
+    if dtype not in _DTYPES:
+        return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HOPPER:
+        return f"it takes head dimensions {', '.join(map(str, HOPPER))}, not {head_dim}"
+    if tokens is not None and tokens >= 2**31:
+        return f"it counts tokens in 32 bits, {tokens} are too many"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it runs on NVIDIA Hopper GPUs, not on {device.type}"
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        return f"there is no device {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != _CAPABILITY:
+        return f"it needs compute capability 9.0 (Hopper), {device} has {capability[0]}.{capability[1]}"
+    return _language_obstacle()
+
+
+def _language_obstacle() -> str | None:
+    """Whether the installed Gluon, which is experimental, is one that the kernel is written in."""
+    try:
+        from triton.experimental.gluon.language.nvidia.hopper import tma
+    except ImportError:
+        tma = None
+    if not hasattr(tma, "async_copy_global_to_shared"):
+        import triton
+
+        return f"it is written in the Gluon language of Triton 3.6 and 3.7, here is Triton {triton.__version__}"
+    return None
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Plan | HeadPlan,
+    text_valid: torch.Tensor | None,
+    scale: float,
+    *,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
+    config: HopperConfig | None = None,
+) -> torch.Tensor:
+    """Span attention by the Hopper kernel.
+
+    Args:
+        query: `[B, N, H, D]`, image tokens in the plan's order. A tensor that the tensor memory accelerator cannot
+            read as `[B·N, H·D]` is copied first, see `fits_descriptor`.
+        key: `[B, N, H, D]`.
+        value: `[B, N, H, D]`.
+        plan: what attends what.
+        text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
+        scale: positive factor on the scores.
+        summaries: means of keys and of values over the plan's far blocks, `[B, R, H, D]` contiguous, where the caller
+            has them.
+        config: tiles other than the table's, for tests and tuning.
+
+    Returns:
+        `[B, N, H, D]`, contiguous, in the dtype of `query`.
+
+    Raises:
+        ValueError: if the scale is not positive.
+    """
+    query, key, value = (
+        tensor if fits_descriptor(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+        for tensor in (query, key, value)
+    )
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if plan.summaries.rows and summaries is None:
+        summaries = (summarise(key, plan), summarise(value, plan))
+    launch = launch_of(
+        query,
+        key,
+        value,
+        output,
+        *(summaries or (None, None)),
+        plan,
+        text_valid,
+        scale,
+        config or HOPPER[query.shape[3]],
+    )
+    from grat_kernels.hopper_kernel import span_attention_kernel
+
+    with on_device(query.device):
+        multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        span_attention_kernel[(min(multiprocessors, launch.items),)](*launch.arguments, **launch.options)
+    return output
+
+
+class Launch(NamedTuple):
+    """Everything that the kernel is launched with but the number of programs, of which any serves.
+
+    Attributes:
+        items: work items, which the programs share out among themselves.
+        arguments: run-time arguments in order.
+        options: constants and options of the compiler.
+    """
+
+    items: int
+    arguments: tuple[Any, ...]
+    options: dict[str, int]
+
+
+def launch_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    summary_key: torch.Tensor | None,
+    summary_value: torch.Tensor | None,
+    plan: Plan | HeadPlan,
+    text_valid: torch.Tensor | None,
+    scale: float,
+    config: HopperConfig,
+) -> Launch:
+    """The launch for these tensors, which may lie on any device: ahead-of-time compilation asks for it too.
+
+    Raises:
+        ValueError: if the scale is not positive.
+    """
+    if not scale > 0:
+        raise ValueError(f"the Gluon kernel needs a positive scale, not {scale}")
+    device = query.device
+    batch, tokens, heads, _ = query.shape
+    block_m, block_n, stages = config
+    if plan.text_len == 0:
+        text_valid = None
+    tiles = device_tiles(plan, device, block_m, block_n, block_n, scale, mask_text=text_valid is not None)
+    packed = len(tiles.packed_rows) > 0
+    items = tiles.count * batch * heads
+    sources = (
+        (query, block_m // _CONSUMERS),
+        (key, block_n),
+        (value, block_n),
+        (summary_key, block_n),
+        (summary_value, block_n),
+    )
+    arguments = (
+        *(None if tensor is None else _descriptor(tensor, rows) for tensor, rows in sources),
+        key,
+        value,
+        summary_key,
+        summary_value,
+        output,
+        tiles.summary_bias,
+        tiles.packed_rows if packed else None,
+        tiles.packed_bias if packed else None,
+        None if text_valid is None else text_valid.to(device, torch.int32),
+        tiles.query_tiles,
+        tiles.key_tiles,
+        tiles.class_of_head,
+        torch.zeros(1, dtype=torch.int32, device=device),
+        key.stride(1) // _VECTOR,
+        value.stride(1) // _VECTOR,
+        tokens,
+        heads,
+        plan.summaries.rows,
+        plan.text_start,
+        plan.text_start + plan.text_len,
+        tiles.count,
+        tiles.leading,
+        tiles.leading * batch * heads,
+        items,
+        scale * LOG2_E,
+    )
+    return Launch(items, arguments, {"STAGES": stages, "num_warps": _WARPS, "maxnreg": _REGISTERS})
+
+
+def _descriptor(tensor: torch.Tensor, rows: int) -> Any:
+    """`tensor` `[B, N, H, D]` as a matrix `[B·N, H·D]`, read in blocks of `rows` tokens of one head."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    batch, tokens, heads, head_dim = tensor.shape
+    block = [rows, head_dim]
+    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    layout: Any = gl.NVMMASharedLayout.get_default_for(block, element)
+    return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], block, layout)
