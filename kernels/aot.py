@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the span kernels for every row of the tile tables, without a GPU.
+"""Ahead-of-time compilation, without a GPU: the span kernels for every row of their tables, and `rope_norm`.
 
     python -m grat_kernels.aot                 everything (minutes)
     python -m grat_kernels.aot --arch sm_90    one architecture
@@ -6,8 +6,8 @@
 
 What is compiled is what the launchers launch: their own arguments, for tensors without data. The machine code is then
 read for what a row of a table promises: no spill inside a loop over tiles, shared memory within the architecture's,
-tensor cores and asynchronous loads of the right kind, and on Hopper a softmax that runs under the matrix products. The
-exit code is 1 where a promise is broken.
+tensor cores and asynchronous loads of the right kind, and on Hopper a softmax that runs under the matrix products; and
+of `rope_norm`, loads of 16 bytes. The exit code is 1 where a promise is broken.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ _MATRIX_OPCODE = {
     "gfx942": "v_mfma",
 }
 _LOAD_OPCODE = {"tma": "UTMALDG", "pointers": "LDGSTS"}
+
+_WIDE_LOAD = "LDG.E.128"
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # One that is padded to a power of two, which rules descriptors out.
@@ -133,7 +135,7 @@ def compile_variant(variant: Variant) -> Build:
     compiled = _compile(variant)
     matrix_opcode = _MATRIX_OPCODE[variant.architecture]
     cuda = variant.architecture.startswith("sm_")
-    code = _read_cuda(compiled, matrix_opcode, KERNELS[variant.kernel]) if cuda else _read_rocm(compiled)
+    code = _read_cuda(compiled, matrix_opcode, KERNELS[variant.kernel].tile_loops) if cuda else _read_rocm(compiled)
     problems = []
     if code.spills_in_loops:
         problems.append(f"{code.spills_in_loops} spills inside a loop")
@@ -147,12 +149,16 @@ def compile_variant(variant: Variant) -> Build:
 
 
 def _compile(variant: Variant) -> Any:
+    kernel, arguments, options = KERNELS[variant.kernel].launch(variant)
+    return _compile_for(variant.architecture, kernel, arguments, options)
+
+
+def _compile_for(architecture: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> Any:
     import triton
     from triton.backends.driver import DriverBase
     from triton.runtime.driver import driver
 
-    driver.set_active(cast(DriverBase, _TargetOnly(variant.architecture)))
-    kernel, arguments, options = KERNELS[variant.kernel].launch(variant)
+    driver.set_active(cast(DriverBase, _TargetOnly(architecture)))
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     return kernel.warmup(*arguments, grid=(1,), **options)
@@ -339,6 +345,120 @@ KERNELS = {
 }
 
 
+# The kernel before attention
+
+
+class RopeNormVariant(NamedTuple):
+    """One compilation of the kernel that normalises, rotates, joins and pools."""
+
+    architecture: str
+    dtype: str
+    head_dim: int
+    text_apart: bool  # as in double blocks, where text and image are joined
+    levels: int  # of the far field
+
+
+@dataclass(frozen=True)
+class RopeNormBuild:
+    """What came out of a compilation of `rope_norm`; as for `Build`.
+
+    Attributes:
+        wide_loads: loads of 16 bytes.
+    """
+
+    variant: RopeNormVariant
+    registers: int
+    spills: int
+    spills_in_loops: int
+    wide_loads: int
+    shared_bytes: int
+    problems: tuple[str, ...]
+
+
+_ROPE_NORM = "rope_norm"
+_ROPE_NORM_HEAD_DIMS = (64, 80, 128, 256)
+_FAR_BLOCKS = ((2, 2), (4, 4), (16, 16))
+
+
+def rope_norm_variants(architectures: Iterable[str]) -> Iterator[RopeNormVariant]:
+    """Single blocks without far field, and double blocks with little and much of it."""
+    for architecture, dtype, head_dim, (text_apart, levels) in itertools.product(
+        architectures, _DTYPES, _ROPE_NORM_HEAD_DIMS, ((False, 0), (True, 1), (True, len(_FAR_BLOCKS)))
+    ):
+        yield RopeNormVariant(architecture, dtype, head_dim, text_apart, levels)
+
+
+def compile_rope_norm(variant: RopeNormVariant) -> RopeNormBuild:
+    """Compiles one variant and reads its machine code.
+
+    Raises:
+        RuntimeError: if Triton runs as an interpreter in this process, which compiles nothing.
+    """
+    kernel, arguments, options = _rope_norm_launch(variant)
+    compiled = _compile_for(variant.architecture, kernel, arguments, options)
+    if variant.architecture.startswith("sm_"):
+        code = _read_cuda(compiled, _WIDE_LOAD, lambda code: code.loops)
+        wide_loads = code.machine.count(_WIDE_LOAD) if code.machine else 0
+    else:
+        code = _read_rocm(compiled)
+        wide_loads = compiled.asm["amdgcn"].count("load_dwordx4")
+    problems = []
+    if code.spills_in_loops:
+        problems.append(f"{code.spills_in_loops} spills inside a loop")
+    if compiled.metadata.shared > SHARED_MEMORY_LIMIT[variant.architecture]:
+        problems.append(f"{compiled.metadata.shared} bytes of shared memory")
+    # Text and image have a loop each, and each reads query, key and the angles.
+    if code.matrix_loops not in (None, 2):
+        problems.append(f"{code.matrix_loops} loops load 16 bytes at a time instead of 2")
+    if wide_loads < 8:
+        problems.append(f"{wide_loads} loads of 16 bytes")
+    return RopeNormBuild(
+        variant,
+        code.registers,
+        code.spills,
+        code.spills_in_loops,
+        wide_loads,
+        compiled.metadata.shared,
+        tuple(problems),
+    )
+
+
+def _rope_norm_launch(variant: RopeNormVariant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    import torch
+
+    from grat_kernels import rope_norm
+    from grat_kernels.geometry import Grid, Grouping
+    from grat_kernels.pattern import Block, Far, Union
+    from grat_kernels.plan import build_plan
+    from grat_kernels.rope_norm_kernel import rope_norm_kernel
+
+    pattern = Block(0)
+    if variant.levels:
+        pattern = Union(
+            pattern, Far([(distance, block) for distance, block in enumerate(_FAR_BLOCKS[: variant.levels])])
+        )
+    plan = build_plan(Grouping(Grid((64, 64)), (16, 16)), pattern, text_len=512)
+    batch, heads = 2, 24
+
+    def empty(*shape: int, dtype: str = variant.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    def projections(rows: int) -> rope_norm.Projections:
+        query, key, value = empty(batch, rows, 3, heads, variant.head_dim).unbind(2)
+        return rope_norm.Projections(query, key, value)
+
+    norms = rope_norm.Norms(empty(variant.head_dim), empty(variant.head_dim), 1e-6)
+    angles = empty(plan.tokens, variant.head_dim, dtype="float32")
+    image = projections(plan.image_tokens if variant.text_apart else plan.tokens)
+    text = projections(plan.text_len) if variant.text_apart else None
+    launch = rope_norm.launch_of(
+        rope_norm.sections_of(image, norms, text, norms, (angles, angles), plan),
+        rope_norm.empty_outputs(image.query, plan.tokens, plan.summaries.rows, variant.text_apart),
+        plan,
+    )
+    return rope_norm_kernel, launch.arguments, launch.options
+
+
 # Reading what came out
 
 
@@ -375,7 +495,9 @@ class _Code(NamedTuple):
     machine: MachineCode | None  # None where it is not NVIDIA's
 
 
-def _read_cuda(compiled: Any, matrix_opcode: str, kernel: Kernel) -> _Code:
+def _read_cuda(
+    compiled: Any, matrix_opcode: str, tile_loops: Callable[[MachineCode], tuple[tuple[int, ...], ...]]
+) -> _Code:
     """Reads a cubin by the tools that come with Triton."""
     import triton
 
@@ -390,7 +512,7 @@ def _read_cuda(compiled: Any, matrix_opcode: str, kernel: Kernel) -> _Code:
         raise RuntimeError(f"cuobjdump names no registers: {usage!r}")
     code = parse(listing)
     opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS")}
-    loops = kernel.tile_loops(code)
+    loops = tile_loops(code)
     matrix_loops = code.loops_with(matrix_opcode, among=loops)
     threads = 32 * compiled.metadata.num_warps
     return _Code(int(registers[1]), code.spills, code.spills_within(loops), matrix_loops, opcodes, threads, code)
@@ -426,8 +548,19 @@ def _row(build: Build) -> str:
     )
 
 
-def _record(build: Build) -> dict[str, Any]:
-    return asdict(build) | {"variant": build.variant._asdict(), "config": build.variant.config._asdict()}
+def _rope_norm_row(build: RopeNormBuild) -> str:
+    variant = build.variant
+    options = f"{'text apart' if variant.text_apart else 'joint'}, {variant.levels} levels"
+    return (
+        f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {options:43} {build.registers:4} "
+        f"{build.spills:6} {build.spills_in_loops:8} {build.shared_bytes / 1024:7.1f}  16-byte loads {build.wide_loads}"
+        + "".join(f"  PROBLEM: {problem}" for problem in build.problems)
+    )
+
+
+def _record(build: Build | RopeNormBuild) -> dict[str, Any]:
+    record = asdict(build) | {"variant": build.variant._asdict()}
+    return record | {"config": build.variant.config._asdict()} if isinstance(build, Build) else record
 
 
 _HEADER = (
@@ -436,13 +569,17 @@ _HEADER = (
 )
 
 
+def _compile_any(variant: Variant | RopeNormVariant) -> Build | RopeNormBuild:
+    return compile_variant(variant) if isinstance(variant, Variant) else compile_rope_norm(variant)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compiles the table and prints what came out; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m grat_kernels.aot", description="Compile the span kernels' tile tables."
+        prog="python -m grat_kernels.aot", description="Compile the span kernels' tile tables, and rope_norm."
     )
     parser.add_argument("--arch", action="append", choices=list(SHARED_MEMORY_LIMIT), help="only this one; repeatable")
-    parser.add_argument("--kernel", action="append", choices=list(KERNELS), help="only this one; repeatable")
+    parser.add_argument("--kernel", action="append", choices=[*KERNELS, _ROPE_NORM], help="only this one; repeatable")
     parser.add_argument("--dtype", choices=_DTYPES, help="only this dtype")
     parser.add_argument("--head-dim", type=int, help="only this head dimension")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
@@ -451,19 +588,22 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("Triton's interpreter compiles nothing: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
+    architectures, kernels = chosen.arch or SHARED_MEMORY_LIMIT, chosen.kernel or [*KERNELS, _ROPE_NORM]
+    span = variants(architectures, [name for name in kernels if name != _ROPE_NORM])
+    before = rope_norm_variants(architectures) if _ROPE_NORM in kernels else ()
     wanted = [
         variant
-        for variant in variants(chosen.arch or SHARED_MEMORY_LIMIT, chosen.kernel)
+        for variant in (*span, *before)
         if chosen.dtype in (None, variant.dtype) and chosen.head_dim in (None, variant.head_dim)
     ]
-    builds = []
+    builds: list[Build | RopeNormBuild] = []
     if not chosen.json:
         print(_HEADER)
     with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
-        for build in pool.map(compile_variant, wanted):
+        for build in pool.map(_compile_any, wanted):
             builds.append(build)
             if not chosen.json:
-                print(_row(build), flush=True)
+                print(_row(build) if isinstance(build, Build) else _rope_norm_row(build), flush=True)
     if chosen.json:
         print(json.dumps([_record(build) for build in builds], indent=1))
     broken = sum(bool(build.problems) for build in builds)

@@ -130,6 +130,7 @@ def span_attention(
     text_valid: torch.Tensor | None = None,
     scale: float | None = None,
     backend: Backend | str = Backend.AUTO,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention of every query to the spans of its group (arXiv 2505.14687, section 3; far levels are this project's).
 
@@ -142,6 +143,8 @@ def span_attention(
             attended. None means that all are valid.
         scale: factor on the scores, 1/√D by default.
         backend: `AUTO` picks; any other runs or raises.
+        summaries: means of keys and of values over the plan's blocks where they are known already, `[B, R, H, D]`
+            each, as `rope_norm` makes them; else they are computed here.
 
     Returns:
         `[B, N, H, D]`, contiguous, in the dtype of `q`.
@@ -161,6 +164,8 @@ def span_attention(
         raise ValueError("q, k and v must share one dtype and one device")
     if text_valid is not None and text_valid.shape != (q.shape[0],):
         raise ValueError(f"text_valid needs one number per sample, [{q.shape[0]}], not {list(text_valid.shape)}")
+    if summaries is not None:
+        _check_summaries(summaries, k, plan)
     backend = Backend(backend)
     if backend is Backend.AUTO:
         backend, _ = choose_backend(q.device, q.dtype, q.shape[3])
@@ -168,9 +173,20 @@ def span_attention(
         ability = can_run(backend, q.device, q.dtype, q.shape[3], q.shape[1])
         if not ability:
             raise BackendUnavailable(f"the {backend.value} backend cannot run here: {ability.reason}")
-    return _operator(
-        q, k, v, text_valid, plan.key, 1 / math.sqrt(q.shape[3]) if scale is None else scale, backend.value
-    )
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    return _operator(q, k, v, text_valid, *(summaries or (None, None)), plan.key, scale, backend.value)
+
+
+def _check_summaries(summaries: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, plan: Plan | HeadPlan) -> None:
+    """Raises ValueError unless these can be the summaries of the plan for keys like `k`."""
+    batch, _, heads, head_dim = k.shape
+    shape = (batch, plan.summaries.rows, heads, head_dim)
+    if not plan.summaries.rows:
+        raise ValueError("the plan has no far field, so there are no summaries to give")
+    if any(tensor.shape != shape for tensor in summaries):
+        raise ValueError(f"summaries must be {shape} for this plan, not {[tuple(t.shape) for t in summaries]}")
+    if any(tensor.dtype != k.dtype or tensor.device != k.device for tensor in summaries):
+        raise ValueError("summaries must have the dtype and device of k and v")
 
 
 @torch.library.custom_op("grat::span_attention", mutates_args=())
@@ -179,24 +195,31 @@ def _operator(
     k: torch.Tensor,
     v: torch.Tensor,
     text_valid: torch.Tensor | None,
+    summary_key: torch.Tensor | None,
+    summary_value: torch.Tensor | None,
     plan_key: int,
     scale: float,
     backend: str,
 ) -> torch.Tensor:
     """The operator that torch.compile sees; a plan travels as its key, because operators take no objects."""
     plan = plan_by_key(plan_key)
+    summaries = None
+    if summary_key is not None and summary_value is not None:
+        summaries = summary_key.contiguous(), summary_value.contiguous()
     chosen = Backend(backend)
     run = reference.attention if chosen is Backend.REFERENCE else _MODULES[chosen].attention
     if chosen in KERNELS:
         self_test.check(backend, run, self_test.form_of(q, k, v, plan, text_valid))
-        return run(q, k, v, plan, text_valid, scale).contiguous()
+        return run(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
     if isinstance(plan, Plan):
-        return run(q, k, v, plan, text_valid, scale).contiguous()
+        return run(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
     # These take one class of heads at a time.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for number, member in enumerate(plan.classes):
         heads = plan.heads_of(number)
-        out[:, :, heads] = run(q[:, :, heads], k[:, :, heads], v[:, :, heads], member, text_valid, scale)
+        of_heads = None if summaries is None else (summaries[0][:, :, heads], summaries[1][:, :, heads])
+        tensors = q[:, :, heads], k[:, :, heads], v[:, :, heads]
+        out[:, :, heads] = run(*tensors, member, text_valid, scale, summaries=of_heads)
     return out
 
 
@@ -206,6 +229,8 @@ def _(
     k: torch.Tensor,
     v: torch.Tensor,
     text_valid: torch.Tensor | None,
+    summary_key: torch.Tensor | None,
+    summary_value: torch.Tensor | None,
     plan_key: int,
     scale: float,
     backend: str,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from grat_kernels.padded_text import padded_positions, without_padding
-from grat_kernels.summaries import summarise
+from grat_kernels.summaries import summary_pair
 
 if TYPE_CHECKING:
     from grat_kernels.plan import Plan
@@ -44,6 +44,7 @@ def attention(
     plan: Plan,
     text_valid: torch.Tensor | None,
     scale: float,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Span attention; shapes and arguments as in `grat_kernels.span_attention`.
 
@@ -61,7 +62,8 @@ def attention(
         key, value = without_padding(key, padded), without_padding(value, padded)
         padded = torch.nn.functional.pad(padded, (0, plan.summaries.rows))
     if plan.summaries.rows:
-        key, value = (torch.cat([tensor, summarise(tensor, plan)], dim=1) for tensor in (key, value))
+        pair = summary_pair(key, value, plan, summaries)
+        key, value = (torch.cat(parts, dim=1) for parts in zip((key, value), pair, strict=True))
     output = _flex_attention(query.device.type)(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
         score_mod=_score_modification(tables) if plan.summaries.rows else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,33 @@ def descriptor(tensor: torch.Tensor, rows: int) -> Any:
 
     batch, tokens, heads, head_dim = tensor.shape
     return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], [rows, head_dim])
+
+
+@torch.compiler.assume_constant_result
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on a device, in words, or None where they do. Never raises."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (Linux only)"
+    if device.type == "cpu":
+        return _interpreter_obstacle()
+    if device.type != "cuda":
+        return f"it runs on CUDA and ROCm devices, not on {device.type}"
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        return f"there is no device {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, {device} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _interpreter_obstacle() -> str | None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from grat_kernels.span_kernel import span_attention_kernel
+
+    if isinstance(span_attention_kernel, InterpretedFunction):
+        return None
+    return "it runs on CUDA and ROCm devices; on the CPU only in Triton's interpreter: set TRITON_INTERPRET=1 at start"
 
 
 class DeviceTiles(NamedTuple):

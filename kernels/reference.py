@@ -24,6 +24,7 @@ def attention(
     text_valid: torch.Tensor | None,
     scale: float,
     compute_dtype: torch.dtype = torch.float32,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Span attention by one dense softmax over all tokens and all summaries.
 
@@ -35,6 +36,7 @@ def attention(
         text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
         scale: factor on the scores.
         compute_dtype: precision of everything inside.
+        summaries: means of keys and values, `[B, R, H, D]` each, in place of those of `key` and `value`.
 
     Returns:
         `[B, N, H, D]` in the dtype of `query`.
@@ -55,8 +57,11 @@ def attention(
             rows = query_wide[sample, :, head]
             keys, values = key_wide[sample, :, head], value_wide[sample, :, head]
             # A NaN in one token must not reach others through 0·NaN, so each block is averaged by itself.
-            summary_keys = _masked_product(means, keys[image])
-            summary_values = _masked_product(means, values[image])
+            if summaries is None:
+                summary_keys = _masked_product(means, keys[image])
+                summary_values = _masked_product(means, values[image])
+            else:
+                summary_keys, summary_values = (tensor[sample, :, head].to(compute_dtype) for tensor in summaries)
             scores = rows @ torch.cat([keys, summary_keys]).T * scale
             scores = torch.where(sample_bias == -math.inf, -math.inf, scores + sample_bias)
             heads.append(_masked_product(scores.softmax(-1), torch.cat([values, summary_values])))

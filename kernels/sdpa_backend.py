@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from grat_kernels.padded_text import padded_positions, without_padding
-from grat_kernels.summaries import summarise
+from grat_kernels.summaries import summary_pair
 
 if TYPE_CHECKING:
     from grat_kernels.plan import Plan, QueryRun
@@ -46,6 +46,7 @@ def attention(
     plan: Plan,
     text_valid: torch.Tensor | None,
     scale: float,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Span attention; shapes and arguments as in `grat_kernels.span_attention`.
 
@@ -53,7 +54,7 @@ def attention(
         `[B, N, H, D]`, contiguous.
     """
     device = query.device
-    source = _Source.of(key, value, plan, text_valid)
+    source = _Source.of(key, value, plan, text_valid, summaries)
     budget_bytes = CPU_GATHER_BYTES if device.type == "cpu" else DEVICE_GATHER_BYTES
     row_bytes = 2 * key.shape[0] * key.shape[2] * key.shape[3] * key.element_size()
     gathered_keys = budget_bytes // row_bytes
@@ -77,7 +78,14 @@ class _Source(NamedTuple):
     bias: torch.Tensor | None
 
     @classmethod
-    def of(cls, key: torch.Tensor, value: torch.Tensor, plan: Plan, text_valid: torch.Tensor | None) -> _Source:
+    def of(
+        cls,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: Plan,
+        text_valid: torch.Tensor | None,
+        summaries: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> _Source:
         # The CPU kernel takes fp32 biases with 16-bit keys; else a bias must have the dtype of the query.
         half_on_cpu = key.device.type == "cpu" and key.element_size() == 2
         bias_dtype = torch.float32 if half_on_cpu else key.dtype
@@ -91,8 +99,9 @@ class _Source(NamedTuple):
         if plan.summaries.rows and bias is not None:
             bias[:, plan.tokens :] = plan.tensors(key.device).log_counts
             # One copy of all keys spares two copies of every gathered list.
-            key = torch.cat([key, summarise(key, plan)], dim=1)
-            value = torch.cat([value, summarise(value, plan)], dim=1)
+            summary_key, summary_value = summary_pair(key, value, plan, summaries)
+            key = torch.cat([key, summary_key], dim=1)
+            value = torch.cat([value, summary_value], dim=1)
         return cls(key, value, bias)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Source:

@@ -30,6 +30,16 @@ def summarise(tokens: torch.Tensor, plan: JointSequence) -> torch.Tensor:
     return means
 
 
+def summary_pair(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: JointSequence,
+    given: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summaries of keys and values, `[B, R, H, D]` each: those given, or else computed."""
+    return given or (summarise(key, plan), summarise(value, plan))
+
+
 def _blocks_by_size(plan: JointSequence, device: torch.device) -> list[tuple[Selection, Selection, int]]:
     """For each level and block size: summary rows `[n]`, positions of their tokens `[n * count]`, and the size."""
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from grat_kernels.launching import LOG2_E, descriptor, device_tiles, fits_descriptor, on_device, padded_head_dim
-from grat_kernels.summaries import summarise
+from grat_kernels.launching import (
+    LOG2_E,
+    descriptor,
+    device_tiles,
+    fits_descriptor,
+    on_device,
+    padded_head_dim,
+    triton_obstacle,
+)
+from grat_kernels.summaries import summary_pair
 from grat_kernels.tile_configs import TileConfig, architecture_of, tile_config
 
 if TYPE_CHECKING:
@@ -29,24 +36,16 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: in
         head_dim: channels per head.
         tokens: length of the joint sequence, where known.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton (Linux only)"
     if dtype not in _DTYPES:
         return f"it takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     if not 1 <= head_dim <= _MAX_HEAD_DIM:
         return f"it takes head dimensions up to {_MAX_HEAD_DIM}, not {head_dim}"
     if tokens is not None and tokens >= 2**31:
         return f"it counts tokens in 32 bits, {tokens} are too many"
-    if device.type == "cpu":
-        return _interpreter_obstacle(dtype)
-    if device.type != "cuda":
-        return f"it runs on CUDA and ROCm devices, not on {device.type}"
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        return f"there is no device {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < (8, 0):
-        return f"it needs compute capability 8.0 or newer, {device} has {capability[0]}.{capability[1]}"
-    return None
+    reason = triton_obstacle(device)
+    if reason is None and device.type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly: use float16 or float32 there"
+    return reason
 
 
 def attention(
@@ -57,6 +56,7 @@ def attention(
     text_valid: torch.Tensor | None,
     scale: float,
     *,
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
     """Span attention by the Triton kernel.
@@ -69,6 +69,7 @@ def attention(
         plan: what attends what.
         text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
         scale: positive factor on the scores.
+        summaries: of keys and values, `[B, R, H, D]` contiguous each, where they are known already.
         config: tiles other than the table's, for tests and tuning.
 
     Returns:
@@ -79,14 +80,16 @@ def attention(
     """
     query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    far = plan.summaries.rows > 0
+    summary_key = summary_value = None
+    if plan.summaries.rows:
+        summary_key, summary_value = summary_pair(key, value, plan, summaries)
     launch = launch_of(
         query,
         key,
         value,
         output,
-        summarise(key, plan) if far else None,
-        summarise(value, plan) if far else None,
+        summary_key,
+        summary_value,
         plan,
         text_valid,
         scale,
@@ -190,17 +193,3 @@ def config_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> T
         architecture = architecture_of(torch.cuda.get_device_capability(query.device))
     descriptors = all(fits_descriptor(tensor) for tensor in (query, key, value))
     return tile_config(architecture, query.shape[3], query.element_size() * 8, descriptors=descriptors)
-
-
-def _interpreter_obstacle(dtype: torch.dtype) -> str | None:
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from grat_kernels.span_kernel import span_attention_kernel
-
-    if not isinstance(span_attention_kernel, InterpretedFunction):
-        return (
-            "it runs on CUDA and ROCm devices; on the CPU only in Triton's interpreter: set TRITON_INTERPRET=1 at start"
-        )
-    if dtype == torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 products wrongly: use float16 or float32 there"
-    return None

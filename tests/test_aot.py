@@ -103,6 +103,40 @@ def test_the_table_compiles_as_promised(tmp_path: Path) -> None:
     assert any("shared memory" in problem for problem in too_large[3])
 
 
+ROPE_NORM_COMPILED = [
+    aot.RopeNormVariant("sm_80", "bfloat16", 128, text_apart=True, levels=1),
+    aot.RopeNormVariant("sm_90", "bfloat16", 128, text_apart=True, levels=3),
+    aot.RopeNormVariant("sm_90", "bfloat16", 128, text_apart=False, levels=0),
+    aot.RopeNormVariant("sm_90", "float32", 80, text_apart=True, levels=1),
+    aot.RopeNormVariant("sm_100", "float16", 128, text_apart=True, levels=1),
+    aot.RopeNormVariant("sm_120", "bfloat16", 64, text_apart=True, levels=1),
+    aot.RopeNormVariant("gfx942", "bfloat16", 128, text_apart=True, levels=1),
+]
+
+ROPE_NORM_PROGRAM = """
+import json, sys
+from grat_kernels import aot
+
+builds = [aot.compile_rope_norm(aot.RopeNormVariant(*fields)) for fields in json.loads(sys.argv[1])]
+print(json.dumps([[build.wide_loads, build.spills_in_loops, build.problems] for build in builds]))
+"""
+
+
+@pytest.mark.slow
+def test_rope_norm_compiles_as_promised(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", ROPE_NORM_PROGRAM, json.dumps(ROPE_NORM_COMPILED)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for variant, (wide_loads, spills_in_loops, problems) in zip(
+        ROPE_NORM_COMPILED, json.loads(result.stdout), strict=True
+    ):
+        assert not problems, (variant, problems)
+        assert wide_loads >= 8
+        assert spills_in_loops == 0
+
+
 def test_every_row_of_the_table_is_compiled() -> None:
     compiled = {variant.config for variant in aot.variants(SHARED_MEMORY_LIMIT)}
     assert {*HOPPER.values(), *SPECIALISED.values()} <= compiled

@@ -13,6 +13,7 @@ from grat_kernels import (
     Backend,
     Block,
     CrissCross,
+    Far,
     Grid,
     Grouping,
     Plan,
@@ -41,7 +42,7 @@ def tensors(plan: Plan) -> Tensors:
 
 
 def test_the_operator_passes_torchs_own_checks(plan: Plan, tensors: Tensors) -> None:
-    arguments = (*tensors, torch.tensor([2, 4]), plan.key, 0.2, "sdpa")
+    arguments = (*tensors, torch.tensor([2, 4]), None, None, plan.key, 0.2, "sdpa")
     # Inference only: there is no backward formula to check.
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.grat.span_attention.default, arguments, test_utils=utilities)
@@ -96,6 +97,18 @@ def test_wrong_arguments_are_refused_in_words(plan: Plan, tensors: Tensors) -> N
         span_attention(query, key, value, plan, torch.tensor([1]))
     with pytest.raises(ValueError, match="fast"):
         span_attention(query, key, value, plan, backend="fast")
+
+
+def test_wrong_summaries_are_refused_in_words(plan: Plan, tensors: Tensors) -> None:
+    far = build_plan(plan.grouping, Union(Block(0), Far([(0, (2, 2))])), 4, True)
+    right = torch.zeros(2, far.summaries.rows, 2, 32)
+    span_attention(*tensors, far, summaries=(right, right))
+    with pytest.raises(ValueError, match="no far field"):
+        span_attention(*tensors, plan, summaries=(right, right))
+    with pytest.raises(ValueError, match="summaries must be"):
+        span_attention(*tensors, far, summaries=(right, right[:, 1:]))
+    with pytest.raises(ValueError, match="dtype and device"):
+        span_attention(*tensors, far, summaries=(right, right.double()))
 
 
 def test_a_backend_chosen_by_name_never_falls_back(plan: Plan, tensors: Tensors) -> None:

@@ -213,6 +213,35 @@ def test_heads_of_different_classes_attend_differently(backend: Backend, padded:
         assert error <= error_bound(query, key, value, scale)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+@pytest.mark.parametrize("backend", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("by_head", [False, True], ids=["one plan", "plans by head"])
+def test_known_summaries_are_used_as_they_are(backend: Backend, by_head: bool) -> None:
+    """Also where they are not the means of these keys and values, and not contiguous."""
+    plan = HEAD_PLAN if by_head else HEAD_PLAN.classes[2]
+    generator = torch.Generator().manual_seed(6)
+    query, key, value = (torch.randn(2, plan.tokens, 5, 32, generator=generator) for _ in range(3))
+    known = [torch.randn(2, plan.summaries.rows, 5, 32, generator=generator) for _ in range(2)]
+    strided = tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in known)
+    scale = 1 / math.sqrt(32)
+    output = span_attention(query, key, value, plan, backend=backend, summaries=strided)  # type: ignore[arg-type]
+    for head, number in enumerate(HEAD_PLAN.class_of_head):
+        one_head = slice(head, head + 1)
+        expected = definition.attention(
+            query[:, :, one_head].double(),
+            key[:, :, one_head].double(),
+            value[:, :, one_head].double(),
+            HEAD_PLAN.classes[number if by_head else 2],
+            None,
+            scale,
+            torch.float64,
+            (known[0][:, :, one_head], known[1][:, :, one_head]),
+        )
+        error = (output[:, :, one_head] - expected).abs().max()
+        largest_key, largest_value = torch.cat([key, known[0]], dim=1), torch.cat([value, known[1]], dim=1)
+        assert error <= error_bound(query, largest_key, largest_value, scale)
+
+
 def test_head_plans_say_what_does_not_fit() -> None:
     near = (Grouping(Grid((8, 8)), (4, 4)), Block(0))
     with pytest.raises(ValueError, match="counted from 0"):

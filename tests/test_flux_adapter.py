@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -283,6 +284,137 @@ def test_positions_stay_exact_where_the_pipeline_rounds_them() -> None:
     assert relative_difference(model(**rounded)[0], expected) > 1e-3
     with FluxAdapter(model, grid).attached(run_with(grid, Full()), Backend.SDPA):
         assert relative_difference(model(**rounded)[0], expected) < RELATIVE
+
+
+FAR = Union(Block(0), Far([(0, (2, 2))]))
+
+
+@pytest.mark.parametrize("fused_projections", [False, True])
+@pytest.mark.parametrize("pattern", [Full(), FAR], ids=["full", "far"])
+def test_the_fused_kernel_changes_nothing_but_roundings(pattern: Pattern, fused_projections: bool) -> None:
+    """In Triton's interpreter; stock diffusers where attention is full."""
+    model: Any = tiny_flux.transformer()
+    if fused_projections:
+        model.fuse_qkv_projections()
+    grid = Grid((6, 7))
+    inputs = tiny_flux.inputs(*grid.shape, batch=2)
+    apart, fused = FluxAdapter(model, grid, fused=False), FluxAdapter(model, grid, fused=True)
+    with apart.attached(run_with(grid, pattern), Backend.SDPA):
+        expected = model(**inputs)[0]
+    before = snapshot(model)
+    with fused.attached(run_with(grid, pattern), Backend.SDPA), record_operators() as called:
+        result = model(**inputs)[0]
+    assert called.count("grat::rope_norm") == tiny_flux.LAYERS
+    assert snapshot(model) == before
+    assert relative_difference(result, expected) < RELATIVE
+    if isinstance(pattern, Full):
+        assert relative_difference(result, model(**inputs)[0]) < RELATIVE
+    assert fused.preparation == "fused kernel"
+    assert apart.preparation == "stock modules: the fused kernel was not wanted"
+
+
+@contextmanager
+def record_operators() -> Iterator[list[str]]:
+    """Names of the operators that run inside."""
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield names
+
+
+def test_on_a_cpu_stock_modules_prepare_attention(model: Any) -> None:
+    grid = Grid((4, 6))
+    adapter = FluxAdapter(model, grid)
+    assert adapter.preparation is None
+    with adapter.attached(run_with(grid, FAR), Backend.SDPA), record_operators() as called:
+        model(**tiny_flux.inputs(*grid.shape))
+    assert "grat::span_attention" in called
+    assert "grat::rope_norm" not in called
+    assert adapter.preparation == "stock modules: the fused kernel is for CUDA and ROCm devices, not for cpu"
+
+
+def test_norms_that_are_more_than_their_weights_are_left_to_their_modules() -> None:
+    grid = Grid((4, 6))
+    inputs = tiny_flux.inputs(*grid.shape)
+
+    def changed(change: Callable[[Any], Any]) -> Any:
+        model = tiny_flux.transformer()
+        change(model.transformer_blocks[0].attn)
+        return model
+
+    def hooked(attn: Any) -> None:
+        attn.norm_added_k.register_forward_hook(lambda module, args, output: output)
+
+    def replaced_forward(attn: Any) -> None:
+        attn.norm_q.forward = attn.norm_q.forward
+
+    def other_norm(attn: Any) -> None:
+        attn.norm_k = torch.nn.LayerNorm(16)
+
+    def other_eps(attn: Any) -> None:
+        attn.norm_added_q.eps = 1e-3
+
+    for change, reason in (
+        (hooked, "norm_added_k is hooked"),
+        (replaced_forward, "norm_q is hooked"),
+        (other_norm, "norm_k is not the RMS norm of stock Flux"),
+        (other_eps, "differ in eps"),
+    ):
+        model = changed(change)
+        with (
+            pytest.raises(BadInput, match=f"fused kernel cannot run here: .*{reason}"),
+            FluxAdapter(model, grid, fused=True).attached(run_with(grid, Full()), Backend.SDPA),
+        ):
+            model(**inputs)
+        adapter = FluxAdapter(model, grid)
+        with adapter.attached(run_with(grid, Full()), Backend.SDPA):
+            result = model(**inputs)[0]
+        assert reason in (adapter.preparation or "")
+        assert relative_difference(result, model(**inputs)[0]) < RELATIVE
+
+
+def test_a_fused_kernel_that_cannot_run_is_refused_when_it_was_asked_for() -> None:
+    grid = Grid((4, 4))
+    model: Any = tiny_flux.transformer().double()
+    inputs = {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in tiny_flux.inputs(*grid.shape).items()
+    }
+    with (
+        pytest.raises(BadInput, match=r"fused kernel cannot run here: .*float64"),
+        FluxAdapter(model, grid, fused=True).attached(run_with(grid, Full()), Backend.SDPA),
+    ):
+        model(**inputs)
+
+
+def test_the_fused_kernel_stays_inside_one_compiled_graph() -> None:
+    torch._dynamo.reset()
+    model: Any = tiny_flux.transformer(num_single_layers=1)
+    grid = Grid((4, 6))
+    inputs = tiny_flux.inputs(*grid.shape)
+    plans = plan_of(grid, FAR, ((4, 4), (2, 2))), plan_of(grid, Block(0), ((4, 4), (2, 2)))
+    run = Run(lambda step, layer: plans[(step + layer) % 2])  # type: ignore[arg-type]
+    expected = []
+    with FluxAdapter(model, grid).attached(run, Backend.SDPA):
+        for run.step in range(2):
+            expected.append(model(**inputs)[0])
+    graphs: list[str] = []
+
+    def record(module: Any, example: Any) -> Any:
+        graphs.append(module.code)
+        return module.forward
+
+    called: Any = torch.compile(model, backend=record, fullgraph=True)
+    with FluxAdapter(called, grid, fused=True).attached(run, Backend.SDPA):
+        for run.step in range(2):
+            assert relative_difference(called(**inputs)[0], expected[run.step]) < RELATIVE
+    assert all(graph.count("grat.rope_norm") == 2 for graph in graphs)
+    torch._dynamo.reset()
 
 
 class NoHostReads(TorchDispatchMode):

@@ -8,7 +8,7 @@ only the attention processors differ from stock (read against diffusers 0.42.1, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -20,7 +20,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
-from grat_kernels import Backend, Grid, Plan, span_attention
+from grat_kernels import Backend, Grid, Plan, rope_norm, span_attention
+from grat_kernels.rope_norm import Joined, Norms, Projections
 
 _PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 
@@ -30,9 +31,11 @@ class SpanAttentionProcessor:
 
     Attributes:
         plan: what attends what in the next call; the adapter sets it before every transformer call.
+        fused: whether norms, rotation, joining of text and image, and far-field means are one kernel; likewise.
     """
 
     plan: Plan
+    fused: bool
 
     def __init__(self, backend: Backend, observer: CallObserver | None) -> None:
         self.backend = backend
@@ -60,18 +63,15 @@ class SpanAttentionProcessor:
         """
         if attention_mask is not None:
             raise BadInput("attention masks are not supported: Flux attends all of its text tokens")
-        query, key, value = _project(attn, hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if encoder_hidden_states is not None:
-            text_query, text_key, text_value = _project_text(attn, encoder_hidden_states)
-            query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
-            key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
-            value = torch.cat([text_value, value], dim=1)
-        if image_rotary_emb is not None:
-            query, key = _rotated(query, image_rotary_emb), _rotated(key, image_rotary_emb)
+        image = _project(attn, hidden_states)
+        text = None if encoder_hidden_states is None else _project_text(attn, encoder_hidden_states)
+        if self.fused:
+            query, key, value, summaries = _prepared_at_once(attn, image, text, image_rotary_emb, self.plan)
+        else:
+            query, key, value, summaries = _prepared_as_stock(attn, image, text, image_rotary_emb)
 
         with self.timed():
-            attended = span_attention(query, key, value, self.plan, backend=self.backend)
+            attended = span_attention(query, key, value, self.plan, backend=self.backend, summaries=summaries)
         attended = attended.flatten(2, 3)
         if encoder_hidden_states is None:
             return attended
@@ -80,22 +80,47 @@ class SpanAttentionProcessor:
         return dropout(projection(image.contiguous())), attn.to_add_out(text.contiguous())
 
 
-def _project(attn: FluxAttention, tokens: torch.Tensor) -> list[torch.Tensor]:
+def _prepared_at_once(
+    attn: FluxAttention, image: Projections, text: Projections | None, image_rotary_emb: Any, plan: Plan
+) -> Joined:
+    """The joint sequence normalised and rotated, and its far field pooled, by one kernel."""
+    norms = Norms(attn.norm_q.weight, attn.norm_k.weight, cast(float, attn.norm_q.eps))
+    text_norms = None
+    if text is not None:
+        text_norms = Norms(attn.norm_added_q.weight, attn.norm_added_k.weight, cast(float, attn.norm_added_q.eps))
+    return rope_norm.rope_norm(image, norms, image_rotary_emb, plan, text=text, text_norms=text_norms, fused=True)
+
+
+def _prepared_as_stock(
+    attn: FluxAttention, image: Projections, text: Projections | None, image_rotary_emb: Any
+) -> Joined:
+    """The joint sequence, normalised and rotated by the modules and functions of stock attention."""
+    query, key, value = attn.norm_q(image.query), attn.norm_k(image.key), image.value
+    if text is not None:
+        query = torch.cat([attn.norm_added_q(text.query), query], dim=1)
+        key = torch.cat([attn.norm_added_k(text.key), key], dim=1)
+        value = torch.cat([text.value, value], dim=1)
+    if image_rotary_emb is not None:
+        query, key = _rotated(query, image_rotary_emb), _rotated(key, image_rotary_emb)
+    return Joined(query, key, value, None)
+
+
+def _project(attn: FluxAttention, tokens: torch.Tensor) -> Projections:
     """Query, key and value of image (or joint) tokens, `[B, N, H, D]` each."""
     if attn.fused_projections:
         projected = attn.to_qkv(tokens).chunk(3, dim=-1)
     else:
         projected = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-    return [tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected]
+    return Projections(*(tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected))
 
 
-def _project_text(attn: FluxAttention, tokens: torch.Tensor) -> list[torch.Tensor]:
+def _project_text(attn: FluxAttention, tokens: torch.Tensor) -> Projections:
     """Query, key and value of the text tokens of a double block, `[B, text, H, D]` each."""
     if attn.fused_projections:
         projected = attn.to_added_qkv(tokens).chunk(3, dim=-1)
     else:
         projected = attn.add_q_proj(tokens), attn.add_k_proj(tokens), attn.add_v_proj(tokens)
-    return [tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected]
+    return Projections(*(tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected))
 
 
 def _rotated(tokens: torch.Tensor, image_rotary_emb: Any) -> torch.Tensor:
@@ -107,14 +132,18 @@ class FluxAdapter:
     """Runs a `FluxTransformer2DModel` on image tokens in group order; an `adapters.base.Adapter`."""
 
     text_first = True
+    preparation: str | None = None
 
-    def __init__(self, transformer: torch.nn.Module, grid: Grid) -> None:
+    def __init__(self, transformer: torch.nn.Module, grid: Grid, fused: bool | None = None) -> None:
         """Prepares, and changes nothing yet.
 
         Args:
             transformer: the model, or what `torch.compile` made of it.
             grid: rows and columns of image tokens of the calls to come.
+            fused: whether norms, rotation and joining before attention are one kernel, and calls that it cannot serve
+                are refused; by default, wherever it can run on a GPU. `preparation` tells.
         """
+        self._fused = fused
         # Hooks go on the outermost module, so that a compiled model runs them outside its graph.
         self._called = transformer
         self._model: Any = getattr(transformer, "_orig_mod", transformer)
@@ -127,6 +156,27 @@ class FluxAdapter:
     def layers(self) -> int:
         """Attention layers: double blocks, then single blocks."""
         return len(self._attentions)
+
+    def _choose_preparation(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the fused kernel prepares a call with these image tokens; says why in `preparation`.
+
+        Raises:
+            BadInput: if the fused kernel was asked for and cannot run.
+        """
+        if self._fused is False:
+            self.preparation = "stock modules: the fused kernel was not wanted"
+            return False
+        device, dtype, head_dim = hidden_states.device, hidden_states.dtype, self._attentions[0].head_dim
+        obstacle = next(filter(None, map(_norm_obstacle, self._attentions)), None)
+        if obstacle is None and self._fused:
+            obstacle = rope_norm.obstacle(device, dtype, head_dim)
+        elif obstacle is None:
+            chosen, reason = rope_norm.choose(device, dtype, head_dim)
+            obstacle = None if chosen else reason
+        if obstacle and self._fused:
+            raise BadInput(f"the fused kernel cannot run here: {obstacle}")
+        self.preparation = f"stock modules: {obstacle}" if obstacle else "fused kernel"
+        return obstacle is None
 
     def _has_compiled_blocks(self) -> bool:
         blocks = (*self._model.transformer_blocks, *self._model.single_transformer_blocks)
@@ -142,7 +192,7 @@ class FluxAdapter:
             raise BadInput("attention inside a compiled transformer cannot be timed: install without an observer")
         stock = [attention.processor for attention in self._attentions]
         processors = [SpanAttentionProcessor(backend, observer) for _ in self._attentions]
-        call = _Calls(self._grid, self._attentions, processors, run, observer)
+        call = _Calls(self._grid, self._attentions, processors, self._choose_preparation, run, observer)
         handles = []
         try:
             for attention, processor in zip(self._attentions, processors, strict=True):
@@ -159,6 +209,23 @@ class FluxAdapter:
                 handle.remove()
             for attention, processor in zip(self._attentions, stock, strict=True):
                 attention.set_processor(processor)
+
+
+def _norm_obstacle(attention: Any) -> str | None:
+    """Why the norms of an attention must run as modules, or None where their weights are all there is to them."""
+    names = ["norm_q", "norm_k"]
+    if attention.added_kv_proj_dim is not None:
+        names += ["norm_added_q", "norm_added_k"]
+    norms = [getattr(attention, name) for name in names]
+    for name, norm in zip(names, norms, strict=True):
+        if type(norm) is not torch.nn.RMSNorm or not norm.eps:
+            return f"{name} is not the RMS norm of stock Flux"
+        # Offloading and the like work by hooks, or replace a module's forward: weights may be elsewhere before.
+        if "forward" in norm.__dict__ or norm._forward_pre_hooks or norm._forward_hooks:
+            return f"{name} is hooked (sequential or group offloading)"
+    if any(query.eps != key.eps for query, key in zip(norms[::2], norms[1::2], strict=True)):
+        return "norms of queries and keys differ in eps"
+    return None
 
 
 def _check_stock(processor: Any) -> None:
@@ -184,10 +251,12 @@ class _Calls:
         grid: Grid,
         attentions: list[Any],
         processors: list[SpanAttentionProcessor],
+        choose_preparation: Callable[[torch.Tensor], bool],
         run: Run,
         observer: CallObserver | None,
     ) -> None:
         self._grid, self._attentions, self._processors = grid, attentions, processors
+        self._choose_preparation = choose_preparation
         self._run, self._observer = run, observer
         self._raster_ids: torch.Tensor | None = None
         self._group_ids: torch.Tensor | None = None
@@ -205,10 +274,11 @@ class _Calls:
         hidden_states, image_ids = call["hidden_states"], call["img_ids"]
         step = self._run.current_step()
         schedule = self._run.schedule(call["encoder_hidden_states"].shape[1])
+        fused = self._choose_preparation(hidden_states)
         if self._observer:
             self._observer.begin_call(step, schedule.density_of_step(step))
         for layer, processor in enumerate(self._processors):
-            processor.plan = schedule.plan(step, layer)
+            processor.plan, processor.fused = schedule.plan(step, layer), fused
 
         # All plans of a schedule share one token order.
         order, self._inverse, _ = self._processors[0].plan.tensors(hidden_states.device)
