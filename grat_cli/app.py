@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from grat_cli import __version__
+from grat_cli.commands.bench import bench
 from grat_cli.commands.env import env
 from grat_cli.commands.image import image
 from grat_cli.commands.info import info
@@ -23,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (image, plan, presets, env, info):
+for command in (image, plan, bench, presets, env, info):
     app.command()(command)
 
 

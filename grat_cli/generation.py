@@ -100,7 +100,7 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
                 base=request.base,
             )
         pipe = model.pipe
-        _tile_large_pictures(pipe, request)
+        tile_large_pictures(pipe, request)
 
         # 3. Encode the prompts, once for all seeds.
         guidance = choose_guidance(pipe, request.model, request.preset, request.negative_prompt)
@@ -108,13 +108,13 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             progress.note(note)
         progress.phase("text")
         with phases("text"):
-            text = _encode_text(pipe, request, guidance)
+            text = encode_text(pipe, request, guidance)
 
     for seed in request.seeds:
         with _memory_advice(request, device):
             # 4. Denoise with GRAT attention installed.
             progress.phase("denoise")
-            recorder, watch = StepRecorder(device), _StepWatch(progress)
+            recorder, watch = StepRecorder(device), StepWatch(progress)
             token_side = pipe.vae_scale_factor * 2
             image_tokens = (request.height // token_side) * (request.width // token_side)
             with (
@@ -124,14 +124,14 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
                 ) as installation,
             ):
                 with phases("denoise"):
-                    latents = _denoise(pipe, request, text | guidance.arguments, init_image, seed, watch)
+                    latents = denoise(pipe, request, text | guidance.arguments, init_image, seed, watch)
                 timesteps = pipe.scheduler.timesteps[pipe.scheduler.begin_index or 0 :].tolist()
             watch.raise_if_not_finite()
 
             # 5. Decode.
             progress.phase("decode")
             with phases("decode"):
-                picture = _decode(pipe, latents, request)
+                picture = decode(pipe, latents, request)
 
         # 6. Report.
         memory_bytes, memory_kind = peak_memory(device)
@@ -177,7 +177,7 @@ def _memory_advice(request: ImageRequest, device: torch.device) -> Iterator[None
         ) from error
 
 
-def _tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
+def tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
     """Decodes in tiles above the size that the model was trained at, where the autoencoder can.
 
     Not with AutoencoderTiny: its tiles assume 8 pixels per latent whatever its depth (diffusers 0.42.1).
@@ -189,7 +189,7 @@ def _tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
         pipe.vae.enable_tiling()
 
 
-def _encode_text(pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[str, torch.Tensor]:
+def encode_text(pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[str, torch.Tensor]:
     """Embeddings of prompt and negative prompt, as the pipelines take them."""
     import torch
 
@@ -208,7 +208,7 @@ def _encode_text(pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[s
     return text
 
 
-class _StepWatch:
+class StepWatch:
     """The pipeline's callback after every step: tells progress, and collects without waiting whether all is finite."""
 
     def __init__(self, progress: Progress) -> None:
@@ -232,13 +232,13 @@ class _StepWatch:
             )
 
 
-def _denoise(
+def denoise(
     pipe: Any,
     request: ImageRequest,
     arguments: dict[str, Any],
     init_image: Image.Image | None,
     seed: int,
-    watch: _StepWatch,
+    watch: StepWatch,
 ) -> torch.Tensor:
     """Latents of one image, `[1, image tokens, channels]`."""
     import torch
@@ -264,7 +264,7 @@ def _denoise(
         raise NumericalFailure(str(error)) from error
 
 
-def _decode(pipe: Any, latents: torch.Tensor, request: ImageRequest) -> Image.Image:
+def decode(pipe: Any, latents: torch.Tensor, request: ImageRequest) -> Image.Image:
     """The picture of latents `[1, image tokens, channels]`, as at the end of the pipelines."""
     import torch
 

@@ -39,10 +39,7 @@ class Installation:
 
     def current_step(self) -> int:
         """The step of the call under way, from the scheduler's own counters: plain integers, so nothing waits."""
-        scheduler = self._pipe.scheduler
-        begin = scheduler.begin_index or 0
-        index = begin if scheduler.step_index is None else scheduler.step_index
-        return index - begin
+        return step_under_way(self._pipe.scheduler)
 
     def schedule(self, text_len: int) -> AttentionSchedule:
         """The schedule for a text length and for as many steps as the scheduler is set to run."""
@@ -132,6 +129,13 @@ def install(
         warnings.warn(warning, stacklevel=3)
     with adapter.attached(installation, installation.backend, observer):
         yield installation
+
+
+def step_under_way(scheduler: Any) -> int:
+    """The denoising step that a scheduler is at, counted from 0 over the steps that are run."""
+    begin = scheduler.begin_index or 0
+    index = begin if scheduler.step_index is None else scheduler.step_index
+    return index - begin
 
 
 def _with_backend(preset: Preset, backend: Backend | str) -> Preset:

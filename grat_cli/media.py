@@ -109,7 +109,15 @@ def write_json(data: Mapping[str, Any], path: Path) -> None:
     Raises:
         BadInput: if it cannot be written.
     """
-    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    write_text(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes text, whole or not at all.
+
+    Raises:
+        BadInput: if it cannot be written.
+    """
     _write(path, lambda file: file.write(text.encode()))
 
 

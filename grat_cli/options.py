@@ -14,7 +14,7 @@ from grat_cli.errors import BadInput
 _PICTURE, _ATTENTION, _MODEL, _OUTPUT = "Picture", "Attention", "Model", "Output"
 
 
-def _number(option: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
+def number(option: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
     """A parser of numbers whose complaint names the option; Typer's own words are longer and say less."""
 
     def parse(text: str) -> int | float:
@@ -83,7 +83,7 @@ Count = Annotated[
     int | None,
     typer.Option(
         "--n",
-        parser=_number("--n", int),
+        parser=number("--n", int),
         metavar="COUNT",
         help="So many pictures, with consecutive seeds.",
         show_default=False,
@@ -94,7 +94,7 @@ Steps = Annotated[
     int | None,
     typer.Option(
         "--steps",
-        parser=_number("--steps", int),
+        parser=number("--steps", int),
         metavar="COUNT",
         help="Denoising steps. Default: the preset's.",
         show_default=False,
@@ -105,7 +105,7 @@ Guidance = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        parser=_number("--guidance", float),
+        parser=number("--guidance", float),
         metavar="SCALE",
         help="How closely to follow the prompt. Default: the preset's.",
         show_default=False,
@@ -136,7 +136,7 @@ Strength = Annotated[
     float | None,
     typer.Option(
         "--strength",
-        parser=_number("--strength", float),
+        parser=number("--strength", float),
         metavar="SHARE",
         help="How much of --init-image to redo, 0 to 1. Default: 0.7.",
         show_default=False,
@@ -191,7 +191,7 @@ Share = Annotated[
     int | None,
     typer.Option(
         "--share",
-        parser=_number("--share", int),
+        parser=number("--share", int),
         metavar="COUNT",
         help="For x and bx: how many group coordinates must be equal.",
         show_default=False,

@@ -36,12 +36,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: in
         head_dim: channels per head.
         tokens: length of the joint sequence, where known.
     """
-    try:
-        found = importlib.util.find_spec("triton.experimental.gluon") is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
-        return "triton 3.6 or newer is not installed: pip install triton (Linux only)"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (Linux only)"
     if dtype not in _DTYPES:
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in HOPPER:
@@ -55,6 +51,19 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: in
     capability = torch.cuda.get_device_capability(device)
     if capability != _CAPABILITY:
         return f"it needs compute capability 9.0 (Hopper), {device} has {capability[0]}.{capability[1]}"
+    return _language_obstacle()
+
+
+def _language_obstacle() -> str | None:
+    """Whether the installed Gluon, which is experimental, is one that the kernel is written in."""
+    try:
+        from triton.experimental.gluon.language.nvidia.hopper import tma
+    except ImportError:
+        tma = None
+    if not hasattr(tma, "async_copy_global_to_shared"):
+        import triton
+
+        return f"it is written in the Gluon language of Triton 3.6 and 3.7, here is Triton {triton.__version__}"
     return None
 
 
@@ -97,7 +106,15 @@ def attention(
     if plan.summaries.rows and summaries is None:
         summaries = (summarise(key, plan), summarise(value, plan))
     launch = launch_of(
-        query, key, value, output, *(summaries or (None, None)), plan, text_valid, scale, config or HOPPER[query.shape[3]]
+        query,
+        key,
+        value,
+        output,
+        *(summaries or (None, None)),
+        plan,
+        text_valid,
+        scale,
+        config or HOPPER[query.shape[3]],
     )
     from grat_kernels.hopper_kernel import span_attention_kernel
 
@@ -193,5 +210,6 @@ def _descriptor(tensor: torch.Tensor, rows: int) -> Any:
 
     batch, tokens, heads, head_dim = tensor.shape
     block = [rows, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16)
+    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    layout: Any = gl.NVMMASharedLayout.get_default_for(block, element)
     return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], block, layout)

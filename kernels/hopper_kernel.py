@@ -15,6 +15,10 @@ waits for the parity n & 1 of its *full* barrier, and its refill for the opposit
 fresh barrier, the phase before the first one counts as complete.
 """
 
+# What is `constexpr` to Gluon's compiler is no Python object of that type.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -239,17 +243,19 @@ def _bias_of(
 ):
     """What is added to the scores of one tile, `[BLOCK_N]`: 0 for tokens, -inf for slots that hold nothing."""
     summary_bias, packed_bias = biases
-    begin, full_end, full_summary_end, end = bounds
+    _begin, full_end, full_summary_end, _end = bounds
     columns = gl.arange(0, BLOCK_N, LAYOUT)
     bias = gl.zeros([BLOCK_N], gl.float32, LAYOUT)
     if summary_bias is not None:
-        if (index >= full_end) & (index < full_summary_end):
+        of_summaries = (index >= full_end) & (index < full_summary_end)
+        if of_summaries:
             bias = gl.load(summary_bias + tile + columns)
     if packed_rows is not None:
+        slots = tile * BLOCK_N + columns
         if index >= full_summary_end:
-            bias = gl.load(packed_bias + tile * BLOCK_N + columns)
+            bias = gl.load(packed_bias + slots)
             if text_valid is not None:
-                rows = gl.load(packed_rows + tile * BLOCK_N + columns)
+                rows = gl.load(packed_rows + slots)
                 padding_start, padding_stop = _padding(batch, text_valid, text)
                 bias = gl.where((rows >= padding_start) & (rows < padding_stop), float("-inf"), bias)
     return bias
@@ -320,12 +326,22 @@ def _advance(
 
 @gluon.jit
 def _consumer(
-    output, biases, lists, sizes, scale, rings, queries_ring, item_slot, turns, WHICH: gl.constexpr, STAGES: gl.constexpr
+    output,
+    biases,
+    lists,
+    sizes,
+    scale,
+    rings,
+    queries_ring,
+    item_slot,
+    turns,
+    WHICH: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """Attention of half of every tile of queries."""
     query_tiles, key_tiles, class_of_head, packed_rows, text_valid = lists
-    tokens, heads, summaries, text, tiles, leading, items = sizes
-    summary_bias, packed_bias = biases
+    tokens, heads, _summaries, text, tiles, leading, items = sizes
+    summary_bias, _packed_bias = biases
     query_slots, query_full, query_empty = queries_ring
     key_ring, value_ring = rings
     key_slots, key_full, key_empty = key_ring
@@ -353,7 +369,7 @@ def _consumer(
     while item < items:
         batch, head, query_range, bounds = _work_of(item, query_tiles, class_of_head, heads, tiles, leading)
         first_query, query_count = query_range
-        begin, full_end, full_summary_end, end = bounds
+        begin, full_end, _full_summary_end, end = bounds
         accumulator = gl.zeros([HALF, HEAD_DIM], gl.float32, OUTPUT)
         total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES))
         highest = gl.full([HALF], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
@@ -368,7 +384,7 @@ def _consumer(
             tile = gl.load(key_tiles + begin)
             bias = _bias_of(begin, tile, batch, bounds, biases, packed_rows, text_valid, text, BLOCK_N, COLUMNS)
             scores = scores + gl.convert_layout(bias, gl.SliceLayout(0, SCORES))[None, :]
-        weights, _, total, highest = _softmax(scores, scale, total, highest)
+        weights, _decay, total, highest = _softmax(scores, scale, total, highest)
         weights = gl.convert_layout(weights.to(ELEMENT), WEIGHTS)
 
         # Full tiles of tokens: the bulk of the work, with neither mask nor bias.

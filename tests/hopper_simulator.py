@@ -141,9 +141,9 @@ def _array(value: Any, like: Array | None = None) -> Array:
 def _binary(function: Callable[[Any, Any], Any], left: Any, right: Any, dtype: DataType | None = None) -> Array:
     left = _array(left, right if isinstance(right, Array) else None)
     right = _array(right, left)
-    dtype = dtype or max(left.dtype, right.dtype, key=_RANK.__getitem__)
+    common = left.dtype if _RANK[left.dtype] > _RANK[right.dtype] else right.dtype
     with np.errstate(all="ignore"):
-        return Array(function(left.data, right.data), dtype)
+        return Array(function(left.data, right.data), dtype or common)
 
 
 class Pointers:
@@ -752,7 +752,9 @@ class Simulation:
             slot.unfenced = False
         role.written.clear()
 
-    def _multiply(self, left: Any, right: View, accumulator: Array, use_acc: bool = True, is_async: bool = False) -> Any:
+    def _multiply(
+        self, left: Any, right: View, accumulator: Array, use_acc: bool = True, is_async: bool = False
+    ) -> Any:
         self.pause()
         role = self.current
         assert role is not None

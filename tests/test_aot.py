@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from grat_kernels import aot, sass
-from grat_kernels.tile_configs import SHARED_MEMORY_LIMIT, SPECIALISED, TABLE, architecture_of
+from grat_kernels.tile_configs import HOPPER, SHARED_MEMORY_LIMIT, SPECIALISED, TABLE, architecture_of
 
 # The head dimension of Flux and HunyuanVideo on every architecture, and the other forms of Hopper.
 COMPILED = [
@@ -24,6 +25,9 @@ COMPILED = [
     aot.Variant("sm_100", "bfloat16", 128, descriptors=True, text_valid=True, far=True),
     aot.Variant("sm_120", "bfloat16", 128, descriptors=True, text_valid=False, far=False),
     aot.Variant("gfx942", "bfloat16", 128, descriptors=False, text_valid=True, far=True),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="gluon"),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="gluon"),
+    aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True, kernel="gluon"),
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="triton-ws"),
     aot.Variant("sm_90", "bfloat16", 128, True, text_valid=False, far=False, kernel="triton-ws", ragged=True),
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="triton-ws"),
@@ -42,6 +46,29 @@ builds.append(aot.compile_variant(aot.Variant("sm_86", "bfloat16", 128, False, F
 print(json.dumps([[build.opcodes, build.spills_in_loops, build.shared_bytes, build.problems] for build in builds]))
 """
 
+WITHOUT_PIN = """
+import json
+from grat_kernels import aot, hopper_kernel
+
+hopper_kernel.PIN = hopper_kernel.gl.constexpr("mov.b32 $0, $1;")
+print(json.dumps(aot.compile_variant(aot.Variant("sm_90", "bfloat16", 128, True, False, False, "gluon")).problems))
+"""
+
+
+def run_compiler(program: str, cache: Path, *arguments: str) -> Any:
+    """What a program prints as JSON, in a process without Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+def test_the_assembler_needs_the_pin_to_leave_the_softmax_where_it_is(tmp_path: Path) -> None:
+    assert run_compiler(WITHOUT_PIN, tmp_path) == ["a softmax outside of the matrix products"]
+
 
 # With twice the warps the compiler ignores the request.
 UNSPECIALISED = """
@@ -55,21 +82,14 @@ print(json.dumps(build.problems))
 
 
 @pytest.mark.slow
-def test_a_kernel_that_is_not_specialised_is_told() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", UNSPECIALISED]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert any("256 threads, which are not specialised" in problem for problem in json.loads(result.stdout))
+def test_a_kernel_that_is_not_specialised_is_told(tmp_path: Path) -> None:
+    problems = run_compiler(UNSPECIALISED, tmp_path)
+    assert any("256 threads, which are not specialised" in problem for problem in problems)
 
 
 @pytest.mark.slow
 def test_the_table_compiles_as_promised(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", PROGRAM, json.dumps(COMPILED)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    *builds, too_large = json.loads(result.stdout)
+    *builds, too_large = run_compiler(PROGRAM, tmp_path, json.dumps(COMPILED))
     for variant, (opcodes, spills_in_loops, shared_bytes, problems) in zip(COMPILED, builds, strict=True):
         assert not problems, (variant, problems)
         assert spills_in_loops == 0
@@ -85,7 +105,7 @@ def test_the_table_compiles_as_promised(tmp_path: Path) -> None:
 
 def test_every_row_of_the_table_is_compiled() -> None:
     compiled = {variant.config for variant in aot.variants(SHARED_MEMORY_LIMIT)}
-    assert set(SPECIALISED.values()) <= compiled
+    assert {*HOPPER.values(), *SPECIALISED.values()} <= compiled
     for architecture, rows in TABLE.items():
         if architecture != "interpreter":
             assert {row.config for row in rows} <= compiled
@@ -144,3 +164,43 @@ def test_a_spill_in_a_loop_is_seen() -> None:
     code = sass.parse(LISTING.replace("{spill}", "/*0060*/                   LDL.64 R2, [R1+0x8] ;"))
     assert code.spills == 3
     assert code.spills_in_loops == 1
+
+
+# A consumer's loop over tiles inside its loop over work items, with a retry path behind the end.
+OVERLAPPED = """
+.text.kernel:
+        /*0000*/                   LDL R0, [R1] ;
+.L_x_1:
+        /*0010*/                   STL [R1], R0 ;
+.L_x_2:
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, {first} ;
+        /*0040*/                   {meet} ;
+        /*0050*/              @!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x28160], RZ ;
+        /*0060*/                   MUFU.EX2 R4, R4 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/               @P1 BRA `(.L_x_2) ;
+        /*0090*/                   SYNCS.ARRIVE.TRANS64 RZ, [UR4+0x28160], R3 ;
+        /*00a0*/               @P2 BRA `(.L_x_1) ;
+        /*00b0*/                   EXIT ;
+"""
+MEETING = "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80"
+
+
+@pytest.mark.parametrize(
+    ("first", "meet", "hides", "as_one"),
+    [
+        ("0x1", MEETING, True, True),
+        ("0x0", MEETING, False, True),
+        ("0x1", "NOP", True, False),
+    ],
+)
+def test_the_order_of_a_softmax_and_of_arrivals(first: str, meet: str, hides: bool, as_one: bool) -> None:
+    code = sass.parse(OVERLAPPED.format(first=first, meet=meet))
+    (loop,) = code.innermost_with("HGMMA")
+    assert len(code.loops) == 2
+    assert code.hides_softmax(loop) is hides
+    assert code.arrives_as_one(loop) is as_one
+    assert code.spills == 2
+    assert code.spills_in_loops == 1
+    assert code.spills_within([loop]) == 0

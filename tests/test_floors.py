@@ -16,12 +16,13 @@ PACKAGES = {"grat_kernels": ROOT / "kernels", "grat_cli": ROOT / "grat_cli"}
 # may import each other without a cycle. A package's own name is its __init__, which loads its exports when asked.
 FLOORS = (
     # grat_kernels: what is attended, and how it is computed
-    ("geometry", "padded_text", "sass", "span_kernel", "summaries", "tile_configs", "tile_lists"),
-    ("pattern",),
+    ("geometry", "padded_text", "sass", "span_kernel", "hopper_kernel", "summaries", "tile_configs", "tile_lists"),
+    ("pattern", "ws_kernel"),
     ("plan",),
     ("launching",),
-    ("reference", "sdpa_backend", "flex_backend", "triton_backend"),
-    ("attention", "aot"),
+    ("reference", "sdpa_backend", "flex_backend", "triton_backend", "ws_backend", "gluon_backend"),
+    ("self_test", "aot"),
+    ("attention",),
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
@@ -30,7 +31,7 @@ FLOORS = (
     ("presets",),
     # What runs when; models and how they are entered
     ("schedule", "adapters", "adapters.base", "demo.*"),
-    ("adapters.flux", "models"),
+    ("adapters.flux", "adapters.hunyuan", "models"),
     ("installation", "guidance", "hub", "image_request"),
     ("checkpoints",),
     ("grat_cli",),
@@ -39,11 +40,19 @@ FLOORS = (
     ("planning", "picture", "report", "output"),
     ("bench.*",),
     ("options",),
-    ("commands", "commands.image", "commands.plan", "commands.presets", "commands.env", "commands.info"),
+    (
+        "commands",
+        "commands.image",
+        "commands.plan",
+        "commands.bench",
+        "commands.presets",
+        "commands.env",
+        "commands.info",
+    ),
     ("app",),
     ("__main__",),
 )
-KERNEL_FLOORS = 7
+KERNEL_FLOORS = 8
 NOT_IN_KERNELS = {"diffusers", "transformers", "typer", "yaml", "pydantic", "rich", "PIL", "grat_cli", "grat_presets"}
 
 

@@ -292,7 +292,7 @@ def test_a_backend_that_fails_at_the_call_is_bad_input(monkeypatch: pytest.Monke
 
 def test_large_pictures_are_decoded_in_tiles_where_that_works() -> None:
     def pipe_after(vae: Any, side: int) -> Any:
-        generation._tile_large_pictures(SimpleNamespace(vae=vae), request(width=side, height=side))
+        generation.tile_large_pictures(SimpleNamespace(vae=vae), request(width=side, height=side))
         return vae
 
     full = {"block_out_channels": (8,), "norm_num_groups": 1, "down_block_types": ("DownEncoderBlock2D",)}

@@ -313,7 +313,7 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
                 "dB",
                 lambda row: row.quality and _with_interval(row.quality.psnr_db, row.quality.psnr_interval_db, 1),
                 False,
-                "The same comparison as a ratio of signal to noise, ∞ for equal pictures.",
+                "The same comparison as a ratio of signal to noise; in equal ones one value counts as off by 1.",
             ),
             memory,
         ]
@@ -434,11 +434,9 @@ def _over_rounding(row: Row) -> str | None:
     return f"{row.error / row.plain_error:,.2f}×"
 
 
-def _with_interval(value: float, interval: float, places: int) -> str:
+def _with_interval(value: float, interval: float | None, places: int) -> str:
     """`0.897 ± 0.015`; without an interval where there is none, as with a single picture."""
-    if not math.isfinite(value):
-        return figure(value)
-    return f"{value:.{places}f} ± {interval:.{places}f}" if math.isfinite(interval) else f"{value:.{places}f}"
+    return f"{value:.{places}f}" + (f" ± {interval:.{places}f}" if interval is not None else "")
 
 
 def _behind_integer(cell: str) -> int:

@@ -199,13 +199,10 @@ def _quality(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -
             row,
             row.speedup,
             row.quality.ssim,
-            row.quality.ssim_interval if math.isfinite(row.quality.ssim_interval) else 0.0,
+            row.quality.ssim_interval or 0.0,
         )
         for row in rows
-        if row.quality is not None
-        and row.speedup is not None
-        and _drawable(row.speedup)
-        and math.isfinite(row.quality.ssim)
+        if row.quality is not None and row.speedup is not None and _drawable(row.speedup)
     ]
     if not any(row.role != "noise floor" for row, *_ in points):
         return None

@@ -17,12 +17,15 @@ Mask = Literal["identical", "equal density"]
 
 @dataclass(frozen=True)
 class Quality:
-    """Similarity of pictures to those of full attention with the same seeds: mean and 95 % half-interval."""
+    """Similarity of pictures to those of full attention with the same seeds: mean and 95 % half-interval.
+
+    A single picture has no interval: there it is None.
+    """
 
     ssim: float
-    ssim_interval: float
+    ssim_interval: float | None
     psnr_db: float
-    psnr_interval_db: float
+    psnr_interval_db: float | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,273 @@
+"""HunyuanVideo: joint sequence [video, text], three grid axes, double blocks first, then single blocks.
+
+Everything in the transformer but attention acts on each token alone. So video tokens are put in group order where they
+leave the patch embedding, their positions where they leave the rotary embedding, and the prediction is put back in
+raster order where it leaves the output projection; in between only the attention processors differ from stock (read
+against diffusers 0.42.1, `transformer_hunyuan_video.py`). The refiner, which sees text alone, stays as it is.
+
+Stock attention runs over all padding of the text, under a mask that keeps torch from its fastest kernels. Padding
+changes no prediction, so the text is cut to its longest valid length before the transformer sees it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoAttnProcessor2_0,
+    HunyuanVideoTransformer3DModel,
+)
+
+from grat_cli.adapters.base import CallObserver, Run
+from grat_cli.errors import BadInput
+from grat_kernels import Backend, Grid, Plan, span_attention
+
+_PARAMETERS = tuple(inspect.signature(HunyuanVideoTransformer3DModel.forward).parameters)[1:]
+
+
+class SpanAttentionProcessor:
+    """Stock HunyuanVideo attention, with span attention in place of dense attention.
+
+    Attributes:
+        plan: what attends what in the next call; the adapter sets it before every transformer call.
+        text_valid: valid text tokens of each sample `[B]` in the next call, None where all are valid.
+    """
+
+    plan: Plan
+    text_valid: torch.Tensor | None
+
+    def __init__(self, backend: Backend, observer: CallObserver | None) -> None:
+        self.backend = backend
+        self.timed = observer.attention if observer else nullcontext
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of one block.
+
+        Args:
+            attn: the block's attention module.
+            hidden_states: video tokens `[B, video, C]` in group order.
+            encoder_hidden_states: text tokens `[B, text, C]`.
+            attention_mask: which text is valid, as the transformer makes it; `text_valid` says the same.
+            image_rotary_emb: a pair, cosines and sines `[video, D]` in group order; text is not rotated.
+
+        Returns:
+            Video and text tokens.
+        """
+        query, key, value = _project(attn.to_q, attn.to_k, attn.to_v, attn, hidden_states)
+        query, key = _rotated(_normed(attn.norm_q, query), image_rotary_emb), _normed(attn.norm_k, key)
+        key = _rotated(key, image_rotary_emb)
+        if attn.add_q_proj is None:  # a single block: text goes through the weights of the video
+            text_query, text_key, text_value = _project(attn.to_q, attn.to_k, attn.to_v, attn, encoder_hidden_states)
+            text_query, text_key = _normed(attn.norm_q, text_query), _normed(attn.norm_k, text_key)
+        else:
+            text_query, text_key, text_value = _project(
+                attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn, encoder_hidden_states
+            )
+            text_query, text_key = _normed(attn.norm_added_q, text_query), _normed(attn.norm_added_k, text_key)
+        query = torch.cat([query, text_query], dim=1)
+        key = torch.cat([key, text_key], dim=1)
+        value = torch.cat([value, text_value], dim=1)
+
+        with self.timed():
+            attended = span_attention(query, key, value, self.plan, self.text_valid, backend=self.backend)
+        video, text = attended.flatten(2, 3).tensor_split([hidden_states.shape[1]], dim=1)
+        if getattr(attn, "to_out", None) is not None:
+            projection, dropout = cast(Any, attn.to_out)
+            video = dropout(projection(video))
+        if getattr(attn, "to_add_out", None) is not None:
+            text = cast(Any, attn.to_add_out)(text)
+        return video, text
+
+
+def _project(to_query: Any, to_key: Any, to_value: Any, attn: Attention, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Query, key and value, `[B, N, H, D]` each."""
+    return [project(tokens).unflatten(2, (attn.heads, -1)) for project in (to_query, to_key, to_value)]
+
+
+def _normed(norm: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens if norm is None else norm(tokens)
+
+
+def _rotated(tokens: torch.Tensor, image_rotary_emb: Any) -> torch.Tensor:
+    """Queries or keys of the video `[B, N, H, D]` with their positions rotated in."""
+    return cast(torch.Tensor, apply_rotary_emb(tokens, image_rotary_emb, sequence_dim=1))
+
+
+class HunyuanAdapter:
+    """Runs a `HunyuanVideoTransformer3DModel` on video tokens in group order; an `adapters.base.Adapter`."""
+
+    text_first = False
+
+    def __init__(self, transformer: torch.nn.Module, grid: Grid) -> None:
+        """Prepares, and changes nothing yet.
+
+        Args:
+            transformer: the model; one that `torch.compile` made is refused when it is attached.
+            grid: frames, rows and columns of video tokens of the calls to come.
+        """
+        self._model: Any = transformer
+        self._grid = grid
+        model: Any = getattr(transformer, "_orig_mod", transformer)
+        self._blocks: list[Any] = [*model.transformer_blocks, *model.single_transformer_blocks]
+
+    @property
+    def layers(self) -> int:
+        """Attention layers: double blocks, then single blocks."""
+        return len(self._blocks)
+
+    @contextmanager
+    def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
+        """See `adapters.base.Adapter.attached`."""
+        self._refuse_unfit()
+        attentions = [block.attn for block in self._blocks]
+        stock = [attention.processor for attention in attentions]
+        processors = [SpanAttentionProcessor(backend, observer) for _ in attentions]
+        call = _Calls(self._model, self._grid, attentions, processors, run, observer)
+        handles = []
+        try:
+            for attention, processor in zip(attentions, processors, strict=True):
+                attention.set_processor(processor)
+            handles.append(self._model.register_forward_pre_hook(call.before, with_kwargs=True))
+            handles.append(self._model.rope.register_forward_hook(call.order_positions))
+            handles.append(self._model.x_embedder.register_forward_hook(call.order_tokens))
+            handles.append(self._model.proj_out.register_forward_hook(call.restore_raster))
+            handles.append(self._model.register_forward_hook(call.after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for attention, processor in zip(attentions, stock, strict=True):
+                attention.set_processor(processor)
+
+    def _refuse_unfit(self) -> None:
+        """Raises BadInput unless the transformer is as diffusers made it, and of a kind that is supported."""
+        if hasattr(self._model, "_orig_mod") or any(
+            module._compiled_call_impl is not None for module in (self._model, *self._blocks)
+        ):
+            raise BadInput("GRAT inside a compiled HunyuanVideo transformer is not supported: leave torch.compile out")
+        if self._model.config.image_condition_type == "token_replace":
+            raise BadInput(
+                "image-to-video by token replacement treats the first frame's tokens apart, "
+                "which GRAT does not support: use a model with latent_concat, or text-to-video"
+            )
+        for block in self._blocks:
+            processor = block.attn.processor
+            if isinstance(processor, SpanAttentionProcessor):
+                raise BadInput(
+                    "GRAT is already installed on this transformer: leave the other `with` block of its adapter first"
+                )
+            if type(processor) is not HunyuanVideoAttnProcessor2_0:
+                raise BadInput(
+                    f"the transformer's attention was replaced by {type(processor).__name__}, "
+                    "which GRAT does not combine with: undo that first"
+                )
+            if processor._parallel_config is not None:
+                raise BadInput("the transformer splits its sequence over several devices, which GRAT does not support")
+
+
+class _Calls:
+    """The hooks around and inside transformer calls."""
+
+    def __init__(
+        self,
+        model: Any,
+        grid: Grid,
+        attentions: list[Any],
+        processors: list[SpanAttentionProcessor],
+        run: Run,
+        observer: CallObserver | None,
+    ) -> None:
+        self._model, self._grid = model, grid
+        self._attentions, self._processors = attentions, processors
+        self._run, self._observer = run, observer
+        self._mask: torch.Tensor | None = None
+        self._longest, self._text_valid = 0, None
+        self._order: torch.Tensor | None = None
+        self._inverse: torch.Tensor | None = None
+
+    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Forward pre-hook of the transformer: checks the call, cuts padding off the text, and hands out plans."""
+        call = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+        for attention, processor in zip(self._attentions, self._processors, strict=True):
+            if attention.processor is not processor:
+                raise BadInput("attention processors were replaced while GRAT was installed: do that outside")
+        self._check_size(call["hidden_states"])
+        self._read_mask(call["encoder_attention_mask"])
+        call["encoder_hidden_states"] = call["encoder_hidden_states"][:, : self._longest]
+        call["encoder_attention_mask"] = call["encoder_attention_mask"][:, : self._longest]
+
+        step = self._run.current_step()
+        schedule = self._run.schedule(self._longest)
+        if self._observer:
+            self._observer.begin_call(step, schedule.density_of_step(step))
+        for layer, processor in enumerate(self._processors):
+            processor.plan, processor.text_valid = schedule.plan(step, layer), self._text_valid
+        # All plans of a schedule share one token order.
+        self._order, self._inverse, _ = self._processors[0].plan.tensors(call["hidden_states"].device)
+        return (), call
+
+    def order_positions(self, module: torch.nn.Module, args: Any, output: Any) -> tuple[torch.Tensor, ...]:
+        """Hook after the rotary embedding: cosines and sines `[video, D]` in group order."""
+        assert self._order is not None
+        return tuple(part.index_select(0, self._order) for part in output)
+
+    def order_tokens(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Hook after the patch embedding: video tokens `[B, video, C]` in group order."""
+        assert self._order is not None
+        return output.index_select(1, self._order)
+
+    def restore_raster(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Hook after the output projection: the prediction `[B, video, patch]` in raster order."""
+        assert self._inverse is not None
+        return output.index_select(1, self._inverse)
+
+    def after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the transformer."""
+        if self._observer:
+            self._observer.end_call()
+
+    def _check_size(self, latents: torch.Tensor) -> None:
+        """Raises BadInput unless latents `[B, C, frames, height, width]` are those of the grid."""
+        config = self._model.config
+        patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        shape = tuple(size // side for size, side in zip(latents.shape[2:], patch, strict=True))
+        if shape != self._grid.shape:
+            installed, given = ("x".join(map(str, sizes)) for sizes in (self._grid.shape, shape))
+            raise BadInput(
+                f"GRAT was installed for {installed} video tokens (frames x rows x columns), the call has {given}: "
+                "give the pipeline call the frames, height and width of the install"
+            )
+
+    def _read_mask(self, mask: torch.Tensor) -> None:
+        """Takes the valid lengths of the text from its mask `[B, text]`.
+
+        That waits for the device, but a pipeline makes one mask for all of its steps, and each is read once.
+
+        Raises:
+            BadInput: if valid text does not come first, or there is none.
+        """
+        if mask is self._mask:
+            return
+        valid = mask.sum(dim=1, dtype=torch.int32)
+        first = torch.arange(mask.shape[1], device=mask.device)[None, :] < valid[:, None]
+        lengths = valid.tolist()
+        if not torch.equal(first, mask.bool()) or min(lengths) == 0:
+            raise BadInput(
+                "the call's text mask has padding before or between valid tokens, or no valid token: "
+                "pad prompts at their end, as the pipeline does"
+            )
+        self._mask, self._longest = mask, max(lengths)
+        self._text_valid = valid if min(lengths) < self._longest else None

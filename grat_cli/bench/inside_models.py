@@ -1,0 +1,240 @@
+"""Attention of a whole run inside a transformer, timed: stock, by one plan, or by a window around each token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grat_cli.bench.baselines import Baseline, Window, baseline_for
+from grat_cli.bench.dense import Attention, DenseKernel
+from grat_cli.bench.measure import CannotRun
+from grat_cli.bench.variants import Variant
+from grat_cli.errors import BadInput
+from grat_kernels import Backend, Grid, build_plan, can_run
+from grat_kernels.attention import choose_backend
+
+if TYPE_CHECKING:
+    from grat_cli.adapters.base import Adapter, CallObserver
+
+Attach = Callable[["CallObserver", Callable[[], int]], AbstractContextManager[None]]
+
+
+def backend_for(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[Backend, str]:
+    """The backend of span attention that a name stands for, and why.
+
+    Raises:
+        BadInput: if one chosen by name cannot run here.
+    """
+    if Backend(name) is Backend.AUTO:
+        return choose_backend(device, dtype, head_dim)
+    ability = can_run(name, device, dtype, head_dim, tokens)
+    if not ability:
+        raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
+    return Backend(name), f"chosen by name; {ability.reason}"
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A variant inside a transformer.
+
+    Attributes:
+        kernel: what computes its attention.
+        attach: attaches it while a `with` block lasts, given an observer of calls and attentions, and a function that
+            gives the denoising step of the call under way.
+        pairs: query-key pairs of one attention call and head.
+        density: `pairs` over all pairs of the joint sequence.
+    """
+
+    kernel: str
+    attach: Attach
+    pairs: int
+    density: float
+
+
+@dataclass(frozen=True)
+class Host:
+    """A transformer that variants go inside.
+
+    Attributes:
+        transformer: of diffusers, with stock attention processors.
+        family: `flux` or `hunyuan`.
+        text_len: text tokens of its calls.
+        backend: of span attention, never `AUTO`.
+        device: where it computes.
+        dtype: of its activations.
+    """
+
+    transformer: Any
+    family: str
+    text_len: int
+    backend: Backend
+    device: torch.device
+    dtype: torch.dtype
+
+    def adapter(self, grid: Grid) -> Adapter:
+        """The adapter of the family, for a grid of image tokens."""
+        if self.family == "flux":
+            from grat_cli.adapters.flux import FluxAdapter
+
+            return FluxAdapter(self.transformer, grid)
+        from grat_cli.adapters.hunyuan import HunyuanAdapter
+
+        return HunyuanAdapter(self.transformer, grid)
+
+    def inside(self, variant: Variant, dense: DenseKernel | None = None) -> Inside:
+        """What a variant is inside this transformer.
+
+        Args:
+            variant: on the grid of the calls to come.
+            dense: computes full attention; None leaves the choice to diffusers.
+
+        Raises:
+            CannotRun: if it cannot be had, with the reason.
+        """
+        if variant.obstacle:
+            raise CannotRun(variant.obstacle)
+        adapter = self.adapter(variant.grid)
+        pairs = variant.attended_pairs(self.text_len, adapter.text_first)
+        density = pairs / (variant.grid.tokens + self.text_len) ** 2
+        if variant.kind == "full":
+            kernel, attend = (f"diffusers, {dense.name}", dense.attention) if dense else ("diffusers", None)
+            return Inside(
+                kernel,
+                lambda observer, step: stock_attention(self.transformer, observer, step, density, attend),
+                pairs,
+                density,
+            )
+        if variant.grouping is not None and variant.pattern is not None:
+            plan = build_plan(variant.grouping, variant.pattern, self.text_len, adapter.text_first)
+            return Inside(
+                self.backend.value,
+                lambda observer, step: adapter.attached(FixedPlan(plan, step), self.backend, observer),
+                pairs,
+                density,
+            )
+        window = Window.of(variant, self.text_len, adapter.text_first)
+        head_dim = self.transformer.config.attention_head_dim
+        baseline = baseline_for(window, self.device, self.dtype, head_dim)
+        return Inside(
+            baseline.kernel,
+            lambda observer, step: self._window(adapter, baseline, density, observer, step),
+            pairs,
+            density,
+        )
+
+    def _window(
+        self, adapter: Adapter, baseline: Baseline, density: float, observer: CallObserver, step: Callable[[], int]
+    ) -> AbstractContextManager[None]:
+        if baseline.order is None:
+            return stock_attention(self.transformer, observer, step, density, baseline.attention)
+        order = torch.from_numpy(baseline.order).to(self.device)
+        plan = TokenOrder(order, self.text_len, density)
+        return _adapter_with(adapter, baseline.attention, FixedPlan(plan, step), observer)
+
+
+class TokenOrder:
+    """As much of a `Plan` as an adapter asks for: a token order without what attends what."""
+
+    def __init__(self, order: torch.Tensor, text_len: int, density: float) -> None:
+        """`order` gives the raster index of each image token, `[image tokens]`."""
+        self._tensors = order, torch.argsort(order), None
+        self.text_len, self.density = text_len, density
+
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Order, its inverse, and nothing to add to scores."""
+        return self._tensors
+
+
+class FixedPlan:
+    """The same plan in every step and layer; an `adapters.base.Run` and its own schedule."""
+
+    def __init__(self, plan: Any, step: Callable[[], int]) -> None:
+        """`step` gives the denoising step of the call under way."""
+        self._plan, self._step = plan, step
+
+    def current_step(self) -> int:
+        """See `adapters.base.Run`."""
+        return self._step()
+
+    def schedule(self, text_len: int) -> Any:
+        """Itself.
+
+        Raises:
+            ValueError: if the call has another length of text than the plan.
+        """
+        if text_len != self._plan.text_len:
+            raise ValueError(f"the plan is for {self._plan.text_len} text tokens, the call has {text_len}")
+        return self
+
+    def plan(self, step: int, layer: int) -> Any:
+        """The plan."""
+        return self._plan
+
+    def density_of_step(self, step: int) -> float:
+        """Its density."""
+        return self._plan.density
+
+
+@contextmanager
+def stock_attention(
+    transformer: torch.nn.Module,
+    observer: CallObserver,
+    step: Callable[[], int] = lambda: 0,
+    density: float = 1.0,
+    attend: Attention | None = None,
+) -> Iterator[None]:
+    """While inside, an observer is told of the transformer's calls and attentions, which stay stock diffusers.
+
+    Timed are the calls of `dispatch_attention_fn`, as an adapter times those of `span_attention`.
+
+    Args:
+        transformer: of diffusers, with stock attention processors.
+        observer: told of calls and attentions.
+        step: gives the denoising step of the call under way.
+        density: what the observer is told.
+        attend: computes attention of query, key and value `[B, N, H, D]`, text and image in the order of the model,
+            in place of the kernel that diffusers would pick, and without its mask: all text must be valid.
+    """
+    module: Any = sys.modules[type(transformer).__module__]
+    stock = module.dispatch_attention_fn
+
+    def timed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **others: Any) -> torch.Tensor:
+        with observer.attention():
+            return attend(query, key, value) if attend else stock(query, key, value, **others)
+
+    def begin(*_: Any) -> None:
+        observer.begin_call(step(), density)
+
+    def end(*_: Any) -> None:
+        observer.end_call()
+
+    handles = [transformer.register_forward_pre_hook(begin), transformer.register_forward_hook(end)]
+    module.dispatch_attention_fn = timed
+    try:
+        yield
+    finally:
+        module.dispatch_attention_fn = stock
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _adapter_with(adapter: Adapter, attend: Attention, run: FixedPlan, observer: CallObserver) -> Iterator[None]:
+    """An adapter, for its token order, with another attention than span attention in it."""
+    module: Any = sys.modules[type(adapter).__module__]
+    stock = module.span_attention
+
+    def instead(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return attend(query, key, value)
+
+    module.span_attention = instead
+    try:
+        with adapter.attached(run, Backend.SDPA, observer):
+            yield
+    finally:
+        module.span_attention = stock

@@ -1,0 +1,413 @@
+"""What the names of `--compare` stand for: dense attention, patterns of groups, and windows around each token.
+
+A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
+The names of `--peers` stand here as well, so that a mistake in either is seen without loading torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grat_cli.bench.results import Role
+from grat_cli.errors import BadInput, choices
+from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, SlidingTile, Union, build_plan
+
+# The parameters that each name takes.
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "full": (),
+    "full-list": ("group",),
+    "na": ("window",),
+    "clear": ("window",),
+    "grat-b": ("radius", "group"),
+    "grat-x": ("share", "group"),
+    "grat-bx": ("radius", "share", "group"),
+    "grat-far": ("radius", "block", "group"),
+    "sta": ("window", "group"),
+}
+NAMES: tuple[str, ...] = tuple(PARAMETERS)
+PEERS: tuple[str, ...] = ("natten", "flex", "flashinfer", "sage", "pisa")
+
+# Groups and far blocks of grids large enough for them, by number of axes. On a smaller axis both are halved until
+# there are this many groups: with fewer, a pattern is nearly full attention.
+_GROUPS: Mapping[int, tuple[int, ...]] = {1: (256,), 2: (16, 16), 3: (4, 8, 8)}
+_BLOCKS: Mapping[int, tuple[int, ...]] = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
+_ENOUGH_GROUPS = 6
+
+_EXAMPLES = {"window": "49", "radius": "2", "share": "2", "block": "8x8", "group": "16x16"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A name of `--compare`, read but not yet fitted to a grid.
+
+    Attributes:
+        name: as typed.
+        kind: one of `NAMES`.
+        parameters: numbers by parameter, one or one per axis.
+    """
+
+    name: str
+    kind: str
+    parameters: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a request means on one grid.
+
+    Attributes:
+        name: as typed.
+        kind: one of `NAMES`.
+        role: of its row in a result.
+        description: the pattern in words.
+        grid: image tokens per axis.
+        grouping: groups and token order; None for `full`, `na` and `clear`, which know no groups.
+        pattern: which groups attend which; None likewise.
+        attention: the attention section of a preset that means the same; None where presets cannot say it.
+        window: tokens per axis for `na`, the radius (`window`,) for `clear`, else None.
+        obstacle: why it does not exist on this grid; None where it does.
+    """
+
+    name: str
+    kind: str
+    role: Role
+    description: str
+    grid: Grid
+    grouping: Grouping | None = None
+    pattern: Pattern | None = None
+    attention: Mapping[str, Any] | None = None
+    window: tuple[int, ...] | None = None
+    obstacle: str | None = None
+
+    def attended_pairs(self, text_len: int, text_first: bool) -> int:
+        """Query-key pairs of the joint sequence that are computed, a summary counted as one key."""
+        tokens = self.grid.tokens + text_len
+        if self.pattern is not None and self.grouping is not None:
+            return build_plan(self.grouping, self.pattern, text_len, text_first).attended_pairs
+        if self.window is None:
+            return tokens**2
+        count = na_pairs if self.kind == "na" else clear_pairs
+        return count(self.grid, self.window) + self.grid.tokens * text_len + text_len * tokens
+
+    def reach(self) -> float:
+        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly."""
+        if self.pattern is not None and self.grouping is not None:
+            return build_plan(self.grouping, self.pattern).reach
+        if self.kind == "na" and self.window is not None:
+            # At a border the window shifts inward whole: its far end is a whole window away.
+            return math.hypot(*(width - 1 for width in self.window))
+        if self.kind == "clear" and self.window is not None:
+            offsets = clear_offsets(self.grid, self.window)
+            return float(np.sqrt((offsets**2).sum(1).max()))
+        return math.hypot(*(extent - 1 for extent in self.grid.shape))
+
+
+def parse_variants(text: str) -> tuple[Request, ...]:
+    """Reads the value of `--compare`, such as `full,na:window=49,grat-b`.
+
+    Raises:
+        BadInput: for a name or parameter that does not exist, a value that is no number, or a name given twice.
+    """
+    requests = tuple(_request(item.strip()) for item in text.split(","))
+    for number, request in enumerate(requests):
+        if request.name in (earlier.name for earlier in requests[:number]):
+            raise BadInput(f"--compare names {request.name} twice: leave one out")
+    return requests
+
+
+def parse_peers(text: str) -> tuple[str, ...]:
+    """Reads the value of `--peers`, such as `natten,flex`.
+
+    Raises:
+        BadInput: naming the nearest for a name that does not exist.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in PEERS:
+            raise BadInput(f"--peers {name}: {choices(name, PEERS)}" if name else "--peers: a name is empty")
+    return names
+
+
+def _request(text: str) -> Request:
+    kind, *items = text.split(":")
+    if kind not in NAMES:
+        raise BadInput(f"--compare {text}: {choices(kind, NAMES)}" if text else "--compare: a name is empty")
+    parameters: dict[str, tuple[int, ...]] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if name not in PARAMETERS[kind]:
+            takes = choices(name, PARAMETERS[kind]) if PARAMETERS[kind] else "it takes no parameters"
+            raise BadInput(f"--compare {text}: {kind} has no parameter {name!r}: {takes}")
+        if name in parameters:
+            raise BadInput(f"--compare {text}: {name} is given twice")
+        if not re.fullmatch(r"\d{1,6}(x\d{1,6})*", value, re.ASCII):
+            raise BadInput(f"--compare {text}: expected {name}={_EXAMPLES[name]}")
+        parameters[name] = tuple(int(part) for part in value.split("x"))
+    if len(parameters.get("share", (1,))) > 1:
+        raise BadInput(f"--compare {text}: share is one number, such as share=2")
+    return Request(text, kind, parameters)
+
+
+def variant_for(request: Request, grid: Grid) -> Variant:
+    """What a request means on a grid.
+
+    Raises:
+        BadInput: if a parameter does not fit the grid.
+    """
+    try:
+        return _MAKERS[request.kind](request, grid)
+    except ValueError as error:
+        raise BadInput(f"--compare {request.name} on {size_text(grid.shape)} tokens: {error}") from error
+
+
+def default_group(grid: Grid) -> tuple[int, ...]:
+    """16x16 or 4x8x8 tokens, on short axes fewer."""
+    return tuple(
+        _halved(size, extent) for size, extent in zip(_per_axis_default(_GROUPS, grid), grid.shape, strict=True)
+    )
+
+
+def size_text(sizes: Sequence[int]) -> str:
+    """`16x16`."""
+    return "x".join(map(str, sizes))
+
+
+def na_starts(extent: int, window: int) -> np.ndarray:
+    """First key of each query along an axis, `[extent]`: the window is centred, and shifted inward at the borders.
+
+    NATTEN, "neighborhood attention" (arXiv 2204.07143, section 3): every query has exactly `window` keys per axis.
+    """
+    return np.clip(np.arange(extent) - window // 2, 0, extent - window)
+
+
+def na_pairs(grid: Grid, window: Sequence[int]) -> int:
+    """Image-image pairs of neighbourhood attention."""
+    return grid.tokens * math.prod(window)
+
+
+def na_window_near(grid: Grid, keys: float) -> tuple[int, ...]:
+    """The neighbourhood whose number of keys is nearest to `keys`: odd widths in the proportions of the groups.
+
+    An axis that is shorter than its share is covered whole.
+    """
+    shares = default_group(grid)
+    covered: set[int] = set()
+    while True:
+        free = [axis for axis in range(grid.axes) if axis not in covered]
+        area = keys / math.prod(grid.shape[axis] for axis in covered) / math.prod(shares[axis] for axis in free)
+        factor = area ** (1 / len(free)) if free else 1.0
+        too_short = {axis for axis in free if shares[axis] * factor >= grid.shape[axis]}
+        if not too_short:
+            break
+        covered |= too_short
+    options = []
+    for axis, extent in enumerate(grid.shape):
+        below = max(1, int((shares[axis] * factor - 1) // 2 * 2 + 1))
+        options.append([extent] if axis in covered else sorted({below, min(below + 2, extent)}))
+    return min(itertools.product(*options), key=lambda widths: abs(math.prod(widths) - keys))
+
+
+def clear_offsets(grid: Grid, window: Sequence[int]) -> np.ndarray:
+    """Offsets (Δy, Δx) with Δy² + Δx² < window² that exist on the grid, `[offsets, 2]` (CLEAR, arXiv 2412.16112)."""
+    reach = [min(window[0] - 1, extent - 1) for extent in grid.shape]
+    offsets = np.stack(np.meshgrid(*(np.arange(-most, most + 1) for most in reach), indexing="ij"), -1).reshape(-1, 2)
+    return offsets[(offsets**2).sum(1) < window[0] ** 2]
+
+
+def clear_pairs(grid: Grid, window: Sequence[int]) -> int:
+    """Image-image pairs of CLEAR: at borders the disc is cut off."""
+    overlap = np.asarray(grid.shape) - np.abs(clear_offsets(grid, window))
+    return int(overlap.prod(1).sum())
+
+
+# What each name means
+
+
+def _full(request: Request, grid: Grid) -> Variant:
+    section = {"variant": "full"}
+    return Variant(request.name, "full", "full", "every token attends every token", grid, attention=section)
+
+
+def _full_list(request: Request, grid: Grid) -> Variant:
+    """Full attention by the span kernel: its quality apart from what sparsity and scheduling add."""
+    return _grouped(request, grid, Full(), "every token attends every token, by the span kernel", {"variant": "full"})
+
+
+def _grat_b(request: Request, grid: Grid) -> Variant:
+    radius = _plain(request.parameters.get("radius", (1,)))
+    words = f"the {_neighbourhood(radius, grid)} groups around each group"
+    return _grouped(request, grid, Block(radius), words, {"variant": "b", "radius": _listed(radius)})
+
+
+def _grat_x(request: Request, grid: Grid) -> Variant:
+    share = _share(request)
+    words = _CROSS_WORDS.get((grid.axes, share), f"groups that share {share} coordinates")
+    return _grouped(request, grid, CrissCross(share), words, {"variant": "x", "share": share})
+
+
+def _grat_bx(request: Request, grid: Grid) -> Variant:
+    radius, share = _plain(request.parameters.get("radius", (1,))), _share(request)
+    cross = _CROSS_WORDS.get((grid.axes, share), f"groups that share {share} coordinates")
+    words = f"the {_neighbourhood(radius, grid)} groups around each group, and {cross}"
+    section = {"variant": "bx", "radius": _listed(radius), "share": share}
+    return _grouped(request, grid, Union(Block(radius), CrissCross(share)), words, section)
+
+
+def _grat_far(request: Request, grid: Grid) -> Variant:
+    radius = _plain(request.parameters.get("radius", (1,)))
+    # The nearest distance that is not exact along every axis: exact attention wins where both apply.
+    beyond = radius if isinstance(radius, int) else min(radius)
+    group = _group(request, grid)
+    block = _sizes(request, "block", grid) if "block" in request.parameters else _default_block(grid, group)
+    pattern = Union(Block(radius), Far([(beyond, block)]))
+    words = f"the {_neighbourhood(radius, grid)} groups around each group, all beyond by means of {size_text(block)}"
+    far = [{"beyond": beyond, "block": list(block)}]
+    return _grouped(request, grid, pattern, words, {"variant": "b", "radius": _listed(radius), "far": far})
+
+
+def _sta(request: Request, grid: Grid) -> Variant:
+    window = _plain(request.parameters.get("window", (3,)))
+    widths = (window,) * grid.axes if isinstance(window, int) else window
+    words = f"a sliding window of {size_text(widths)} groups"
+    section = {"variant": "sta", "window": _listed(window)}
+    return _grouped(request, grid, SlidingTile(window), words, section, role="baseline")
+
+
+def _na(request: Request, grid: Grid) -> Variant:
+    typed = "window" in request.parameters
+    if typed:
+        wanted = _sizes(request, "window", grid)
+        if any(width % 2 == 0 for width in wanted):
+            raise ValueError(f"a window must be an odd number of tokens, not {size_text(wanted)}")
+        window = tuple(min(width, extent) for width, extent in zip(wanted, grid.shape, strict=True))
+    else:
+        window = na_window_near(grid, _grat_b_keys(grid))
+    words = f"neighbourhood attention: {size_text(window)} tokens around each token{'' if typed else _AS_DENSE}"
+    return Variant(request.name, "na", "baseline", words, grid, window=window)
+
+
+def _clear(request: Request, grid: Grid) -> Variant:
+    typed = request.parameters.get("window")
+    if typed is not None and (len(typed) != 1 or typed[0] < 1):
+        raise ValueError("a window is one radius in tokens, such as window=16")
+    if grid.axes != 2:
+        obstacle = f"CLEAR is defined on two axes, not {grid.axes}"
+        return Variant(request.name, "clear", "baseline", "CLEAR", grid, obstacle=obstacle)
+    radius = typed[0] if typed else _clear_radius_like_grat_b(grid)
+    words = f"CLEAR: tokens nearer than {radius}{'' if typed else _AS_DENSE}"
+    return Variant(request.name, "clear", "baseline", words, grid, window=(radius,))
+
+
+_MAKERS = {
+    "full": _full,
+    "full-list": _full_list,
+    "na": _na,
+    "clear": _clear,
+    "grat-b": _grat_b,
+    "grat-x": _grat_x,
+    "grat-bx": _grat_bx,
+    "grat-far": _grat_far,
+    "sta": _sta,
+}
+_AS_DENSE = ", the window nearest in density to grat-b"
+_CROSS_WORDS = {
+    (2, 1): "the groups in each group's row and column",
+    (3, 1): "the groups in each group's three planes",
+    (3, 2): "the groups in each group's three lines",
+}
+
+
+def _grouped(
+    request: Request,
+    grid: Grid,
+    pattern: Pattern,
+    words: str,
+    section: Mapping[str, Any],
+    role: Role = "pattern",
+) -> Variant:
+    group = _group(request, grid)
+    grouping = Grouping(grid, group)
+    build_plan(grouping, pattern)  # a pattern that does not fit is refused here
+    attention = None if section["variant"] == "full" else {**section, "group": list(group)}
+    words = f"{words}, groups of {size_text(group)}"
+    return Variant(request.name, request.kind, role, words, grid, grouping, pattern, attention)
+
+
+def _group(request: Request, grid: Grid) -> tuple[int, ...]:
+    return _sizes(request, "group", grid) if "group" in request.parameters else default_group(grid)
+
+
+def _sizes(request: Request, name: str, grid: Grid) -> tuple[int, ...]:
+    """A parameter as one number per axis."""
+    values = request.parameters[name]
+    if len(values) == 1:
+        return values * grid.axes
+    if len(values) != grid.axes:
+        raise ValueError(f"{name} {size_text(values)} has {len(values)} numbers, the grid has {grid.axes} axes")
+    return values
+
+
+def _share(request: Request) -> int:
+    return request.parameters.get("share", (1,))[0]
+
+
+def _plain(values: tuple[int, ...]) -> int | tuple[int, ...]:
+    return values[0] if len(values) == 1 else values
+
+
+def _listed(value: int | tuple[int, ...]) -> int | list[int]:
+    return value if isinstance(value, int) else list(value)
+
+
+def _neighbourhood(radius: int | tuple[int, ...], grid: Grid) -> str:
+    radii = (radius,) * grid.axes if isinstance(radius, int) else radius
+    return size_text([2 * axis_radius + 1 for axis_radius in radii])
+
+
+def _per_axis_default(table: Mapping[int, tuple[int, ...]], grid: Grid) -> tuple[int, ...]:
+    if grid.axes not in table:
+        raise ValueError(f"grids of {grid.axes} axes have no default groups: use two or three axes")
+    return table[grid.axes]
+
+
+def _halved(size: int, extent: int) -> int:
+    while size > 1 and -(-extent // size) < _ENOUGH_GROUPS:
+        size //= 2
+    return size
+
+
+def _default_block(grid: Grid, group: tuple[int, ...]) -> tuple[int, ...]:
+    """8x8 or 4x4x4 tokens, smaller as the groups are; each size divides its group."""
+    usual_blocks, usual_groups = _per_axis_default(_BLOCKS, grid), _per_axis_default(_GROUPS, grid)
+    block = []
+    for size, usual_block, usual_group in zip(group, usual_blocks, usual_groups, strict=True):
+        most = max(1, usual_block * size // usual_group)
+        block.append(max(divisor for divisor in range(1, most + 1) if size % divisor == 0))
+    return tuple(block)
+
+
+def _grat_b_keys(grid: Grid) -> float:
+    """Mean image keys of an image query of `grat-b`."""
+    return build_plan(Grouping(grid, default_group(grid)), Block(1)).attended_pairs / grid.tokens
+
+
+def _clear_radius_like_grat_b(grid: Grid) -> int:
+    """The radius whose mean keys are nearest to those of `grat-b`."""
+    target = _grat_b_keys(grid) * grid.tokens
+    guess = max(1, round(math.sqrt(target / grid.tokens / math.pi)))
+    # Discs cut off at borders need a larger radius, never a smaller one, and one below the grid's diagonal.
+    first, last = guess, math.isqrt(sum(extent**2 for extent in grid.shape)) + 1
+    while first < last:
+        middle = (first + last) // 2
+        if clear_pairs(grid, (middle,)) < target:
+            first = middle + 1
+        else:
+            last = middle
+    return min(max(1, first - 1), first, key=lambda radius: abs(clear_pairs(grid, (radius,)) - target))

@@ -1,0 +1,534 @@
+"""`grat bench`: full attention against sparse attention, measured."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from grat_cli import options
+from grat_cli.output import Output
+
+if TYPE_CHECKING:
+    from grat_cli.bench.results import BenchResult
+    from grat_cli.bench.sizes import Size
+    from grat_cli.bench.variants import Request
+
+LEVELS = ("attention", "step", "image")
+WEIGHTS = ("own", "random")
+_COMPARE = {
+    "attention": "full,na,grat-b",
+    "step": "full,grat-b,grat-far",
+    "image": "full,grat-b,grat-x,grat-far",
+}
+_WHAT, _SIZE, _HOW = "What", "Size", "How"
+
+# Flux: a token stands for 16x16 pixels, and 512 come from the text. HunyuanVideo, on three axes, takes up to 256.
+_TOKEN_SIDE, _NATIVE_SIDE = 16, 1024
+_TEXT_TOKENS = {2: 512, 3: 256}
+# Shows the effect in a minute on two CPU cores; on a GPU, Flux at 4096x4096.
+_CPU_GRID, _CPU_HEADS, _CPU_HEAD_DIM, _CPU_REPETITIONS = "128x128", 4, 64, 5
+_GPU_RES, _GPU_HEADS, _GPU_HEAD_DIM, _GPU_REPETITIONS = "4096", 24, 128, 20
+_MAX_SECONDS = 90.0
+
+# Which options say something to which level; the others are refused rather than ignored.
+_ONLY_FOR = {
+    "--peers": ("attention",),
+    "--heads": ("attention",),
+    "--head-dim": ("attention",),
+    "--grid": ("attention", "step"),
+    "--text": ("attention", "step"),
+    "--reps": ("attention", "step"),
+    "--model": ("step", "image"),
+    "--layers": ("step",),
+    "--weights": ("step",),
+    "--prompts": ("image",),
+}
+
+
+def complete_compare(incomplete: str) -> list[str]:
+    """The list so far with each name that may follow, for shell completion."""
+    from grat_cli.bench.variants import NAMES
+
+    return _continued(incomplete, NAMES)
+
+
+def complete_peers(incomplete: str) -> list[str]:
+    """Likewise for --peers."""
+    from grat_cli.bench.variants import PEERS
+
+    return _continued(incomplete, PEERS)
+
+
+def complete_level() -> list[str]:
+    """Names of levels, for shell completion."""
+    return list(LEVELS)
+
+
+def complete_weights() -> list[str]:
+    """Kinds of weights, for shell completion."""
+    return list(WEIGHTS)
+
+
+def _continued(incomplete: str, names: tuple[str, ...]) -> list[str]:
+    done, comma, begun = incomplete.rpartition(",")
+    taken = done.split(",")
+    return [f"{done}{comma}{name}" for name in names if name.startswith(begun) and name not in taken]
+
+
+def bench(
+    context: typer.Context,
+    level: Annotated[
+        str,
+        typer.Option(
+            "--level",
+            metavar="NAME",
+            help="attention: one call on random numbers. step: one denoising step of a real architecture. "
+            "image: whole pictures, and how close they come to those of full attention.",
+            rich_help_panel=_WHAT,
+            autocompletion=complete_level,
+        ),
+    ] = "attention",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="NAME,...",
+            help="full, full-list, na, clear, sta, grat-b, grat-x, grat-bx, grat-far, also with parameters: "
+            "grat-b:radius=2, na:window=49, grat-x:share=2, grat-far:block=8x8:group=16x16. "
+            "Default: full,na,grat-b for attention.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+            autocompletion=complete_compare,
+        ),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            "--peers",
+            metavar="NAME,...",
+            help="Other projects' kernels, where they are installed: natten, flex, flashinfer, sage, pisa.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+            autocompletion=complete_peers,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="For step and image. Default: as for grat image.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+            autocompletion=options.complete_model,
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="COUNT|FILE",
+            help="For image: so many of the built-in prompts, or a text file with one on each line. Default: 4.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    res: Annotated[
+        str | None,
+        typer.Option(
+            "--res",
+            metavar="SIZE,...",
+            help="Pixels, as for grat image: 4096 or 4096x2048, several with commas.",
+            show_default=False,
+            rich_help_panel=_SIZE,
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            "--grid",
+            metavar="TOKENS,...",
+            help="Image tokens per axis: 128x128, or 33x45x80 for a video, several with commas. "
+            "Default: 128x128 on a CPU, else --res 4096.",
+            show_default=False,
+            rich_help_panel=_SIZE,
+        ),
+    ] = None,
+    text: Annotated[
+        int | None,
+        typer.Option(
+            "--text",
+            parser=options.number("--text", int),
+            metavar="COUNT",
+            help="Text tokens. Default: 512 on two axes (Flux), 256 on three (HunyuanVideo).",
+            show_default=False,
+            rich_help_panel=_SIZE,
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            "--heads",
+            parser=options.number("--heads", int),
+            metavar="COUNT",
+            help="Attention heads. Default: 4 on a CPU, else 24.",
+            show_default=False,
+            rich_help_panel=_SIZE,
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(
+            "--head-dim",
+            parser=options.number("--head-dim", int),
+            metavar="CHANNELS",
+            help="Channels per head. Default: 64 on a CPU, else 128.",
+            show_default=False,
+            rich_help_panel=_SIZE,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="DOUBLE,SINGLE",
+            help="For step: so many blocks of both kinds, such as 2,4, for smaller machines. Default: the model's.",
+            show_default=False,
+            rich_help_panel=_SIZE,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="NAME",
+            help="For step: random, or own for those that a model comes with (demo). Times do not depend on it. "
+            "Default: own where there are any.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+            autocompletion=complete_weights,
+        ),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            metavar="NAME",
+            help="Of grat's own attention, as for grat image.",
+            show_default=False,
+            rich_help_panel=_HOW,
+            autocompletion=options.complete_backend,
+        ),
+    ] = "auto",
+    reps: Annotated[
+        int | None,
+        typer.Option(
+            "--reps",
+            parser=options.number("--reps", int),
+            metavar="COUNT",
+            help="Timed calls of each row, after a warm-up. Default: 5; for attention on a GPU 20.",
+            show_default=False,
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    max_seconds: Annotated[
+        float,
+        typer.Option(
+            "--max-seconds",
+            parser=options.number("--max-seconds", float),
+            metavar="SECONDS",
+            help="Most time for one row; one that would take longer is skipped, and says so. Default: 90.",
+            show_default=False,
+            rich_help_panel=_HOW,
+        ),
+    ] = _MAX_SECONDS,
+    device: options.DeviceName = "auto",
+    dtype: options.Dtype = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="NAME",
+            help="Where to write NAME.json, NAME.md and NAME.html; an existing folder gets a telling name. "
+            "Default: one in the current folder.",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure full against sparse attention: time, memory, error; a table, JSON, Markdown and a page."""
+    from grat_cli import media
+    from grat_cli.bench.variants import parse_peers, parse_variants
+    from grat_cli.errors import BadInput
+    from grat_cli.presets import BACKENDS
+    from grat_cli.selection import DTYPES, require_choice, require_device
+
+    output = Output(as_json=as_json, quiet=quiet)
+
+    # 1. What can be refused before anything is loaded.
+    require_choice("--level", level, LEVELS)
+    typed = {
+        "--peers": peers,
+        "--heads": heads,
+        "--head-dim": head_dim,
+        "--grid": grid,
+        "--text": text,
+        "--reps": reps,
+        "--model": model,
+        "--layers": layers,
+        "--weights": weights,
+        "--prompts": prompts,
+    }
+    for option, value in typed.items():
+        if value is not None and level not in _ONLY_FOR[option]:
+            raise BadInput(f"{option} says nothing to --level {level}: it is for {' and '.join(_ONLY_FOR[option])}")
+    for option, value, least in (
+        ("--text", text, 0),
+        ("--heads", heads, 1),
+        ("--head-dim", head_dim, 1),
+        ("--reps", reps, 1),
+    ):
+        if value is not None and value < least:
+            raise BadInput(f"{option} {value}: expected {least} or more")
+    if max_seconds <= 0:
+        raise BadInput(f"--max-seconds {max_seconds:g}: expected more than 0")
+    require_device(device)
+    require_choice("--dtype", dtype, DTYPES)
+    require_choice("--backend", backend, BACKENDS)
+    if weights is not None:
+        require_choice("--weights", weights, WEIGHTS)
+    requests = parse_variants(compare if compare is not None else _COMPARE[level])
+    peer_names = parse_peers(peers) if peers is not None else ()
+    stem = _stem(out, f"grat-bench-{datetime.now():%Y%m%d-%H%M%S}-{level}")
+    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md", "html")}
+    if level == "image":
+        paths["png"] = stem.with_name(f"{stem.name}.png")
+    media.refuse_unwritable(list(paths.values()), overwrite=overwrite)
+    command = shlex.join(["grat", *(context.find_root().obj or ())])
+    common = {"backend": backend, "max_seconds": max_seconds, "command": command}
+
+    # 2. Measure.
+    sheet = None
+    if level == "attention":
+        sizes = [*_picture_sizes(res, text), *_grid_sizes(grid, text)]
+        result = _attention(
+            output, requests, sizes, peer_names, text, heads, head_dim, reps, device=device, dtype=dtype, **common
+        )
+    elif level == "step":
+        result = _step(
+            output, requests, model, weights, res, grid, text, layers, reps, device=device, dtype=dtype, **common
+        )
+    else:
+        result, sheet = _image(output, requests, model, res, prompts, device=device, dtype=dtype, **common)
+
+    # 3. Write and show.
+    from grat_cli.bench.markdown import as_markdown
+    from grat_cli.bench.page import as_html
+    from grat_cli.bench.tables import bench_tables
+
+    picture = None
+    if sheet is not None:
+        media.write_png(sheet, paths["png"], None)
+        picture = paths["png"].read_bytes()
+        result = replace(result, contact_sheet=paths["png"].name)
+    media.write_json(result.as_dict(), paths["json"])
+    media.write_text(as_markdown(result), paths["md"])
+    media.write_text(as_html(result, picture), paths["html"])
+    output.data(result.as_dict())
+    output.show(*bench_tables(result), "")
+    for kind, path in paths.items():
+        if kind != "png" or sheet is not None:
+            output.line(str(path))
+
+
+def _attention(
+    output: Output,
+    requests: tuple[Request, ...],
+    sizes: list[Size],
+    peers: tuple[str, ...],
+    text: int | None,
+    heads: int | None,
+    head_dim: int | None,
+    reps: int | None,
+    *,
+    device: str,
+    dtype: str,
+    backend: str,
+    max_seconds: float,
+    command: str,
+) -> BenchResult:
+    from grat_cli.bench.attention_level import run_attention_level
+    from grat_cli.devices import choose_device, choose_dtype
+    from grat_cli.selection import require_backend
+
+    chosen = choose_device(device)
+    on_cpu = chosen.type == "cpu"
+    if not sizes:
+        sizes = _grid_sizes(_CPU_GRID, text) if on_cpu else _picture_sizes(_GPU_RES, text)
+    head_dim = head_dim or (_CPU_HEAD_DIM if on_cpu else _GPU_HEAD_DIM)
+    require_backend(backend, device, dtype, head_dim, max(size.tokens for size in sizes))
+    with output.progress() as progress:
+        return run_attention_level(
+            requests,
+            sizes,
+            heads=heads or (_CPU_HEADS if on_cpu else _GPU_HEADS),
+            head_dim=head_dim,
+            dtype=choose_dtype(dtype, chosen),
+            device=chosen,
+            backends=(backend,),
+            peers=peers,
+            repetitions=reps or (_CPU_REPETITIONS if on_cpu else _GPU_REPETITIONS),
+            max_seconds=max_seconds,
+            command=command,
+            progress=progress,
+        )
+
+
+def _step(
+    output: Output,
+    requests: tuple[Request, ...],
+    model: str | None,
+    weights: str | None,
+    res: str | None,
+    grid: str | None,
+    text: int | None,
+    layers: str | None,
+    reps: int | None,
+    **common: Any,
+) -> BenchResult:
+    from grat_cli.bench.random_weights import step_model
+    from grat_cli.bench.step_level import StepSettings, run_step_level
+    from grat_cli.errors import BadInput
+    from grat_cli.models import choose_model
+
+    chosen = step_model(model or choose_model(None).name)
+    blocks = None
+    if layers is not None:
+        if not re.fullmatch(r"\d{1,4},\d{1,4}", layers, re.ASCII):
+            raise BadInput(f"--layers {layers}: expected double and single blocks, such as 2,4")
+        double, single = map(int, layers.split(","))
+        blocks = double, single
+    if res is not None and chosen.axes != 2:
+        raise BadInput(f"--res is for pictures; give {chosen.name} tokens, such as --grid 33x45x80")
+    pictures = _picture_sizes(res, text, chosen.pixels_per_token[-1])
+    settings = StepSettings(
+        model=chosen.name,
+        compare=_without_full(requests),
+        grids=tuple(size.grid.shape for size in [*pictures, *_grid_sizes(grid, text)]),
+        layers=blocks,
+        weights=weights,
+        text_len=text,
+        **({} if reps is None else {"repetitions": reps}),
+        **common,
+    )
+    with output.progress() as progress:
+        return run_step_level(settings, progress)
+
+
+def _image(
+    output: Output,
+    requests: tuple[Request, ...],
+    model: str | None,
+    res: str | None,
+    prompts: str | None,
+    **common: Any,
+) -> tuple[BenchResult, Any]:
+    """The result and, where there are pictures, the contact sheet."""
+    from grat_cli.bench.contact_sheet import draw
+    from grat_cli.bench.image_level import ImageSettings, run_image_level
+    from grat_cli.errors import BadInput
+    from grat_cli.models import choose_model
+    from grat_cli.resolution import parse_resolution
+
+    choice = choose_model(model)
+    if res is not None and "," in res:
+        raise BadInput(f"--res {res}: --level image makes pictures of one size")
+    resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
+    settings = ImageSettings(
+        model=choice,
+        compare=_without_full(requests),
+        width=resolution.width,
+        height=resolution.height,
+        **({} if prompts is None else {"prompts": _prompts(prompts)}),
+        **common,
+    )
+    output.hint(f"{choice.name} ({choice.reason}), {resolution}")
+    with output.progress() as progress:
+        result, pictures = run_image_level(settings, progress)
+    return result, draw(pictures.rows, pictures.column_titles) if pictures.rows else None
+
+
+def _without_full(requests: tuple[Request, ...]) -> tuple[Request, ...]:
+    """The requests beside full attention, which these levels always measure."""
+    return tuple(request for request in requests if request.kind != "full")
+
+
+def _prompts(text: str) -> tuple[str, ...]:
+    from grat_cli.bench.image_level import PROMPTS
+    from grat_cli.errors import BadInput
+
+    if text.isascii() and text.isdigit():
+        if not 1 <= int(text) <= len(PROMPTS):
+            raise BadInput(f"--prompts {text}: there are {len(PROMPTS)} built-in prompts")
+        return PROMPTS[: int(text)]
+    path = Path(text)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompts {text}: expected a count or a text file with a prompt on each line") from error
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise BadInput(f"--prompts {text}: the file is empty")
+    return found
+
+
+def _picture_sizes(res: str | None, text: int | None, token_side: int = _TOKEN_SIDE) -> list[Size]:
+    """The sizes of `--res`."""
+    from grat_cli.bench.sizes import Size
+    from grat_cli.resolution import parse_resolution
+    from grat_kernels import Grid
+
+    sizes = []
+    for item in res.split(",") if res is not None else ():
+        resolution = parse_resolution(item, _NATIVE_SIDE, _TOKEN_SIDE)
+        grid = Grid((resolution.height // token_side, resolution.width // token_side))
+        sizes.append(Size(f"{resolution} pixels", grid, _TEXT_TOKENS[2] if text is None else text))
+    return sizes
+
+
+def _grid_sizes(grid: str | None, text: int | None) -> list[Size]:
+    """The sizes of `--grid`.
+
+    Raises:
+        BadInput: if one is not two or three positive numbers.
+    """
+    from grat_cli.bench.sizes import Size
+    from grat_cli.errors import BadInput
+    from grat_kernels import Grid
+
+    sizes = []
+    for item in grid.split(",") if grid is not None else ():
+        if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){1,2}", item.strip(), re.ASCII):
+            raise BadInput(f"--grid {item}: expected image tokens per axis, such as 128x128 or 33x45x80")
+        shape = tuple(map(int, item.strip().split("x")))
+        title = f"{item.strip()} tokens"
+        sizes.append(Size(title, Grid(shape), _TEXT_TOKENS[len(shape)] if text is None else text))
+    return sizes
+
+
+def _stem(out: Path | None, name: str) -> Path:
+    """Path of the results without their suffix."""
+    if out is None or out.is_dir() or str(out).endswith(os.sep):
+        return (out or Path()) / name
+    return out.with_suffix("") if out.suffix in (".json", ".md", ".html") else out
