@@ -186,10 +186,11 @@ def _operator(
     """The operator that torch.compile sees; a plan travels as its key, because operators take no objects."""
     plan = plan_by_key(plan_key)
     chosen = Backend(backend)
-    run = reference.attention if chosen is Backend.REFERENCE else _MODULES[chosen].attention
     if chosen in KERNELS:
-        self_test.check(backend, run, self_test.form_of(q, k, v, plan, text_valid))
-        return run(q, k, v, plan, text_valid, scale).contiguous()
+        kernel = _MODULES[chosen].attention
+        self_test.check(backend, kernel, self_test.form_of(q, k, v, plan, text_valid))
+        return kernel(q, k, v, plan, text_valid, scale).contiguous()
+    run = reference.attention if chosen is Backend.REFERENCE else _MODULES[chosen].attention
     if isinstance(plan, Plan):
         return run(q, k, v, plan, text_valid, scale).contiguous()
     # These take one class of heads at a time.

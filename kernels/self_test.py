@@ -187,6 +187,8 @@ def _definition(
     heads_of = plan.heads_of if isinstance(plan, HeadPlan) else lambda number: [0, 1]
     for number, member in enumerate(plan.classes):
         heads = heads_of(number)
-        own = (tensor[:, :, heads].to(torch.float64) for tensor in (query, key, value))
-        outputs[:, :, heads] = reference.attention(*own, member, text_valid, scale, compute_dtype=dtype)
+        own_query, own_key, own_value = (tensor[:, :, heads].to(torch.float64) for tensor in (query, key, value))
+        outputs[:, :, heads] = reference.attention(
+            own_query, own_key, own_value, member, text_valid, scale, compute_dtype=dtype
+        )
     return outputs
