@@ -213,7 +213,8 @@ BackendChoice = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="auto, reference, sdpa, flex or triton. One that is named runs or says why not (see grat env).",
+        help="auto, reference, sdpa, flex, triton, triton-ws or gluon. "
+        "One that is named runs or says why not (see grat env).",
         show_default=False,
         rich_help_panel=_ATTENTION,
         autocompletion=complete_backend,

@@ -207,10 +207,11 @@ def _operator(
     if summary_key is not None and summary_value is not None:
         summaries = summary_key.contiguous(), summary_value.contiguous()
     chosen = Backend(backend)
-    run = reference.attention if chosen is Backend.REFERENCE else _MODULES[chosen].attention
     if chosen in KERNELS:
-        self_test.check(backend, run, self_test.form_of(q, k, v, plan, text_valid))
-        return run(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
+        kernel = _MODULES[chosen].attention
+        self_test.check(backend, kernel, self_test.form_of(q, k, v, plan, text_valid))
+        return kernel(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
+    run = reference.attention if chosen is Backend.REFERENCE else _MODULES[chosen].attention
     if isinstance(plan, Plan):
         return run(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
     # These take one class of heads at a time.

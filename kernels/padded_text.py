@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import Plan
+    from grat_kernels.plan import JointSequence
 
 
-def padded_positions(plan: Plan, text_valid: torch.Tensor, device: torch.device) -> torch.Tensor:
+def padded_positions(plan: JointSequence, text_valid: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Whether each position of the joint sequence is padded text, `[B, N]` bool from `text_valid` `[B]`."""
     position = torch.arange(plan.tokens, device=device) - plan.text_start
     return (position >= text_valid.to(device)[:, None]) & (position < plan.text_len)

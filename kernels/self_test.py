@@ -1,7 +1,7 @@
 """The start-up test of the compiled kernels: on its first use here, each must agree with the definition.
 
-A compiler, a driver or a GPU that nobody has tried may break a kernel without a sound. So before a kernel's first use in
-a process, for each device, dtype, head dimension and form (each is compiled by itself), it computes a small ragged
+A compiler, a driver or a GPU that nobody has tried may break a kernel without a sound. So before a kernel's first use
+in a process, for each device, dtype, head dimension and form (each is compiled by itself), it computes a small ragged
 problem, and a result that rounding cannot explain stops the run.
 """
 
@@ -116,8 +116,8 @@ def require_close(name: str, output: torch.Tensor, plain: torch.Tensor, exact: t
         return
     dtype = str(output.dtype).removeprefix("torch.")
     raise KernelMismatch(
-        f"{name} computes wrong results here: an error of {float(error):.2g} where rounding explains {float(bound):.2g} "
-        f"({dtype}, {output.shape[-1]} channels; {', '.join(_machine(output.device))}).\n"
+        f"{name} computes wrong results here: an error of {float(error):.2g} where rounding explains "
+        f"{float(bound):.2g} ({dtype}, {output.shape[-1]} channels; {', '.join(_machine(output.device))}).\n"
         "Choose another one, such as --backend sdpa, and report this line with what grat env prints."
     )
 
@@ -168,7 +168,8 @@ def _problem(
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (2, plan.tokens, 2, form.head_dim) if form.in_place else (2, 2, plan.tokens, form.head_dim)
     tensors = [
-        torch.randn(shape, generator=generator, device="cpu").to(form.device, form.dtype) for _ in ("query", "key", "value")
+        torch.randn(shape, generator=generator, device="cpu").to(form.device, form.dtype)
+        for _ in ("query", "key", "value")
     ]
     query, key, value = tensors if form.in_place else (tensor.transpose(1, 2) for tensor in tensors)
     text_valid = torch.tensor([plan.text_len, plan.text_len // 3], device=form.device) if form.padded else None
@@ -186,6 +187,8 @@ def _definition(
     heads_of = plan.heads_of if isinstance(plan, HeadPlan) else lambda number: [0, 1]
     for number, member in enumerate(plan.classes):
         heads = heads_of(number)
-        own = (tensor[:, :, heads].to(torch.float64) for tensor in (query, key, value))
-        outputs[:, :, heads] = reference.attention(*own, member, text_valid, scale, compute_dtype=dtype)
+        own_query, own_key, own_value = (tensor[:, :, heads].to(torch.float64) for tensor in (query, key, value))
+        outputs[:, :, heads] = reference.attention(
+            own_query, own_key, own_value, member, text_valid, scale, compute_dtype=dtype
+        )
     return outputs

@@ -241,9 +241,7 @@ def _device_tiles(
     return plan.cached(("single lists", device, block_m, block_n, bias_text), build)
 
 
-def _bias(
-    plan: Plan | HeadPlan, tiles: _DeviceTiles, padded: torch.Tensor | None, scale: float
-) -> torch.Tensor | None:
+def _bias(plan: Plan | HeadPlan, tiles: _DeviceTiles, padded: torch.Tensor | None, scale: float) -> torch.Tensor | None:
     """What is added to the scores of each biased tile before scaling, `[P, block_n]` or `[B, P, block_n]` fp32.
 
     Summaries: so that the logarithm of their tokens is added after scaling. Padded text: -inf. Where there are

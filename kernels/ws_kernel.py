@@ -77,7 +77,10 @@ def specialised_attention_kernel(
 
     # Rows past the tile's end are other queries: computed and not stored.
     query_blocks = tl.make_tensor_descriptor(
-        query, [query_rows, heads * HEAD_DIM], [query_stride, 1], [BLOCK_M, HEAD_DIM]
+        query,
+        [query_rows, heads * HEAD_DIM],
+        [query_stride, 1],  # pyright: ignore[reportArgumentType]
+        [BLOCK_M, HEAD_DIM],
     )
     head_column = head * HEAD_DIM
     queries = query_blocks.load([batch * tokens + first_query, head_column])

@@ -20,10 +20,11 @@ from grat_kernels import (
     Union,
     build_plan,
     can_run,
+    gluon_backend,
     span_attention,
     triton_backend,
 )
-from grat_kernels.attention import BackendUnavailable
+from grat_kernels.attention import BackendUnavailable, choose_backend
 from grat_kernels.plan import plan_by_key
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -137,6 +138,36 @@ def test_auto_says_what_it_chose_and_never_picks_the_interpreter() -> None:
     if not torch.cuda.is_available():
         assert triton_backend.obstacle(torch.device("cpu"), torch.float32, 64, None) is None
     assert can_run(Backend.AUTO, "cpu", torch.float32, 64).reason.startswith("sdpa")
+
+
+def test_auto_takes_the_fastest_kernel_of_a_gpu_and_says_why_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "hip", None)
+    gpu = torch.device("cuda", 0)
+
+    def choice(capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16, head_dim: int = 128):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return choose_backend(gpu, dtype, head_dim)
+
+    assert choice((9, 0)) == (Backend.GLUON, "the fastest that runs on this device")
+    backend, reason = choice((9, 0), torch.float32)
+    assert backend is Backend.TRITON
+    assert reason.startswith(
+        "the fastest that runs on this device; gluon cannot run here: it takes float16 and bfloat16"
+    )
+    backend, reason = choice((8, 0))
+    assert backend is Backend.TRITON
+    assert "it needs compute capability 9.0 (Hopper), cuda:0 has 8.0" in reason
+    with monkeypatch.context() as without_gluon:
+        without_gluon.setattr(gluon_backend, "obstacle", lambda *_: "no Gluon")
+        assert choice((9, 0)) == (
+            Backend.TRITON_WS,
+            "the fastest that runs on this device; gluon cannot run here: no Gluon",
+        )
+    backend, reason = choice((7, 5))
+    assert backend is Backend.SDPA
+    assert reason.startswith("triton cannot run here: it needs compute capability 8.0")
 
 
 def test_planning_needs_no_torch() -> None:

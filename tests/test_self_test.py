@@ -40,9 +40,15 @@ BY_HEAD = build_head_plan(((GROUPING, Block(0)), (GROUPING, CrissCross())), (0, 
 CPU = torch.device("cpu")
 
 
-def tensors(head_dim: int = 64, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def tensors(
+    head_dim: int = 64, dtype: torch.dtype = torch.float32, heads_first: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, NEAR.tokens, 2, head_dim, generator=generator).to(dtype) for _ in range(3)]
+    shape = (1, 2, NEAR.tokens, head_dim) if heads_first else (1, NEAR.tokens, 2, head_dim)
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    if heads_first:
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return query, key, value
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +82,8 @@ def test_an_intact_kernel_is_tested_once(backend: Backend, tested: list[self_tes
     assert len(tested) == plans
 
 
+# Tiles that fill up the shorter class of heads have no keys: 0/0, computed and not stored.
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
     text_valid = torch.tensor([3])
     span_attention(*tensors(), FAR, backend="triton")
@@ -83,7 +91,7 @@ def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
     span_attention(*tensors(), BY_HEAD, backend="triton")
     span_attention(*tensors(dtype=torch.float16), FAR, backend="triton")
     span_attention(*tensors(32), FAR, backend="triton")
-    span_attention(*(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors()), FAR, backend="triton")
+    span_attention(*tensors(heads_first=True), FAR, backend="triton")
     span_attention(*tensors(), FAR, backend="triton-ws")
     form = self_test.Form(CPU, torch.float32, 64, far=True)
     assert list(dict.fromkeys(tested)) == [
@@ -152,8 +160,9 @@ def test_a_kernel_that_ignores_a_part_of_its_form_is_found(dropped: str) -> None
             plan = build_plan(plan.grouping, Block(0), plan.text_len)
         return ws_backend.attention(query, key, value, plan, text_valid, scale)
 
-    intact, broken = self_test.Form(CPU, torch.float16, 64), self_test.Form(CPU, torch.float16, 64)._replace(
-        **{dropped: True}
+    intact, broken = (
+        self_test.Form(CPU, torch.float16, 64),
+        self_test.Form(CPU, torch.float16, 64)._replace(**{dropped: True}),
     )
     self_test.check("ignorant", ignorant, intact)
     with pytest.raises(KernelMismatch, match="the ignorant kernel"):
