@@ -16,13 +16,24 @@ PACKAGES = {"grat_kernels": ROOT / "kernels", "grat_cli": ROOT / "grat_cli"}
 # may import each other without a cycle. A package's own name is its __init__, which loads its exports when asked.
 FLOORS = (
     # grat_kernels: what is attended, and how it is computed
-    ("geometry", "padded_text", "sass", "span_kernel", "hopper_kernel", "summaries", "tile_configs", "tile_lists"),
+    (
+        "geometry",
+        "padded_text",
+        "sass",
+        "span_kernel",
+        "hopper_kernel",
+        "rope_norm_kernel",
+        "summaries",
+        "tile_configs",
+        "tile_lists",
+    ),
     ("pattern", "ws_kernel"),
     ("plan",),
     ("launching",),
     ("reference", "sdpa_backend", "flex_backend", "triton_backend", "ws_backend", "gluon_backend"),
-    ("self_test", "aot"),
-    ("attention",),
+    ("self_test",),
+    ("rope_norm",),
+    ("attention", "aot"),
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
@@ -52,7 +63,7 @@ FLOORS = (
     ("app",),
     ("__main__",),
 )
-KERNEL_FLOORS = 8
+KERNEL_FLOORS = 9
 NOT_IN_KERNELS = {"diffusers", "transformers", "typer", "yaml", "pydantic", "rich", "PIL", "grat_cli", "grat_presets"}
 
 
