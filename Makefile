@@ -11,7 +11,7 @@ LINT_READY := $(VENV)/.installed-lint
 # Without it, `python -m pytest` here would import this folder's kernels/ in place of the package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint aot bench fidelity test-gpu bench-gpu links clean
+.PHONY: demo test lint aot bench fidelity test-gpu bench-gpu readme links clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/grat image "a red fox in the snow" --model demo --seed 2 --out demo.png --overwrite
@@ -28,7 +28,7 @@ lint: $(LINT_READY) links
 aot: $(INSTALLED)
 	$(RUN) -m grat_kernels.aot
 
-# Speed and memory of the CPU path, plan building and start-up.
+# Planning, start-up and memory of the CPU path; `grat bench` times attention.
 bench: $(TEST_READY)
 	$(RUN) tests/bench/cpu.py
 
@@ -44,8 +44,12 @@ test-gpu: links
 		$(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu -k "$$kernel" || status=1; \
 	done; exit $$status
 
+# Writes kernels/results/<gpu>-<date>.json, from which `make readme` makes the README's table.
 bench-gpu: links
 	$(GPU_PYTHON) tests/gpu/bench_kernels.py
+
+readme: $(INSTALLED)
+	$(RUN) -m grat_cli.bench.readme $(wildcard kernels/results/*.json)
 
 # The import names of the source folders, for tools that do not read installed packages.
 links:

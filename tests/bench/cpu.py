@@ -1,4 +1,5 @@
-"""Speed and memory of what runs without a GPU: `make bench`. Prints figures beside their targets; judges nothing.
+"""Planning, start-up and memory: `make bench`. Prints figures beside their targets; judges nothing. Attention itself is
+timed by `grat bench`.
 
 Run it on an idle machine: variants are interleaved and medians printed, but a busy core still shows.
 """
@@ -17,7 +18,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn.functional import scaled_dot_product_attention
 
 from grat_kernels import Block, CrissCross, Far, Grid, Grouping, Pattern, Union, build_plan, span_attention
 from grat_kernels.tile_lists import build_tile_lists
@@ -36,40 +36,6 @@ def median_ms(runs: Mapping[str, Callable[[], object]], repetitions: int = REPET
             if repetition:
                 times[name].append((time.perf_counter() - start) * 1000)
     return times
-
-
-def attention_table() -> Table:
-    """Sparse efficiency of the sdpa backend: dense time times density over sparse time."""
-    grouping = Grouping(Grid((SIDE, SIDE)), (16, 16))
-    patterns: dict[str, Pattern] = {
-        "x": CrissCross(1),
-        "b": Block(1),
-        "b, radius 2": Block(2),
-        "b + far 8×8": Union(Block(1), Far([(1, (8, 8))])),
-    }
-    plans = {name: build_plan(grouping, pattern, 0, True) for name, pattern in patterns.items()}
-    query, key, value = (torch.randn(1, SIDE * SIDE, HEADS, HEAD_DIM) for _ in range(3))
-
-    def dense() -> torch.Tensor:
-        return scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-
-    runs: dict[str, Callable[[], object]] = {"dense": dense}
-    for name, plan in plans.items():
-        runs[name] = lambda plan=plan: span_attention(query, key, value, plan, backend="sdpa")
-    with torch.inference_mode():
-        times = median_ms(runs)
-    dense_ms = statistics.median(times["dense"])
-    table = Table(title=f"sdpa backend, {SIDE}×{SIDE} tokens, groups 16×16, {HEADS} heads × {HEAD_DIM}, fp32")
-    for column in ("pattern", "density", "median ms", "min–max ms", "speed-up", "sparse efficiency (target .85)"):
-        table.add_column(column, justify="right")
-    table.add_row("dense", "1.000", f"{dense_ms:.0f}", _spread(times["dense"]), "1.00", "1.00")
-    for name, plan in plans.items():
-        ms = statistics.median(times[name])
-        efficiency = dense_ms * plan.density / ms
-        table.add_row(
-            name, f"{plan.density:.3f}", f"{ms:.0f}", _spread(times[name]), f"{dense_ms / ms:.2f}", f"{efficiency:.2f}"
-        )
-    return table
 
 
 def plan_table() -> Table:
@@ -160,7 +126,7 @@ def main() -> None:
         return
     console = Console()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.platform()}")
-    for table in (plan_table, start_table, memory_table, attention_table):
+    for table in (plan_table, start_table, memory_table):
         console.print(table())
 
 
