@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from grat_kernels.launching import LOG2_E, device_tiles, fits_descriptor, on_device
+from grat_kernels.launching import LOG2_E, device_tiles, fits_descriptor, hopper_obstacle, on_device, tokens_obstacle
 from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import HOPPER, HopperConfig
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "span kernel in Gluon, for Hopper (compute capability 9.0)"
 
-_CAPABILITY = (9, 0)
 _DTYPES = (torch.float16, torch.bfloat16)
 # What one cp.async copies, in elements: rows of packed tiles are addressed in these.
 _VECTOR = 8
@@ -36,22 +34,13 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: in
         head_dim: channels per head.
         tokens: length of the joint sequence, where known.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton (Linux only)"
     if dtype not in _DTYPES:
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in HOPPER:
         return f"it takes head dimensions {', '.join(map(str, HOPPER))}, not {head_dim}"
-    if tokens is not None and tokens >= 2**31:
-        return f"it counts tokens in 32 bits, {tokens} are too many"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"it runs on NVIDIA Hopper GPUs, not on {device.type}"
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        return f"there is no device {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != _CAPABILITY:
-        return f"it needs compute capability 9.0 (Hopper), {device} has {capability[0]}.{capability[1]}"
-    return _language_obstacle()
+    if device.type == "cpu":
+        return "it runs on Hopper GPUs, not on cpu"
+    return tokens_obstacle(tokens) or hopper_obstacle(device) or _language_obstacle()
 
 
 def _language_obstacle() -> str | None:

@@ -13,6 +13,7 @@ from grat_kernels.launching import (
     fits_descriptor,
     on_device,
     padded_head_dim,
+    tokens_obstacle,
     triton_obstacle,
 )
 from grat_kernels.summaries import summary_pair
@@ -40,9 +41,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: in
         return f"it takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     if not 1 <= head_dim <= _MAX_HEAD_DIM:
         return f"it takes head dimensions up to {_MAX_HEAD_DIM}, not {head_dim}"
-    if tokens is not None and tokens >= 2**31:
-        return f"it counts tokens in 32 bits, {tokens} are too many"
-    reason = triton_obstacle(device)
+    reason = tokens_obstacle(tokens) or triton_obstacle(device)
     if reason is None and device.type == "cpu" and dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 products wrongly: use float16 or float32 there"
     return reason

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextvars
-import importlib.util
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from grat_kernels.launching import LOG2_E, descriptor, fits_descriptor, on_device
+from grat_kernels.launching import (
+    LOG2_E,
+    descriptor,
+    fits_descriptor,
+    hopper_obstacle,
+    on_device,
+    tokens_obstacle,
+)
 from grat_kernels.padded_text import padded_positions
 from grat_kernels.plan import HeadPlan
 from grat_kernels.summaries import summarise
@@ -21,7 +27,6 @@ if TYPE_CHECKING:
 DESCRIPTION = "warp-specialised span kernel in Triton, for Hopper GPUs"
 
 _DTYPES = (torch.float16, torch.bfloat16)
-_CAPABILITY = (9, 0)
 # What the compiler specialises; it adds the warps of the second computing group and of the loading one.
 _WARPS = 4
 
@@ -35,8 +40,6 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: in
         head_dim: channels per head.
         tokens: length of the joint sequence, where known.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton (Linux only)"
     # Triton's interpreter stands in for tests, in the dtypes that it computes rightly.
     dtypes = (torch.float16, torch.float32) if device.type == "cpu" else _DTYPES
     if dtype not in dtypes:
@@ -44,18 +47,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: in
         return f"it takes {names} on {device.type}, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in SPECIALISED:
         return f"it takes head dimensions of {' and '.join(map(str, SPECIALISED))}, not {head_dim}"
-    if tokens is not None and tokens >= 2**31:
-        return f"it counts tokens in 32 bits, {tokens} are too many"
-    if device.type == "cpu":
-        return None if _interpreted() else "on the CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"it runs on Hopper GPUs, not on {'ROCm' if device.type == 'cuda' else device.type}"
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        return f"there is no device {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != _CAPABILITY:
-        return f"it needs compute capability 9.0 (Hopper), {device} has {capability[0]}.{capability[1]}"
-    return None
+    return tokens_obstacle(tokens) or hopper_obstacle(device)
 
 
 def attention(
@@ -272,11 +264,3 @@ def _vector_descriptor(tensor: torch.Tensor, rows: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(tensor, [tensor.numel()], [1], [rows])
-
-
-def _interpreted() -> bool:
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from grat_kernels.ws_kernel import specialised_attention_kernel
-
-    return isinstance(specialised_attention_kernel, InterpretedFunction)
