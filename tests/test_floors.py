@@ -175,11 +175,11 @@ from grat_cli.app import run
 codes = [run(arguments) for arguments in (
     ["--help"], ["image", "--help"], ["--version"], ["presets"], ["presets", "demo"], ["presets", "flux-far"],
     ["plan", "flux-x", "--res", "8192"], ["plan", "demo-far", "--json"], ["plan", "--model", "flux-schnell"],
-    ["info", "missing.png"], ["image", ""], ["image", "a fox", "--model", "demo", "--res", "1000"],
+    ["bench", "--help"], ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"], ["image", "a fox", "--model", "demo", "--res", "1000"],
 )]
 heavy = {"torch", "diffusers", "transformers", "triton"} & set(sys.modules)
 print(codes, sorted(heavy), file=sys.stderr)
-sys.exit(codes != [0] * 9 + [2] * 3 or bool(heavy))
+sys.exit(codes != [0] * 10 + [2] * 4 or bool(heavy))
 """
 
 

@@ -28,6 +28,19 @@ NEEDS_WEIGHTS = [command for command in NEEDS_WEIGHTS if "demo" not in command]
 RUNNABLE = [command for command in COMMANDS if command not in NEEDS_WEIGHTS]
 
 
+# What makes a command quick and leaves it whole: the last of several values counts.
+QUICK = {"image": ["--steps", "2", "--model", "demo"]}
+QUICK_BENCH = {
+    "attention": ["--grid", "12x20", "--heads", "1", "--reps", "1", "--overwrite"],
+    "step": ["--grid", "8x8", "--reps", "1", "--overwrite"],
+    "image": ["--prompts", "1", "--compare", "full,grat-b", "--overwrite"],
+}
+
+
+def _level(command: list[str]) -> str:
+    return command[command.index("--level") + 1] if "--level" in command else "attention"
+
+
 def test_the_two_commands_are_make_targets() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     makes = [line.split()[1] for line in SHELL if line.startswith("make ")]
@@ -43,7 +56,7 @@ def test_every_command_that_needs_no_weights_works(tmp_path: Path, monkeypatch: 
     first = runner.invoke(app, ["image", "a red fox", "--model", "demo", "--steps", "1", "--out", "demo.png"])
     assert first.exit_code == 0, first.stderr
     for command in RUNNABLE:
-        quick = ["--steps", "2", "--model", "demo"] if command[1] == "image" else []
+        quick = QUICK_BENCH[_level(command)] if command[1] == "bench" else QUICK.get(command[1], [])
         result = runner.invoke(app, [*command[1:], *quick])
         assert result.exit_code == 0, f"{shlex.join(command)}: {result.stderr}"
         assert result.stdout.strip()
