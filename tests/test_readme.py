@@ -32,8 +32,8 @@ RUNNABLE = [command for command in COMMANDS if command not in NEEDS_WEIGHTS]
 QUICK = {"image": ["--steps", "2", "--model", "demo"]}
 QUICK_BENCH = {
     "attention": ["--grid", "12x20", "--heads", "1", "--reps", "1", "--overwrite"],
-    "step": ["--grid", "8x8", "--reps", "1", "--overwrite"],
-    "image": ["--prompts", "1", "--compare", "full,grat-b", "--overwrite"],
+    "step": ["--grid", "8x8", "--text", "16", "--compare", "full,grat-b", "--reps", "1", "--overwrite"],
+    "image": ["--res", "128", "--prompts", "1", "--compare", "full,grat-b", "--overwrite"],
 }
 
 
