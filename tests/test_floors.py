@@ -41,7 +41,7 @@ FLOORS = (
     ("preset_schema",),
     ("presets",),
     # What runs when; models and how they are entered
-    ("schedule", "adapters", "adapters.base", "demo.*"),
+    ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*"),
     ("adapters.flux", "adapters.hunyuan", "models"),
     ("installation", "guidance", "hub", "image_request"),
     ("checkpoints",),

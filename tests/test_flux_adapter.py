@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import tiny_flux
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from operator_names import record_operators
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grat_cli.adapters.flux import FluxAdapter, SpanAttentionProcessor
@@ -313,20 +313,6 @@ def test_the_fused_kernel_changes_nothing_but_roundings(pattern: Pattern, fused_
     assert apart.preparation == "stock modules: the fused kernel was not wanted"
 
 
-@contextmanager
-def record_operators() -> Iterator[list[str]]:
-    """Names of the operators that run inside."""
-    names: list[str] = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            names.append(function.name())
-            return function(*args, **(kwargs or {}))
-
-    with Recorder():
-        yield names
-
-
 def test_on_a_cpu_stock_modules_prepare_attention(model: Any) -> None:
     grid = Grid((4, 6))
     adapter = FluxAdapter(model, grid)
@@ -362,7 +348,7 @@ def test_norms_that_are_more_than_their_weights_are_left_to_their_modules() -> N
     for change, reason in (
         (hooked, "norm_added_k is hooked"),
         (replaced_forward, "norm_q is hooked"),
-        (other_norm, "norm_k is not the RMS norm of stock Flux"),
+        (other_norm, "norm_k is not the RMS norm of the stock model"),
         (other_eps, "differ in eps"),
     ):
         model = changed(change)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import tiny_hunyuan
 import torch
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from operator_names import record_operators
 
 from grat_cli.adapters.hunyuan import HunyuanAdapter, SpanAttentionProcessor
 from grat_cli.errors import BadInput
@@ -249,3 +252,123 @@ def test_latent_concatenation_equals_stock() -> None:
     with HunyuanAdapter(model, GRID).attached(Run(GRID, Full()), Backend.SDPA):
         result = model(**inputs)[0]
     assert relative_difference(result, expected) < RELATIVE
+
+
+FAR = Union(Block(0), Far([(0, (1, 3, 3))]))
+
+
+@pytest.mark.parametrize("pattern", [Full(), FAR], ids=["full", "far"])
+@pytest.mark.parametrize("valid", [(tiny_hunyuan.TEXT_TOKENS,), PADDED], ids=["one", "padded"])
+def test_the_fused_kernel_changes_nothing_but_roundings(pattern: Pattern, valid: tuple[int, ...]) -> None:
+    """In Triton's interpreter; stock diffusers where attention is full."""
+    model: Any = tiny_hunyuan.transformer()
+    with torch.no_grad():
+        for attention in attentions(model):  # weights of ones would hide that text took those of the video
+            for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+                if (norm := getattr(attention, name)) is not None:
+                    norm.weight.uniform_(0.5, 1.5)
+    inputs = tiny_hunyuan.inputs(GRID.shape, valid)
+    apart, fused = HunyuanAdapter(model, GRID, fused=False), HunyuanAdapter(model, GRID, fused=True)
+    with apart.attached(Run(GRID, pattern), Backend.SDPA):
+        expected = model(**inputs)[0]
+    before = snapshot(model)
+    with fused.attached(Run(GRID, pattern), Backend.SDPA), record_operators() as called:
+        result = model(**inputs)[0]
+    assert called.count("grat::rope_norm") == tiny_hunyuan.LAYERS
+    assert snapshot(model) == before
+    assert relative_difference(result, expected) < RELATIVE
+    if isinstance(pattern, Full):
+        assert relative_difference(result, model(**inputs)[0]) < RELATIVE
+    assert fused.preparation == "fused kernel"
+    assert apart.preparation == "stock modules: the fused kernel was not wanted"
+
+
+def test_on_a_cpu_stock_modules_prepare_attention(model: Any) -> None:
+    adapter = HunyuanAdapter(model, GRID)
+    assert adapter.preparation is None
+    with adapter.attached(Run(GRID, FAR), Backend.SDPA), record_operators() as called:
+        model(**tiny_hunyuan.inputs(GRID.shape))
+    assert "grat::span_attention" in called
+    assert "grat::rope_norm" not in called
+    assert adapter.preparation == "stock modules: the fused kernel is for CUDA and ROCm devices, not for cpu"
+
+
+def _hooked(attention: Any) -> None:
+    attention.norm_added_k.register_forward_hook(lambda module, args, output: output)
+
+
+def _with_replaced_forward(attention: Any) -> None:
+    attention.norm_q.forward = attention.norm_q.forward
+
+
+def _with_another_norm(attention: Any) -> None:
+    attention.norm_k = torch.nn.RMSNorm(16)
+
+
+def _without_a_norm(attention: Any) -> None:
+    attention.norm_q = None
+
+
+def _with_a_bias(attention: Any) -> None:
+    norm: Any = RMSNorm(16, eps=1e-6, bias=True)
+    norm.bias.fill_(1)
+    attention.norm_q = norm
+
+
+def _with_another_eps(attention: Any) -> None:
+    attention.norm_added_q.eps = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_hooked, "norm_added_k is hooked"),
+        (_with_replaced_forward, "norm_q is hooked"),
+        (_with_another_norm, "norm_k is not the RMS norm of the stock model"),
+        (_without_a_norm, "norm_q is not the RMS norm of the stock model"),
+        (_with_a_bias, "norm_q is not the RMS norm of the stock model"),
+        (_with_another_eps, "differ in eps"),
+    ],
+)
+def test_norms_that_are_more_than_their_weights_are_left_to_their_modules(
+    change: Callable[[Any], None], reason: str
+) -> None:
+    model: Any = tiny_hunyuan.transformer()
+    change(model.transformer_blocks[0].attn)
+    inputs = tiny_hunyuan.inputs(GRID.shape)
+    with (
+        pytest.raises(BadInput, match=f"fused kernel cannot run here: .*{reason}"),
+        HunyuanAdapter(model, GRID, fused=True).attached(Run(GRID, Full()), Backend.SDPA),
+    ):
+        model(**inputs)
+    adapter = HunyuanAdapter(model, GRID)
+    with adapter.attached(Run(GRID, Full()), Backend.SDPA):
+        result = model(**inputs)[0]
+    assert reason in (adapter.preparation or "")
+    assert relative_difference(result, model(**inputs)[0]) < RELATIVE
+
+
+def test_norms_without_weights_are_fused_too() -> None:
+    """diffusers' RMS norm has no weight where it is not elementwise affine."""
+    model: Any = tiny_hunyuan.transformer()
+    attention = model.single_transformer_blocks[0].attn
+    attention.norm_q, attention.norm_k = (RMSNorm(16, eps=1e-6, elementwise_affine=False) for _ in range(2))
+    inputs = tiny_hunyuan.inputs(GRID.shape)
+    adapter = HunyuanAdapter(model, GRID, fused=True)
+    with adapter.attached(Run(GRID, Full()), Backend.SDPA):
+        result = model(**inputs)[0]
+    assert adapter.preparation == "fused kernel"
+    assert relative_difference(result, model(**inputs)[0]) < RELATIVE
+
+
+def test_a_fused_kernel_that_cannot_run_is_refused_when_it_was_asked_for() -> None:
+    model: Any = tiny_hunyuan.transformer().double()
+    inputs = {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in tiny_hunyuan.inputs(GRID.shape).items()
+    }
+    with (
+        pytest.raises(BadInput, match=r"fused kernel cannot run here: .*float64"),
+        HunyuanAdapter(model, GRID, fused=True).attached(Run(GRID, Full()), Backend.SDPA),
+    ):
+        model(**inputs)

@@ -44,6 +44,9 @@ class Adapter(Protocol):
     text_first: bool
     """Whether text tokens come before image tokens in the joint sequence."""
 
+    preparation: str | None
+    """What normalises, rotates and joins queries and keys, and why; None before the first call."""
+
     @property
     def layers(self) -> int:
         """Number of attention layers that take a plan."""

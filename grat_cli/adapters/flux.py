@@ -18,10 +18,11 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
 
+from grat_cli.adapters import preparation
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
-from grat_kernels import Backend, Grid, Plan, rope_norm, span_attention
-from grat_kernels.rope_norm import Joined, Norms, Projections
+from grat_kernels import Backend, Grid, Plan, span_attention
+from grat_kernels.rope_norm import Joined, Projections
 
 _PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 
@@ -66,7 +67,7 @@ class SpanAttentionProcessor:
         image = _project(attn, hidden_states)
         text = None if encoder_hidden_states is None else _project_text(attn, encoder_hidden_states)
         if self.fused:
-            query, key, value, summaries = _prepared_at_once(attn, image, text, image_rotary_emb, self.plan)
+            query, key, value, summaries = preparation.at_once(attn, image, text, image_rotary_emb, self.plan)
         else:
             query, key, value, summaries = _prepared_as_stock(attn, image, text, image_rotary_emb)
 
@@ -78,17 +79,6 @@ class SpanAttentionProcessor:
         text, image = attended.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         projection, dropout = attn.to_out
         return dropout(projection(image.contiguous())), attn.to_add_out(text.contiguous())
-
-
-def _prepared_at_once(
-    attn: FluxAttention, image: Projections, text: Projections | None, image_rotary_emb: Any, plan: Plan
-) -> Joined:
-    """The joint sequence normalised and rotated, and its far field pooled, by one kernel."""
-    norms = Norms(attn.norm_q.weight, attn.norm_k.weight, cast(float, attn.norm_q.eps))
-    text_norms = None
-    if text is not None:
-        text_norms = Norms(attn.norm_added_q.weight, attn.norm_added_k.weight, cast(float, attn.norm_added_q.eps))
-    return rope_norm.rope_norm(image, norms, image_rotary_emb, plan, text=text, text_norms=text_norms, fused=True)
 
 
 def _prepared_as_stock(
@@ -163,20 +153,8 @@ class FluxAdapter:
         Raises:
             BadInput: if the fused kernel was asked for and cannot run.
         """
-        if self._fused is False:
-            self.preparation = "stock modules: the fused kernel was not wanted"
-            return False
-        device, dtype, head_dim = hidden_states.device, hidden_states.dtype, self._attentions[0].head_dim
-        obstacle = next(filter(None, map(_norm_obstacle, self._attentions)), None)
-        if obstacle is None and self._fused:
-            obstacle = rope_norm.obstacle(device, dtype, head_dim)
-        elif obstacle is None:
-            chosen, reason = rope_norm.choose(device, dtype, head_dim)
-            obstacle = None if chosen else reason
-        if obstacle and self._fused:
-            raise BadInput(f"the fused kernel cannot run here: {obstacle}")
-        self.preparation = f"stock modules: {obstacle}" if obstacle else "fused kernel"
-        return obstacle is None
+        fused, self.preparation = preparation.choose(self._fused, self._attentions, torch.nn.RMSNorm, hidden_states)
+        return fused
 
     def _has_compiled_blocks(self) -> bool:
         blocks = (*self._model.transformer_blocks, *self._model.single_transformer_blocks)
@@ -209,23 +187,6 @@ class FluxAdapter:
                 handle.remove()
             for attention, processor in zip(self._attentions, stock, strict=True):
                 attention.set_processor(processor)
-
-
-def _norm_obstacle(attention: Any) -> str | None:
-    """Why the norms of an attention must run as modules, or None where their weights are all there is to them."""
-    names = ["norm_q", "norm_k"]
-    if attention.added_kv_proj_dim is not None:
-        names += ["norm_added_q", "norm_added_k"]
-    norms = [getattr(attention, name) for name in names]
-    for name, norm in zip(names, norms, strict=True):
-        if type(norm) is not torch.nn.RMSNorm or not norm.eps:
-            return f"{name} is not the RMS norm of stock Flux"
-        # Offloading and the like work by hooks, or replace a module's forward: weights may be elsewhere before.
-        if "forward" in norm.__dict__ or norm._forward_pre_hooks or norm._forward_hooks:
-            return f"{name} is hooked (sequential or group offloading)"
-    if any(query.eps != key.eps for query, key in zip(norms[::2], norms[1::2], strict=True)):
-        return "norms of queries and keys differ in eps"
-    return None
 
 
 def _check_stock(processor: Any) -> None:

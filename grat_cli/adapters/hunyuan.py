@@ -12,21 +12,24 @@ changes no prediction, so the text is cut to its longest valid length before the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoAttnProcessor2_0,
     HunyuanVideoTransformer3DModel,
 )
 
+from grat_cli.adapters import preparation
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
 from grat_kernels import Backend, Grid, Plan, span_attention
+from grat_kernels.rope_norm import Joined, Projections
 
 _PARAMETERS = tuple(inspect.signature(HunyuanVideoTransformer3DModel.forward).parameters)[1:]
 
@@ -37,10 +40,12 @@ class SpanAttentionProcessor:
     Attributes:
         plan: what attends what in the next call; the adapter sets it before every transformer call.
         text_valid: valid text tokens of each sample `[B]` in the next call, None where all are valid.
+        fused: whether norms, rotation, joining of video and text, and far-field means are one kernel; likewise.
     """
 
     plan: Plan
     text_valid: torch.Tensor | None
+    fused: bool
 
     def __init__(self, backend: Backend, observer: CallObserver | None) -> None:
         self.backend = backend
@@ -66,23 +71,20 @@ class SpanAttentionProcessor:
         Returns:
             Video and text tokens.
         """
-        query, key, value = _project(attn.to_q, attn.to_k, attn.to_v, attn, hidden_states)
-        query, key = _rotated(_normed(attn.norm_q, query), image_rotary_emb), _normed(attn.norm_k, key)
-        key = _rotated(key, image_rotary_emb)
+        video = _project(attn.to_q, attn.to_k, attn.to_v, attn, hidden_states)
         if attn.add_q_proj is None:  # a single block: text goes through the weights of the video
-            text_query, text_key, text_value = _project(attn.to_q, attn.to_k, attn.to_v, attn, encoder_hidden_states)
-            text_query, text_key = _normed(attn.norm_q, text_query), _normed(attn.norm_k, text_key)
+            text = _project(attn.to_q, attn.to_k, attn.to_v, attn, encoder_hidden_states)
         else:
-            text_query, text_key, text_value = _project(
-                attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn, encoder_hidden_states
-            )
-            text_query, text_key = _normed(attn.norm_added_q, text_query), _normed(attn.norm_added_k, text_key)
-        query = torch.cat([query, text_query], dim=1)
-        key = torch.cat([key, text_key], dim=1)
-        value = torch.cat([value, text_value], dim=1)
+            text = _project(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn, encoder_hidden_states)
+        if self.fused:
+            query, key, value, summaries = preparation.at_once(attn, video, text, image_rotary_emb, self.plan)
+        else:
+            query, key, value, summaries = _prepared_as_stock(attn, video, text, image_rotary_emb)
 
         with self.timed():
-            attended = span_attention(query, key, value, self.plan, self.text_valid, backend=self.backend)
+            attended = span_attention(
+                query, key, value, self.plan, self.text_valid, backend=self.backend, summaries=summaries
+            )
         video, text = attended.flatten(2, 3).tensor_split([hidden_states.shape[1]], dim=1)
         if getattr(attn, "to_out", None) is not None:
             projection, dropout = cast(Any, attn.to_out)
@@ -92,9 +94,23 @@ class SpanAttentionProcessor:
         return video, text
 
 
-def _project(to_query: Any, to_key: Any, to_value: Any, attn: Attention, tokens: torch.Tensor) -> list[torch.Tensor]:
+def _prepared_as_stock(attn: Attention, video: Projections, text: Projections, image_rotary_emb: Any) -> Joined:
+    """The joint sequence, normalised and rotated by the modules and functions of stock attention."""
+    single = attn.add_q_proj is None
+    text_norms = (attn.norm_q, attn.norm_k) if single else (attn.norm_added_q, attn.norm_added_k)
+    query = _rotated(_normed(attn.norm_q, video.query), image_rotary_emb)
+    key = _rotated(_normed(attn.norm_k, video.key), image_rotary_emb)
+    return Joined(
+        torch.cat([query, _normed(text_norms[0], text.query)], dim=1),
+        torch.cat([key, _normed(text_norms[1], text.key)], dim=1),
+        torch.cat([video.value, text.value], dim=1),
+        None,
+    )
+
+
+def _project(to_query: Any, to_key: Any, to_value: Any, attn: Attention, tokens: torch.Tensor) -> Projections:
     """Query, key and value, `[B, N, H, D]` each."""
-    return [project(tokens).unflatten(2, (attn.heads, -1)) for project in (to_query, to_key, to_value)]
+    return Projections(*(project(tokens).unflatten(2, (attn.heads, -1)) for project in (to_query, to_key, to_value)))
 
 
 def _normed(norm: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -110,14 +126,18 @@ class HunyuanAdapter:
     """Runs a `HunyuanVideoTransformer3DModel` on video tokens in group order; an `adapters.base.Adapter`."""
 
     text_first = False
+    preparation: str | None = None
 
-    def __init__(self, transformer: torch.nn.Module, grid: Grid) -> None:
+    def __init__(self, transformer: torch.nn.Module, grid: Grid, fused: bool | None = None) -> None:
         """Prepares, and changes nothing yet.
 
         Args:
             transformer: the model; one that `torch.compile` made is refused when it is attached.
             grid: frames, rows and columns of video tokens of the calls to come.
+            fused: whether norms, rotation and joining before attention are one kernel, and calls that it cannot serve
+                are refused; by default, wherever it can run on a GPU. `preparation` tells.
         """
+        self._fused = fused
         self._model: Any = transformer
         self._grid = grid
         model: Any = getattr(transformer, "_orig_mod", transformer)
@@ -128,6 +148,16 @@ class HunyuanAdapter:
         """Attention layers: double blocks, then single blocks."""
         return len(self._blocks)
 
+    def _choose_preparation(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the fused kernel prepares a call with these latents; says why in `preparation`.
+
+        Raises:
+            BadInput: if the fused kernel was asked for and cannot run.
+        """
+        attentions = [block.attn for block in self._blocks]
+        fused, self.preparation = preparation.choose(self._fused, attentions, RMSNorm, hidden_states)
+        return fused
+
     @contextmanager
     def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
         """See `adapters.base.Adapter.attached`."""
@@ -135,7 +165,7 @@ class HunyuanAdapter:
         attentions = [block.attn for block in self._blocks]
         stock = [attention.processor for attention in attentions]
         processors = [SpanAttentionProcessor(backend, observer) for _ in attentions]
-        call = _Calls(self._model, self._grid, attentions, processors, run, observer)
+        call = _Calls(self._model, self._grid, attentions, processors, self._choose_preparation, run, observer)
         handles = []
         try:
             for attention, processor in zip(attentions, processors, strict=True):
@@ -187,11 +217,13 @@ class _Calls:
         grid: Grid,
         attentions: list[Any],
         processors: list[SpanAttentionProcessor],
+        choose_preparation: Callable[[torch.Tensor], bool],
         run: Run,
         observer: CallObserver | None,
     ) -> None:
         self._model, self._grid = model, grid
         self._attentions, self._processors = attentions, processors
+        self._choose_preparation = choose_preparation
         self._run, self._observer = run, observer
         self._mask: torch.Tensor | None = None
         self._longest, self._text_valid = 0, None
@@ -211,10 +243,12 @@ class _Calls:
 
         step = self._run.current_step()
         schedule = self._run.schedule(self._longest)
+        fused = self._choose_preparation(call["hidden_states"])
         if self._observer:
             self._observer.begin_call(step, schedule.density_of_step(step))
         for layer, processor in enumerate(self._processors):
             processor.plan, processor.text_valid = schedule.plan(step, layer), self._text_valid
+            processor.fused = fused
         # All plans of a schedule share one token order.
         self._order, self._inverse, _ = self._processors[0].plan.tensors(call["hidden_states"].device)
         return (), call

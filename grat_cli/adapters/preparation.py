@@ -1,0 +1,83 @@
+"""Who makes what span attention takes out of projections: one fused kernel, or a model's own norms and functions.
+
+Shared by the adapters. Attention modules of diffusers name their norms alike: `norm_q` and `norm_k`, and where text has
+weights of its own, `norm_added_q` and `norm_added_k`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from grat_cli.errors import BadInput
+from grat_kernels import Plan, rope_norm
+from grat_kernels.rope_norm import Joined, Norms, Projections
+
+
+def choose(
+    wanted: bool | None, attentions: Sequence[Any], norm_class: type[torch.nn.Module], tokens: torch.Tensor
+) -> tuple[bool, str]:
+    """Whether the fused kernel prepares the attention of a call, and in words what does and why.
+
+    Args:
+        wanted: whether by the fused kernel; None for wherever it can run on a GPU.
+        attentions: attention modules of the transformer.
+        norm_class: of their norms as stock has them, an RMS norm.
+        tokens: of the call, for their device and dtype.
+
+    Raises:
+        BadInput: if the fused kernel is wanted and cannot run.
+    """
+    if wanted is False:
+        return False, "stock modules: the fused kernel was not wanted"
+    device, dtype, head_dim = tokens.device, tokens.dtype, attentions[0].inner_dim // attentions[0].heads
+    obstacle = next(filter(None, (_norm_obstacle(attention, norm_class) for attention in attentions)), None)
+    if obstacle is None and wanted:
+        obstacle = rope_norm.obstacle(device, dtype, head_dim)
+    elif obstacle is None:
+        chosen, reason = rope_norm.choose(device, dtype, head_dim)
+        obstacle = None if chosen else reason
+    if obstacle and wanted:
+        raise BadInput(f"the fused kernel cannot run here: {obstacle}")
+    return obstacle is None, f"stock modules: {obstacle}" if obstacle else "fused kernel"
+
+
+def at_once(attention: Any, image: Projections, text: Projections | None, rotation: Any, plan: Plan) -> Joined:
+    """The joint sequence normalised and rotated, and its far field pooled, by the fused kernel.
+
+    Args:
+        attention: the attention module; text that has no norms of its own there goes through those of the image.
+        image: projections of the image tokens in the plan's order; without `text`, of the joint sequence.
+        text: projections of the text tokens where they are apart.
+        rotation: see `rope_norm.rope_norm`.
+        plan: of the attention to come.
+    """
+    norms = _weights(attention.norm_q, attention.norm_k)
+    text_norms = None
+    if text is not None:
+        has_own = attention.added_kv_proj_dim is not None
+        text_norms = _weights(attention.norm_added_q, attention.norm_added_k) if has_own else norms
+    return rope_norm.rope_norm(image, norms, rotation, plan, text=text, text_norms=text_norms, fused=True)
+
+
+def _weights(query_norm: Any, key_norm: Any) -> Norms:
+    return Norms(query_norm.weight, key_norm.weight, query_norm.eps)
+
+
+def _norm_obstacle(attention: Any, norm_class: type[torch.nn.Module]) -> str | None:
+    """Why the norms of an attention must run as modules, or None where their weights are all there is to them."""
+    names = ["norm_q", "norm_k"]
+    if attention.added_kv_proj_dim is not None:
+        names += ["norm_added_q", "norm_added_k"]
+    norms = [getattr(attention, name) for name in names]
+    for name, norm in zip(names, norms, strict=True):
+        if type(norm) is not norm_class or not norm.eps or getattr(norm, "bias", None) is not None:
+            return f"{name} is not the RMS norm of the stock model"
+        # Offloading and the like work by hooks, or replace a module's forward: weights may be elsewhere before.
+        if "forward" in norm.__dict__ or norm._forward_pre_hooks or norm._forward_hooks:
+            return f"{name} is hooked (sequential or group offloading)"
+    if any(query.eps != key.eps for query, key in zip(norms[::2], norms[1::2], strict=True)):
+        return "norms of queries and keys differ in eps"
+    return None
