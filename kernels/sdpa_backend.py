@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "torch scaled_dot_product_attention, groups of equal shape in batches"
 
-# Keys and values gathered at once: about what stays in a CPU's second-level cache; memory alone matters elsewhere.
+# Keys and values gathered at once: for each thread about what stays in a CPU core's second-level cache; memory alone
+# matters elsewhere.
 CPU_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 256 << 20
 
@@ -55,7 +56,8 @@ def attention(
     """
     device = query.device
     source = _Source.of(key, value, plan, text_valid, summaries)
-    budget_bytes = CPU_GATHER_BYTES if device.type == "cpu" else DEVICE_GATHER_BYTES
+    on_cpu = device.type == "cpu"
+    budget_bytes = CPU_GATHER_BYTES * torch.get_num_threads() if on_cpu else DEVICE_GATHER_BYTES
     row_bytes = 2 * key.shape[0] * key.shape[2] * key.shape[3] * key.element_size()
     gathered_keys = budget_bytes // row_bytes
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
