@@ -42,6 +42,7 @@ class GeneratedImage:
         peak_memory_kind: what was measured, in words.
         backend: how attention was computed, never `auto`.
         backend_reason: why.
+        preparation: what normalised, rotated and joined queries and keys before attention, and why.
         guidance: effective guidance scale, or None.
         shift: effective time shift, a factor.
         model_revision: commit of the weights on the hub, or None.
@@ -59,6 +60,7 @@ class GeneratedImage:
     peak_memory_kind: str
     backend: str
     backend_reason: str
+    preparation: str | None
     device: str
     device_name: str
     dtype: str
@@ -146,6 +148,7 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             peak_memory_kind=memory_kind,
             backend=installation.backend.value,
             backend_reason=installation.backend_reason,
+            preparation=installation.preparation,
             device=str(device),
             device_name=device_name(device),
             dtype=str(dtype).removeprefix("torch."),

@@ -58,6 +58,11 @@ class Installation:
         return self._last_schedule
 
     @property
+    def preparation(self) -> str | None:
+        """What normalised, rotated and joined queries and keys in the latest call, and why."""
+        return self._adapter.preparation
+
+    @property
     def last_schedule(self) -> AttentionSchedule:
         """The schedule of the latest transformer call.
 

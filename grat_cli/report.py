@@ -72,6 +72,7 @@ def build_report(request: ImageRequest, generated: GeneratedImage, command: str,
             "requested": request.preset.kernel.backend,
             "used": generated.backend,
             "reason": generated.backend_reason,
+            "preparation": generated.preparation,
         },
         "device": {
             "name": generated.device,

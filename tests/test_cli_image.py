@@ -54,6 +54,7 @@ class Painter:
                 peak_memory_kind="memory",
                 backend="sdpa",
                 backend_reason="it paints",
+                preparation="stock modules: as it was",
                 device="cpu",
                 device_name="An easel",
                 dtype="float32",
@@ -99,6 +100,7 @@ def test_the_demo_makes_pictures_with_reports(real: tuple[Path, Result]) -> None
         )
         assert written["density"] < 0.8
         assert written["backend"]["used"] in ("sdpa", "triton")
+        assert written["backend"]["preparation"]
         assert set(written["phases"]) == {"load", "text", "denoise", "decode", "save"}
         assert all(0 < step["attention_ms"] <= step["total_ms"] for step in written["steps"])
         with Image.open(made["file"]) as image:

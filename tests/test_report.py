@@ -38,6 +38,7 @@ def build(steps: int = 20) -> dict[str, Any]:
         peak_memory_kind="resident memory of the process",
         backend="sdpa",
         backend_reason="the fastest on cpu",
+        preparation="stock modules: as it was",
         device="cpu",
         device_name="A processor",
         dtype="float32",
@@ -65,7 +66,12 @@ def test_a_report_says_what_made_the_picture() -> None:
     assert (made["width"], made["height"], made["grid"]) == (128, 64, [8, 16])
     assert made["tokens"] == {"image": 128, "text": 24, "total": 152}
     assert made["ideal_speedup"] == 1 / made["density"]
-    assert made["backend"] == {"requested": "auto", "used": "sdpa", "reason": "the fastest on cpu"}
+    assert made["backend"] == {
+        "requested": "auto",
+        "used": "sdpa",
+        "reason": "the fastest on cpu",
+        "preparation": "stock modules: as it was",
+    }
     assert made["phases"]["load"] == 1234.568
     assert made["steps"][3] == {
         "index": 3,

@@ -156,6 +156,8 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
 
 def _notes(model: StepModel, device: torch.device) -> tuple[str, ...]:
     notes = ["A step is one transformer call of one sample: everything but text encoders and autoencoder."]
+    if device.type == "cuda":
+        notes.append("Summaries are made by the kernel that normalises and rotates: they count in the rest of a step.")
     if model.name == "demo":
         notes.append("With guidance the demo makes two such calls a step.")
     notes.append("Full attention is stock diffusers; its attention is timed as that of the variants is.")
