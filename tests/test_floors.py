@@ -175,7 +175,8 @@ from grat_cli.app import run
 codes = [run(arguments) for arguments in (
     ["--help"], ["image", "--help"], ["--version"], ["presets"], ["presets", "demo"], ["presets", "flux-far"],
     ["plan", "flux-x", "--res", "8192"], ["plan", "demo-far", "--json"], ["plan", "--model", "flux-schnell"],
-    ["bench", "--help"], ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"], ["image", "a fox", "--model", "demo", "--res", "1000"],
+    ["bench", "--help"], ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
+    ["image", "a fox", "--model", "demo", "--res", "1000"],
 )]
 heavy = {"torch", "diffusers", "transformers", "triton"} & set(sys.modules)
 print(codes, sorted(heavy), file=sys.stderr)

@@ -215,7 +215,9 @@ def test_obstacles_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for capability in ((8, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert f"has compute capability {capability[0]}.{capability[1]}" in (ws_backend.obstacle(cuda, torch.float16, 128, None) or "")
+        assert f"has compute capability {capability[0]}.{capability[1]}" in (
+            ws_backend.obstacle(cuda, torch.float16, 128, None) or ""
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert ws_backend.obstacle(cuda, torch.bfloat16, 128, None) is None
     monkeypatch.setattr(torch.version, "hip", "7.0")
