@@ -241,10 +241,10 @@ def _meanings(result: BenchResult) -> Iterator[str]:
 def _facts(facts: Mapping[str, str | list[str]]) -> str:
     pairs = []
     for name, value in facts.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and len(value) > 1:
             shown = element("ol", *(element("li", _text(item)) for item in value))
         else:
-            shown = _text(value)
+            shown = _text(value[0] if isinstance(value, list) and value else value)
         pairs.append(element("dt", _text(name)) + element("dd", shown))
     return element("dl", *pairs)
 
