@@ -17,18 +17,22 @@ import itertools
 import json
 import math
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from grat_kernels.sass import MachineCode, parse
+from grat_kernels.compilation import Code, compile_for, read_cuda, read_rocm
+from grat_kernels.rope_norm_builds import (
+    RopeNormBuild,
+    RopeNormVariant,
+    compile_rope_norm,
+    rope_norm_row,
+    rope_norm_variants,
+)
+from grat_kernels.sass import MachineCode
 from grat_kernels.tile_configs import (
     HOPPER,
     SHARED_MEMORY_LIMIT,
@@ -51,9 +55,8 @@ _MATRIX_OPCODE = {
 }
 _LOAD_OPCODE = {"tma": "UTMALDG", "pointers": "LDGSTS"}
 
-_WIDE_LOAD = "LDG.E.128"
-
 _DTYPES = ("bfloat16", "float16", "float32")
+_ROPE_NORM = "rope_norm"
 # One that is padded to a power of two, which rules descriptors out.
 _PADDED_HEAD_DIM = 96
 _HEAD_DIMS = (64, _PADDED_HEAD_DIM, 128, 256)
@@ -116,7 +119,7 @@ class Kernel(NamedTuple):
     config: Callable[[Variant], TileConfig | HopperConfig]
     launch: Callable[[Variant], tuple[Any, tuple[Any, ...], dict[str, int]]]
     tile_loops: Callable[[MachineCode], tuple[tuple[int, ...], ...]]
-    problems: Callable[[Variant, _Code], list[str]]
+    problems: Callable[[Variant, Code], list[str]]
 
 
 def variants(architectures: Iterable[str], kernels: Iterable[str] | None = None) -> Iterator[Variant]:
@@ -135,7 +138,7 @@ def compile_variant(variant: Variant) -> Build:
     compiled = _compile(variant)
     matrix_opcode = _MATRIX_OPCODE[variant.architecture]
     cuda = variant.architecture.startswith("sm_")
-    code = _read_cuda(compiled, matrix_opcode, KERNELS[variant.kernel].tile_loops) if cuda else _read_rocm(compiled)
+    code = read_cuda(compiled, matrix_opcode, KERNELS[variant.kernel].tile_loops) if cuda else read_rocm(compiled)
     problems = []
     if code.spills_in_loops:
         problems.append(f"{code.spills_in_loops} spills inside a loop")
@@ -150,18 +153,7 @@ def compile_variant(variant: Variant) -> Build:
 
 def _compile(variant: Variant) -> Any:
     kernel, arguments, options = KERNELS[variant.kernel].launch(variant)
-    return _compile_for(variant.architecture, kernel, arguments, options)
-
-
-def _compile_for(architecture: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> Any:
-    import triton
-    from triton.backends.driver import DriverBase
-    from triton.runtime.driver import driver
-
-    driver.set_active(cast(DriverBase, _TargetOnly(architecture)))
-    if not isinstance(kernel, triton.JITFunction):
-        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
-    return kernel.warmup(*arguments, grid=(1,), **options)
+    return compile_for(variant.architecture, kernel, arguments, options)
 
 
 def _inputs(variant: Variant) -> tuple[Any, ...]:
@@ -218,7 +210,7 @@ def _triton_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, in
     return span_attention_kernel, launch.arguments, launch.options
 
 
-def _triton_problems(variant: Variant, code: _Code) -> list[str]:
+def _triton_problems(variant: Variant, code: Code) -> list[str]:
     problems = []
     expected_loops = 3 if variant.far else 2
     if variant.dtype != "float32" and code.matrix_loops not in (None, expected_loops):
@@ -255,7 +247,7 @@ def _gluon_tile_loops(code: MachineCode) -> tuple[tuple[int, ...], ...]:
     return tuple(loop for opcode in ("HGMMA", "UTMALDG", "LDGSTS") for loop in code.innermost_with(opcode))
 
 
-def _gluon_problems(variant: Variant, code: _Code) -> list[str]:
+def _gluon_problems(variant: Variant, code: Code) -> list[str]:
     machine = code.machine
     assert machine is not None
     problems = []
@@ -307,7 +299,7 @@ def _specialised_tile_loops(code: MachineCode) -> tuple[tuple[int, ...], ...]:
     return tuple(loop for opcode in ("HGMMA", "UTMALDG") for loop in code.innermost_with(opcode))
 
 
-def _specialised_problems(variant: Variant, code: _Code) -> list[str]:
+def _specialised_problems(variant: Variant, code: Code) -> list[str]:
     machine = code.machine
     assert machine is not None
     problems = []
@@ -345,193 +337,6 @@ KERNELS = {
 }
 
 
-# The kernel before attention
-
-
-class RopeNormVariant(NamedTuple):
-    """One compilation of the kernel that normalises, rotates, joins and pools."""
-
-    architecture: str
-    dtype: str
-    head_dim: int
-    text_apart: bool  # as in double blocks, where text and image are joined
-    levels: int  # of the far field
-
-
-@dataclass(frozen=True)
-class RopeNormBuild:
-    """What came out of a compilation of `rope_norm`; as for `Build`.
-
-    Attributes:
-        wide_loads: loads of 16 bytes.
-    """
-
-    variant: RopeNormVariant
-    registers: int
-    spills: int
-    spills_in_loops: int
-    wide_loads: int
-    shared_bytes: int
-    problems: tuple[str, ...]
-
-
-_ROPE_NORM = "rope_norm"
-_ROPE_NORM_HEAD_DIMS = (64, 80, 128, 256)
-_FAR_BLOCKS = ((2, 2), (4, 4), (16, 16))
-
-
-def rope_norm_variants(architectures: Iterable[str]) -> Iterator[RopeNormVariant]:
-    """Single blocks without far field, and double blocks with little and much of it."""
-    for architecture, dtype, head_dim, (text_apart, levels) in itertools.product(
-        architectures, _DTYPES, _ROPE_NORM_HEAD_DIMS, ((False, 0), (True, 1), (True, len(_FAR_BLOCKS)))
-    ):
-        yield RopeNormVariant(architecture, dtype, head_dim, text_apart, levels)
-
-
-def compile_rope_norm(variant: RopeNormVariant) -> RopeNormBuild:
-    """Compiles one variant and reads its machine code.
-
-    Raises:
-        RuntimeError: if Triton runs as an interpreter in this process, which compiles nothing.
-    """
-    kernel, arguments, options = _rope_norm_launch(variant)
-    compiled = _compile_for(variant.architecture, kernel, arguments, options)
-    if variant.architecture.startswith("sm_"):
-        code = _read_cuda(compiled, _WIDE_LOAD, lambda code: code.loops)
-        wide_loads = code.machine.count(_WIDE_LOAD) if code.machine else 0
-    else:
-        code = _read_rocm(compiled)
-        wide_loads = compiled.asm["amdgcn"].count("load_dwordx4")
-    problems = []
-    if code.spills_in_loops:
-        problems.append(f"{code.spills_in_loops} spills inside a loop")
-    if compiled.metadata.shared > SHARED_MEMORY_LIMIT[variant.architecture]:
-        problems.append(f"{compiled.metadata.shared} bytes of shared memory")
-    # Text and image have a loop each, and each reads query, key and the angles.
-    if code.matrix_loops not in (None, 2):
-        problems.append(f"{code.matrix_loops} loops load 16 bytes at a time instead of 2")
-    if wide_loads < 8:
-        problems.append(f"{wide_loads} loads of 16 bytes")
-    return RopeNormBuild(
-        variant,
-        code.registers,
-        code.spills,
-        code.spills_in_loops,
-        wide_loads,
-        compiled.metadata.shared,
-        tuple(problems),
-    )
-
-
-def _rope_norm_launch(variant: RopeNormVariant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
-    import torch
-
-    from grat_kernels import rope_norm
-    from grat_kernels.geometry import Grid, Grouping
-    from grat_kernels.pattern import Block, Far, Union
-    from grat_kernels.plan import build_plan
-    from grat_kernels.rope_norm_kernel import rope_norm_kernel
-
-    pattern = Block(0)
-    if variant.levels:
-        pattern = Union(
-            pattern, Far([(distance, block) for distance, block in enumerate(_FAR_BLOCKS[: variant.levels])])
-        )
-    plan = build_plan(Grouping(Grid((64, 64)), (16, 16)), pattern, text_len=512)
-    batch, heads = 2, 24
-
-    def empty(*shape: int, dtype: str = variant.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-
-    def projections(rows: int) -> rope_norm.Projections:
-        query, key, value = empty(batch, rows, 3, heads, variant.head_dim).unbind(2)
-        return rope_norm.Projections(query, key, value)
-
-    norms = rope_norm.Norms(empty(variant.head_dim), empty(variant.head_dim), 1e-6)
-    angles = empty(plan.tokens, variant.head_dim, dtype="float32")
-    image = projections(plan.image_tokens if variant.text_apart else plan.tokens)
-    text = projections(plan.text_len) if variant.text_apart else None
-    launch = rope_norm.launch_of(
-        rope_norm.sections_of(image, norms, text, norms, (angles, angles), plan),
-        rope_norm.empty_outputs(image.query, plan.tokens, plan.summaries.rows, variant.text_apart),
-        plan,
-    )
-    return rope_norm_kernel, launch.arguments, launch.options
-
-
-# Reading what came out
-
-
-class _TargetOnly:
-    """Stands where Triton expects a GPU's driver: it names an architecture and runs nothing."""
-
-    def __init__(self, architecture: str) -> None:
-        self._architecture = architecture
-
-    def get_current_device(self) -> str:
-        # Triton keeps one compiler per device: each architecture counts as one.
-        return self._architecture
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        if self._architecture.startswith("sm_"):
-            return GPUTarget("cuda", int(self._architecture.removeprefix("sm_")), 32)
-        return GPUTarget("hip", self._architecture, 64)
-
-
-class _Code(NamedTuple):
-    """What is read off machine code."""
-
-    registers: int
-    spills: int
-    spills_in_loops: int
-    matrix_loops: int | None
-    opcodes: dict[str, int]
-    threads: int
-    machine: MachineCode | None  # None where it is not NVIDIA's
-
-
-def _read_cuda(
-    compiled: Any, matrix_opcode: str, tile_loops: Callable[[MachineCode], tuple[tuple[int, ...], ...]]
-) -> _Code:
-    """Reads a cubin by the tools that come with Triton."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file], **_CAPTURE).stdout
-        listing = subprocess.run([tools / "nvdisasm", "-c", file], **_CAPTURE).stdout
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump names no registers: {usage!r}")
-    code = parse(listing)
-    opcodes = {opcode: code.count(opcode) for opcode in ("HMMA", "HGMMA", "UTC*MMA", "UTMALDG", "LDGSTS")}
-    loops = tile_loops(code)
-    matrix_loops = code.loops_with(matrix_opcode, among=loops)
-    threads = 32 * compiled.metadata.num_warps
-    return _Code(int(registers[1]), code.spills, code.spills_within(loops), matrix_loops, opcodes, threads, code)
-
-
-def _read_rocm(compiled: Any) -> _Code:
-    """Reads the figures at the end of an assembly listing, which do not tell where a spill lies."""
-    listing = compiled.asm["amdgcn"]
-    registers, spills = (
-        sum(int(number) for number in re.findall(rf"\.{name}:\s+(\d+)", listing))
-        for name in ("vgpr_count", "vgpr_spill_count")
-    )
-    threads = 64 * compiled.metadata.num_warps
-    return _Code(registers, spills, spills, None, {"v_mfma": listing.count("v_mfma")}, threads, None)
-
-
-_CAPTURE: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
-
-
 def _row(build: Build) -> str:
     variant, config = build.variant, build.variant.config
     if isinstance(config, TileConfig):
@@ -544,16 +349,6 @@ def _row(build: Build) -> str:
     return (
         f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {form:8} {options:14} {tiles:19} "
         f"{build.registers:4} {build.spills:6} {build.spills_in_loops:8} {build.shared_bytes / 1024:7.1f}  {opcodes}"
-        + "".join(f"  PROBLEM: {problem}" for problem in build.problems)
-    )
-
-
-def _rope_norm_row(build: RopeNormBuild) -> str:
-    variant = build.variant
-    options = f"{'text apart' if variant.text_apart else 'joint'}, {variant.levels} levels"
-    return (
-        f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {options:43} {build.registers:4} "
-        f"{build.spills:6} {build.spills_in_loops:8} {build.shared_bytes / 1024:7.1f}  16-byte loads {build.wide_loads}"
         + "".join(f"  PROBLEM: {problem}" for problem in build.problems)
     )
 
@@ -603,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
         for build in pool.map(_compile_any, wanted):
             builds.append(build)
             if not chosen.json:
-                print(_row(build) if isinstance(build, Build) else _rope_norm_row(build), flush=True)
+                print(_row(build) if isinstance(build, Build) else rope_norm_row(build), flush=True)
     if chosen.json:
         print(json.dumps([_record(build) for build in builds], indent=1))
     broken = sum(bool(build.problems) for build in builds)

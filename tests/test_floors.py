@@ -27,13 +27,14 @@ FLOORS = (
         "tile_configs",
         "tile_lists",
     ),
-    ("pattern", "ws_kernel"),
+    ("pattern", "ws_kernel", "compilation"),
     ("plan",),
     ("launching",),
     ("reference", "sdpa_backend", "flex_backend", "triton_backend", "ws_backend", "gluon_backend"),
     ("self_test",),
     ("rope_norm",),
-    ("attention", "aot"),
+    ("attention", "rope_norm_builds"),
+    ("aot",),
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
@@ -63,7 +64,7 @@ FLOORS = (
     ("app",),
     ("__main__",),
 )
-KERNEL_FLOORS = 9
+KERNEL_FLOORS = 10
 NOT_IN_KERNELS = {"diffusers", "transformers", "typer", "yaml", "pydantic", "rich", "PIL", "grat_cli", "grat_presets"}
 
 
