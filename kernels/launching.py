@@ -21,6 +21,14 @@ _MIN_PADDED_DIM = 16
 _HOPPER = (9, 0)
 
 
+class Launch(NamedTuple):
+    """Everything that a kernel is launched with: programs, run-time arguments in order, constants and options."""
+
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, int]
+
+
 def padded_head_dim(head_dim: int) -> int:
     """Channels that a tile holds: the next power of two, and at least what a matrix product takes."""
     return max(_MIN_PADDED_DIM, 1 << (head_dim - 1).bit_length())

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from grat_kernels.geometry import Grid, Grouping
-from grat_kernels.launching import on_device, padded_head_dim, triton_obstacle
+from grat_kernels.launching import Launch, on_device, padded_head_dim, triton_obstacle
 from grat_kernels.pattern import Block, Far, Union
 from grat_kernels.plan import build_plan, plan_by_key
 from grat_kernels.self_test import require_close
@@ -507,14 +507,6 @@ def _random_sections(
     norms, text_norms = (Norms(random(head_dim), random(head_dim), 1e-6) for _ in range(2))
     angles = torch.randn(plan.tokens, head_dim // 2, generator=generator, device="cpu").repeat_interleave(2, dim=1)
     return sections_of(image, norms, text, text_norms, (angles.cos().to(device), angles.sin().to(device)), plan)
-
-
-class Launch(NamedTuple):
-    """Everything that the kernel is launched with: programs, run-time arguments in order, constants and options."""
-
-    programs: int
-    arguments: tuple[Any, ...]
-    options: dict[str, int]
 
 
 def _launch(sections: tuple[Section, Section], outputs: Outputs, plan: JointSequence) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from grat_kernels.launching import (
     LOG2_E,
+    Launch,
     descriptor,
     device_tiles,
     fits_descriptor,
@@ -99,14 +100,6 @@ def attention(
     with on_device(query.device):
         span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
     return output
-
-
-class Launch(NamedTuple):
-    """Everything that the kernel is launched with: programs, run-time arguments in order, constants and options."""
-
-    programs: int
-    arguments: tuple[Any, ...]
-    options: dict[str, int]
 
 
 def launch_of(

@@ -9,6 +9,7 @@ import torch
 
 from grat_kernels.launching import (
     LOG2_E,
+    Launch,
     descriptor,
     fits_descriptor,
     hopper_obstacle,
@@ -119,14 +120,6 @@ def _run(launch: Launch, device: torch.device) -> None:
 
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     specialised_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
-
-
-class Launch(NamedTuple):
-    """Everything that the kernel is launched with: programs, run-time arguments in order, constants and options."""
-
-    programs: int
-    arguments: tuple[Any, ...]
-    options: dict[str, int]
 
 
 def launch_of(
