@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import build_pipeline, load_pipeline, save_pipeline
 from grat_cli.demo.autoencoding import AutoencoderSettings, AutoencoderTrainer
-from grat_cli.demo.flow import FlowSettings, FlowTrainer, draw_sigmas, image_positions, time_shift, use_plain_attention
+from grat_cli.demo.flow import draw_sigmas
+from grat_cli.demo.picture_flow import PictureSettings, PictureTrainer, image_positions, time_shift, use_plain_attention
 from grat_cli.demo.train import app
 
-SETTINGS = FlowSettings(side=16, steps=6, batch=4, warm_up=2, decay=2, save_every=100)
+SETTINGS = PictureSettings(side=16, steps=6, batch=4, warm_up=2, decay=2, save_every=100)
 STREAM = {"shard_size": 4, "window": 2, "reuse": 2}  # a new shard every second step
 
 
@@ -36,13 +37,13 @@ def weights_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_resuming_changes_no_bit(pipe, tmp_path) -> None:
-    whole = FlowTrainer(pipe, tmp_path / "whole", SETTINGS, **STREAM)
+    whole = PictureTrainer(pipe, tmp_path / "whole", SETTINGS, **STREAM)
     whole.train()
-    stopped = FlowTrainer(pipe, tmp_path / "halves", SETTINGS, **STREAM)
+    stopped = PictureTrainer(pipe, tmp_path / "halves", SETTINGS, **STREAM)
     for _ in range(3):
         stopped.train_step()
     stopped.save()
-    resumed = FlowTrainer(pipe, tmp_path / "halves", SETTINGS, **STREAM)
+    resumed = PictureTrainer(pipe, tmp_path / "halves", SETTINGS, **STREAM)
     resumed.train()
     assert resumed.step == whole.step == SETTINGS.steps
     assert torch.equal(weights_of(resumed.master), weights_of(whole.master))
@@ -53,14 +54,14 @@ def test_resuming_changes_no_bit(pipe, tmp_path) -> None:
 def test_another_seed_trains_another_model(pipe, tmp_path) -> None:
     trained = []
     for seed in (1, 2):
-        trainer = FlowTrainer(pipe, tmp_path / str(seed), FlowSettings(side=16, batch=4, seed=seed), **STREAM)
+        trainer = PictureTrainer(pipe, tmp_path / str(seed), PictureSettings(side=16, batch=4, seed=seed), **STREAM)
         trainer.train_step()
         trained.append(weights_of(trainer.master))
     assert not torch.equal(*trained)
 
 
 def test_a_new_model_learns(tmp_path) -> None:
-    trainer = FlowTrainer(build_pipeline(), tmp_path, FlowSettings(side=16, batch=8, warm_up=1), shard_size=8)
+    trainer = PictureTrainer(build_pipeline(), tmp_path, PictureSettings(side=16, batch=8, warm_up=1), shard_size=8)
     losses = [trainer.train_step() for _ in range(30)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
@@ -73,7 +74,7 @@ def test_the_same_seed_builds_the_same_pipeline() -> None:
 
 def test_an_exported_run_holds_the_averaged_weights(pipe, tmp_path) -> None:
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
-    trainer = FlowTrainer(pipe, tmp_path / "run", SETTINGS, **STREAM)
+    trainer = PictureTrainer(pipe, tmp_path / "run", SETTINGS, **STREAM)
     trainer.train_step()
     trainer.save()
     result = CliRunner().invoke(app, ["export", "--folder", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
@@ -102,7 +103,7 @@ def test_a_saved_pipeline_can_replace_the_one_it_was_loaded_from(pipe, tmp_path)
 
 def test_seeds_that_would_reach_the_held_out_scenes_are_refused(pipe, tmp_path) -> None:
     with pytest.raises(ValueError, match="seed"):
-        FlowTrainer(pipe, tmp_path, FlowSettings(side=16, batch=4, seed=1000), **STREAM)
+        PictureTrainer(pipe, tmp_path, PictureSettings(side=16, batch=4, seed=1000), **STREAM)
 
 
 def test_positions_are_those_of_the_pipeline(pipe) -> None:

@@ -28,8 +28,8 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 T5_PUNCTUATION = "'-.,"
 
 
-def build_clip_tokenizer() -> Any:
-    """Return a byte-level CLIP tokenizer that holds every known word as one token."""
+def build_clip_tokenizer(words: list[str], length: int) -> Any:
+    """Return a byte-level CLIP tokenizer for texts of `length` tokens that holds every one of `words` as one token."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -47,7 +47,7 @@ def build_clip_tokenizer() -> Any:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    tokenizer.train_from_iterator(known_words(), trainer)
+    tokenizer.train_from_iterator(words, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     vocabulary: dict[str, int] = dict(model["vocab"])
     # The trainer leaves out final bytes that end no known word; without them unknown words would be lost.
@@ -55,7 +55,7 @@ def build_clip_tokenizer() -> Any:
         vocabulary.setdefault(piece, len(vocabulary))
     merges = [tuple(merge) for merge in model["merges"]]
     options: dict[str, Any] = {"vocab": vocabulary, "merges": merges}
-    return CLIPTokenizer(**options, model_max_length=DEMO_FLUX.text_tokens)
+    return CLIPTokenizer(**options, model_max_length=length)
 
 
 def build_t5_tokenizer() -> Any:
@@ -86,8 +86,10 @@ def build_t5_tokenizer() -> Any:
     )
 
 
-def build_clip_encoder(tokenizer: Any) -> Any:
-    """Return a random CLIP text encoder whose pooled output depends on the caption.
+def build_clip_encoder(tokenizer: Any, channels: int, length: int) -> Any:
+    """Return a random CLIP text encoder of so many channels for texts of `length` tokens.
+
+    Its pooled output depends on the caption.
 
     With the default initialisation the state at the end token hardly does, so its weights are drawn larger.
     """
@@ -97,12 +99,12 @@ def build_clip_encoder(tokenizer: Any) -> Any:
     encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=POOLED_CHANNELS,
-            intermediate_size=2 * POOLED_CHANNELS,
+            hidden_size=channels,
+            intermediate_size=2 * channels,
             num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=DEMO_FLUX.text_tokens,
-            projection_dim=POOLED_CHANNELS,
+            max_position_embeddings=length,
+            projection_dim=channels,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -196,11 +198,12 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     torch.manual_seed(seed)
-    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
+    length = DEMO_FLUX.text_tokens
+    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(known_words(), length), build_t5_tokenizer()
     return FluxPipeline(
         scheduler=build_scheduler(),
         vae=build_autoencoder(),  # pyright: ignore[reportArgumentType]
-        text_encoder=build_clip_encoder(clip_tokenizer),
+        text_encoder=build_clip_encoder(clip_tokenizer, POOLED_CHANNELS, length),
         tokenizer=clip_tokenizer,
         text_encoder_2=build_t5_encoder(t5_tokenizer),
         tokenizer_2=t5_tokenizer,

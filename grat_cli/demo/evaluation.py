@@ -9,7 +9,7 @@ from PIL import Image
 
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import TOKEN_PIXELS
-from grat_cli.demo.flow import image_positions
+from grat_cli.demo.picture_flow import image_positions
 from grat_cli.demo.scenes import draw_scene
 from grat_cli.demo.shards import HELD_OUT_SEED, EncodedScenes, encode_scenes
 

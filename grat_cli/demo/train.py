@@ -86,12 +86,12 @@ def transformer(
 ) -> None:
     """Train the transformer, continuing where the run stopped."""
     pipe = open_run(folder, init, threads)
-    from grat_cli.demo.flow import FlowSettings, FlowTrainer
+    from grat_cli.demo.picture_flow import PictureSettings, PictureTrainer
 
-    settings = FlowSettings(
+    settings = PictureSettings(
         side=resolution, steps=steps, batch=batch, learning_rate=learning_rate, decay=decay, seed=seed
     )
-    trainer = FlowTrainer(pipe, folder, settings, shard_size=shard_size)
+    trainer = PictureTrainer(pipe, folder, settings, shard_size=shard_size)
     typer.echo(", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(settings)))
     trainer.train(minutes, log=lambda line: print(line, flush=True))
 
