@@ -44,8 +44,8 @@ FLOORS = (
     # What runs when; models and how they are entered
     ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*"),
     ("adapters.flux", "adapters.hunyuan", "models"),
-    ("installation", "guidance", "hub", "image_request"),
-    ("checkpoints",),
+    ("generation_request", "installation", "guidance", "hub"),
+    ("checkpoints", "image_request", "denoising"),
     ("grat_cli",),
     ("generation", "media", "resolution", "seeds", "selection"),
     # What people and machines are told
