@@ -77,7 +77,7 @@ def _load(choice: ModelChoice, dtype: torch.dtype, image_to_image: bool, base: s
 
     pipeline = FluxImg2ImgPipeline if image_to_image else FluxPipeline
     if choice.kind != "file":
-        folder = Path(choice.source) if choice.kind == "folder" else download_pipeline(pipeline, choice.source)
+        folder = Path(choice.source) if choice.kind == "folder" else download_pipeline(pipeline, choice.source, choice.medium)
         return _load_folder(pipeline, folder, choice.name, dtype), folder
 
     if base is None:
@@ -88,7 +88,7 @@ def _load(choice: ModelChoice, dtype: torch.dtype, image_to_image: bool, base: s
     folder = Path(base).expanduser()
     base = str(folder) if folder.is_dir() else base
     if not folder.is_dir():
-        folder = download_pipeline(pipeline, base, leave_out="transformer")
+        folder = download_pipeline(pipeline, base, choice.medium, leave_out="transformer")
     return _load_folder(pipeline, folder, base, dtype, transformer=_load_file(choice, base, dtype)), folder
 
 

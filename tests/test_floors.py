@@ -38,16 +38,16 @@ FLOORS = (
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "preset_problems", "devices"),
+    ("yaml_source", "preset_problems", "devices", "resolution"),
     ("preset_schema",),
     ("presets",),
     # What runs when; models and how they are entered
     ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*"),
     ("adapters.flux", "adapters.hunyuan", "models"),
-    ("generation_request", "installation", "guidance", "hub"),
-    ("checkpoints", "image_request", "denoising"),
+    ("generation_request", "installation", "guidance", "hub", "video_size"),
+    ("checkpoints", "image_request", "video_request", "denoising"),
     ("grat_cli",),
-    ("generation", "media", "resolution", "seeds", "selection"),
+    ("generation", "media", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "report", "output"),
     ("bench.*",),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grat_cli.errors import BadInput
-from grat_cli.models import KNOWN_MODELS, choose_model
+from grat_cli.models import choose_model
 from grat_cli.planning import architecture_for, schedule_for
 from grat_cli.preset_schema import Attention
 from grat_cli.presets import (
@@ -55,7 +55,7 @@ def test_shipped_presets_are_named_after_their_file_and_explain_themselves(name:
 @pytest.mark.parametrize("name", preset_names())
 def test_shipped_presets_cost_what_they_say(name: str) -> None:
     preset = load_preset(name)
-    choice = KNOWN_MODELS["demo" if preset.model == "demo" else "flux-dev"]
+    choice = choose_model("demo" if preset.model == "demo" else "flux-dev")
     claims = re.findall(r"1/([\d.]+)(?: of the attention work)? at (\d+)x(\d+)", preset.description)
     assert claims or preset.attention.variant == "full"
     for claim, width, height in claims:
