@@ -38,7 +38,7 @@ FLOORS = (
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "preset_problems", "devices", "resolution"),
+    ("yaml_source", "preset_problems", "devices", "resolution", "report"),
     ("preset_schema",),
     ("presets",),
     # What runs when; models and how they are entered
@@ -49,7 +49,7 @@ FLOORS = (
     ("grat_cli",),
     ("generation", "media", "seeds", "selection"),
     # What people and machines are told
-    ("planning", "picture", "report", "output"),
+    ("planning", "picture", "output"),
     ("bench.*",),
     ("options",),
     (
