@@ -38,18 +38,18 @@ FLOORS = (
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "preset_problems", "devices"),
+    ("yaml_source", "preset_problems", "devices", "resolution", "report"),
     ("preset_schema",),
     ("presets",),
     # What runs when; models and how they are entered
     ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*"),
     ("adapters.flux", "adapters.hunyuan", "models"),
-    ("installation", "guidance", "hub", "image_request"),
-    ("checkpoints",),
+    ("generation_request", "installation", "guidance", "hub", "video_size"),
+    ("checkpoints", "image_request", "video_request", "denoising"),
     ("grat_cli",),
-    ("generation", "media", "resolution", "seeds", "selection"),
+    ("generation", "media", "seeds", "selection"),
     # What people and machines are told
-    ("planning", "picture", "report", "output"),
+    ("planning", "picture", "output"),
     ("bench.*",),
     ("options",),
     (
