@@ -20,6 +20,7 @@ class Architecture:
         native_side: side of the square pictures it was trained on, in pixels.
         runs_twice: whether guidance takes a second transformer call per step (classifier-free guidance) instead of
             being an input of the transformer (distilled guidance).
+        frames_per_latent: video frames that a row of tokens along time stands for; None for models of images.
     """
 
     family: str
@@ -30,6 +31,20 @@ class Architecture:
     token_side: int
     native_side: int
     runs_twice: bool
+    frames_per_latent: int | None = None
+
+    @property
+    def text_first(self) -> bool:
+        """Whether text comes before the image tokens in the joint sequence."""
+        return self.family != "hunyuan"
+
+    def linear_flop(self, tokens: int) -> float:
+        """Floating-point operations of all linear layers of one transformer call on a joint sequence.
+
+        A block of either kind has 12 weights per pair of channels: query, key, value and output, and a feed-forward
+        four times as wide. Each takes a multiplication and an addition per token.
+        """
+        return 24.0 * (self.heads * self.head_dim) ** 2 * self.layers * tokens
 
     def calls_per_step(self, guidance: float | None) -> int:
         """Transformer calls per denoising step."""
@@ -40,15 +55,19 @@ class Architecture:
 SIZE_MULTIPLE = 16
 
 # Flux: 19 double and 38 single blocks (black-forest-labs/FLUX.1-dev, transformer/config.json); dev takes 512 T5 tokens,
-# schnell 256. The demo: 1 double and 4 single blocks.
+# schnell 256. HunyuanVideo: 20 double and 40 single blocks (hunyuanvideo-community/HunyuanVideo, likewise). The demo:
+# 1 double and 4 single blocks.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "flux-dev": Architecture("flux", 24, 128, 57, 512, 16, 1024, runs_twice=False),
     "flux-schnell": Architecture("flux", 24, 128, 57, 256, 16, 1024, runs_twice=False),
+    "hunyuan": Architecture("hunyuan", 24, 128, 60, 256, 16, 960, runs_twice=False, frames_per_latent=4),
     "demo": Architecture("demo", 3, 64, 5, 24, 8, 256, runs_twice=True),
 }
 
 
 def architecture_of(model: str, family: str) -> Architecture:
     """The architecture of a model by name; of any other checkpoint that of its family."""
-    of_family = {"flux": "flux-dev", "demo": "demo"}
-    return ARCHITECTURES[model if model in ARCHITECTURES else of_family[family]]
+    of_name = ARCHITECTURES.get(model)
+    if of_name is not None and of_name.family == family:
+        return of_name
+    return ARCHITECTURES[{"flux": "flux-dev", "demo": "demo", "hunyuan": "hunyuan"}[family]]

@@ -77,7 +77,11 @@ def _load(choice: ModelChoice, dtype: torch.dtype, image_to_image: bool, base: s
 
     pipeline = FluxImg2ImgPipeline if image_to_image else FluxPipeline
     if choice.kind != "file":
-        folder = Path(choice.source) if choice.kind == "folder" else download_pipeline(pipeline, choice.source, choice.medium)
+        folder = (
+            Path(choice.source)
+            if choice.kind == "folder"
+            else download_pipeline(pipeline, choice.source, choice.medium)
+        )
         return _load_folder(pipeline, folder, choice.name, dtype), folder
 
     if base is None:

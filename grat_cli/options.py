@@ -11,7 +11,7 @@ import typer
 
 from grat_cli.errors import BadInput
 
-_PICTURE, _ATTENTION, _MODEL, _OUTPUT = "Picture", "Attention", "Model", "Output"
+_PICTURE, _VIDEO, _ATTENTION, _MODEL, _OUTPUT = "Picture", "Video", "Attention", "Model", "Output"
 
 
 def number(option: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
@@ -41,14 +41,26 @@ def complete_variant() -> list[str]:
     """Names of variants, for shell completion."""
     from grat_cli.selection import PRESET_VARIANTS
 
-    return list(PRESET_VARIANTS)
+    return sorted({variant for variants in PRESET_VARIANTS.values() for variant in variants})
 
 
 def complete_model() -> list[str]:
-    """Names of models, for shell completion."""
-    from grat_cli.architectures import ARCHITECTURES
+    """Names of models of images, for shell completion."""
+    from grat_cli.models import KNOWN_MODELS
 
-    return list(ARCHITECTURES)
+    return list(KNOWN_MODELS["image"])
+
+
+def complete_video_model() -> list[str]:
+    """Names of models of videos, for shell completion."""
+    from grat_cli.models import KNOWN_MODELS
+
+    return list(KNOWN_MODELS["video"])
+
+
+def complete_any_model() -> list[str]:
+    """Names of models, for shell completion."""
+    return sorted({*complete_model(), *complete_video_model()})
 
 
 def complete_backend() -> list[str]:
@@ -67,6 +79,49 @@ Res = Annotated[
         help="1024, 1536x1024, 4k, 4mp, 16:9 or 16:9@4mp, in multiples of 16. Default: the model's own size.",
         show_default=False,
         rich_help_panel=_PICTURE,
+    ),
+]
+Aspect = Annotated[
+    str | None,
+    typer.Option(
+        "--aspect",
+        metavar="W:H",
+        help="Shape of a video: 16:9, 9:16, 1:1, 4:3. Default: the model's own.",
+        show_default=False,
+        rich_help_panel=_VIDEO,
+    ),
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        "--seconds",
+        parser=number("--seconds", float),
+        metavar="SECONDS",
+        help="Length of a video. Default: the model's own.",
+        show_default=False,
+        rich_help_panel=_VIDEO,
+    ),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        "--frames",
+        parser=number("--frames", int),
+        metavar="COUNT",
+        help="Length of a video in frames, in place of --seconds; rounded up to 4k+1.",
+        show_default=False,
+        rich_help_panel=_VIDEO,
+    ),
+]
+Fps = Annotated[
+    int | None,
+    typer.Option(
+        "--fps",
+        parser=number("--fps", int),
+        metavar="COUNT",
+        help="Frames per second. Default: the model's own.",
+        show_default=False,
+        rich_help_panel=_VIDEO,
     ),
 ]
 Seed = Annotated[
@@ -161,7 +216,8 @@ VariantName = Annotated[
     typer.Option(
         "--variant",
         metavar="NAME",
-        help="full, b, b-wide, x, bx, far or sta: the model's preset of that name. With --preset: its variant instead.",
+        help="full, b, b-wide, x, bx, far, sta, or for videos planes and lines: the model's preset of that name. "
+        "With --preset: its variant instead.",
         show_default=False,
         rich_help_panel=_ATTENTION,
         autocompletion=complete_variant,
@@ -172,7 +228,7 @@ Group = Annotated[
     typer.Option(
         "--group",
         metavar="SIZE",
-        help="Tokens per group, such as 16 or 16x16.",
+        help="Tokens per group, such as 16x16, or 4x8x8 for videos.",
         show_default=False,
         rich_help_panel=_ATTENTION,
     ),
@@ -182,7 +238,7 @@ Radius = Annotated[
     typer.Option(
         "--radius",
         metavar="GROUPS",
-        help="For b and bx: how many groups away is attended, such as 2 or 1x2.",
+        help="For b and bx: how many groups away is attended, such as 2, 1x2 or 1x2x2.",
         show_default=False,
         rich_help_panel=_ATTENTION,
     ),

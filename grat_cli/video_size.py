@@ -123,9 +123,7 @@ def _ratio(aspect: str) -> float:
     return across / down
 
 
-def _frames(
-    seconds: float | None, frames: int | None, fps: int, traits: VideoTraits
-) -> tuple[int, tuple[str, ...]]:
+def _frames(seconds: float | None, frames: int | None, fps: int, traits: VideoTraits) -> tuple[int, tuple[str, ...]]:
     if seconds is not None and frames is not None:
         raise BadInput("--seconds and --frames both say how long the video is: leave one out")
     if seconds is None and frames is None:
@@ -134,7 +132,8 @@ def _frames(
         if not 0 < seconds * fps <= MOST_FRAMES:
             raise BadInput(f"--seconds {seconds:g}: expected more than 0 and at most {MOST_FRAMES / fps:.0f}")
         # What is left of a product such as 4.1 * 10 is not another frame.
-        asked, typed = math.ceil(round(seconds * fps, 6)), f"{seconds:g} seconds at {fps} frames per second"
+        asked = math.ceil(round(seconds * fps, 6))
+        typed = f"{asked} frames ({seconds:g} s at {fps} per second)"
     else:
         assert frames is not None
         if not 1 <= frames <= MOST_FRAMES:
@@ -144,7 +143,7 @@ def _frames(
     count = -(-(asked - 1) // unit) * unit + 1
     if count == asked:
         return count, ()
-    return count, (f"{typed} are made as {count} frames: the model makes {unit}k+1",)
+    return count, (f"{typed} are rounded up to {count}: the model makes {unit}k+1",)
 
 
 def _expectations(size: VideoSize, model: ModelChoice, traits: VideoTraits) -> tuple[str, ...]:
