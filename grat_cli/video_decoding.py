@@ -60,13 +60,12 @@ def decode_run(
         with phases("load"):
             autoencoder = load_autoencoder(request.model, device=device, dtype=dtype, base=request.base)
         use_tiles(autoencoder, tile)
-        assert run.latents is not None, "a run whose steps are done has latents"
-        return finish_video(autoencoder, run.latents.to(device), run, request, output, phases, progress)
+        return finish_video(autoencoder, device, run, request, output, phases, progress)
 
 
 def finish_video(
     autoencoder: Any,
-    latents: torch.Tensor,
+    device: torch.device,
     run: VideoRun,
     request: VideoRequest,
     output: Path,
@@ -77,8 +76,8 @@ def finish_video(
 
     Args:
         autoencoder: of the pipeline.
-        latents: `[1, C, T, H, W]` after the last step, on the device.
-        run: what there is to report so far.
+        device: where it runs.
+        run: with all of its steps done.
         request: how to write the video.
         output: where.
         phases: of the run so far.
@@ -90,7 +89,8 @@ def finish_video(
     """
     progress.phase("decode")
     with phases("decode"):
-        pixels = decode(autoencoder, latents)
+        assert run.latents is not None, "a run whose steps are done has latents"
+        pixels = decode(autoencoder, run.latents.to(device))
         refuse_empty(pixels, request)
     progress.phase("encode")
     with phases("encode"):
@@ -177,11 +177,11 @@ def kept_latents(kept: Path | None, request: VideoRequest, progress: Progress, t
     except KeyboardInterrupt:
         if kept is None:
             raise
-        raise Interrupted(f"interrupted; go on with {_command('resume', kept)}") from None
+        raise Interrupted(f"interrupted; go on with {command_for('resume', kept)}") from None
     except Exception as error:
-        advice = "" if kept is None else f"its latents are kept: go on with {_command('decode', kept)}"
+        advice = "" if kept is None else f"its latents are kept: go on with {command_for('decode', kept)}"
         if kept is not None and not is_latents_file(kept):
-            advice = f"its steps are kept: go on with {_command('resume', kept)}"
+            advice = f"its steps are kept: go on with {command_for('resume', kept)}"
         if is_out_of_memory(error) or isinstance(error, OutOfMemory):
             smaller = max(SMALLEST_TILE, (tile or 256) // 2)
             if advice:
@@ -194,5 +194,6 @@ def kept_latents(kept: Path | None, request: VideoRequest, progress: Progress, t
         raise
 
 
-def _command(name: str, path: Path) -> str:
+def command_for(name: str, path: Path) -> str:
+    """A command line that goes on from a file."""
     return f"grat {name} {shlex.quote(str(path))}"
