@@ -12,7 +12,7 @@ from grat_cli.errors import GratError, ModelUnavailable
 from grat_cli.models import PIPELINES_OF_MEDIUM, Medium, refusal_of_pipeline
 
 _OR_DEMO = "or use --model demo"
-_BASES: Mapping[Medium, str] = {
+BASES: Mapping[Medium, str] = {
     "image": "black-forest-labs/FLUX.1-dev",
     "video": "hunyuanvideo-community/HunyuanVideo",
 }
@@ -102,7 +102,7 @@ def _why_not(error: BaseException, hub_id: str, medium: Medium) -> str:
     if caused_by(errors.RemoteEntryNotFoundError):
         return (
             f"{hub_id} is not a diffusers pipeline: it has no model_index.json; of a repository of single files, "
-            f"download one and give it with --model FILE --base {_BASES[medium]}"
+            f"download one and give it with --model FILE --base {BASES[medium]}"
         )
     if caused_by(PermissionError) or any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
         return f"{hub_id} cannot be stored ({first_line(error)}): set HF_HOME to a folder with room, {_OR_DEMO}"
