@@ -9,23 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from grat_cli import media, report
 from grat_cli.checkpoints import load_autoencoder
 from grat_cli.devices import choose_device, choose_dtype, forget_peak_memory, is_out_of_memory, peak_memory, wait_for
-from grat_cli.errors import GratError, Interrupted, NumericalFailure, OutOfMemory
+from grat_cli.errors import GratError, Interrupted, OutOfMemory
 from grat_cli.generation_request import Progress
-from grat_cli.latents_file import is_latents_file
 from grat_cli.timing import Phases
+from grat_cli.video_check import FrameCheck, checked_frames
 from grat_cli.video_files import write_video
 from grat_cli.video_request import VideoRequest
-from grat_cli.video_run import VideoRun
+from grat_cli.video_run import LATENTS_ENDING, VideoRun
 
 if TYPE_CHECKING:
     import torch
 
-SMALLEST_TILE = 64
+SMALLEST_TILE, OWN_TILE = 64, 256  # side in pixels; the latter is diffusers' own
 
 
 @dataclass(frozen=True)
@@ -91,17 +89,19 @@ def finish_video(
     with phases("decode"):
         assert run.latents is not None, "a run whose steps are done has latents"
         pixels = decode(autoencoder, run.latents.to(device))
-        refuse_empty(pixels, request)
     progress.phase("encode")
     with phases("encode"):
+        check = FrameCheck()
         write_video(
-            frames(pixels),
+            checked_frames([pixels], check),
             output,
             fps=request.fps,
             crf=request.crf,
             format=request.format,
             provenance=report.provenance(run.report) if request.metadata else None,
         )
+    for note in check.finish():
+        progress.note(note)
     made = report.measured(run.report, phases.phases_ms, phases.memory_bytes)
     media.write_json(made, media.report_path(output))
     return MadeVideo(output, made)
@@ -138,28 +138,12 @@ def use_tiles(autoencoder: Any, side: int | None = None) -> None:
 
 
 def decode(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Pixels `[3, frames, height, width]` from about -1 to 1, as at the end of the pipeline."""
+    """Pixels `[1, 3, frames, height, width]` from about -1 to 1, as at the end of the pipeline."""
     import torch
 
     with torch.no_grad():
         scaled = latents.to(autoencoder.dtype) / autoencoder.config.scaling_factor
-        return autoencoder.decode(scaled, return_dict=False)[0][0]
-
-
-def refuse_empty(pixels: torch.Tensor, request: VideoRequest) -> None:
-    """Raises NumericalFailure if pixels `[3, frames, height, width]` have NaN, or every frame is of one colour."""
-    if not pixels.isfinite().all():
-        raise NumericalFailure("the frames have NaN after decoding: try --dtype float32 or bfloat16")
-    shown = pixels.clamp(-1, 1)
-    if bool((shown.amax((2, 3)) - shown.amin((2, 3)) < 1 / 255).all()):
-        raise NumericalFailure("every frame is one flat colour: try another --seed, --dtype float32, or more --steps")
-
-
-def frames(pixels: torch.Tensor) -> Iterator[np.ndarray]:
-    """Frames `[H, W, 3]` of 8 bits, one by one, rounded as diffusers' `VideoProcessor` does."""
-    for frame in pixels.unbind(1):
-        shown = (frame * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
-        yield (shown * 255).round().astype(np.uint8)
+        return autoencoder.decode(scaled, return_dict=False)[0]
 
 
 @contextmanager
@@ -179,18 +163,21 @@ def kept_latents(kept: Path | None, request: VideoRequest, progress: Progress, t
             raise
         raise Interrupted(f"interrupted; go on with {command_for('resume', kept)}") from None
     except Exception as error:
-        advice = "" if kept is None else f"its latents are kept: go on with {command_for('decode', kept)}"
-        if kept is not None and not is_latents_file(kept):
-            advice = f"its steps are kept: go on with {command_for('resume', kept)}"
-        if is_out_of_memory(error) or isinstance(error, OutOfMemory):
-            smaller = max(SMALLEST_TILE, (tile or 256) // 2)
+        if kept is None:
+            advice = ""
+        elif kept.name.endswith(LATENTS_ENDING):
+            advice = f"its latents are kept: go on with {command_for('decode', kept)}"
+        else:
+            advice = f"its last checkpoint is kept: go on with {command_for('resume', kept)}"
+        if is_out_of_memory(error):
             if advice:
-                advice += f" --tile {smaller}"
-            raise OutOfMemory(f"too little memory to decode {request.size} with {request.model.name}\n{advice}") from error
+                advice = f"\n{advice} --tile {max(SMALLEST_TILE, (tile or OWN_TILE) // 2)}"
+            raise OutOfMemory(f"too little memory to decode {request.size} with {request.model.name}{advice}") from error
+        if not advice:
+            raise
         if isinstance(error, GratError):
-            raise type(error)("; ".join(str(error).splitlines()) + f"\n{advice}" if advice else str(error)) from error
-        if advice:
-            progress.note(advice)
+            raise type(error)(f"{'; '.join(str(error).splitlines())}\n{advice}") from error
+        progress.note(advice)
         raise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -16,12 +16,11 @@ from grat_cli import report
 from grat_cli.checkpoints import load_model
 from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
 from grat_cli.devices import choose_device, choose_dtype, device_name, peak_memory
-from grat_cli.errors import BadInput, Interrupted
+from grat_cli.errors import CannotWrite, Interrupted
 from grat_cli.generation_request import Progress
 from grat_cli.guidance import Guidance, choose_guidance
 from grat_cli.installation import install
-from grat_cli.latents_file import latents_path
-from grat_cli.run_checkpoint import checkpoint_path
+from grat_cli.media import checkpoint_path, latents_path
 from grat_cli.time_shift import time_shift
 from grat_cli.timing import Phases, StepRecorder
 from grat_cli.video_decoding import MadeVideo, command_for, decode_run, finish_video, kept_latents, phases_of, use_tiles
@@ -238,7 +237,7 @@ def denoise(
             """Writes a checkpoint. A run does not end because there is no room for one."""
             try:
                 write_run(run_after(done, latents), request, output)
-            except BadInput as error:
+            except CannotWrite as error:
                 progress.note(f"{error}: step {done} is not kept")
 
         callback = StepKeeper(watch, run.done, request.checkpoint_every, keep)
@@ -320,24 +319,21 @@ def taken_up(pipe: Any, run: VideoRun, device: torch.device) -> Iterator[None]:
         del pipe.prepare_latents
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's generators, for schedulers that draw noise at every step."""
+def random_state(device: torch.device) -> torch.Tensor:
+    """The state of a device's generator."""
     import torch
 
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def restore_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Sets torch's generators to a state of `random_state`."""
+def restore_random_state(state: torch.Tensor | None, device: torch.device) -> None:
+    """Sets a device's generator to a state of `random_state`, if there is one."""
     import torch
 
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if state is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif state is not None:
+        torch.set_rng_state(state)
 
 
 def keep_latents(run: VideoRun, request: VideoRequest, output: Path, progress: Progress) -> Path | None:
@@ -349,7 +345,7 @@ def keep_latents(run: VideoRun, request: VideoRequest, output: Path, progress: P
     checkpoint = checkpoint_path(output)
     try:
         kept = write_run(run, request, output)
-    except BadInput as error:
+    except CannotWrite as error:
         progress.note(f"{error}: its latents are not kept until the video is written")
         return checkpoint if checkpoint.is_file() else None
     checkpoint.unlink(missing_ok=True)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
-from grat_cli.latents_file import latents_path, read_latents, write_latents
-from grat_cli.run_checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
+from grat_cli.latents_file import load_latents, save_latents
+from grat_cli.media import checkpoint_path, latents_path
+from grat_cli.report import SCHEMA
+from grat_cli.run_checkpoint import CheckpointStore
 from grat_cli.timing import StepTiming
 from grat_cli.video_request import VideoRequest, request_data, request_from_data
 
 if TYPE_CHECKING:
     import torch
+
+# What files of runs say besides the report.
+_OF_THE_FILE = ("request", "steps_done", "step_timings")
+CHECKPOINT_ENDING, LATENTS_ENDING = ".checkpoint.safetensors", ".latents.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,8 @@ class VideoRun:
         steps: timing of the steps that are done.
         phases_ms: time spent so far.
         memory_bytes: peak memory of each phase so far.
-        random_state: of torch's generators, `cpu` and the device's, as bytes.
+        random_state: of the device's generator, as bytes, for schedulers that draw noise at every step; None before
+            the first step.
         report: what there is to report so far; empty before the first step.
     """
 
@@ -36,7 +43,7 @@ class VideoRun:
     steps: tuple[StepTiming, ...] = ()
     phases_ms: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
-    random_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    random_state: torch.Tensor | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,25 +61,21 @@ class VideoRun:
             )
 
 
-def report_so_far(run: VideoRun, request: VideoRequest) -> dict[str, Any]:
-    """What a checkpoint or latents say of themselves: the report, and the request under `request`."""
-    return {**run.report, "request": request_data(request)}
-
-
 def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
     """Keeps a run beside its output: as latents where all steps are done, else as a checkpoint.
 
     Raises:
-        BadInput: if the file cannot be written.
+        CannotWrite: if there is no room; what was kept before is still there.
     """
     assert run.latents is not None, "nothing is done yet"
-    data = report_so_far(run, request)
+    about = {**run.report, "request": request_data(request)}
     if run.done == request.preset.sampling.steps:
         path = latents_path(output)
-        write_latents(run.latents, path, data)
+        save_latents(path, run.latents, about)
     else:
         path = checkpoint_path(output)
-        write_checkpoint(run.latents, run.random_state, path, data)
+        steps = [asdict(step) for step in run.steps]
+        CheckpointStore(path).write(run.done, run.latents, run.random_state, about, steps)
     return path
 
 
@@ -82,15 +85,15 @@ def find_run(path: Path) -> Path:
     Raises:
         BadInput: if there is none.
     """
-    if path.name.endswith((".checkpoint.safetensors", ".latents.safetensors")):
-        output = path.with_name(path.name.removesuffix(".safetensors").rpartition(".")[0])
-    else:
-        output = path
-    # Latents come after the checkpoint, which is removed once they are written.
-    for candidate in (path, latents_path(output), checkpoint_path(output)):
-        if candidate.is_file() and candidate.suffix == ".safetensors":
-            return candidate
-    raise BadInput(f"there is no checkpoint or latents of {path}: nothing to go on with")
+    ending = next((ending for ending in (CHECKPOINT_ENDING, LATENTS_ENDING) if path.name.endswith(ending)), "")
+    if ending and path.is_file():
+        return path
+    # A run whose checkpoint is gone may have got as far as its latents.
+    output = path.with_name(path.name.removesuffix(ending))
+    for kept in (latents_path(output), checkpoint_path(output)):
+        if kept.is_file():
+            return kept
+    raise BadInput(f"there is no checkpoint and there are no latents of {path}: there is nothing to go on with")
 
 
 def read_run(path: Path) -> tuple[VideoRun, VideoRequest]:
@@ -99,14 +102,15 @@ def read_run(path: Path) -> tuple[VideoRun, VideoRequest]:
     Raises:
         BadInput: if it cannot be read, or is not whole.
     """
-    if path.name.endswith(".latents.safetensors"):
-        latents, data = read_latents(path)
-        random_state: dict[str, torch.Tensor] = {}
+    if path.name.endswith(LATENTS_ENDING):
+        file = load_latents(path)
+        latents, random_state, about = file.latents, None, file.about
     else:
-        latents, random_state, data = read_checkpoint(path)
+        checkpoint = CheckpointStore(path).read()
+        latents, random_state, about = checkpoint.latents, checkpoint.generator_state, checkpoint.about
     try:
-        request = request_from_data(data["request"], path.parent)
-        report = {name: value for name, value in data.items() if name != "request"}
+        request = request_from_data(about["request"], path.parent)
+        report = {name: value for name, value in about.items() if name not in _OF_THE_FILE} | {"schema": SCHEMA}
         run = VideoRun(
             seed=report["seed"],
             latents=latents,
@@ -117,7 +121,7 @@ def read_run(path: Path) -> tuple[VideoRun, VideoRequest]:
             report=report,
         )
         if run.seed not in request.seeds or not 0 < run.done <= request.preset.sampling.steps:
-            raise ValueError("the report and the request contradict each other")
-    except (KeyError, TypeError, ValueError, BadInput) as error:
+            raise ValueError("report and request contradict one another")
+    except (KeyError, TypeError, ValueError, AttributeError, BadInput) as error:
         raise BadInput(f"{path} cannot be gone on with: it is damaged, or of another version of grat") from error
     return run, request
