@@ -38,9 +38,9 @@ FLOORS = (
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "preset_problems", "devices"),
-    ("preset_schema",),
-    ("presets",),
+    ("yaml_source", "preset_problems", "devices", "whole_files", "gif_comment", "ffmpeg", "video_check"),
+    ("preset_schema", "tensor_files"),
+    ("presets", "latents_file", "run_checkpoint"),
     # What runs when; models and how they are entered
     ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*"),
     ("adapters.flux", "adapters.hunyuan", "models"),
@@ -49,6 +49,7 @@ FLOORS = (
     ("grat_cli",),
     ("generation", "media", "resolution", "seeds", "selection"),
     # What people and machines are told
+    ("video_files",),
     ("planning", "picture", "report", "output"),
     ("bench.*",),
     ("options",),
