@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -154,10 +155,8 @@ class FrameSink:
 
     def _close_input(self) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # what was buffered for a process that is gone
             self._process.stdin.close()
-        except OSError:  # what was buffered for a process that is gone
-            pass
 
 
 def failure(output: Path, code: int, log: bytes) -> CannotWrite:

@@ -63,7 +63,7 @@ class FrameCheck:
         notes = []
         if self._flat:
             notes.append(
-                f"{len(self._flat)} of {self.frames} frames are one flat colour, the first of them frame {self._flat[0]}"
+                f"{len(self._flat)} of {self.frames} frames are one flat colour, beginning with frame {self._flat[0]}"
             )
         if self._identical and self.frames > 1:
             notes.append(f"all {self.frames} frames are identical: the video does not move")

@@ -6,14 +6,13 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli import ffmpeg, media
-from grat_cli.errors import BadInput, CannotWrite, choices
+from grat_cli.errors import BadInput, choices
 from grat_cli.whole_files import cannot_write, part_path
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def _with_suffix(out: Path | None, suffix: str) -> Path:
     return out.with_suffix(suffix)
 
 
-def require_writable_format(format: str, *, fps: float, crf: int | None) -> None:
+def require_encodable(format: str, *, fps: float, crf: int | None) -> None:
     """Makes sure, before any work is done, that a video of these settings can be encoded.
 
     Args:
