@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class MadeVideo:
 
 
 def decode_run(
-    run: VideoRun, kept: Path, request: VideoRequest, output: Path, progress: Progress, tile: int | None = None
+    run: VideoRun, kept: Path, request: VideoRequest, output: Path, progress: Progress, tile: int | None = None, command: str = ""
 ) -> MadeVideo:
     """Makes the video of latents; of the model only the autoencoder is loaded.
 
@@ -46,6 +46,7 @@ def decode_run(
         output: where.
         progress: told how it goes on.
         tile: side in pixels of the tiles that are decoded one by one, None for the autoencoder's own.
+        command: the command line that asks for it, where it is not that of the run; for the report.
 
     Raises:
         BadInput, ModelUnavailable, OutOfMemory, NumericalFailure, Interrupted: as for `finish_video`.
@@ -58,7 +59,26 @@ def decode_run(
         with phases("load"):
             autoencoder = load_autoencoder(request.model, device=device, dtype=dtype, base=request.base)
         use_tiles(autoencoder, tile)
+        if command:
+            run = replace(run, report={**run.report, **_decoded(request, tile, command)})
         return finish_video(autoencoder, device, run, request, output, phases, progress)
+
+
+def _decoded(request: VideoRequest, tile: int | None, command: str) -> dict[str, Any]:
+    """What a report says of a video that was not decoded by the run itself."""
+    return {
+        "fps": request.fps,
+        "seconds": round(request.frames / request.fps, 3),
+        "format": request.format,
+        "crf": request.crf,
+        "decoded": {
+            "command": command,
+            "model": request.model.source,
+            "device": request.device,
+            "dtype": request.dtype,
+            "tile": tile,
+        },
+    }
 
 
 def finish_video(
