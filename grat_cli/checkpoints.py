@@ -71,9 +71,7 @@ def load_model(
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None)
 
 
-def load_autoencoder(
-    choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None
-) -> Any:
+def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None) -> Any:
     """Loads a model's autoencoder alone, and puts it on a device; arguments and errors are those of `load_model`."""
     with _without_pointless_warnings():
         pipeline = _pipeline_class(choice.medium, image_to_image=False)

@@ -312,7 +312,8 @@ VideoModelName = Annotated[
     typer.Option(
         "--model",
         metavar="NAME",
-        help="demo, hunyuan, a Hub id, a folder or a .safetensors file. Default: hunyuan with a CUDA device, else demo.",
+        help="demo, hunyuan, a Hub id, a folder or a .safetensors file. "
+        "Default: hunyuan with a CUDA device, else demo.",
         show_default=False,
         rich_help_panel=_MODEL,
         autocompletion=complete_video_model,

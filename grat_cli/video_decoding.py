@@ -35,7 +35,13 @@ class MadeVideo:
 
 
 def decode_run(
-    run: VideoRun, kept: Path, request: VideoRequest, output: Path, progress: Progress, tile: int | None = None, command: str = ""
+    run: VideoRun,
+    kept: Path,
+    request: VideoRequest,
+    output: Path,
+    progress: Progress,
+    tile: int | None = None,
+    command: str = "",
 ) -> MadeVideo:
     """Makes the video of latents; of the model only the autoencoder is loaded.
 
@@ -129,9 +135,7 @@ def finish_video(
 
 def phases_of(run: VideoRun, device: torch.device) -> Phases:
     """Phases that add to those of a run that is taken up."""
-    phases = Phases(
-        lambda: wait_for(device), lambda: forget_peak_memory(device), lambda: peak_memory(device)[0]
-    )
+    phases = Phases(lambda: wait_for(device), lambda: forget_peak_memory(device), lambda: peak_memory(device)[0])
     phases.phases_ms, phases.memory_bytes = dict(run.phases_ms), dict(run.memory_bytes)
     return phases
 
@@ -167,7 +171,9 @@ def decode(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def kept_latents(kept: Path | None, request: VideoRequest, progress: Progress, tile: int | None = None) -> Iterator[None]:
+def kept_latents(
+    kept: Path | None, request: VideoRequest, progress: Progress, tile: int | None = None
+) -> Iterator[None]:
     """Makes whatever goes wrong between denoising and the end say how to go on from what is kept.
 
     Args:
@@ -192,7 +198,9 @@ def kept_latents(kept: Path | None, request: VideoRequest, progress: Progress, t
         if is_out_of_memory(error):
             if advice:
                 advice = f"\n{advice} --tile {max(SMALLEST_TILE, (tile or OWN_TILE) // 2)}"
-            raise OutOfMemory(f"too little memory to decode {request.size} with {request.model.name}{advice}") from error
+            raise OutOfMemory(
+                f"too little memory to decode {request.size} with {request.model.name}{advice}"
+            ) from error
         if not advice:
             raise
         if isinstance(error, GratError):

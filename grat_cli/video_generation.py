@@ -273,7 +273,9 @@ class StepKeeper:
         done: steps of the whole run that are done.
     """
 
-    def __init__(self, watch: StepWatch, first_step: int, every: int, keep: Callable[[int, torch.Tensor], None]) -> None:
+    def __init__(
+        self, watch: StepWatch, first_step: int, every: int, keep: Callable[[int, torch.Tensor], None]
+    ) -> None:
         """Counts from a step on.
 
         Args:

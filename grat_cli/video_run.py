@@ -110,7 +110,8 @@ def read_run(path: Path) -> tuple[VideoRun, VideoRequest]:
         latents, random_state, about = checkpoint.latents, checkpoint.generator_state, checkpoint.about
     try:
         request = request_from_data(about["request"], path.parent)
-        report = {name: value for name, value in about.items() if name not in _OF_THE_FILE} | {"schema": SCHEMA}
+        report: dict[str, Any] = {name: value for name, value in about.items() if name not in _OF_THE_FILE}
+        report["schema"] = SCHEMA
         run = VideoRun(
             seed=report["seed"],
             latents=latents,

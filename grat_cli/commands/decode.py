@@ -41,8 +41,8 @@ def decode(
     from grat_cli.errors import BadInput
     from grat_cli.models import choose_model
     from grat_cli.selection import DTYPES, require_choice, require_device
-    from grat_cli.video_files import SUFFIXES, choose_format, require_writable_format
     from grat_cli.video_decoding import decode_run
+    from grat_cli.video_files import SUFFIXES, choose_format, require_encodable
     from grat_cli.video_run import LATENTS_ENDING, find_run, read_run
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -59,7 +59,9 @@ def decode(
     kept = find_run(file)
     run, request = read_run(kept)
     if run.done < request.preset.sampling.steps:
-        raise BadInput(f"{kept} has done {run.done} of {request.preset.sampling.steps} steps: grat resume does the rest")
+        raise BadInput(
+            f"{kept} has done {run.done} of {request.preset.sampling.steps} steps: grat resume does the rest"
+        )
     chosen_format = choose_format(out, format) if out or format else request.format
     chosen_crf = crf if crf is not None or chosen_format != request.format else request.crf
     request = replace(
@@ -73,12 +75,16 @@ def decode(
         crf=chosen_crf,
         metadata=request.metadata and not no_metadata,
     )
-    require_writable_format(request.format, fps=request.fps, crf=request.crf)
+    require_encodable(request.format, fps=request.fps, crf=request.crf)
 
     # 3. Where the video goes: without --out, where it was to go in the first place.
     asked = request.outputs[request.seeds.index(run.seed)]
     name = media.latents_path(asked).name.removesuffix(LATENTS_ENDING) + SUFFIXES[request.format]
-    path = kept.with_name(name) if out is None else media.output_paths(out, [name], [run.seed], SUFFIXES[request.format])[0]
+    path = (
+        kept.with_name(name)
+        if out is None
+        else media.output_paths(out, [name], [run.seed], SUFFIXES[request.format])[0]
+    )
     media.refuse_unwritable([path, media.report_path(path)], overwrite=overwrite)
 
     # 4. Make it.

@@ -66,7 +66,7 @@ def video(
         variant_word,
     )
     from grat_cli.time_estimate import planned_seconds
-    from grat_cli.video_files import SUFFIXES, choose_format, require_writable_format
+    from grat_cli.video_files import SUFFIXES, choose_format, require_encodable
     from grat_cli.video_request import VideoRequest
     from grat_cli.video_size import parse_video_size
 
@@ -100,11 +100,9 @@ def video(
     size = parse_video_size(res, aspect, seconds, frames, fps, choice)
     architecture = architecture_for(choice)
     expected = forecast(chosen, choice.name, architecture, size, dtype)
-    require_backend(
-        chosen.kernel.backend, device, dtype, architecture.head_dim, expected.main_plan.tokens
-    )
+    require_backend(chosen.kernel.backend, device, dtype, architecture.head_dim, expected.main_plan.tokens)
 
-    require_writable_format(chosen_format, fps=size.fps, crf=crf)
+    require_encodable(chosen_format, fps=size.fps, crf=crf)
 
     # 3. Where the videos go, before hours are spent on them.
     now = datetime.now().astimezone()
@@ -128,7 +126,11 @@ def video(
     output.hint(f"planned time: about {duration(planned * len(seeds))}{each}")
 
     # 5. Make them, one by one; each is written as soon as it is done.
-    every = video_output.checkpoint_interval(planned, chosen.sampling.steps) if checkpoint_every is None else checkpoint_every
+    every = (
+        video_output.checkpoint_interval(planned, chosen.sampling.steps)
+        if checkpoint_every is None
+        else checkpoint_every
+    )
     request = VideoRequest(
         prompt=prompt,
         preset=chosen,
