@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -36,21 +36,23 @@ def executable() -> str:
         raise BadInput(f"ffmpeg is missing: {_MISSING}") from error
 
 
-def require_encoder(encoder: str) -> None:
+def require_encoders(names: Iterable[str]) -> None:
     """Makes sure, before any work is done, that videos can be encoded.
 
     Args:
-        encoder: ffmpeg's name, such as `libx264`.
+        names: ffmpeg's names, such as `libx264`.
 
     Raises:
-        BadInput: if ffmpeg is missing, does not run, or lacks the encoder.
+        BadInput: if ffmpeg is missing, does not run, or lacks an encoder.
     """
-    found = run(["-encoders"])
-    if not re.search(rf"^ V\S* {re.escape(encoder)} ", found.stdout.decode(errors="replace"), re.MULTILINE):
-        raise BadInput(
-            f"{executable()} cannot encode with {encoder}: set IMAGEIO_FFMPEG_EXE to an ffmpeg that can, "
-            "or use --format frames"
-        )
+    listed = run(["-encoders"]).stdout.decode(errors="replace")
+    known = set(re.findall(r"^ V\S* (\S+)", listed, re.MULTILINE))
+    for name in names:
+        if name not in known:
+            raise BadInput(
+                f"{executable()} cannot encode with {name}: set IMAGEIO_FFMPEG_EXE to an ffmpeg that can, "
+                "or use --format frames"
+            )
 
 
 def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
@@ -61,7 +63,10 @@ def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
     """
     try:
         return subprocess.run(
-            [executable(), "-hide_banner", "-nostdin", *arguments], stdin=subprocess.DEVNULL, capture_output=True
+            [executable(), "-hide_banner", "-nostdin", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            restore_signals=False,  # as in FrameSink
         )
     except OSError as error:
         raise _does_not_start(error) from error
@@ -96,7 +101,7 @@ class FrameSink:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
-                # A file too large for its limit is an error to report, not a signal to die from.
+                # A file that grows over its limit is an error to report, not a signal to die from.
                 restore_signals=False,
                 # Ctrl-C is for this program, which ends ffmpeg.
                 start_new_session=True,
