@@ -77,7 +77,7 @@ def pipe() -> Any:
         GUIDED,
         {
             "prompt": [SHORT, LONG],
-            "negative_prompt": ["a dull long grey sea without a boat", ""],
+            "negative_prompt": ["a dull long grey sea with boats", ""],
             "true_cfg_scale": 3.0,
         },
         {"num_frames": 1, "height": 16, "width": 96},
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_refused_in_words(pipe: Any) -> None:
     with pytest.raises(BadInput, match="multiples of 16 for this model, not 90 and 112: the nearest are 96 and 112"):
         enter(pipe, preset(), height=90)
     with pytest.raises(
-        BadInput, match="preset flux-x is for flux models, the pipeline is a HunyuanVideoPipeline: .*hunyuan"
+        BadInput, match=r"preset flux-x is for flux models, the pipeline is a Hunyuan.*: use one of"
     ):
         enter(pipe, "flux-x")
     with pytest.raises(BadInput, match="first_step 3 is none of the run's steps"):

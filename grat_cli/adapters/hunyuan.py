@@ -215,7 +215,7 @@ class HunyuanAdapter:
 
 
 class _Text(NamedTuple):
-    """The text of a call: its mask `[B, text]`, its longest valid length, and its valid lengths `[B]` if they differ."""
+    """A text: its mask `[B, text]`, its longest valid length, and where they differ its valid lengths `[B]`."""
 
     mask: torch.Tensor
     longest: int
