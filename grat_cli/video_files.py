@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli import ffmpeg, media
 from grat_cli.errors import BadInput, CannotWrite, choices
 from grat_cli.gif_comment import append_comment
-from grat_cli.whole_files import cannot_write, part_path
+from grat_cli.whole_files import cannot_write, discard, part_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,8 +194,8 @@ def _write_encoded(
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
-        tags.unlink(missing_ok=True)
+        discard(part)
+        discard(tags)
     return count
 
 
@@ -216,8 +216,8 @@ def _write_gif(frames: Iterator[np.ndarray], path: Path, fps: float, provenance:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
-        lossless.unlink(missing_ok=True)
+        discard(part)
+        discard(lossless)
     return count
 
 
@@ -279,12 +279,13 @@ def _tags(provenance: Mapping[str, Any] | None) -> dict[str, str]:
     tags = {media.PROVENANCE_KEY: json.dumps(provenance, allow_nan=False)}
     if prompt := provenance.get("prompt"):
         readable = str(prompt).replace("\0", " ").encode("utf-8", "replace").decode()
+        readable += " " if readable.endswith("\\") else ""
         tags |= {"title": readable, "comment": readable}
     return tags
 
 
 _DURATION = re.compile(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", re.MULTILINE)
-_STREAM = re.compile(r"^  Stream #0:\d+.*?: Video: (\w+).*?, (\d+)x(\d+)[ ,].*?, ([\d.]+) fps", re.MULTILINE)
+_STREAM = re.compile(r"^  Stream #0:\d+.*?: Video: (\w+).*?, (\d+)x(\d+)\b.*?, ([\d.]+) fps", re.MULTILINE)
 _FRAMES = re.compile(r"(?:^|[\r\n])frame= *(\d+)")
 
 
@@ -301,14 +302,15 @@ def probe_video(path: Path) -> VideoFacts:
     arguments = ["-i", ffmpeg.url(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "null", "-"]
     done = ffmpeg.run(["-xerror", *arguments])
     log = done.stderr.decode(errors="replace")
-    stream, duration, counted = _STREAM.search(log), _DURATION.search(log), _FRAMES.findall(log)
+    about_input = log.partition("\nOutput #")[0]
+    stream, duration, counted = _STREAM.search(about_input), _DURATION.search(about_input), _FRAMES.findall(log)
     if done.returncode or stream is None or duration is None or not counted:
         raise BadInput(f"{path} is not a whole video: {ffmpeg.last_line(done.stderr) or 'ffmpeg cannot read it'}")
     codec, width, height, fps = stream.groups()
     hours, minutes, seconds = duration.groups()
     frames, length = int(counted[-1]), int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     # A gif has a delay per frame, in hundredths of a second: only the mean is its rate.
-    rate = round(frames / length, 3) if codec == "gif" and length else float(fps)
+    rate = round(frames / length, 2) if codec == "gif" and length else float(fps)
     return VideoFacts(int(width), int(height), frames, rate, length, codec)
 
 
