@@ -50,6 +50,7 @@ FLOORS = (
     ("generation", "media", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "output"),
+    ("time_estimate",),
     ("bench.*",),
     ("options",),
     (

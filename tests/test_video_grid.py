@@ -80,9 +80,10 @@ def exact_row(
         rest = torch.from_numpy(np.flatnonzero(~near))
 
         def means(source: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(len(counts), HEAD_DIM, dtype=torch.float64).index_add_(0, index, source[rest]) / counts[
-                :, None
-            ]
+            return (
+                torch.zeros(len(counts), HEAD_DIM, dtype=torch.float64).index_add_(0, index, source[rest])
+                / counts[:, None]
+            )
 
         keys, values = torch.cat([keys, means(key)]), torch.cat([values, means(value)])
         bias = torch.cat([bias, counts.log()])
@@ -113,9 +114,10 @@ def largest_error(variant: str, plan: Plan, output: torch.Tensor, raster: torch.
 def raster() -> torch.Tensor:
     """Query, key and value of one head, `[3, N, D]`, video in raster order and then text; scores of a few units."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, math.prod(SHAPE) + TEXT, HEAD_DIM, generator=generator) * torch.tensor([2.0, 1.0, 1.0])[
-        :, None, None
-    ]
+    return (
+        torch.randn(3, math.prod(SHAPE) + TEXT, HEAD_DIM, generator=generator)
+        * torch.tensor([2.0, 1.0, 1.0])[:, None, None]
+    )
 
 
 @pytest.mark.parametrize("variant", ["b", "b 1x2x2", "lines", "bx", "sta", "far"])
