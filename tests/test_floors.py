@@ -52,7 +52,7 @@ FLOORS = (
     ("generation", "video_generation", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "output"),
-    ("video_output",),
+    ("time_estimate", "video_output"),
     ("bench.*",),
     ("options",),
     (

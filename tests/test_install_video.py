@@ -239,9 +239,7 @@ def test_what_does_not_fit_is_refused_in_words(pipe: Any) -> None:
         enter(pipe, preset(), num_frames=None)
     with pytest.raises(BadInput, match="multiples of 16 for this model, not 90 and 112: the nearest are 96 and 112"):
         enter(pipe, preset(), height=90)
-    with pytest.raises(
-        BadInput, match=r"preset flux-x is for flux models, the pipeline is a Hunyuan.*: use one of"
-    ):
+    with pytest.raises(BadInput, match=r"preset flux-x is for flux models, the pipeline is a Hunyuan.*: use one of"):
         enter(pipe, "flux-x")
     with pytest.raises(BadInput, match="first_step 3 is none of the run's steps"):
         enter(pipe, preset(), first_step=3, steps=3)
