@@ -131,7 +131,7 @@ for line in sys.stdin:
     while not writer:
         step += 1
         store.write(step, latents_of(step, 160), random_state(step), ABOUT, list(range(step)))
-        os.write(1, f"{step}\n".encode())
+        os.write(1, b"%d\\n" % step)
     print("writer", writer, flush=True)
     os.waitpid(writer, 0)
     print("killed", flush=True)
