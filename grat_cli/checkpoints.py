@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.devices import is_out_of_memory
 from grat_cli.errors import BadInput, ModelUnavailable
-from grat_cli.hub import download_pipeline, first_line, revision_of, root_cause
-from grat_cli.models import ModelChoice
+from grat_cli.hub import BASES, download_pipeline, first_line, revision_of, root_cause
+from grat_cli.models import Medium, ModelChoice, medium_of_name
 
 if TYPE_CHECKING:
     import torch
 
-_NEURAL_PARTS = {"text_encoder", "text_encoder_2", "transformer", "vae"}
+_NEURAL_PARTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
+_TITLES: Mapping[Medium, str] = {"image": "Flux", "video": "HunyuanVideo"}
 OFFLOADS = ("none", "model", "sequential")
 
 
@@ -45,9 +46,9 @@ def load_model(
     Args:
         choice: which model.
         device: where it runs.
-        dtype: of weights and activations.
+        dtype: of weights and activations; see `dtypes_of_parts` for where it is not that of all parts.
         offload: `none`; `model` keeps one part at a time on the device; `sequential` one layer at a time.
-        image_to_image: a `FluxImg2ImgPipeline` in place of a `FluxPipeline`.
+        image_to_image: a `FluxImg2ImgPipeline` in place of a `FluxPipeline`; of no meaning for videos.
         base: folder or hub id with the other parts of a pipeline, for a file that holds a transformer alone.
 
     Raises:
@@ -59,7 +60,7 @@ def load_model(
     if offload != "none" and device.type == "cpu":
         raise BadInput("--offload moves parts of the model off a GPU, and the run is on the CPU: leave it out")
     with _without_pointless_warnings():
-        pipe, folder = _load(choice, dtype, image_to_image, base)
+        pipe, folder = _load(choice, dtypes_of_parts(choice, device, dtype), image_to_image, base)
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -70,70 +71,141 @@ def load_model(
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None)
 
 
-def _load(choice: ModelChoice, dtype: torch.dtype, image_to_image: bool, base: str | None) -> tuple[Any, Path]:
-    """The pipeline on the CPU, and the folder that it was read from."""
-    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-    from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
+def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None) -> Any:
+    """Loads a model's autoencoder alone, and puts it on a device; arguments and errors are those of `load_model`."""
+    with _without_pointless_warnings():
+        pipeline = _pipeline_class(choice.medium, image_to_image=False)
+        folder = _folder_of_parts(choice, pipeline, base)
+        dtypes = dtypes_of_parts(choice, device, dtype)
+        with _damage_of(f"vae of {choice.name}", choice.medium), _without_bars():
+            library, class_name = json.loads((folder / "model_index.json").read_text())["vae"]
+            loader = getattr(import_module(library), class_name)
+            return _load_part(loader, folder / "vae", dtypes["vae"]).to(device)
 
-    pipeline = FluxImg2ImgPipeline if image_to_image else FluxPipeline
+
+def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each part of a pipeline.
+
+    HunyuanVideo's own example, in diffusers and on its model card, runs the transformer in bf16 and all else in fp16.
+    That is done on CUDA devices wherever the transformer is in half precision; elsewhere all parts share one dtype.
+    """
+    import torch
+
+    dtypes = dict.fromkeys(_NEURAL_PARTS, dtype)
+    if choice.medium == "video" and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        dtypes |= {part: torch.float16 for part in _NEURAL_PARTS if part != "transformer"}
+    return dtypes
+
+
+def _load(
+    choice: ModelChoice, dtypes: Mapping[str, torch.dtype], image_to_image: bool, base: str | None
+) -> tuple[Any, Path]:
+    """The pipeline on the CPU, and the folder that it was read from."""
+    pipeline = _pipeline_class(choice.medium, image_to_image)
+    folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
-        folder = Path(choice.source) if choice.kind == "folder" else download_pipeline(pipeline, choice.source)
-        return _load_folder(pipeline, folder, choice.name, dtype), folder
+        return _load_folder(pipeline, folder, choice.name, choice.medium, dtypes), folder
+    assert base is not None, "a file has a base, or is refused"
+    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    transformer = _load_file(choice, base, dtypes["transformer"])
+    return _load_folder(pipeline, folder, base, choice.medium, dtypes, transformer=transformer), folder
+
+
+def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
+    """Where a pipeline lies, or the other parts of one for a file of a transformer; downloaded where it is not here."""
+    if choice.kind == "folder":
+        folder = Path(choice.source)
+        if choice.name == "demo" and not folder.is_dir():
+            raise ModelUnavailable(
+                f"the demo of {choice.medium}s is not part of this installation: {folder} is missing\n"
+                "install grat again, or choose another --model"
+            )
+        return folder
+    if choice.kind == "hub":
+        return download_pipeline(pipeline, choice.source, choice.medium)
 
     if base is None:
         raise ModelUnavailable(
             f"{choice.name} holds a transformer alone: give the other parts of the pipeline with --base, "
-            "a folder or a hub id such as --base black-forest-labs/FLUX.1-dev"
+            f"a folder or a hub id such as --base {BASES[choice.medium]}"
         )
     folder = Path(base).expanduser()
-    base = str(folder) if folder.is_dir() else base
     if not folder.is_dir():
-        folder = download_pipeline(pipeline, base, leave_out="transformer")
-    return _load_folder(pipeline, folder, base, dtype, transformer=_load_file(choice, base, dtype)), folder
+        return download_pipeline(pipeline, base, choice.medium, leave_out="transformer")
+    if medium_of_name(str(folder)) not in (None, choice.medium):
+        raise BadInput(f"--base {base} is of no model of {choice.medium}s: try --base {BASES[choice.medium]}")
+    return folder
+
+
+def _pipeline_class(medium: Medium, image_to_image: bool) -> Any:
+    if medium == "video":
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
+
+        return HunyuanVideoPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
+
+    return FluxImg2ImgPipeline if image_to_image else FluxPipeline
+
+
+def _transformer_class(medium: Medium) -> Any:
+    if medium == "video":
+        from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
+
+        return HunyuanVideoTransformer3DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    return FluxTransformer2DModel
 
 
 def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype) -> Any:
     """A transformer from a file in diffusers' or the original layout, with the configuration of `base`."""
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     from safetensors import safe_open
 
-    with _damage_of(choice.name), _without_bars():
+    model = _transformer_class(choice.medium)
+    with _damage_of(choice.name, choice.medium), _without_bars():
         with safe_open(choice.source, "pt") as file:
             embeds_guidance = any("guidance" in key for key in file.keys())  # noqa: SIM118
-        config: Any = FluxTransformer2DModel.load_config(base, subfolder="transformer")
+        config: Any = model.load_config(base, subfolder="transformer")
         # Else weights would be left out without a word.
         if embeds_guidance != config["guidance_embeds"]:
-            matching = "FLUX.1-dev" if embeds_guidance else "FLUX.1-schnell"
             raise ModelUnavailable(
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
-                f"try --base black-forest-labs/{matching}"
+                f"{_matching_base(choice.medium, embeds_guidance)}"
             )
-        transformer = FluxTransformer2DModel.from_single_file(
-            choice.source, config=base, subfolder="transformer", dtype=dtype
-        )
+        transformer = model.from_single_file(choice.source, config=base, subfolder="transformer", dtype=dtype)
         lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
     return transformer
 
 
-def _load_folder(pipeline: Any, folder: Path, name: str, dtype: torch.dtype, **given: Any) -> Any:
+def _matching_base(medium: Medium, embeds_guidance: bool) -> str:
+    """What to give for a file with or without embedded guidance."""
+    if embeds_guidance:
+        return f"try --base {BASES[medium]}"
+    return "try --base black-forest-labs/FLUX.1-schnell" if medium == "image" else "give --base what it was made from"
+
+
+def _load_folder(
+    pipeline: Any, folder: Path, name: str, medium: Medium, dtypes: Mapping[str, torch.dtype], **given: Any
+) -> Any:
     """A pipeline from a folder, strictly.
 
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
-    with _damage_of(name), _without_bars():
+    with _damage_of(name, medium), _without_bars():
         index = json.loads((folder / "model_index.json").read_text())
         parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
         for part in parts.keys() - given.keys():
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
             if not needed.exists():
                 raise FileNotFoundError(f"{needed} is missing")
-        for part in _NEURAL_PARTS & parts.keys() - given.keys():
+        for part in [part for part in _NEURAL_PARTS if part in parts and part not in given]:
             library, class_name = parts[part]
-            with _damage_of(f"{part} of {name}"):
-                given[part] = _load_part(getattr(import_module(library), class_name), folder / part, dtype)
-        return pipeline.from_pretrained(folder, **given, dtype=dtype)
+            with _damage_of(f"{part} of {name}", medium):
+                given[part] = _load_part(getattr(import_module(library), class_name), folder / part, dtypes[part])
+        return pipeline.from_pretrained(folder, **given)
 
 
 def _load_part(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -150,7 +222,7 @@ def _load_part(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _damage_of(name: str) -> Iterator[None]:
+def _damage_of(name: str, medium: Medium) -> Iterator[None]:
     """Turns what loaders raise for missing, cut off and unfitting files into ModelUnavailable."""
     from safetensors import SafetensorError
 
@@ -160,7 +232,7 @@ def _damage_of(name: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise ModelUnavailable(
-            f"{name} is damaged, incomplete or not Flux's ({first_line(root_cause(error))}): "
+            f"{name} is damaged, incomplete or not {_TITLES[medium]}'s ({first_line(root_cause(error))}): "
             "get its files again, or use --model demo"
         ) from error
 

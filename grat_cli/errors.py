@@ -40,9 +40,15 @@ class OutOfMemory(GratError):
 
 
 class NumericalFailure(GratError):
-    """The run produced NaN or an empty picture."""
+    """The run produced NaN, an empty picture or a video of one colour."""
 
     exit_code = 5
+
+
+class Interrupted(GratError):
+    """Ctrl-C ended a run that can be gone on with; the text says how."""
+
+    exit_code = INTERRUPTED
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

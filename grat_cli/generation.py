@@ -3,72 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.checkpoints import load_model
-from grat_cli.devices import (
-    choose_device,
-    choose_dtype,
-    device_name,
-    forget_peak_memory,
-    is_out_of_memory,
-    peak_memory,
-    wait_for,
-)
-from grat_cli.errors import BadInput, NumericalFailure, OutOfMemory
+from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
+from grat_cli.devices import choose_device, choose_dtype, device_name, forget_peak_memory, peak_memory, wait_for
+from grat_cli.errors import NumericalFailure
+from grat_cli.generation_request import Progress, check_size
 from grat_cli.guidance import Guidance, choose_guidance
-from grat_cli.image_request import ImageRequest, Progress, check_size, note_expectations, read_init_image
+from grat_cli.image_request import ImageRequest, note_expectations, read_init_image
 from grat_cli.installation import install
 from grat_cli.time_shift import time_shift
-from grat_cli.timing import Phases, StepRecorder, StepTiming
+from grat_cli.timing import Phases, StepRecorder
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from grat_cli.schedule import AttentionSchedule
 
-
-@dataclass(frozen=True)
-class GeneratedImage:
-    """A picture, and what there is to report about how it was made.
-
-    Attributes:
-        phases_ms: load and text are 0 for all but the first image of a request.
-        steps: timing of every denoising step.
-        peak_memory_bytes: up to the end of this image.
-        peak_memory_kind: what was measured, in words.
-        backend: how attention was computed, never `auto`.
-        backend_reason: why.
-        preparation: what normalised, rotated and joined queries and keys before attention, and why.
-        guidance: effective guidance scale, or None.
-        shift: effective time shift, a factor.
-        model_revision: commit of the weights on the hub, or None.
-        schedule: which attention ran when.
-        text_tokens: length of the text in the joint sequence.
-    """
+@dataclass(frozen=True, kw_only=True)
+class GeneratedImage(GenerationRecord):
+    """A picture, and what there is to report about how it was made."""
 
     image: Image.Image
-    seed: int
-    width: int
-    height: int
-    phases_ms: dict[str, float]
-    steps: list[StepTiming]
-    peak_memory_bytes: int
-    peak_memory_kind: str
-    backend: str
-    backend_reason: str
-    preparation: str | None
-    device: str
-    device_name: str
-    dtype: str
-    guidance: float | None
-    shift: float
-    model_revision: str | None
-    schedule: AttentionSchedule
-    text_tokens: int
 
 
 def generate_images(request: ImageRequest, progress: Progress) -> Iterator[GeneratedImage]:
@@ -86,10 +44,11 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
     dtype = choose_dtype(request.dtype, device)
     init_image = read_init_image(request, progress)
     note_expectations(request, progress)
+    size = f"{request.width}x{request.height}"
     phases = Phases(lambda: wait_for(device))
     forget_peak_memory(device)
 
-    with _memory_advice(request, device):
+    with memory_advice(request, device, size):
         # 2. Load.
         progress.phase("load")
         with phases("load"):
@@ -113,7 +72,7 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             text = encode_text(pipe, request, guidance)
 
     for seed in request.seeds:
-        with _memory_advice(request, device):
+        with memory_advice(request, device, size):
             # 4. Denoise with GRAT attention installed.
             progress.phase("denoise")
             recorder, watch = StepRecorder(device), StepWatch(progress)
@@ -161,25 +120,6 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
         phases.phases_ms = {"load": 0.0, "text": 0.0}
 
 
-@contextmanager
-def _memory_advice(request: ImageRequest, device: torch.device) -> Iterator[None]:
-    """Turns running out of memory into OutOfMemory with what would help."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        unit = request.model.size_multiple
-        smaller = "x".join(str(max(unit, side // (2 * unit) * unit)) for side in (request.width, request.height))
-        advice = [f"a smaller --res such as {smaller}"]
-        if device.type != "cpu":
-            advice += [f"--offload {kind}" for kind in ("model", "sequential") if kind != request.offload]
-        raise OutOfMemory(
-            f"{device_name(device)} has too little memory for {request.width}x{request.height} "
-            f"with {request.model.name}: try {' or '.join(advice)}"
-        ) from error
-
-
 def tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
     """Decodes in tiles above the size that the model was trained at, where the autoencoder can.
 
@@ -211,30 +151,6 @@ def encode_text(pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[st
     return text
 
 
-class StepWatch:
-    """The pipeline's callback after every step: tells progress, and collects without waiting whether all is finite."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._finite: list[torch.Tensor] = []
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        self._finite.append(tensors["latents"].isfinite().all())
-        self._progress.step(step + 1, pipe.num_timesteps)
-        return {}
-
-    def raise_if_not_finite(self) -> None:
-        """Raises NumericalFailure with the first step whose latents were not finite."""
-        import torch
-
-        finite = torch.stack(self._finite).tolist()
-        if not all(finite):
-            raise NumericalFailure(
-                f"latents turned NaN or infinite at step {finite.index(False) + 1} of {len(finite)}: "
-                "try --dtype float32 or bfloat16, or another --backend"
-            )
-
-
 def denoise(
     pipe: Any,
     request: ImageRequest,
@@ -246,11 +162,9 @@ def denoise(
     """Latents of one image, `[1, image tokens, channels]`."""
     import torch
 
-    from grat_kernels import BackendUnavailable, KernelMismatch
-
     if init_image is not None:
         arguments = arguments | {"image": init_image, "strength": request.strength}
-    try:
+    with explained_backend_failures():
         return pipe(
             **arguments,
             height=request.height,
@@ -261,10 +175,6 @@ def denoise(
             output_type="latent",
             callback_on_step_end=watch,
         ).images
-    except BackendUnavailable as error:
-        raise BadInput(f"{error}; use --backend auto") from error
-    except KernelMismatch as error:
-        raise NumericalFailure(str(error)) from error
 
 
 def decode(pipe: Any, latents: torch.Tensor, request: ImageRequest) -> Image.Image:

@@ -1,83 +1,30 @@
-"""What is asked of a run, and what can be said about it before a model is loaded."""
+"""What pictures are asked for, and what can be said about them before a model is loaded."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from grat_cli.errors import BadInput
-from grat_cli.models import ModelChoice
-from grat_cli.presets import Preset
+from grat_cli.generation_request import GenerationRequest, Progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
 @dataclass(frozen=True)
-class ImageRequest:
-    """What to make.
+class ImageRequest(GenerationRequest):
+    """Which pictures to make.
 
     Attributes:
-        prompt: what the picture shows.
-        preset: attention, schedule, kernel and sampling.
-        model: of `models.choose_model`.
-        width: in pixels.
-        height: in pixels.
-        seeds: one image is made for each.
-        negative_prompt: what to steer away from, or None.
-        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        offload: `none`, `model` or `sequential`, as in diffusers.
         init_image: picture to start from, or None for noise.
         strength: share of the steps that are run on `init_image`: 1 leaves nothing of it.
-        base: folder or hub id of the other parts, for a model that is a file of a transformer alone.
     """
 
-    prompt: str
-    preset: Preset
-    model: ModelChoice
-    width: int
-    height: int
-    seeds: tuple[int, ...]
-    negative_prompt: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    offload: str = "none"
     init_image: Path | None = None
     strength: float = 0.7
-    base: str | None = None
-
-
-class Progress(Protocol):
-    """Told how a run goes on."""
-
-    def phase(self, name: str) -> None:
-        """A phase begins: load, text, denoise or decode."""
-        ...
-
-    def step(self, done: int, total: int) -> None:
-        """So many denoising steps have been issued."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something worth knowing, in one sentence."""
-        ...
-
-
-def check_size(request: ImageRequest) -> None:
-    """Raises BadInput unless the model can make pictures of this size."""
-    unit = request.model.size_multiple
-    if request.width % unit or request.height % unit or min(request.width, request.height) < unit:
-        raise BadInput(
-            f"width and height must be multiples of {unit}, not {request.width}x{request.height}: "
-            f"the nearest is {_nearest(request.width, unit)}x{_nearest(request.height, unit)}"
-        )
-
-
-def _nearest(size: int, unit: int) -> int:
-    return max(unit, round(size / unit) * unit)
 
 
 def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | None:

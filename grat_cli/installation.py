@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
-from grat_cli.preset_schema import BACKENDS
+from grat_cli.models import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
+from grat_cli.preset_schema import AXES, BACKENDS
 from grat_cli.presets import Preset, load_preset
 from grat_cli.time_shift import extrapolation
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from grat_cli.schedule import AttentionSchedule
     from grat_kernels import Backend, Grid
 
-SUPPORTED_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
+SUPPORTED_PIPELINES = tuple(name for classes in PIPELINES_OF_MEDIUM.values() for name in classes)
 
 
 class Installation:
@@ -29,8 +30,11 @@ class Installation:
         backend_reason: why this backend.
     """
 
-    def __init__(self, pipe: Any, preset: Preset, grid: Grid, steps: int | None, adapter: Adapter) -> None:
-        self._pipe, self._preset, self._steps, self._adapter = pipe, preset, steps, adapter
+    def __init__(
+        self, pipe: Any, preset: Preset, grid: Grid, first_step: int, steps: int | None, adapter: Adapter
+    ) -> None:
+        self._pipe, self._preset, self._adapter = pipe, preset, adapter
+        self._first_step, self._steps = first_step, steps
         self._schedules: dict[tuple[int, int], AttentionSchedule] = {}
         self._last_schedule: AttentionSchedule | None = None
         self.grid = grid
@@ -39,15 +43,16 @@ class Installation:
 
     def current_step(self) -> int:
         """The step of the call under way, from the scheduler's own counters: plain integers, so nothing waits."""
-        return step_under_way(self._pipe.scheduler)
+        return self._first_step + step_under_way(self._pipe.scheduler)
 
     def schedule(self, text_len: int) -> AttentionSchedule:
-        """The schedule for a text length and for as many steps as the scheduler is set to run."""
+        """The schedule for a text length and for as many steps as the whole run has."""
         scheduler = self._pipe.scheduler
         to_run = len(scheduler.timesteps) - (scheduler.begin_index or 0)
-        steps = self._steps or to_run
-        if to_run > steps:
-            raise BadInput(f"GRAT was installed for {steps} steps, the call runs {to_run}: leave steps out")
+        steps = self._steps or self._first_step + to_run
+        if self._first_step + to_run > steps:
+            begun = f" from step {self._first_step} on" if self._first_step else ""
+            raise BadInput(f"GRAT was installed for {steps} steps, the call runs {to_run}{begun}: leave steps out")
         if (text_len, steps) not in self._schedules:
             from grat_cli.schedule import AttentionSchedule
 
@@ -81,23 +86,29 @@ def install(
     *,
     height: int,
     width: int,
+    num_frames: int | None = None,
     steps: int | None = None,
+    first_step: int = 0,
     backend: Backend | str | None = None,
     observer: CallObserver | None = None,
 ) -> Iterator[Installation]:
     """Runs a pipeline with GRAT attention: `with grat_cli.install(pipe, "flux-x", height=8192, width=8192): pipe(...)`.
 
     It changes this instance's transformer, and leaving restores it exactly, also after an exception. Sampling stays
-    the caller's: the preset's steps, guidance and shift are not applied. Image positions are passed to the transformer
-    in fp32, where pipelines round them to its dtype: bf16 gives neighbours the same position beyond 4096 pixels.
+    the caller's: the preset's steps, guidance and shift are not applied. Image positions are passed to Flux's
+    transformer in fp32, where pipelines round them to its dtype: bf16 gives neighbours the same position beyond 4096
+    pixels. The padding of HunyuanVideo's text is cut off; it changes no prediction.
 
     Args:
-        pipe: a diffusers `FluxPipeline` or `FluxImg2ImgPipeline`.
+        pipe: a diffusers `FluxPipeline`, `FluxImg2ImgPipeline` or `HunyuanVideoPipeline`.
         preset: a preset, its name, or the path of its file.
-        height: of the images to come, in pixels; calls of another size are refused.
+        height: of the images or videos to come, in pixels; calls of another size are refused.
         width: likewise.
+        num_frames: likewise, for a `HunyuanVideoPipeline` alone, which needs it.
         steps: that the preset's fractions refer to; by default as many as each call runs, which is fewer than
             `num_inference_steps` for image-to-image. Steps are counted from the first one that is run.
+        first_step: number of the first step that a call runs, where it goes on with a run that had been broken off:
+            the preset's steps are those of the whole run.
         backend: overrides the preset's; one chosen by name never falls back.
         observer: told of transformer calls and attentions, for example a `timing.StepRecorder`.
 
@@ -105,30 +116,25 @@ def install(
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
         NumericalFailure: if the backend's kernel computes wrong results on this machine.
     """
-    pixels_per_token, pipeline = _geometry(pipe)
+    family = _family(pipe)
     preset = load_preset(preset) if isinstance(preset, str) else preset
     if backend is not None:
         preset = _with_backend(preset, backend)
-    if len(preset.attention.group) != 2:
-        raise BadInput(f"preset {preset.name} is for {preset.model} models, the pipeline is a {pipeline}")
-    if height % pixels_per_token or width % pixels_per_token:
+    if len(preset.attention.group) != AXES[family]:
         raise BadInput(
-            f"height and width must be multiples of {pixels_per_token} for this model, not {height} and {width}: "
-            f"the nearest are {_nearest_multiple(height, pixels_per_token)} and "
-            f"{_nearest_multiple(width, pixels_per_token)}"
+            f"preset {preset.name} is for {preset.model} models, the pipeline is a {type(pipe).__name__}: "
+            f"use one of grat presets {family}"
         )
-
-    from grat_cli.adapters.flux import FluxAdapter
-    from grat_kernels import Grid
-
-    grid = Grid((height // pixels_per_token, width // pixels_per_token))
+    if first_step < 0 or (steps is not None and first_step >= steps):
+        raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
+    grid = _grid(pipe, family, height, width, num_frames)
     if not hasattr(pipe.scheduler, "step_index") or not hasattr(pipe.scheduler, "begin_index"):
         raise BadInput(
             f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
             "use FlowMatchEulerDiscreteScheduler"
         )
-    adapter = FluxAdapter(pipe.transformer, grid)
-    installation = Installation(pipe, preset, grid, steps, adapter)
+    adapter = _adapter(pipe, family, grid)
+    installation = Installation(pipe, preset, grid, first_step, steps, adapter)
     warning = extrapolation(pipe.scheduler, grid.tokens)
     if warning:
         warnings.warn(warning, stacklevel=3)
@@ -150,20 +156,66 @@ def _with_backend(preset: Preset, backend: Backend | str) -> Preset:
     return preset.model_copy(update={"kernel": preset.kernel.model_copy(update={"backend": name})})
 
 
-def _geometry(pipe: Any) -> tuple[int, str]:
-    """Pixels per side of an image token, and the pipeline's class name.
+def _family(pipe: Any) -> Literal["flux", "hunyuan"]:
+    """Which presets a pipeline takes.
 
     Raises:
-        BadInput: if the pipeline is not supported.
+        BadInput: if it is not supported, with the reason.
     """
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
+
+    if isinstance(pipe, HunyuanVideoPipeline):
+        return "hunyuan"
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
     from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 
+    if isinstance(pipe, (FluxPipeline, FluxImg2ImgPipeline)):
+        return "flux"
     name = type(pipe).__name__
-    if not isinstance(pipe, (FluxPipeline, FluxImg2ImgPipeline)):
-        raise BadInput(f"{name} is not supported: use one of {', '.join(SUPPORTED_PIPELINES)} of diffusers")
-    # Latents are packed two by two into tokens.
-    return pipe.vae_scale_factor * 2, name
+    reason = f" ({UNSUPPORTED_PIPELINES[name]})" if name in UNSUPPORTED_PIPELINES else ""
+    raise BadInput(f"{name} is not supported{reason}: use one of {', '.join(SUPPORTED_PIPELINES)} of diffusers")
+
+
+def _grid(pipe: Any, family: str, height: int, width: int, num_frames: int | None) -> Grid:
+    """The image tokens of calls of a size.
+
+    Raises:
+        BadInput: if the pipeline cannot make that size.
+    """
+    from grat_kernels import Grid
+
+    if family == "flux":
+        if num_frames is not None:
+            raise BadInput(f"a {type(pipe).__name__} makes images: leave out num_frames")
+        # Latents are packed two by two into tokens.
+        side = pipe.vae_scale_factor * 2
+    else:
+        side = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
+    if height % side or width % side:
+        raise BadInput(
+            f"height and width must be multiples of {side} for this model, not {height} and {width}: "
+            f"the nearest are {_nearest_multiple(height, side)} and {_nearest_multiple(width, side)}"
+        )
+    sides = height // side, width // side
+    if family == "flux":
+        return Grid(sides)
+    if num_frames is None:
+        raise BadInput(f"a {type(pipe).__name__} makes videos: give num_frames, such as num_frames=129")
+    unit = pipe.vae_scale_factor_temporal
+    if num_frames < 1 or (num_frames - 1) % unit:
+        fewer = max(0, num_frames - 1) // unit * unit + 1
+        raise BadInput(f"num_frames must be {unit}k+1 for this model, not {num_frames}: use {fewer} or {fewer + unit}")
+    return Grid(((num_frames - 1) // unit // pipe.transformer.config.patch_size_t + 1, *sides))
+
+
+def _adapter(pipe: Any, family: str, grid: Grid) -> Adapter:
+    if family == "flux":
+        from grat_cli.adapters.flux import FluxAdapter
+
+        return FluxAdapter(pipe.transformer, grid)
+    from grat_cli.adapters.hunyuan import HunyuanAdapter
+
+    return HunyuanAdapter(pipe.transformer, grid)
 
 
 def _nearest_multiple(size: int, unit: int) -> int:

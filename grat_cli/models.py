@@ -4,18 +4,69 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from grat_cli.demo import DEMO_FLUX
-from grat_cli.errors import ModelUnavailable, nearest
+from grat_cli.demo import DEMO_FLUX, DEMO_HUNYUAN
+from grat_cli.errors import BadInput, ModelUnavailable, nearest
 
-PIPELINE_CLASSES = ("FluxPipeline", "FluxImg2ImgPipeline")
+Medium = Literal["image", "video"]
+
+PIPELINES_OF_MEDIUM: Mapping[Medium, tuple[str, ...]] = {
+    "image": ("FluxPipeline", "FluxImg2ImgPipeline"),
+    "video": ("HunyuanVideoPipeline",),
+}
+# Pipelines of diffusers that may be taken for supported ones, and why they are not.
+UNSUPPORTED_PIPELINES: Mapping[str, str] = {
+    "HunyuanVideoImageToVideoPipeline": "it starts from a picture, whose tokens it treats apart",
+    "HunyuanSkyreelsImageToVideoPipeline": "it starts from a picture, which it adds to the channels of the latents",
+    "HunyuanVideoFramepackPipeline": "it adds tokens of earlier frames to those of the video",
+    "HunyuanVideo15Pipeline": "HunyuanVideo 1.5 has another transformer",
+    "HunyuanVideo15ImageToVideoPipeline": "HunyuanVideo 1.5 has another transformer",
+}
 DEMO_TOKEN_SIDE = 8
 FLUX_TOKEN_SIDE = 16
+HUNYUAN_TEXT_CHANNELS = 4096  # of the Llama that HunyuanVideo was trained with
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".sft")
+
+
+@dataclass(frozen=True)
+class VideoTraits:
+    """What videos a model was trained on.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        frames: of a video.
+        fps: frames per second.
+        frames_per_latent: frames that a frame of latents stands for; videos have `k * frames_per_latent + 1` frames.
+    """
+
+    width: int
+    height: int
+    frames: int
+    fps: int
+    frames_per_latent: int = 4
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """What a prompt is put into before it is encoded.
+
+    Attributes:
+        template: text with the prompt at `{}`.
+        crop_start: tokens of it that are cut off before the prompt.
+    """
+
+    template: str
+    crop_start: int
+
+    def as_argument(self) -> dict[str, Any]:
+        """`prompt_template` of `HunyuanVideoPipeline.encode_prompt` and of its call."""
+        return {"template": self.template, "crop_start": self.crop_start}
 
 
 @dataclass(frozen=True)
@@ -28,18 +79,23 @@ class ModelChoice:
         kind: which of these three.
         family: which presets are made for it.
         reason: why this model.
-        native_side: height and width in pixels that it was trained at.
+        native_side: height and width in pixels that it was trained at; for videos, the side of a square as large.
         token_side: pixels per side of an image token.
         size_multiple: heights and widths must be multiples of it.
         text_tokens: length that prompts are padded or cut to.
         default_steps: denoising steps that suit it.
         default_guidance: guidance that suits it, None where it takes none.
+        default_shift: time shift that suits it, None for that of its scheduler.
+        true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
+        video: what videos it makes; None for a model of images.
+        prompt_template: what prompts are put into; None for the pipeline's own.
+        is_demo: whether it is a bundled model, which knows a few hundred words.
     """
 
     name: str
     source: str
     kind: Literal["hub", "folder", "file"]
-    family: Literal["flux", "demo"]
+    family: Literal["flux", "demo", "hunyuan"]
     reason: str
     native_side: int = 1024
     token_side: int = FLUX_TOKEN_SIDE
@@ -47,6 +103,16 @@ class ModelChoice:
     text_tokens: int = 512
     default_steps: int = 28
     default_guidance: float | None = 3.5
+    default_shift: float | None = None
+    true_guidance: bool = False
+    video: VideoTraits | None = None
+    prompt_template: PromptTemplate | None = None
+    is_demo: bool = False
+
+    @property
+    def medium(self) -> Medium:
+        """What it makes."""
+        return "image" if self.video is None else "video"
 
 
 _DEMO = ModelChoice(
@@ -60,6 +126,8 @@ _DEMO = ModelChoice(
     text_tokens=DEMO_FLUX.text_tokens,
     default_steps=DEMO_FLUX.steps,
     default_guidance=DEMO_FLUX.guidance,
+    true_guidance=True,
+    is_demo=True,
 )
 _FLUX_DEV = ModelChoice("flux-dev", "black-forest-labs/FLUX.1-dev", "hub", "flux", "chosen by name")
 # Distilled to four steps without guidance; its reference code cuts prompts at 256 tokens.
@@ -73,60 +141,145 @@ _FLUX_SCHNELL = ModelChoice(
     default_steps=4,
     default_guidance=None,
 )
-KNOWN_MODELS = {choice.name: choice for choice in (_DEMO, _FLUX_DEV, _FLUX_SCHNELL)}
+# As in Tencent's own sample script: 50 steps, embedded guidance 6, shift 7, prompts of up to 256 tokens.
+_HUNYUAN = ModelChoice(
+    "hunyuan",
+    "hunyuanvideo-community/HunyuanVideo",
+    "hub",
+    "hunyuan",
+    "chosen by name",
+    native_side=960,
+    text_tokens=256,
+    default_steps=50,
+    default_guidance=6.0,
+    default_shift=7.0,
+    video=VideoTraits(width=1280, height=720, frames=129, fps=24),
+)
+_DEMO_HUNYUAN = ModelChoice(
+    name="demo",
+    source=str(DEMO_HUNYUAN.path),
+    kind="folder",
+    family="hunyuan",
+    reason="chosen by name",
+    native_side=192,
+    text_tokens=DEMO_HUNYUAN.text_tokens,
+    default_steps=DEMO_HUNYUAN.steps,
+    default_guidance=DEMO_HUNYUAN.guidance,
+    true_guidance=True,
+    video=VideoTraits(DEMO_HUNYUAN.width, DEMO_HUNYUAN.height, DEMO_HUNYUAN.frames, DEMO_HUNYUAN.fps),
+    prompt_template=PromptTemplate(DEMO_HUNYUAN.template, DEMO_HUNYUAN.crop_start),
+    is_demo=True,
+)
+KNOWN_MODELS: Mapping[Medium, Mapping[str, ModelChoice]] = {
+    "image": {choice.name: choice for choice in (_DEMO, _FLUX_DEV, _FLUX_SCHNELL)},
+    "video": {choice.name: choice for choice in (_DEMO_HUNYUAN, _HUNYUAN)},
+}
 
 
-def choose_model(name: str | None) -> ModelChoice:
+def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     """The model that a name means: a known name, a folder, a `.safetensors` file, or a hub id `owner/name`.
 
-    Without a name it is `flux-dev` where a CUDA device is present, else `demo`; only then torch is imported.
+    Without a name it is `flux-dev`, or `hunyuan` for videos, where a CUDA device is present, else `demo`; only then
+    torch is imported.
+
+    Args:
+        name: as typed, or None.
+        medium: what it is to make; `demo` is another model for each.
 
     Raises:
-        ModelUnavailable: if the name means nothing, or a folder is not that of a Flux pipeline.
+        ModelUnavailable: if the name means nothing, or a folder is not that of a supported pipeline.
+        BadInput: if it makes the other medium, with the command that takes it.
     """
+    known = KNOWN_MODELS[medium]
     if name is None:
         import torch
 
         if torch.cuda.is_available():
-            return replace(_FLUX_DEV, reason="a CUDA device is present")
-        return replace(_DEMO, reason="no CUDA device is present")
-    if name in KNOWN_MODELS:
-        return KNOWN_MODELS[name]
+            return replace(_FLUX_DEV if medium == "image" else _HUNYUAN, reason="a CUDA device is present")
+        return replace(known["demo"], reason="no CUDA device is present")
+    if name in known:
+        return known[name]
+    if medium_of_name(name) not in (None, medium):
+        raise wrong_medium(name, medium)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _choose_folder(name, path)
+        return _choose_folder(name, path, medium)
     if path.suffix in _SINGLE_FILE_SUFFIXES or path.is_file():
-        return _choose_file(name, path)
+        return _choose_file(name, path, medium)
     if _HUB_ID.fullmatch(name):
-        template = _FLUX_SCHNELL if "schnell" in name.lower() else _FLUX_DEV
-        return replace(template, name=name, source=name, reason="hub id")
-    closest = nearest(name, KNOWN_MODELS)
+        return replace(_template(name, medium), name=name, source=name, reason="hub id")
+    closest = nearest(name, known)
     hint = f"did you mean {closest}? " if closest else ""
     raise ModelUnavailable(
         f"no model, folder or file is named {name!r}: {hint}"
-        f"known are {', '.join(KNOWN_MODELS)}, folders, .safetensors files, and hub ids such as owner/name"
+        f"known are {', '.join(known)}, folders, .safetensors files, and hub ids such as owner/name"
     )
 
 
-def _choose_file(name: str, path: Path) -> ModelChoice:
+def medium_of_name(name: str) -> Medium | None:
+    """What a model makes that is known by name, or by the folder of that name; None where that does not tell."""
+    media = [medium for medium, known in KNOWN_MODELS.items() if name in known]
+    if media:
+        return media[0] if len(media) == 1 else None
+    index = Path(name).expanduser() / "model_index.json"
+    if not index.is_file():
+        return None
+    return medium_of_pipeline(_read_json(index, name).get("_class_name"))
+
+
+def medium_of_pipeline(class_name: Any) -> Medium | None:
+    """What a pipeline class makes; None for one that is not supported."""
+    return next((medium for medium, classes in PIPELINES_OF_MEDIUM.items() if class_name in classes), None)
+
+
+def refusal_of_pipeline(name: str, class_name: Any, medium: Medium) -> BadInput | ModelUnavailable:
+    """What to raise for a model whose pipeline is none of those for `medium`."""
+    if medium_of_pipeline(class_name):
+        return wrong_medium(name, medium)
+    if reason := UNSUPPORTED_PIPELINES.get(class_name):
+        return ModelUnavailable(
+            f"{name} is a {class_name}, which is not supported: {reason}\n"
+            "give a HunyuanVideoPipeline, which makes videos from text alone"
+        )
+    wanted = " or ".join(PIPELINES_OF_MEDIUM[medium])
+    return ModelUnavailable(f"{name} is a {class_name}, which is not supported: give a folder or hub id of {wanted}")
+
+
+def wrong_medium(name: str, medium: Medium) -> BadInput:
+    """What to raise for a model that makes the other medium than `medium`."""
+    other: Medium = "video" if medium == "image" else "image"
+    names = ", ".join(KNOWN_MODELS[medium])
+    return BadInput(f"{name} makes {other}s: use it with grat {other}; for {medium}s give --model one of {names}")
+
+
+def _template(name: str, medium: Medium) -> ModelChoice:
+    """The known model that another checkpoint is most likely kin to."""
+    if medium == "video":
+        return _HUNYUAN
+    return _FLUX_SCHNELL if "schnell" in name.lower() else _FLUX_DEV
+
+
+def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
     if path.suffix not in _SINGLE_FILE_SUFFIXES:
         raise ModelUnavailable(f"{name} is not a .safetensors file: other formats are not supported")
     if not path.is_file():
         raise ModelUnavailable(f"there is no file {name}: check the path, or use --model demo")
-    template = _FLUX_SCHNELL if "schnell" in path.stem.lower() else _FLUX_DEV
+    template = _template(path.stem, medium)
     return replace(template, name=name, source=str(path), kind="file", reason="a file of that name")
 
 
-def _choose_folder(name: str, path: Path) -> ModelChoice:
+def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
     """A pipeline folder; the files in it tell how large its tokens are and how it takes guidance."""
-    index = _read_json(path / "model_index.json", name)
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINE_CLASSES:
-        raise ModelUnavailable(
-            f"{name} is a {pipeline}, which is not supported: give a folder of {' or '.join(PIPELINE_CLASSES)}"
-        )
-    transformer = _read_json(path / "transformer" / "config.json", name)
-    autoencoder = _read_json(path / "vae" / "config.json", name)
+    pipeline = _read_json(path / "model_index.json", name, medium).get("_class_name")
+    if pipeline not in PIPELINES_OF_MEDIUM[medium]:
+        raise refusal_of_pipeline(name, pipeline, medium)
+    transformer = _read_json(path / "transformer" / "config.json", name, medium)
+    autoencoder = _read_json(path / "vae" / "config.json", name, medium)
+    choice = _video_folder(transformer, autoencoder) if medium == "video" else _flux_folder(transformer, autoencoder)
+    return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
+
+
+def _flux_folder(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
     # AutoencoderTiny does not store its own block_out_channels.
     blocks = autoencoder.get("block_out_channels") or autoencoder.get("decoder_block_out_channels") or [0] * 4
     token_side = 2 ** (len(blocks) - 1) * 2
@@ -134,24 +287,33 @@ def _choose_folder(name: str, path: Path) -> ModelChoice:
         template = _DEMO
     else:
         template = _FLUX_DEV if transformer.get("guidance_embeds") else _FLUX_SCHNELL
+    return replace(template, token_side=token_side, size_multiple=max(template.size_multiple, token_side))
+
+
+def _video_folder(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
+    """A pipeline with a small text encoder is taken for kin of the demo. Defaults are those of diffusers' classes."""
+    like_hunyuan = transformer.get("text_embed_dim", HUNYUAN_TEXT_CHANNELS) == HUNYUAN_TEXT_CHANNELS
+    # Its own scheduler's shift: a fine-tune may have another than HunyuanVideo.
+    template = replace(_HUNYUAN, default_shift=None) if like_hunyuan else _DEMO_HUNYUAN
+    assert template.video is not None
+    token_side = autoencoder.get("spatial_compression_ratio", 8) * transformer.get("patch_size", 2)
+    frames_per_latent = autoencoder.get("temporal_compression_ratio", 4)
     return replace(
         template,
-        name=name,
-        source=str(path),
-        kind="folder",
-        reason="a folder of that name",
         token_side=token_side,
         size_multiple=max(template.size_multiple, token_side),
+        true_guidance=not transformer.get("guidance_embeds", True),
+        video=replace(template.video, frames_per_latent=frames_per_latent),
     )
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def _read_json(path: Path, name: str, medium: Medium = "image") -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelUnavailable(
             f"{name} is not a pipeline folder: {path} is missing\n"
-            "give a folder that a FluxPipeline was saved to, or use --model demo"
+            f"give a folder that a {PIPELINES_OF_MEDIUM[medium][0]} was saved to, or use --model demo"
         ) from None
     except (OSError, ValueError) as error:
         raise ModelUnavailable(f"{path} cannot be read ({error}): get the folder again, or use --model demo") from error

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 QUERY, EXACT, NOT_ATTENDED = "Q", "#", "."
 _MOST_ROWS = 32
+_GAP = "  "  # between frames of a video
 _STYLES = {QUERY: "bold yellow", EXACT: "green", NOT_ATTENDED: "dim"}
 _COLOURS = {QUERY: (242, 163, 38), EXACT: (32, 106, 93), NOT_ATTENDED: (236, 236, 232)}
 _FAR_COLOURS = ((120, 178, 164), (174, 209, 200), (208, 227, 221))
 
 
 def marks(plan: Plan) -> npt.NDArray[np.str_]:
-    """One character per group of a two-axis grid: the query group in the middle, and how it attends the others."""
+    """One character per group of the grid: the query group in the middle, and how it attends the others."""
     grouping = plan.grouping
     query = np.asarray([[count // 2 for count in grouping.counts]], np.int64)
     levels = plan.pattern.levels(query, grouping.coordinates, grouping.counts)[0].reshape(grouping.counts)
@@ -34,42 +35,60 @@ def marks(plan: Plan) -> npt.NDArray[np.str_]:
 
 
 def text_picture(plan: Plan, columns: int) -> Text:
-    """The pattern with a legend, scaled down to fit so many columns."""
+    """The pattern with a legend, scaled down to fit so many columns; of a video one picture per frame of groups."""
     from rich.text import Text
 
-    characters = marks(plan)
+    frames = _frames(plan)
     # Two columns per group, because characters are about twice as tall as wide.
-    factor = max(1, -(-characters.shape[0] // _MOST_ROWS), -(-2 * characters.shape[1] // columns))
+    factor = max(1, -(-frames.shape[1] // _MOST_ROWS), -(-2 * frames.shape[2] // columns))
+    scaled = [_scaled_down(frame, factor) for frame in frames]
+    abreast = max(1, (columns + len(_GAP)) // (2 * scaled[0].shape[1] + len(_GAP)))
     picture = Text()
-    for row in _scaled_down(characters, factor):
-        for character in row:
-            picture.append(f"{character} ", style=_STYLES.get(str(character), "blue"))
-        picture.append("\n")
+    for first in range(0, len(scaled), abreast):
+        beside = scaled[first : first + abreast]
+        if first:
+            picture.append("\n")
+        for row in range(len(beside[0])):
+            for number, frame in enumerate(beside):
+                picture.append(_GAP if number else "")
+                for character in frame[row]:
+                    picture.append(f"{character} ", style=_STYLES.get(str(character), "blue"))
+            picture.append("\n")
     legend = [f"{QUERY} query group", f"{EXACT} attended token by token"]
     for number, level in enumerate(plan.pattern.far_levels, start=1):
         legend.append(f"{number} through means of {'x'.join(map(str, level.block))} tokens")
-    if (characters == NOT_ATTENDED).any():
+    if (frames == NOT_ATTENDED).any():
         legend.append(f"{NOT_ATTENDED} not attended")
     if factor > 1:
         legend.append(f"each mark is {factor}x{factor} groups, the closest attention among them")
+    if len(frames) > 1:
+        legend.append("one picture per group of frames, in the order of time")
     picture.append("\n".join(legend))
     return picture
 
 
 def image_picture(plan: Plan) -> Image:
-    """The pattern as an image, one square per group."""
+    """The pattern as an image, one square per group; of a video one frame below another."""
     from PIL import Image
 
-    characters = marks(plan)
-    side = max(4, min(32, 1024 // max(characters.shape)))
-    cells = np.empty((*characters.shape, 3), np.uint8)
-    for character in np.unique(characters):
+    frames = _frames(plan)
+    side = max(4, min(32, 1024 // max(frames.shape[1:])))
+    cells = np.empty((*frames.shape, 3), np.uint8)
+    for character in np.unique(frames):
         far = str(character).isdigit()
         colour = _FAR_COLOURS[min(int(character), len(_FAR_COLOURS)) - 1] if far else _COLOURS[str(character)]
-        cells[characters == character] = colour
-    pixels = cells.repeat(side, axis=0).repeat(side, axis=1)
-    pixels[::side], pixels[:, ::side] = 255, 255  # thin lines between the groups
-    return Image.fromarray(pixels)
+        cells[frames == character] = colour
+    pixels = cells.repeat(side, axis=1).repeat(side, axis=2)
+    pixels[:, ::side], pixels[:, :, ::side] = 255, 255  # thin lines between the groups
+    gap = np.full((len(frames), side, *pixels.shape[2:]), 255, np.uint8)
+    stacked = np.concatenate([pixels, gap], axis=1).reshape(-1, *pixels.shape[2:])
+    return Image.fromarray(stacked[:-side])
+
+
+def _frames(plan: Plan) -> npt.NDArray[np.str_]:
+    """The marks as frames of rows and columns; of an image one frame."""
+    characters = marks(plan)
+    return characters.reshape(-1, *characters.shape[-2:])
 
 
 def _scaled_down(characters: npt.NDArray[np.str_], factor: int) -> npt.NDArray[np.str_]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from grat_cli.architectures import Architecture, architecture_of
+from grat_cli.architectures import Architecture, VideoDecoder, architecture_of
+from grat_cli.errors import ModelUnavailable
 from grat_cli.models import ModelChoice
 from grat_cli.presets import Preset
 from grat_cli.resolution import Resolution
 from grat_cli.schedule import AttentionSchedule
+from grat_cli.video_size import VideoSize
 from grat_kernels import Grid, Plan
 
 SCHEMA = "grat.plan/1"
@@ -22,6 +26,7 @@ class Forecast:
     """A run's attention, laid out.
 
     Attributes:
+        size: of the picture or video.
         schedule: the plans of all steps and layers.
         main_plan: the plan that serves most attention calls.
         full_flop_per_step: floating-point operations of one step's attention if it were full.
@@ -31,7 +36,7 @@ class Forecast:
     preset: Preset
     model: str
     architecture: Architecture
-    resolution: Resolution
+    size: Resolution | VideoSize
     dtype: str
     schedule: AttentionSchedule
     main_plan: Plan
@@ -50,8 +55,9 @@ class Forecast:
             "schema": SCHEMA,
             "model": self.model,
             "preset": self.preset.model_dump(mode="json"),
-            "width": self.resolution.width,
-            "height": self.resolution.height,
+            "width": self.size.width,
+            "height": self.size.height,
+            **_time_axis(self.size),
             "grid": list(self.schedule.grid.shape),
             "tokens": {"image": plan.image_tokens, "text": plan.text_len, "total": plan.tokens},
             "group": list(plan.grouping.group),
@@ -73,29 +79,75 @@ class Forecast:
         }
 
 
+def _time_axis(size: Resolution | VideoSize) -> dict[str, Any]:
+    if isinstance(size, VideoSize):
+        return {"frames": size.frames, "fps": size.fps, "seconds": round(size.seconds, 3)}
+    return {}
+
+
 def architecture_for(choice: ModelChoice) -> Architecture:
-    """The shape of a chosen model; its heads and layers are those of its family where it is not a known one."""
-    return replace(
+    """The shape of a chosen model: of a folder as its files say, else that of its family.
+
+    Raises:
+        ModelUnavailable: if the folder lacks the configuration of a part, or that is damaged.
+    """
+    architecture = replace(
         architecture_of(choice.name, choice.family),
         text_tokens=choice.text_tokens,
         token_side=choice.token_side,
         native_side=choice.native_side,
+        runs_twice=choice.true_guidance,
+        frames_per_latent=None if choice.video is None else choice.video.frames_per_latent,
+    )
+    if choice.kind != "folder":
+        return architecture
+    folder = Path(choice.source)
+    try:
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+        if architecture.decoder is not None:
+            autoencoder = json.loads((folder / "vae" / "config.json").read_text())
+            channels = tuple(int(channels) for channels in autoencoder["block_out_channels"])
+            architecture = replace(architecture, decoder=VideoDecoder(channels, int(autoencoder["layers_per_block"])))
+        return replace(
+            architecture,
+            heads=int(config["num_attention_heads"]),
+            head_dim=int(config["attention_head_dim"]),
+            layers=int(config["num_layers"]) + int(config["num_single_layers"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelUnavailable(
+            f"{choice.name} is incomplete: in {folder} a configuration is missing or damaged ({error})\n"
+            + ("install grat again, or choose another --model" if choice.name == "demo" else "get the folder again")
+        ) from error
+
+
+def grid_for(architecture: Architecture, size: Resolution | VideoSize) -> Grid:
+    """The image tokens of a picture or video."""
+    sides = size.height // architecture.token_side, size.width // architecture.token_side
+    if not isinstance(size, VideoSize):
+        return Grid(sides)
+    assert architecture.frames_per_latent is not None, "the model makes images"
+    return Grid(((size.frames - 1) // architecture.frames_per_latent + 1, *sides))
+
+
+def schedule_for(preset: Preset, architecture: Architecture, size: Resolution | VideoSize) -> AttentionSchedule:
+    """The schedule of a picture or video.
+
+    Raises:
+        BadInput: if the preset does not fit its tokens, or its rules not the steps and layers.
+    """
+    return AttentionSchedule(
+        preset,
+        grid_for(architecture, size),
+        architecture.text_tokens,
+        architecture.text_first,
+        steps=preset.sampling.steps,
+        layers=architecture.layers,
     )
 
 
-def schedule_for(preset: Preset, architecture: Architecture, resolution: Resolution) -> AttentionSchedule:
-    """The schedule of a picture.
-
-    Raises:
-        BadInput: if the preset does not fit the picture's tokens, or its rules not the steps and layers.
-    """
-    grid = Grid((resolution.height // architecture.token_side, resolution.width // architecture.token_side))
-    text_tokens, layers = architecture.text_tokens, architecture.layers
-    return AttentionSchedule(preset, grid, text_tokens, text_first=True, steps=preset.sampling.steps, layers=layers)
-
-
 def forecast(
-    preset: Preset, model: str, architecture: Architecture, resolution: Resolution, dtype: str = "auto"
+    preset: Preset, model: str, architecture: Architecture, size: Resolution | VideoSize, dtype: str = "auto"
 ) -> Forecast:
     """Lays out a run.
 
@@ -103,15 +155,15 @@ def forecast(
         preset: resolved.
         model: name of the model.
         architecture: its shape.
-        resolution: size of the picture.
+        size: of the picture or video.
         dtype: of query, key and value; `auto` is bfloat16, float32 for the demo.
 
     Raises:
-        BadInput: if the preset does not fit the picture.
+        BadInput: if the preset does not fit the picture or video.
     """
     if dtype == "auto":
-        dtype = "float32" if architecture.family == "demo" else "bfloat16"
-    schedule = schedule_for(preset, architecture, resolution)
+        dtype = "float32" if model == "demo" else "bfloat16"
+    schedule = schedule_for(preset, architecture, size)
     main_plan = max(schedule.uses, key=lambda plan: schedule.uses[plan])
     width = architecture.heads * architecture.head_dim
     # Two products of tokens x width x tokens, a multiplication and an addition each.
@@ -121,7 +173,7 @@ def forecast(
         preset=preset,
         model=model,
         architecture=architecture,
-        resolution=resolution,
+        size=size,
         dtype=dtype,
         schedule=schedule,
         main_plan=main_plan,

@@ -15,12 +15,13 @@ PHASE_WORDS = {
     "text": "reading the prompt",
     "denoise": "denoising",
     "decode": "decoding",
+    "encode": "writing the video",
     "save": "saving",
 }
 
 
 class ProgressDisplay:
-    """A `generation.Progress` that is shown while a `with` block lasts; this one shows nothing."""
+    """A `generation_request.Progress` that is shown while a `with` block lasts; this one shows nothing."""
 
     def __enter__(self) -> ProgressDisplay:
         return self
@@ -34,7 +35,7 @@ class ProgressDisplay:
         yield
 
     def phase(self, name: str) -> None:
-        """A phase begins: load, text, denoise, decode or save."""
+        """A phase begins: load, text, denoise, decode, encode or save."""
 
     def step(self, done: int, total: int) -> None:
         """So many denoising steps are done."""
@@ -48,18 +49,17 @@ class LogProgress(ProgressDisplay):
 
     def __init__(self, output: Output, interval_s: float = 10.0) -> None:
         self._output, self._interval_s = output, interval_s
-        self._phase, self._began, self._last_line = "", 0.0, 0.0
+        self._pace, self._last_line = _Pace(), 0.0
 
     def phase(self, name: str) -> None:
-        self._phase, self._began = name, time.monotonic()
-        self._last_line = self._began
+        self._pace = _Pace()
+        self._last_line = time.monotonic()
         self._output.hint(PHASE_WORDS.get(name, name))
 
     def step(self, done: int, total: int) -> None:
-        now = time.monotonic()
+        per_step, now = self._pace.after(done), time.monotonic()
         if done and (now - self._last_line >= self._interval_s or done == total):
             self._last_line = now
-            per_step = (now - self._began) / done
             self._output.hint(f"step {done}/{total}, {pace(per_step)}, {duration(per_step * (total - done))} left")
 
     def note(self, text: str) -> None:
@@ -84,7 +84,7 @@ class LiveProgress(ProgressDisplay):
             expand=True,
         )
         self._task = self._progress.add_task("", total=None, steps="")
-        self._began = 0.0
+        self._pace = _Pace()
 
     def __enter__(self) -> LiveProgress:
         self._progress.start()
@@ -102,18 +102,32 @@ class LiveProgress(ProgressDisplay):
             self._progress.start()
 
     def phase(self, name: str) -> None:
-        self._began = time.monotonic()
+        self._pace = _Pace()
         self._progress.reset(self._task, description=PHASE_WORDS.get(name, name), total=None, steps="")
 
     def step(self, done: int, total: int) -> None:
         steps = f"{done}/{total}"
+        per_step = self._pace.after(done)
         if done:
-            per_step = (time.monotonic() - self._began) / done
             steps += f" {pace(per_step)} {duration(per_step * (total - done))} left"
         self._progress.update(self._task, completed=done, total=total, steps=steps)
 
     def note(self, text: str) -> None:
         self._output.hint(text)
+
+
+class _Pace:
+    """Time per step, counted from where a phase began; a resumed run does not begin at step 0."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._before: int | None = None
+
+    def after(self, done: int) -> float:
+        """Mean seconds per step, when `done` steps of the whole run are done."""
+        if self._before is None:
+            self._before = max(0, done - 1)
+        return (time.monotonic() - self._began) / max(1, done - self._before)
 
 
 def pace(seconds_per_step: float) -> str:

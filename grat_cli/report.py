@@ -1,4 +1,4 @@
-"""Reports: what made a picture, how long it took, on what; written beside it, and in part inside it."""
+"""Reports: what made a picture or video, how long it took, on what; written beside it, and in part inside it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from grat_cli.denoising import GenerationRecord
     from grat_cli.generation import GeneratedImage
+    from grat_cli.generation_request import GenerationRequest
     from grat_cli.image_request import ImageRequest
+    from grat_cli.video_request import VideoRequest
 
 SCHEMA = "grat.report/1"
 
-# What a run cost says nothing about how to repeat it, and stays out of the picture.
-_COSTS = ("phases", "steps", "peak_memory_bytes", "peak_memory_kind")
+# What a run cost says nothing about how to repeat it, and stays out of the output.
+_COSTS = ("phases", "steps", "peak_memory_bytes", "peak_memory_kind", "memory")
 _STEPS_SHOWN_WHOLE = 4
 
 
@@ -33,7 +36,57 @@ def build_report(request: ImageRequest, generated: GeneratedImage, command: str,
         command: the command line as typed.
         created: when, with time zone.
     """
-    schedule = generated.schedule
+    how = {
+        "init_image": None if request.init_image is None else str(request.init_image),
+        "strength": None if request.init_image is None else request.strength,
+    }
+    return _report(request, generated, command, created, how)
+
+
+def build_video_report(request: VideoRequest, made: GenerationRecord, created: datetime) -> dict[str, Any]:
+    """Everything about one video, as plain data, as far as it has been made.
+
+    Args:
+        request: what was asked for.
+        made: what came of it up to the end of denoising.
+        created: when, with time zone.
+    """
+    how = {
+        "frames": request.frames,
+        "fps": request.fps,
+        "seconds": round(request.frames / request.fps, 3),
+        "format": request.format,
+        "crf": request.crf,
+    }
+    built = _report(request, made, request.command, created, how)
+    # Of a run that is not done yet, `steps` has those that are.
+    built["sampling"]["steps"] = request.preset.sampling.steps
+    return built
+
+
+def measured(
+    report: Mapping[str, Any], phases_ms: Mapping[str, float], memory_bytes: Mapping[str, int]
+) -> dict[str, Any]:
+    """A video's report with time and peak memory of its phases.
+
+    Args:
+        report: of `build_video_report`.
+        phases_ms: milliseconds by phase.
+        memory_bytes: peak memory by phase.
+    """
+    return {
+        **report,
+        "phases": {name: round(milliseconds, 3) for name, milliseconds in phases_ms.items()},
+        "memory": dict(memory_bytes),
+        "peak_memory_bytes": max([0, *memory_bytes.values()]),
+    }
+
+
+def _report(
+    request: GenerationRequest, made: GenerationRecord, command: str, created: datetime, how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A report; `how` is what pictures and videos do not have in common."""
+    schedule = made.schedule
     image_tokens = schedule.grid.tokens
     return {
         "schema": SCHEMA,
@@ -41,55 +94,54 @@ def build_report(request: ImageRequest, generated: GeneratedImage, command: str,
         "command": command,
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
-        "seed": generated.seed,
-        "width": generated.width,
-        "height": generated.height,
-        "init_image": None if request.init_image is None else str(request.init_image),
-        "strength": None if request.init_image is None else request.strength,
+        "seed": made.seed,
+        "width": made.width,
+        "height": made.height,
+        **how,
         "preset": request.preset.model_dump(mode="json"),
         "model": {
             "name": request.model.name,
             "source": request.model.source,
             "family": request.model.family,
-            "revision": generated.model_revision,
+            "revision": made.model_revision,
             "base": request.base,
             "reason": request.model.reason,
         },
         "sampling": {
-            "steps": len(generated.steps),
-            "guidance": generated.guidance,
-            "shift": generated.shift,
+            "steps": len(made.steps),
+            "guidance": made.guidance,
+            "shift": made.shift,
         },
         "grid": list(schedule.grid.shape),
         "tokens": {
             "image": image_tokens,
-            "text": generated.text_tokens,
-            "total": image_tokens + generated.text_tokens,
+            "text": made.text_tokens,
+            "total": image_tokens + made.text_tokens,
         },
         "density": schedule.density,
         "ideal_speedup": schedule.ideal_speedup,
         "backend": {
             "requested": request.preset.kernel.backend,
-            "used": generated.backend,
-            "reason": generated.backend_reason,
-            "preparation": generated.preparation,
+            "used": made.backend,
+            "reason": made.backend_reason,
+            "preparation": made.preparation,
         },
         "device": {
-            "name": generated.device,
-            "model": generated.device_name,
-            "dtype": generated.dtype,
+            "name": made.device,
+            "model": made.device_name,
+            "dtype": made.dtype,
             "offload": request.offload,
         },
         "versions": versions(),
-        "phases": {name: round(milliseconds, 3) for name, milliseconds in generated.phases_ms.items()},
-        "steps": [_rounded(asdict(step)) for step in generated.steps],
-        "peak_memory_bytes": generated.peak_memory_bytes,
-        "peak_memory_kind": generated.peak_memory_kind,
+        "phases": {name: round(milliseconds, 3) for name, milliseconds in made.phases_ms.items()},
+        "steps": [_rounded(asdict(step)) for step in made.steps],
+        "peak_memory_bytes": made.peak_memory_bytes,
+        "peak_memory_kind": made.peak_memory_kind,
     }
 
 
 def provenance(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a report that goes into the picture: all but what the run cost."""
+    """The part of a report that goes into the picture or video: all but what the run cost."""
     return {name: value for name, value in report.items() if name not in _COSTS}
 
 
@@ -105,7 +157,7 @@ def timing_table(report: Mapping[str, Any]) -> RenderableType:
 
 
 def pictures_table(reports: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One line per picture: denoising time, the part of it in attention, density."""
+    """One line per picture or video: denoising time, the part of it in attention, density."""
     table = _table("seed")
     for made in reports:
         table.add_row(str(made["seed"]), *_cells(_sum(made["steps"])))

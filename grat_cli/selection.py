@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from grat_cli.errors import BadInput, choices
 from grat_cli.models import ModelChoice
 from grat_cli.presets import AXES, VARIANTS, Preset, Sampling, load_preset, preset_names, resolve_preset
 
 # The presets that come with grat are named after the family and one of these; `far` is the recommended one.
-PRESET_VARIANTS = ("full", "b", "b-wide", "x", "bx", "far", "sta")
+_OF_IMAGES = ("full", "b", "b-wide", "x", "bx", "far", "sta")
+PRESET_VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "flux": _OF_IMAGES,
+    "demo": _OF_IMAGES,
+    "hunyuan": ("full", "b", "planes", "lines", "bx", "far", "sta"),
+}
 RECOMMENDED = "far"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -33,19 +38,23 @@ def select_preset(
     """The resolved preset of a run.
 
     Without `preset`, `variant` names one of the presets for the model's family; with it, `variant` replaces the
-    preset's own. A preset that comes with grat serves all models of a family, so steps and guidance are the model's.
+    preset's own. On videos `x` is short for `planes`, as the authors of GRAT-X published it, or with a share of 2 for
+    `lines`. A preset that comes with grat serves all models of a family, so steps, guidance and shift are the model's.
 
     Raises:
         BadInput: naming the option that does not fit.
     """
+    variants = PRESET_VARIANTS[model.family]
     if preset is None:
-        if variant is not None and variant not in PRESET_VARIANTS:
-            raise BadInput(f"there is no variant {variant!r}: {choices(variant, PRESET_VARIANTS)}")
+        if variant == "x" and variant not in variants:
+            variant = "lines" if share == 2 else "planes"
+        if variant is not None and variant not in variants:
+            raise BadInput(f"there is no variant {variant!r}: {choices(variant, variants)}")
         base = load_preset(f"{model.family}-{variant or RECOMMENDED}")
         variant = None
     else:
         base = load_preset(preset)
-        if variant is not None and variant not in VARIANTS and variant in PRESET_VARIANTS:
+        if variant is not None and variant not in VARIANTS and variant in variants:
             raise BadInput(
                 f"--variant {variant} is short for the preset {model.family}-{variant}: leave out --preset, "
                 f"or choose from {', '.join(VARIANTS)}"
@@ -53,19 +62,29 @@ def select_preset(
     if AXES[base.model] != AXES[model.family]:
         raise BadInput(f"preset {base.name} is for {base.model} models, {model.name} is not one: see grat presets")
     if base.name in preset_names():
-        sampling = Sampling(steps=model.default_steps, guidance=model.default_guidance, shift=base.sampling.shift)
+        shift = model.default_shift if base.sampling.shift is None else base.sampling.shift
+        sampling = Sampling(steps=model.default_steps, guidance=model.default_guidance, shift=shift)
         base = base.model_copy(update={"sampling": sampling})
     return resolve_preset(
         base,
         set_items=set_items,
         variant=variant,
-        group=_sizes("--group", group, "16 or 16x16"),
-        radius=_sizes("--radius", radius, "2 or 1x2"),
+        group=_sizes("--group", group, "16, 16x16 or 4x8x8"),
+        radius=_sizes("--radius", radius, "2, 1x2 or 1x2x2"),
         share=share,
         backend=backend,
         steps=steps,
         guidance=guidance,
     )
+
+
+def variant_word(preset: Preset) -> str:
+    """The variant in a file's name: `b`, `planes`, or `b-far` with a far field."""
+    attention = preset.attention
+    word: str = attention.variant
+    if word == "x" and AXES[preset.model] == 3:
+        word = {1: "planes", 2: "lines"}.get(attention.share or 1, word)
+    return word + ("-far" if attention.far else "")
 
 
 def mismatch_note(preset: Preset, model: ModelChoice) -> str | None:

@@ -125,23 +125,50 @@ def _stopwatch(device: torch.device | str) -> tuple[Callable[[], Any], Callable[
 
 
 class Phases:
-    """Wall-clock time of the phases of a run: `with phases("denoise"): ...`.
+    """Wall-clock time and peak memory of the phases of a run: `with phases("denoise"): ...`.
 
-    A phase that is entered again adds up. On a CUDA device the end of a phase waits for the device, so that work
-    is counted in the phase that issued it.
+    A phase that is entered again adds its time up, and keeps the highest of its peaks. On a CUDA device the end of a
+    phase waits for the device, so that work is counted in the phase that issued it. A phase that fails is left out.
 
     Attributes:
         phases_ms: milliseconds by phase name, in order of first entry.
+        memory_bytes: peak memory by phase name.
     """
 
-    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
-        """`wait` returns when the device has finished what was issued to it."""
+    def __init__(
+        self,
+        wait: Callable[[], None] = lambda: None,
+        forget_peak: Callable[[], None] = lambda: None,
+        peak_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Tells phases how to measure.
+
+        Args:
+            wait: returns when the device has finished what was issued to it.
+            forget_peak: starts a new measurement of peak memory.
+            peak_bytes: the peak since then.
+        """
         self.phases_ms: dict[str, float] = {}
-        self._wait = wait
+        self.memory_bytes: dict[str, int] = {}
+        self._wait, self._forget_peak, self._peak_bytes = wait, forget_peak, peak_bytes
+        self._running: tuple[str, float] | None = None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._wait()
-        self.phases_ms[name] = self.phases_ms.get(name, 0.0) + (time.perf_counter() - begin) * 1000
+        self._forget_peak()
+        self._running = name, time.perf_counter()
+        try:
+            yield
+            self._wait()
+            self.phases_ms, self.memory_bytes = self.so_far()
+        finally:
+            self._running = None
+
+    def so_far(self) -> tuple[dict[str, float], dict[str, int]]:
+        """`phases_ms` and `memory_bytes` with what the running phase, if any, has taken until now."""
+        phases_ms, memory_bytes = dict(self.phases_ms), dict(self.memory_bytes)
+        if self._running is not None:
+            name, began = self._running
+            phases_ms[name] = phases_ms.get(name, 0.0) + (time.perf_counter() - began) * 1000
+            memory_bytes[name] = max(memory_bytes.get(name, 0), self._peak_bytes())
+        return phases_ms, memory_bytes

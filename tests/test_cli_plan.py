@@ -98,6 +98,45 @@ def test_plan_takes_the_model_from_the_preset_and_the_preset_from_the_model() ->
     assert "made for demo models" in grat("plan", "demo-b", "--model", "flux-dev").err
 
 
+# What design and paper claim of 720p with 129 frames: 33x45x80 tokens in groups of 4x8x8, 256 tokens of text.
+@pytest.mark.parametrize(("variant", "density"), [("planes", 0.345), ("lines", 0.049), ("b", 0.047), ("full", 1.0)])
+def test_plan_of_a_video(variant: str, density: float) -> None:
+    data = grat("plan", "--model", "hunyuan", "--res", "720p", "--frames", "129", "--variant", variant, "--json").data
+    assert (data["width"], data["height"], data["frames"], data["fps"]) == (1280, 720, 129, 24)
+    assert (data["grid"], data["groups"]) == ([33, 45, 80], [9, 6, 10])
+    assert data["tokens"] == {"image": 118800, "text": 256, "total": 119056}
+    assert data["density"] == pytest.approx(density, abs=0.003)
+    assert data["attention_flop_per_step"]["full"] == 60 * 4 * 119056**2 * 24 * 128
+    assert (data["steps"], data["layers"], data["dtype"]) == (50, 60, "bfloat16")
+
+
+def test_a_radius_per_axis_counts_groups_of_frames_rows_and_columns() -> None:
+    data = grat("plan", "--model", "hunyuan", "--variant", "b", "--radius", "1x2x2", "--json").data
+    plan = build_plan(Grouping(Grid((33, 45, 80)), (4, 8, 8)), Block((1, 2, 2)), 256, text_first=False)
+    assert data["density"] == pytest.approx(plan.density)
+
+
+def test_options_of_videos_plan_a_video() -> None:
+    assert grat("plan", "--seconds", "5", "--json").data["model"] == "hunyuan"
+    assert grat("plan", "--variant", "lines", "--json").data["preset"]["name"] == "hunyuan-lines"
+    result = grat("plan", "hunyuan-b", "--seconds", "5", "--aspect", "9:16", "--res", "540p")
+    assert "544x960 pixels, 121 frames, 5.04 s" in result.out
+    assert "63,240 video (31 frames x 60 rows x 34) + 256 text" in result.out
+    assert "120 frames (5 s at 24 per second) are rounded up to 121" in result.err
+    assert "540p is 544x960" in result.err
+
+
+def test_plan_of_a_video_shows_every_frame_of_groups(tmp_path: Path) -> None:
+    arguments = ("plan", "--res", "256x144", "--frames", "33", "--variant", "lines", "--group", "4x4x4")
+    shown = picture_of(re.sub(r" {3}", " ", grat(*arguments).out))  # three frames of 3x4 groups, side by side
+    assert shown == ["......#.....", "..#.##Q#..#.", "......#....."]
+    path = tmp_path / "pattern.png"
+    assert grat(*arguments, "--picture", path).code == 0
+    with Image.open(path) as image:
+        side = image.width // 4
+        assert image.height == (3 * 3 + 2) * side
+
+
 def test_presets_are_listed_shown_and_checked(tmp_path: Path) -> None:
     listed = grat("presets").out
     assert all(f" {name} " in f" {listed}" for name in preset_names())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grat_cli.errors import BadInput
-from grat_cli.models import KNOWN_MODELS, choose_model
+from grat_cli.models import choose_model
 from grat_cli.planning import architecture_for, schedule_for
 from grat_cli.preset_schema import Attention
 from grat_cli.presets import (
@@ -25,8 +25,9 @@ from grat_cli.presets import (
 )
 from grat_cli.resolution import Resolution
 from grat_cli.selection import PRESET_VARIANTS, select_preset
+from grat_cli.video_size import VideoSize
 from grat_cli.yaml_source import read_text
-from grat_kernels import Block, CrissCross, Far, Full, SlidingTile, Union
+from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
 
 MINIMAL = "name: mine\nmodel: flux\nattention: {variant: b, group: [16, 16]}\n"
 
@@ -55,16 +56,26 @@ def test_shipped_presets_are_named_after_their_file_and_explain_themselves(name:
 @pytest.mark.parametrize("name", preset_names())
 def test_shipped_presets_cost_what_they_say(name: str) -> None:
     preset = load_preset(name)
-    choice = KNOWN_MODELS["demo" if preset.model == "demo" else "flux-dev"]
-    claims = re.findall(r"1/([\d.]+)(?: of the attention work)? at (\d+)x(\d+)", preset.description)
-    assert claims or preset.attention.variant == "full"
-    for claim, width, height in claims:
-        laid_out = schedule_for(preset, architecture_for(choice), Resolution(int(width), int(height)))
+    choice = {
+        "flux": choose_model("flux-dev"),
+        "demo": choose_model("demo"),
+        "hunyuan": choose_model("hunyuan", "video"),
+    }[preset.model]
+    found = re.findall(
+        r"1/([\d.]+)(?: of the attention work)? at (\d+)x(\d+)(?: with (\d+) frames)?", preset.description
+    )
+    assert found or preset.attention.variant == "full"
+    for claim, width, height, frames in found:
+        resolution = Resolution(int(width), int(height))
+        size = VideoSize(resolution.width, resolution.height, int(frames), 24) if frames else resolution
+        laid_out = schedule_for(preset, architecture_for(choice), size)
         assert abs(laid_out.ideal_speedup - float(claim)) <= (0.05 if "." in claim else 0.5)
 
 
 def test_every_family_has_every_variant() -> None:
-    assert set(preset_names()) == {f"{family}-{variant}" for family in ("flux", "demo") for variant in PRESET_VARIANTS}
+    assert set(preset_names()) == {
+        f"{family}-{variant}" for family, variants in PRESET_VARIANTS.items() for variant in variants
+    }
 
 
 def test_presets_of_the_paper_are_pure() -> None:
@@ -76,14 +87,25 @@ def test_presets_of_the_paper_are_pure() -> None:
 
 
 def test_patterns() -> None:
-    patterns = {name: load_preset(f"flux-{name}").attention.pattern() for name in PRESET_VARIANTS}
-    assert patterns == {
+    def patterns(family: str) -> dict[str, Pattern]:
+        return {name: load_preset(f"{family}-{name}").attention.pattern() for name in PRESET_VARIANTS[family]}
+
+    assert patterns("flux") == {
         "full": Full(),
         "b": Block(1),
         "b-wide": Block(2),
         "x": CrissCross(1),
         "bx": Union(Block(1), CrissCross(1)),
         "far": Union(Block(1), Far([(1, (8, 8))])),
+        "sta": SlidingTile(3),
+    }
+    assert patterns("hunyuan") == {
+        "full": Full(),
+        "b": Block(1),
+        "planes": CrissCross(1),
+        "lines": CrissCross(2),
+        "bx": Union(Block(1), CrissCross(2)),
+        "far": Union(Block(1), Far([(1, (4, 4, 4))])),
         "sta": SlidingTile(3),
     }
 
@@ -321,13 +343,42 @@ def test_the_recommended_preset_and_the_variants_by_name() -> None:
     flux, demo = choose_model("flux-dev"), choose_model("demo")
     assert select_preset(flux).name == "flux-far"
     assert select_preset(demo).name == "demo-far"
-    assert {select_preset(demo, variant=name).name for name in PRESET_VARIANTS} == {
-        f"demo-{name}" for name in PRESET_VARIANTS
+    assert {select_preset(demo, variant=name).name for name in PRESET_VARIANTS["demo"]} == {
+        f"demo-{name}" for name in PRESET_VARIANTS["demo"]
     }
     assert select_preset(flux, preset="flux-b-wide", variant="bx", radius="1x3").attention.radius == (1, 3)
     assert [select_preset(flux, preset="flux-b", variant=variant).attention.variant for variant in VARIANTS] == list(
         VARIANTS
     )
+
+
+def test_presets_of_videos_by_variant() -> None:
+    hunyuan = choose_model("hunyuan", "video")
+    assert select_preset(hunyuan).name == "hunyuan-far"
+    assert {select_preset(hunyuan, variant=name).name for name in PRESET_VARIANTS["hunyuan"]} == {
+        f"hunyuan-{name}" for name in PRESET_VARIANTS["hunyuan"]
+    }
+    assert select_preset(hunyuan, variant="b", radius="1x2x2").attention.pattern() == Block((1, 2, 2))
+    assert select_preset(hunyuan, variant="b", group="2x4x4").attention.group == (2, 4, 4)
+    with pytest.raises(BadInput, match="--radius 1x2"):
+        select_preset(hunyuan, variant="b", radius="1x2")
+    # x means what its authors published, or lines where a share of 2 asks for them.
+    assert select_preset(hunyuan, variant="x").name == "hunyuan-planes"
+    assert select_preset(hunyuan, variant="x", share=1).name == "hunyuan-planes"
+    assert select_preset(hunyuan, variant="x", share=2) == select_preset(hunyuan, variant="lines")
+    with pytest.raises(BadInput, match="there is no variant 'plane': did you mean 'planes'"):
+        select_preset(hunyuan, variant="plane")
+    with pytest.raises(BadInput, match="there is no variant 'lines'"):
+        select_preset(choose_model("flux-dev"), variant="lines")
+    with pytest.raises(BadInput, match="--variant lines is short for the preset hunyuan-lines"):
+        select_preset(hunyuan, preset="hunyuan-b", variant="lines")
+
+
+def test_models_of_a_family_share_presets_but_not_sampling() -> None:
+    hunyuan, demo = (select_preset(choose_model(name, "video")) for name in ("hunyuan", "demo"))
+    assert hunyuan.attention == demo.attention
+    assert (hunyuan.sampling.steps, hunyuan.sampling.guidance, hunyuan.sampling.shift) == (50, 6.0, 7.0)
+    assert (demo.sampling.steps, demo.sampling.shift) == (20, None)
 
 
 def test_shipped_presets_take_steps_and_guidance_of_the_model_and_files_keep_theirs(tmp_path: Path) -> None:
@@ -345,3 +396,5 @@ def test_presets_of_other_axes_are_refused(tmp_path: Path) -> None:
     assert load_preset(str(path)).attention.pattern() == CrissCross(2)
     with pytest.raises(BadInput, match="preset lines is for hunyuan models"):
         select_preset(choose_model("flux-dev"), preset=str(path))
+    with pytest.raises(BadInput, match="preset flux-b is for flux models"):
+        select_preset(choose_model("hunyuan", "video"), preset="flux-b")

@@ -1,13 +1,20 @@
-"""A tiny random HunyuanVideo transformer of the real diffusers class, for tests."""
+"""A tiny random HunyuanVideo of the real diffusers and transformers classes, for tests."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE, HunyuanVideoPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 TEXT_TOKENS = 7
+TEXT_ROOM = 95 + 256  # the pipeline's own template and the longest prompt
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 1, 2
 LAYERS = DOUBLE_BLOCKS + SINGLE_BLOCKS
 PATCH = 2
@@ -59,3 +66,87 @@ def inputs(grid: tuple[int, ...], valid: tuple[int, ...] = (TEXT_TOKENS,), seed:
         "guidance": torch.full((batch,), 6000.0),
         "return_dict": False,
     }
+
+
+def pipeline(seed: int = 1, **changes: Any) -> HunyuanVideoPipeline:
+    """A whole random pipeline: 8 pixels and 4 frames per latent, 4 latent channels.
+
+    Args:
+        seed: of all weights but the transformer's.
+        changes: to the transformer's configuration.
+    """
+    torch.manual_seed(seed)
+    tokenizer, clip_tokenizer = _tokenizer(TEXT_ROOM), _tokenizer(77)
+    autoencoder = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        scaling_factor=0.5,
+    )
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_ROOM,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=24,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=None,
+            eos_token_id=clip_tokenizer.eos_token_id,
+        )
+    )
+    for module in (llama, clip):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    pipe = HunyuanVideoPipeline(
+        text_encoder=llama.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer(**changes),
+        vae=autoencoder.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder_2=clip.eval(),
+        tokenizer_2=clip_tokenizer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save(folder: Path, **changes: Any) -> Path:
+    """The pipeline in a folder."""
+    pipeline(**changes).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(length: int) -> PreTrainedTokenizerFast:
+    """Whole words of a few letters; the pipeline's own template is as many tokens as the pipeline cuts off."""
+    template, cut = str(DEFAULT_PROMPT_TEMPLATE["template"]), int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<pad>", "<unk>", "<end>", "#", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="<unk>"))  # pyright: ignore
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(template.partition("{}")[0], "# " * cut), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        padding_side="right",
+        model_max_length=length,
+    )

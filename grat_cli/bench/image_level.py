@@ -19,12 +19,14 @@ from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.bench.variants import Request, Variant, default_group, size_text, variant_for
 from grat_cli.checkpoints import load_model
 from grat_cli.demo.evaluation import SHEET_PROMPTS
+from grat_cli.denoising import StepWatch
 from grat_cli.devices import choose_device, choose_dtype, device_name, is_out_of_memory, wait_for
 from grat_cli.environment import versions
 from grat_cli.errors import BadInput, NumericalFailure
-from grat_cli.generation import StepWatch, decode, denoise, encode_text, tile_large_pictures
+from grat_cli.generation import decode, denoise, encode_text, tile_large_pictures
+from grat_cli.generation_request import check_size
 from grat_cli.guidance import Guidance, choose_guidance
-from grat_cli.image_request import ImageRequest, check_size, note_expectations
+from grat_cli.image_request import ImageRequest, note_expectations
 from grat_cli.installation import step_under_way
 from grat_cli.models import ModelChoice
 from grat_cli.presets import resolve_preset

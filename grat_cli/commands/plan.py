@@ -13,6 +13,8 @@ from grat_cli.output import Mode, Output, bytes_text, fact_table
 if TYPE_CHECKING:
     from grat_cli.planning import Forecast
 
+_VARIANTS_OF_VIDEOS = ("planes", "lines")
+
 
 def plan(
     preset_name: Annotated[
@@ -24,7 +26,20 @@ def plan(
             autocompletion=options.complete_preset,
         ),
     ] = None,
-    res: options.Res = None,
+    res: Annotated[
+        str | None,
+        typer.Option(
+            "--res",
+            metavar="SIZE",
+            help="As for grat image; of a video 720p, 540p, 480p or 1280x720. Default: the model's own size.",
+            show_default=False,
+            rich_help_panel="Picture",
+        ),
+    ] = None,
+    aspect: options.Aspect = None,
+    seconds: options.Seconds = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     preset: options.PresetName = None,
@@ -38,10 +53,11 @@ def plan(
         typer.Option(
             "--model",
             metavar="NAME",
-            help="As for grat image. Default: demo for the demo's presets, else flux-dev.",
+            help="As for grat image and grat video. Default: what the preset is for, else flux-dev; "
+            "hunyuan with options of videos.",
             show_default=False,
             rich_help_panel="Model",
-            autocompletion=options.complete_model,
+            autocompletion=options.complete_any_model,
         ),
     ] = None,
     dtype: options.Dtype = "auto",
@@ -63,12 +79,13 @@ def plan(
     """Show tokens, density, attention work, memory and the pattern of a run, without loading a model."""
     from grat_cli import media
     from grat_cli.errors import BadInput
-    from grat_cli.models import choose_model
+    from grat_cli.models import choose_model, medium_of_name
     from grat_cli.picture import image_picture, text_picture
     from grat_cli.planning import architecture_for, forecast
     from grat_cli.presets import load_preset
     from grat_cli.resolution import parse_resolution
     from grat_cli.selection import DTYPES, mismatch_note, require_choice, select_preset
+    from grat_cli.video_size import parse_video_size
 
     output = Output(as_json=as_json, quiet=quiet)
     if preset_name and preset:
@@ -76,10 +93,16 @@ def plan(
     require_choice("--dtype", dtype, DTYPES)
     preset = preset or preset_name
 
-    # 1. A preset says which family it is for; without either, plan for Flux, which is what large pictures need.
-    if model is None:
-        model = "demo" if preset is not None and load_preset(preset).model == "demo" else "flux-dev"
-    choice = choose_model(model)
+    # 1. A preset says which family it is for; without one, options and names tell images from videos.
+    family = load_preset(preset).model if preset is not None else None
+    of_video = any(option is not None for option in (aspect, seconds, frames, fps))
+    if of_video or family == "hunyuan" or (family is None and variant in _VARIANTS_OF_VIDEOS):
+        medium = "video"
+    else:
+        medium = (medium_of_name(model) if model else None) or "image"
+    if model is None:  # Flux is what large pictures need
+        model = "hunyuan" if medium == "video" else "demo" if family == "demo" else "flux-dev"
+    choice = choose_model(model, medium)
     chosen = select_preset(
         choice,
         preset=preset,
@@ -93,12 +116,17 @@ def plan(
     )
 
     # 2. The size, and everything that follows from it.
-    resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
+    if medium == "video":
+        size = parse_video_size(res, aspect, seconds, frames, fps, choice)
+        for note in size.notes:
+            output.hint(note)
+    else:
+        size = parse_resolution(res, choice.native_side, choice.size_multiple)
     if picture is not None:
         if picture.suffix.lower() != ".png":
             raise BadInput(f"--picture {picture}: pictures are PNG files: use {picture.with_suffix('.png')}")
         media.refuse_unwritable([picture], overwrite=overwrite)
-    result = forecast(chosen, choice.name, architecture_for(choice), resolution, dtype)
+    result = forecast(chosen, choice.name, architecture_for(choice), size, dtype)
 
     # 3. Show it.
     if note := mismatch_note(chosen, choice):
@@ -116,9 +144,10 @@ def plan(
 
 def _facts(result: Forecast) -> dict[str, str]:
     from grat_cli.picture import NOT_ATTENDED, marks
+    from grat_cli.video_size import VideoSize
 
     schedule, main = result.schedule, result.main_plan
-    rows, columns = schedule.grid.shape
+    of_video = isinstance(result.size, VideoSize)
     full, planned = result.full_flop_per_step, result.planned_flop_per_step
     unit, scale = ("PFLOP", 1e15) if full >= 1e15 else ("TFLOP", 1e12) if full >= 1e12 else ("GFLOP", 1e9)
     everything = bool((marks(main) != NOT_ATTENDED).all())
@@ -127,9 +156,12 @@ def _facts(result: Forecast) -> dict[str, str]:
         "preset": result.preset.name,
         "attention": result.preset.attention.summary,
         "model": result.model,
-        "size": f"{result.resolution} pixels",
-        "tokens": f"{main.image_tokens:,} image ({rows} rows x {columns}) + {main.text_len} text",
-        "groups": f"{len(main.grouping.sizes):,} ({main.grouping.counts[0]} rows x {main.grouping.counts[1]})",
+        "size": f"{result.size.resolution} pixels, {result.size.frames} frames, {result.size.seconds:.2f} s"
+        if isinstance(result.size, VideoSize)
+        else f"{result.size} pixels",
+        "tokens": f"{main.image_tokens:,} {'video' if of_video else 'image'} ({_extents(schedule.grid.shape)}) "
+        f"+ {main.text_len} text",
+        "groups": f"{len(main.grouping.sizes):,} ({_extents(main.grouping.counts)})",
         "density": f"{schedule.density:.4f} of all query-key pairs",
         "ideal speed-up": f"{schedule.ideal_speedup:.1f}x, attention alone",
         "tile efficiency": f"{main.tile_efficiency():.0%} of 128x128 tiles",
@@ -142,3 +174,9 @@ def _facts(result: Forecast) -> dict[str, str]:
         shares = (f"density {plan.density:.4f} in {used / calls:.0%}" for plan, used in schedule.uses.items())
         facts["schedule"] = f"{schedule.steps} steps, {schedule.layers} layers: {', '.join(shares)} of the calls"
     return facts
+
+
+def _extents(counts: tuple[int, ...]) -> str:
+    """`33 frames x 45 rows x 80`, or without frames."""
+    words = ("frames", "rows")[-(len(counts) - 1) :]
+    return " x ".join([*(f"{count} {word}" for count, word in zip(counts, words, strict=False)), str(counts[-1])])

@@ -15,7 +15,7 @@ def presets(
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="A preset to show, a YAML file to check, or flux or demo to list what there is for it.",
+            help="A preset to show, a YAML file to check, or flux, demo or hunyuan to list what there is for it.",
             show_default=False,
             autocompletion=options.complete_preset,
         ),

@@ -1,4 +1,4 @@
-"""The bundled demo: a tiny text-to-image Flux, small enough to ship and real enough to run every command on.
+"""The bundled demo: a tiny Flux and a tiny HunyuanVideo, small enough to ship and real enough to run every command on.
 
 Importing this module loads neither torch nor Pillow.
 """
@@ -30,6 +30,49 @@ class DemoModel:
 
 DEMO_FLUX = DemoModel(
     path=Path(__file__).resolve().parent / "flux", native_side=256, text_tokens=24, steps=20, guidance=2.0
+)
+
+
+@dataclass(frozen=True)
+class DemoVideoModel:
+    """Where a bundled video model lies, and the settings it was trained for.
+
+    Attributes:
+        path: folder for `from_pretrained`.
+        width: in pixels, of the videos it was trained on.
+        height: likewise.
+        frames: likewise.
+        fps: frames per second of them.
+        text_tokens: `max_sequence_length` of its first text encoder.
+        template: what its prompts are put into, at `{}`.
+        crop_start: tokens of the template that are cut off before the prompt.
+        steps: recommended number of denoising steps.
+        guidance: recommended `true_cfg_scale`, with an empty negative prompt. 1 turns guidance off.
+    """
+
+    path: Path
+    width: int
+    height: int
+    frames: int
+    fps: int
+    text_tokens: int
+    template: str
+    crop_start: int
+    steps: int
+    guidance: float
+
+
+DEMO_HUNYUAN = DemoVideoModel(
+    path=Path(__file__).resolve().parent / "hunyuan",
+    width=256,
+    height=144,
+    frames=33,
+    fps=24,
+    text_tokens=32,
+    template="{}",
+    crop_start=0,
+    steps=20,
+    guidance=2.0,
 )
 
 
