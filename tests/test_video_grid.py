@@ -7,6 +7,7 @@ of the video, in ragged groups, in the text, and at random.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def attended(variant: str, query: np.ndarray, groups: np.ndarray) -> np.ndarray:
     if variant == "sta":  # the window shifts inward at borders
         centre = np.clip(query, 1, np.asarray(COUNTS) - 2)
         return np.asarray((np.abs(groups - centre) <= 1).all(1))
-    patterns: dict[str, np.ndarray] = {
+    patterns: dict[str, Any] = {
         "full": np.ones(len(groups), bool),
         "b": block,
         "b 1x2x2": (apart <= (1, 2, 2)).all(1),
