@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_hunyuan
 import torch
+
 from grat_cli import media, video_decoding, video_generation, video_run, whole_files
 from grat_cli.checkpoints import LoadedModel
 from grat_cli.errors import BadInput, CannotWrite, Interrupted, NumericalFailure, OutOfMemory
@@ -275,7 +276,7 @@ def test_ctrl_c_after_the_last_step_keeps_the_latents(
 ) -> None:
     asked = request(model, tmp_path / "a.mp4", tmp_path / "b.mp4")
     expected = generate(replace(asked, outputs=(tmp_path / "c.mp4", tmp_path / "d.mp4")))
-    with pytest.raises(Interrupted, match="grat resume .*a.latents.safetensors"):
+    with pytest.raises(Interrupted, match=r"grat resume .*a\.latents\.safetensors"):
         generate(asked, Progress(at_phase=phase))
     run, restored = read_run(find_run(tmp_path / "a.mp4"))
     made = generate(restored, Progress(), run)
@@ -391,7 +392,7 @@ def test_the_first_step_that_is_not_finite_is_named(
 def test_frames_of_nan_or_one_colour_are_a_failure(loaded: Any, model: ModelChoice, tmp_path: Path) -> None:
     layer = [module for module in loaded.vae.decoder.modules() if isinstance(module, torch.nn.Conv3d)][-1]
     torch.nn.init.zeros_(layer.weight)
-    with pytest.raises(NumericalFailure, match="one flat colour(.|\n)*its latents are kept"):
+    with pytest.raises(NumericalFailure, match=r"one flat colour(.|\n)*its latents are kept"):
         generate(request(model, tmp_path / "a.mp4"))
     torch.nn.init.constant_(layer.weight, float("nan"))
     with pytest.raises(NumericalFailure, match="NaN or infinity after decoding"):
