@@ -38,18 +38,21 @@ FLOORS = (
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "preset_problems", "devices", "resolution", "report"),
-    ("preset_schema",),
-    ("presets",),
+    ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
+    ("preset_schema", "tensor_files", "video_check"),
+    ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered
-    ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*"),
+    ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*", "video_files"),
     ("adapters.flux", "adapters.hunyuan", "models"),
     ("generation_request", "installation", "guidance", "hub", "video_size"),
     ("checkpoints", "image_request", "video_request", "denoising"),
+    ("video_run",),
+    ("video_decoding",),
     ("grat_cli",),
-    ("generation", "media", "seeds", "selection"),
+    ("generation", "video_generation", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "output"),
+    ("time_estimate", "video_output"),
     ("bench.*",),
     ("options",),
     (
@@ -60,6 +63,9 @@ FLOORS = (
         "commands.presets",
         "commands.env",
         "commands.info",
+        "commands.video",
+        "commands.resume",
+        "commands.decode",
     ),
     ("app",),
     ("__main__",),
@@ -176,12 +182,14 @@ from grat_cli.app import run
 codes = [run(arguments) for arguments in (
     ["--help"], ["image", "--help"], ["--version"], ["presets"], ["presets", "demo"], ["presets", "flux-far"],
     ["plan", "flux-x", "--res", "8192"], ["plan", "demo-far", "--json"], ["plan", "--model", "flux-schnell"],
-    ["bench", "--help"], ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
+    ["bench", "--help"], ["video", "--help"], ["resume", "--help"], ["decode", "--help"],
+    ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
+    ["video", ""], ["video", "waves", "--model", "demo", "--res", "huge"], ["resume", "a.mp4"], ["decode", "a.mp4"],
     ["image", "a fox", "--model", "demo", "--res", "1000"],
 )]
 heavy = {"torch", "diffusers", "transformers", "triton"} & set(sys.modules)
 print(codes, sorted(heavy), file=sys.stderr)
-sys.exit(codes != [0] * 10 + [2] * 4 or bool(heavy))
+sys.exit(codes != [0] * 13 + [2] * 8 or bool(heavy))
 """
 
 
