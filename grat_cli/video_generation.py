@@ -122,13 +122,9 @@ def encode_text(pipe: Any, request: VideoRequest, guidance: Guidance) -> dict[st
     """Embeddings and masks of prompt and negative prompt, as the pipeline takes them."""
     import torch
 
-    template = request.model.prompt_template
-    options = {} if template is None else {"prompt_template": template.as_argument()}
 
     def encode(prompt: str, prefix: str) -> dict[str, torch.Tensor]:
-        embeddings, pooled, mask = pipe.encode_prompt(
-            prompt=prompt, max_sequence_length=request.model.text_tokens, **options
-        )
+        embeddings, pooled, mask = pipe.encode_prompt(prompt=prompt, max_sequence_length=request.model.text_tokens)
         return {
             f"{prefix}prompt_embeds": embeddings,
             f"{prefix}pooled_prompt_embeds": pooled,

@@ -9,7 +9,7 @@ from typing import Any
 
 from grat_cli.errors import BadInput
 from grat_cli.generation_request import GenerationRequest, check_size
-from grat_cli.models import ModelChoice, PromptTemplate, VideoTraits
+from grat_cli.models import ModelChoice, VideoTraits
 from grat_cli.presets import Preset
 
 
@@ -105,9 +105,7 @@ def request_from_data(data: Mapping[str, Any], folder: Path) -> VideoRequest:
     """
     try:
         model = dict(data["model"])
-        video, template = model["video"], model["prompt_template"]
-        model["video"] = VideoTraits(**video)
-        model["prompt_template"] = None if template is None else PromptTemplate(**template)
+        model["video"] = VideoTraits(**model["video"])
         request = VideoRequest(
             **{
                 **data,

@@ -44,8 +44,6 @@ class DemoVideoModel:
         frames: likewise.
         fps: frames per second of them.
         text_tokens: `max_sequence_length` of its first text encoder.
-        template: what its prompts are put into, at `{}`.
-        crop_start: tokens of the template that are cut off before the prompt.
         steps: recommended number of denoising steps.
         guidance: recommended `true_cfg_scale`, with an empty negative prompt. 1 turns guidance off.
     """
@@ -56,8 +54,6 @@ class DemoVideoModel:
     frames: int
     fps: int
     text_tokens: int
-    template: str
-    crop_start: int
     steps: int
     guidance: float
 
@@ -69,8 +65,6 @@ DEMO_HUNYUAN = DemoVideoModel(
     frames=33,
     fps=24,
     text_tokens=32,
-    template="{}",
-    crop_start=0,
     steps=20,
     guidance=2.0,
 )
