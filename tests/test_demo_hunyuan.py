@@ -95,5 +95,7 @@ def test_a_boat_sails_across() -> None:
     frames = frames_of("a red boat sailing by day")
     reddish = (frames[..., 0] - frames[..., 2]).clip(0.15, None) - 0.15
     columns = numpy.arange(frames.shape[2])
-    places = [(picture.sum(0) * columns).sum() / picture.sum() for picture in (reddish[:4].mean(0), reddish[-4:].mean(0))]
+    places = [
+        (picture.sum(0) * columns).sum() / picture.sum() for picture in (reddish[:4].mean(0), reddish[-4:].mean(0))
+    ]
     assert abs(places[1] - places[0]) > 0.15 * frames.shape[2]

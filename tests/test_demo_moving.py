@@ -160,7 +160,9 @@ def test_normalised_latents_change_no_pixel() -> None:
     with torch.no_grad():
         latents = torch.cat(
             [
-                autoencoder.encode(clips_module.to_tensor(draw_scene(n).frames(View.whole(64, 64), 0, 9))).latent_dist.mean
+                autoencoder.encode(
+                    clips_module.to_tensor(draw_scene(n).frames(View.whole(64, 64), 0, 9))
+                ).latent_dist.mean
                 for n in range(8)
             ]
         )
@@ -192,8 +194,10 @@ def test_positions_of_whole_native_clips_are_those_of_the_transformer(pipe) -> N
 def test_small_clips_cover_the_native_positions() -> None:
     positions = token_positions(5, 5, 8, (0, 0, 0), stretched=True)
     # 5x8 small tokens over 9x16 native ones, of about the same shape: no token lies farther out than the native ones.
-    assert positions[:, 1].min() >= 0 and positions[:, 1].max() <= 9
-    assert positions[:, 2].min() >= 0 and positions[:, 2].max() <= 15
+    assert positions[:, 1].min() >= 0
+    assert positions[:, 1].max() <= 9
+    assert positions[:, 2].min() >= 0
+    assert positions[:, 2].max() <= 15
     assert positions[:, 0].max() == 4
 
 
@@ -202,7 +206,8 @@ def test_a_window_holds_the_latents_of_its_place(pipe) -> None:
     frames_of_latents = (TINY_WINDOW.frames - 1) // FRAMES_PER_LATENT + 1
     assert shard.latents.shape == (2, 8, frames_of_latents, 4, 6)
     assert len(shard.positions) == frames_of_latents * 2 * 3
-    assert shard.positions[:, 1].max() <= 3 and shard.positions[:, 2].max() <= 5
+    assert shard.positions[:, 1].max() <= 3
+    assert shard.positions[:, 2].max() <= 5
     assert torch.equal(shard.latents, draw_shard(pipe, 5, TINY_WINDOW, 11, 2).latents)
 
 

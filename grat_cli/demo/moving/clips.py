@@ -82,9 +82,7 @@ class Clips:
         return Clips(self.latents[rows], self.prompt[rows], self.valid[rows], self.pooled[rows], self.positions)
 
 
-def encode_captions(
-    pipe: HunyuanVideoPipeline, captions: list[str]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode_captions(pipe: HunyuanVideoPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return embeddings [N, 16, 64], which of their tokens are valid [N, 16], and pooled embeddings [N, 64]."""
     with torch.no_grad():
         encoded: Any = pipe.encode_prompt(captions, max_sequence_length=CAPTION_TOKENS)
@@ -92,7 +90,9 @@ def encode_captions(
     return prompt, valid, pooled
 
 
-def token_positions(latents: int, rows: int, columns: int, start: tuple[int, int, int], stretched: bool) -> torch.Tensor:
+def token_positions(
+    latents: int, rows: int, columns: int, start: tuple[int, int, int], stretched: bool
+) -> torch.Tensor:
     """Return the rotary positions [tokens, 3] of a window that begins at token `start`.
 
     A whole picture that is smaller than the native one is stretched over the native one's positions, so that what is
