@@ -19,7 +19,7 @@ from grat_cli.models import Medium, ModelChoice, medium_of_name
 if TYPE_CHECKING:
     import torch
 
-_NEURAL_PARTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
+_NEURAL_PARTS: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
 _TITLES: Mapping[Medium, str] = {"image": "Flux", "video": "HunyuanVideo"}
 OFFLOADS = ("none", "model", "sequential")
 
@@ -91,7 +91,7 @@ def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtyp
     """
     import torch
 
-    dtypes = dict.fromkeys(_NEURAL_PARTS, dtype)
+    dtypes: dict[str, torch.dtype] = dict.fromkeys(_NEURAL_PARTS, dtype)
     if choice.medium == "video" and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         dtypes |= {part: torch.float16 for part in _NEURAL_PARTS if part != "transformer"}
     return dtypes

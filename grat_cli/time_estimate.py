@@ -86,7 +86,8 @@ def estimate_at(forecast: Forecast, rates: Rates) -> TimeEstimate:
 
 def decode_flop(architecture: Architecture, size: VideoSize) -> float:
     """Floating-point operations to decode a video in overlapping tiles, a few frames at a time."""
-    assert architecture.decoder is not None and architecture.frames_per_latent is not None
+    assert architecture.decoder is not None
+    assert architecture.frames_per_latent is not None
     # Two by two latents make a token.
     pixels = architecture.token_side // 2
     latent_frames = (size.frames - 1) // architecture.frames_per_latent + 1
@@ -96,9 +97,7 @@ def decode_flop(architecture: Architecture, size: VideoSize) -> float:
     rows, columns = [size.height // pixels], [size.width // pixels]
     if max(size.height, size.width) > _TILE:
         rows, columns = (_parts(whole, _TILE // pixels, _TILE_STEP // pixels) for whole in (rows[0], columns[0]))
-    return sum(
-        architecture.decoder.flop(frames, high, wide) for frames in windows for high in rows for wide in columns
-    )
+    return sum(architecture.decoder.flop(frames, high, wide) for frames in windows for high in rows for wide in columns)
 
 
 def _parts(whole: int, size: int, step: int) -> list[int]:

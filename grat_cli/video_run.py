@@ -62,7 +62,7 @@ class VideoRun:
 
 
 def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
-    """Keeps a run beside its output: as latents where all steps are done, else as a checkpoint.
+    """Keeps a run beside its output: as a checkpoint, or where all steps are done as latents in its place.
 
     Raises:
         CannotWrite: if there is no room; what was kept before is still there.
@@ -72,6 +72,7 @@ def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
     if run.done == request.preset.sampling.steps:
         path = latents_path(output)
         save_latents(path, run.latents, about)
+        checkpoint_path(output).unlink(missing_ok=True)  # they have all that it had
     else:
         path = checkpoint_path(output)
         steps = [asdict(step) for step in run.steps]

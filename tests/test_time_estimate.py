@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny_hunyuan
@@ -22,7 +23,7 @@ SMALL = Architecture("hunyuan", 2, 64, 3, 32, 16, 192, True, 4, VideoDecoder((8,
 SIZE = VideoSize(256, 144, 33, 24)
 
 
-def plan_of(variant: str, architecture: Architecture = SMALL, size: VideoSize = SIZE, **flags: int) -> Forecast:
+def plan_of(variant: str, architecture: Architecture = SMALL, size: VideoSize = SIZE, **flags: Any) -> Forecast:
     return forecast(select_preset(choose_model("demo", "video"), variant=variant, **flags), "demo", architecture, size)
 
 
@@ -31,13 +32,8 @@ def plan_of(variant: str, architecture: Architecture = SMALL, size: VideoSize = 
 )
 def test_operations_of_decoding_are_those_that_torch_counts(size: VideoSize, tiled: bool) -> None:
     with torch.device("meta"):
-        autoencoder = AutoencoderKLHunyuanVideo(
-            latent_channels=4,
-            block_out_channels=(8, 16, 16, 16),
-            layers_per_block=1,
-            norm_num_groups=1,
-            mid_block_add_attention=False,
-        )
+        config: dict[str, Any] = {"latent_channels": 4, "block_out_channels": (8, 16, 16, 16), "layers_per_block": 1}
+        autoencoder = AutoencoderKLHunyuanVideo(**config, norm_num_groups=1, mid_block_add_attention=False)
         latents = torch.empty(1, 4, (size.frames - 1) // 4 + 1, size.height // 8, size.width // 8)
     if tiled:
         autoencoder.enable_tiling()

@@ -7,6 +7,7 @@ of the video, in ragged groups, in the text, and at random.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +36,12 @@ def plan_of(variant: str, radius: str | None = None) -> Plan:
 def attended(variant: str, query: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Which groups the group at coordinates `query` attends token by token, `[groups]`; not by the project's code."""
     apart = np.abs(groups - query)
-    block = (apart <= 1).all(1)
+    block = np.asarray((apart <= 1).all(1))
     share = (apart == 0).sum(1)
     if variant == "sta":  # the window shifts inward at borders
         centre = np.clip(query, 1, np.asarray(COUNTS) - 2)
-        return (np.abs(groups - centre) <= 1).all(1)
-    return {
+        return np.asarray((np.abs(groups - centre) <= 1).all(1))
+    patterns: dict[str, Any] = {
         "full": np.ones(len(groups), bool),
         "b": block,
         "b 1x2x2": (apart <= (1, 2, 2)).all(1),
@@ -48,7 +49,8 @@ def attended(variant: str, query: np.ndarray, groups: np.ndarray) -> np.ndarray:
         "lines": share >= 2,
         "bx": block | (share >= 2),
         "far": block,
-    }[variant]
+    }
+    return patterns[variant]
 
 
 def exact_row(
@@ -73,16 +75,16 @@ def exact_row(
     if variant == "far" and coordinates is not None:
         # What is not attended counts as the means of its blocks of 4x4x4, each as often as it has tokens.
         blocks = tokens // 4
-        number = np.ravel_multi_index(tuple(blocks.T), tuple(-(-side // 4) for side in SHAPE))
-        number = np.unique(number[~near], return_inverse=True)[1]
-        index = torch.from_numpy(number)
+        number = np.asarray(np.ravel_multi_index(tuple(blocks.T), tuple(-(-side // 4) for side in SHAPE)))
+        index = torch.from_numpy(np.unique(number[~near], return_inverse=True)[1])
         counts = torch.bincount(index).double()
         rest = torch.from_numpy(np.flatnonzero(~near))
 
         def means(source: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(len(counts), HEAD_DIM, dtype=torch.float64).index_add_(0, index, source[rest]) / counts[
-                :, None
-            ]
+            return (
+                torch.zeros(len(counts), HEAD_DIM, dtype=torch.float64).index_add_(0, index, source[rest])
+                / counts[:, None]
+            )
 
         keys, values = torch.cat([keys, means(key)]), torch.cat([values, means(value)])
         bias = torch.cat([bias, counts.log()])
@@ -113,9 +115,10 @@ def largest_error(variant: str, plan: Plan, output: torch.Tensor, raster: torch.
 def raster() -> torch.Tensor:
     """Query, key and value of one head, `[3, N, D]`, video in raster order and then text; scores of a few units."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, math.prod(SHAPE) + TEXT, HEAD_DIM, generator=generator) * torch.tensor([2.0, 1.0, 1.0])[
-        :, None, None
-    ]
+    return (
+        torch.randn(3, math.prod(SHAPE) + TEXT, HEAD_DIM, generator=generator)
+        * torch.tensor([2.0, 1.0, 1.0])[:, None, None]
+    )
 
 
 @pytest.mark.parametrize("variant", ["b", "b 1x2x2", "lines", "bx", "sta", "far"])

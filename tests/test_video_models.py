@@ -70,9 +70,7 @@ def test_default_model_depends_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_of_the_other_medium_are_refused_with_what_to_type(saved: Path) -> None:
     for name in ("hunyuan", str(saved)):
-        with pytest.raises(
-            BadInput, match=r"makes videos: use it with grat video; for images give .* demo,"
-        ):
+        with pytest.raises(BadInput, match=r"makes videos: use it with grat video; for images give .* demo,"):
             choose_model(name, "image")
     for name in ("flux-dev", "flux-schnell", str(DEMO_FLUX.path)):
         with pytest.raises(BadInput, match=r"makes images: use it with grat image; for videos .* demo, hunyuan"):

@@ -62,7 +62,8 @@ def decode(
         raise BadInput(
             f"{kept} has done {run.done} of {request.preset.sampling.steps} steps: grat resume does the rest"
         )
-    chosen_format = choose_format(out, format) if out or format else request.format
+    named = format is not None or (out is not None and out.suffix and not out.is_dir())
+    chosen_format = choose_format(out, format) if named else request.format
     chosen_crf = crf if crf is not None or chosen_format != request.format else request.crf
     request = replace(
         request,
