@@ -16,7 +16,7 @@ from grat_cli import report
 from grat_cli.checkpoints import load_model
 from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
 from grat_cli.devices import choose_device, choose_dtype, device_name, peak_memory
-from grat_cli.errors import CannotWrite, Interrupted
+from grat_cli.errors import CannotWrite, GratError, Interrupted
 from grat_cli.generation_request import Progress
 from grat_cli.guidance import Guidance, choose_guidance
 from grat_cli.installation import install
@@ -25,7 +25,7 @@ from grat_cli.time_shift import time_shift
 from grat_cli.timing import Phases, StepRecorder
 from grat_cli.video_decoding import MadeVideo, command_for, decode_run, finish_video, kept_latents, phases_of, use_tiles
 from grat_cli.video_request import VideoRequest, check_video
-from grat_cli.video_run import VideoRun, write_run
+from grat_cli.video_run import VideoRun, discard_run, write_run
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
 
         # 4. Denoise with GRAT attention installed; a checkpoint now and then.
         if not run.done:
-            discard_kept(output)
+            discard_run(output)  # of an earlier run, which would be taken for this one's
         progress.phase("denoise")
         with memory_advice(request, device, request.size):
             run = denoise(
@@ -263,6 +263,10 @@ def denoise(
             raise Interrupted(
                 f"interrupted after step {callback.done} of {steps}; go on with {command_for('resume', kept[0])}"
             ) from None
+        except Exception as error:
+            if not isinstance(error, GratError) and checkpoint_path(output).is_file():
+                progress.note(f"the last checkpoint is kept: {command_for('resume', checkpoint_path(output))} goes on")
+            raise
         return run_after(steps, latents)
 
 
@@ -352,16 +356,8 @@ def keep_latents(run: VideoRun, request: VideoRequest, output: Path, progress: P
         return checkpoint if checkpoint.is_file() else None
 
 
-def discard_kept(output: Path) -> None:
-    """Removes what an earlier run kept, which would be taken for this one's."""
-    checkpoint_path(output).unlink(missing_ok=True)
-    latents_path(output).unlink(missing_ok=True)
-
-
 def tidy_up(run: VideoRun, request: VideoRequest, output: Path) -> None:
     """Removes what was kept until the video was written, but latents that are asked for."""
-    checkpoint_path(output).unlink(missing_ok=True)
-    if not request.save_latents:
-        latents_path(output).unlink(missing_ok=True)
-    elif not latents_path(output).is_file():  # there may be room now
+    discard_run(output, latents=not request.save_latents)
+    if request.save_latents and not latents_path(output).is_file():  # there may be room now
         write_run(run, request, output)

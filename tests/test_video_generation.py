@@ -389,6 +389,26 @@ def test_the_first_step_that_is_not_finite_is_named(
     assert names(tmp_path) == (["a.checkpoint.safetensors"] if every else [])
 
 
+def test_memory_that_runs_out_in_the_middle_leaves_the_last_checkpoint(
+    loaded: Any, model: ModelChoice, tmp_path: Path
+) -> None:
+    calls = []
+
+    def run_out(module: Any, args: Any, output: Any) -> None:
+        calls.append(module)
+        if len(calls) == 7:  # in the fourth step
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+
+    loaded.transformer.register_forward_hook(run_out)
+    progress = Progress()
+    with pytest.raises(OutOfMemory, match=r"too little memory for 64x48x9 with .*: try a smaller --res such as 32x16$"):
+        generate(request(model, tmp_path / "a.mp4", checkpoint_every=2), progress)
+    assert progress.notes == [
+        f"the last checkpoint is kept: grat resume {tmp_path / 'a.checkpoint.safetensors'} goes on"
+    ]
+    assert read_run(find_run(tmp_path / "a.mp4"))[0].done == 2
+
+
 def test_frames_of_nan_or_one_colour_are_a_failure(loaded: Any, model: ModelChoice, tmp_path: Path) -> None:
     layer = [module for module in loaded.vae.decoder.modules() if isinstance(module, torch.nn.Conv3d)][-1]
     torch.nn.init.zeros_(layer.weight)
