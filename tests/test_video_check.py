@@ -21,7 +21,7 @@ def by_diffusers(pixels: torch.Tensor) -> np.ndarray:
     pictures = VideoProcessor(vae_scale_factor=8).postprocess_video(pixels, output_type="pil")[0]
     values = VideoProcessor(vae_scale_factor=8).postprocess_video(pixels, output_type="np")[0]
     frames = np.stack([np.asarray(picture) for picture in pictures])
-    np.testing.assert_array_equal(frames, (values * 255).round().astype(np.uint8))
+    np.testing.assert_array_equal(frames, np.asarray(values * 255).round().astype(np.uint8))
     return frames
 
 
