@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -56,7 +58,7 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
         if begun.done == request.preset.sampling.steps:
             _, output = jobs.pop(0)
             yield decode_run(begun, latents_path(output), request, output, progress)
-            tidy_up(begun, request, output)
+            tidy_up(begun, request, output, latents_path(output))
             begun = None
     if not jobs:
         return
@@ -111,10 +113,10 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
         kept = keep_latents(run, request, output, progress)
 
         # 6. Decode, encode, report.
-        with kept_latents(kept, request, progress):
+        with kept_latents(kept, request, output, progress):
             made = finish_video(pipe.vae, device, run, request, output, phases, progress)
         pipe.maybe_free_model_hooks()
-        tidy_up(run, request, output)
+        tidy_up(run, request, output, kept)
         yield made
 
 
@@ -345,19 +347,31 @@ def restore_random_state(state: torch.Tensor | None, device: torch.device) -> No
 def keep_latents(run: VideoRun, request: VideoRequest, output: Path, progress: Progress) -> Path | None:
     """Writes the latents of a run beside its output, in place of the checkpoint.
 
+    Where there is no room, they go to a folder of temporary files, and that is said.
+
     Returns:
-        The file to go on from; None where there is no room for one, which is said.
+        The file to go on from: the latents, the checkpoint where there is room for them nowhere, or None.
     """
     try:
         return write_run(run, request, output)
     except CannotWrite as error:
-        progress.note(f"{error}: its latents are not kept until the video is written")
+        reason = str(error)
+    folder = Path(tempfile.mkdtemp(prefix="grat-"))
+    try:
+        kept = write_run(run, request, folder / output.name)
+    except CannotWrite:
+        folder.rmdir()
+        progress.note(f"{reason}: its latents are not kept until the video is written")
         checkpoint = checkpoint_path(output)
         return checkpoint if checkpoint.is_file() else None
+    progress.note(f"{reason}: until the video is written, its latents are in {kept}")
+    return kept
 
 
-def tidy_up(run: VideoRun, request: VideoRequest, output: Path) -> None:
+def tidy_up(run: VideoRun, request: VideoRequest, output: Path, kept: Path | None) -> None:
     """Removes what was kept until the video was written, but latents that are asked for."""
     discard_run(output, latents=not request.save_latents)
     if request.save_latents and not latents_path(output).is_file():  # there may be room now
         write_run(run, request, output)
+    if kept is not None and kept.parent != output.parent:
+        shutil.rmtree(kept.parent, ignore_errors=True)

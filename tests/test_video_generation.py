@@ -353,6 +353,39 @@ def test_a_full_disk_ends_no_run(
     assert names(tmp_path) == ["a.json", "a.mp4"]
 
 
+def test_where_the_output_has_no_room_latents_are_kept_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, loaded: Any, model: ModelChoice, tmp_path: Path
+) -> None:
+    real, elsewhere = video_generation.write_run, tmp_path / "tmp"
+    elsewhere.mkdir()
+    monkeypatch.setattr(video_generation.tempfile, "tempdir", str(elsewhere))
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def write_run(run: VideoRun, asked: VideoRequest, output: Path) -> Path:
+        if output.parent == work:
+            raise CannotWrite(f"cannot write {output.name}: no space left on device")
+        return real(run, asked, output)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise CannotWrite("cannot write a.mp4: no space left on device")
+
+    monkeypatch.setattr(video_generation, "write_run", write_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(video_decoding, "write_video", full)
+        with pytest.raises(CannotWrite) as caught:
+            generate(request(model, work / "a.mp4"))
+    (kept,) = elsewhere.glob("grat-*/a.latents.safetensors")
+    advice = f"its latents are kept: go on with grat decode {kept} --out {work / 'a.mp4'}"
+    assert str(caught.value).splitlines()[1] == advice
+    assert read_run(kept)[0].done == STEPS
+    kept.unlink()
+    kept.parent.rmdir()
+    generate(request(model, work / "a.mp4"))
+    assert names(elsewhere) == []
+    assert names(work) == ["a.json", "a.mp4"]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(
     monkeypatch: pytest.MonkeyPatch, loaded: Any, model: ModelChoice, tmp_path: Path
 ) -> None:
