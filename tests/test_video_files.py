@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -167,7 +166,6 @@ def test_frames_pass_one_by_one(format: str, tmp_path: Path) -> None:
 
     def frames() -> Iterator[np.ndarray]:
         for frame in moving(12):
-            gc.collect()
             # The one just written, the first, which told the size, and the new one.
             assert sum(reference() is not None for reference in alive) <= 3
             alive.append(weakref.ref(frame))
