@@ -191,7 +191,8 @@ def save_pipeline(pipe: HunyuanVideoPipeline, folder: Path, *, half: bool) -> No
     # Loaded weights may still be read from the folder's files, so they are only replaced once all is written.
     partial = folder.with_name(folder.name + ".partial")
     pipe.save_pretrained(partial)
-    for configuration in partial.glob("*/*config.json"):
+    # Drop how the parts were loaded.
+    for configuration in (partial / "model_index.json", *partial.glob("*/*config.json")):
         entries = json.loads(configuration.read_text())
         for entry in ("_name_or_path", "is_local", "local_files_only"):
             entries.pop(entry, None)
