@@ -71,6 +71,20 @@ def load_model(
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None)
 
 
+def load_autoencoder(
+    choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None
+) -> Any:
+    """Loads a model's autoencoder alone, and puts it on a device; arguments and errors are those of `load_model`."""
+    with _without_pointless_warnings():
+        pipeline = _pipeline_class(choice.medium, image_to_image=False)
+        folder = _folder_of_parts(choice, pipeline, base)
+        dtypes = dtypes_of_parts(choice, device, dtype)
+        with _damage_of(f"vae of {choice.name}", choice.medium), _without_bars():
+            library, class_name = json.loads((folder / "model_index.json").read_text())["vae"]
+            loader = getattr(import_module(library), class_name)
+            return _load_part(loader, folder / "vae", dtypes["vae"]).to(device)
+
+
 def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of each part of a pipeline.
 
@@ -90,6 +104,17 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     pipeline = _pipeline_class(choice.medium, image_to_image)
+    folder = _folder_of_parts(choice, pipeline, base)
+    if choice.kind != "file":
+        return _load_folder(pipeline, folder, choice.name, choice.medium, dtypes), folder
+    assert base is not None, "a file has a base, or is refused"
+    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    transformer = _load_file(choice, base, dtypes["transformer"])
+    return _load_folder(pipeline, folder, base, choice.medium, dtypes, transformer=transformer), folder
+
+
+def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
+    """Where a pipeline lies, or the other parts of one for a file of a transformer; downloaded where it is not here."""
     if choice.kind == "folder":
         folder = Path(choice.source)
         if choice.name == "demo" and not folder.is_dir():
@@ -97,10 +122,9 @@ def _load(
                 f"the demo of {choice.medium}s is not part of this installation: {folder} is missing\n"
                 "install grat again, or choose another --model"
             )
-        return _load_folder(pipeline, folder, choice.name, choice.medium, dtypes), folder
+        return folder
     if choice.kind == "hub":
-        folder = download_pipeline(pipeline, choice.source, choice.medium)
-        return _load_folder(pipeline, folder, choice.name, choice.medium, dtypes), folder
+        return download_pipeline(pipeline, choice.source, choice.medium)
 
     if base is None:
         raise ModelUnavailable(
@@ -108,13 +132,11 @@ def _load(
             f"a folder or a hub id such as --base {BASES[choice.medium]}"
         )
     folder = Path(base).expanduser()
-    base = str(folder) if folder.is_dir() else base
     if not folder.is_dir():
-        folder = download_pipeline(pipeline, base, choice.medium, leave_out="transformer")
-    elif medium_of_name(base) not in (None, choice.medium):
+        return download_pipeline(pipeline, base, choice.medium, leave_out="transformer")
+    if medium_of_name(str(folder)) not in (None, choice.medium):
         raise BadInput(f"--base {base} is of no model of {choice.medium}s: try --base {BASES[choice.medium]}")
-    transformer = _load_file(choice, base, dtypes["transformer"])
-    return _load_folder(pipeline, folder, base, choice.medium, dtypes, transformer=transformer), folder
+    return folder
 
 
 def _pipeline_class(medium: Medium, image_to_image: bool) -> Any:

@@ -23,6 +23,10 @@ class BadInput(GratError):
     exit_code = 2
 
 
+class CannotWrite(BadInput):
+    """An output cannot be written: no space, no permission, or its encoder failed. What was there is still there."""
+
+
 class ModelUnavailable(GratError):
     """A model is missing, gated or damaged."""
 

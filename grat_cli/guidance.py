@@ -1,4 +1,4 @@
-"""How strongly, and by which of Flux's two means, a picture is steered towards its prompt."""
+"""How strongly, and by which of two means, a picture or video is steered towards its prompt."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ class Guidance:
 def choose_guidance(pipe: Any, model: ModelChoice, preset: Preset, negative_prompt: str | None) -> Guidance:
     """The guidance for a model.
 
-    The demo is guided by true classifier-free guidance with an empty negative prompt; `flux-dev` has guidance distilled
-    into an embedding; `flux-schnell` takes none. A negative prompt always means true classifier-free guidance.
+    The demos are guided by true classifier-free guidance with an empty negative prompt; `flux-dev` and `hunyuan` have
+    guidance distilled into an embedding; `flux-schnell` takes none. A negative prompt always means true classifier-free
+    guidance.
     """
     given = preset.sampling.guidance
     scale = model.default_guidance if given is None else given
-    if model.family == "demo":
+    if model.true_guidance:
         if scale is None or scale <= 1:
             ignored = ("without guidance above 1 the negative prompt has no effect",) if negative_prompt else ()
             return Guidance(None, notes=ignored)

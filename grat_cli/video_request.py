@@ -120,7 +120,7 @@ def request_from_data(data: Mapping[str, Any], folder: Path) -> VideoRequest:
         )
         check_video(request)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput("it was written by another version of grat, or is damaged: start the run anew") from error
+        raise BadInput("the request is damaged, or of another version of grat") from error
     return request
 
 

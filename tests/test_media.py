@@ -13,6 +13,7 @@ from PIL import Image
 
 from grat_cli import media
 from grat_cli.errors import BadInput
+from grat_cli.whole_files import write_whole
 
 PROVENANCE = {"schema": "grat.report/1", "prompt": "ein Füchslein 🦊", "seed": 7}
 
@@ -79,7 +80,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, picture
     with pytest.raises(ValueError, match="not JSON compliant"):
         media.write_json({"seed": float("nan")}, path)
     with pytest.raises(KeyboardInterrupt):
-        media._write(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+        write_whole(path, lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["fox.png"]
 

@@ -70,7 +70,9 @@ def test_default_model_depends_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_of_the_other_medium_are_refused_with_what_to_type(saved: Path) -> None:
     for name in ("hunyuan", str(saved)):
-        with pytest.raises(BadInput, match=r"makes videos: use it with grat video; for images give --model one of demo,"):
+        with pytest.raises(
+            BadInput, match=r"makes videos: use it with grat video; for images give --model one of demo,"
+        ):
             choose_model(name, "image")
     for name in ("flux-dev", "flux-schnell", str(DEMO_FLUX.path)):
         with pytest.raises(BadInput, match=r"makes images: use it with grat image; for videos .* demo, hunyuan"):
@@ -206,18 +208,14 @@ def guided_false(folder: Path) -> str:
     return str(folder)
 
 
-def test_the_base_of_a_file_may_be_on_the_hub(
-    monkeypatch: pytest.MonkeyPatch, saved: Path, tmp_path: Path
-) -> None:
+def test_the_base_of_a_file_may_be_on_the_hub(monkeypatch: pytest.MonkeyPatch, saved: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshots" / "0123"
     shutil.copytree(saved, snapshot, ignore=shutil.ignore_patterns("transformer"))
     monkeypatch.setattr(huggingface_hub, "model_info", lambda hub_id: None)
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *arguments, **options: str(saved / "model_index.json")
     )
-    monkeypatch.setattr(
-        diffusers_pipelines.DiffusionPipeline, "download", lambda *arguments, **options: str(snapshot)
-    )
+    monkeypatch.setattr(diffusers_pipelines.DiffusionPipeline, "download", lambda *arguments, **options: str(snapshot))
     monkeypatch.setattr(
         diffusers_configuration,
         "hf_hub_download",

@@ -12,9 +12,10 @@ changes no prediction, so the text is cut to its longest valid length before the
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -188,6 +189,11 @@ class HunyuanAdapter:
             module._compiled_call_impl is not None for module in (self._model, *self._blocks)
         ):
             raise BadInput("GRAT inside a compiled HunyuanVideo transformer is not supported: leave torch.compile out")
+        if not isinstance(self._model, HunyuanVideoTransformer3DModel):
+            raise BadInput(
+                f"the transformer is a {type(self._model).__name__}, and GRAT knows HunyuanVideoTransformer3DModel: "
+                "use a pipeline of HunyuanVideo, text-to-video"
+            )
         if self._model.config.image_condition_type == "token_replace":
             raise BadInput(
                 "image-to-video by token replacement treats the first frame's tokens apart, "
@@ -208,6 +214,14 @@ class HunyuanAdapter:
                 raise BadInput("the transformer splits its sequence over several devices, which GRAT does not support")
 
 
+class _Text(NamedTuple):
+    """The text of a call: its mask `[B, text]`, its longest valid length, and its valid lengths `[B]` if they differ."""
+
+    mask: torch.Tensor
+    longest: int
+    valid: torch.Tensor | None
+
+
 class _Calls:
     """The hooks around and inside transformer calls."""
 
@@ -225,8 +239,7 @@ class _Calls:
         self._attentions, self._processors = attentions, processors
         self._choose_preparation = choose_preparation
         self._run, self._observer = run, observer
-        self._mask: torch.Tensor | None = None
-        self._longest, self._text_valid = 0, None
+        self._texts: deque[_Text] = deque(maxlen=2)
         self._order: torch.Tensor | None = None
         self._inverse: torch.Tensor | None = None
 
@@ -237,17 +250,17 @@ class _Calls:
             if attention.processor is not processor:
                 raise BadInput("attention processors were replaced while GRAT was installed: do that outside")
         self._check_size(call["hidden_states"])
-        self._read_mask(call["encoder_attention_mask"])
-        call["encoder_hidden_states"] = call["encoder_hidden_states"][:, : self._longest]
-        call["encoder_attention_mask"] = call["encoder_attention_mask"][:, : self._longest]
+        text = self._text(call["encoder_attention_mask"])
+        call["encoder_hidden_states"] = call["encoder_hidden_states"][:, : text.longest]
+        call["encoder_attention_mask"] = call["encoder_attention_mask"][:, : text.longest]
 
         step = self._run.current_step()
-        schedule = self._run.schedule(self._longest)
+        schedule = self._run.schedule(text.longest)
         fused = self._choose_preparation(call["hidden_states"])
         if self._observer:
             self._observer.begin_call(step, schedule.density_of_step(step))
         for layer, processor in enumerate(self._processors):
-            processor.plan, processor.text_valid = schedule.plan(step, layer), self._text_valid
+            processor.plan, processor.text_valid = schedule.plan(step, layer), text.valid
             processor.fused = fused
         # All plans of a schedule share one token order.
         self._order, self._inverse, _ = self._processors[0].plan.tensors(call["hidden_states"].device)
@@ -285,16 +298,18 @@ class _Calls:
                 "give the pipeline call the frames, height and width of the install"
             )
 
-    def _read_mask(self, mask: torch.Tensor) -> None:
-        """Takes the valid lengths of the text from its mask `[B, text]`.
+    def _text(self, mask: torch.Tensor) -> _Text:
+        """The valid lengths of a text, from its mask `[B, text]`.
 
-        That waits for the device, but a pipeline makes one mask for all of its steps, and each is read once.
+        That waits for the device, but a pipeline makes one mask for all of its steps, or with classifier-free guidance
+        two that take turns, and each is read once.
 
         Raises:
             BadInput: if valid text does not come first, or there is none.
         """
-        if mask is self._mask:
-            return
+        for known in self._texts:
+            if known.mask is mask:
+                return known
         valid = mask.sum(dim=1, dtype=torch.int32)
         first = torch.arange(mask.shape[1], device=mask.device)[None, :] < valid[:, None]
         lengths = valid.tolist()
@@ -303,5 +318,7 @@ class _Calls:
                 "the call's text mask has padding before or between valid tokens, or no valid token: "
                 "pad prompts at their end, as the pipeline does"
             )
-        self._mask, self._longest = mask, max(lengths)
-        self._text_valid = valid if min(lengths) < self._longest else None
+        longest = max(lengths)
+        text = _Text(mask, longest, valid if min(lengths) < longest else None)
+        self._texts.append(text)
+        return text

@@ -1,0 +1,151 @@
+"""`grat video`: videos from a prompt."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from grat_cli import options
+from grat_cli.output import Output
+
+
+def video(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.", show_default=False)],
+    res: options.VideoRes = None,
+    aspect: options.Aspect = None,
+    seconds: options.Seconds = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    seed: options.Seed = None,
+    n: options.Count = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative: options.Negative = None,
+    preset: options.PresetName = None,
+    variant: options.VariantName = None,
+    group: options.Group = None,
+    radius: options.Radius = None,
+    share: options.Share = None,
+    set_items: options.SetItems = None,
+    backend: options.BackendChoice = None,
+    model: options.VideoModelName = None,
+    base: options.Base = None,
+    device: options.DeviceName = "auto",
+    dtype: options.Dtype = "auto",
+    offload: options.Offload = "none",
+    out: options.Out = None,
+    format: options.Format = None,
+    crf: options.Crf = None,
+    save_latents: options.SaveLatents = False,
+    checkpoint_every: options.CheckpointEvery = None,
+    overwrite: options.Overwrite = False,
+    no_metadata: options.NoMetadata = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make videos from a prompt."""
+    from grat_cli import media, video_output
+    from grat_cli.errors import BadInput
+    from grat_cli.models import choose_model
+    from grat_cli.planning import architecture_for, forecast
+    from grat_cli.progress import duration
+    from grat_cli.seeds import resolve_seeds
+    from grat_cli.selection import (
+        DTYPES,
+        OFFLOADS,
+        mismatch_note,
+        require_backend,
+        require_choice,
+        require_device,
+        select_preset,
+        variant_word,
+    )
+    from grat_cli.video_request import VideoRequest
+    from grat_cli.video_size import parse_video_size
+
+    output = Output(as_json=as_json, quiet=quiet)
+
+    # 1. What can be refused without looking at any model.
+    if not prompt.strip():
+        raise BadInput('the prompt is empty: try grat video "waves at night"')
+    require_device(device)
+    require_choice("--dtype", dtype, DTYPES)
+    require_choice("--offload", offload, OFFLOADS)
+    chosen_format = video_output.choose_format(format, out)
+    video_output.check_quality(crf, chosen_format)
+    if checkpoint_every is not None and checkpoint_every < 0:
+        raise BadInput(f"--checkpoint-every {checkpoint_every}: expected steps, 0 for none")
+    seeds = resolve_seeds(seed, n)
+
+    # 2. Model, preset, size; whether they fit one another.
+    choice = choose_model(model, medium="video")
+    chosen = select_preset(
+        choice,
+        preset=preset,
+        variant=variant,
+        group=group,
+        radius=radius,
+        share=share,
+        backend=backend,
+        steps=steps,
+        guidance=guidance,
+        set_items=set_items or (),
+    )
+    size = parse_video_size(res, aspect, seconds, frames, fps, choice)
+    architecture = architecture_for(choice)
+    expected = forecast(chosen, choice.name, architecture, size, dtype)
+    require_backend(
+        chosen.kernel.backend, device, dtype, architecture.head_dim, expected.main_plan.tokens
+    )
+
+    # 3. Where the videos go, before hours are spent on them.
+    now = datetime.now().astimezone()
+    word = variant_word(chosen)
+    names = [media.default_name(now, prompt, str(size), word, seed, chosen_format) for seed in seeds]
+    paths = media.output_paths(out, names, seeds, chosen_format)
+    video_output.refuse_unwritable(paths, overwrite=overwrite)
+
+    # 4. What it will be, and how long it will take.
+    output.hint(f"{choice.name} ({choice.reason}), {size.resolution}, {size.frames} frames at {size.fps} per second")
+    for note in size.notes:
+        output.hint(note)
+    output.hint(f"{chosen.name}: {chosen.attention.summary}, {chosen.sampling.steps} steps")
+    if expected.schedule.density == 1 and chosen.attention.variant != "full":
+        output.hint(f"at {size} every group attends all others: this is full attention")
+    if note := mismatch_note(chosen, choice):
+        output.hint(note)
+    output.hint(f"seed {', '.join(map(str, seeds))}")
+    planned = planned_seconds(expected, device, dtype)
+    output.hint(f"planned time: about {duration(planned * len(seeds))}")
+
+    # 5. Make them, one by one; each is written as soon as it is done.
+    every = checkpoint_interval(planned, chosen.sampling.steps) if checkpoint_every is None else checkpoint_every
+    request = VideoRequest(
+        prompt=prompt,
+        preset=chosen,
+        model=choice,
+        width=size.width,
+        height=size.height,
+        seeds=seeds,
+        negative_prompt=negative,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        base=base,
+        frames=size.frames,
+        fps=size.fps,
+        outputs=tuple(paths),
+        format=chosen_format,
+        crf=crf,
+        checkpoint_every=every,
+        save_latents=save_latents,
+        metadata=not no_metadata,
+        overwrite=overwrite,
+        command=shlex.join(["grat", *(context.find_root().obj or ())]),
+    )
+    video_output.make_videos(request, output)

@@ -1,0 +1,367 @@
+"""Videos from prompts: the main path, which reads from top to bottom in `generate_videos`."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grat_cli import report
+from grat_cli.checkpoints import load_model
+from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
+from grat_cli.devices import choose_device, choose_dtype, device_name, peak_memory
+from grat_cli.errors import CannotWrite, Interrupted
+from grat_cli.generation_request import Progress
+from grat_cli.guidance import Guidance, choose_guidance
+from grat_cli.installation import install
+from grat_cli.media import checkpoint_path, latents_path
+from grat_cli.time_shift import time_shift
+from grat_cli.timing import Phases, StepRecorder
+from grat_cli.video_decoding import MadeVideo, command_for, decode_run, finish_video, kept_latents, phases_of, use_tiles
+from grat_cli.video_request import VideoRequest, check_video
+from grat_cli.video_run import VideoRun, write_run
+
+if TYPE_CHECKING:
+    import torch
+
+
+def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun | None = None) -> Iterator[MadeVideo]:
+    """Makes one video per seed and writes it with its report; the model is loaded once.
+
+    Args:
+        request: what to make.
+        progress: told how it goes on.
+        begun: a run that is taken up; the seeds before its own are left out.
+
+    Raises:
+        BadInput: if the request cannot be done or a file not be written, with what to change.
+        ModelUnavailable: if the model is missing, gated or damaged.
+        OutOfMemory: if the device has too little memory.
+        NumericalFailure: if latents turn NaN or infinite, or the frames are of one flat colour.
+        Interrupted: by Ctrl-C, where something was kept to go on with.
+    """
+    # 1. What can be refused before anything is loaded, and what is only to be decoded.
+    check_video(request)
+    device = choose_device(request.device)
+    dtype = choose_dtype(request.dtype, device)
+    jobs = list(zip(request.seeds, request.outputs, strict=True))
+    if begun is not None:
+        jobs = jobs[request.seeds.index(begun.seed) :]
+        if begun.done == request.preset.sampling.steps:
+            _, output = jobs.pop(0)
+            yield decode_run(begun, latents_path(output), request, output, progress)
+            tidy_up(begun, request, output)
+            begun = None
+    if not jobs:
+        return
+    run = begun or VideoRun(seed=jobs[0][0])
+    phases = phases_of(run, device)
+
+    with memory_advice(request, device, request.size):
+        # 2. Load.
+        progress.phase("load")
+        with phases("load"):
+            model = load_model(request.model, device=device, dtype=dtype, offload=request.offload, base=request.base)
+        pipe = model.pipe
+        use_tiles(pipe.vae)
+        run.refuse_other_weights(model.revision)
+
+        # 3. Encode the prompts, once for all seeds.
+        guidance = choose_guidance(pipe, request.model, request.preset, request.negative_prompt)
+        for note in guidance.notes:
+            progress.note(note)
+        progress.phase("text")
+        with phases("text"):
+            text = encode_text(pipe, request, guidance)
+        if request.offload == "none":
+            release(pipe, "text_encoder", "text_encoder_2")
+
+    for number, (seed, output) in enumerate(jobs):
+        if number:
+            run = VideoRun(seed=seed, phases_ms={"load": 0.0, "text": 0.0})
+            phases = phases_of(run, device)
+
+        # 4. Denoise with GRAT attention installed; a checkpoint now and then.
+        if not run.done:
+            discard_kept(output)
+        progress.phase("denoise")
+        with memory_advice(request, device, request.size):
+            run = denoise(
+                pipe,
+                request,
+                run,
+                output,
+                text=text,
+                guidance=guidance,
+                revision=model.revision,
+                device=device,
+                phases=phases,
+                progress=progress,
+            )
+        if request.offload == "none" and number == len(jobs) - 1:
+            release(pipe, "transformer")
+
+        # 5. Keep the latents until the video is written: decoding is where memory runs out.
+        kept = keep_latents(run, request, output, progress)
+
+        # 6. Decode, encode, report.
+        with kept_latents(kept, request, progress):
+            made = finish_video(pipe.vae, device, run, request, output, phases, progress)
+        pipe.maybe_free_model_hooks()
+        tidy_up(run, request, output)
+        yield made
+
+
+def encode_text(pipe: Any, request: VideoRequest, guidance: Guidance) -> dict[str, torch.Tensor]:
+    """Embeddings and masks of prompt and negative prompt, as the pipeline takes them."""
+    import torch
+
+    template = request.model.prompt_template
+    options = {} if template is None else {"prompt_template": template.as_argument()}
+
+    def encode(prompt: str, prefix: str) -> dict[str, torch.Tensor]:
+        embeddings, pooled, mask = pipe.encode_prompt(
+            prompt=prompt, max_sequence_length=request.model.text_tokens, **options
+        )
+        return {
+            f"{prefix}prompt_embeds": embeddings,
+            f"{prefix}pooled_prompt_embeds": pooled,
+            f"{prefix}prompt_attention_mask": mask,
+        }
+
+    with torch.no_grad():
+        text = encode(request.prompt, "")
+        if guidance.negative_prompt is not None:
+            text |= encode(guidance.negative_prompt, "negative_")
+    return text
+
+
+def release(pipe: Any, *parts: str) -> None:
+    """Lets go of parts of a pipeline that are not needed any more, so that the device has their memory."""
+    import torch
+
+    for part in parts:
+        setattr(pipe, part, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def denoise(
+    pipe: Any,
+    request: VideoRequest,
+    run: VideoRun,
+    output: Path,
+    *,
+    text: dict[str, torch.Tensor],
+    guidance: Guidance,
+    revision: str | None,
+    device: torch.device,
+    phases: Phases,
+    progress: Progress,
+) -> VideoRun:
+    """The run with all of its steps done; checkpoints are written beside the output.
+
+    Raises:
+        NumericalFailure: if latents turn NaN or infinite, with the first such step.
+        Interrupted: by Ctrl-C, where there is a checkpoint to go on from.
+    """
+    import torch
+
+    steps = request.preset.sampling.steps
+    text_tokens = int(text["prompt_attention_mask"].sum(1).max())
+    recorder, watch = StepRecorder(device), StepWatch(progress, run.done)
+    restore_random_state(run.random_state, device)
+
+    with (
+        time_shift(pipe, request.video_tokens, request.preset.sampling.shift) as shift,
+        install(
+            pipe,
+            request.preset,
+            height=request.height,
+            width=request.width,
+            num_frames=request.frames,
+            first_step=run.done,
+            steps=steps,
+            observer=recorder,
+        ) as installation,
+        taken_up(pipe, run, device),
+        explained_backend_failures(),
+    ):
+
+        def run_after(done: int, latents: torch.Tensor) -> VideoRun:
+            """The run as it is after so many steps; waits for the device."""
+            watch.raise_if_not_finite()
+            timesteps = [step.timestep for step in run.steps] + pipe.scheduler.timesteps.tolist()
+            phases_ms, memory_bytes = phases.so_far()
+            record = GenerationRecord(
+                seed=run.seed,
+                width=request.width,
+                height=request.height,
+                phases_ms=phases_ms,
+                # Where a step was broken off, one of its two transformer calls may have been timed.
+                steps=[*run.steps, *recorder.steps(timesteps)][:done],
+                peak_memory_bytes=max(memory_bytes.values()),
+                peak_memory_kind=peak_memory(device)[1],
+                backend=installation.backend.value,
+                backend_reason=installation.backend_reason,
+                preparation=installation.preparation,
+                device=str(device),
+                device_name=device_name(device),
+                dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+                guidance=guidance.scale,
+                shift=shift,
+                model_revision=revision,
+                schedule=installation.schedule(text_tokens),
+                text_tokens=text_tokens,
+            )
+            return replace(
+                run,
+                latents=latents,
+                steps=tuple(record.steps),
+                phases_ms=phases_ms,
+                memory_bytes=memory_bytes,
+                random_state=random_state(device),
+                report=report.measured(
+                    report.build_video_report(request, record, datetime.now().astimezone()), phases_ms, memory_bytes
+                ),
+            )
+
+        def keep(done: int, latents: torch.Tensor) -> None:
+            """Writes a checkpoint. A run does not end because there is no room for one."""
+            try:
+                write_run(run_after(done, latents), request, output)
+            except CannotWrite as error:
+                progress.note(f"{error}: step {done} is not kept")
+
+        callback = StepKeeper(watch, run.done, request.checkpoint_every, keep)
+        try:
+            with phases("denoise"):
+                latents = pipe(
+                    **text,
+                    **guidance.arguments,
+                    sigmas=np.linspace(1.0, 0.0, steps + 1)[run.done : -1],  # the pipeline's own, from here on
+                    # Noise is drawn on the CPU, so that a seed gives the same one on every device.
+                    generator=torch.Generator("cpu").manual_seed(run.seed),
+                    height=request.height,
+                    width=request.width,
+                    num_frames=request.frames,
+                    output_type="latent",
+                    callback_on_step_end=callback,
+                ).frames
+        except KeyboardInterrupt:
+            callback.keep_last()
+            kept = [path for path in (latents_path(output), checkpoint_path(output)) if path.is_file()]
+            if not kept:
+                raise
+            raise Interrupted(
+                f"interrupted after step {callback.done} of {steps}; go on with {command_for('resume', kept[0])}"
+            ) from None
+        return run_after(steps, latents)
+
+
+class StepKeeper:
+    """The pipeline's callback after every step: keeps what is done now and then, and has it watched.
+
+    Attributes:
+        done: steps of the whole run that are done.
+    """
+
+    def __init__(self, watch: StepWatch, first_step: int, every: int, keep: Callable[[int, torch.Tensor], None]) -> None:
+        """Counts from a step on.
+
+        Args:
+            watch: called first.
+            first_step: where this process begins.
+            every: steps between two checkpoints, 0 for none.
+            keep: writes one, of steps done and latents.
+        """
+        self._watch, self._first_step, self._every, self._keep = watch, first_step, every, keep
+        self._latents: torch.Tensor | None = None
+        self.done = first_step
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        self.done, self._latents = self._first_step + step + 1, tensors["latents"]
+        self._watch(pipe, step, timestep, tensors)
+        # After the last step the latents are kept as such.
+        if self._every and self.done % self._every == 0 and step + 1 < pipe.num_timesteps:
+            self._keep(self.done, self._latents)
+            self._latents = None
+        return {}
+
+    def keep_last(self) -> None:
+        """Keeps the latest step that was finished, unless it has been kept."""
+        if self._latents is not None:
+            self._keep(self.done, self._latents)
+
+
+@contextmanager
+def taken_up(pipe: Any, run: VideoRun, device: torch.device) -> Iterator[None]:
+    """While inside, the pipeline begins with the latents of a run that has begun.
+
+    Given as an argument it would turn them, and the first timestep with them, to fp32; after the first step of a run
+    both are in the transformer's dtype.
+    """
+    if run.latents is None:
+        yield
+        return
+    latents = run.latents.to(device, pipe.transformer.dtype)
+    pipe.prepare_latents = lambda *arguments, **options: latents
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """The state of a device's generator."""
+    import torch
+
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def restore_random_state(state: torch.Tensor | None, device: torch.device) -> None:
+    """Sets a device's generator to a state of `random_state`, if there is one."""
+    import torch
+
+    if state is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif state is not None:
+        torch.set_rng_state(state)
+
+
+def keep_latents(run: VideoRun, request: VideoRequest, output: Path, progress: Progress) -> Path | None:
+    """Writes the latents of a run beside its output, in place of the checkpoint.
+
+    Returns:
+        The file to go on from; None where there is no room for one, which is said.
+    """
+    checkpoint = checkpoint_path(output)
+    try:
+        kept = write_run(run, request, output)
+    except CannotWrite as error:
+        progress.note(f"{error}: its latents are not kept until the video is written")
+        return checkpoint if checkpoint.is_file() else None
+    checkpoint.unlink(missing_ok=True)
+    return kept
+
+
+def discard_kept(output: Path) -> None:
+    """Removes what an earlier run kept, which would be taken for this one's."""
+    checkpoint_path(output).unlink(missing_ok=True)
+    latents_path(output).unlink(missing_ok=True)
+
+
+def tidy_up(run: VideoRun, request: VideoRequest, output: Path) -> None:
+    """Removes what was kept until the video was written, but latents that are asked for."""
+    checkpoint_path(output).unlink(missing_ok=True)
+    if not request.save_latents:
+        latents_path(output).unlink(missing_ok=True)
+    elif not latents_path(output).is_file():  # there may be room now
+        write_run(run, request, output)

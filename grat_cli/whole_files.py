@@ -1,0 +1,60 @@
+"""Files that are written whole or not at all: under another name beside the output, which then takes its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from grat_cli.errors import CannotWrite
+
+_LONGEST_STEM = 200
+
+
+def part_path(path: Path, suffix: str = ".part") -> Path:
+    """Where an output is while it is being written: beside it, hidden, with a name of this process."""
+    return path.with_name(f".{path.name[:_LONGEST_STEM]}.{os.getpid()}{suffix}")
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool = False) -> None:
+    """Writes a file: afterwards it has all of the new content, or it is as it was before.
+
+    Args:
+        path: the file.
+        write: gets the open file and writes the content.
+        durable: also waits until the content is on the disk, so that it outlives a crash of the machine.
+
+    Raises:
+        CannotWrite: if it cannot be written.
+    """
+    part = part_path(path)
+    try:
+        with open(part, "xb") as file:
+            write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+        if durable:
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    """The error for a file that the system would not write."""
+    return CannotWrite(f"cannot write {path}: {(error.strerror or str(error)).lower()}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts a renaming on the disk; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
