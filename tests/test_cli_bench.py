@@ -15,10 +15,11 @@ from command_line import grat, refusal
 from PIL import Image
 
 from grat_cli.bench import attention_level, image_level, step_level
-from grat_cli.bench.image_level import PROMPTS, ImageSettings, Pictures
+from grat_cli.bench.image_level import PROMPTS, ImageSettings
 from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.bench.step_level import StepSettings
-from grat_cli.bench.variants import NAMES, PEERS
+from grat_cli.bench.variants import NAMES, PEERS, SHORT_NAMES
+from grat_cli.bench.whole_runs import Pictures
 from grat_cli.commands.bench import complete_compare, complete_peers
 from grat_kernels import Block, Grid, Grouping, build_plan
 
@@ -257,7 +258,7 @@ def test_a_backend_by_name_runs_or_says_why_not() -> None:
 
 
 def test_completion_continues_a_list() -> None:
-    assert complete_compare("") == list(NAMES)
+    assert complete_compare("") == [*NAMES, *SHORT_NAMES]
     assert complete_compare("full,grat-b") == ["full,grat-b", "full,grat-bx"]
     assert complete_compare("full,fu") == ["full,full-list"]
     assert complete_peers("natten,") == [f"natten,{name}" for name in PEERS if name != "natten"]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from grat_cli.bench.baselines import Baseline, Window, baseline_for
@@ -15,7 +16,7 @@ from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
 from grat_cli.bench.variants import Variant
 from grat_cli.errors import BadInput
-from grat_kernels import Backend, Grid, build_plan, can_run
+from grat_kernels import Backend, Grid, Plan, build_plan, can_run
 from grat_kernels.attention import choose_backend
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Host:
     Attributes:
         transformer: of diffusers, with stock attention processors.
         family: `flux` or `hunyuan`.
-        text_len: text tokens of its calls.
+        text_len: text tokens of the calls that density is told of; others may have fewer or more.
         backend: of span attention, never `AUTO`.
         device: where it computes.
         dtype: of its activations.
@@ -110,40 +111,66 @@ class Host:
                 density,
             )
         if variant.grouping is not None and variant.pattern is not None:
-            plan = build_plan(variant.grouping, variant.pattern, self.text_len, adapter.text_first)
+            grouping, pattern = variant.grouping, variant.pattern
+
+            def plan_of(text_len: int) -> Plan:
+                return build_plan(grouping, pattern, text_len, adapter.text_first)
+
+            plan_of(self.text_len)  # now rather than in the first call
             return Inside(
                 self.backend.value,
-                lambda observer, step: adapter.attached(FixedPlan(plan, step), self.backend, observer),
+                lambda observer, step: adapter.attached(FixedPlan(plan_of, step), self.backend, observer),
                 pairs,
                 density,
             )
-        window = Window.of(variant, self.text_len, adapter.text_first)
-        head_dim = self.transformer.config.attention_head_dim
-        baseline = baseline_for(window, self.device, self.dtype, head_dim)
+        windows = _Windows(self, variant, adapter.text_first)
         return Inside(
-            baseline.kernel,
-            lambda observer, step: self._window(adapter, baseline, density, observer, step),
+            windows.of(self.text_len).kernel,
+            lambda observer, step: self._window(adapter, windows, density, observer, step),
             pairs,
             density,
         )
 
     def _window(
-        self, adapter: Adapter, baseline: Baseline, density: float, observer: CallObserver, step: Callable[[], int]
+        self, adapter: Adapter, windows: _Windows, density: float, observer: CallObserver, step: Callable[[], int]
     ) -> AbstractContextManager[None]:
-        if baseline.order is None:
-            return stock_attention(self.transformer, observer, step, density, baseline.attention)
-        order = torch.from_numpy(baseline.order).to(self.device)
-        plan = TokenOrder(order, self.text_len, density)
-        return _adapter_with(adapter, baseline.attention, FixedPlan(plan, step), observer)
+        order = windows.of(self.text_len).order
+        # Stock HunyuanVideo would hand padding to a kernel that takes no mask; its adapter cuts the padding off.
+        if order is None and self.family == "flux":
+            return stock_attention(self.transformer, observer, step, density, windows.attention)
+        order = np.arange(windows.grid.tokens) if order is None else order
+        plan = TokenOrder(torch.from_numpy(order).to(self.device), density)
+        return _adapter_with(adapter, windows.attention, FixedPlan(lambda text_len: plan, step), observer)
+
+
+class _Windows:
+    """A window around each token, in calls of any length of text."""
+
+    def __init__(self, host: Host, variant: Variant, text_first: bool) -> None:
+        self._host, self._variant, self._text_first = host, variant, text_first
+        self._baselines: dict[int, Baseline] = {}
+        self.grid = variant.grid
+
+    def of(self, text_len: int) -> Baseline:
+        """The window for calls with so many text tokens; its token order is the same for all."""
+        if text_len not in self._baselines:
+            window = Window.of(self._variant, text_len, self._text_first)
+            head_dim = self._host.transformer.config.attention_head_dim
+            self._baselines[text_len] = baseline_for(window, self._host.device, self._host.dtype, head_dim)
+        return self._baselines[text_len]
+
+    def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of the joint sequence `[B, N, H, D]`, all text valid."""
+        return self.of(query.shape[1] - self.grid.tokens).attention(query, key, value)
 
 
 class TokenOrder:
     """As much of a `Plan` as an adapter asks for: a token order without what attends what."""
 
-    def __init__(self, order: torch.Tensor, text_len: int, density: float) -> None:
+    def __init__(self, order: torch.Tensor, density: float) -> None:
         """`order` gives the raster index of each image token, `[image tokens]`."""
         self._tensors = order, torch.argsort(order), None
-        self.text_len, self.density = text_len, density
+        self.density = density
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Order, its inverse, and nothing to add to scores."""
@@ -151,25 +178,32 @@ class TokenOrder:
 
 
 class FixedPlan:
-    """The same plan in every step and layer; an `adapters.base.Run` and its own schedule."""
+    """The same attention in every step and layer; an `adapters.base.Run`."""
 
-    def __init__(self, plan: Any, step: Callable[[], int]) -> None:
-        """`step` gives the denoising step of the call under way."""
-        self._plan, self._step = plan, step
+    def __init__(self, plan_of: Callable[[int], Any], step: Callable[[], int]) -> None:
+        """Tells what the adapter will ask for.
+
+        Args:
+            plan_of: gives the plan for a number of text tokens.
+            step: gives the denoising step of the call under way.
+        """
+        self._plan_of, self._step = plan_of, step
 
     def current_step(self) -> int:
         """See `adapters.base.Run`."""
         return self._step()
 
     def schedule(self, text_len: int) -> Any:
-        """Itself.
+        """See `adapters.base.Run`."""
+        return FixedSchedule(self._plan_of(text_len))
 
-        Raises:
-            ValueError: if the call has another length of text than the plan.
-        """
-        if text_len != self._plan.text_len:
-            raise ValueError(f"the plan is for {self._plan.text_len} text tokens, the call has {text_len}")
-        return self
+
+class FixedSchedule:
+    """As much of an `AttentionSchedule` as an adapter asks for: one plan."""
+
+    def __init__(self, plan: Any) -> None:
+        """`plan` is that of every step and layer."""
+        self._plan = plan
 
     def plan(self, step: int, layer: int) -> Any:
         """The plan."""
