@@ -10,21 +10,25 @@ import typer
 
 from grat_cli import __version__
 from grat_cli.commands.bench import bench
+from grat_cli.commands.decode import decode
 from grat_cli.commands.env import env
 from grat_cli.commands.image import image
 from grat_cli.commands.info import info
 from grat_cli.commands.plan import plan
 from grat_cli.commands.presets import presets
+from grat_cli.commands.resume import resume
+from grat_cli.commands.video import video
 from grat_cli.errors import INTERRUPTED, BadInput, GratError, nearest
 from grat_cli.output import print_error
 
 app = typer.Typer(
     name="grat",
-    help="Large pictures from Flux, several times faster than with full attention, without training.",
+    help="Large pictures from Flux and videos from HunyuanVideo, several times faster than with full attention, "
+    "without training.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (image, plan, bench, presets, env, info):
+for command in (image, video, resume, decode, plan, bench, presets, env, info):
     app.command()(command)
 
 

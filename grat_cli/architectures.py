@@ -7,6 +7,33 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class VideoDecoder:
+    """The decoder of an `AutoencoderKLHunyuanVideo`.
+
+    Attributes:
+        channels: of its levels, finest first.
+        layers: residual blocks of a level, less one.
+    """
+
+    channels: tuple[int, ...]
+    layers: int
+
+    def flop(self, frames: int, rows: int, columns: int) -> float:
+        """Floating-point operations to decode latents of a size; of convolutions alone, which are nearly all of it."""
+        # Two operations per weight of a kernel of 3x3x3. In the middle two residual blocks, of two convolutions each.
+        previous = self.channels[-1]
+        total = 4.0 * frames * rows * columns * previous**2
+        for level, channels in enumerate(reversed(self.channels)):
+            total += frames * rows * columns * (previous + (1 + 2 * self.layers) * channels) * channels
+            if level < 3:  # eight pixels per latent; time is doubled at the last two of the three
+                rows, columns = 2 * rows, 2 * columns
+                frames = 2 * frames - 1 if level > 0 else frames
+                total += frames * rows * columns * channels**2
+            previous = channels
+        return 2 * 27 * (total + frames * rows * columns * previous * 3)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a plan needs to know of a model.
 
@@ -21,6 +48,7 @@ class Architecture:
         runs_twice: whether guidance takes a second transformer call per step (classifier-free guidance) instead of
             being an input of the transformer (distilled guidance).
         frames_per_latent: video frames that a row of tokens along time stands for; None for models of images.
+        decoder: of videos; likewise.
     """
 
     family: str
@@ -32,6 +60,7 @@ class Architecture:
     native_side: int
     runs_twice: bool
     frames_per_latent: int | None = None
+    decoder: VideoDecoder | None = None
 
     @property
     def text_first(self) -> bool:
@@ -60,7 +89,18 @@ SIZE_MULTIPLE = 16
 ARCHITECTURES: Mapping[str, Architecture] = {
     "flux-dev": Architecture("flux", 24, 128, 57, 512, 16, 1024, runs_twice=False),
     "flux-schnell": Architecture("flux", 24, 128, 57, 256, 16, 1024, runs_twice=False),
-    "hunyuan": Architecture("hunyuan", 24, 128, 60, 256, 16, 960, runs_twice=False, frames_per_latent=4),
+    "hunyuan": Architecture(
+        "hunyuan",
+        24,
+        128,
+        60,
+        256,
+        16,
+        960,
+        runs_twice=False,
+        frames_per_latent=4,
+        decoder=VideoDecoder((128, 256, 512, 512), 2),
+    ),
     "demo": Architecture("demo", 3, 64, 5, 24, 8, 256, runs_twice=True),
 }
 

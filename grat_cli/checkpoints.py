@@ -19,7 +19,7 @@ from grat_cli.models import Medium, ModelChoice, medium_of_name
 if TYPE_CHECKING:
     import torch
 
-_NEURAL_PARTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
+_NEURAL_PARTS: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
 _TITLES: Mapping[Medium, str] = {"image": "Flux", "video": "HunyuanVideo"}
 OFFLOADS = ("none", "model", "sequential")
 
@@ -71,9 +71,7 @@ def load_model(
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None)
 
 
-def load_autoencoder(
-    choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None
-) -> Any:
+def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None) -> Any:
     """Loads a model's autoencoder alone, and puts it on a device; arguments and errors are those of `load_model`."""
     with _without_pointless_warnings():
         pipeline = _pipeline_class(choice.medium, image_to_image=False)
@@ -93,7 +91,7 @@ def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtyp
     """
     import torch
 
-    dtypes = dict.fromkeys(_NEURAL_PARTS, dtype)
+    dtypes: dict[str, torch.dtype] = dict.fromkeys(_NEURAL_PARTS, dtype)
     if choice.medium == "video" and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         dtypes |= {part: torch.float16 for part in _NEURAL_PARTS if part != "transformer"}
     return dtypes

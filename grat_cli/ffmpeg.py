@@ -6,16 +6,26 @@ import contextlib
 import re
 import signal
 import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from grat_cli.errors import BadInput, CannotWrite
 
-_ESCAPED = re.compile(r"([=;#\\\n])")
+_ESCAPED = re.compile(r"([=;#\\\n\r])")
 _HEADER = ";FFMETADATA1"
+_LINES_KEPT = 50
+_PATIENCE_S = 10
+_REASONS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "Permission denied",
+    "No such file or directory",
+    "Not a directory",
+)
 _MISSING = (
     "install it again (pip install --force-reinstall imageio-ffmpeg), set IMAGEIO_FFMPEG_EXE to another ffmpeg, "
     "or use --format frames"
@@ -36,21 +46,23 @@ def executable() -> str:
         raise BadInput(f"ffmpeg is missing: {_MISSING}") from error
 
 
-def require_encoder(encoder: str) -> None:
+def require_encoders(names: Iterable[str]) -> None:
     """Makes sure, before any work is done, that videos can be encoded.
 
     Args:
-        encoder: ffmpeg's name, such as `libx264`.
+        names: ffmpeg's names, such as `libx264`.
 
     Raises:
-        BadInput: if ffmpeg is missing, does not run, or lacks the encoder.
+        BadInput: if ffmpeg is missing, does not run, or lacks an encoder.
     """
-    found = run(["-encoders"])
-    if not re.search(rf"^ V\S* {re.escape(encoder)} ", found.stdout.decode(errors="replace"), re.MULTILINE):
-        raise BadInput(
-            f"{executable()} cannot encode with {encoder}: set IMAGEIO_FFMPEG_EXE to an ffmpeg that can, "
-            "or use --format frames"
-        )
+    listed = run(["-encoders"]).stdout.decode(errors="replace")
+    known = set(re.findall(r"^ V\S* (\S+)", listed, re.MULTILINE))
+    for name in names:
+        if name not in known:
+            raise BadInput(
+                f"{executable()} cannot encode with {name}: set IMAGEIO_FFMPEG_EXE to an ffmpeg that can, "
+                "or use --format frames"
+            )
 
 
 def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
@@ -61,7 +73,10 @@ def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
     """
     try:
         return subprocess.run(
-            [executable(), "-hide_banner", "-nostdin", *arguments], stdin=subprocess.DEVNULL, capture_output=True
+            [executable(), "-hide_banner", "-nostdin", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            restore_signals=False,  # as in FrameSink
         )
     except OSError as error:
         raise _does_not_start(error) from error
@@ -88,25 +103,28 @@ class FrameSink:
 
     def __init__(self, arguments: Sequence[str], output: Path) -> None:
         self._output = output
-        # A file rather than a pipe: nobody has to read it while frames are written.
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _finish
         try:
             self._process = subprocess.Popen(
                 [executable(), "-hide_banner", "-nostats", "-loglevel", "error", "-y", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=self._log,
-                # A file too large for its limit is an error to report, not a signal to die from.
+                stderr=subprocess.PIPE,
+                # A file that grows over its limit is an error to report, not a signal to die from.
                 restore_signals=False,
                 # Ctrl-C is for this program, which ends ffmpeg.
                 start_new_session=True,
             )
         except OSError as error:
-            self._log.close()
             raise _does_not_start(error) from error
-        except BaseException:
-            self._log.close()
-            raise
+        # Read as it comes, or a talkative ffmpeg would wait for ever; a file would need room on a disk that may be full
+        self._log: deque[bytes] = deque(maxlen=_LINES_KEPT)
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            self._log.extend(lines)
 
     def write(self, frame: memoryview | bytes) -> None:
         """One frame, as raw bytes.
@@ -133,7 +151,7 @@ class FrameSink:
             self._process.kill()
             self._close_input()
             self._process.wait()
-            self._log.close()
+            self._reader.join(_PATIENCE_S)
 
     def _finish(self) -> None:
         assert self._process.stdin is not None
@@ -147,11 +165,11 @@ class FrameSink:
     def _failure(self) -> CannotWrite:
         """Why ffmpeg ended; it has closed its input, so it is about to end if it has not."""
         try:
-            code = self._process.wait(timeout=10)
+            code = self._process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
             code = 0
-        self._log.seek(0)
-        return failure(self._output, code, self._log.read())
+        self._reader.join(_PATIENCE_S)
+        return failure(self._output, code, b"".join(self._log))
 
     def _close_input(self) -> None:
         assert self._process.stdin is not None
@@ -168,7 +186,7 @@ def failure(output: Path, code: int, log: bytes) -> CannotWrite:
         log: what it wrote to stderr.
     """
     text = log.decode(errors="replace")
-    for reason in ("No space left on device", "File too large", "Permission denied", "Disk quota exceeded"):
+    for reason in _REASONS:
         if reason in text:
             return CannotWrite(f"cannot write {output}: {reason.lower()}")
     if code < 0:
@@ -184,13 +202,21 @@ def last_line(log: bytes) -> str:
 
 
 def metadata_text(tags: Mapping[str, str]) -> str:
-    """Tags in the syntax of ffmpeg's metadata files; any text without NUL comes back from `tags_of`."""
+    """Tags in the syntax of ffmpeg's metadata files; `tags_of` undoes it.
+
+    Raises:
+        ValueError: for text with NUL, or with a backslash at its end: ffmpeg's reader takes the newline after it for
+            an escaped one, even where that backslash is itself escaped.
+    """
+    for key, value in tags.items():
+        if "\0" in value or value.endswith("\\"):
+            raise ValueError(f"ffmpeg's metadata files cannot hold this {key}: {value!r}")
     lines = [f"{escaped(key)}={escaped(value)}" for key, value in tags.items()]
     return "\n".join([_HEADER, *lines, ""])
 
 
 def escaped(text: str) -> str:
-    r"""Text with a backslash before `=`, `;`, `#`, `\` and newlines (ffmpeg-formats, section 9, "Metadata")."""
+    r"""Text with a backslash before `=`, `;`, `#`, `\` and line ends (ffmpeg-formats, section "Metadata")."""
     return _ESCAPED.sub(r"\\\1", text)
 
 

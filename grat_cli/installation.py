@@ -162,12 +162,13 @@ def _family(pipe: Any) -> Literal["flux", "hunyuan"]:
     Raises:
         BadInput: if it is not supported, with the reason.
     """
-    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-    from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 
     if isinstance(pipe, HunyuanVideoPipeline):
         return "hunyuan"
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
+
     if isinstance(pipe, (FluxPipeline, FluxImg2ImgPipeline)):
         return "flux"
     name = type(pipe).__name__

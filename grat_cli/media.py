@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PROVENANCE_KEY = "grat"
 OUTPUT_SUFFIXES = (".png", ".mp4", ".webm", ".gif")
-GIF_PREFIX = b"grat="
+GIF_COMMENT_PREFIX = b"grat="
 FIRST_FRAME = "frame-0001.png"
 _EBML_SIGNATURE = b"\x1aE\xdf\xa3"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -133,12 +133,17 @@ def write_png(image: Image, path: Path, provenance: Mapping[str, Any] | None) ->
     Raises:
         CannotWrite: if it cannot be written.
     """
+    write_whole(path, lambda file: save_png(image, file, provenance))
+
+
+def save_png(image: Image, file: IO[bytes], provenance: Mapping[str, Any] | None) -> None:
+    """Puts a picture into an open file, as `write_png` does."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     if provenance is not None:
-        chunks.add_itxt(PROVENANCE_KEY, json.dumps(provenance, ensure_ascii=False))
-    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=chunks))
+        chunks.add_itxt(PROVENANCE_KEY, _json_text(provenance))
+    image.save(file, format="PNG", pnginfo=chunks)
 
 
 def write_json(data: Mapping[str, Any], path: Path) -> None:
@@ -147,7 +152,14 @@ def write_json(data: Mapping[str, Any], path: Path) -> None:
     Raises:
         CannotWrite: if it cannot be written.
     """
-    write_text(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n", path)
+    write_text(_json_text(data, indent=2) + "\n", path)
+
+
+def _json_text(data: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON that people can read; in ASCII where a prompt was typed in bytes that are no text."""
+    text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
+    readable = not any("\ud800" <= character <= "\udfff" for character in text)
+    return text if readable else json.dumps(data, indent=indent, allow_nan=False)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -193,7 +205,9 @@ def _embedded(path: Path) -> bytes | str | None:
         if start.startswith(_PNG_SIGNATURE):
             return _in_png(file, path)
         if start.startswith(b"GIF8"):
-            return next((c[len(GIF_PREFIX) :] for c in read_comments(file) if c.startswith(GIF_PREFIX)), None)
+            return next(
+                (c[len(GIF_COMMENT_PREFIX) :] for c in read_comments(file) if c.startswith(GIF_COMMENT_PREFIX)), None
+            )
     if start[4:8] == b"ftyp" or start.startswith(_EBML_SIGNATURE):
         return ffmpeg.read_tags(path).get(PROVENANCE_KEY)
     return None

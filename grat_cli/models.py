@@ -218,7 +218,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
 
 def medium_of_name(name: str) -> Medium | None:
     """What a model makes that is known by name, or by the folder of that name; None where that does not tell."""
-    media = [medium for medium, known in KNOWN_MODELS.items() if name in known]
+    media: list[Medium] = [medium for medium, known in KNOWN_MODELS.items() if name in known]
     if media:
         return media[0] if len(media) == 1 else None
     index = Path(name).expanduser() / "model_index.json"

@@ -70,6 +70,13 @@ def complete_backend() -> list[str]:
     return list(BACKENDS)
 
 
+def complete_format() -> list[str]:
+    """Names of video formats, for shell completion."""
+    from grat_cli.video_files import FORMATS
+
+    return list(FORMATS)
+
+
 # Picture
 Res = Annotated[
     str | None,
@@ -124,12 +131,22 @@ Fps = Annotated[
         rich_help_panel=_VIDEO,
     ),
 ]
+VideoRes = Annotated[
+    str | None,
+    typer.Option(
+        "--res",
+        metavar="SIZE",
+        help="720p, 540p, 480p or 1280x720, in multiples of 16. Default: the model's own size.",
+        show_default=False,
+        rich_help_panel=_VIDEO,
+    ),
+]
 Seed = Annotated[
     str | None,
     typer.Option(
         "--seed",
         metavar="SEED,...",
-        help="One seed or several: one picture each. Default: random.",
+        help="One seed or several: one picture or video each. Default: random.",
         show_default=False,
         rich_help_panel=_PICTURE,
     ),
@@ -140,7 +157,7 @@ Count = Annotated[
         "--n",
         parser=number("--n", int),
         metavar="COUNT",
-        help="So many pictures, with consecutive seeds.",
+        help="So many pictures or videos, with consecutive seeds.",
         show_default=False,
         rich_help_panel=_PICTURE,
     ),
@@ -172,7 +189,7 @@ Negative = Annotated[
     typer.Option(
         "--negative",
         metavar="PROMPT",
-        help="What to keep out of the picture.",
+        help="What to keep out of the picture or video.",
         show_default=False,
         rich_help_panel=_PICTURE,
     ),
@@ -290,6 +307,49 @@ ModelName = Annotated[
         autocompletion=complete_model,
     ),
 ]
+VideoModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="demo, hunyuan, a Hub id, a folder or a .safetensors file. "
+        "Default: hunyuan with a CUDA device, else demo.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+        autocompletion=complete_video_model,
+    ),
+]
+DecodeModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="The model whose autoencoder decodes. Default: the one that made the latents.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+        autocompletion=complete_video_model,
+    ),
+]
+DecodeDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1 or mps. Default: as for the latents.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
+DecodeDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="auto, float32, bfloat16 or float16. Default: as for the latents.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -338,10 +398,59 @@ Out = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="mp4, gif, webm or frames (a folder of PNG files). Default: as --out ends, else mp4.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+        autocompletion=complete_format,
+    ),
+]
+Crf = Annotated[
+    int | None,
+    typer.Option(
+        "--crf",
+        parser=number("--crf", int),
+        metavar="NUMBER",
+        help="Quality of mp4 and webm; smaller is better and larger. Default: 18, 24 for webm.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
+SaveLatents = Annotated[
+    bool,
+    typer.Option("--save-latents", help="Keep the latents beside the video, for grat decode.", rich_help_panel=_OUTPUT),
+]
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--checkpoint-every",
+        parser=number("--checkpoint-every", int),
+        metavar="STEPS",
+        help="Keep what is done beside the video, for grat resume; 0 for never. "
+        "Default: about every two minutes of runs planned over five.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(
+        "--tile",
+        parser=number("--tile", int),
+        metavar="PIXELS",
+        help="Side of the tiles that are decoded one by one; smaller ones take less memory. Default: 256.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)]
 NoMetadata = Annotated[
     bool,
-    typer.Option("--no-metadata", help="Keep prompt and settings out of the picture file.", rich_help_panel=_OUTPUT),
+    typer.Option("--no-metadata", help="Keep prompt and settings out of the file itself.", rich_help_panel=_OUTPUT),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but the result's names.", rich_help_panel=_OUTPUT)]

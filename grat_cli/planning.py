@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grat_cli.architectures import Architecture, architecture_of
+from grat_cli.architectures import Architecture, VideoDecoder, architecture_of
 from grat_cli.errors import ModelUnavailable
 from grat_cli.models import ModelChoice
 from grat_cli.presets import Preset
@@ -89,7 +89,7 @@ def architecture_for(choice: ModelChoice) -> Architecture:
     """The shape of a chosen model: of a folder as its files say, else that of its family.
 
     Raises:
-        ModelUnavailable: if the folder lacks its transformer's configuration, or that is damaged.
+        ModelUnavailable: if the folder lacks the configuration of a part, or that is damaged.
     """
     architecture = replace(
         architecture_of(choice.name, choice.family),
@@ -101,9 +101,13 @@ def architecture_for(choice: ModelChoice) -> Architecture:
     )
     if choice.kind != "folder":
         return architecture
-    path = Path(choice.source) / "transformer" / "config.json"
+    folder = Path(choice.source)
     try:
-        config = json.loads(path.read_text())
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+        if architecture.decoder is not None:
+            autoencoder = json.loads((folder / "vae" / "config.json").read_text())
+            channels = tuple(int(channels) for channels in autoencoder["block_out_channels"])
+            architecture = replace(architecture, decoder=VideoDecoder(channels, int(autoencoder["layers_per_block"])))
         return replace(
             architecture,
             heads=int(config["num_attention_heads"]),
@@ -112,7 +116,7 @@ def architecture_for(choice: ModelChoice) -> Architecture:
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelUnavailable(
-            f"{choice.name} is incomplete: {path} is missing or damaged\n"
+            f"{choice.name} is incomplete: in {folder} a configuration is missing or damaged ({error})\n"
             + ("install grat again, or choose another --model" if choice.name == "demo" else "get the folder again")
         ) from error
 

@@ -58,7 +58,10 @@ def build_video_report(request: VideoRequest, made: GenerationRecord, created: d
         "format": request.format,
         "crf": request.crf,
     }
-    return _report(request, made, request.command, created, how)
+    built = _report(request, made, request.command, created, how)
+    # Of a run that is not done yet, `steps` has those that are.
+    built["sampling"]["steps"] = request.preset.sampling.steps
+    return built
 
 
 def measured(

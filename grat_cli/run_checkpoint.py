@@ -97,6 +97,7 @@ class CheckpointStore:
         if (
             latents is None
             or not isinstance(step, int)
+            or step < 0
             or not isinstance(timings, list)
             or (generator_state is not None and (generator_state.dtype != torch.uint8 or generator_state.ndim != 1))
         ):

@@ -78,6 +78,15 @@ def select_preset(
     )
 
 
+def variant_word(preset: Preset) -> str:
+    """The variant in a file's name: `b`, `planes`, or `b-far` with a far field."""
+    attention = preset.attention
+    word: str = attention.variant
+    if word == "x" and AXES[preset.model] == 3:
+        word = {1: "planes", 2: "lines"}.get(attention.share or 1, word)
+    return word + ("-far" if attention.far else "")
+
+
 def mismatch_note(preset: Preset, model: ModelChoice) -> str | None:
     """A sentence where a preset is used on another family than it was made for; it may be meant, so it is no error."""
     if preset.model == model.family:

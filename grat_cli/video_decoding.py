@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,13 @@ class MadeVideo:
 
 
 def decode_run(
-    run: VideoRun, kept: Path, request: VideoRequest, output: Path, progress: Progress, tile: int | None = None
+    run: VideoRun,
+    kept: Path,
+    request: VideoRequest,
+    output: Path,
+    progress: Progress,
+    tile: int | None = None,
+    command: str = "",
 ) -> MadeVideo:
     """Makes the video of latents; of the model only the autoencoder is loaded.
 
@@ -46,6 +52,7 @@ def decode_run(
         output: where.
         progress: told how it goes on.
         tile: side in pixels of the tiles that are decoded one by one, None for the autoencoder's own.
+        command: the command line that asks for it, where it is not that of the run; for the report.
 
     Raises:
         BadInput, ModelUnavailable, OutOfMemory, NumericalFailure, Interrupted: as for `finish_video`.
@@ -58,7 +65,26 @@ def decode_run(
         with phases("load"):
             autoencoder = load_autoencoder(request.model, device=device, dtype=dtype, base=request.base)
         use_tiles(autoencoder, tile)
+        if command:
+            run = replace(run, report={**run.report, **_decoded(request, tile, command)})
         return finish_video(autoencoder, device, run, request, output, phases, progress)
+
+
+def _decoded(request: VideoRequest, tile: int | None, command: str) -> dict[str, Any]:
+    """What a report says of a video that was not decoded by the run itself."""
+    return {
+        "fps": request.fps,
+        "seconds": round(request.frames / request.fps, 3),
+        "format": request.format,
+        "crf": request.crf,
+        "decoded": {
+            "command": command,
+            "model": request.model.source,
+            "device": request.device,
+            "dtype": request.dtype,
+            "tile": tile,
+        },
+    }
 
 
 def finish_video(
@@ -109,9 +135,7 @@ def finish_video(
 
 def phases_of(run: VideoRun, device: torch.device) -> Phases:
     """Phases that add to those of a run that is taken up."""
-    phases = Phases(
-        lambda: wait_for(device), lambda: forget_peak_memory(device), lambda: peak_memory(device)[0]
-    )
+    phases = Phases(lambda: wait_for(device), lambda: forget_peak_memory(device), lambda: peak_memory(device)[0])
     phases.phases_ms, phases.memory_bytes = dict(run.phases_ms), dict(run.memory_bytes)
     return phases
 
@@ -147,7 +171,9 @@ def decode(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def kept_latents(kept: Path | None, request: VideoRequest, progress: Progress, tile: int | None = None) -> Iterator[None]:
+def kept_latents(
+    kept: Path | None, request: VideoRequest, progress: Progress, tile: int | None = None
+) -> Iterator[None]:
     """Makes whatever goes wrong between denoising and the end say how to go on from what is kept.
 
     Args:
@@ -172,7 +198,9 @@ def kept_latents(kept: Path | None, request: VideoRequest, progress: Progress, t
         if is_out_of_memory(error):
             if advice:
                 advice = f"\n{advice} --tile {max(SMALLEST_TILE, (tile or OWN_TILE) // 2)}"
-            raise OutOfMemory(f"too little memory to decode {request.size} with {request.model.name}{advice}") from error
+            raise OutOfMemory(
+                f"too little memory to decode {request.size} with {request.model.name}{advice}"
+            ) from error
         if not advice:
             raise
         if isinstance(error, GratError):

@@ -6,14 +6,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli import ffmpeg, media
-from grat_cli.errors import BadInput, choices
-from grat_cli.whole_files import cannot_write, part_path
+from grat_cli.errors import BadInput, CannotWrite, choices
+from grat_cli.gif_comment import append_comment
+from grat_cli.whole_files import cannot_write, discard, part_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +29,7 @@ DEFAULT_CRF = {"mp4": 18, "webm": 24}
 """Constant rate factor where none is given: hardly told from the frames themselves. Smaller is better and larger."""
 
 _CRF_RANGES = {"mp4": (1, 51), "webm": (0, 63)}  # 0 of H.264 is lossless, in a profile that browsers do not play
-_ENCODERS = {"mp4": "libx264", "webm": "libvpx-vp9", "gif": "gif"}
+_ENCODERS = {"mp4": ("libx264",), "webm": ("libvpx-vp9",), "gif": ("libx264rgb", "gif")}
 _FASTEST_GIF = 50
 # Frames are sRGB; without a word of the matrix, players guess it from the height of the video.
 _COLOURS = (
@@ -37,6 +40,9 @@ _ENCODING = {
     "mp4": (*_COLOURS, "-c:v", "libx264", "-movflags", "+faststart+use_metadata_tags", "-f", "mp4"),
     "webm": (*_COLOURS, "-c:v", "libvpx-vp9", "-b:v", "0", "-row-mt", "1", "-cpu-used", "2", "-f", "webm"),
 }
+
+
+_LOSSLESS = ("-c:v", "libx264rgb", "-preset", "ultrafast", "-qp", "0", "-f", "matroska")
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def require_encodable(format: str, *, fps: float, crf: int | None) -> None:
         if not low <= crf <= high:
             raise BadInput(f"--crf {crf}: expected {low} (best) to {high} (smallest) for {format}")
     if format in _ENCODERS:
-        ffmpeg.require_encoder(_ENCODERS[format])
+        ffmpeg.require_encoders(_ENCODERS[format])
 
 
 def write_video(
@@ -146,8 +152,12 @@ def write_video(
         CannotWrite: if it cannot be written: no space, no permission, ffmpeg died.
         ValueError: if there are no frames, or they are not uint8 `[H, W, 3]` of one size.
     """
-    write = {"mp4": _write_encoded, "webm": _write_encoded}[format]
-    return write(_checked(frames), path, fps=fps, crf=crf, format=format, provenance=provenance)
+    checked = _checked(frames)
+    if format == "frames":
+        return _write_folder(checked, path, provenance)
+    if format == "gif":
+        return _write_gif(checked, path, fps, provenance)
+    return _write_encoded(checked, path, fps, crf, format, provenance)
 
 
 def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -168,44 +178,98 @@ def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def _write_encoded(
     frames: Iterator[np.ndarray],
     path: Path,
-    *,
     fps: float,
     crf: int | None,
     format: str,
     provenance: Mapping[str, Any] | None,
 ) -> int:
-    import numpy as np
-
     part, tags = part_path(path), part_path(path, ".tags")
-    count = 0
-    first = next(frames)
-    odd_rows, odd_columns = (side % 2 if format == "mp4" else 0 for side in first.shape[:2])
-    size = f"{first.shape[1] + odd_columns}x{first.shape[0] + odd_rows}"
+    # A file, since tags may be longer than a command line.
+    arguments = ["-f", "ffmetadata", "-i", ffmpeg.url(tags), "-map", "0:v", "-map_metadata", "1"]
+    arguments += ["-crf", str(DEFAULT_CRF[format] if crf is None else crf), *_ENCODING[format], ffmpeg.url(part)]
     try:
         tags.write_text(ffmpeg.metadata_text(_tags(provenance)), encoding="utf-8", newline="\n")
-        arguments = [
-            *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", size, "-framerate", str(fps), "-i", "pipe:0"),
-            *("-f", "ffmetadata", "-i", ffmpeg.url(tags), "-map", "0:v", "-map_metadata", "1"),
-            *("-crf", str(DEFAULT_CRF[format] if crf is None else crf), *_ENCODING[format], ffmpeg.url(part)),
-        ]
-        with ffmpeg.FrameSink(arguments, path) as sink:
-            for frame in _with_first(first, frames):
-                if odd_rows or odd_columns:
-                    frame = np.pad(frame, ((0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
-                sink.write(np.ascontiguousarray(frame).data)
-                count += 1
+        count = _encode(frames, fps, arguments, path, even=format == "mp4")
         os.replace(part, path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
-        tags.unlink(missing_ok=True)
+        discard(part)
+        discard(tags)
     return count
 
 
-def _with_first(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest
+def _write_gif(frames: Iterator[np.ndarray], path: Path, fps: float, provenance: Mapping[str, Any] | None) -> int:
+    """Two passes over a lossless file beside the output: one palette for the whole video, without holding it."""
+    lossless, part = part_path(path, ".lossless"), part_path(path)
+    try:
+        count = _encode(frames, fps, [*_LOSSLESS, ffmpeg.url(lossless)], path, even=False)
+        twice = ("-i", ffmpeg.url(lossless), "-i", ffmpeg.url(lossless))
+        palette = "[0:v]palettegen[palette];[1:v][palette]paletteuse"
+        done = ffmpeg.run(["-loglevel", "error", *twice, "-lavfi", palette, "-f", "gif", ffmpeg.url(part)])
+        if done.returncode:
+            raise ffmpeg.failure(path, done.returncode, done.stderr)
+        if provenance is not None:
+            with open(part, "r+b") as file:
+                append_comment(file, media.GIF_COMMENT_PREFIX + json.dumps(provenance, allow_nan=False).encode())
+        os.replace(part, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        discard(part)
+        discard(lossless)
+    return count
+
+
+def _write_folder(frames: Iterator[np.ndarray], path: Path, provenance: Mapping[str, Any] | None) -> int:
+    from PIL import Image
+
+    part = part_path(path)
+    count = 0
+    try:
+        if os.path.lexists(path):
+            raise CannotWrite(f"cannot write {path}: it exists, and folders are not overwritten: use another --out")
+        part.mkdir()
+        for count, frame in enumerate(frames, 1):
+            with open(part / frame_name(count), "xb") as file:
+                media.save_png(Image.fromarray(frame), file, provenance)
+        os.rename(part, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return count
+
+
+def frame_name(number: int) -> str:
+    """File name of a frame in a folder, counted from 1."""
+    return f"frame-{number:04d}.png"
+
+
+def _encode(frames: Iterator[np.ndarray], fps: float, arguments: Sequence[str], output: Path, *, even: bool) -> int:
+    """Feeds the frames to an ffmpeg, and returns how many they were.
+
+    Args:
+        frames: at least one.
+        fps: frames per second.
+        arguments: what ffmpeg does with them.
+        output: the file that the user knows, for messages.
+        even: repeat the last row or column where their number is odd.
+    """
+    import numpy as np
+
+    first = next(frames)
+    rows, columns = (side % 2 if even else 0 for side in first.shape[:2])
+    size = f"{first.shape[1] + columns}x{first.shape[0] + rows}"
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", size, "-framerate", str(fps), "-i", "pipe:0"]
+    count = 0
+    with ffmpeg.FrameSink([*raw, *arguments], output) as sink:
+        for frame in chain((first,), frames):
+            if rows or columns:
+                frame = np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge")
+            sink.write(np.ascontiguousarray(frame).data)
+            count += 1
+    return count
 
 
 def _tags(provenance: Mapping[str, Any] | None) -> dict[str, str]:
@@ -215,12 +279,13 @@ def _tags(provenance: Mapping[str, Any] | None) -> dict[str, str]:
     tags = {media.PROVENANCE_KEY: json.dumps(provenance, allow_nan=False)}
     if prompt := provenance.get("prompt"):
         readable = str(prompt).replace("\0", " ").encode("utf-8", "replace").decode()
+        readable += " " if readable.endswith("\\") else ""
         tags |= {"title": readable, "comment": readable}
     return tags
 
 
 _DURATION = re.compile(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", re.MULTILINE)
-_STREAM = re.compile(r"^  Stream #0:\d+.*?: Video: (\w+).*?, (\d+)x(\d+)[ ,].*?, ([\d.]+) fps", re.MULTILINE)
+_STREAM = re.compile(r"^  Stream #0:\d+.*?: Video: (\w+).*?, (\d+)x(\d+)\b.*?, ([\d.]+) fps", re.MULTILINE)
 _FRAMES = re.compile(r"(?:^|[\r\n])frame= *(\d+)")
 
 
@@ -230,17 +295,36 @@ def probe_video(path: Path) -> VideoFacts:
     Raises:
         BadInput: if there is no such file, it is no video, or it is damaged; or ffmpeg is missing.
     """
+    if path.is_dir():
+        return _probe_folder(path)
     if not path.is_file():
         raise BadInput(f"cannot read {path}: no such file")
     arguments = ["-i", ffmpeg.url(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "null", "-"]
     done = ffmpeg.run(["-xerror", *arguments])
     log = done.stderr.decode(errors="replace")
-    stream, duration, counted = _STREAM.search(log), _DURATION.search(log), _FRAMES.findall(log)
+    about_input = log.partition("\nOutput #")[0]
+    stream, duration, counted = _STREAM.search(about_input), _DURATION.search(about_input), _FRAMES.findall(log)
     if done.returncode or stream is None or duration is None or not counted:
         raise BadInput(f"{path} is not a whole video: {ffmpeg.last_line(done.stderr) or 'ffmpeg cannot read it'}")
     codec, width, height, fps = stream.groups()
     hours, minutes, seconds = duration.groups()
     frames, length = int(counted[-1]), int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     # A gif has a delay per frame, in hundredths of a second: only the mean is its rate.
-    rate = round(frames / length, 3) if codec == "gif" and length else float(fps)
+    rate = round(frames / length, 2) if codec == "gif" and length else float(fps)
     return VideoFacts(int(width), int(height), frames, rate, length, codec)
+
+
+def _probe_folder(path: Path) -> VideoFacts:
+    from PIL import Image
+
+    count = 0
+    while (path / frame_name(count + 1)).is_file():
+        count += 1
+    if not count:
+        raise BadInput(f"{path} is no folder of frames: there is no {frame_name(1)} in it")
+    try:
+        with Image.open(path / frame_name(1)) as first:
+            width, height = first.size
+    except OSError as error:
+        raise BadInput(f"cannot read {path / frame_name(1)}: {(error.strerror or str(error)).lower()}") from error
+    return VideoFacts(width, height, count, None, None, "png")

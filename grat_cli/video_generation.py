@@ -273,7 +273,9 @@ class StepKeeper:
         done: steps of the whole run that are done.
     """
 
-    def __init__(self, watch: StepWatch, first_step: int, every: int, keep: Callable[[int, torch.Tensor], None]) -> None:
+    def __init__(
+        self, watch: StepWatch, first_step: int, every: int, keep: Callable[[int, torch.Tensor], None]
+    ) -> None:
         """Counts from a step on.
 
         Args:
@@ -342,14 +344,12 @@ def keep_latents(run: VideoRun, request: VideoRequest, output: Path, progress: P
     Returns:
         The file to go on from; None where there is no room for one, which is said.
     """
-    checkpoint = checkpoint_path(output)
     try:
-        kept = write_run(run, request, output)
+        return write_run(run, request, output)
     except CannotWrite as error:
         progress.note(f"{error}: its latents are not kept until the video is written")
+        checkpoint = checkpoint_path(output)
         return checkpoint if checkpoint.is_file() else None
-    checkpoint.unlink(missing_ok=True)
-    return kept
 
 
 def discard_kept(output: Path) -> None:

@@ -62,7 +62,7 @@ class VideoRun:
 
 
 def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
-    """Keeps a run beside its output: as latents where all steps are done, else as a checkpoint.
+    """Keeps a run beside its output: as a checkpoint, or where all steps are done as latents in its place.
 
     Raises:
         CannotWrite: if there is no room; what was kept before is still there.
@@ -72,6 +72,7 @@ def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
     if run.done == request.preset.sampling.steps:
         path = latents_path(output)
         save_latents(path, run.latents, about)
+        checkpoint_path(output).unlink(missing_ok=True)  # they have all that it had
     else:
         path = checkpoint_path(output)
         steps = [asdict(step) for step in run.steps]
@@ -110,7 +111,8 @@ def read_run(path: Path) -> tuple[VideoRun, VideoRequest]:
         latents, random_state, about = checkpoint.latents, checkpoint.generator_state, checkpoint.about
     try:
         request = request_from_data(about["request"], path.parent)
-        report = {name: value for name, value in about.items() if name not in _OF_THE_FILE} | {"schema": SCHEMA}
+        report: dict[str, Any] = {name: value for name, value in about.items() if name not in _OF_THE_FILE}
+        report["schema"] = SCHEMA
         run = VideoRun(
             seed=report["seed"],
             latents=latents,

@@ -60,8 +60,8 @@ def parse_video_size(
     """Reads `--res`, `--aspect`, `--seconds`, `--frames` and `--fps`.
 
     `720p` is the shorter side, in the model's own shape or that of `--aspect`; without `--res` it is the model's own.
-    Sides that follow from it are rounded to the nearest that the model can make, frames up to the next that it can,
-    and the notes say so. Sides that were typed as `WIDTHxHEIGHT` are never rounded.
+    Sides that follow from it are rounded to the nearest that the model can make, frames up to the next that it can;
+    the notes say so where that changes what was typed. Sides that were typed as `WIDTHxHEIGHT` are never rounded.
 
     Args:
         res: `720p`, `WIDTHxHEIGHT`, or None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool 
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
+
+
+def discard(part: Path) -> None:
+    """Removes what was begun, if there is anything; an error while it was written is not hidden by one from here."""
+    with contextlib.suppress(OSError):
+        part.unlink()
 
 
 def cannot_write(path: Path, error: OSError) -> CannotWrite:

@@ -52,7 +52,7 @@ FLOORS = (
     ("generation", "video_generation", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "output"),
-    ("video_output",),
+    ("time_estimate", "video_output"),
     ("bench.*",),
     ("options",),
     (
@@ -182,12 +182,14 @@ from grat_cli.app import run
 codes = [run(arguments) for arguments in (
     ["--help"], ["image", "--help"], ["--version"], ["presets"], ["presets", "demo"], ["presets", "flux-far"],
     ["plan", "flux-x", "--res", "8192"], ["plan", "demo-far", "--json"], ["plan", "--model", "flux-schnell"],
-    ["bench", "--help"], ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
+    ["bench", "--help"], ["video", "--help"], ["resume", "--help"], ["decode", "--help"],
+    ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
+    ["video", ""], ["video", "waves", "--model", "demo", "--res", "huge"], ["resume", "a.mp4"], ["decode", "a.mp4"],
     ["image", "a fox", "--model", "demo", "--res", "1000"],
 )]
 heavy = {"torch", "diffusers", "transformers", "triton"} & set(sys.modules)
 print(codes, sorted(heavy), file=sys.stderr)
-sys.exit(codes != [0] * 10 + [2] * 4 or bool(heavy))
+sys.exit(codes != [0] * 13 + [2] * 8 or bool(heavy))
 """
 
 

@@ -47,7 +47,7 @@ class Run:
         return build_plan(Grouping(self.grid, GROUP), pattern, self.text_lengths[-1], text_first=False)
 
 
-def raster_mask(grid: Grid, radius: int | None, share: int | None) -> np.ndarray:
+def raster_mask(grid: Grid, radius: int | tuple[int, ...] | None, share: int | None) -> np.ndarray:
     """What GRAT-B or GRAT-X allows between video tokens, `[N, N]` in raster order; without the project's own code."""
     coordinates = np.stack(np.unravel_index(np.arange(grid.tokens), grid.shape), axis=1) // GROUP
     apart = np.abs(coordinates[:, None] - coordinates[None, :])

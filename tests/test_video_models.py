@@ -70,9 +70,7 @@ def test_default_model_depends_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_of_the_other_medium_are_refused_with_what_to_type(saved: Path) -> None:
     for name in ("hunyuan", str(saved)):
-        with pytest.raises(
-            BadInput, match=r"makes videos: use it with grat video; for images give --model one of demo,"
-        ):
+        with pytest.raises(BadInput, match=r"makes videos: use it with grat video; for images give .* demo,"):
             choose_model(name, "image")
     for name in ("flux-dev", "flux-schnell", str(DEMO_FLUX.path)):
         with pytest.raises(BadInput, match=r"makes images: use it with grat image; for videos .* demo, hunyuan"):
@@ -175,7 +173,7 @@ def test_a_file_takes_its_other_parts_from_a_base(folder: Path, tmp_path: Path) 
     weights = load_file(folder / WEIGHTS)
     weights["proj_out.bias"] = torch.full_like(weights["proj_out.bias"], 0.25)
     save_file(weights, file)
-    with pytest.raises(ModelUnavailable, match="with --base, .* --base hunyuanvideo-community/HunyuanVideo"):
+    with pytest.raises(ModelUnavailable, match=r"with --base, .* --base hunyuanvideo-community/HunyuanVideo"):
         load(str(file))
     pipe = load(str(file), base=str(folder)).pipe
     assert pipe.text_encoder is not None

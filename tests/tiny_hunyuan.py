@@ -76,10 +76,13 @@ def pipeline(seed: int = 1, **changes: Any) -> HunyuanVideoPipeline:
         changes: to the transformer's configuration.
     """
     torch.manual_seed(seed)
-    tokenizer, clip_tokenizer = _tokenizer(TEXT_ROOM), _tokenizer(77)
+    # Typed as Any: stubs of diffusers want the very classes of the real checkpoint.
+    tokenizer: Any = _tokenizer(TEXT_ROOM)
+    clip_tokenizer: Any = _tokenizer(77)
+    blocks: Any = (4, 4, 4, 4)
     autoencoder = AutoencoderKLHunyuanVideo(
         latent_channels=4,
-        block_out_channels=(4, 4, 4, 4),
+        block_out_channels=blocks,
         layers_per_block=1,
         norm_num_groups=1,
         mid_block_add_attention=False,

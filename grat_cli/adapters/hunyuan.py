@@ -189,9 +189,10 @@ class HunyuanAdapter:
             module._compiled_call_impl is not None for module in (self._model, *self._blocks)
         ):
             raise BadInput("GRAT inside a compiled HunyuanVideo transformer is not supported: leave torch.compile out")
-        if not isinstance(self._model, HunyuanVideoTransformer3DModel):
+        kind = type(self._model)
+        if not issubclass(kind, HunyuanVideoTransformer3DModel):
             raise BadInput(
-                f"the transformer is a {type(self._model).__name__}, and GRAT knows HunyuanVideoTransformer3DModel: "
+                f"the transformer is a {kind.__name__}, and GRAT knows HunyuanVideoTransformer3DModel: "
                 "use a pipeline of HunyuanVideo, text-to-video"
             )
         if self._model.config.image_condition_type == "token_replace":
@@ -215,7 +216,7 @@ class HunyuanAdapter:
 
 
 class _Text(NamedTuple):
-    """The text of a call: its mask `[B, text]`, its longest valid length, and its valid lengths `[B]` if they differ."""
+    """A text: its mask `[B, text]`, its longest valid length, and where they differ its valid lengths `[B]`."""
 
     mask: torch.Tensor
     longest: int

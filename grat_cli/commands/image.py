@@ -5,15 +5,12 @@ from __future__ import annotations
 import shlex
 from datetime import datetime
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from grat_cli import options
 from grat_cli.output import Output
-
-if TYPE_CHECKING:
-    from grat_cli.presets import Preset
 
 
 def image(
@@ -62,6 +59,7 @@ def image(
         require_choice,
         require_device,
         select_preset,
+        variant_word,
     )
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -105,7 +103,7 @@ def image(
 
     # 3. Where the pictures go, before hours are spent on them.
     now = datetime.now().astimezone()
-    word = _variant_word(chosen)
+    word = variant_word(chosen)
     names = [media.default_name(now, prompt, str(resolution), word, seed) for seed in seeds]
     paths = media.output_paths(out, names, seeds)
     media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
@@ -153,8 +151,3 @@ def image(
         output.show(report.timing_table(reports[0]), report.phases_line(reports[0]))
     else:
         output.show(report.pictures_table(reports))
-
-
-def _variant_word(preset: Preset) -> str:
-    """The variant in a file's name: `b`, or `b-far` with a far field."""
-    return preset.attention.variant + ("-far" if preset.attention.far else "")

@@ -1,4 +1,4 @@
-"""`grat info`: how a picture was made."""
+"""`grat info`: how a picture or video was made."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from grat_cli.output import Output, bytes_text, fact_table
 
 
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture by grat, or the report beside it.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A picture or video by grat, its latents or checkpoint, or the report."),
+    ],
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what made a picture: prompt, seed, model, preset, size, versions."""
+    """Show what made a picture or video: prompt, seed, model, preset, size, versions."""
     from grat_cli import media, report
     from grat_cli.errors import BadInput
 
@@ -43,14 +46,14 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "prompt": found["prompt"],
         "negative": found.get("negative_prompt"),
         "seed": str(found["seed"]),
-        "size": f"{found['width']}x{found['height']}",
+        "size": _size(found),
         "from": f"{found['init_image']}, strength {found['strength']}" if found.get("init_image") else None,
         "model": f"{model['name']} ({model['source']})" if model["source"] != model["name"] else model["name"],
         "revision": model.get("revision"),
         "preset": preset.name,
         "attention": preset.attention.summary,
         "density": f"{found['density']:.3f} ({found['ideal_speedup']:.1f}x less attention work)",
-        "steps": str(sampling["steps"]),
+        "steps": _steps(found),
         "guidance": None if sampling["guidance"] is None else f"{sampling['guidance']:g}",
         "time shift": f"{sampling['shift']:.3g}",
         "backend": f"{backend['used']} ({backend['reason']})",
@@ -60,6 +63,18 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "command": found["command"],
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _size(found: dict[str, Any]) -> str:
+    size = f"{found['width']}x{found['height']}"
+    if "frames" not in found:
+        return size
+    return f"{size}, {found['frames']} frames at {found['fps']:g} per second ({found['seconds']:.3g} s)"
+
+
+def _steps(found: dict[str, Any]) -> str:
+    steps = str(found["sampling"]["steps"])
+    return f"{found['steps_done']} of {steps} are done" if "steps_done" in found else steps
 
 
 def _peak_memory(found: dict[str, Any]) -> str | None:

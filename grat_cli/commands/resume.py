@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +23,7 @@ def resume(
     debug: options.Debug = False,
 ) -> None:
     """Go on with a video that was interrupted, to the same result; everything else is as it was asked for."""
-    from dataclasses import replace
-
-    from grat_cli import video_output
+    from grat_cli import media, video_output
     from grat_cli.video_run import find_run, read_run
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -34,7 +33,8 @@ def resume(
     run, request = read_run(kept)
     request = replace(request, overwrite=overwrite or request.overwrite)
     left = request.seeds[request.seeds.index(run.seed) :]
-    video_output.refuse_replacing(request.outputs[-len(left) :], overwrite=request.overwrite)
+    outputs = request.outputs[-len(left) :]
+    media.refuse_unwritable([*outputs, *map(media.report_path, outputs)], overwrite=request.overwrite)
     output.hint(f"{kept.name}: {request.model.name}, {request.size}, {request.preset.name}")
     output.hint(f"seed {', '.join(map(str, left))}: step {run.done} of {request.preset.sampling.steps} is done")
 

@@ -65,6 +65,8 @@ def video(
         select_preset,
         variant_word,
     )
+    from grat_cli.time_estimate import planned_seconds
+    from grat_cli.video_files import SUFFIXES, choose_format, require_encodable
     from grat_cli.video_request import VideoRequest
     from grat_cli.video_size import parse_video_size
 
@@ -76,8 +78,7 @@ def video(
     require_device(device)
     require_choice("--dtype", dtype, DTYPES)
     require_choice("--offload", offload, OFFLOADS)
-    chosen_format = video_output.choose_format(format, out)
-    video_output.check_quality(crf, chosen_format)
+    chosen_format = choose_format(out, format)
     if checkpoint_every is not None and checkpoint_every < 0:
         raise BadInput(f"--checkpoint-every {checkpoint_every}: expected steps, 0 for none")
     seeds = resolve_seeds(seed, n)
@@ -99,15 +100,15 @@ def video(
     size = parse_video_size(res, aspect, seconds, frames, fps, choice)
     architecture = architecture_for(choice)
     expected = forecast(chosen, choice.name, architecture, size, dtype)
-    require_backend(
-        chosen.kernel.backend, device, dtype, architecture.head_dim, expected.main_plan.tokens
-    )
+    require_backend(chosen.kernel.backend, device, dtype, architecture.head_dim, expected.main_plan.tokens)
+
+    require_encodable(chosen_format, fps=size.fps, crf=crf)
 
     # 3. Where the videos go, before hours are spent on them.
     now = datetime.now().astimezone()
-    word = variant_word(chosen)
-    names = [media.default_name(now, prompt, str(size), word, seed, chosen_format) for seed in seeds]
-    paths = media.output_paths(out, names, seeds, chosen_format)
+    word, suffix = variant_word(chosen), SUFFIXES[chosen_format]
+    names = [media.default_name(now, prompt, str(size), word, seed, suffix) for seed in seeds]
+    paths = media.output_paths(out, names, seeds, suffix)
     video_output.refuse_unwritable(paths, overwrite=overwrite)
 
     # 4. What it will be, and how long it will take.
@@ -121,10 +122,15 @@ def video(
         output.hint(note)
     output.hint(f"seed {', '.join(map(str, seeds))}")
     planned = planned_seconds(expected, device, dtype)
-    output.hint(f"planned time: about {duration(planned * len(seeds))}")
+    each = f", {duration(planned)} each" if len(seeds) > 1 else ""
+    output.hint(f"planned time: about {duration(planned * len(seeds))}{each}")
 
     # 5. Make them, one by one; each is written as soon as it is done.
-    every = checkpoint_interval(planned, chosen.sampling.steps) if checkpoint_every is None else checkpoint_every
+    every = (
+        video_output.checkpoint_interval(planned, chosen.sampling.steps)
+        if checkpoint_every is None
+        else checkpoint_every
+    )
     request = VideoRequest(
         prompt=prompt,
         preset=chosen,

@@ -1,0 +1,203 @@
+"""How long a video will take on this machine, foretold before anything is loaded.
+
+The operations of a run are known from its plan. How fast this machine does them is measured on small samples, one
+each of attention, linear layers and convolutions, in a second or two. What comes out is approximate: large
+tensors run at other rates than small ones, a machine that is busy elsewhere changes its mind, and loading, text and
+the writing of the file are left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.architectures import Architecture
+from grat_cli.devices import choose_device, choose_dtype, wait_for
+from grat_cli.planning import Forecast
+from grat_cli.video_size import VideoSize
+
+if TYPE_CHECKING:
+    import torch
+
+# Sides and steps of the tiles that AutoencoderKLHunyuanVideo decodes, in pixels and in frames of latents (diffusers
+# 0.42.1): tiles overlap, and each window of frames but the first decodes one more than it keeps.
+_TILE, _TILE_STEP, _WINDOW, _WINDOW_STEP = 256, 192, 5, 3
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds of the two long phases of a video."""
+
+    denoise: float
+    decode: float
+
+    @property
+    def total(self) -> float:
+        """Both, in seconds."""
+        return self.denoise + self.decode
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Floating-point operations per second.
+
+    Attributes:
+        attention: over the pairs that a plan allows.
+        linear: of a transformer's layers, norms and activations included.
+        convolution: of an autoencoder's, likewise.
+    """
+
+    attention: float
+    linear: float
+    convolution: float
+
+
+def planned_seconds(forecast: Forecast, device: str = "auto", dtype: str = "auto") -> float:
+    """Seconds that a video will take, approximately; see `estimate`."""
+    return estimate(forecast, device, dtype).total
+
+
+def estimate(forecast: Forecast, device: str = "auto", dtype: str = "auto") -> TimeEstimate:
+    """How long denoising and decoding of a video will take on a device, approximately.
+
+    Args:
+        forecast: of a video.
+        device: as for `devices.choose_device`.
+        dtype: as for `devices.choose_dtype`.
+
+    Raises:
+        BadInput: if there is no such device here.
+    """
+    chosen = choose_device(device)
+    return estimate_at(forecast, measured_rates(forecast, chosen, choose_dtype(dtype, chosen)))
+
+
+def estimate_at(forecast: Forecast, rates: Rates) -> TimeEstimate:
+    """How long denoising and decoding take at known rates."""
+    architecture, schedule = forecast.architecture, forecast.schedule
+    calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
+    linear_flop = calls * architecture.linear_flop(forecast.main_plan.tokens)
+    step = forecast.planned_flop_per_step / rates.attention + linear_flop / rates.linear
+    assert isinstance(forecast.size, VideoSize), "the forecast is of an image"
+    return TimeEstimate(schedule.steps * step, decode_flop(architecture, forecast.size) / rates.convolution)
+
+
+def decode_flop(architecture: Architecture, size: VideoSize) -> float:
+    """Floating-point operations to decode a video in overlapping tiles, a few frames at a time."""
+    assert architecture.decoder is not None
+    assert architecture.frames_per_latent is not None
+    # Two by two latents make a token.
+    pixels = architecture.token_side // 2
+    latent_frames = (size.frames - 1) // architecture.frames_per_latent + 1
+    windows = [latent_frames]
+    if latent_frames > _WINDOW - 1:
+        windows = _parts(latent_frames, _WINDOW, _WINDOW_STEP)
+    rows, columns = [size.height // pixels], [size.width // pixels]
+    if max(size.height, size.width) > _TILE:
+        rows, columns = (_parts(whole, _TILE // pixels, _TILE_STEP // pixels) for whole in (rows[0], columns[0]))
+    return sum(architecture.decoder.flop(frames, high, wide) for frames in windows for high in rows for wide in columns)
+
+
+def _parts(whole: int, size: int, step: int) -> list[int]:
+    """Lengths of the overlapping parts of something."""
+    return [min(size, whole - start) for start in range(0, whole, step)]
+
+
+def measured_rates(forecast: Forecast, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates of this machine, on samples of a run's own kind."""
+    import torch
+
+    with torch.no_grad():
+        return Rates(
+            _attention_rate(forecast, device, dtype),
+            _linear_rate(forecast.architecture, device, dtype),
+            _convolution_rate(forecast.architecture, device, dtype),
+        )
+
+
+def _attention_rate(forecast: Forecast, device: torch.device, dtype: torch.dtype) -> float:
+    import torch
+
+    from grat_kernels import Grid, Grouping, build_plan, span_attention
+
+    main = forecast.main_plan
+    # A few groups along every axis, from one that is no larger than the run's own.
+    whole, extents = main.grouping.grid.shape, list(main.grouping.group)
+    while torch.Size(extents).numel() < (3_000 if device.type == "cpu" else 30_000):
+        growing = [axis for axis, extent in enumerate(extents) if extent < whole[axis]]
+        if not growing:
+            break
+        axis = min(growing, key=lambda axis: extents[axis] / main.grouping.group[axis])
+        extents[axis] = min(whole[axis], 2 * extents[axis])
+    grid = Grid(tuple(min(extent, size) for extent, size in zip(extents, whole, strict=True)))
+    plan = build_plan(
+        Grouping(grid, main.grouping.group, main.grouping.cells), main.pattern, main.text_len, main.text_first
+    )
+    architecture = forecast.architecture
+    # Heads do not change the rate of a CPU.
+    heads = min(architecture.heads, 2) if device.type == "cpu" else architecture.heads
+    shape = (1, plan.tokens, heads, architecture.head_dim)
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    backend = forecast.preset.kernel.backend
+    seconds = _seconds(lambda: span_attention(query, key, value, plan, backend=backend), device)
+    return 4 * plan.density * plan.tokens**2 * heads * architecture.head_dim / seconds
+
+
+def _linear_rate(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> float:
+    """Of a feed-forward layer with its norm and activation."""
+    import torch
+    from torch.nn import functional
+
+    width = architecture.heads * architecture.head_dim
+    tokens = max(256, int((2e9 if device.type == "cpu" else 1e12) / (16 * width**2)))
+    hidden = torch.randn(tokens, width, device=device, dtype=dtype)
+    wide = torch.randn(4 * width, width, device=device, dtype=dtype) / width**0.5
+    narrow = wide.T.contiguous()
+
+    def feed_forward() -> torch.Tensor:
+        inner = functional.linear(functional.layer_norm(hidden, (width,)), wide)
+        return functional.linear(functional.gelu(inner, approximate="tanh"), narrow)
+
+    return 16 * tokens * width**2 / _seconds(feed_forward, device)
+
+
+def _convolution_rate(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> float:
+    """Of a decoder of the model's shape with random weights, on a few latents."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoDecoder3D
+
+    shape = architecture.decoder
+    assert shape is not None
+    side = 32
+    while side > 4 and shape.flop(3, side, side) > (4e10 if device.type == "cpu" else 1e13):
+        side //= 2
+    with torch.device("meta"):
+        decoder = HunyuanVideoDecoder3D(
+            in_channels=shape.channels[-1],
+            block_out_channels=shape.channels,
+            layers_per_block=shape.layers,
+            norm_num_groups=1,
+            mid_block_add_attention=False,
+        )
+    decoder = decoder.to_empty(device=device).to(dtype)
+    for weight in decoder.parameters():
+        weight.fill_(0.01)  # memory as it was found may hold numbers that a CPU is slow with
+    latents = torch.randn(1, shape.channels[-1], 3, side, side, device=device, dtype=dtype)
+    # Large enough on a CPU that neither its first call nor a pause of the machine weighs much.
+    repeats = 0 if device.type == "cpu" else 2
+    return shape.flop(3, side, side) / _seconds(lambda: decoder(latents), device, repeats)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """What a call takes: the best of so many after one that warms up, or that one itself."""
+    best = float("inf")
+    for number in range(repeats + 1):
+        wait_for(device)
+        begin = time.perf_counter()
+        run()
+        wait_for(device)
+        if number or not repeats:
+            best = min(best, time.perf_counter() - begin)
+    return best
