@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class PictureMaker:
     """Pictures of Flux; a `whole_runs.Maker`."""
 
     family = "flux"
-    notes = (
+    notes: tuple[str, ...] = (
         "Full attention is stock diffusers. Pictures are compared with its pictures of the same prompts and seeds: "
         "mean and 95 % interval by Student's t over the pictures.",
     )
@@ -67,7 +68,7 @@ class PictureMaker:
         check_size(self.request)
         self.grid = Grid((self.request.height // model.token_side, self.request.width // model.token_side))
         self.title = f"{self.request.width}x{self.request.height} pixels"
-        self.recorded = {"width": self.request.width, "height": self.request.height}
+        self.recorded: Mapping[str, Any] = {"width": self.request.width, "height": self.request.height}
 
     def prepare(self, pipe: Any) -> None:
         """See `whole_runs.Maker`, as for all below."""
@@ -87,8 +88,8 @@ class PictureMaker:
     ) -> torch.Tensor:
         return denoise(pipe, request, arguments, None, seed, watch)
 
-    def decode(self, pipe: Any, latents: torch.Tensor, request: ImageRequest) -> Image.Image:
-        return decode(pipe, latents, request)
+    def decode(self, pipe: Any, latents: torch.Tensor) -> Image.Image:
+        return decode(pipe, latents, self.request)
 
     def likeness(self, reference: Image.Image, made: Image.Image) -> Likeness:
         return likeness(reference, made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -103,8 +104,5 @@ def _movement(frames: Sequence[np.ndarray]) -> float:
     """Mean absolute difference of successive frames; 0 of a single one."""
     import numpy as np
 
-    changes = [
-        float(np.abs(after.astype(np.int16) - before).mean())
-        for before, after in zip(frames, frames[1:], strict=False)
-    ]
+    changes = [float(np.abs(after.astype(np.int16) - before).mean()) for before, after in itertools.pairwise(frames)]
     return statistics.mean(changes) if changes else 0.0

@@ -167,7 +167,7 @@ def _request(text: str) -> Request:
         parameters[name] = tuple(int(part) for part in value.split("x"))
     if len(parameters.get("share", (1,))) > 1:
         raise BadInput(f"--compare {text}: share is one number, such as share=2")
-    return Request(text, kind, parameters | fixed)
+    return Request(text, kind, {**parameters, **fixed})
 
 
 def variant_for(request: Request, grid: Grid) -> Variant:

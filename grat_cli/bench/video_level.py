@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class VideoSettings(RunSettings):
         frames: of each video; None for what the model was trained at.
     """
 
-    prompts: tuple[str, ...] = PROMPTS[:3]
+    prompts: tuple[str, ...] = PROMPTS[:2]
     frames: int | None = None
 
 
@@ -77,8 +77,8 @@ class VideoMaker:
         side = model.token_side
         self.grid = Grid((self.request.latent_frames, height // side, width // side))
         self.title = f"{width}x{height} pixels, {frames} frames"
-        self.recorded = {"width": width, "height": height, "frames": frames, "fps": model.video.fps}
-        self.notes = (
+        self.recorded: Mapping[str, Any] = {"width": width, "height": height, "frames": frames, "fps": model.video.fps}
+        self.notes: tuple[str, ...] = (
             f"Full attention is stock diffusers: it attends the padding of the text, to {model.text_tokens} tokens, "
             "under a mask, which the others cut off; full-list is full attention without it.",
             "Videos are compared frame by frame with its videos of the same prompts and seeds: mean and 95 % interval "
@@ -117,7 +117,7 @@ class VideoMaker:
                 callback_on_step_end=watch,
             ).frames
 
-    def decode(self, pipe: Any, latents: torch.Tensor, request: VideoRequest) -> list[np.ndarray]:
+    def decode(self, pipe: Any, latents: torch.Tensor) -> list[np.ndarray]:
         return list(checked_frames([decode(pipe.vae, latents)], FrameCheck()))
 
     def likeness(self, reference: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> Likeness:
@@ -136,7 +136,7 @@ class VideoMaker:
         ]
 
     def _frames_shown(self, number: int) -> list[int]:
-        """Frames of the n-th video, evenly spread over its time; none of later videos, so that the sheet stays small."""
+        """Frames of the n-th video, evenly spread over its time; none of those that the sheet has no room for."""
         if number >= VIDEOS_SHOWN:
             return []
         last, count = self.request.frames - 1, min(FRAMES_SHOWN, self.request.frames)

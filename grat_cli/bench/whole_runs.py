@@ -115,7 +115,6 @@ class Maker(Protocol):
 
     Attributes:
         family: of the model, `flux` or `hunyuan`.
-        request: what is asked of each run; the prompt is replaced from run to run.
         grid: image tokens.
         title: of the size, for people.
         recorded: what else of the request belongs in the record.
@@ -123,11 +122,15 @@ class Maker(Protocol):
     """
 
     family: str
-    request: GenerationRequest
     grid: Grid
     title: str
     recorded: Mapping[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What is asked of each run; the prompt is replaced from run to run."""
+        ...
 
     def prepare(self, pipe: Any) -> None:
         """Sets a pipeline up, once."""
@@ -149,7 +152,7 @@ class Maker(Protocol):
         """Latents of one output."""
         ...
 
-    def decode(self, pipe: Any, latents: torch.Tensor, request: Any) -> Any:
+    def decode(self, pipe: Any, latents: torch.Tensor) -> Any:
         """The output of latents.
 
         Raises:
@@ -170,9 +173,7 @@ class Maker(Protocol):
         ...
 
 
-def compare_runs(
-    settings: RunSettings, maker: Maker, progress: Progress | None = None
-) -> tuple[BenchResult, Pictures]:
+def compare_runs(settings: RunSettings, maker: Maker, progress: Progress | None = None) -> tuple[BenchResult, Pictures]:
     """Makes every output with every variant, interleaved, and compares them.
 
     Raises:
@@ -180,7 +181,8 @@ def compare_runs(
         ModelUnavailable: if the model is missing, gated or damaged.
     """
     progress = progress or Unwatched()
-    request, grid, level = maker.request, maker.grid, request_level(maker.request)
+    request, grid = maker.request, maker.grid
+    level: Level = request.model.medium
 
     # 1. What can be refused before a model is loaded.
     variants = [variant_for(Request("full", "full", {}), grid)]
@@ -258,11 +260,6 @@ def compare_runs(
     ]
     made = [(entry.variant.name, entry.shown) for entry in entries if entry.skipped is None]
     return result, Pictures(made, titles)
-
-
-def request_level(request: GenerationRequest) -> Level:
-    """The level of the medium that a request is for."""
-    return request.model.medium
 
 
 @dataclass
@@ -364,7 +361,7 @@ class _Studio:
     ) -> None:
         self._pipe, self._maker = pipe, maker
         self._device, self._progress, self._max_seconds = device, progress, settings.max_seconds
-        self._noun = OUTPUTS[request_level(maker.request)]
+        self._noun = OUTPUTS[maker.request.model.medium]
         maker.prepare(pipe)
         self.guidance: Guidance = choose_guidance(pipe, maker.request.model, maker.request.preset, None)
         self._texts: dict[str, dict[str, Any]] = {}
@@ -399,8 +396,9 @@ class _Studio:
             steps = self._maker.request.preset.sampling.steps
             seconds = spent + one_step_ms / 1000 * steps * len(self.orders)
             if seconds > self._max_seconds:
+                count = len(self.orders)
                 raise CannotRun(
-                    f"{len(self.orders)} {self._noun}s would take about {seconds_text(seconds)}, "
+                    f"{count} {self._noun}{'s' if count > 1 else ''} would take about {seconds_text(seconds)}, "
                     f"more than {seconds_text(self._max_seconds)} (--max-seconds)"
                 )
 
@@ -411,7 +409,7 @@ class _Studio:
 
         def attempt() -> None:
             latents, milliseconds, steps = self._denoised(entry, number)
-            entry.output = self._maker.decode(self._pipe, latents, self._maker.request)
+            entry.output = self._maker.decode(self._pipe, latents)
             entry.shown += self._maker.shown(number, entry.output)
             entry.times_ms.append(milliseconds)
             entry.steps.append(steps)

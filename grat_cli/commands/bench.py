@@ -140,7 +140,7 @@ def bench(
             "--prompts",
             metavar="COUNT|FILE",
             help="For image and video: so many of the built-in prompts, or a text file with one on each line. "
-            "Default: 4 pictures, 3 videos.",
+            "Default: 4 pictures, 2 videos.",
             show_default=False,
             rich_help_panel=_WHAT,
         ),
@@ -150,7 +150,7 @@ def bench(
         typer.Option(
             "--res",
             metavar="SIZE,...",
-            help="Pixels, as for grat image: 4096 or 4096x2048, several with commas. For video as for grat video: 720p.",
+            help="Pixels, as for grat image: 4096 or 4096x2048, several with commas. For video 720p or 1280x720.",
             show_default=False,
             rich_help_panel=_SIZE,
         ),
