@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.devices import is_out_of_memory
+from grat_cli.devices import is_out_of_memory, video_autoencoder_dtype
 from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.hub import BASES, download_pipeline, first_line, revision_of, root_cause
 from grat_cli.models import Medium, ModelChoice, medium_of_name
@@ -86,14 +86,18 @@ def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.
 def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of each part of a pipeline.
 
-    HunyuanVideo's own example, in diffusers and on its model card, runs the transformer in bf16 and all else in fp16.
-    That is done on CUDA devices wherever the transformer is in half precision; elsewhere all parts share one dtype.
+    Those of a video model differ: HunyuanVideo's own example, in diffusers and on its model card, runs the transformer
+    in bf16 and all else in fp16. That is done on CUDA devices wherever the transformer is in half precision; for the
+    autoencoder see `devices.video_autoencoder_dtype`.
     """
     import torch
 
     dtypes: dict[str, torch.dtype] = dict.fromkeys(_NEURAL_PARTS, dtype)
-    if choice.medium == "video" and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if choice.medium != "video":
+        return dtypes
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         dtypes |= {part: torch.float16 for part in _NEURAL_PARTS if part != "transformer"}
+    dtypes["vae"] = video_autoencoder_dtype(device, dtype)
     return dtypes
 
 

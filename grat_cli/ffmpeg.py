@@ -18,6 +18,7 @@ _ESCAPED = re.compile(r"([=;#\\\n\r])")
 _HEADER = ";FFMETADATA1"
 _LINES_KEPT = 50
 _PATIENCE_S = 10
+_SAYS_NOTHING = ("Conversion failed!", "frame=")
 _REASONS = (
     "No space left on device",
     "Disk quota exceeded",
@@ -196,9 +197,9 @@ def failure(output: Path, code: int, log: bytes) -> CannotWrite:
 
 
 def last_line(log: bytes) -> str:
-    """The last line of ffmpeg's log that says something, without the part of the program that says it."""
+    """The last line of ffmpeg's log that says what is wrong, without the part of the program that says it."""
     lines = [re.sub(r"^(\[[^\]]*\] )+", "", line).strip() for line in log.decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line and line != "Conversion failed!"), "")
+    return next((line for line in reversed(lines) if line and not line.startswith(_SAYS_NOTHING)), "")
 
 
 def metadata_text(tags: Mapping[str, str]) -> str:

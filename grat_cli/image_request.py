@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,14 +55,11 @@ def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | 
 def note_expectations(request: ImageRequest, progress: Progress) -> None:
     """Says beforehand what a model cannot do."""
     if request.model.family == "demo":
-        from grat_cli.demo import vocabulary
+        from grat_cli.demo import unknown_words, vocabulary
 
         known = vocabulary()
-        words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
-        unknown = [word for word in re.findall(r"[^\W_]+", request.prompt.lower()) if word not in words]
-        if unknown:
-            named = ", ".join(dict.fromkeys(unknown))
-            progress.note(f"the demo model does not know {named}; it draws {', '.join(known['subjects'])}")
+        if unknown := unknown_words(request.prompt, known):
+            progress.note(f"the demo model does not know {', '.join(unknown)}; it draws {', '.join(known['subjects'])}")
     elif request.init_image is None and request.width * request.height > 2 * request.model.native_side**2:
         progress.note(
             f"Flux was trained at about {request.model.native_side}x{request.model.native_side}: much larger pictures "

@@ -53,23 +53,6 @@ class VideoTraits:
 
 
 @dataclass(frozen=True)
-class PromptTemplate:
-    """What a prompt is put into before it is encoded.
-
-    Attributes:
-        template: text with the prompt at `{}`.
-        crop_start: tokens of it that are cut off before the prompt.
-    """
-
-    template: str
-    crop_start: int
-
-    def as_argument(self) -> dict[str, Any]:
-        """`prompt_template` of `HunyuanVideoPipeline.encode_prompt` and of its call."""
-        return {"template": self.template, "crop_start": self.crop_start}
-
-
-@dataclass(frozen=True)
 class ModelChoice:
     """A model, and the settings it was trained for.
 
@@ -88,7 +71,6 @@ class ModelChoice:
         default_shift: time shift that suits it, None for that of its scheduler.
         true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
         video: what videos it makes; None for a model of images.
-        prompt_template: what prompts are put into; None for the pipeline's own.
         is_demo: whether it is a bundled model, which knows a few hundred words.
     """
 
@@ -106,7 +88,6 @@ class ModelChoice:
     default_shift: float | None = None
     true_guidance: bool = False
     video: VideoTraits | None = None
-    prompt_template: PromptTemplate | None = None
     is_demo: bool = False
 
     @property
@@ -167,7 +148,6 @@ _DEMO_HUNYUAN = ModelChoice(
     default_guidance=DEMO_HUNYUAN.guidance,
     true_guidance=True,
     video=VideoTraits(DEMO_HUNYUAN.width, DEMO_HUNYUAN.height, DEMO_HUNYUAN.frames, DEMO_HUNYUAN.fps),
-    prompt_template=PromptTemplate(DEMO_HUNYUAN.template, DEMO_HUNYUAN.crop_start),
     is_demo=True,
 )
 KNOWN_MODELS: Mapping[Medium, Mapping[str, ModelChoice]] = {

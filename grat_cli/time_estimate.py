@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.architectures import Architecture
-from grat_cli.devices import choose_device, choose_dtype, wait_for
+from grat_cli.devices import choose_device, choose_dtype, video_autoencoder_dtype, wait_for
 from grat_cli.planning import Forecast
 from grat_cli.video_size import VideoSize
 
@@ -113,7 +113,7 @@ def measured_rates(forecast: Forecast, device: torch.device, dtype: torch.dtype)
         return Rates(
             _attention_rate(forecast, device, dtype),
             _linear_rate(forecast.architecture, device, dtype),
-            _convolution_rate(forecast.architecture, device, dtype),
+            _convolution_rate(forecast.architecture, device, video_autoencoder_dtype(device, dtype)),
         )
 
 

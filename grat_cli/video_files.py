@@ -286,7 +286,7 @@ def _tags(provenance: Mapping[str, Any] | None) -> dict[str, str]:
 
 _DURATION = re.compile(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", re.MULTILINE)
 _STREAM = re.compile(r"^  Stream #0:\d+.*?: Video: (\w+).*?, (\d+)x(\d+)\b.*?, ([\d.]+) fps", re.MULTILINE)
-_FRAMES = re.compile(r"(?:^|[\r\n])frame= *(\d+)")
+_FRAMES = re.compile(r"^frame=(\d+)$", re.MULTILINE)
 
 
 def probe_video(path: Path) -> VideoFacts:
@@ -299,13 +299,19 @@ def probe_video(path: Path) -> VideoFacts:
         return _probe_folder(path)
     if not path.is_file():
         raise BadInput(f"cannot read {path}: no such file")
-    arguments = ["-i", ffmpeg.url(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "null", "-"]
-    done = ffmpeg.run(["-xerror", *arguments])
+    arguments = ["-i", ffmpeg.url(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "null", os.devnull]
+    done = ffmpeg.run(["-xerror", "-nostats", "-progress", "pipe:1", *arguments])
     log = done.stderr.decode(errors="replace")
     about_input = log.partition("\nOutput #")[0]
-    stream, duration, counted = _STREAM.search(about_input), _DURATION.search(about_input), _FRAMES.findall(log)
-    if done.returncode or stream is None or duration is None or not counted:
-        raise BadInput(f"{path} is not a whole video: {ffmpeg.last_line(done.stderr) or 'ffmpeg cannot read it'}")
+    stream, duration, counted = (
+        _STREAM.search(about_input),
+        _DURATION.search(about_input),
+        _FRAMES.findall(done.stdout.decode()),
+    )
+    if stream is None or duration is None:
+        raise BadInput(f"{path} is not a video: {ffmpeg.last_line(done.stderr) or 'ffmpeg cannot read it'}")
+    if done.returncode or not counted:
+        raise BadInput(f"{path} is not a whole video: it is damaged or cut off")
     codec, width, height, fps = stream.groups()
     hours, minutes, seconds = duration.groups()
     frames, length = int(counted[-1]), int(hours) * 3600 + int(minutes) * 60 + float(seconds)

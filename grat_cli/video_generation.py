@@ -24,7 +24,7 @@ from grat_cli.media import checkpoint_path, latents_path
 from grat_cli.time_shift import time_shift
 from grat_cli.timing import Phases, StepRecorder
 from grat_cli.video_decoding import MadeVideo, command_for, decode_run, finish_video, kept_latents, phases_of, use_tiles
-from grat_cli.video_request import VideoRequest, check_video
+from grat_cli.video_request import VideoRequest, check_video, note_expectations
 from grat_cli.video_run import VideoRun, write_run
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
     """
     # 1. What can be refused before anything is loaded, and what is only to be decoded.
     check_video(request)
+    note_expectations(request, progress)
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     jobs = list(zip(request.seeds, request.outputs, strict=True))
@@ -122,13 +123,8 @@ def encode_text(pipe: Any, request: VideoRequest, guidance: Guidance) -> dict[st
     """Embeddings and masks of prompt and negative prompt, as the pipeline takes them."""
     import torch
 
-    template = request.model.prompt_template
-    options = {} if template is None else {"prompt_template": template.as_argument()}
-
     def encode(prompt: str, prefix: str) -> dict[str, torch.Tensor]:
-        embeddings, pooled, mask = pipe.encode_prompt(
-            prompt=prompt, max_sequence_length=request.model.text_tokens, **options
-        )
+        embeddings, pooled, mask = pipe.encode_prompt(prompt=prompt, max_sequence_length=request.model.text_tokens)
         return {
             f"{prefix}prompt_embeds": embeddings,
             f"{prefix}pooled_prompt_embeds": pooled,

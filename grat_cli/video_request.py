@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from grat_cli.errors import BadInput
-from grat_cli.generation_request import GenerationRequest, check_size
-from grat_cli.models import ModelChoice, PromptTemplate, VideoTraits
+from grat_cli.generation_request import GenerationRequest, Progress, check_size
+from grat_cli.models import ModelChoice, VideoTraits
 from grat_cli.presets import Preset
 
 
@@ -76,6 +76,22 @@ def check_video(request: VideoRequest) -> None:
         raise BadInput(f"steps between checkpoints must be 0 or more, not {request.checkpoint_every}")
 
 
+def note_expectations(request: VideoRequest, progress: Progress) -> None:
+    """Says beforehand what a model cannot do."""
+    if not request.model.is_demo:
+        return
+    from grat_cli.demo import unknown_words, video_vocabulary
+
+    known, traits = video_vocabulary(), _traits(request.model)
+    if unknown := unknown_words(request.prompt, known):
+        progress.note(f"the demo model does not know {', '.join(unknown)}; it shows {', '.join(known['subjects'])}")
+    if request.width * request.height > 4 * traits.width * traits.height or request.frames > 2 * traits.frames:
+        progress.note(
+            f"the demo was trained at {traits.width}x{traits.height} with {traits.frames} frames: "
+            "much larger or longer videos lose their composition, with any attention"
+        )
+
+
 def request_data(request: VideoRequest) -> dict[str, Any]:
     """The request as plain data, from which `request_from_data` makes it again in another folder or process."""
     data = {field.name: getattr(request, field.name) for field in fields(request)}
@@ -105,9 +121,7 @@ def request_from_data(data: Mapping[str, Any], folder: Path) -> VideoRequest:
     """
     try:
         model = dict(data["model"])
-        video, template = model["video"], model["prompt_template"]
-        model["video"] = VideoTraits(**video)
-        model["prompt_template"] = None if template is None else PromptTemplate(**template)
+        model["video"] = VideoTraits(**model["video"])
         request = VideoRequest(
             **{
                 **data,

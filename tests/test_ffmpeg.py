@@ -98,7 +98,7 @@ def test_a_missing_ffmpeg_is_told_from_one_that_does_not_start(monkeypatch: pyte
     ("script", "message"),
     [
         ("head -c 9 >/dev/null; echo '[x @ 5] [y] bad: oh' >&2; echo 'Conversion failed!' >&2; exit 9", "bad: oh"),
-        ("yes chatter | head -c 999999 >&2; cat >/dev/null; echo 'the end' >&2; exit 1", "failed: the end"),
+        ("yes chatter | head -c 1000000 >&2; cat >/dev/null; echo 'the end' >&2; exit 1", "failed: the end"),
         ("exit 3", "ffmpeg failed: exit status 3"),
         ("head -c 100 >/dev/null; kill -9 $$", "ended by SIGKILL"),
         ("cat >/dev/null; kill -9 $$", "ended by SIGKILL"),

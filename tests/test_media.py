@@ -28,6 +28,13 @@ def test_default_names_tell_time_prompt_size_variant_and_seed() -> None:
     assert name == "grat-20250131-142501-a-red-fox-in-the-snow-256x128-b-far-s7.png"
 
 
+def test_names_of_videos_tell_their_frames_and_format() -> None:
+    when = datetime(2025, 1, 31, 14, 25, 1)
+    stem = "grat-20250131-142501-waves-1280x720x129-x-s7"
+    assert media.default_name(when, "waves", "1280x720x129", "x", 7, ".mp4") == f"{stem}.mp4"
+    assert media.default_name(when, "waves", "1280x720x129", "x", 7, "") == stem
+
+
 @given(st.text(max_size=80))
 def test_slugs_are_safe_in_any_file_system(prompt: str) -> None:
     slug = media.slug(prompt)
@@ -51,6 +58,46 @@ def test_one_name_for_one_picture_and_seeds_in_the_names_of_several(tmp_path: Pa
     assert media.output_paths(None, ["n.png"], [7]) == [Path("n.png")]
     with pytest.raises(BadInput, match=r"use .*fox\.png"):
         media.output_paths(tmp_path / "fox.jpg", ["n"], [7])
+
+
+def test_videos_go_where_pictures_would(tmp_path: Path) -> None:
+    out = tmp_path / "waves.webm"
+    assert media.output_paths(out, ["n"], [7], ".webm") == [out]
+    assert media.output_paths(out, ["n", "m"], [7, 8], ".webm") == [
+        tmp_path / "waves-s7.webm",
+        tmp_path / "waves-s8.webm",
+    ]
+    assert media.output_paths(tmp_path, ["n.webm"], [7], ".webm") == [tmp_path / "n.webm"]
+    with pytest.raises(BadInput, match=r"these videos are webm files: use .*waves\.webm, or an existing folder"):
+        media.output_paths(tmp_path / "waves.avi", ["n"], [7], ".webm")
+    # A folder of frames may have any name, and all of it is its name.
+    folder = tmp_path / "waves.v2"
+    assert media.output_paths(folder, ["n"], [7], "") == [folder]
+    assert media.output_paths(folder, ["n", "m"], [7, 8], "")[1] == tmp_path / "waves.v2-s8"
+
+
+def test_what_lies_beside_an_output_has_its_name() -> None:
+    for output in ("a/waves.mp4", "a/waves.WEBM", "a/waves"):
+        assert media.report_path(Path(output)) == Path("a/waves.json")
+        assert media.latents_path(Path(output)) == Path("a/waves.latents.safetensors")
+        assert media.checkpoint_path(Path(output)) == Path("a/waves.checkpoint.safetensors")
+    assert media.report_path(Path("waves.v2")) == Path("waves.v2.json")
+    assert media.report_path(Path("fox.png")) == Path("fox.json")
+
+
+def test_the_report_beside_a_converted_picture_is_found(tmp_path: Path, picture: Image.Image) -> None:
+    picture.save(tmp_path / "fox.jpg")
+    media.write_json(PROVENANCE, tmp_path / "fox.json")
+    assert media.read_provenance(tmp_path / "fox.jpg") == PROVENANCE
+
+
+def test_prompts_that_are_no_text_are_kept_too(tmp_path: Path, picture: Image.Image) -> None:
+    """The shell hands over any bytes; those that are no UTF-8 become lone surrogates."""
+    odd = {**PROVENANCE, "prompt": "f\udcfcchslein"}
+    media.write_png(picture, tmp_path / "fox.png", odd)
+    media.write_json(odd, tmp_path / "odd.json")
+    assert media.read_provenance(tmp_path / "fox.png") == media.read_provenance(tmp_path / "odd.json") == odd
+    assert "🦊" in media._json_text(PROVENANCE)
 
 
 def test_pictures_come_back_with_their_provenance(tmp_path: Path, picture: Image.Image) -> None:

@@ -23,13 +23,17 @@ README = (ROOT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
 COMMANDS = [shlex.split(line, comments=True) for line in SHELL if line.startswith("grat ")]
 # These load weights that cannot be had everywhere: their options are parsed, nothing is run.
-NEEDS_WEIGHTS = [command for command in COMMANDS if command[1] == "image" and {"--offload", "--model"} & set(command)]
+MAKERS = ("image", "video")
+NEEDS_WEIGHTS = [command for command in COMMANDS if command[1] in MAKERS and {"--offload", "--model"} & set(command)]
 NEEDS_WEIGHTS = [command for command in NEEDS_WEIGHTS if "demo" not in command]
 RUNNABLE = [command for command in COMMANDS if command not in NEEDS_WEIGHTS]
 
 
 # What makes a command quick and leaves it whole: the last of several values counts.
-QUICK = {"image": ["--steps", "2", "--model", "demo"]}
+QUICK = {
+    "image": ["--steps", "2", "--model", "demo"],
+    "video": ["--steps", "1", "--model", "demo", "--frames", "5"],
+}
 QUICK_BENCH = {
     "attention": ["--grid", "12x20", "--heads", "1", "--reps", "1", "--overwrite"],
     "step": ["--grid", "8x8", "--text", "16", "--compare", "full,grat-b", "--reps", "1", "--overwrite"],
@@ -70,12 +74,15 @@ def test_commands_for_large_models_are_understood(command: list[str]) -> None:
 
 
 def test_the_table_of_presets_states_the_planned_work() -> None:
-    rows = re.findall(r"^\| `(flux-[a-z-]+)`.*\| ([0-9/]+) \|$", README, re.MULTILINE)
-    assert len(rows) == 7
-    for name, work in rows:
-        schedule = AttentionSchedule(load_preset(name), Grid((512, 512)), 512, text_first=True, steps=28, layers=57)
+    rows = re.findall(r"^\| `((flux|hunyuan)-[a-z-]+)`.*\| ([0-9/.]+) \|$", README, re.MULTILINE)
+    assert len(rows) == 14
+    for name, family, work in rows:
+        grid, text, layers = (Grid((512, 512)), 512, 57) if family == "flux" else (Grid((33, 45, 80)), 256, 60)
+        schedule = AttentionSchedule(
+            load_preset(name), grid, text, text_first=family == "flux", steps=28, layers=layers
+        )
         stated = work.partition("/")[2] or "1"
-        assert f"{schedule.ideal_speedup:.0f}" == stated, name
+        assert f"{schedule.ideal_speedup:.{1 if '.' in stated else 0}f}" == stated, name
 
 
 def test_the_preset_shown_is_valid(tmp_path: Path) -> None:
@@ -90,14 +97,16 @@ def test_the_preset_shown_is_valid(tmp_path: Path) -> None:
 
 def test_the_python_example_calls_what_exists() -> None:
     (shown,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (call,) = [
+    calls = [
         node
         for node in ast.walk(ast.parse(shown))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "install"
     ]
-    arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-    inspect.signature(grat_cli.install).bind("pipe", **arguments)
-    load_preset(arguments["preset"])
+    assert len(calls) == 2
+    for call in calls:
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+        inspect.signature(grat_cli.install).bind("pipe", **arguments)
+        load_preset(arguments["preset"])
 
 
 def test_files_that_the_readme_points_to_exist() -> None:

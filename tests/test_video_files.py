@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -167,7 +166,6 @@ def test_frames_pass_one_by_one(format: str, tmp_path: Path) -> None:
 
     def frames() -> Iterator[np.ndarray]:
         for frame in moving(12):
-            gc.collect()
             # The one just written, the first, which told the size, and the new one.
             assert sum(reference() is not None for reference in alive) <= 3
             alive.append(weakref.ref(frame))
@@ -362,9 +360,13 @@ def test_damaged_videos_are_told_from_whole_ones(format: str, tmp_path: Path) ->
     path = output(tmp_path, format)
     write_video(moving(9), path, fps=24, format=format, provenance=PROVENANCE)
     whole = path.read_bytes()
+    if format != "webm":  # whose clusters say nothing of how many there are
+        path.write_bytes(whole[: len(whole) * 9 // 10])
+        with pytest.raises(BadInput, match="is not a whole video: it is damaged or cut off"):
+            probe_video(path)
     for length in (0, 4, 12, 60):
         path.write_bytes(whole[:length])
-        with pytest.raises(BadInput, match="is not a whole video"):
+        with pytest.raises(BadInput, match=r"is not a video: [A-Z]"):
             probe_video(path)
         with pytest.raises(BadInput, match="does not say how it was made"):
             media.read_provenance(path)
@@ -393,7 +395,7 @@ def test_other_programs_see_the_comment_of_a_gif(tmp_path: Path) -> None:
     write_video(moving(3), path, fps=10, format="gif", provenance={"schema": "grat.report/1", "prompt": "x" * 600})
     with Image.open(path) as picture:
         picture.seek(2)
-        assert picture.n_frames == 3
+        assert getattr(picture, "n_frames", 0) == 3
         assert picture.info["loop"] == 0
     content = path.read_bytes()
     assert content.endswith(b"\0;")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from grat_cli.checkpoints import LoadedModel, dtypes_of_parts, load_model
 from grat_cli.demo import DEMO_FLUX
+from grat_cli.devices import video_autoencoder_dtype
 from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.models import choose_model
 
@@ -51,7 +52,7 @@ def test_known_names() -> None:
     hunyuan, demo = choose_model("hunyuan", "video"), choose_model("demo", "video")
     assert (hunyuan.source, hunyuan.kind, hunyuan.family) == ("hunyuanvideo-community/HunyuanVideo", "hub", "hunyuan")
     assert (hunyuan.default_steps, hunyuan.default_guidance, hunyuan.default_shift) == (50, 6.0, 7.0)
-    assert (hunyuan.text_tokens, hunyuan.true_guidance, hunyuan.prompt_template) == (256, False, None)
+    assert (hunyuan.text_tokens, hunyuan.true_guidance) == (256, False)
     assert hunyuan.video is not None
     assert (hunyuan.video.width, hunyuan.video.height, hunyuan.video.frames, hunyuan.video.fps) == (1280, 720, 129, 24)
     assert (demo.family, demo.kind, demo.is_demo, demo.true_guidance) == ("hunyuan", "folder", True, True)
@@ -131,8 +132,7 @@ def test_a_flux_on_the_hub_is_no_model_of_videos(monkeypatch: pytest.MonkeyPatch
 def test_a_folder_loads_without_a_word(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pipe = load(str(saved)).pipe
     assert type(pipe).__name__ == "HunyuanVideoPipeline"
-    parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
-    assert {part.dtype for part in parts} == {torch.float32}
+    assert {part.dtype for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)} == {torch.float32}
     assert capfd.readouterr() == ("", "")
     expected = tiny_hunyuan.transformer().state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in pipe.transformer.state_dict().items())
@@ -143,8 +143,11 @@ def test_parts_have_the_dtypes_of_the_model_card(saved: Path) -> None:
     half = {"text_encoder": torch.float16, "text_encoder_2": torch.float16, "vae": torch.float16}
     assert dtypes_of_parts(choice, CUDA, torch.bfloat16) == {**half, "transformer": torch.bfloat16}
     assert dtypes_of_parts(choice, CUDA, torch.float16) == {**half, "transformer": torch.float16}
-    for device, dtype in ((CUDA, torch.float32), (CPU, torch.float32), (CPU, torch.bfloat16)):
+    for device, dtype in ((CUDA, torch.float32), (CPU, torch.bfloat16)):
         assert set(dtypes_of_parts(choice, device, dtype).values()) == {dtype}
+    on_cpu = dtypes_of_parts(choice, CPU, torch.float32)
+    assert on_cpu.pop("vae") == video_autoencoder_dtype(CPU, torch.float32)
+    assert set(on_cpu.values()) == {torch.float32}
     assert set(dtypes_of_parts(choose_model("flux-dev"), CUDA, torch.bfloat16).values()) == {torch.bfloat16}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from grat_cli import options
-from grat_cli.output import Output, bytes_text, fact_table
+from grat_cli.output import Mode, Output, bytes_text, fact_table
 
 
 def info(
@@ -28,7 +28,7 @@ def info(
     found = media.read_provenance(file)
     output.data(found)
     try:
-        facts = _facts(found)
+        facts = _facts(found) | _file_facts(file, output)
         timings = [report.timing_table(found), report.phases_line(found)] if "steps" in found else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{file} is not a whole report of this version of grat: --json shows it as it is") from error
@@ -63,6 +63,22 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "command": found["command"],
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _file_facts(file: Path, output: Output) -> dict[str, str]:
+    """What a video file says of itself, which another program may have changed; a damaged one is told."""
+    from grat_cli.errors import BadInput
+    from grat_cli.video_files import SUFFIXES, probe_video
+
+    if output.mode is not Mode.HUMAN or not (file.is_dir() or file.suffix.lower() in SUFFIXES.values()):
+        return {}
+    try:
+        facts = probe_video(file)
+    except BadInput as error:
+        output.hint(str(error))
+        return {}
+    rate = "" if facts.fps is None else f" at {facts.fps:g} per second ({facts.seconds:.3g} s)"
+    return {"file": f"{facts.codec}, {facts.width}x{facts.height}, {facts.frames} frames{rate}"}
 
 
 def _size(found: dict[str, Any]) -> str:

@@ -63,8 +63,9 @@ def _table(shown: list[Any]) -> Any:
 
 
 def _show_vocabulary(output: Output) -> None:
-    from grat_cli.demo import vocabulary
+    from grat_cli.demo import video_vocabulary, vocabulary
     from grat_cli.output import fact_table
 
-    output.show("The demo model knows these words; of others it makes nothing.", "")
-    output.show(fact_table({kind: ", ".join(words) for kind, words in vocabulary().items()}))
+    for medium, known in (("image", vocabulary()), ("video", video_vocabulary())):
+        output.show(f"For grat {medium} the demo model knows these words; of others it makes nothing.", "")
+        output.show(fact_table({kind: ", ".join(words) for kind, words in known.items()}), "")

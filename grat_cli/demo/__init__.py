@@ -5,6 +5,7 @@ Importing this module loads neither torch nor Pillow.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,6 @@ class DemoVideoModel:
         frames: likewise.
         fps: frames per second of them.
         text_tokens: `max_sequence_length` of its first text encoder.
-        template: what its prompts are put into, at `{}`.
-        crop_start: tokens of the template that are cut off before the prompt.
         steps: recommended number of denoising steps.
         guidance: recommended `true_cfg_scale`, with an empty negative prompt. 1 turns guidance off.
     """
@@ -56,8 +55,6 @@ class DemoVideoModel:
     frames: int
     fps: int
     text_tokens: int
-    template: str
-    crop_start: int
     steps: int
     guidance: float
 
@@ -69,15 +66,35 @@ DEMO_HUNYUAN = DemoVideoModel(
     frames=33,
     fps=24,
     text_tokens=32,
-    template="{}",
-    crop_start=0,
     steps=20,
     guidance=2.0,
 )
 
 
+def video_vocabulary() -> dict[str, list[str]]:
+    """Return the words that the demo video model knows, by kind: subjects, times of day, colours and other words."""
+    from grat_cli.demo.moving.scenes import LIGHTS, PAINTS, known_words
+
+    subjects = ["waves", "boat", "sun", "ball", "snow"]
+    times = list(dict.fromkeys(phrase for light in LIGHTS.values() for phrase in light.phrases if phrase))
+    named = {*subjects, *PAINTS, *(word for phrase in times for word in phrase.split())}
+    return {
+        "subjects": subjects,
+        "times of day": times,
+        "colours": list(PAINTS),
+        "other words": [word for word in known_words() if word not in named],
+    }
+
+
+def unknown_words(prompt: str, known: dict[str, list[str]]) -> list[str]:
+    """Return the words of a prompt that are not in a vocabulary."""
+    words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
+    prompted = re.findall(r"[^\W_]+", prompt.lower())
+    return [word for word in dict.fromkeys(prompted) if word not in words]
+
+
 def vocabulary() -> dict[str, list[str]]:
-    """Return the words that the demo model knows, by kind: subjects, colours, places and other words.
+    """Return the words that the demo image model knows, by kind: subjects, colours, places and other words.
 
     A place is named by any of its phrases, such as "in the snow"; the list gives the phrases.
     """

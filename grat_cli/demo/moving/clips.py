@@ -13,7 +13,7 @@ from grat_cli.demo import DEMO_HUNYUAN
 from grat_cli.demo.moving.architecture import FRAMES_PER_LATENT, TOKEN_PIXELS
 from grat_cli.demo.moving.autoencoding import to_tensor
 from grat_cli.demo.moving.scenes import MovingScene, View, draw_scene
-from grat_cli.demo.shards import SCENES_PER_SEED, save_atomically
+from grat_cli.demo.shards import HELD_OUT_SEED, SCENES_PER_SEED, save_atomically
 
 if TYPE_CHECKING:
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
@@ -82,9 +82,7 @@ class Clips:
         return Clips(self.latents[rows], self.prompt[rows], self.valid[rows], self.pooled[rows], self.positions)
 
 
-def encode_captions(
-    pipe: HunyuanVideoPipeline, captions: list[str]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode_captions(pipe: HunyuanVideoPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return embeddings [N, 16, 64], which of their tokens are valid [N, 16], and pooled embeddings [N, 64]."""
     with torch.no_grad():
         encoded: Any = pipe.encode_prompt(captions, max_sequence_length=CAPTION_TOKENS)
@@ -92,7 +90,9 @@ def encode_captions(
     return prompt, valid, pooled
 
 
-def token_positions(latents: int, rows: int, columns: int, start: tuple[int, int, int], stretched: bool) -> torch.Tensor:
+def token_positions(
+    latents: int, rows: int, columns: int, start: tuple[int, int, int], stretched: bool
+) -> torch.Tensor:
     """Return the rotary positions [tokens, 3] of a window that begins at token `start`.
 
     A whole picture that is smaller than the native one is stretched over the native one's positions, so that what is
@@ -147,7 +147,8 @@ class ClipStream:
     """The clips of each training step: a function of the seed and the step alone, so that resuming changes nothing.
 
     A window of shards slides over an endless row of them by one shard every `steps_per_shard` steps, and grows from
-    `first_window` shards to `window`. Shards lie in `folder` as long as they are in the window.
+    `first_window` shards to `window`. Shards lie in `folder` as long as they are in the window. Those that come in
+    from step `native_from` on follow the native diet, those before it the small one.
     """
 
     def __init__(
@@ -155,41 +156,43 @@ class ClipStream:
         pipe: HunyuanVideoPipeline,
         folder: Path,
         *,
-        diet: str,
+        native_from: int,
         seed: int,
         tokens_per_step: int = 5_000,
-        shard_size: int = 32,
-        window: int = 96,
-        first_window: int = 24,
-        steps_per_shard: int = 12,
-        first_shard: int = 0,
+        shard_tokens: int = 20_000,
+        window: int = 24,
+        first_window: int = 12,
+        steps_per_shard: int = 40,
     ) -> None:
-        self._pipe, self._folder, self._diet, self._seed = pipe, folder, diet, seed
-        self._tokens_per_step, self._shard_size = tokens_per_step, shard_size
+        if not 0 <= seed < HELD_OUT_SEED // SCENES_PER_SEED:
+            raise ValueError(f"the seed is {seed}: from {HELD_OUT_SEED // SCENES_PER_SEED} on, scenes are held out")
+        self._pipe, self._folder, self._seed = pipe, folder, seed
+        self._tokens_per_step, self._shard_tokens = tokens_per_step, shard_tokens
         self._window, self._first_window, self._steps_per_shard = window, first_window, steps_per_shard
-        self._begin = first_shard
+        self._first_native = first_window + native_from // steps_per_shard
         self._shards: dict[int, Clips] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def _shape(self, index: int) -> Shape:
-        shapes, weights = zip(*shapes_of(self._diet), strict=True)
+        shapes, weights = zip(*shapes_of("small" if index < self._first_native else "native"), strict=True)
         return Random(self._seed * SCENES_PER_SEED + index).choices(shapes, weights)[0]
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"{self._diet}-seed{self._seed}-{self._shard_size}x{index:06d}.pt"
+        return self._folder / f"seed{self._seed}-{index:06d}.pt"
 
     def _shard(self, index: int) -> Clips:
         path = self._path(index)
         if not path.exists():
-            first = self._seed * SCENES_PER_SEED + index * self._shard_size
-            clips = draw_shard(self._pipe, first, self._shape(index), first, self._shard_size)
+            shape = self._shape(index)
+            first = self._seed * SCENES_PER_SEED + index * self._shard_tokens  # no clip has less than one token
+            clips = draw_shard(self._pipe, first, shape, first, max(1, self._shard_tokens // shape.tokens))
             save_atomically(vars(clips), path)
         return Clips(**torch.load(path))
 
     def batch(self, step: int, generator: torch.Generator) -> Clips:
         """Return the clips of one step, picked with `generator`."""
-        end = self._begin + self._first_window + step // self._steps_per_shard
-        wanted = range(max(self._begin, end - self._window), end)
+        end = self._first_window + step // self._steps_per_shard
+        wanted = range(max(0, end - self._window), end)
         for index in [index for index in self._shards if index not in wanted]:
             del self._shards[index]
             self._path(index).unlink(missing_ok=True)
@@ -197,7 +200,5 @@ class ClipStream:
             if index not in self._shards:
                 self._shards[index] = self._shard(index)
         shard = self._shards[wanted[int(torch.randint(len(wanted), (1,), generator=generator))]]
-        # Rounded up where one clip is more than the tokens of a step.
-        tokens = len(shard.positions)
-        count = min(self._shard_size, max(1, self._tokens_per_step // tokens))
-        return shard.pick(torch.randperm(self._shard_size, generator=generator)[:count])
+        count = max(1, self._tokens_per_step // len(shard.positions))
+        return shard.pick(torch.randperm(len(shard.latents), generator=generator)[:count])

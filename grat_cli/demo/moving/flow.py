@@ -68,12 +68,12 @@ class ClipSettings(FlowSettings):
     """How the video transformer is trained; `batch` has no meaning, a step has a number of tokens.
 
     Attributes:
-        diet: which clips, a name in `clips.DIETS`.
+        native_from: step from which on new clips are mostly of the native size, instead of small and cheap.
         tokens_per_step: video tokens of a step.
         motion_weight: how much more what moves weighs in the loss than what stands still.
     """
 
-    diet: str = "small"
+    native_from: int = 2_400
     tokens_per_step: int = 5_000
     motion_weight: float = 2.0
 
@@ -90,7 +90,7 @@ class ClipTrainer(FlowTrainer):
         self._stream = ClipStream(
             pipe,
             folder / "shards",
-            diet=settings.diet,
+            native_from=settings.native_from,
             seed=settings.seed,
             tokens_per_step=settings.tokens_per_step,
             **stream_options,

@@ -185,7 +185,7 @@ def _sky_objects(random: Random, light: str) -> Callable[[Canvas], None]:
 
     def moon(canvas: Canvas) -> None:
         for across, down in stars:
-            canvas.ellipse(across, down, 0.014, 0.014, (250, 246, 206))
+            canvas.ellipse(across, down, 0.018, 0.018, (250, 246, 206))
         canvas.ellipse(x, y, 0.095, 0.095, (250, 240, 196))
         canvas.ellipse(x + 0.045 * canvas.across, y - 0.015 * canvas.down, 0.078, 0.078, (26, 33, 82))
 
@@ -205,14 +205,14 @@ def _sea(random: Random) -> Callable[..., None]:
 
     def draw(canvas: Canvas, frame: float, colour: Colour, rows: range = range(SEA_ROWS)) -> None:
         for row in rows:
-            phase, height, swing = phases[row], 0.54 + 0.13 * row, 0.020 + 0.008 * row
+            phase, height, swing = phases[row], 0.54 + 0.13 * row, 0.022 + 0.008 * row
             waves = (2.4 - 0.4 * row) / canvas.across / 1.78
             turn = phase - way * 2 * math.pi * frame / (30 - 3 * row)
             crest = [
                 (x / 48, height + swing * math.sin(2 * math.pi * waves * x / 48 + turn) * canvas.down)
                 for x in range(-1, 50)
             ]
-            light_line = [(x, y - 0.016 * canvas.down) for x, y in crest]
+            light_line = [(x, y - 0.032 * canvas.down) for x, y in crest]
             canvas.below(light_line, lighter(colour, 0.45))
             canvas.below(crest, darker(colour, 0.10 * row))
 

@@ -80,7 +80,7 @@ def autoencoder(
 def transformer(
     folder: Folder,
     init: Init = None,
-    diet: Annotated[str, typer.Option(help="Which clips: small (cheap ones, mostly) or native.")] = "small",
+    native_from: Annotated[int, typer.Option(help="Step from which on most new clips are of the native size.")] = 2_400,
     steps: Annotated[int, typer.Option(help="Step of the run to stop at.")] = 10_000,
     minutes: Minutes = 1e9,
     tokens: Annotated[int, typer.Option(help="Video tokens per step.")] = 5_000,
@@ -91,13 +91,15 @@ def transformer(
 ) -> None:
     """Train the transformer, continuing where the run stopped."""
     pipe = open_run(folder, init, threads)
-    from grat_cli.demo.moving.clips import DIETS
     from grat_cli.demo.moving.flow import ClipSettings, ClipTrainer
 
-    if diet not in DIETS:
-        raise typer.BadParameter(f"--diet {diet}: expected {' or '.join(DIETS)}")
     settings = ClipSettings(
-        diet=diet, steps=steps, tokens_per_step=tokens, learning_rate=learning_rate, decay=decay, seed=seed
+        native_from=native_from,
+        steps=steps,
+        tokens_per_step=tokens,
+        learning_rate=learning_rate,
+        decay=decay,
+        seed=seed,
     )
     trainer = ClipTrainer(pipe, folder, settings)
     typer.echo(", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(settings)))
