@@ -60,7 +60,7 @@ def decode_run(
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     phases = phases_of(run, device)
-    with kept_latents(kept, request, progress, tile):
+    with kept_latents(kept, request, output, progress, tile):
         progress.phase("load")
         with phases("load"):
             autoencoder = load_autoencoder(request.model, device=device, dtype=dtype, base=request.base)
@@ -172,13 +172,14 @@ def decode(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def kept_latents(
-    kept: Path | None, request: VideoRequest, progress: Progress, tile: int | None = None
+    kept: Path | None, request: VideoRequest, output: Path, progress: Progress, tile: int | None = None
 ) -> Iterator[None]:
     """Makes whatever goes wrong between denoising and the end say how to go on from what is kept.
 
     Args:
         kept: latents, or a checkpoint where they could not be written, or None where nothing could.
         request: what is made.
+        output: where.
         progress: told where an unforeseen error passes.
         tile: side in pixels of the tiles in use, None for the autoencoder's own.
     """
@@ -193,6 +194,8 @@ def kept_latents(
             advice = ""
         elif kept.name.endswith(LATENTS_ENDING):
             advice = f"its latents are kept: go on with {command_for('decode', kept)}"
+            if kept.parent != output.parent:
+                advice += f" --out {shlex.quote(str(output))}"
         else:
             advice = f"its last checkpoint is kept: go on with {command_for('resume', kept)}"
         if is_out_of_memory(error):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +18,7 @@ from grat_cli import report
 from grat_cli.checkpoints import load_model
 from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
 from grat_cli.devices import choose_device, choose_dtype, device_name, peak_memory
-from grat_cli.errors import CannotWrite, Interrupted
+from grat_cli.errors import CannotWrite, GratError, Interrupted
 from grat_cli.generation_request import Progress
 from grat_cli.guidance import Guidance, choose_guidance
 from grat_cli.installation import install
@@ -25,7 +27,7 @@ from grat_cli.time_shift import time_shift
 from grat_cli.timing import Phases, StepRecorder
 from grat_cli.video_decoding import MadeVideo, command_for, decode_run, finish_video, kept_latents, phases_of, use_tiles
 from grat_cli.video_request import VideoRequest, check_video, note_expectations
-from grat_cli.video_run import VideoRun, write_run
+from grat_cli.video_run import VideoRun, discard_run, write_run
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +59,7 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
         if begun.done == request.preset.sampling.steps:
             _, output = jobs.pop(0)
             yield decode_run(begun, latents_path(output), request, output, progress)
-            tidy_up(begun, request, output)
+            tidy_up(begun, request, output, latents_path(output))
             begun = None
     if not jobs:
         return
@@ -90,7 +92,7 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
 
         # 4. Denoise with GRAT attention installed; a checkpoint now and then.
         if not run.done:
-            discard_kept(output)
+            discard_run(output)  # of an earlier run, which would be taken for this one's
         progress.phase("denoise")
         with memory_advice(request, device, request.size):
             run = denoise(
@@ -112,10 +114,10 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
         kept = keep_latents(run, request, output, progress)
 
         # 6. Decode, encode, report.
-        with kept_latents(kept, request, progress):
+        with kept_latents(kept, request, output, progress):
             made = finish_video(pipe.vae, device, run, request, output, phases, progress)
         pipe.maybe_free_model_hooks()
-        tidy_up(run, request, output)
+        tidy_up(run, request, output, kept)
         yield made
 
 
@@ -259,6 +261,10 @@ def denoise(
             raise Interrupted(
                 f"interrupted after step {callback.done} of {steps}; go on with {command_for('resume', kept[0])}"
             ) from None
+        except Exception as error:
+            if not isinstance(error, GratError) and checkpoint_path(output).is_file():
+                progress.note(f"the last checkpoint is kept: {command_for('resume', checkpoint_path(output))} goes on")
+            raise
         return run_after(steps, latents)
 
 
@@ -337,27 +343,31 @@ def restore_random_state(state: torch.Tensor | None, device: torch.device) -> No
 def keep_latents(run: VideoRun, request: VideoRequest, output: Path, progress: Progress) -> Path | None:
     """Writes the latents of a run beside its output, in place of the checkpoint.
 
+    Where there is no room, they go to a folder of temporary files, and that is said.
+
     Returns:
-        The file to go on from; None where there is no room for one, which is said.
+        The file to go on from: the latents, the checkpoint where there is room for them nowhere, or None.
     """
     try:
         return write_run(run, request, output)
     except CannotWrite as error:
-        progress.note(f"{error}: its latents are not kept until the video is written")
+        reason = str(error)
+    folder = Path(tempfile.mkdtemp(prefix="grat-"))
+    try:
+        kept = write_run(run, request, folder / output.name)
+    except CannotWrite:
+        folder.rmdir()
+        progress.note(f"{reason}: its latents are not kept until the video is written")
         checkpoint = checkpoint_path(output)
         return checkpoint if checkpoint.is_file() else None
+    progress.note(f"{reason}: until the video is written, its latents are in {kept}")
+    return kept
 
 
-def discard_kept(output: Path) -> None:
-    """Removes what an earlier run kept, which would be taken for this one's."""
-    checkpoint_path(output).unlink(missing_ok=True)
-    latents_path(output).unlink(missing_ok=True)
-
-
-def tidy_up(run: VideoRun, request: VideoRequest, output: Path) -> None:
+def tidy_up(run: VideoRun, request: VideoRequest, output: Path, kept: Path | None) -> None:
     """Removes what was kept until the video was written, but latents that are asked for."""
-    checkpoint_path(output).unlink(missing_ok=True)
-    if not request.save_latents:
-        latents_path(output).unlink(missing_ok=True)
-    elif not latents_path(output).is_file():  # there may be room now
+    discard_run(output, latents=not request.save_latents)
+    if request.save_latents and not latents_path(output).is_file():  # there may be room now
         write_run(run, request, output)
+    if kept is not None and kept.parent != output.parent:
+        shutil.rmtree(kept.parent, ignore_errors=True)

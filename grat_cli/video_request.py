@@ -77,19 +77,14 @@ def check_video(request: VideoRequest) -> None:
 
 
 def note_expectations(request: VideoRequest, progress: Progress) -> None:
-    """Says beforehand what a model cannot do."""
+    """Says beforehand which words a model cannot make anything of."""
     if not request.model.is_demo:
         return
     from grat_cli.demo import unknown_words, video_vocabulary
 
-    known, traits = video_vocabulary(), _traits(request.model)
+    known = video_vocabulary()
     if unknown := unknown_words(request.prompt, known):
         progress.note(f"the demo model does not know {', '.join(unknown)}; it shows {', '.join(known['subjects'])}")
-    if request.width * request.height > 4 * traits.width * traits.height or request.frames > 2 * traits.frames:
-        progress.note(
-            f"the demo was trained at {traits.width}x{traits.height} with {traits.frames} frames: "
-            "much larger or longer videos lose their composition, with any attention"
-        )
 
 
 def request_data(request: VideoRequest) -> dict[str, Any]:

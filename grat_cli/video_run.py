@@ -72,12 +72,19 @@ def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
     if run.done == request.preset.sampling.steps:
         path = latents_path(output)
         save_latents(path, run.latents, about)
-        checkpoint_path(output).unlink(missing_ok=True)  # they have all that it had
+        CheckpointStore(checkpoint_path(output)).remove()  # they have all that it had
     else:
         path = checkpoint_path(output)
         steps = [asdict(step) for step in run.steps]
         CheckpointStore(path).write(run.done, run.latents, run.random_state, about, steps)
     return path
+
+
+def discard_run(output: Path, *, latents: bool = True) -> None:
+    """Removes what was kept of a run beside its output; the latents only if that is said."""
+    CheckpointStore(checkpoint_path(output)).remove()
+    if latents:
+        latents_path(output).unlink(missing_ok=True)
 
 
 def find_run(path: Path) -> Path:

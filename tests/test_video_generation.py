@@ -351,6 +351,39 @@ def test_a_full_disk_ends_no_run(
     assert names(tmp_path) == ["a.json", "a.mp4"]
 
 
+def test_where_the_output_has_no_room_latents_are_kept_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, loaded: Any, model: ModelChoice, tmp_path: Path
+) -> None:
+    real, elsewhere = video_generation.write_run, tmp_path / "tmp"
+    elsewhere.mkdir()
+    monkeypatch.setattr(video_generation.tempfile, "tempdir", str(elsewhere))
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def write_run(run: VideoRun, asked: VideoRequest, output: Path) -> Path:
+        if output.parent == work:
+            raise CannotWrite(f"cannot write {output.name}: no space left on device")
+        return real(run, asked, output)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise CannotWrite("cannot write a.mp4: no space left on device")
+
+    monkeypatch.setattr(video_generation, "write_run", write_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(video_decoding, "write_video", full)
+        with pytest.raises(CannotWrite) as caught:
+            generate(request(model, work / "a.mp4"))
+    (kept,) = elsewhere.glob("grat-*/a.latents.safetensors")
+    advice = f"its latents are kept: go on with grat decode {kept} --out {work / 'a.mp4'}"
+    assert str(caught.value).splitlines()[1] == advice
+    assert read_run(kept)[0].done == STEPS
+    kept.unlink()
+    kept.parent.rmdir()
+    generate(request(model, work / "a.mp4"))
+    assert names(elsewhere) == []
+    assert names(work) == ["a.json", "a.mp4"]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(
     monkeypatch: pytest.MonkeyPatch, loaded: Any, model: ModelChoice, tmp_path: Path
 ) -> None:
@@ -385,6 +418,26 @@ def test_the_first_step_that_is_not_finite_is_named(
     last = STEPS if not every else 3
     assert progress.events[-1] == (last, STEPS)  # seen at the checkpoint, hours before the end
     assert names(tmp_path) == (["a.checkpoint.safetensors"] if every else [])
+
+
+def test_memory_that_runs_out_in_the_middle_leaves_the_last_checkpoint(
+    loaded: Any, model: ModelChoice, tmp_path: Path
+) -> None:
+    calls = []
+
+    def run_out(module: Any, args: Any, output: Any) -> None:
+        calls.append(module)
+        if len(calls) == 7:  # in the fourth step
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+
+    loaded.transformer.register_forward_hook(run_out)
+    progress = Progress()
+    with pytest.raises(OutOfMemory, match=r"too little memory for 64x48x9 with .*: try a smaller --res such as 32x16$"):
+        generate(request(model, tmp_path / "a.mp4", checkpoint_every=2), progress)
+    assert progress.notes == [
+        f"the last checkpoint is kept: grat resume {tmp_path / 'a.checkpoint.safetensors'} goes on"
+    ]
+    assert read_run(find_run(tmp_path / "a.mp4"))[0].done == 2
 
 
 def test_frames_of_nan_or_one_colour_are_a_failure(loaded: Any, model: ModelChoice, tmp_path: Path) -> None:
