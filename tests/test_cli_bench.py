@@ -200,12 +200,12 @@ def test_pictures_are_asked_for_and_laid_side_by_side(measured: Measured, tmp_pa
 
 def test_videos_are_asked_for(measured: Measured, tmp_path: Path) -> None:
     video = ("bench", "--level", "video", "--model", "demo")
-    done = grat(*video, "--res", "192x96", "--frames", 14, "--steps", 7, "--prompts", 3, "--out", "a")
+    done = grat(*video, "--res", "192x96", "--frames", 14, "--steps", 7, "--prompts", 4, "--out", "a")
     assert done.code == 0, done.err
     assert grat(*video, "--compare", "full,lines,na", "--out", "b").code == 0
     asked, usual = measured
     assert (asked.model.medium, asked.width, asked.height, asked.frames, asked.steps) == ("video", 192, 96, 17, 7)
-    assert asked.prompts == VIDEO_PROMPTS[:3]
+    assert (asked.prompts, usual.prompts) == (VIDEO_PROMPTS[:4], VIDEO_PROMPTS[:3])
     assert [request.name for request in asked.compare] == ["planes", "lines", "b", "bx", "far"]
     assert (usual.width, usual.height, usual.frames, usual.steps) == (256, 144, 33, None)
     assert [request.name for request in usual.compare] == ["lines", "na"]

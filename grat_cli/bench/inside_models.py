@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from grat_cli.bench.baselines import Baseline, Window, baseline_for
@@ -16,7 +15,7 @@ from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
 from grat_cli.bench.variants import Variant
 from grat_cli.errors import BadInput
-from grat_kernels import Backend, Grid, Plan, build_plan, can_run
+from grat_kernels import Backend, Full, Grid, Grouping, Plan, build_plan, can_run
 from grat_kernels.attention import choose_backend
 
 if TYPE_CHECKING:
@@ -134,13 +133,17 @@ class Host:
     def _window(
         self, adapter: Adapter, windows: _Windows, density: float, observer: CallObserver, step: Callable[[], int]
     ) -> AbstractContextManager[None]:
-        order = windows.of(self.text_len).order
+        grouping = windows.of(self.text_len).grouping
         # Stock HunyuanVideo would hand padding to a kernel that takes no mask; its adapter cuts the padding off.
-        if order is None and self.family == "flux":
+        if grouping is None and self.family == "flux":
             return stock_attention(self.transformer, observer, step, density, windows.attention)
-        order = np.arange(windows.grid.tokens) if order is None else order
-        plan = TokenOrder(torch.from_numpy(order).to(self.device), density)
-        return _adapter_with(adapter, windows.attention, FixedPlan(lambda text_len: plan, step), observer)
+        grouping = grouping or Grouping(windows.grid, windows.grid.shape)  # one group is raster order
+
+        def plan_of(text_len: int) -> Plan:
+            return build_plan(grouping, Full(), text_len, adapter.text_first)
+
+        # The adapter takes no more from these plans than the order of tokens.
+        return _adapter_with(adapter, windows.attention, FixedPlan(plan_of, step, density), observer)
 
 
 class _Windows:
@@ -164,30 +167,18 @@ class _Windows:
         return self.of(query.shape[1] - self.grid.tokens).attention(query, key, value)
 
 
-class TokenOrder:
-    """As much of a `Plan` as an adapter asks for: a token order without what attends what."""
-
-    def __init__(self, order: torch.Tensor, density: float) -> None:
-        """`order` gives the raster index of each image token, `[image tokens]`."""
-        self._tensors = order, torch.argsort(order), None
-        self.density = density
-
-    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Order, its inverse, and nothing to add to scores."""
-        return self._tensors
-
-
 class FixedPlan:
     """The same attention in every step and layer; an `adapters.base.Run`."""
 
-    def __init__(self, plan_of: Callable[[int], Any], step: Callable[[], int]) -> None:
+    def __init__(self, plan_of: Callable[[int], Plan], step: Callable[[], int], density: float | None = None) -> None:
         """Tells what the adapter will ask for.
 
         Args:
             plan_of: gives the plan for a number of text tokens.
             step: gives the denoising step of the call under way.
+            density: what the observer is told; None for that of the plan.
         """
-        self._plan_of, self._step = plan_of, step
+        self._plan_of, self._step, self._density = plan_of, step, density
 
     def current_step(self) -> int:
         """See `adapters.base.Run`."""
@@ -195,23 +186,24 @@ class FixedPlan:
 
     def schedule(self, text_len: int) -> Any:
         """See `adapters.base.Run`."""
-        return FixedSchedule(self._plan_of(text_len))
+        plan = self._plan_of(text_len)
+        return FixedSchedule(plan, plan.density if self._density is None else self._density)
 
 
 class FixedSchedule:
     """As much of an `AttentionSchedule` as an adapter asks for: one plan."""
 
-    def __init__(self, plan: Any) -> None:
-        """`plan` is that of every step and layer."""
-        self._plan = plan
+    def __init__(self, plan: Plan, density: float) -> None:
+        """Both are those of every step and layer."""
+        self._plan, self._density = plan, density
 
-    def plan(self, step: int, layer: int) -> Any:
+    def plan(self, step: int, layer: int) -> Plan:
         """The plan."""
         return self._plan
 
     def density_of_step(self, step: int) -> float:
-        """Its density."""
-        return self._plan.density
+        """The density."""
+        return self._density
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from grat_cli.guidance import Guidance
 from grat_cli.video_check import FrameCheck, checked_frames
 from grat_cli.video_decoding import decode, use_tiles
 from grat_cli.video_generation import encode_text
-from grat_cli.video_request import VideoRequest, check_video
+from grat_cli.video_request import VideoRequest, check_video, note_expectations
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class VideoSettings(RunSettings):
         frames: of each video; None for what the model was trained at.
     """
 
-    prompts: tuple[str, ...] = PROMPTS[:2]
+    prompts: tuple[str, ...] = PROMPTS[:3]
     frames: int | None = None
 
 
@@ -90,7 +90,7 @@ class VideoMaker:
         use_tiles(pipe.vae)
 
     def note_expectations(self, request: VideoRequest, progress: Progress) -> None:
-        """Nothing: what can be said follows from the size alone."""
+        note_expectations(request, progress)
 
     def encode_text(self, pipe: Any, request: VideoRequest, guidance: Guidance) -> dict[str, Any]:
         return encode_text(pipe, request, guidance)

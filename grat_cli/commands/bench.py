@@ -140,7 +140,7 @@ def bench(
             "--prompts",
             metavar="COUNT|FILE",
             help="For image and video: so many of the built-in prompts, or a text file with one on each line. "
-            "Default: 4 pictures, 2 videos.",
+            "Default: 4 for pictures, 3 for videos.",
             show_default=False,
             rich_help_panel=_WHAT,
         ),
