@@ -236,6 +236,27 @@ IMAGE = replace(
     contact_sheet="bench-pictures.png",
 )
 
+VIDEO = replace(
+    IMAGE,
+    level="video",
+    command="grat bench --level video --compare full,lines,b",
+    settings={"model": "hunyuan", "steps": 20, "frames": 129, "fps": 24, "prompts": ("waves", "snow falling")},
+    cases=(
+        Case(
+            "1280x720 pixels, 129 frames",
+            (33, 45, 80),
+            24,
+            (
+                image_row("full", 1.0, 231.0, None, role="full", kernel="diffusers", attention_ms=3200.0),
+                image_row("lines", 0.045, 71.0, Quality(0.736, 0.020, 15.6, 0.6, motion=0.93), attention_ms=240.0),
+                image_row("b", 0.043, 70.0, Quality(0.897, None, 22.8, None, motion=1.25), attention_ms=230.0),
+                image_row("full by flex", 1.0, 252.0, Quality(0.991, 0.004, 41.2, 1.3, motion=1.0), role="noise floor"),
+            ),
+        ),
+    ),
+    contact_sheet="bench-frames.png",
+)
+
 NASTY = '<script>alert("&")</script>'
 EXTREME = replace(
     ATTENTION,
@@ -272,5 +293,6 @@ ALL = {
     "one row": ONE_ROW,
     "step": STEP,
     "image": IMAGE,
+    "video": VIDEO,
     "extreme": EXTREME,
 }

@@ -12,13 +12,13 @@ import torch
 from command_line import grat
 from PIL import Image
 
-from grat_cli.bench import image_level
-from grat_cli.bench.image_level import NOISE_FLOOR, PROMPTS, ImageSettings, Pictures, run_image_level
+from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
 from grat_cli.bench.inside_models import Host, stock_attention
 from grat_cli.bench.measure import Unwatched
 from grat_cli.bench.quality import compare
 from grat_cli.bench.results import BenchResult, Row
 from grat_cli.bench.variants import Variant, parse_variants
+from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures, noise_floor
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput
@@ -185,11 +185,11 @@ def test_a_row_that_fails_is_skipped_and_the_others_go_on(what: str, monkeypatch
 def test_without_a_second_backend_there_is_no_noise_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(None, "flux", 24, Backend.SDPA, torch.device("cpu"), torch.float32)
     large = Grid((512, 512))
-    entry = image_level._noise_floor(host, large, None, 64, large.tokens)
-    assert entry.skipped is not None
-    assert "262144 tokens are more than" in entry.skipped
+    _, reason = noise_floor(host, large, None, 64, large.tokens)
+    assert isinstance(reason, str)
+    assert "262144 tokens are more than" in reason
     with pytest.raises(BadInput, match="triton backend cannot make a noise floor here"):
-        image_level._noise_floor(replace(host, dtype=torch.float64), GRID, "triton", 64, GRID.tokens)
+        noise_floor(replace(host, dtype=torch.float64), GRID, "triton", 64, GRID.tokens)
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

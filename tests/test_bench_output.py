@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
-from sample_benchmarks import ALL, ATTENTION, EXTREME, IMAGE, NASTY, ONE_ROW, SKIPPED, STEP, attention_row
+from sample_benchmarks import ALL, ATTENTION, EXTREME, IMAGE, NASTY, ONE_ROW, SKIPPED, STEP, VIDEO, attention_row
 
 from grat_cli.bench import figures, readme
 from grat_cli.bench.contact_sheet import draw
@@ -305,6 +305,17 @@ def test_the_contact_sheet_is_embedded_or_beside() -> None:
         as_html(IMAGE, b"<svg onload=...>")
 
 
+def test_videos_are_called_videos() -> None:
+    page = as_html(VIDEO, PNG)
+    assert "<h2>Frames</h2>" in page
+    assert "<h2>Pictures</h2>" in as_html(IMAGE, PNG)
+    for words in ("Videos on NVIDIA H200", "Median time of all denoising steps of a video", "0.93×", "attention"):
+        assert words in page
+    assert "picture" not in re.sub(r"<style>.*?</style>|bench-pictures", "", page, flags=re.DOTALL)
+    assert "1.25×" in as_markdown(VIDEO)
+    assert "motion" not in as_markdown(IMAGE)
+
+
 def test_every_level_has_its_plots() -> None:
     expected = {
         "attention": (ATTENTION, ["Speed-up against density", "Sparse efficiency", "Time of attention"]),
@@ -314,6 +325,7 @@ def test_every_level_has_its_plots() -> None:
             + ["Speed-up against density", "Time of a step", "Sparse efficiency of attention"] * 2,
         ),
         "image": (IMAGE, ["Similarity against speed-up", "Time of denoising", "Time of each denoising step"]),
+        "video": (VIDEO, ["Similarity against speed-up", "Time of denoising", "Time of each denoising step"]),
         "nothing to compare": (ONE_ROW, []),
         "all skipped": (SKIPPED, []),
     }
@@ -457,7 +469,7 @@ def test_a_page_of_any_number_of_rows(count: int) -> None:
     assert Reader(as_html(replace(result, cases=(), absent=())))
 
 
-@pytest.mark.parametrize("level", ["attention", "step", "image"])
+@pytest.mark.parametrize("level", ["attention", "step", "image", "video"])
 def test_figures_that_no_axis_can_hold_break_nothing(level: Level) -> None:
     infinite, unknown = float("inf"), float("nan")
     rows = (

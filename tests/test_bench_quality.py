@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grat_cli.bench.quality import compare, half_interval
+from grat_cli.bench.quality import Likeness, compare, half_interval, likeness, likeness_of_videos, summary
 
 
 def picture(seed: int, side: int = 32) -> Image.Image:
@@ -58,3 +58,33 @@ def test_a_single_picture_has_no_interval() -> None:
 def test_as_many_pictures_as_references() -> None:
     with pytest.raises(ValueError, match="zip"):
         compare([picture(0)], [])
+
+
+def frames(*brightness: int) -> list[np.ndarray]:
+    return [np.full((16, 16, 3), value, np.uint8) for value in brightness]
+
+
+def test_a_video_is_as_close_as_its_frames_are_on_average() -> None:
+    full, other = [[np.asarray(picture(seed)) for seed in seeds] for seeds in ((0, 1, 2), (0, 4, 5))]
+    each = [
+        likeness(Image.fromarray(first), Image.fromarray(second)) for first, second in zip(full, other, strict=True)
+    ]
+    found = likeness_of_videos(full, other)
+    assert found.ssim == pytest.approx(np.mean([one.ssim for one in each]))
+    assert found.psnr_db == pytest.approx(np.mean([one.psnr_db for one in each]))
+    assert found.ssim < 0.5
+    assert likeness_of_videos(full, full).ssim == pytest.approx(1)
+
+
+def test_motion_is_the_change_from_frame_to_frame_beside_that_of_the_other_video() -> None:
+    assert likeness_of_videos(frames(100, 110, 90), frames(50, 55, 51)).motion == pytest.approx((5 + 4) / (10 + 20))
+    assert likeness_of_videos(frames(100, 110), frames(7, 7)).motion == 0
+    assert likeness_of_videos(frames(100, 100), frames(7, 9)).motion is None
+    assert likeness_of_videos(frames(100), frames(7)).motion is None
+
+
+def test_a_summary_takes_each_video_as_one() -> None:
+    found = summary([Likeness(0.9, 30.0, 1.2), Likeness(0.7, 20.0), Likeness(0.8, 25.0, 0.6)])
+    assert (found.ssim, found.psnr_db, found.motion) == pytest.approx((0.8, 25, 0.9))
+    assert found.ssim_interval == half_interval([0.9, 0.7, 0.8])
+    assert summary([Likeness(0.9, 30.0)]).motion is None

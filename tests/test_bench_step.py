@@ -226,18 +226,22 @@ def test_windows_inside_flux_equal_stock_attention_under_a_mask(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("valid", [tiny_hunyuan.TEXT_TOKENS, 4])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_neighbourhoods_inside_hunyuan_leave_out_what_is_far(ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbourhoods_inside_hunyuan_leave_out_what_is_far(
+    valid: int, ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of text with padding, which is shorter than the text that density is told of."""
     if ordered:
         monkeypatch.setattr(
             inside_models, "baseline_for", lambda window, device, *_: baselines.flex_baseline(window, device)
         )
     model: Any = tiny_hunyuan.transformer()
     grid = Grid((3, 6, 8))
-    inputs = tiny_hunyuan.inputs(grid.shape)
+    inputs = tiny_hunyuan.inputs(grid.shape, (valid,))
     host = Host(model, "hunyuan", tiny_hunyuan.TEXT_TOKENS, Backend.SDPA, CPU, torch.float32)
     stock = model(**inputs)[0]
-    for name, equal in (("na:window=9", True), ("na:window=3", False)):
+    for name, equal in (("na:window=9", True), ("na:window=3", False), ("b:radius=9", True), ("b:radius=0", False)):
         with host.inside(variant_for(parse_variants(name)[0], grid)).attach(StepRecorder(), lambda: 0):
             result = model(**inputs)[0]
         assert (((result - stock).abs().max() / stock.abs().max()).item() < RELATIVE) == equal

@@ -22,7 +22,7 @@ from grat_cli.bench.variants import (
     variant_for,
 )
 from grat_cli.errors import BadInput
-from grat_cli.presets import Preset
+from grat_cli.presets import Preset, load_preset
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, SlidingTile, Union, build_plan
 
 FLUX_4K, VIDEO = Grid((256, 256)), Grid((33, 45, 80))
@@ -47,6 +47,10 @@ def variant(text: str, grid: Grid = FLUX_4K):
         ("grat-far:radius=0:block=4x4:group=8x8", FLUX_4K, (8, 8), Union(Block(0), Far([(0, (4, 4))]))),
         ("sta:window=5", FLUX_4K, (16, 16), SlidingTile(5)),
         ("full-list", FLUX_4K, (16, 16), Full()),
+        ("b:radius=2", FLUX_4K, (16, 16), Block(2)),
+        ("x", FLUX_4K, (16, 16), CrissCross(1)),
+        ("bx", FLUX_4K, (16, 16), Union(Block(1), CrissCross(1))),
+        ("far", FLUX_4K, (16, 16), Union(Block(1), Far([(1, (8, 8))]))),
     ],
 )
 def test_patterns(text: str, grid: Grid, group: tuple[int, ...], pattern: object) -> None:
@@ -74,6 +78,29 @@ def test_groups_are_halved_on_short_axes() -> None:
     assert default_group(Grid((1, 5))) == (1, 1)
     far = variant("grat-far", Grid((64, 64)))
     assert (far.grouping, far.pattern) == (Grouping(Grid((64, 64)), (8, 8)), Union(Block(1), Far([(1, (4, 4))])))
+
+
+@pytest.mark.parametrize("name", ["planes", "lines", "b", "bx", "far", "sta"])
+def test_short_names_on_videos_are_the_presets(name: str) -> None:
+    found, preset = variant(name, VIDEO), load_preset(f"hunyuan-{name}")
+    assert found.grouping == Grouping(VIDEO, preset.attention.group)
+    assert found.pattern == preset.attention.pattern()
+
+
+def test_short_names_keep_what_they_fix() -> None:
+    assert variant("lines:group=2", VIDEO).grouping == Grouping(VIDEO, (2, 2, 2))
+    with pytest.raises(BadInput, match="lines has no parameter 'share'"):
+        parse_variants("lines:share=1")
+    with pytest.raises(BadInput, match="planes are for videos"):
+        variant("planes", FLUX_4K)
+
+
+def test_groups_of_small_videos_leave_something_out() -> None:
+    demo, text = Grid((9, 9, 16)), 8
+    found = {name: variant(name, demo) for name in ("b", "lines", "bx", "planes")}
+    assert all(one.grouping == Grouping(demo, (2, 2, 4)) for one in found.values())
+    densities = [one.attended_pairs(text, False) / (demo.tokens + text) ** 2 for one in found.values()]
+    assert densities == pytest.approx([0.203, 0.138, 0.265, 0.538], abs=0.001)
 
 
 def test_full_knows_no_groups() -> None:

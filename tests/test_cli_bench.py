@@ -14,11 +14,14 @@ import torch
 from command_line import grat, refusal
 from PIL import Image
 
-from grat_cli.bench import attention_level, image_level, step_level
-from grat_cli.bench.image_level import PROMPTS, ImageSettings, Pictures
+from grat_cli.bench import attention_level, image_level, step_level, video_level
+from grat_cli.bench.image_level import PROMPTS, ImageSettings
 from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.bench.step_level import StepSettings
-from grat_cli.bench.variants import NAMES, PEERS
+from grat_cli.bench.variants import NAMES, PEERS, SHORT_NAMES
+from grat_cli.bench.video_level import PROMPTS as VIDEO_PROMPTS
+from grat_cli.bench.video_level import VideoSettings
+from grat_cli.bench.whole_runs import Pictures
 from grat_cli.commands.bench import complete_compare, complete_peers
 from grat_kernels import Block, Grid, Grouping, build_plan
 
@@ -52,6 +55,10 @@ class Measured(list[Any]):
         red = Image.new("RGB", (40, 30), "red")
         return a_result("image"), Pictures([("full", [red]), ("grat-b", [red])], ["a fox, seed 0"])
 
+    def video(self, settings: VideoSettings, progress: Any) -> tuple[BenchResult, Pictures]:
+        self.append(settings)
+        return a_result("video"), Pictures([("full", []), ("b", [])], [])
+
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
@@ -59,6 +66,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     monkeypatch.setattr(attention_level, "run_attention_level", stand_in.attention)
     monkeypatch.setattr(step_level, "run_step_level", stand_in.step)
     monkeypatch.setattr(image_level, "run_image_level", stand_in.image)
+    monkeypatch.setattr(video_level, "run_video_level", stand_in.video)
     return stand_in
 
 
@@ -190,6 +198,22 @@ def test_pictures_are_asked_for_and_laid_side_by_side(measured: Measured, tmp_pa
     assert measured[1].prompts == ("a cat", "a dog")
 
 
+def test_videos_are_asked_for(measured: Measured, tmp_path: Path) -> None:
+    video = ("bench", "--level", "video", "--model", "demo")
+    done = grat(*video, "--res", "192x96", "--frames", 14, "--steps", 7, "--prompts", 4, "--out", "a")
+    assert done.code == 0, done.err
+    assert grat(*video, "--compare", "full,lines,na", "--out", "b").code == 0
+    asked, usual = measured
+    assert (asked.model.medium, asked.width, asked.height, asked.frames, asked.steps) == ("video", 192, 96, 17, 7)
+    assert (asked.prompts, usual.prompts) == (VIDEO_PROMPTS[:4], VIDEO_PROMPTS[:3])
+    assert [request.name for request in asked.compare] == ["planes", "lines", "b", "bx", "far"]
+    assert (usual.width, usual.height, usual.frames, usual.steps) == (256, 144, 33, None)
+    assert [request.name for request in usual.compare] == ["lines", "na"]
+    assert "14 frames are rounded up to 17" in done.err
+    # No frames, no sheet.
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".html", ".html", ".json", ".json", ".md", ".md"]
+
+
 def test_where_the_results_go(measured: Measured, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert grat("bench", "--out", "folder").code == 0
@@ -241,6 +265,21 @@ def test_nothing_is_overwritten_and_nothing_measured_in_vain(measured: Measured)
         (("--level", "image", "--prompts", "0"), f"there are {len(PROMPTS)} built-in prompts"),
         (("--level", "image", "--prompts", "missing.txt"), "expected a count or a text file"),
         (("--level", "image", "--model", "demo", "--res", "128,256"), "makes pictures of one size"),
+        (("--level", "video", "--model", "flux-dev"), "flux-dev makes images"),
+        (("--level", "image", "--model", "hunyuan"), "hunyuan makes videos"),
+        (("--level", "video", "--model", "demo", "--res", "480p,720p"), "makes videos of one size"),
+        (("--level", "video", "--model", "demo", "--res", "720"), "--res 720: expected 720p"),
+        (("--level", "video", "--model", "demo", "--frames", "0"), "--frames 0: expected 1 to"),
+        (
+            ("--level", "video", "--model", "demo", "--prompts", "99"),
+            f"there are {len(VIDEO_PROMPTS)} built-in prompts",
+        ),
+        (("--level", "video", "--grid", "9x9x16"), "it is for attention and step"),
+        (("--level", "video", "--compare", "line"), "did you mean 'lines'"),
+        (("--level", "image", "--model", "demo", "--compare", "lines"), "lines are for videos"),
+        (("--level", "image", "--frames", "9"), "--frames says nothing to --level image: it is for video"),
+        (("--level", "step", "--steps", "9"), "--steps says nothing to --level step: it is for image and video"),
+        (("--level", "image", "--steps", "0"), "--steps 0: expected 1 or more"),
         (("--json", "--quiet"), "--json and --quiet exclude each other"),
     ],
 )
@@ -257,7 +296,7 @@ def test_a_backend_by_name_runs_or_says_why_not() -> None:
 
 
 def test_completion_continues_a_list() -> None:
-    assert complete_compare("") == list(NAMES)
+    assert complete_compare("") == [*NAMES, *SHORT_NAMES]
     assert complete_compare("full,grat-b") == ["full,grat-b", "full,grat-bx"]
     assert complete_compare("full,fu") == ["full,full-list"]
     assert complete_peers("natten,") == [f"natten,{name}" for name in PEERS if name != "natten"]
@@ -268,7 +307,7 @@ def test_help_and_mistakes_load_no_torch() -> None:
 import sys
 from grat_cli.app import run
 codes = [run(["bench", *arguments]) for arguments in (
-    ["--help"], ["--compare", "x"], ["--peers", "x"], ["--level", "x"], ["--out", "no/where"], ["--heads", "0"],
+    ["--help"], ["--compare", "z"], ["--peers", "x"], ["--level", "x"], ["--out", "no/where"], ["--heads", "0"],
 )]
 print(codes, file=sys.stderr)
 sys.exit(codes != [0, 2, 2, 2, 2, 2] or bool({"torch", "diffusers", "transformers"} & set(sys.modules)))

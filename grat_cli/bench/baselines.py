@@ -109,14 +109,19 @@ class Baseline:
     Attributes:
         kernel: what computes it.
         attention: runs it on query, key and value `[B, N, H, D]`.
-        order: raster index of each image token in the order in which `attention` takes them; None for raster order.
+        grouping: in whose order `attention` takes the image tokens; None for raster order.
         executed_pairs: query-key pairs that are computed, masked ones included.
     """
 
     kernel: str
     attention: Attention
-    order: np.ndarray | None
+    grouping: Grouping | None
     executed_pairs: int
+
+    @property
+    def order(self) -> np.ndarray | None:
+        """Raster index of each image token in that order; None for raster order."""
+        return None if self.grouping is None else self.grouping.order
 
 
 def baseline_for(window: Window, device: torch.device, dtype: torch.dtype, head_dim: int) -> Baseline:
@@ -282,7 +287,7 @@ def flex_baseline(window: Window, device: torch.device) -> Baseline:
         heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return _flex_attention(device.type)(*heads_first, block_mask=block_mask).transpose(1, 2)
 
-    return Baseline("FlexAttention", attention, grouping.order, executed)
+    return Baseline("FlexAttention", attention, grouping, executed)
 
 
 @lru_cache(maxsize=2)

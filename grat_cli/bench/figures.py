@@ -17,7 +17,9 @@ _SUBJECTS: Mapping[Level, str] = {
     "attention": "Attention",
     "step": "Denoising step",
     "image": "Pictures",
+    "video": "Videos",
 }
+OUTPUTS: Mapping[Level, str] = {"image": "picture", "video": "video"}
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,13 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
         True,
         "Median time of full attention over that of the row.",
     )
+    share = _column(
+        "share" if level == "step" else "attention share",
+        None,
+        lambda row: _text(row.attention_share, _percent),
+        False,
+        "Share of the step that is attention." if level == "step" else "Share of denoising that is attention.",
+    )
     efficiency = _column(
         "sparse efficiency",
         None,
@@ -281,13 +290,7 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
                 True,
                 "The part of the step that is attention.",
             ),
-            _column(
-                "share",
-                None,
-                lambda row: _text(row.attention_share, _percent),
-                False,
-                "Share of the step that is attention.",
-            ),
+            share,
             speedup,
             _column("attention speed-up", None, of_attention, False, "Speed-up of the attention part alone."),
             ideal,
@@ -295,18 +298,21 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
             memory,
         ]
     else:
+        noun = OUTPUTS[level]
+        frames = " Of a video it is the mean over its frames." if level == "video" else ""
         made = [
             density,
-            _column("denoising", unit.name, _time(unit), True, "Median time of all denoising steps of a picture."),
+            _column("denoising", unit.name, _time(unit), True, f"Median time of all denoising steps of a {noun}."),
             extent,
+            *([share] if level == "video" else []),
             speedup,
             _column(
                 "SSIM",
                 None,
                 lambda row: row.quality and _with_interval(row.quality.ssim, row.quality.ssim_interval, 3),
                 True,
-                "Similarity to the pictures of full attention with the same seeds, 1 for equal ones; ± is a 95 % "
-                "interval of the mean.",
+                f"Similarity to the {noun}s of full attention with the same seeds, 1 for equal ones; ± is a 95 % "
+                f"interval of the mean.{frames}",
             ),
             _column(
                 "PSNR",
@@ -314,6 +320,14 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
                 lambda row: row.quality and _with_interval(row.quality.psnr_db, row.quality.psnr_interval_db, 1),
                 False,
                 "The same comparison as a ratio of signal to noise; in equal ones one value counts as off by 1.",
+            ),
+            _column(
+                "motion",
+                None,
+                lambda row: row.quality and _text(row.quality.motion, "{:,.2f}×".format),
+                False,
+                "Mean absolute difference of successive frames, over that of full attention's video: 1 is as much "
+                "change. Flicker raises it too.",
             ),
             memory,
         ]
@@ -390,7 +404,7 @@ def finding(level: Level, case: Case) -> str:
     parts = [f"{whole}, {taken}: a speed-up of {speedup_text(best.speedup)}"]
     if best.density is not None:
         parts.append(f"at density {density_text(best.density)}")
-    if level == "image" and best.quality is not None:
+    if best.quality is not None:
         parts.append(f"with SSIM {_with_interval(best.quality.ssim, best.quality.ssim_interval, 3)}")
     elif best.sparse_efficiency is not None:
         where = " in attention" if level == "step" else ""

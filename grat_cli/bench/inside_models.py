@@ -15,7 +15,7 @@ from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
 from grat_cli.bench.variants import Variant
 from grat_cli.errors import BadInput
-from grat_kernels import Backend, Grid, build_plan, can_run
+from grat_kernels import Backend, Full, Grid, Grouping, Plan, build_plan, can_run
 from grat_kernels.attention import choose_backend
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Host:
     Attributes:
         transformer: of diffusers, with stock attention processors.
         family: `flux` or `hunyuan`.
-        text_len: text tokens of its calls.
+        text_len: text tokens of the calls that density is told of; others may have fewer or more.
         backend: of span attention, never `AUTO`.
         device: where it computes.
         dtype: of its activations.
@@ -110,74 +110,100 @@ class Host:
                 density,
             )
         if variant.grouping is not None and variant.pattern is not None:
-            plan = build_plan(variant.grouping, variant.pattern, self.text_len, adapter.text_first)
+            grouping, pattern = variant.grouping, variant.pattern
+
+            def plan_of(text_len: int) -> Plan:
+                return build_plan(grouping, pattern, text_len, adapter.text_first)
+
+            plan_of(self.text_len)  # now rather than in the first call
             return Inside(
                 self.backend.value,
-                lambda observer, step: adapter.attached(FixedPlan(plan, step), self.backend, observer),
+                lambda observer, step: adapter.attached(FixedPlan(plan_of, step), self.backend, observer),
                 pairs,
                 density,
             )
-        window = Window.of(variant, self.text_len, adapter.text_first)
-        head_dim = self.transformer.config.attention_head_dim
-        baseline = baseline_for(window, self.device, self.dtype, head_dim)
+        windows = _Windows(self, variant, adapter.text_first)
         return Inside(
-            baseline.kernel,
-            lambda observer, step: self._window(adapter, baseline, density, observer, step),
+            windows.of(self.text_len).kernel,
+            lambda observer, step: self._window(adapter, windows, density, observer, step),
             pairs,
             density,
         )
 
     def _window(
-        self, adapter: Adapter, baseline: Baseline, density: float, observer: CallObserver, step: Callable[[], int]
+        self, adapter: Adapter, windows: _Windows, density: float, observer: CallObserver, step: Callable[[], int]
     ) -> AbstractContextManager[None]:
-        if baseline.order is None:
-            return stock_attention(self.transformer, observer, step, density, baseline.attention)
-        order = torch.from_numpy(baseline.order).to(self.device)
-        plan = TokenOrder(order, self.text_len, density)
-        return _adapter_with(adapter, baseline.attention, FixedPlan(plan, step), observer)
+        grouping = windows.of(self.text_len).grouping
+        # Stock HunyuanVideo would hand padding to a kernel that takes no mask; its adapter cuts the padding off.
+        if grouping is None and self.family == "flux":
+            return stock_attention(self.transformer, observer, step, density, windows.attention)
+        grouping = grouping or Grouping(windows.grid, windows.grid.shape)  # one group is raster order
+
+        def plan_of(text_len: int) -> Plan:
+            return build_plan(grouping, Full(), text_len, adapter.text_first)
+
+        # The adapter takes no more from these plans than the order of tokens.
+        return _adapter_with(adapter, windows.attention, FixedPlan(plan_of, step, density), observer)
 
 
-class TokenOrder:
-    """As much of a `Plan` as an adapter asks for: a token order without what attends what."""
+class _Windows:
+    """A window around each token, in calls of any length of text."""
 
-    def __init__(self, order: torch.Tensor, text_len: int, density: float) -> None:
-        """`order` gives the raster index of each image token, `[image tokens]`."""
-        self._tensors = order, torch.argsort(order), None
-        self.text_len, self.density = text_len, density
+    def __init__(self, host: Host, variant: Variant, text_first: bool) -> None:
+        self._host, self._variant, self._text_first = host, variant, text_first
+        self._baselines: dict[int, Baseline] = {}
+        self.grid = variant.grid
 
-    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Order, its inverse, and nothing to add to scores."""
-        return self._tensors
+    def of(self, text_len: int) -> Baseline:
+        """The window for calls with so many text tokens; its token order is the same for all."""
+        if text_len not in self._baselines:
+            window = Window.of(self._variant, text_len, self._text_first)
+            head_dim = self._host.transformer.config.attention_head_dim
+            self._baselines[text_len] = baseline_for(window, self._host.device, self._host.dtype, head_dim)
+        return self._baselines[text_len]
+
+    def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of the joint sequence `[B, N, H, D]`, all text valid."""
+        return self.of(query.shape[1] - self.grid.tokens).attention(query, key, value)
 
 
 class FixedPlan:
-    """The same plan in every step and layer; an `adapters.base.Run` and its own schedule."""
+    """The same attention in every step and layer; an `adapters.base.Run`."""
 
-    def __init__(self, plan: Any, step: Callable[[], int]) -> None:
-        """`step` gives the denoising step of the call under way."""
-        self._plan, self._step = plan, step
+    def __init__(self, plan_of: Callable[[int], Plan], step: Callable[[], int], density: float | None = None) -> None:
+        """Tells what the adapter will ask for.
+
+        Args:
+            plan_of: gives the plan for a number of text tokens.
+            step: gives the denoising step of the call under way.
+            density: what the observer is told; None for that of the plan.
+        """
+        self._plan_of, self._step, self._density = plan_of, step, density
 
     def current_step(self) -> int:
         """See `adapters.base.Run`."""
         return self._step()
 
     def schedule(self, text_len: int) -> Any:
-        """Itself.
+        """See `adapters.base.Run`."""
+        plan = self._plan_of(text_len)
+        return FixedSchedule(plan, plan.density if self._density is None else self._density)
 
-        Raises:
-            ValueError: if the call has another length of text than the plan.
-        """
-        if text_len != self._plan.text_len:
-            raise ValueError(f"the plan is for {self._plan.text_len} text tokens, the call has {text_len}")
-        return self
 
-    def plan(self, step: int, layer: int) -> Any:
+class FixedSchedule:
+    """As much of an `AttentionSchedule` as an adapter asks for: one plan."""
+
+    def __init__(self, plan: Plan, density: float) -> None:
+        """Both are those of every step and layer."""
+        self._plan, self._density = plan, density
+
+    def plan(self, step: int, layer: int) -> Plan:
         """The plan."""
         return self._plan
 
     def density_of_step(self, step: int) -> float:
-        """Its density."""
-        return self._plan.density
+        """The density."""
+        return self._density
 
 
 @contextmanager

@@ -184,12 +184,11 @@ def _pictures(result: BenchResult, contact_sheet: bytes | None) -> Iterator[str]
         if kind is None:
             raise ValueError("the contact sheet is neither PNG nor JPEG nor WebP")
         source = f"data:{kind};base64,{base64.b64encode(contact_sheet).decode('ascii')}"
-    image = element(
-        "img", src=source, alt="Pictures of every prompt in columns, one row per variant, with the same seeds."
-    )
+    heading = "Frames" if result.level == "video" else "Pictures"
+    image = element("img", src=source, alt=f"{heading} in columns, one row per variant, with the same seeds.")
     caption = "The same prompts and seeds, a row per variant."
     picture = element("figure", element("div", image, class_="sheet"), element("figcaption", caption))
-    yield element("section", element("h2", "Pictures"), picture)
+    yield element("section", element("h2", heading), picture)
 
 
 def _variants(result: BenchResult, looks: Mapping[str, Style]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from html import escape
 from itertools import chain
 
 from grat_cli.bench import figures
-from grat_cli.bench.results import BenchResult, Case, Level, Row
+from grat_cli.bench.results import WHOLE_RUNS, BenchResult, Case, Level, Row
 from grat_cli.bench.svg import (
     FONT_SIZE,
     Box,
@@ -77,7 +77,7 @@ def plots(level: Level, case: Case, looks: Mapping[str, Style], identifier: str)
     rows = figures.measured(case)
     made = [
         _quality(rows, looks, f"{identifier}-quality"),
-        _trade_off(level, case, rows, looks, f"{identifier}-density") if level != "image" else None,
+        _trade_off(level, case, rows, looks, f"{identifier}-density") if level not in WHOLE_RUNS else None,
         _steps(case, rows, looks, f"{identifier}-steps") if level == "step" else None,
         _efficiency(level, rows, looks, f"{identifier}-efficiency"),
         _times(level, case, rows, looks, f"{identifier}-times") if level != "step" else None,
@@ -236,7 +236,7 @@ def _quality(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -
     caption = "Bars are 95 % intervals of the mean. " + (
         "Dashed: the noise floor, full attention against itself on another kernel."
         if floors
-        else "1 is the same picture."
+        else "At 1 there is no difference."
     )
     return Plot(
         "Similarity against speed-up",
@@ -291,7 +291,7 @@ def _times(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, St
         )
     drawn += frame.names()
     described = _described((row, f"{unit.text(median)}, {unit.range(row.times_ms)}") for row, median in timed)
-    what = "one attention call" if level == "attention" else "all denoising steps of a picture"
+    what = f"all denoising steps of a {figures.OUTPUTS[level]}" if level in WHOLE_RUNS else "one attention call"
     caption = f"Median of {what}; whiskers, where longer than the point, from the shortest to the longest." + (
         " The axis is logarithmic." if logarithmic else ""
     )
@@ -369,7 +369,7 @@ def _over_steps(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str
         (row, f"{unit.text(min(row.step_times_ms))} to {unit.text(max(row.step_times_ms))}") for row in runs
     )
     svg = _svg(identifier, "Time of each denoising step", described, area.bottom + 44, drawn)
-    return Plot("Time of each denoising step", "Median over the pictures.", svg)
+    return Plot("Time of each denoising step", "Median over all runs.", svg)
 
 
 def _area_with_names(rows: Sequence[Row]) -> Box:

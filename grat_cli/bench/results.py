@@ -10,22 +10,26 @@ from typing import Any, Literal
 
 SCHEMA = "grat.bench/1"
 
-Level = Literal["attention", "step", "image"]
+Level = Literal["attention", "step", "image", "video"]
+# Levels of whole runs, which are not only timed but whose outputs are compared.
+WHOLE_RUNS: tuple[Level, ...] = ("image", "video")
 Role = Literal["full", "pattern", "baseline", "peer", "noise floor"]
 Mask = Literal["identical", "equal density"]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Similarity of pictures to those of full attention with the same seeds: mean and 95 % half-interval.
+    """Similarity of pictures or videos to those of full attention with the same seeds: mean and 95 % half-interval.
 
-    A single picture has no interval: there it is None.
+    A single one has no interval: there it is None. Figures of a video are means over its frames; `motion` is how much
+    successive frames differ, over how much those of full attention do, and None for pictures.
     """
 
     ssim: float
     ssim_interval: float | None
     psnr_db: float
     psnr_interval_db: float | None
+    motion: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Row:
         error: largest error over sampled rows against attention in full precision.
         plain_error: the same for a plain computation in the dtype of the tensors: what rounding alone explains.
         attention_ms: part of `median_ms` in attention, where a step holds more.
-        step_times_ms: time of each denoising step of a whole run, median over pictures.
-        quality: of pictures.
+        step_times_ms: time of each denoising step of a whole run, median over pictures or videos.
+        quality: of pictures or videos.
         skipped: why there are no figures, in words; None where there are.
     """
 

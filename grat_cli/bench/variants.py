@@ -1,6 +1,7 @@
 """What the names of `--compare` stand for: dense attention, patterns of groups, and windows around each token.
 
 A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
+Those of `--variant` are understood as well: `b` is short for `grat-b`, `lines` for `grat-x:share=2`.
 The names of `--peers` stand here as well, so that a mistake in either is seen without loading torch.
 """
 
@@ -32,13 +33,24 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "sta": ("window", "group"),
 }
 NAMES: tuple[str, ...] = tuple(PARAMETERS)
+# The names that presets go by, and what they are short for; what they fix cannot be given again.
+SHORT_NAMES: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
+    "b": ("grat-b", {}),
+    "x": ("grat-x", {}),
+    "planes": ("grat-x", {"share": (1,)}),
+    "lines": ("grat-x", {"share": (2,)}),
+    "bx": ("grat-bx", {}),
+    "far": ("grat-far", {}),
+}
+_OF_VIDEOS = ("planes", "lines")
 PEERS: tuple[str, ...] = ("natten", "flex", "flashinfer", "sage", "pisa")
 
 # Groups and far blocks of grids large enough for them, by number of axes. On a smaller axis both are halved until
-# there are this many groups: with fewer, a pattern is nearly full attention.
+# there are this many groups: with fewer, a pattern is nearly full attention. On three axes fewer are enough, because
+# densities multiply: of 4x4x4 groups, the 3x3x3 around each are a quarter.
 _GROUPS: Mapping[int, tuple[int, ...]] = {1: (256,), 2: (16, 16), 3: (4, 8, 8)}
 _BLOCKS: Mapping[int, tuple[int, ...]] = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
-_ENOUGH_GROUPS = 6
+_ENOUGH_GROUPS: Mapping[int, int] = {1: 6, 2: 6, 3: 4}
 
 _EXAMPLES = {"window": "49", "radius": "2", "share": "2", "block": "8x8", "group": "16x16"}
 
@@ -136,15 +148,18 @@ def parse_peers(text: str) -> tuple[str, ...]:
 
 
 def _request(text: str) -> Request:
-    kind, *items = text.split(":")
-    if kind not in NAMES:
-        raise BadInput(f"--compare {text}: {choices(kind, NAMES)}" if text else "--compare: a name is empty")
+    word, *items = text.split(":")
+    if word not in (*NAMES, *SHORT_NAMES):
+        known = (*NAMES, *SHORT_NAMES)
+        raise BadInput(f"--compare {text}: {choices(word, known)}" if text else "--compare: a name is empty")
+    kind, fixed = SHORT_NAMES.get(word, (word, {}))
     parameters: dict[str, tuple[int, ...]] = {}
     for item in items:
         name, _, value = item.partition("=")
-        if name not in PARAMETERS[kind]:
-            takes = choices(name, PARAMETERS[kind]) if PARAMETERS[kind] else "it takes no parameters"
-            raise BadInput(f"--compare {text}: {kind} has no parameter {name!r}: {takes}")
+        known = tuple(known for known in PARAMETERS[kind] if known not in fixed)
+        if name not in known:
+            takes = choices(name, known) if known else "it takes no parameters"
+            raise BadInput(f"--compare {text}: {word} has no parameter {name!r}: {takes}")
         if name in parameters:
             raise BadInput(f"--compare {text}: {name} is given twice")
         if not re.fullmatch(r"\d{1,6}(x\d{1,6})*", value, re.ASCII):
@@ -152,7 +167,7 @@ def _request(text: str) -> Request:
         parameters[name] = tuple(int(part) for part in value.split("x"))
     if len(parameters.get("share", (1,))) > 1:
         raise BadInput(f"--compare {text}: share is one number, such as share=2")
-    return Request(text, kind, parameters)
+    return Request(text, kind, {**parameters, **fixed})
 
 
 def variant_for(request: Request, grid: Grid) -> Variant:
@@ -162,6 +177,8 @@ def variant_for(request: Request, grid: Grid) -> Variant:
         BadInput: if a parameter does not fit the grid.
     """
     try:
+        if (word := request.name.partition(":")[0]) in _OF_VIDEOS and grid.axes != 3:
+            raise ValueError(f"{word} are for videos, which have three axes")
         return _MAKERS[request.kind](request, grid)
     except ValueError as error:
         raise BadInput(f"--compare {request.name} on {size_text(grid.shape)} tokens: {error}") from error
@@ -170,7 +187,8 @@ def variant_for(request: Request, grid: Grid) -> Variant:
 def default_group(grid: Grid) -> tuple[int, ...]:
     """16x16 or 4x8x8 tokens, on short axes fewer."""
     return tuple(
-        _halved(size, extent) for size, extent in zip(_per_axis_default(_GROUPS, grid), grid.shape, strict=True)
+        _halved(size, extent, _ENOUGH_GROUPS[grid.axes])
+        for size, extent in zip(_per_axis_default(_GROUPS, grid), grid.shape, strict=True)
     )
 
 
@@ -254,7 +272,8 @@ def _grat_x(request: Request, grid: Grid) -> Variant:
 
 
 def _grat_bx(request: Request, grid: Grid) -> Variant:
-    radius, share = _plain(request.parameters.get("radius", (1,))), _share(request)
+    # On three axes lines, as in the preset hunyuan-bx: planes leave little to gain.
+    radius, share = _plain(request.parameters.get("radius", (1,))), _share(request, 2 if grid.axes == 3 else 1)
     cross = _CROSS_WORDS.get((grid.axes, share), f"groups that share {share} coordinates")
     words = f"the {_neighbourhood(radius, grid)} groups around each group, and {cross}"
     section = {"variant": "bx", "radius": _listed(radius), "share": share}
@@ -355,8 +374,8 @@ def _sizes(request: Request, name: str, grid: Grid) -> tuple[int, ...]:
     return values
 
 
-def _share(request: Request) -> int:
-    return request.parameters.get("share", (1,))[0]
+def _share(request: Request, default: int = 1) -> int:
+    return request.parameters.get("share", (default,))[0]
 
 
 def _plain(values: tuple[int, ...]) -> int | tuple[int, ...]:
@@ -378,8 +397,8 @@ def _per_axis_default(table: Mapping[int, tuple[int, ...]], grid: Grid) -> tuple
     return table[grid.axes]
 
 
-def _halved(size: int, extent: int) -> int:
-    while size > 1 and -(-extent // size) < _ENOUGH_GROUPS:
+def _halved(size: int, extent: int, enough: int) -> int:
+    while size > 1 and -(-extent // size) < enough:
         size //= 2
     return size
 

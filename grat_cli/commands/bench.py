@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from grat_cli.bench.results import BenchResult
     from grat_cli.bench.sizes import Size
     from grat_cli.bench.variants import Request
+    from grat_cli.bench.whole_runs import Pictures
 
-LEVELS = ("attention", "step", "image")
+LEVELS = ("attention", "step", "image", "video")
 WEIGHTS = ("own", "random")
 _COMPARE = {
     "attention": "full,na,grat-b",
     "step": "full,grat-b,grat-far",
     "image": "full,grat-b,grat-x,grat-far",
+    "video": "full,planes,lines,b,bx,far",
 }
 _WHAT, _SIZE, _HOW = "What", "Size", "How"
 
@@ -35,7 +37,7 @@ _TEXT_TOKENS = {2: 512, 3: 256}
 # Shows the effect in a minute on two CPU cores; on a GPU, Flux at 4096x4096.
 _CPU_GRID, _CPU_HEADS, _CPU_HEAD_DIM, _CPU_REPETITIONS = "128x128", 4, 64, 5
 _GPU_RES, _GPU_HEADS, _GPU_HEAD_DIM, _GPU_REPETITIONS = "4096", 24, 128, 20
-_MAX_SECONDS = {"attention": 60.0, "step": 600.0, "image": None}
+_MAX_SECONDS = {"attention": 60.0, "step": 600.0, "image": None, "video": None}
 
 # Which options say something to which level; the others are refused rather than ignored.
 _ONLY_FOR = {
@@ -45,18 +47,20 @@ _ONLY_FOR = {
     "--grid": ("attention", "step"),
     "--text": ("attention", "step"),
     "--reps": ("attention", "step"),
-    "--model": ("step", "image"),
+    "--model": ("step", "image", "video"),
     "--layers": ("step",),
     "--weights": ("step",),
-    "--prompts": ("image",),
+    "--prompts": ("image", "video"),
+    "--frames": ("video",),
+    "--steps": ("image", "video"),
 }
 
 
 def complete_compare(incomplete: str) -> list[str]:
     """The list so far with each name that may follow, for shell completion."""
-    from grat_cli.bench.variants import NAMES
+    from grat_cli.bench.variants import NAMES, SHORT_NAMES
 
-    return _continued(incomplete, NAMES)
+    return _continued(incomplete, (*NAMES, *SHORT_NAMES))
 
 
 def complete_peers(incomplete: str) -> list[str]:
@@ -90,7 +94,7 @@ def bench(
             "--level",
             metavar="NAME",
             help="attention: one call on random numbers. step: one denoising step of a real architecture. "
-            "image: whole pictures, and how close they come to those of full attention.",
+            "image and video: whole runs, and how close they come to those of full attention.",
             rich_help_panel=_WHAT,
             autocompletion=complete_level,
         ),
@@ -101,8 +105,8 @@ def bench(
             "--compare",
             metavar="NAME,...",
             help="full, full-list, na, clear, sta, grat-b, grat-x, grat-bx, grat-far, also with parameters: "
-            "grat-b:radius=2, na:window=49, grat-x:share=2, grat-far:block=8x8:group=16x16. "
-            "Default: full,na,grat-b for attention.",
+            "grat-b:radius=2, na:window=49, grat-x:share=2, grat-far:block=8x8:group=16x16. Short for some: "
+            "b, x, bx, far, and for videos planes and lines. Default: full,na,grat-b for attention.",
             show_default=False,
             rich_help_panel=_WHAT,
             autocompletion=complete_compare,
@@ -124,10 +128,10 @@ def bench(
         typer.Option(
             "--model",
             metavar="NAME",
-            help="For step and image. Default: as for grat image.",
+            help="For step, image and video. Default: as for grat image and grat video.",
             show_default=False,
             rich_help_panel=_WHAT,
-            autocompletion=options.complete_model,
+            autocompletion=options.complete_any_model,
         ),
     ] = None,
     prompts: Annotated[
@@ -135,7 +139,8 @@ def bench(
         typer.Option(
             "--prompts",
             metavar="COUNT|FILE",
-            help="For image: so many of the built-in prompts, or a text file with one on each line. Default: 4.",
+            help="For image and video: so many of the built-in prompts, or a text file with one on each line. "
+            "Default: 4 for pictures, 3 for videos.",
             show_default=False,
             rich_help_panel=_WHAT,
         ),
@@ -145,7 +150,18 @@ def bench(
         typer.Option(
             "--res",
             metavar="SIZE,...",
-            help="Pixels, as for grat image: 4096 or 4096x2048, several with commas.",
+            help="Pixels, as for grat image: 4096 or 4096x2048, several with commas. For video 720p or 1280x720.",
+            show_default=False,
+            rich_help_panel=_SIZE,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            "--frames",
+            parser=options.number("--frames", int),
+            metavar="COUNT",
+            help="For video: frames of each. Default: as many as the model was trained at.",
             show_default=False,
             rich_help_panel=_SIZE,
         ),
@@ -238,6 +254,17 @@ def bench(
             rich_help_panel=_HOW,
         ),
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            parser=options.number("--steps", int),
+            metavar="COUNT",
+            help="For image and video: denoising steps. Default: the model's own.",
+            show_default=False,
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     max_seconds: Annotated[
         float | None,
         typer.Option(
@@ -245,7 +272,7 @@ def bench(
             parser=options.number("--max-seconds", float),
             metavar="SECONDS",
             help="Most time for one row; one that would take longer is skipped, and says so. "
-            "Default: 60 for attention, 600 for a step, no limit for pictures.",
+            "Default: 60 for attention, 600 for a step, no limit for pictures and videos.",
             show_default=False,
             rich_help_panel=_HOW,
         ),
@@ -270,6 +297,7 @@ def bench(
 ) -> None:
     """Measure full against sparse attention: time, memory, error; a table, JSON, Markdown and a page."""
     from grat_cli import media
+    from grat_cli.bench.results import WHOLE_RUNS
     from grat_cli.bench.variants import parse_peers, parse_variants
     from grat_cli.errors import BadInput
     from grat_cli.presets import BACKENDS
@@ -290,6 +318,8 @@ def bench(
         "--layers": layers,
         "--weights": weights,
         "--prompts": prompts,
+        "--frames": frames,
+        "--steps": steps,
     }
     for option, value in typed.items():
         if value is not None and level not in _ONLY_FOR[option]:
@@ -299,6 +329,7 @@ def bench(
         ("--heads", heads, 1),
         ("--head-dim", head_dim, 1),
         ("--reps", reps, 1),
+        ("--steps", steps, 1),
     ):
         if value is not None and value < least:
             raise BadInput(f"{option} {value}: expected {least} or more")
@@ -313,7 +344,7 @@ def bench(
     peer_names = parse_peers(peers) if peers is not None else ()
     stem = _stem(out, f"grat-bench-{datetime.now():%Y%m%d-%H%M%S}-{level}")
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md", "html")}
-    if level == "image":
+    if level in WHOLE_RUNS:
         paths["png"] = stem.with_name(f"{stem.name}.png")
     media.refuse_unwritable(list(paths.values()), overwrite=overwrite)
     command = shlex.join(["grat", *(context.find_root().obj or ())])
@@ -332,7 +363,11 @@ def bench(
             output, requests, model, weights, res, grid, text, layers, reps, device=device, dtype=dtype, **common
         )
     else:
-        result, sheet = _image(output, requests, model, res, prompts, device=device, dtype=dtype, **common)
+        common |= {"device": device, "dtype": dtype, "steps": steps}
+        if level == "image":
+            result, sheet = _image(output, requests, model, res, prompts, **common)
+        else:
+            result, sheet = _video(output, requests, model, res, frames, prompts, **common)
 
     # 3. Write and show.
     from grat_cli.bench.markdown import as_markdown
@@ -447,8 +482,7 @@ def _image(
     **common: Any,
 ) -> tuple[BenchResult, Any]:
     """The result and, where there are pictures, the contact sheet."""
-    from grat_cli.bench.contact_sheet import draw
-    from grat_cli.bench.image_level import ImageSettings, run_image_level
+    from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
     from grat_cli.errors import BadInput
     from grat_cli.models import choose_model
     from grat_cli.resolution import parse_resolution
@@ -462,13 +496,56 @@ def _image(
         compare=_without_full(requests),
         width=resolution.width,
         height=resolution.height,
-        **({} if prompts is None else {"prompts": _prompts(prompts)}),
+        **({} if prompts is None else {"prompts": _prompts(prompts, PROMPTS)}),
         **common,
     )
     output.hint(f"{choice.name} ({choice.reason}), {resolution}")
     with output.progress() as progress:
         result, pictures = run_image_level(settings, progress)
-    return result, draw(pictures.rows, pictures.column_titles) if pictures.rows else None
+    return result, _contact_sheet(pictures)
+
+
+def _video(
+    output: Output,
+    requests: tuple[Request, ...],
+    model: str | None,
+    res: str | None,
+    frames: int | None,
+    prompts: str | None,
+    **common: Any,
+) -> tuple[BenchResult, Any]:
+    """The result and, where there are videos, the contact sheet."""
+    from grat_cli.bench.video_level import PROMPTS, VideoSettings, run_video_level
+    from grat_cli.errors import BadInput
+    from grat_cli.models import choose_model
+    from grat_cli.video_size import parse_video_size
+
+    choice = choose_model(model, "video")
+    if res is not None and "," in res:
+        raise BadInput(f"--res {res}: --level video makes videos of one size")
+    size = parse_video_size(res, None, None, frames, None, choice)
+    settings = VideoSettings(
+        model=choice,
+        compare=_without_full(requests),
+        width=size.width,
+        height=size.height,
+        frames=size.frames,
+        **({} if prompts is None else {"prompts": _prompts(prompts, PROMPTS)}),
+        **common,
+    )
+    output.hint(f"{choice.name} ({choice.reason}), {size}")
+    for note in size.notes:
+        output.hint(note)
+    with output.progress() as progress:
+        result, pictures = run_video_level(settings, progress)
+    return result, _contact_sheet(pictures)
+
+
+def _contact_sheet(pictures: Pictures) -> Any:
+    """The sheet; None where every variant was skipped."""
+    from grat_cli.bench.contact_sheet import draw
+
+    return draw(pictures.rows, pictures.column_titles) if any(made for _, made in pictures.rows) else None
 
 
 def _without_full(requests: tuple[Request, ...]) -> tuple[Request, ...]:
@@ -476,14 +553,13 @@ def _without_full(requests: tuple[Request, ...]) -> tuple[Request, ...]:
     return tuple(request for request in requests if request.kind != "full")
 
 
-def _prompts(text: str) -> tuple[str, ...]:
-    from grat_cli.bench.image_level import PROMPTS
+def _prompts(text: str, built_in: tuple[str, ...]) -> tuple[str, ...]:
     from grat_cli.errors import BadInput
 
     if text.isascii() and text.isdigit():
-        if not 1 <= int(text) <= len(PROMPTS):
-            raise BadInput(f"--prompts {text}: there are {len(PROMPTS)} built-in prompts")
-        return PROMPTS[: int(text)]
+        if not 1 <= int(text) <= len(built_in):
+            raise BadInput(f"--prompts {text}: there are {len(built_in)} built-in prompts")
+        return built_in[: int(text)]
     path = Path(text)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -44,7 +44,12 @@ def main() -> None:
         two_levels("two-far, radius 1", 1, 3),
     )
     settings = ImageSettings(
-        choose_model("demo"), compare, PROMPTS[: options.prompts], steps=options.steps, device="cpu", dtype="float32"
+        model=choose_model("demo"),
+        compare=compare,
+        prompts=PROMPTS[: options.prompts],
+        steps=options.steps,
+        device="cpu",
+        dtype="float32",
     )
     with Output().progress() as progress:
         result, pictures = run_image_level(settings, progress)

@@ -1,0 +1,471 @@
+"""What `--level image` and `--level video` share: whole runs, compared with those of full attention from the same
+prompts and seeds.
+
+Two computations of the same attention already give outputs that differ. Full attention on a second backend shows by
+how much: the noise floor, beyond which no pattern can come closer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from statistics import median
+from typing import TYPE_CHECKING, Any, Protocol
+
+from grat_cli.bench.figures import OUTPUTS
+from grat_cli.bench.inside_models import Host, Inside, backend_for
+from grat_cli.bench.measure import CannotRun, PeakMemory, Progress, Unwatched, memory_words, seconds_text
+from grat_cli.bench.quality import Likeness, summary
+from grat_cli.bench.results import BenchResult, Case, Level, Row
+from grat_cli.bench.variants import Request, Variant, default_group, size_text, variant_for
+from grat_cli.checkpoints import load_model
+from grat_cli.denoising import StepWatch
+from grat_cli.devices import choose_device, choose_dtype, device_name, is_out_of_memory, wait_for
+from grat_cli.environment import versions
+from grat_cli.errors import BadInput, NumericalFailure
+from grat_cli.generation_request import GenerationRequest
+from grat_cli.guidance import Guidance, choose_guidance
+from grat_cli.installation import step_under_way
+from grat_cli.models import ModelChoice
+from grat_cli.presets import Preset, resolve_preset
+from grat_cli.selection import select_preset
+from grat_cli.time_shift import shift_of, time_shift
+from grat_cli.timing import StepRecorder, StepTiming
+from grat_kernels import Backend, Full, Grid, Grouping, can_run
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+NOISE_FLOOR = "noise floor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What to make.
+
+    Attributes:
+        model: of `models.choose_model`.
+        compare: variants beside full attention, which is always there; one that is already fitted to the grid is taken
+            as it is.
+        prompts: of the outputs.
+        seeds_per_prompt: outputs of each prompt; the n-th output of all has seed n.
+        width: in pixels; None for what the model was trained at.
+        height: likewise.
+        steps: denoising steps; None for the model's own number.
+        guidance: None for the model's own.
+        device: as in `--device`.
+        dtype: as in `--dtype`.
+        backend: of span attention; one chosen by name never falls back.
+        noise_backend: of the noise floor; None for that of the patterns, or FlexAttention where they run on torch's
+            SDPA as full attention does.
+        max_seconds: most time for one row, warm-up included; None for no limit.
+        command: that asked for it, for the record.
+    """
+
+    model: ModelChoice
+    compare: tuple[Request | Variant, ...]
+    prompts: tuple[str, ...]
+    seeds_per_prompt: int = 1
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+    noise_backend: str | None = None
+    max_seconds: float | None = None
+    command: str = ""
+
+    @property
+    def orders(self) -> list[tuple[str, int]]:
+        """Prompt and seed of each output."""
+        return [(prompt, seed) for seed, prompt in enumerate(self.prompts * self.seeds_per_prompt)]
+
+    def preset(self) -> Preset:
+        """Sampling of all runs.
+
+        Raises:
+            BadInput: if steps or guidance do not fit the model, or there is nothing to make.
+        """
+        if not self.prompts or self.seeds_per_prompt < 1:
+            noun = OUTPUTS[self.model.medium]
+            raise BadInput(f"there is no {noun} to compare: give at least one prompt and one seed")
+        return select_preset(self.model, variant="full", steps=self.steps, guidance=self.guidance)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the contact sheet of a benchmark shows: pictures, or frames of videos.
+
+    Attributes:
+        rows: name of each variant that was not skipped, and its pictures.
+        column_titles: what each picture of a row shows: prompt, seed, and of a video the frame.
+    """
+
+    rows: list[tuple[str, list[Image.Image]]]
+    column_titles: list[str]
+
+
+class Maker(Protocol):
+    """One medium: what a request for it is, and how it is made and compared. `Any` stands for what it makes.
+
+    Attributes:
+        family: of the model, `flux` or `hunyuan`.
+        grid: image tokens.
+        title: of the size, for people.
+        recorded: what else of the request belongs in the record.
+        notes: what readers of the figures must know.
+    """
+
+    family: str
+    grid: Grid
+    title: str
+    recorded: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What is asked of each run; the prompt is replaced from run to run."""
+        ...
+
+    def prepare(self, pipe: Any) -> None:
+        """Sets a pipeline up, once."""
+        ...
+
+    def note_expectations(self, request: Any, progress: Progress) -> None:
+        """Says beforehand what the model cannot do."""
+        ...
+
+    def encode_text(self, pipe: Any, request: Any, guidance: Guidance) -> dict[str, Any]:
+        """Prompts as the pipeline takes them."""
+        ...
+
+    def text_lens(self, text: dict[str, Any]) -> tuple[int, ...]:
+        """Text tokens in the joint sequence of each transformer call of a step."""
+        ...
+
+    def denoise(self, pipe: Any, request: Any, arguments: dict[str, Any], seed: int, watch: StepWatch) -> torch.Tensor:
+        """Latents of one output."""
+        ...
+
+    def decode(self, pipe: Any, latents: torch.Tensor) -> Any:
+        """The output of latents.
+
+        Raises:
+            NumericalFailure: if it has NaN or shows nothing.
+        """
+        ...
+
+    def likeness(self, reference: Any, made: Any) -> Likeness:
+        """How close an output comes to that of full attention."""
+        ...
+
+    def shown(self, number: int, made: Any) -> list[Image.Image]:
+        """What the contact sheet shows of the n-th output."""
+        ...
+
+    def titles(self, number: int, prompt: str, seed: int) -> list[str]:
+        """Of `shown`."""
+        ...
+
+
+def compare_runs(settings: RunSettings, maker: Maker, progress: Progress | None = None) -> tuple[BenchResult, Pictures]:
+    """Makes every output with every variant, interleaved, and compares them.
+
+    Raises:
+        BadInput: if the settings do not fit one another, or a backend by name cannot run here.
+        ModelUnavailable: if the model is missing, gated or damaged.
+    """
+    progress = progress or Unwatched()
+    request, grid = maker.request, maker.grid
+    level: Level = request.model.medium
+
+    # 1. What can be refused before a model is loaded.
+    variants = [variant_for(Request("full", "full", {}), grid)]
+    for item in settings.compare:
+        variant = item if isinstance(item, Variant) else variant_for(item, grid)
+        if variant.grid != grid:
+            raise BadInput(f"{variant.name} is for {size_text(variant.grid.shape)} tokens, not {size_text(grid.shape)}")
+        if variant.kind != "full":
+            variants.append(variant)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+
+    # 2. The model, and the prompts as it reads them.
+    progress.phase("loading the model")
+    model = load_model(request.model, device=device, dtype=dtype)
+    studio = _Studio(model.pipe, maker, settings, device, progress)
+
+    # 3. What computes each row.
+    tokens = grid.tokens + studio.text_len
+    head_dim = model.pipe.transformer.config.attention_head_dim
+    backend, why = backend_for(settings.backend, device, dtype, head_dim, tokens)
+    host = Host(model.pipe.transformer, maker.family, studio.text_len, backend, device, dtype)
+    entries = [_Entry.of(variant, host) for variant in variants]
+    entries.append(_Entry.of(*noise_floor(host, grid, settings.noise_backend, head_dim, tokens)))
+    full, *others = entries
+
+    # 4. Outputs: all variants of one, then all of the next, so that a machine that slows down slows all of them.
+    progress.phase("warming up")
+    for entry in entries:
+        studio.warm_up(entry)
+    progress.phase(f"making {OUTPUTS[level]}s")
+    done, total = 0, len(entries) * len(studio.orders)
+    for number in range(len(studio.orders)):
+        turn = number % len(entries)
+        for entry in entries[turn:] + entries[:turn]:
+            studio.make(entry, number)
+            done += 1
+            progress.step(done, total)
+        studio.compare(entries, full, number)
+
+    # 5. What came out.
+    rows = [full.row(full), *(entry.row(full) for entry in others)]
+    result = BenchResult(
+        level=level,
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=settings.command,
+        device=str(device),
+        device_name=device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        versions=versions(),
+        settings={
+            "model": request.model.name,
+            "model_revision": model.revision,
+            "prompts": list(settings.prompts),
+            "seeds": [seed for _, seed in studio.orders],
+            "steps": request.preset.sampling.steps,
+            "guidance": studio.guidance.scale,
+            "shift": shift_of(model.pipe.scheduler, grid.tokens, request.preset.sampling.shift),
+            **maker.recorded,
+            "layers": host.adapter(grid).layers,
+            "backend": backend.value,
+            "backend_reason": why,
+            "max_seconds": settings.max_seconds,
+        },
+        cases=(Case(maker.title, grid.shape, studio.text_len, tuple(rows)),),
+        notes=(
+            f"Times are of the whole denoising of a {OUTPUTS[level]}; text encoders and autoencoder are left out.",
+            *maker.notes,
+            "The noise floor is full attention on another backend: differences no larger than its own mean nothing.",
+            memory_words(device),
+        ),
+    )
+    titles = [
+        title for number, (prompt, seed) in enumerate(studio.orders) for title in maker.titles(number, prompt, seed)
+    ]
+    made = [(entry.variant.name, entry.shown) for entry in entries if entry.skipped is None]
+    return result, Pictures(made, titles)
+
+
+@dataclass
+class _Entry:
+    """A row while it is being made.
+
+    Attributes:
+        inside: what computes it; None where it is skipped from the start.
+        skipped: why it is skipped, None where it is not.
+        output: the one made last, until it is compared.
+        shown: pictures for the contact sheet.
+        found: how close each output comes to that of full attention.
+        times_ms: of the denoising of each output.
+        steps: timings of the steps of each output.
+        peak_memory_bytes: of a denoising run.
+    """
+
+    variant: Variant
+    inside: Inside | None
+    skipped: str | None = None
+    output: Any = None
+    shown: list[Image.Image] = field(default_factory=list)
+    found: list[Likeness] = field(default_factory=list)
+    times_ms: list[float] = field(default_factory=list)
+    steps: list[list[StepTiming]] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+
+    @classmethod
+    def of(cls, variant: Variant, host: Host | str) -> _Entry:
+        """The entry of a variant inside a host; or with the reason why there is none."""
+        if isinstance(host, str):
+            return cls(variant, None, host)
+        try:
+            return cls(variant, host.inside(variant))
+        except CannotRun as reason:
+            return cls(variant, None, str(reason))
+
+    def row(self, full: _Entry) -> Row:
+        """The finished row, given the entry of full attention."""
+        variant = self.variant
+        known: dict[str, Any] = {"reach_tokens": variant.reach()}
+        if self.inside is not None:
+            known["density"] = self.inside.density
+        if self.skipped is not None or self.inside is None:
+            return Row(variant.name, variant.role, variant.description, **known, skipped=self.skipped)
+        compared = self is not full and full.skipped is None
+        return Row(
+            variant.name,
+            variant.role,
+            variant.description,
+            **known,
+            kernel=self.inside.kernel,
+            times_ms=tuple(self.times_ms),
+            speedup=median(full.times_ms) / median(self.times_ms) if full.skipped is None else None,
+            peak_memory_bytes=self.peak_memory_bytes,
+            attention_ms=median([sum(step.attention_ms for step in steps) for steps in self.steps]),
+            step_times_ms=tuple(
+                median([step.total_ms for step in one_step]) for one_step in zip(*self.steps, strict=True)
+            ),
+            quality=summary(self.found) if compared else None,
+        )
+
+
+def noise_floor(host: Host, grid: Grid, name: str | None, head_dim: int, tokens: int) -> tuple[Variant, Host | str]:
+    """Full attention on a second backend: the variant, and what computes it or why nothing does.
+
+    Raises:
+        BadInput: if one chosen by name cannot run here.
+    """
+    group = default_group(grid)
+    words = "full attention by another kernel: what rounding alone changes"
+    variant = Variant(NOISE_FLOOR, "full-list", "noise floor", words, grid, Grouping(grid, group), Full())
+    reasons = []
+    # Full attention is torch's SDPA. Best is the patterns' own backend, then any other for real sizes.
+    choices = [name] if name else [host.backend.value, Backend.FLEX.value]
+    for choice in choices:
+        if choice == Backend.SDPA.value and not name:
+            continue
+        ability = can_run(choice, host.device, host.dtype, head_dim, tokens)
+        if ability:
+            return variant, replace(host, backend=Backend(choice))
+        if name:
+            raise BadInput(f"the {choice} backend cannot make a noise floor here: {ability.reason}")
+        reasons.append(f"{choice}: {ability.reason}")
+    return variant, f"there is no second backend ({'; '.join(reasons)})"
+
+
+class _Studio:
+    """A pipeline, and what it is to make.
+
+    Attributes:
+        orders: prompt and seed of each output.
+        text_len: text tokens of the joint sequence, of the longest prompt.
+        guidance: of all runs.
+    """
+
+    def __init__(
+        self, pipe: Any, maker: Maker, settings: RunSettings, device: torch.device, progress: Progress
+    ) -> None:
+        self._pipe, self._maker = pipe, maker
+        self._device, self._progress, self._max_seconds = device, progress, settings.max_seconds
+        self._noun = OUTPUTS[maker.request.model.medium]
+        maker.prepare(pipe)
+        self.guidance: Guidance = choose_guidance(pipe, maker.request.model, maker.request.preset, None)
+        self._texts: dict[str, dict[str, Any]] = {}
+        for prompt in dict.fromkeys(settings.prompts):
+            asked = self._asked(prompt)
+            maker.note_expectations(asked, progress)
+            self._texts[prompt] = maker.encode_text(pipe, asked, self.guidance)
+        self.orders = settings.orders
+        lengths = {prompt: maker.text_lens(text) for prompt, text in self._texts.items()}
+        self.text_len: int = max(max(found) for found in lengths.values())
+        # Kernels are compiled, and plans are made, for each length of text.
+        firsts = {lengths[prompt]: number for number, (prompt, _) in reversed(list(enumerate(self.orders)))}
+        self._trials = sorted(firsts.values())
+
+    def warm_up(self, entry: _Entry) -> None:
+        """One step, in which compilers and caches do their work; a second one tells whether there is time for all."""
+        if entry.inside is None:
+            return
+
+        def attempt() -> None:
+            began = time.monotonic()
+            with PeakMemory(self._device) as memory:
+                for number in self._trials:
+                    self._denoised(entry, number, steps=1)
+            if memory.extra_bytes is not None:
+                weights = sum(parameter.nbytes for parameter in self._pipe.transformer.parameters())
+                entry.peak_memory_bytes = weights + memory.extra_bytes
+            if self._max_seconds is None:
+                return
+            _, one_step_ms, _ = self._denoised(entry, 0, steps=1)
+            spent = time.monotonic() - began
+            steps = self._maker.request.preset.sampling.steps
+            seconds = spent + one_step_ms / 1000 * steps * len(self.orders)
+            if seconds > self._max_seconds:
+                count = len(self.orders)
+                raise CannotRun(
+                    f"{count} {self._noun}{'s' if count > 1 else ''} would take about {seconds_text(seconds)}, "
+                    f"more than {seconds_text(self._max_seconds)} (--max-seconds)"
+                )
+
+        self._attempt(entry, attempt)
+
+    def make(self, entry: _Entry, number: int) -> None:
+        """Makes one output of an entry, unless it is skipped."""
+
+        def attempt() -> None:
+            latents, milliseconds, steps = self._denoised(entry, number)
+            entry.output = self._maker.decode(self._pipe, latents)
+            entry.shown += self._maker.shown(number, entry.output)
+            entry.times_ms.append(milliseconds)
+            entry.steps.append(steps)
+
+        if entry.skipped is None:
+            self._attempt(entry, attempt)
+
+    def compare(self, entries: list[_Entry], full: _Entry, number: int) -> None:
+        """Compares the outputs of one prompt and seed, and lets go of them: videos are large."""
+        for entry in entries:
+            if entry is not full and entry.skipped is None and full.skipped is None:
+                entry.found.append(self._maker.likeness(full.output, entry.output))
+        for entry in entries:
+            entry.output = None
+
+    def _attempt(self, entry: _Entry, attempt: Any) -> None:
+        """Runs something for an entry, which is skipped where it fails for a reason that is its own."""
+        try:
+            attempt()
+        except (CannotRun, NumericalFailure) as error:
+            entry.skipped = str(error)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            entry.skipped = "out of memory"
+        if entry.skipped is not None:
+            self._progress.note(f"{entry.variant.name} is skipped: {entry.skipped}")
+
+    def _denoised(
+        self, entry: _Entry, number: int, steps: int | None = None
+    ) -> tuple[torch.Tensor, float, list[StepTiming]]:
+        """Latents of one output, the milliseconds that all of its steps took, and the timing of each.
+
+        Raises:
+            NumericalFailure: if they are not finite.
+        """
+        assert entry.inside is not None
+        pipe, device = self._pipe, self._device
+        prompt, seed = self.orders[number]
+        arguments = self._texts[prompt] | self.guidance.arguments
+        recorder, watch = StepRecorder(device), StepWatch(Unwatched())
+        with (
+            time_shift(pipe, self._maker.grid.tokens, self._maker.request.preset.sampling.shift),
+            entry.inside.attach(recorder, lambda: step_under_way(pipe.scheduler)),
+        ):
+            wait_for(device)
+            began = time.perf_counter()
+            latents = self._maker.denoise(pipe, self._asked(prompt, steps), arguments, seed, watch)
+            wait_for(device)
+            milliseconds = (time.perf_counter() - began) * 1000
+            timesteps = pipe.scheduler.timesteps.tolist()
+        watch.raise_if_not_finite()
+        return latents, milliseconds, recorder.steps(timesteps)
+
+    def _asked(self, prompt: str, steps: int | None = None) -> GenerationRequest:
+        """The request of one output, with fewer steps for a trial."""
+        request = self._maker.request
+        preset = request.preset if steps is None else resolve_preset(request.preset, steps=steps)
+        return replace(request, prompt=prompt, preset=preset)
