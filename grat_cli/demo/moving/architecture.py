@@ -114,7 +114,7 @@ def build_autoencoder() -> AutoencoderKLHunyuanVideo:
 
     return AutoencoderKLHunyuanVideo(
         latent_channels=LATENT_CHANNELS,
-        block_out_channels=(16, 32, 32, 32),
+        block_out_channels=(16, 32, 32, 32),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         norm_num_groups=1,
         mid_block_add_attention=False,

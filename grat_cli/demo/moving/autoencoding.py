@@ -62,6 +62,11 @@ def to_tensor(frames: numpy.ndarray) -> torch.Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
+def mean_latents(autoencoder: Any, clips: torch.Tensor) -> torch.Tensor:
+    """Return the latents [B, 8, t, h, w] of clips [B, 3, T, H, W], without the noise of a sample."""
+    return autoencoder.encode(clips).latent_dist.mean
+
+
 def draw_crop(seed: int, side: int, frames: int) -> torch.Tensor:
     """Return a crop [1, 3, frames, side, side] of the scene of `seed`, at a size and place drawn from the seed too."""
     random = Random(seed)
@@ -95,9 +100,9 @@ def start_as_averages(autoencoder: AutoencoderKLHunyuanVideo) -> None:
     smooth, last = torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.0, 0.0, 1.0])
     centre = torch.tensor([0.0, 1.0, 0.0])
 
-    def pass_on(conv: torch.nn.Conv3d, along_time: torch.Tensor, across: torch.Tensor, channels: int) -> None:
+    def pass_on(conv: Any, along_time: torch.Tensor, across: torch.Tensor, channels: int) -> None:
         kernel = torch.einsum("t,y,x->tyx", along_time, across, across)
-        conv.weight[:channels], conv.bias[:channels] = 0.0, 0.0  # pyright: ignore[reportOptionalSubscript]
+        conv.weight[:channels], conv.bias[:channels] = 0.0, 0.0
         for channel in range(channels):
             conv.weight[channel, channel] = kernel if conv.kernel_size[0] == 3 else 1.0
 
@@ -105,23 +110,24 @@ def start_as_averages(autoencoder: AutoencoderKLHunyuanVideo) -> None:
         for parameter in autoencoder.parameters():
             if parameter.ndim == 5:
                 parameter *= _OTHERS
-        for part in (autoencoder.encoder, autoencoder.decoder):
+        parts: tuple[Any, Any] = (autoencoder.encoder, autoencoder.decoder)
+        for part in parts:
             for module in part.modules():
                 if hasattr(module, "conv2"):
-                    module.conv2.conv.weight.zero_()  # pyright: ignore
-                    module.conv2.conv.bias.zero_()  # pyright: ignore
+                    module.conv2.conv.weight.zero_()
+                    module.conv2.conv.bias.zero_()
                     if module.conv_shortcut is not None:
-                        pass_on(module.conv_shortcut.conv, last, centre, _ANCHORS)  # pyright: ignore
+                        pass_on(module.conv_shortcut.conv, last, centre, _ANCHORS)
             entry, end = part.conv_in.conv, part.conv_out.conv
             pass_on(entry, last, centre, 3)
             entry.weight[3:_ANCHORS], entry.bias[3:_ANCHORS] = 0.0, torch.tensor([_CONSTANT, -_CONSTANT])
             part.conv_norm_out.bias[:3] = _NEARLY_LINEAR
             pass_on(end, last, centre, 3)
             end.bias[:3] = -_NEARLY_LINEAR
-        for block in autoencoder.encoder.down_blocks:
+        for block in parts[0].down_blocks:
             for sampler in block.downsamplers or ():
                 pass_on(sampler.conv.conv, smooth if sampler.conv.conv.stride[0] == 2 else last, smooth, _ANCHORS)
-        for block in autoencoder.decoder.up_blocks:
+        for block in parts[1].up_blocks:
             for sampler in block.upsamplers or ():
                 pass_on(sampler.conv.conv, last, smooth, _ANCHORS)
         for conv in (autoencoder.quant_conv, autoencoder.post_quant_conv):
@@ -131,7 +137,7 @@ def start_as_averages(autoencoder: AutoencoderKLHunyuanVideo) -> None:
 
 def _fit_colours(autoencoder: AutoencoderKLHunyuanVideo, clips: torch.Tensor) -> None:
     """Scale and shift each output colour so that it fits the clips [B, 3, T, H, W] best."""
-    output = autoencoder.decode(autoencoder.encode(clips).latent_dist.mean, return_dict=False)[0]
+    output = autoencoder.decode(mean_latents(autoencoder, clips), return_dict=False)[0]
     conv: Any = autoencoder.decoder.conv_out.conv
     for colour in range(3):
         given, wanted = output[:, colour].flatten(), clips[:, colour].flatten()
@@ -189,7 +195,7 @@ class AutoencoderTrainer:
         target = self._batch(generator)
         worker = self._worker
         with torch.set_grad_enabled(not settings.decoder_only):
-            latents = worker.encode(target.bfloat16()).latent_dist.mean
+            latents = mean_latents(worker, target.bfloat16())
         amount = settings.latent_noise * torch.rand(len(target), 1, 1, 1, 1, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         output = worker.decode((latents + amount * noise).bfloat16(), return_dict=False)[0]
@@ -243,10 +249,11 @@ def normalise_latents(autoencoder: AutoencoderKLHunyuanVideo, seed: int = 1, cro
     """
     with torch.no_grad():
         latents = torch.cat(
-            [autoencoder.encode(draw_crop(seed * SCENES_PER_SEED + n, 64, 13)).latent_dist.mean for n in range(crops)]
+            [mean_latents(autoencoder, draw_crop(seed * SCENES_PER_SEED + n, 64, 13)) for n in range(crops)]
         )
         mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-        into, out_of = autoencoder.quant_conv, autoencoder.post_quant_conv
+        into: Any = autoencoder.quant_conv
+        out_of: Any = autoencoder.post_quant_conv
         channels = len(mean)
         into.weight[:channels] /= deviation[:, None, None, None, None]
         into.bias[:channels] = (into.bias[:channels] - mean) / deviation
@@ -262,7 +269,7 @@ def signal_to_noise(autoencoder: AutoencoderKLHunyuanVideo, count: int = 12) -> 
     for number in range(count):
         clip = to_tensor(draw_scene(HELD_OUT_SEED + number).frames(View.whole(256, 144), 0, 17))
         with torch.no_grad():
-            latents = autoencoder.encode(clip).latent_dist.mean
+            latents = mean_latents(autoencoder, clip)
             output = autoencoder.decode(latents, return_dict=False)[0].clamp(-1, 1)
         errors.append((output - clip).square().mean())
     return 10 * math.log10(4 / torch.stack(errors).mean().item())

@@ -11,7 +11,7 @@ import torch
 
 from grat_cli.demo import DEMO_HUNYUAN
 from grat_cli.demo.moving.architecture import FRAMES_PER_LATENT, TOKEN_PIXELS
-from grat_cli.demo.moving.autoencoding import to_tensor
+from grat_cli.demo.moving.autoencoding import mean_latents, to_tensor
 from grat_cli.demo.moving.scenes import MovingScene, View, draw_scene
 from grat_cli.demo.shards import HELD_OUT_SEED, SCENES_PER_SEED, save_atomically
 
@@ -140,7 +140,7 @@ def _encoded(autoencoder: Any, scene: MovingScene, view: View, first_frame: int,
     """Latents [1, 8, T, h, w] of a clip."""
     with torch.no_grad():
         clip = to_tensor(scene.frames(view, first_frame, frames)).to(autoencoder.dtype)
-        return autoencoder.encode(clip).latent_dist.mean
+        return mean_latents(autoencoder, clip)
 
 
 class ClipStream:

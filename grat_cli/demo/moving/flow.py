@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -101,9 +101,9 @@ class ClipTrainer(FlowTrainer):
         self.worker.rope.forward = lambda _: self._rotations()
 
     def _rotations(self) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.master.config
+        config, positions = self.master.config, cast(Any, self._positions)
         axes = [
-            get_1d_rotary_pos_embed(size, self._positions[:, axis], config.rope_theta, use_real=True)
+            get_1d_rotary_pos_embed(size, positions[:, axis], config.rope_theta, use_real=True)
             for axis, size in enumerate(config.rope_axes_dim)
         ]
         cosines, sines = (torch.cat([pair[part] for pair in axes], dim=1) for part in range(2))
