@@ -88,7 +88,8 @@ def test_short_names_on_videos_are_the_presets(name: str) -> None:
 
 
 def test_short_names_keep_what_they_fix() -> None:
-    assert variant("lines:group=2", VIDEO).grouping == Grouping(VIDEO, (2, 2, 2))
+    small = Grid((9, 9, 16))
+    assert variant("lines:group=3", small).grouping == Grouping(small, (3, 3, 3))
     with pytest.raises(BadInput, match="lines has no parameter 'share'"):
         parse_variants("lines:share=1")
     with pytest.raises(BadInput, match="planes are for videos"):
