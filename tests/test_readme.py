@@ -38,6 +38,7 @@ QUICK_BENCH = {
     "attention": ["--grid", "12x20", "--heads", "1", "--reps", "1", "--overwrite"],
     "step": ["--grid", "8x8", "--text", "16", "--compare", "full,grat-b", "--reps", "1", "--overwrite"],
     "image": ["--res", "128", "--prompts", "1", "--compare", "full,grat-b", "--overwrite"],
+    "video": ["--frames", "5", "--steps", "1", "--prompts", "1", "--compare", "full,b", "--overwrite"],
 }
 
 
