@@ -251,7 +251,11 @@ def test_latents_outlive_what_ends_a_run_late(
 
 def begin(arguments: tuple[object, ...], **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "grat_cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    # As many threads as the tests' own process has: sums over another number of them round differently.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
 
 
 def long_run(model: Path, out: str) -> tuple[object, ...]:
