@@ -343,8 +343,6 @@ def test_the_model_that_is_chosen_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(video_output, "make_videos", lambda request, output: requests.append(request))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     demo = choose_model("demo", medium="video")
-    if not Path(demo.source).is_dir():
-        pytest.skip("the demo's weights are not here")
     result = grat("video", "waves", "--seed", "7")
     assert result.err.startswith("demo (no CUDA device is present), 256x144, 33 frames at 24 per second\n")
     assert requests[0].model.source == demo.source

@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from typer.testing import CliRunner
 
+from grat_cli.demo.architecture import save_pipeline
 from grat_cli.demo.moving import clips as clips_module
 from grat_cli.demo.moving.architecture import (
     FRAMES_PER_LATENT,
@@ -16,7 +17,6 @@ from grat_cli.demo.moving.architecture import (
     build_llama_tokenizer,
     build_pipeline,
     load_pipeline,
-    save_pipeline,
 )
 from grat_cli.demo.moving.autoencoding import (
     AutoencoderSettings,

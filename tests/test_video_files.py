@@ -248,14 +248,15 @@ except CannotWrite as error:
 """
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("limit", [0, 500, 5_000, 50_000])
+# Each frame of a folder is a file of less than 50,000 bytes: that limit would stop nothing.
+@pytest.mark.parametrize(
+    ("limit", "format"),
+    [(limit, name) for limit in (0, 500, 5_000, 50_000) for name in FORMATS if (limit, name) != (50_000, "frames")],
+)
 def test_a_full_disk_leaves_what_was_there(limit: int, format: str, tmp_path: Path) -> None:
     path = output(tmp_path, format)
     if format != "frames":
         path.write_bytes(b"old")
-    elif limit == 50_000:
-        pytest.skip("each frame is a smaller file")
     done = subprocess.run(
         [sys.executable, "-c", _FULL_DISK, path, format, str(limit)], capture_output=True, text=True, timeout=60
     )

@@ -238,8 +238,8 @@ def load_pipeline(folder: Path) -> FluxPipeline:
     )
 
 
-def save_pipeline(pipe: FluxPipeline, folder: Path, *, half: bool) -> None:
-    """Write a pipeline folder in place of what was there; `half` stores the weights in bf16."""
+def save_pipeline(pipe: Any, folder: Path, *, half: bool) -> None:
+    """Write a pipeline folder of either demo in place of what was there; `half` stores the weights in bf16."""
     import torch
 
     if half:
@@ -248,12 +248,12 @@ def save_pipeline(pipe: FluxPipeline, folder: Path, *, half: bool) -> None:
     # Loaded weights may still be read from the folder's files, so they are only replaced once all is written.
     partial = folder.with_name(folder.name + ".partial")
     pipe.save_pretrained(partial)
-    # Drop how the parts were loaded, and an entry that the autoencoder writes but warns about when it reads it.
-    for configuration in partial.glob("*/*config.json"):
+    # Drop how the parts were loaded, and an entry that AutoencoderTiny writes but warns about when it reads it.
+    for configuration in (partial / "model_index.json", *partial.glob("*/*config.json")):
         entries = json.loads(configuration.read_text())
         for entry in ("_name_or_path", "is_local", "local_files_only"):
             entries.pop(entry, None)
-        if configuration.parent.name == "vae":
+        if entries.get("_class_name") == "AutoencoderTiny":
             entries.pop("block_out_channels", None)
         configuration.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     if folder.exists():

@@ -5,9 +5,7 @@ Everything is seeded: the text encoders are never trained, so the same seed must
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,23 +178,3 @@ def load_pipeline(folder: Path) -> HunyuanVideoPipeline:
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 
     return HunyuanVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-
-
-def save_pipeline(pipe: HunyuanVideoPipeline, folder: Path, *, half: bool) -> None:
-    """Write a pipeline folder in place of what was there; `half` stores the weights in bf16."""
-    import torch
-
-    if half:
-        pipe = pipe.to(torch.bfloat16)
-    # Loaded weights may still be read from the folder's files, so they are only replaced once all is written.
-    partial = folder.with_name(folder.name + ".partial")
-    pipe.save_pretrained(partial)
-    # Drop how the parts were loaded.
-    for configuration in (partial / "model_index.json", *partial.glob("*/*config.json")):
-        entries = json.loads(configuration.read_text())
-        for entry in ("_name_or_path", "is_local", "local_files_only"):
-            entries.pop(entry, None)
-        configuration.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)

@@ -25,7 +25,8 @@ def open_run(folder: Path, init: Path | None, threads: int) -> HunyuanVideoPipel
     """Return the pipeline that the run in `folder` starts from, and make the run if there is none."""
     import torch
 
-    from grat_cli.demo.moving.architecture import build_pipeline, load_pipeline, save_pipeline
+    from grat_cli.demo.architecture import save_pipeline
+    from grat_cli.demo.moving.architecture import build_pipeline, load_pipeline
     from grat_cli.demo.moving.autoencoding import start_as_averages
 
     torch.set_num_threads(threads)
@@ -56,7 +57,7 @@ def autoencoder(
 ) -> None:
     """Train the autoencoder, whose latents the transformer learns, continuing where the run stopped."""
     pipe = open_run(folder, init, threads)
-    from grat_cli.demo.moving.architecture import save_pipeline
+    from grat_cli.demo.architecture import save_pipeline
     from grat_cli.demo.moving.autoencoding import (
         AutoencoderSettings,
         AutoencoderTrainer,
@@ -123,7 +124,7 @@ def averaged_pipeline(folder: Path, threads: int) -> tuple[HunyuanVideoPipeline,
 def export(folder: Folder, out: Annotated[Path, typer.Option(help="Pipeline folder to write.")]) -> None:
     """Write the averaged weights of a run as a bf16 pipeline folder."""
     pipe, step = averaged_pipeline(folder, threads=1)
-    from grat_cli.demo.moving.architecture import save_pipeline
+    from grat_cli.demo.architecture import save_pipeline
 
     save_pipeline(pipe, out, half=True)
     typer.echo(f"step {step} written to {out}")
