@@ -30,6 +30,8 @@ class GenerationRecord:
         backend: how attention was computed, never `auto`.
         backend_reason: why.
         preparation: what normalised, rotated and joined queries and keys before attention, and why.
+        autoencoder_dtype: of the autoencoder, which may differ from the transformer's.
+        threads: CPU threads where the device is a CPU, which results depend on in their last bits; else None.
         guidance: effective guidance scale, or None.
         shift: effective time shift, a factor.
         model_revision: commit of the weights on the hub, or None.
@@ -50,6 +52,8 @@ class GenerationRecord:
     device: str
     device_name: str
     dtype: str
+    autoencoder_dtype: str
+    threads: int | None
     guidance: float | None
     shift: float
     model_revision: str | None

@@ -93,6 +93,13 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_threads(device: torch.device) -> int | None:
+    """Threads that torch computes with on a CPU; None for other devices."""
+    import torch
+
+    return torch.get_num_threads() if device.type == "cpu" else None
+
+
 def wait_for(device: torch.device) -> None:
     """Returns when the device has finished what was issued to it."""
     import torch

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.checkpoints import load_model
 from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
-from grat_cli.devices import choose_device, choose_dtype, device_name, forget_peak_memory, peak_memory, wait_for
+from grat_cli.devices import (
+    choose_device,
+    choose_dtype,
+    cpu_threads,
+    device_name,
+    forget_peak_memory,
+    peak_memory,
+    wait_for,
+)
 from grat_cli.errors import NumericalFailure
 from grat_cli.generation_request import Progress, check_size
 from grat_cli.guidance import Guidance, choose_guidance
@@ -111,6 +119,8 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             device=str(device),
             device_name=device_name(device),
             dtype=str(dtype).removeprefix("torch."),
+            autoencoder_dtype=str(pipe.vae.dtype).removeprefix("torch."),
+            threads=cpu_threads(device),
             guidance=guidance.scale,
             shift=shift,
             model_revision=model.revision,

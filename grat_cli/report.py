@@ -130,6 +130,8 @@ def _report(
             "name": made.device,
             "model": made.device_name,
             "dtype": made.dtype,
+            "autoencoder_dtype": made.autoencoder_dtype,
+            "threads": made.threads,
             "offload": request.offload,
         },
         "versions": versions(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
 from grat_cli.tensor_files import read_tensors, write_tensors
+from grat_cli.whole_files import discard_leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +110,5 @@ class CheckpointStore:
 
     def remove(self) -> None:
         """Removes the checkpoint, and what killed processes left of theirs; nothing where there is none."""
-        for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
-            leftover.unlink(missing_ok=True)
+        discard_leftovers(self.path)
         self.path.unlink(missing_ok=True)

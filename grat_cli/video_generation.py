@@ -17,7 +17,7 @@ import numpy as np
 from grat_cli import report
 from grat_cli.checkpoints import load_model
 from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
-from grat_cli.devices import choose_device, choose_dtype, device_name, peak_memory
+from grat_cli.devices import choose_device, choose_dtype, cpu_threads, device_name, peak_memory
 from grat_cli.errors import CannotWrite, GratError, Interrupted
 from grat_cli.generation_request import Progress
 from grat_cli.guidance import Guidance, choose_guidance
@@ -55,6 +55,7 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
     dtype = choose_dtype(request.dtype, device)
     jobs = list(zip(request.seeds, request.outputs, strict=True))
     if begun is not None:
+        take_threads(begun, device, progress)
         jobs = jobs[request.seeds.index(begun.seed) :]
         if begun.done == request.preset.sampling.steps:
             _, output = jobs.pop(0)
@@ -213,6 +214,8 @@ def denoise(
                 device=str(device),
                 device_name=device_name(device),
                 dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+                autoencoder_dtype=str(pipe.vae.dtype).removeprefix("torch."),
+                threads=cpu_threads(device),
                 guidance=guidance.scale,
                 shift=shift,
                 model_revision=revision,
@@ -303,6 +306,16 @@ class StepKeeper:
         """Keeps the latest step that was finished, unless it has been kept."""
         if self._latents is not None:
             self._keep(self.done, self._latents)
+
+
+def take_threads(run: VideoRun, device: torch.device, progress: Progress) -> None:
+    """Computes on as many CPU threads as a run was begun with: on others sums are rounded in another order."""
+    import torch
+
+    threads, here = run.report.get("device", {}).get("threads"), cpu_threads(device)
+    if threads and here and threads != here:
+        progress.note(f"the run was begun on {threads} CPU threads, and goes on with as many, not {here}")
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
 from grat_cli.latents_file import load_latents, save_latents
-from grat_cli.media import checkpoint_path, latents_path
+from grat_cli.media import checkpoint_path, latents_path, report_path
 from grat_cli.report import SCHEMA
 from grat_cli.run_checkpoint import CheckpointStore
 from grat_cli.timing import StepTiming
 from grat_cli.video_request import VideoRequest, request_data, request_from_data
+from grat_cli.whole_files import discard_leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +82,10 @@ def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
 
 
 def discard_run(output: Path, *, latents: bool = True) -> None:
-    """Removes what was kept of a run beside its output; the latents only if that is said."""
+    """Removes what was kept of a run beside its output, or begun and left; the latents only if that is said."""
     CheckpointStore(checkpoint_path(output)).remove()
+    for begun in (output, latents_path(output), report_path(output)):
+        discard_leftovers(begun)
     if latents:
         latents_path(output).unlink(missing_ok=True)
 

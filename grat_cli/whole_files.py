@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -49,6 +52,31 @@ def discard(part: Path) -> None:
     """Removes what was begun, if there is anything; an error while it was written is not hidden by one from here."""
     with contextlib.suppress(OSError):
         part.unlink()
+
+
+def discard_leftovers(path: Path) -> None:
+    """Removes what killed processes have left beside an output that they were writing."""
+    beginning = f".{path.name[:_LONGEST_STEM]}."
+    for leftover in path.parent.glob(glob.escape(beginning) + "*"):
+        process = re.fullmatch(r"(\d+)\.[a-z]+", leftover.name.removeprefix(beginning))
+        if process is None or _is_running(int(process[1])):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            discard(leftover)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # there, signal 0 would end it; and parts of killed processes stay
+        return True
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # it is another user's
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def cannot_write(path: Path, error: OSError) -> CannotWrite:

@@ -58,6 +58,8 @@ class Painter:
                 device="cpu",
                 device_name="An easel",
                 dtype="float32",
+                autoencoder_dtype="float32",
+                threads=2,
                 guidance=2.0,
                 shift=1.5,
                 model_revision=None,

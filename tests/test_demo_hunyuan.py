@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 
+import grat_cli
 from grat_cli.demo import DEMO_HUNYUAN
 from grat_cli.demo.moving.evaluation import held_out_losses
 
@@ -99,3 +100,31 @@ def test_a_boat_sails_across() -> None:
         (picture.sum(0) * columns).sum() / picture.sum() for picture in (reddish[:4].mean(0), reddish[-4:].mean(0))
     ]
     assert abs(places[1] - places[0]) > 0.15 * frames.shape[2]
+
+
+@pytest.mark.parametrize(
+    "prompts", [["waves at night"], ["snow", "a big red boat sailing on the sea at sunset"]], ids=["one", "two-lengths"]
+)
+def test_full_attention_without_padding_equals_stock(prompts: list[str]) -> None:
+    """Stock attends 256 padded text tokens under a mask; ours cuts them off."""
+    pipe = pipeline()
+    size = {"height": DEMO_HUNYUAN.height, "width": DEMO_HUNYUAN.width, "num_frames": DEMO_HUNYUAN.frames}
+
+    def frames() -> numpy.ndarray:
+        result: Any = pipe(
+            prompts,
+            negative_prompt=[""] * len(prompts),
+            true_cfg_scale=DEMO_HUNYUAN.guidance,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(3),
+            output_type="np",
+            **size,
+        )
+        return numpy.asarray(result.frames)
+
+    stock = frames()
+    with grat_cli.install(pipe, "hunyuan-full", **size):
+        ours = frames()
+    assert stock.shape[0] == len(prompts)
+    assert stock.std() > 0.05  # a picture, not one grey
+    assert numpy.abs(ours - stock).max() <= 2 / 255

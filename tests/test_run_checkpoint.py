@@ -62,12 +62,16 @@ def test_the_newest_one_is_kept_and_removed_at_the_end(store: CheckpointStore) -
     found = store.read()
     assert (found.step, found.generator_state, found.step_timings) == (2, None, [])
     assert media.read_provenance(store.path)["steps_done"] == 2
-    leftover = store.path.with_name(f".{store.path.name}.12345.part")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    leftover = store.path.with_name(f".{store.path.name}.{dead.pid}.part")
     leftover.write_bytes(b"half")
-    other = store.path.with_name(".other.checkpoint.safetensors.12345.part")
+    other = store.path.with_name(f".other.checkpoint.safetensors.{dead.pid}.part")
     other.write_bytes(b"half")
+    of_a_running_process = store.path.with_name(f".{store.path.name}.{os.getpid()}.part")
+    of_a_running_process.write_bytes(b"half")
     store.remove()
-    assert os.listdir(store.path.parent) == [other.name]
+    assert sorted(os.listdir(store.path.parent)) == sorted([other.name, of_a_running_process.name])
     store.remove()
     with pytest.raises(BadInput, match="no such file"):
         store.read()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +226,41 @@ def test_a_run_that_is_taken_up_ends_as_if_it_had_not_been_broken_off(
             np.testing.assert_array_equal(written[name], frames)
         assert [untimed(video.report) for video in made] == [untimed(video.report) for video in expected]
         assert names(tmp_path) == ["a.json", "a.mp4", "b.json", "b.mp4"]
+
+
+@pytest.mark.parametrize("after", [1, STEPS])
+def test_a_run_that_is_taken_up_computes_on_its_own_number_of_threads(
+    loaded: Any, written: dict[str, np.ndarray], model: ModelChoice, tmp_path: Path, after: int
+) -> None:
+    asked = request(model, tmp_path / "a.mp4", checkpoint_every=1)
+    threads = torch.get_num_threads()
+    with pytest.raises(Interrupted):
+        generate(asked, Progress(break_off_after=after))
+    run, restored = read_run(find_run(tmp_path / "a.mp4"))
+    assert run.report["device"]["threads"] == threads
+    torch.set_num_threads(threads + 1)
+    try:
+        progress = Progress()
+        (made,) = generate(restored, progress, run)
+        assert torch.get_num_threads() == threads
+        assert any(f"goes on with as many, not {threads + 1}" in note for note in progress.notes)
+        assert made.report["device"]["threads"] == threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_killed_processes_left_beside_a_video_goes_with_the_end(
+    loaded: Any, written: dict[str, np.ndarray], model: ModelChoice, tmp_path: Path
+) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    for name in ("a.mp4", "a.json", "a.latents.safetensors"):
+        (tmp_path / f".{name}.{killed.pid}.part").write_bytes(b"half")
+    (tmp_path / f".a.mp4.{killed.pid}.lossless").write_bytes(b"half")
+    (tmp_path / f".b.mp4.{killed.pid}.part").write_bytes(b"of another video")
+    generate(request(model, tmp_path / "a.mp4"))
+    assert ".b.mp4" in names(tmp_path)[0]
+    assert names(tmp_path)[1:] == ["a.json", "a.mp4"]
 
 
 def test_checkpoints_come_as_often_as_asked_and_go_with_the_end(
