@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -171,7 +171,6 @@ def denoise(
         NumericalFailure: if latents turn NaN or infinite, with the first such step.
         Interrupted: by Ctrl-C, where there is a checkpoint to go on from.
     """
-    import torch
 
     steps = request.preset.sampling.steps
     text_tokens = int(text["prompt_attention_mask"].sum(1).max())
@@ -244,18 +243,9 @@ def denoise(
         callback = StepKeeper(watch, run.done, request.checkpoint_every, keep)
         try:
             with phases("denoise"):
-                latents = pipe(
-                    **text,
-                    **guidance.arguments,
-                    sigmas=np.linspace(1.0, 0.0, steps + 1)[run.done : -1],  # the pipeline's own, from here on
-                    # Noise is drawn on the CPU, so that a seed gives the same one on every device.
-                    generator=torch.Generator("cpu").manual_seed(run.seed),
-                    height=request.height,
-                    width=request.width,
-                    num_frames=request.frames,
-                    output_type="latent",
-                    callback_on_step_end=callback,
-                ).frames
+                latents = call_pipeline(
+                    pipe, request, text | guidance.arguments, run.seed, callback, first_step=run.done
+                )
         except KeyboardInterrupt:
             callback.keep_last()
             kept = [path for path in (latents_path(output), checkpoint_path(output)) if path.is_file()]
@@ -269,6 +259,40 @@ def denoise(
                 progress.note(f"the last checkpoint is kept: {command_for('resume', checkpoint_path(output))} goes on")
             raise
         return run_after(steps, latents)
+
+
+def call_pipeline(
+    pipe: Any,
+    request: VideoRequest,
+    arguments: Mapping[str, Any],
+    seed: int,
+    callback: Callable[..., dict[str, Any]],
+    first_step: int = 0,
+) -> torch.Tensor:
+    """Latents `[1, C, T, H, W]` of one video, from a step of the whole run on.
+
+    Args:
+        pipe: a HunyuanVideoPipeline.
+        request: size and number of steps.
+        arguments: embeddings of the text, and guidance.
+        seed: of the noise.
+        callback: after every step.
+        first_step: where to begin.
+    """
+    import torch
+
+    steps = request.preset.sampling.steps
+    return pipe(
+        **arguments,
+        sigmas=np.linspace(1.0, 0.0, steps + 1)[first_step:-1],  # the pipeline's own, from here on
+        # Noise is drawn on the CPU, so that a seed gives the same one on every device.
+        generator=torch.Generator("cpu").manual_seed(seed),
+        height=request.height,
+        width=request.width,
+        num_frames=request.frames,
+        output_type="latent",
+        callback_on_step_end=callback,
+    ).frames
 
 
 class StepKeeper:

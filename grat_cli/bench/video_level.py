@@ -16,7 +16,7 @@ from grat_cli.errors import BadInput
 from grat_cli.guidance import Guidance
 from grat_cli.video_check import FrameCheck, checked_frames
 from grat_cli.video_decoding import decode, use_tiles
-from grat_cli.video_generation import encode_text
+from grat_cli.video_generation import call_pipeline, encode_text
 from grat_cli.video_request import VideoRequest, check_video, note_expectations
 from grat_kernels import Grid
 
@@ -102,20 +102,8 @@ class VideoMaker:
     def denoise(
         self, pipe: Any, request: VideoRequest, arguments: dict[str, Any], seed: int, watch: StepWatch
     ) -> torch.Tensor:
-        import torch
-
         with explained_backend_failures():
-            return pipe(
-                **arguments,
-                height=request.height,
-                width=request.width,
-                num_frames=request.frames,
-                num_inference_steps=request.preset.sampling.steps,
-                # Noise is drawn on the CPU, so that a seed gives the same one on every device.
-                generator=torch.Generator("cpu").manual_seed(seed),
-                output_type="latent",
-                callback_on_step_end=watch,
-            ).frames
+            return call_pipeline(pipe, request, arguments, seed, watch)
 
     def decode(self, pipe: Any, latents: torch.Tensor) -> list[np.ndarray]:
         return list(checked_frames([decode(pipe.vae, latents)], FrameCheck()))
