@@ -8,8 +8,8 @@ import sys
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    # torch's own switch, read at its first allocation: large tensors on the CPU get huge pages. Decoding videos allocates
-    # and frees gigabytes, and without it spends a third of its time in page faults.
+    # torch's own switch, read at its first allocation: large tensors on the CPU get huge pages. Decoding a video
+    # allocates and frees gigabytes, and without them spends a third of its time in page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         from grat_cli.app import run
