@@ -10,6 +10,7 @@ import typer
 
 from grat_cli import __version__
 from grat_cli.commands.bench import bench
+from grat_cli.commands.compare import compare
 from grat_cli.commands.decode import decode
 from grat_cli.commands.env import env
 from grat_cli.commands.image import image
@@ -28,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (image, video, resume, decode, plan, bench, presets, env, info):
+for command in (image, video, resume, decode, plan, bench, compare, presets, env, info):
     app.command()(command)
 
 

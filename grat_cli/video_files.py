@@ -320,6 +320,34 @@ def probe_video(path: Path) -> VideoFacts:
     return VideoFacts(int(width), int(height), frames, rate, length, codec)
 
 
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video file, or of a folder of frames, one by one.
+
+    Yields:
+        uint8 `[H, W, 3]`, RGB.
+
+    Raises:
+        BadInput: as `probe_video`.
+    """
+    import numpy as np
+
+    facts = probe_video(path)
+    if path.is_dir():
+        from PIL import Image
+
+        for number in range(1, facts.frames + 1):
+            with Image.open(path / frame_name(number)) as frame:
+                yield np.asarray(frame.convert("RGB"))
+        return
+    import imageio_ffmpeg
+
+    # Every frame once, whatever its time stamp: a gif's delays would otherwise drop or repeat some.
+    frames = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24", output_params=["-fps_mode", "passthrough"])
+    next(frames)  # what the library says of the file
+    for frame in frames:
+        yield np.frombuffer(frame, np.uint8).reshape(facts.height, facts.width, 3)
+
+
 def _probe_folder(path: Path) -> VideoFacts:
     from PIL import Image
 

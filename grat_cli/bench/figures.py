@@ -322,6 +322,13 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
                 "The same comparison as a ratio of signal to noise; in equal ones one value counts as off by 1.",
             ),
             _column(
+                "LPIPS",
+                None,
+                lambda row: row.quality and _text(row.quality.lpips, "{:.3f}".format),
+                False,
+                "Perceptual distance (arXiv 1801.03924, AlexNet), 0 for equal ones.",
+            ),
+            _column(
                 "motion",
                 None,
                 lambda row: row.quality and _text(row.quality.motion, "{:,.2f}×".format),

@@ -1,4 +1,4 @@
-"""How close pictures and videos come to others: SSIM and PSNR by scikit-image, with 95 % intervals over all of them."""
+"""How close pictures and videos come to others: SSIM and PSNR by scikit-image, LPIPS where it is; 95 % intervals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from grat_cli.bench.perceptual import lpips
 from grat_cli.bench.results import Quality
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ class Likeness:
         psnr_db: likewise.
         motion: mean absolute difference of successive frames over that of the other video; None for pictures, and
             where the other does not move.
+        lpips: perceptual distance (arXiv 1801.03924), 0 for an equal one; None where its weights are not here.
     """
 
     ssim: float
     psnr_db: float
     motion: float | None = None
+    lpips: float | None = None
 
 
 def compare(references: Sequence[Image.Image], pictures: Sequence[Image.Image]) -> Quality:
@@ -46,7 +49,7 @@ def likeness(reference: Image.Image, picture: Image.Image) -> Likeness:
     """How close a picture comes to another of its size."""
     import numpy as np
 
-    return Likeness(*_likeness(np.asarray(reference.convert("RGB")), np.asarray(picture.convert("RGB"))))
+    return _likeness(np.asarray(reference.convert("RGB")), np.asarray(picture.convert("RGB")))
 
 
 def likeness_of_videos(reference: Sequence[np.ndarray], video: Sequence[np.ndarray]) -> Likeness:
@@ -56,25 +59,33 @@ def likeness_of_videos(reference: Sequence[np.ndarray], video: Sequence[np.ndarr
         reference: frames of the video of full attention, uint8 `[H, W, 3]`.
         video: as many frames of the same size.
     """
-    similarities, ratios = zip(
-        *(_likeness(first, second) for first, second in zip(reference, video, strict=True)), strict=True
-    )
+    frames = [_likeness(first, second) for first, second in zip(reference, video, strict=True)]
     movement = _movement(reference)
-    motion = _movement(video) / movement if movement else None
-    return Likeness(statistics.mean(similarities), statistics.mean(ratios), motion)
+    return Likeness(
+        ssim=statistics.mean(frame.ssim for frame in frames),
+        psnr_db=statistics.mean(frame.psnr_db for frame in frames),
+        motion=_movement(video) / movement if movement else None,
+        lpips=mean_of_known([frame.lpips for frame in frames]),
+    )
 
 
 def summary(found: Sequence[Likeness]) -> Quality:
     """The mean over pictures or videos, with 95 % intervals."""
     similarities, ratios = [one.ssim for one in found], [one.psnr_db for one in found]
-    motions = [one.motion for one in found if one.motion is not None]
     return Quality(
         ssim=statistics.mean(similarities),
         ssim_interval=half_interval(similarities),
         psnr_db=statistics.mean(ratios),
         psnr_interval_db=half_interval(ratios),
-        motion=statistics.mean(motions) if motions else None,
+        motion=mean_of_known([one.motion for one in found]),
+        lpips=mean_of_known([one.lpips for one in found]),
     )
+
+
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
 
 def half_interval(values: Sequence[float]) -> float | None:
@@ -86,8 +97,8 @@ def half_interval(values: Sequence[float]) -> float | None:
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _likeness(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """SSIM, and PSNR in dB, of pictures uint8 `[H, W, 3]`.
+def _likeness(first: np.ndarray, second: np.ndarray) -> Likeness:
+    """How close pictures uint8 `[H, W, 3]` come.
 
     Of identical pictures the PSNR would be infinite: they count as if one value differed by one, the smallest
     difference that 8 bits can show (101 dB at 256x256), so that means stay numbers.
@@ -97,7 +108,7 @@ def _likeness(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
 
     similarity = float(np.asarray(structural_similarity(first, second, channel_axis=2)))
     error = max(float(mean_squared_error(first, second)), 1 / first.size)
-    return similarity, 10 * math.log10(255**2 / error)
+    return Likeness(similarity, 10 * math.log10(255**2 / error), lpips=lpips(first, second))
 
 
 def _movement(frames: Sequence[np.ndarray]) -> float:

@@ -22,7 +22,8 @@ class Quality:
     """Similarity of pictures or videos to those of full attention with the same seeds: mean and 95 % half-interval.
 
     A single one has no interval: there it is None. Figures of a video are means over its frames; `motion` is how much
-    successive frames differ, over how much those of full attention do, and None for pictures.
+    successive frames differ, over how much those of full attention do, and None for pictures; `lpips` is None where its
+    weights are not here.
     """
 
     ssim: float
@@ -30,6 +31,7 @@ class Quality:
     psnr_db: float
     psnr_interval_db: float | None
     motion: float | None = None
+    lpips: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from datetime import datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
+from grat_cli.bench import perceptual
 from grat_cli.bench.figures import OUTPUTS
 from grat_cli.bench.inside_models import Host, Inside, backend_for
 from grat_cli.bench.measure import CannotRun, PeakMemory, Progress, Unwatched, memory_words, seconds_text
@@ -252,6 +253,7 @@ def compare_runs(settings: RunSettings, maker: Maker, progress: Progress | None 
             f"Times are of the whole denoising of a {OUTPUTS[level]}; text encoders and autoencoder are left out.",
             *maker.notes,
             "The noise floor is full attention on another backend: differences no larger than its own mean nothing.",
+            *([f"There is no LPIPS: {missing}."] if (missing := perceptual.obstacle()) else []),
             memory_words(device),
         ),
     )
