@@ -57,7 +57,13 @@ class Installation:
             from grat_cli.schedule import AttentionSchedule
 
             self._schedules[text_len, steps] = AttentionSchedule(
-                self._preset, self.grid, text_len, self._adapter.text_first, steps, self._adapter.layers
+                self._preset,
+                self.grid,
+                text_len,
+                self._adapter.text_first,
+                steps,
+                self._adapter.layers,
+                self._adapter.heads,
             )
         self._last_schedule = self._schedules[text_len, steps]
         return self._last_schedule

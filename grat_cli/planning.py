@@ -27,8 +27,8 @@ class Forecast:
 
     Attributes:
         size: of the picture or video.
-        schedule: the plans of all steps and layers.
-        main_plan: the plan that serves most attention calls.
+        schedule: the plans of all steps, layers and heads.
+        main_plan: the plan that serves most of them.
         full_flop_per_step: floating-point operations of one step's attention if it were full.
         qkvo_bytes: query, key, value and output of one attention call.
     """
@@ -73,8 +73,8 @@ class Forecast:
             "dtype": self.dtype,
             "qkvo_bytes": self.qkvo_bytes,
             "plans": [
-                {"calls": calls, "density": used.density, "groups": list(used.grouping.counts)}
-                for used, calls in self.schedule.uses.items()
+                {"share": share, "density": used.density, "groups": list(used.grouping.counts)}
+                for used, share in self.schedule.shares.items()
             ],
         }
 
@@ -134,7 +134,7 @@ def schedule_for(preset: Preset, architecture: Architecture, size: Resolution | 
     """The schedule of a picture or video.
 
     Raises:
-        BadInput: if the preset does not fit its tokens, or its rules not the steps and layers.
+        BadInput: if the preset does not fit its tokens, or its rules not the steps, layers and heads.
     """
     return AttentionSchedule(
         preset,
@@ -143,6 +143,7 @@ def schedule_for(preset: Preset, architecture: Architecture, size: Resolution | 
         architecture.text_first,
         steps=preset.sampling.steps,
         layers=architecture.layers,
+        heads=architecture.heads,
     )
 
 
@@ -164,7 +165,7 @@ def forecast(
     if dtype == "auto":
         dtype = "float32" if model == "demo" else "bfloat16"
     schedule = schedule_for(preset, architecture, size)
-    main_plan = max(schedule.uses, key=lambda plan: schedule.uses[plan])
+    main_plan = max(schedule.shares, key=lambda plan: schedule.shares[plan])
     width = architecture.heads * architecture.head_dim
     # Two products of tokens x width x tokens, a multiplication and an addition each.
     per_call = 4 * main_plan.tokens**2 * width

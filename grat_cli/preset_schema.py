@@ -228,10 +228,11 @@ class Attention(Section):
 
 
 class Rule(Section):
-    """Overrides the attention for some steps and layers; ranges as in `grat_cli.ranges`, absent means all."""
+    """Overrides the attention for some steps, layers and heads; ranges as in `grat_cli.ranges`, absent means all."""
 
     steps: Range = None
     layers: Range = None
+    heads: Range = None
     variant: Variant | None = None
     group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes_or_none)] = None
     radius: Radius = None
@@ -247,7 +248,7 @@ class Rule(Section):
     @cached_property
     def changes(self) -> dict[str, Any]:
         """The attention fields that the rule gives."""
-        given = self.model_dump(exclude={"steps", "layers"})
+        given = self.model_dump(exclude={"steps", "layers", "heads"})
         return {name: value for name, value in given.items() if value is not None or name == "far"}
 
 

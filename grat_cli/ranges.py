@@ -1,4 +1,4 @@
-"""Ranges of steps and layers in a preset's rules.
+"""Ranges of steps, layers and heads in a preset's rules.
 
 `3` or `"3"` is one index, `"0-1"` is indices 0 and 1. With a decimal point anywhere both ends are fractions of
 the whole and the end is exclusive: `"0.5-1.0"` is the second half, so that `"0.0-0.5"` and `"0.5-1.0"` never overlap.

@@ -1,50 +1,62 @@
-"""Which attention runs at which step in which layer of one run."""
+"""Which attention runs at which step in which layer and head of one run."""
 
 from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
 from grat_cli import ranges
 from grat_cli.errors import BadInput
 from grat_cli.presets import Attention, Preset, shape_text
-from grat_kernels import Full, Grid, Grouping, Pattern, Plan, build_plan
+from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, build_head_plan, build_plan
 from grat_kernels.geometry import cell_counts
 
 # Planning holds a few matrices of groups x groups; beyond this many groups they no longer fit in memory at ease.
 MOST_GROUPS = 8192
 
+_Grouped: TypeAlias = tuple[Grouping, Pattern]
+
 
 class AttentionSchedule:
-    """A preset laid out over the steps and layers of a run. All its plans share one token order.
+    """A preset laid out over the steps, layers and heads of a run. All its plans share one token order.
 
     Attributes:
         grid: the image tokens.
         steps: denoising steps of the run.
         layers: attention layers of the transformer.
+        heads: heads of each.
         plans: the distinct plans, in order of first use.
         density: attended pairs over all pairs, mean over the run.
 
     Raises:
-        BadInput: if preset and grid, steps or layers do not fit.
+        BadInput: if preset and grid, steps, layers or heads do not fit.
     """
 
     def __init__(
-        self, preset: Preset, grid: Grid, text_len: int, text_first: bool = True, steps: int = 1, layers: int = 1
+        self,
+        preset: Preset,
+        grid: Grid,
+        text_len: int,
+        text_first: bool = True,
+        steps: int = 1,
+        layers: int = 1,
+        heads: int = 1,
     ) -> None:
-        self.grid, self.steps, self.layers = grid, steps, layers
+        self.grid, self.steps, self.layers, self.heads = grid, steps, layers, heads
         _refuse_unfit(preset, grid)
         cells = preset.cells
-        self._groupings = {cell: Grouping(grid, cell, cells) for cell in cells}
+        groupings = {cell: Grouping(grid, cell, cells) for cell in cells}
 
-        # Entry [step, layer] says whose attention applies: 0 the preset's own, i its i-th rule's, -1 dense.
-        choice = np.zeros((steps, layers), np.int64)
+        # Entry [step, layer, head] says whose attention applies: 0 the preset's own, i its i-th rule's, -1 dense.
+        choice = np.zeros((steps, layers, heads), np.int64)
         for number, rule in enumerate(preset.schedule.rules, start=1):
             choice[
                 _slice(rule.steps, steps, "steps", number, preset),
                 _slice(rule.layers, layers, "layers", number, preset),
+                _slice(rule.heads, heads, "heads", number, preset),
             ] = number
         dense_steps = ranges.leading(preset.schedule.dense_steps, steps)
         if dense_steps > steps:
@@ -54,21 +66,27 @@ class AttentionSchedule:
             )
         choice[:dense_steps] = -1
 
+        # What each number stands for; rules that say the same share a plan.
         attentions = (preset.attention, *preset.attention_of_rules)
-        self._plans: list[list[Plan]] = []
-        plan_of_choice: dict[int, Plan] = {}
-        for row in choice.tolist():
-            for number in row:
-                if number not in plan_of_choice:
-                    plan_of_choice[number] = self._build(
-                        None if number < 0 else attentions[number], text_len, text_first
-                    )
-            self._plans.append([plan_of_choice[number] for number in row])
-        self.plans: tuple[Plan, ...] = tuple(dict.fromkeys(plan_of_choice.values()))
+        patterns = {
+            number: _grouped(None if number < 0 else attentions[number], groupings)
+            for number in dict.fromkeys(choice.ravel().tolist())
+        }
+        self._plans: list[list[Plan | HeadPlan]] = []
+        try:
+            self._plan_of_pattern = {
+                pattern: build_plan(*pattern, text_len, text_first) for pattern in dict.fromkeys(patterns.values())
+            }
+            for row in choice.tolist():
+                by_layer = ([patterns[number] for number in by_head] for by_head in row)
+                self._plans.append([self._plan_of_heads(classes, text_len, text_first) for classes in by_layer])
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        self.plans: tuple[Plan, ...] = tuple(self._plan_of_pattern.values())
         self.density = float(np.mean([self.density_of_step(step) for step in range(steps)]))
 
-    def plan(self, step: int, layer: int) -> Plan:
-        """The plan of a step and layer, both counted from 0."""
+    def plan(self, step: int, layer: int) -> Plan | HeadPlan:
+        """The plan of a step and layer, both counted from 0; by head where heads of the layer attend differently."""
         return self._plans[step][layer]
 
     def density_of_step(self, step: int) -> float:
@@ -81,20 +99,32 @@ class AttentionSchedule:
         return 1 / self.density
 
     @cached_property
-    def uses(self) -> dict[Plan, int]:
-        """How many of the run's `steps * layers` attention calls each distinct plan serves."""
-        calls = [plan for row in self._plans for plan in row]
-        return {plan: calls.count(plan) for plan in self.plans}
+    def shares(self) -> dict[Plan, float]:
+        """The share of the run's attention, of all steps, layers and heads alike, that each distinct plan serves."""
+        served = dict.fromkeys(self.plans, 0)
+        for plan in (plan for row in self._plans for plan in row):
+            if isinstance(plan, HeadPlan):
+                for number, member in enumerate(plan.classes):
+                    served[self._plan_of_pattern[member.grouping, member.pattern]] += len(plan.heads_of(number))
+            else:
+                served[plan] += self.heads
+        return {plan: count / (self.steps * self.layers * self.heads) for plan, count in served.items()}
 
-    def _build(self, attention: Attention | None, text_len: int, text_first: bool) -> Plan:
-        """The plan of an attention; None is full attention, which the coarsest groups describe most briefly."""
-        pattern: Pattern = Full() if attention is None else attention.pattern()
-        full = isinstance(pattern, Full)
-        cell = next(iter(self._groupings)) if full or attention is None else attention.group
-        try:
-            return build_plan(self._groupings[cell], pattern, text_len, text_first)
-        except ValueError as error:
-            raise BadInput(str(error)) from error
+    def _plan_of_heads(self, pattern_of_head: list[_Grouped], text_len: int, text_first: bool) -> Plan | HeadPlan:
+        """One plan where all heads attend alike, else a plan by head."""
+        classes = tuple(dict.fromkeys(pattern_of_head))
+        if len(classes) == 1:
+            return self._plan_of_pattern[classes[0]]
+        return build_head_plan(
+            classes, tuple(classes.index(pattern) for pattern in pattern_of_head), text_len, text_first
+        )
+
+
+def _grouped(attention: Attention | None, groupings: dict[tuple[int, ...], Grouping]) -> _Grouped:
+    """Groups and pattern of an attention; None is full attention, which the coarsest groups describe most briefly."""
+    pattern: Pattern = Full() if attention is None else attention.pattern()
+    cell = next(iter(groupings)) if attention is None or isinstance(pattern, Full) else attention.group
+    return groupings[cell], pattern
 
 
 def _refuse_unfit(preset: Preset, grid: Grid) -> None:

@@ -217,11 +217,16 @@ def _operator(
     # These take one class of heads at a time.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for number, member in enumerate(plan.classes):
-        heads = plan.heads_of(number)
+        heads = _as_slice(plan.heads_of(number))
         of_heads = None if summaries is None else (summaries[0][:, :, heads], summaries[1][:, :, heads])
         tensors = q[:, :, heads], k[:, :, heads], v[:, :, heads]
         out[:, :, heads] = run(*tensors, member, text_valid, scale, summaries=of_heads)
     return out
+
+
+def _as_slice(heads: list[int]) -> slice | list[int]:
+    """Heads that follow one another as a slice, which takes a view where a list would copy."""
+    return slice(heads[0], heads[-1] + 1) if len(heads) == heads[-1] - heads[0] + 1 else heads
 
 
 @_operator.register_fake

@@ -51,8 +51,8 @@ def test_plan_shows_rows_before_columns_and_what_a_group_attends() -> None:
 
 def test_plan_of_a_schedule_averages_over_the_run() -> None:
     data = grat("plan", "demo-b", "--set", "schedule.dense_steps=0.5", "--json").data
-    densities = sorted((plan["density"], plan["calls"]) for plan in data["plans"])
-    assert densities[1] == (1.0, 10 * 5)
+    densities = sorted((plan["density"], plan["share"]) for plan in data["plans"])
+    assert densities[1] == (1.0, 0.5)
     assert data["density"] == pytest.approx((densities[0][0] + 1) / 2)
     assert "density 1.0000 in 50%" in grat("plan", "demo-b", "--set", "schedule.dense_steps=0.5").out.replace("\n", " ")
 

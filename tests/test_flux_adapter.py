@@ -16,7 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grat_cli.adapters.flux import FluxAdapter, SpanAttentionProcessor
 from grat_cli.errors import BadInput
 from grat_cli.timing import StepRecorder
-from grat_kernels import Backend, Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Union, build_plan
+from grat_kernels import (
+    Backend,
+    Block,
+    CrissCross,
+    Far,
+    Full,
+    Grid,
+    Grouping,
+    HeadPlan,
+    Pattern,
+    Plan,
+    Union,
+    build_head_plan,
+    build_plan,
+)
 
 # Two computations of one fp32 forward pass: sums of a few hundred terms in another order, through three layers.
 RELATIVE = 5e-6
@@ -26,7 +40,7 @@ GROUP = (4, 4)
 class Schedule:
     """A schedule from a function of step and layer."""
 
-    def __init__(self, plan: Callable[[int, int], Plan]) -> None:
+    def __init__(self, plan: Callable[[int, int], Plan | HeadPlan]) -> None:
         self.plan = plan
 
     def density_of_step(self, step: int) -> float:
@@ -36,7 +50,7 @@ class Schedule:
 class Run:
     """A run that stands at one step."""
 
-    def __init__(self, plan: Callable[[int, int], Plan], step: int = 0) -> None:
+    def __init__(self, plan: Callable[[int, int], Plan | HeadPlan], step: int = 0) -> None:
         self.plans, self.step, self.text_lengths = plan, step, []
 
     def current_step(self) -> int:
@@ -134,6 +148,24 @@ def test_each_layer_takes_its_own_plan_double_blocks_first(model: Any) -> None:
     with FluxAdapter(model, grid).attached(Run(lambda step, layer: plans[layer]), Backend.SDPA):  # type: ignore[arg-type]
         result = model(**inputs)[0]
     assert relative_difference(result, expected) < RELATIVE
+
+
+def test_heads_of_a_layer_may_attend_differently(model: Any) -> None:
+    """As a preset's rules for heads have it."""
+    grid = Grid((8, 12))
+    grouping = Grouping(grid, GROUP, (GROUP,))
+    plan = build_head_plan(
+        ((grouping, Block(0)), (grouping, CrissCross(1))), (1, 0), tiny_flux.TEXT_TOKENS, text_first=True
+    )
+    masks = torch.stack([raster_mask(grid, None, True), raster_mask(grid, 0, False)])[None]  # [1, H, N, N]
+    inputs = tiny_flux.inputs(*grid.shape)
+    expected = model(**inputs, joint_attention_kwargs={"attention_mask": masks})[0]
+    for backend in (Backend.SDPA, Backend.REFERENCE):
+        with FluxAdapter(model, grid).attached(Run(lambda step, layer: plan), backend):
+            result = model(**inputs)[0]
+        assert relative_difference(result, expected) < RELATIVE
+    swapped = model(**inputs, joint_attention_kwargs={"attention_mask": masks.flip(1)})[0]
+    assert relative_difference(swapped, expected) > 0.01
 
 
 class StockWithMask:

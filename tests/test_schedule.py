@@ -9,20 +9,24 @@ from grat_cli import ranges
 from grat_cli.errors import BadInput
 from grat_cli.presets import load_preset, resolve_preset
 from grat_cli.schedule import MOST_GROUPS, AttentionSchedule
-from grat_kernels import Full, Grid
+from grat_kernels import Block, CrissCross, Full, Grid, HeadPlan, Plan
 
 GRID = Grid((24, 20))
 
 
 def schedule(
-    *items: str, steps: int = 10, layers: int = 6, grid: Grid = GRID, preset: str = "demo-b"
+    *items: str, steps: int = 10, layers: int = 6, heads: int = 4, grid: Grid = GRID, preset: str = "demo-b"
 ) -> AttentionSchedule:
-    return AttentionSchedule(resolve_preset(load_preset(preset), set_items=items), grid, 7, True, steps, layers)
+    return AttentionSchedule(resolve_preset(load_preset(preset), set_items=items), grid, 7, True, steps, layers, heads)
 
 
 def dense_calls(laid_out: AttentionSchedule) -> set[tuple[int, int]]:
     calls = np.ndindex(laid_out.steps, laid_out.layers)
-    return {(step, layer) for step, layer in calls if isinstance(laid_out.plan(step, layer).pattern, Full)}
+    return {(step, layer) for step, layer in calls if _is_dense(laid_out.plan(step, layer))}
+
+
+def _is_dense(plan: Plan | HeadPlan) -> bool:
+    return isinstance(plan, Plan) and isinstance(plan.pattern, Full)
 
 
 def test_without_rules_there_is_one_plan() -> None:
@@ -59,7 +63,34 @@ def test_densities_are_means_over_layers_and_steps() -> None:
     assert laid_out.density_of_step(0) == 1.0
     assert laid_out.density_of_step(9) == pytest.approx((1 + sparse) / 2)
     assert laid_out.density == pytest.approx((2 + 8 * (1 + sparse) / 2) / 10)
-    assert sum(laid_out.uses.values()) == 60
+    assert sum(laid_out.shares.values()) == pytest.approx(1)
+
+
+def test_rules_for_heads_make_plans_by_head() -> None:
+    laid_out = schedule(
+        "schedule.rules=[{layers: 1-2, heads: 1, variant: full}, {layers: 2, heads: 0.5-1.0, variant: x}]", heads=4
+    )
+    own = laid_out.plan(0, 0)
+    assert isinstance(own, Plan)
+    one, two = laid_out.plan(0, 1), laid_out.plan(9, 2)
+    assert isinstance(one, HeadPlan)
+    assert isinstance(two, HeadPlan)
+    assert one.class_of_head == (0, 1, 0, 0)
+    assert two.class_of_head == (0, 1, 2, 2)
+    assert [type(member.pattern) for member in two.classes] == [Block, Full, CrissCross]
+    x = two.classes[2].density
+    assert one.density == pytest.approx((3 * own.density + 1) / 4)
+    assert two.density == pytest.approx((own.density + 1 + 2 * x) / 4)
+    assert laid_out.density == pytest.approx((4 * own.density + one.density + two.density) / 6)
+    shares = {plan.density: share for plan, share in laid_out.shares.items()}
+    assert shares == pytest.approx({own.density: (16 + 3 + 1) / 24, 1.0: 2 / 24, x: 2 / 24})
+    assert laid_out.plan(0, 1) is laid_out.plan(9, 1)  # as for every step: kernels keep what they make of a plan
+
+
+def test_rules_that_say_the_same_share_a_plan() -> None:
+    laid_out = schedule("schedule.rules=[{heads: 0, variant: x}, {heads: 1-3, variant: x, share: 1}]", heads=4)
+    assert isinstance(laid_out.plan(0, 0), Plan)
+    assert len(laid_out.plans) == 1
 
 
 def test_all_plans_share_one_token_order() -> None:
@@ -78,10 +109,11 @@ def test_all_plans_share_one_token_order() -> None:
     [
         ("schedule.rules=[{layers: 6-9, variant: full}]", "layers 6-9, but the run has 6 layers"),
         ("schedule.rules=[{steps: 10, variant: full}]", "steps 10, but the run has 10 steps"),
+        ("schedule.rules=[{heads: 4-5, variant: full}]", "heads 4-5, but the run has 4 heads"),
         ("schedule.dense_steps=11", "the run has 10 steps"),
     ],
 )
-def test_rules_for_steps_and_layers_that_do_not_exist_are_refused(item: str, complaint: str) -> None:
+def test_rules_for_steps_layers_and_heads_that_do_not_exist_are_refused(item: str, complaint: str) -> None:
     with pytest.raises(BadInput, match=complaint):
         schedule(item)
 

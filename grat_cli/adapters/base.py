@@ -18,7 +18,7 @@ class Run(Protocol):
         ...
 
     def schedule(self, text_len: int) -> AttentionSchedule:
-        """Plans for every step and layer of a joint sequence with `text_len` text tokens."""
+        """Plans for every step, layer and head of a joint sequence with `text_len` text tokens."""
         ...
 
 
@@ -50,6 +50,11 @@ class Adapter(Protocol):
     @property
     def layers(self) -> int:
         """Number of attention layers that take a plan."""
+        ...
+
+    @property
+    def heads(self) -> int:
+        """Heads of each."""
         ...
 
     def attached(

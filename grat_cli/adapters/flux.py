@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from grat_cli.adapters import preparation
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
-from grat_kernels import Backend, Grid, Plan, span_attention
+from grat_kernels import Backend, Grid, HeadPlan, Plan, span_attention
 from grat_kernels.rope_norm import Joined, Projections
 
 _PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
@@ -35,7 +35,7 @@ class SpanAttentionProcessor:
         fused: whether norms, rotation, joining of text and image, and far-field means are one kernel; likewise.
     """
 
-    plan: Plan
+    plan: Plan | HeadPlan
     fused: bool
 
     def __init__(self, backend: Backend, observer: CallObserver | None) -> None:
@@ -146,6 +146,11 @@ class FluxAdapter:
     def layers(self) -> int:
         """Attention layers: double blocks, then single blocks."""
         return len(self._attentions)
+
+    @property
+    def heads(self) -> int:
+        """Heads of each."""
+        return self._attentions[0].heads
 
     def _choose_preparation(self, hidden_states: torch.Tensor) -> bool:
         """Whether the fused kernel prepares a call with these image tokens; says why in `preparation`.

@@ -29,7 +29,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 from grat_cli.adapters import preparation
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
-from grat_kernels import Backend, Grid, Plan, span_attention
+from grat_kernels import Backend, Grid, HeadPlan, Plan, span_attention
 from grat_kernels.rope_norm import Joined, Projections
 
 _PARAMETERS = tuple(inspect.signature(HunyuanVideoTransformer3DModel.forward).parameters)[1:]
@@ -44,7 +44,7 @@ class SpanAttentionProcessor:
         fused: whether norms, rotation, joining of video and text, and far-field means are one kernel; likewise.
     """
 
-    plan: Plan
+    plan: Plan | HeadPlan
     text_valid: torch.Tensor | None
     fused: bool
 
@@ -148,6 +148,11 @@ class HunyuanAdapter:
     def layers(self) -> int:
         """Attention layers: double blocks, then single blocks."""
         return len(self._blocks)
+
+    @property
+    def heads(self) -> int:
+        """Heads of each."""
+        return self._blocks[0].attn.heads
 
     def _choose_preparation(self, hidden_states: torch.Tensor) -> bool:
         """Whether the fused kernel prepares a call with these latents; says why in `preparation`.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from grat_cli.errors import BadInput
-from grat_kernels import Plan, rope_norm
+from grat_kernels import HeadPlan, Plan, rope_norm
 from grat_kernels.rope_norm import Joined, Norms, Projections
 
 
@@ -44,7 +44,9 @@ def choose(
     return obstacle is None, f"stock modules: {obstacle}" if obstacle else "fused kernel"
 
 
-def at_once(attention: Any, image: Projections, text: Projections | None, rotation: Any, plan: Plan) -> Joined:
+def at_once(
+    attention: Any, image: Projections, text: Projections | None, rotation: Any, plan: Plan | HeadPlan
+) -> Joined:
     """The joint sequence normalised and rotated, and its far field pooled, by the fused kernel.
 
     Args:

@@ -170,9 +170,10 @@ def _facts(result: Forecast) -> dict[str, str]:
         "Q, K, V, O": f"{bytes_text(result.qkvo_bytes)} in {result.dtype}",
     }
     if len(schedule.plans) > 1:
-        calls = schedule.steps * schedule.layers
-        shares = (f"density {plan.density:.4f} in {used / calls:.0%}" for plan, used in schedule.uses.items())
-        facts["schedule"] = f"{schedule.steps} steps, {schedule.layers} layers: {', '.join(shares)} of the calls"
+        shares = (f"density {plan.density:.4f} in {share:.0%}" for plan, share in schedule.shares.items())
+        facts["schedule"] = (
+            f"{schedule.steps} steps, {schedule.layers} layers, {schedule.heads} heads: {', '.join(shares)} of them"
+        )
     return facts
 
 
