@@ -32,6 +32,7 @@ class Stage:
         preset: attention, schedule, kernel and sampling of this stage.
         strength: share of the sampling steps that are run on what came before; None for all of them, from noise.
         trained: width and height in pixels, in this picture's shape, of the area that the model was trained at.
+        decoded: whether a picture is made of it: the last one is, and what is upscaled as pixels.
         positions: how rotary frequencies are fitted; see `grat_cli.extrapolation`.
         proportional_attention: whether scores are scaled by the number of keys.
         low_resolution_guidance: weight of the upscaled picture's low frequencies in each prediction.
@@ -43,6 +44,7 @@ class Stage:
     preset: Preset
     strength: float | None
     trained: Resolution
+    decoded: bool = True
     positions: PositionsName = "none"
     proportional_attention: bool = False
     low_resolution_guidance: float = 0.0
@@ -105,7 +107,7 @@ def stages_of(
     sizes = _sizes(trained, Resolution(width, height), settings.growth, model.size_multiple)
     strengths = _strengths(settings, len(sizes), f"{width}x{height}")
     base = Stage(0, trained.width, trained.height, _dense(plain), None, trained)
-    stages = [base]
+    stages = [replace(base, decoded=settings.upscale == "pixel")]
     for index, size in enumerate(sizes):
         override = settings.stages[index] if index < len(settings.stages) else None
         own = preset.of_stage(index)
@@ -116,6 +118,7 @@ def stages_of(
             size.height,
             _sampled(_dense(own) if dense else own, settings, None if override is None else override.steps),
             strengths[index],
+            decoded=settings.upscale == "pixel" or size == sizes[-1],
             low_resolution_guidance=settings.low_resolution_guidance,
             **fitted,
         )
@@ -197,4 +200,3 @@ def _from_picture(stages: list[Stage], start: Resolution, strength: float | None
     if strength is not None:
         left[0] = replace(left[0], strength=strength)
     return tuple(left)
-

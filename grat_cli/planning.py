@@ -9,6 +9,7 @@ from typing import Any
 
 from grat_cli.architectures import Architecture, VideoDecoder, architecture_of
 from grat_cli.errors import ModelUnavailable
+from grat_cli.highres import Stage
 from grat_cli.models import ModelChoice
 from grat_cli.presets import Preset
 from grat_cli.resolution import Resolution
@@ -130,8 +131,16 @@ def grid_for(architecture: Architecture, size: Resolution | VideoSize) -> Grid:
     return Grid(((size.frames - 1) // architecture.frames_per_latent + 1, *sides))
 
 
-def schedule_for(preset: Preset, architecture: Architecture, size: Resolution | VideoSize) -> AttentionSchedule:
+def schedule_for(
+    preset: Preset, architecture: Architecture, size: Resolution | VideoSize, steps: int | None = None
+) -> AttentionSchedule:
     """The schedule of a picture or video.
+
+    Args:
+        preset: resolved.
+        architecture: shape of the model.
+        size: of the picture or video.
+        steps: that are run; None for all of the preset's.
 
     Raises:
         BadInput: if the preset does not fit its tokens, or its rules not the steps and layers.
@@ -141,9 +150,18 @@ def schedule_for(preset: Preset, architecture: Architecture, size: Resolution | 
         grid_for(architecture, size),
         architecture.text_tokens,
         architecture.text_first,
-        steps=preset.sampling.steps,
+        steps=preset.sampling.steps if steps is None else steps,
         layers=architecture.layers,
     )
+
+
+def schedule_for_stage(stage: Stage, architecture: Architecture) -> AttentionSchedule:
+    """The schedule of one stage of a picture.
+
+    Raises:
+        BadInput: as for `schedule_for`.
+    """
+    return schedule_for(stage.preset, architecture, Resolution(stage.width, stage.height), stage.steps)
 
 
 def forecast(

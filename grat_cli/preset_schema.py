@@ -99,15 +99,11 @@ def _amount(value: Any) -> int | float:
     raise ValueError(f"expected a count of steps such as 3 or a fraction such as 0.1, not {shown(value)}")
 
 
-def _mode(value: Any) -> Any:
-    return "off" if value is False else value  # YAML 1.1 reads a bare off as false
-
-
 def _strength(value: Any) -> float | tuple[float, ...]:
     numbers = value if isinstance(value, list | tuple) else [value]
     if not numbers or not all(type(number) in (int, float) and 0 < number <= 1 for number in numbers):
         raise ValueError(
-            f"expected a share of the steps above 0 and up to 1, or one per stage such as [0.7, 0.5], not {shown(value)}"
+            f"expected a share above 0 and up to 1, or one per stage such as [0.7, 0.5], not {shown(value)}"
         )
     return tuple(map(float, numbers)) if isinstance(value, list | tuple) else float(value)
 
@@ -333,7 +329,7 @@ class HighResolution(Section):
         stages: overrides of the stages after the base, first to last.
     """
 
-    mode: Annotated[HighresMode, BeforeValidator(_mode)] = "cascade"
+    mode: HighresMode = "cascade"
     growth: Annotated[Number, Field(gt=1)] | None = 2.0
     upscale: Literal["pixel", "latent"] = "pixel"
     strength: Annotated[float | tuple[float, ...], BeforeValidator(_strength)] = 0.6

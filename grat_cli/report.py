@@ -36,9 +36,10 @@ def build_report(request: ImageRequest, generated: GeneratedImage, command: str,
         command: the command line as typed.
         created: when, with time zone.
     """
+    strength = next((record.stage.strength for record in generated.stages), request.strength)
     how = {
         "init_image": None if request.init_image is None else str(request.init_image),
-        "strength": None if request.init_image is None else request.strength,
+        "strength": None if request.init_image is None else strength,
     }
     return _report(request, generated, command, created, how)
 

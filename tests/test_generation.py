@@ -220,7 +220,8 @@ def test_words_that_the_demo_does_not_know_are_named() -> None:
 
 def test_large_pictures_from_noise_are_announced(loaded: Any) -> None:
     progress = Progress()
-    generate(progress, model=replace(choose_model("demo"), family="flux", native_side=32))
+    from_noise = preset(highres={"mode": "off"})
+    generate(progress, preset=from_noise, model=replace(choose_model("demo"), family="flux", native_side=32))
     assert "trained at about 32x32" in progress.notes[0]
 
 
