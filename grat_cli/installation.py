@@ -11,10 +11,11 @@ from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.models import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
 from grat_cli.preset_schema import AXES, BACKENDS
 from grat_cli.presets import Preset, load_preset
-from grat_cli.time_shift import extrapolation
+from grat_cli.time_shift import extrapolation as extrapolated_shift
 
 if TYPE_CHECKING:
     from grat_cli.adapters.base import Adapter, CallObserver
+    from grat_cli.extrapolation import Extrapolation
     from grat_cli.schedule import AttentionSchedule
     from grat_kernels import Backend, Grid
 
@@ -91,6 +92,7 @@ def install(
     first_step: int = 0,
     backend: Backend | str | None = None,
     observer: CallObserver | None = None,
+    extrapolation: Extrapolation | None = None,
 ) -> Iterator[Installation]:
     """Runs a pipeline with GRAT attention: `with grat_cli.install(pipe, "flux-x", height=8192, width=8192): pipe(...)`.
 
@@ -111,6 +113,8 @@ def install(
             the preset's steps are those of the whole run.
         backend: overrides the preset's; one chosen by name never falls back.
         observer: told of transformer calls and attentions, for example a `timing.StepRecorder`.
+        extrapolation: how rotary positions and scores of Flux are fitted to pictures larger than it was trained at;
+            None leaves them as they are. The preset's own `highres` section is not applied.
 
     Raises:
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
@@ -133,9 +137,11 @@ def install(
             f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
             "use FlowMatchEulerDiscreteScheduler"
         )
-    adapter = _adapter(pipe, family, grid)
+    if extrapolation is not None and family != "flux":
+        raise BadInput(f"positions of a {type(pipe).__name__} are not fitted: leave out extrapolation")
+    adapter = _adapter(pipe, family, grid, extrapolation)
     installation = Installation(pipe, preset, grid, first_step, steps, adapter)
-    warning = extrapolation(pipe.scheduler, grid.tokens)
+    warning = extrapolated_shift(pipe.scheduler, grid.tokens)
     if warning:
         warnings.warn(warning, stacklevel=3)
     with adapter.attached(installation, installation.backend, observer):
@@ -208,11 +214,11 @@ def _grid(pipe: Any, family: str, height: int, width: int, num_frames: int | Non
     return Grid(((num_frames - 1) // unit // pipe.transformer.config.patch_size_t + 1, *sides))
 
 
-def _adapter(pipe: Any, family: str, grid: Grid) -> Adapter:
+def _adapter(pipe: Any, family: str, grid: Grid, extrapolation: Extrapolation | None) -> Adapter:
     if family == "flux":
         from grat_cli.adapters.flux import FluxAdapter
 
-        return FluxAdapter(pipe.transformer, grid)
+        return FluxAdapter(pipe.transformer, grid, extrapolation=extrapolation)
     from grat_cli.adapters.hunyuan import HunyuanAdapter
 
     return HunyuanAdapter(pipe.transformer, grid)

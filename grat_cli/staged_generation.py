@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli import image_coding
 from grat_cli.denoising import StepWatch, explained_backend_failures
 from grat_cli.devices import wait_for
+from grat_cli.extrapolation import Extrapolation
 from grat_cli.guidance import Guidance
 from grat_cli.highres import Stage
 from grat_cli.installation import Installation, install
@@ -92,7 +93,14 @@ class Studio:
         image_tokens = (stage.height // side) * (stage.width // side)
         with (
             time_shift(pipe, image_tokens, stage.preset.sampling.shift) as shift,
-            install(pipe, stage.preset, height=stage.height, width=stage.width, observer=recorder) as installation,
+            install(
+                pipe,
+                stage.preset,
+                height=stage.height,
+                width=stage.width,
+                observer=recorder,
+                extrapolation=extrapolation_of(stage, side),
+            ) as installation,
         ):
             with phases("denoise"):
                 packed = denoise(pipe, stage, text | guidance.arguments, start, generator, watch)
@@ -124,6 +132,12 @@ class Studio:
         scale = self.pipe.vae_scale_factor
         size = stage.height // scale, stage.width // scale
         return functional.interpolate(before.float(), size, mode="bicubic", antialias=True).to(before.dtype)
+
+
+def extrapolation_of(stage: Stage, token_side: int) -> Extrapolation:
+    """How positions and scores are fitted to a stage; `token_side` is in pixels."""
+    trained_grid = stage.trained.height // token_side, stage.trained.width // token_side
+    return Extrapolation(trained_grid, stage.positions, stage.proportional_attention)
 
 
 def pipeline_for(pipe: Any, *, from_picture: bool) -> Any:
