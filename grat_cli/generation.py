@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grat_cli import image_coding
 from grat_cli.checkpoints import load_model
 from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
 from grat_cli.devices import choose_device, choose_dtype, device_name, forget_peak_memory, peak_memory, wait_for
-from grat_cli.errors import NumericalFailure
 from grat_cli.generation_request import Progress, check_size
 from grat_cli.guidance import Guidance, choose_guidance
 from grat_cli.image_request import ImageRequest, note_expectations, read_init_image
@@ -61,7 +61,6 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
                 base=request.base,
             )
         pipe = model.pipe
-        tile_large_pictures(pipe, request)
 
         # 3. Encode the prompts, once for all seeds.
         guidance = choose_guidance(pipe, request.model, request.preset, request.negative_prompt)
@@ -120,18 +119,6 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
         phases.phases_ms = {"load": 0.0, "text": 0.0}
 
 
-def tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
-    """Decodes in tiles above the size that the model was trained at, where the autoencoder can.
-
-    Not with AutoencoderTiny: its tiles assume 8 pixels per latent whatever its depth (diffusers 0.42.1).
-    """
-    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-
-    large = request.width * request.height > request.model.native_side**2
-    if large and not isinstance(pipe.vae, AutoencoderTiny) and hasattr(pipe.vae, "enable_tiling"):
-        pipe.vae.enable_tiling()
-
-
 def encode_text(pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[str, torch.Tensor]:
     """Embeddings of prompt and negative prompt, as the pipelines take them."""
     import torch
@@ -163,7 +150,7 @@ def denoise(
     import torch
 
     if init_image is not None:
-        arguments = arguments | {"image": init_image, "strength": request.strength}
+        arguments = arguments | {"image": image_coding.encode(pipe, init_image), "strength": request.strength}
     with explained_backend_failures():
         return pipe(
             **arguments,
@@ -178,17 +165,6 @@ def denoise(
 
 
 def decode(pipe: Any, latents: torch.Tensor, request: ImageRequest) -> Image.Image:
-    """The picture of latents `[1, image tokens, channels]`, as at the end of the pipelines."""
-    import torch
-
-    with torch.no_grad():
-        unpacked = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
-        scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        pixels = pipe.vae.decode(scaled, return_dict=False)[0]
-        pipe.maybe_free_model_hooks()
-        if not pixels.isfinite().all():
-            raise NumericalFailure("the picture has NaN after decoding: try --dtype float32 or bfloat16")
-        picture = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
-    if all(low == high for low, high in picture.getextrema()):
-        raise NumericalFailure("the picture is one flat colour: try another --seed, --dtype float32, or more --steps")
-    return picture
+    """The picture of latents `[1, image tokens, channels]`; see `image_coding`."""
+    unpacked = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
+    return image_coding.to_picture(pipe, image_coding.decode(pipe, unpacked))

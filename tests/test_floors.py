@@ -38,7 +38,7 @@ FLOORS = (
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
+    ("yaml_source", "image_coding", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
     ("preset_schema", "tensor_files", "video_check"),
     ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered

@@ -12,7 +12,7 @@ from grat_cli.bench.results import BenchResult
 from grat_cli.bench.whole_runs import Pictures, RunSettings, compare_runs
 from grat_cli.demo.evaluation import SHEET_PROMPTS
 from grat_cli.denoising import StepWatch
-from grat_cli.generation import decode, denoise, encode_text, tile_large_pictures
+from grat_cli.generation import decode, denoise, encode_text
 from grat_cli.generation_request import check_size
 from grat_cli.guidance import Guidance
 from grat_cli.image_request import ImageRequest, note_expectations
@@ -71,8 +71,7 @@ class PictureMaker:
         self.recorded: Mapping[str, Any] = {"width": self.request.width, "height": self.request.height}
 
     def prepare(self, pipe: Any) -> None:
-        """See `whole_runs.Maker`, as for all below."""
-        tile_large_pictures(pipe, self.request)
+        """See `whole_runs.Maker`, as for all below. Pictures need nothing."""
 
     def note_expectations(self, request: ImageRequest, progress: Progress) -> None:
         note_expectations(request, progress)
