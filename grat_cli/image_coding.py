@@ -1,8 +1,8 @@
 """Pixels to latents and back in tiles, so that memory is bounded by a tile and not by the picture.
 
-Tiles of one size are spread evenly over the picture, and of each only its middle is used. An `AutoencoderTiny` is made
-of convolutions alone, so tiles that overlap by its receptive field give what the whole picture would. An `AutoencoderKL`
-has group norms and an attention that see all of the picture; there, tiles are also blended where they meet.
+Tiles of one size are spread evenly over the picture. An `AutoencoderTiny` is made of convolutions alone: tiles that
+overlap by its receptive field, and of which only the middle is used, give what the whole picture would. An
+`AutoencoderKL` has group norms and an attention that see all of the picture; there, tiles fade into one another.
 
 The tiling inside diffusers 0.42.1 keeps all tiles until the last one is done, ends rows with slivers whose group norms
 have little to go by, and takes 8 pixels per latent for granted in `AutoencoderTiny`.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure
@@ -167,7 +168,7 @@ def pieces(length: int, tiling: Tiling) -> list[Piece]:
     count = math.ceil((length - tiling.overlap) / (side - tiling.overlap))
     starts = [index * (length - side) // (count - 1) for index in range(count)]
     # What a tile shares with the one before it is blended in its middle.
-    blends = [(start + before + side - blend) // 2 for before, start in zip(starts, starts[1:], strict=False)]
+    blends = [(start + before + side - blend) // 2 for before, start in pairwise(starts)]
     firsts, lasts = [0, *blends], [*(first + blend for first in blends), length]
     return [
         Piece(start, start + side, first, last, blend if index else 0, blend if index < count - 1 else 0)
@@ -236,17 +237,13 @@ def _run_in_tiles(
     """
     for row in rows:
         for column in columns:
-            (top, bottom), (left, right) = (
-                (axis.start * source_scale, axis.stop * source_scale) for axis in (row, column)
-            )
-            made = run(source[:, :, top:bottom, left:right])
-            (inner_rows, outer_rows), (inner_columns, outer_columns) = (
-                _used(axis, target_scale) for axis in (row, column)
-            )
-            used = made[:, :, inner_rows, inner_columns]
-            if row.fade_in or row.fade_out or column.fade_in or column.fade_out:
-                used = used * _weights(row, target_scale, used)[:, None] * _weights(column, target_scale, used)
-            target[:, :, outer_rows, outer_columns] += used
+            tall = slice(row.start * source_scale, row.stop * source_scale)
+            wide = slice(column.start * source_scale, column.stop * source_scale)
+            made = run(source[:, :, tall, wide])
+            (tall, tall_in_target), (wide, wide_in_target) = _used(row, target_scale), _used(column, target_scale)
+            made = made[:, :, tall, wide]
+            made = made * _weights(row, target_scale, made)[:, None] * _weights(column, target_scale, made)
+            target[:, :, tall_in_target, wide_in_target] += made
 
 
 def _used(piece: Piece, scale: int) -> tuple[slice, slice]:
