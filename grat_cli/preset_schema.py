@@ -39,6 +39,10 @@ VARIANTS: tuple[str, ...] = get_args(Variant)
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 FAMILIES: tuple[str, ...] = get_args(Family)
 HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
+SMALLEST_CHUNK = 256
+# Above so many image tokens, 2,896 pixels a side with Flux, wide results fill more memory than attention does; chunks of
+# the second size keep any device busy.
+_MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
 AXES: Mapping[str, int] = {"flux": 2, "demo": 2, "hunyuan": 3}
 
 # The fields that say something to each variant, with the value that stands where none is given.
@@ -112,6 +116,12 @@ def _strength_or_none(value: Any) -> float | tuple[float, ...] | None:
     return None if value is None else _strength(value)
 
 
+def _chunk_tokens(value: Any) -> int | str | None:
+    if value is None or value == "auto" or (type(value) is int and value >= SMALLEST_CHUNK):
+        return value
+    raise ValueError(f"expected auto, null or a whole number from {SMALLEST_CHUNK} up, not {shown(value)}")
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -121,6 +131,7 @@ Radius = Annotated[int | tuple[int, ...] | None, BeforeValidator(_radius)]
 Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
 Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
+ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -343,6 +354,29 @@ class HighResolution(Section):
     stages: Annotated[tuple[StageOverride, ...], BeforeValidator(_as_tuple)] = ()
 
 
+class Memory(Section):
+    """What keeps large runs within memory.
+
+    Attributes:
+        chunk_tokens: feed-forward and modulation run on at most so many tokens at once; None on all; `auto` on all up
+            to 32,768 image tokens, on 16,384 above.
+    """
+
+    chunk_tokens: ChunkTokens = "auto"
+
+
+def chunk_for(wanted: int | Literal["auto"] | None, tokens: int) -> int | None:
+    """How many tokens at most run through feed-forward and modulation at once, of so many; None for all.
+
+    Args:
+        wanted: see `Memory`.
+        tokens: image tokens.
+    """
+    if wanted == "auto":
+        return _AUTO_CHUNK if tokens > _MANY_TOKENS else None
+    return wanted
+
+
 class Preset(Section):
     """A resolved preset.
 
@@ -358,6 +392,7 @@ class Preset(Section):
     schedule: Schedule = Schedule()
     kernel: Kernel = Kernel()
     sampling: Sampling = Sampling()
+    memory: Memory = Memory()
     highres: HighResolution | None = None
 
     @model_validator(mode="after")

@@ -20,10 +20,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 
-from grat_cli.adapters import preparation
+from grat_cli.adapters import chunking, preparation
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
 from grat_cli.extrapolation import Extrapolation, frequencies, query_scale
+from grat_cli.preset_schema import ChunkTokens
 from grat_kernels import Backend, Grid, Plan, span_attention
 from grat_kernels.rope_norm import Joined, Projections
 
@@ -82,6 +83,7 @@ class SpanAttentionProcessor:
             query, key, value, summaries = preparation.at_once(attn, image, text, image_rotary_emb, self.plan)
         else:
             query, key, value, summaries = _prepared_as_stock(attn, image, text, image_rotary_emb)
+        del image, text  # else the projections would be kept for as long as attention runs
 
         # Scores are scaled through the queries, one more pass over them, because keys share their rotation tables and
         # kernels take one scale. Where all queries have one factor, which is then the kernel's, it costs nothing.
@@ -142,6 +144,7 @@ class FluxAdapter:
 
     text_first = True
     preparation: str | None = None
+    chunking: tuple[int | None, str] = None, "not attached yet"
 
     def __init__(
         self,
@@ -149,6 +152,7 @@ class FluxAdapter:
         grid: Grid,
         fused: bool | None = None,
         extrapolation: Extrapolation | None = None,
+        chunk_tokens: ChunkTokens = "auto",
     ) -> None:
         """Prepares, and changes nothing yet.
 
@@ -158,15 +162,15 @@ class FluxAdapter:
             fused: whether norms, rotation and joining before attention are one kernel, and calls that it cannot serve
                 are refused; by default, wherever it can run on a GPU. `preparation` tells.
             extrapolation: how positions and scores are fitted to the grid; None leaves them as they are.
+            chunk_tokens: see `preset_schema.Memory`. `chunking` tells.
         """
-        self._fused, self._extrapolation = fused, extrapolation
+        self._fused, self._extrapolation, self._chunk_tokens = fused, extrapolation, chunk_tokens
         # Hooks go on the outermost module, so that a compiled model runs them outside its graph.
         self._called = transformer
         self._model: Any = getattr(transformer, "_orig_mod", transformer)
         self._grid = grid
-        self._attentions: list[Any] = [
-            block.attn for block in (*self._model.transformer_blocks, *self._model.single_transformer_blocks)
-        ]
+        self._blocks: list[Any] = [*self._model.transformer_blocks, *self._model.single_transformer_blocks]
+        self._attentions: list[Any] = [block.attn for block in self._blocks]
 
     @property
     def layers(self) -> int:
@@ -183,8 +187,7 @@ class FluxAdapter:
         return fused
 
     def _has_compiled_blocks(self) -> bool:
-        blocks = (*self._model.transformer_blocks, *self._model.single_transformer_blocks)
-        return any(block._compiled_call_impl is not None for block in blocks)
+        return any(block._compiled_call_impl is not None for block in self._blocks)
 
     @contextmanager
     def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
@@ -192,8 +195,10 @@ class FluxAdapter:
         for attention in self._attentions:
             _check_stock(attention.processor)
         compiled_in_place = getattr(self._model, "_compiled_call_impl", None) is not None
-        if observer and (compiled_in_place or self._called is not self._model or self._has_compiled_blocks()):
+        compiled = compiled_in_place or self._called is not self._model or self._has_compiled_blocks()
+        if observer and compiled:
             raise BadInput("attention inside a compiled transformer cannot be timed: install without an observer")
+        self.chunking = chunking.choose(self._chunk_tokens, self._grid.tokens, self._blocks, compiled)
         stock = [attention.processor for attention in self._attentions]
         processors = [SpanAttentionProcessor(backend, observer) for _ in self._attentions]
         positions = None
@@ -218,7 +223,8 @@ class FluxAdapter:
                 before, after = torch.compiler.disable(before), torch.compiler.disable(after)
             handles.append(self._called.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(self._called.register_forward_hook(after))
-            yield
+            with chunking.in_chunks(self._blocks, self.chunking[0]):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
