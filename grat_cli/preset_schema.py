@@ -40,7 +40,7 @@ BACKENDS: tuple[str, ...] = get_args(BackendName)
 FAMILIES: tuple[str, ...] = get_args(Family)
 HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
 SMALLEST_CHUNK = 256
-# Above so many image tokens, 2,896 pixels a side with Flux, wide results fill more memory than attention does; chunks of
+# Above so many image tokens (2,896 pixels a side with Flux) wide results take more memory than attention; chunks of
 # the second size keep any device busy.
 _MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
 AXES: Mapping[str, int] = {"flux": 2, "demo": 2, "hunyuan": 3}
