@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from grat_cli.extrapolation import Extrapolation
 from grat_cli.guidance import Guidance
 from grat_cli.highres import Stage
 from grat_cli.installation import Installation, install
+from grat_cli.low_resolution_guidance import low_resolution_guidance
 from grat_cli.time_shift import time_shift
 from grat_cli.timing import Phases, StepRecorder, StepTiming
 
@@ -93,6 +95,7 @@ class Studio:
         image_tokens = (stage.height // side) * (stage.width // side)
         with (
             time_shift(pipe, image_tokens, stage.preset.sampling.shift) as shift,
+            _guided(pipe, stage, start),
             install(
                 pipe,
                 stage.preset,
@@ -132,6 +135,14 @@ class Studio:
         scale = self.pipe.vae_scale_factor
         size = stage.height // scale, stage.width // scale
         return functional.interpolate(before.float(), size, mode="bicubic", antialias=True).to(before.dtype)
+
+
+def _guided(pipe: Any, stage: Stage, start: torch.Tensor | None) -> AbstractContextManager[None]:
+    """Low-resolution guidance of a stage that has it."""
+    if start is None or not stage.low_resolution_guidance:
+        return nullcontext()
+    trained = stage.trained.height // pipe.vae_scale_factor, stage.trained.width // pipe.vae_scale_factor
+    return low_resolution_guidance(pipe, start, trained, stage.low_resolution_guidance)
 
 
 def extrapolation_of(stage: Stage, token_side: int) -> Extrapolation:
