@@ -11,7 +11,7 @@ from grat_cli.denoising import StepWatch, explained_backend_failures
 from grat_cli.devices import wait_for
 from grat_cli.extrapolation import Extrapolation
 from grat_cli.guidance import Guidance
-from grat_cli.highres import Stage
+from grat_cli.highres import Stage, stage_data
 from grat_cli.installation import Installation, install
 from grat_cli.low_resolution_guidance import low_resolution_guidance
 from grat_cli.time_shift import time_shift
@@ -43,6 +43,16 @@ class StageRecord:
     shift: float
     guidance: float | None
     installation: Installation
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as plain data for a report, without its steps."""
+        return {
+            **stage_data(self.stage, self.installation.last_schedule),
+            "guidance": self.guidance,
+            "shift": self.shift,
+            "backend": self.installation.backend.value,
+            "phases": {name: round(milliseconds, 3) for name, milliseconds in self.phases.phases_ms.items()},
+        }
 
 
 class Studio:
