@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from grat_cli.errors import BadInput
 from grat_cli.models import ModelChoice
 from grat_cli.presets import HighResolution, PositionsName, Preset
 from grat_cli.resolution import Resolution
+from grat_cli.schedule import AttentionSchedule
 
 # Up to so many times the trained area a model makes pictures from noise as they are.
 FAIR_AREA = 2.0
@@ -59,6 +61,23 @@ class Stage:
         """Steps that are run, as diffusers counts them (`FluxImg2ImgPipeline.get_timesteps`)."""
         steps = self.preset.sampling.steps
         return steps if self.strength is None else steps - int(max(steps - steps * self.strength, 0))
+
+
+def stage_data(stage: Stage, schedule: AttentionSchedule) -> dict[str, Any]:
+    """What a stage is, as plain data, alike in plans and reports."""
+    return {
+        "number": stage.number,
+        "width": stage.width,
+        "height": stage.height,
+        "tokens": schedule.plans[0].tokens,
+        "density": schedule.density,
+        "steps": stage.steps,
+        "strength": stage.strength,
+        "attention": stage.preset.attention.summary,
+        "positions": stage.positions,
+        "proportional_attention": stage.proportional_attention,
+        "low_resolution_guidance": stage.low_resolution_guidance,
+    }
 
 
 def uses_highres(preset: Preset, model: ModelChoice, width: int, height: int) -> bool:

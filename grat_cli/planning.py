@@ -165,7 +165,12 @@ def schedule_for_stage(stage: Stage, architecture: Architecture) -> AttentionSch
 
 
 def forecast(
-    preset: Preset, model: str, architecture: Architecture, size: Resolution | VideoSize, dtype: str = "auto"
+    preset: Preset,
+    model: str,
+    architecture: Architecture,
+    size: Resolution | VideoSize,
+    dtype: str = "auto",
+    steps: int | None = None,
 ) -> Forecast:
     """Lays out a run.
 
@@ -175,13 +180,14 @@ def forecast(
         architecture: its shape.
         size: of the picture or video.
         dtype: of query, key and value; `auto` is bfloat16, float32 for the demo.
+        steps: that are run; None for all of the preset's.
 
     Raises:
         BadInput: if the preset does not fit the picture or video.
     """
     if dtype == "auto":
         dtype = "float32" if model == "demo" else "bfloat16"
-    schedule = schedule_for(preset, architecture, size)
+    schedule = schedule_for(preset, architecture, size, steps)
     main_plan = max(schedule.uses, key=lambda plan: schedule.uses[plan])
     width = architecture.heads * architecture.head_dim
     # Two products of tokens x width x tokens, a multiplication and an addition each.

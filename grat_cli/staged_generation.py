@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ from grat_cli.denoising import StepWatch, explained_backend_failures
 from grat_cli.devices import wait_for
 from grat_cli.extrapolation import Extrapolation
 from grat_cli.guidance import Guidance
-from grat_cli.highres import Stage
+from grat_cli.highres import Stage, stage_data
 from grat_cli.installation import Installation, install
+from grat_cli.low_resolution_guidance import low_resolution_guidance
 from grat_cli.time_shift import time_shift
 from grat_cli.timing import Phases, StepRecorder, StepTiming
 
@@ -41,6 +43,16 @@ class StageRecord:
     shift: float
     guidance: float | None
     installation: Installation
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as plain data for a report, without its steps."""
+        return {
+            **stage_data(self.stage, self.installation.last_schedule),
+            "guidance": self.guidance,
+            "shift": self.shift,
+            "backend": self.installation.backend.value,
+            "phases": {name: round(milliseconds, 3) for name, milliseconds in self.phases.phases_ms.items()},
+        }
 
 
 class Studio:
@@ -93,6 +105,7 @@ class Studio:
         image_tokens = (stage.height // side) * (stage.width // side)
         with (
             time_shift(pipe, image_tokens, stage.preset.sampling.shift) as shift,
+            _guided(pipe, stage, start),
             install(
                 pipe,
                 stage.preset,
@@ -132,6 +145,14 @@ class Studio:
         scale = self.pipe.vae_scale_factor
         size = stage.height // scale, stage.width // scale
         return functional.interpolate(before.float(), size, mode="bicubic", antialias=True).to(before.dtype)
+
+
+def _guided(pipe: Any, stage: Stage, start: torch.Tensor | None) -> AbstractContextManager[None]:
+    """Low-resolution guidance of a stage that has it."""
+    if start is None or not stage.low_resolution_guidance:
+        return nullcontext()
+    trained = stage.trained.height // pipe.vae_scale_factor, stage.trained.width // pipe.vae_scale_factor
+    return low_resolution_guidance(pipe, start, trained, stage.low_resolution_guidance)
 
 
 def extrapolation_of(stage: Stage, token_side: int) -> Extrapolation:

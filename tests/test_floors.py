@@ -38,15 +38,15 @@ FLOORS = (
     ("grat_kernels",),
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "image_coding", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
-    ("preset_schema", "tensor_files", "video_check"),
+    ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
+    ("preset_schema", "tensor_files", "video_check", "image_coding"),
     ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered
     ("schedule", "extrapolation", "adapters", "adapters.base", "adapters.chunking", "adapters.preparation", "demo.*", "video_files"),
     ("adapters.flux", "adapters.hunyuan", "models"),
     ("generation_request", "highres", "installation", "guidance", "hub", "video_size"),
     ("checkpoints", "image_request", "video_request", "denoising"),
-    ("video_run",),
+    ("video_run", "low_resolution_guidance"),
     ("video_decoding",),
     ("grat_cli",),
     ("staged_generation",),
