@@ -84,8 +84,8 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             progress.note(note)
         progress.phase("text")
         with phases("text"):
-            negative_prompts = [guidance.negative_prompt for guidance in guidances]
-            text = encode_text(model.pipe, request, next(filter(None, negative_prompts), negative_prompts[0]))
+            given = [guidance.negative_prompt for guidance in guidances if guidance.negative_prompt is not None]
+            text = encode_text(model.pipe, request, given[0] if given else None)
 
     for seed in request.seeds:
         # Noise is drawn on the CPU, so that a seed gives the same one on every device.
