@@ -42,7 +42,16 @@ FLOORS = (
     ("preset_schema", "tensor_files", "video_check", "image_coding"),
     ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered
-    ("schedule", "extrapolation", "adapters", "adapters.base", "adapters.chunking", "adapters.preparation", "demo.*", "video_files"),
+    (
+        "schedule",
+        "extrapolation",
+        "adapters",
+        "adapters.base",
+        "adapters.chunking",
+        "adapters.preparation",
+        "demo.*",
+        "video_files",
+    ),
     ("adapters.flux", "adapters.hunyuan", "models"),
     ("generation_request", "highres", "installation", "guidance", "hub", "video_size"),
     ("checkpoints", "image_request", "video_request", "denoising"),
