@@ -171,7 +171,8 @@ def _sizes(base: Resolution, asked: Resolution, growth: float | None, unit: int)
 
 
 def _rounded(width: float, height: float, unit: int) -> Resolution:
-    return Resolution(*(max(unit, round(side / unit) * unit) for side in (width, height)))
+    whole_width, whole_height = (max(unit, round(side / unit) * unit) for side in (width, height))
+    return Resolution(whole_width, whole_height)
 
 
 def _strengths(settings: HighResolution, stages: int, size: str) -> list[float]:
