@@ -39,10 +39,19 @@ FLOORS = (
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
     ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
-    ("preset_schema", "tensor_files", "video_check", "image_coding"),
+    ("preset_schema", "tensor_files", "video_check", "image_coding", "offloading", "quantization"),
     ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered
-    ("schedule", "extrapolation", "adapters", "adapters.base", "adapters.chunking", "adapters.preparation", "demo.*", "video_files"),
+    (
+        "schedule",
+        "extrapolation",
+        "adapters",
+        "adapters.base",
+        "adapters.chunking",
+        "adapters.preparation",
+        "demo.*",
+        "video_files",
+    ),
     ("adapters.flux", "adapters.hunyuan", "models"),
     ("generation_request", "highres", "installation", "guidance", "hub", "video_size"),
     ("checkpoints", "image_request", "video_request", "denoising"),
