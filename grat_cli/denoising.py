@@ -32,6 +32,8 @@ class GenerationRecord:
         preparation: what normalised, rotated and joined queries and keys before attention, and why.
         autoencoder_dtype: of the autoencoder, which may differ from the transformer's.
         threads: CPU threads where the device is a CPU, which results depend on in their last bits; else None.
+        offload: which weights waited in main memory, never `auto`.
+        offload_reason: why.
         guidance: effective guidance scale, or None.
         shift: effective time shift, a factor.
         model_revision: commit of the weights on the hub, or None.
@@ -49,6 +51,8 @@ class GenerationRecord:
     backend: str
     backend_reason: str
     preparation: str | None
+    offload: str = "none"
+    offload_reason: str = "chosen by name"
     device: str
     device_name: str
     dtype: str
@@ -124,7 +128,7 @@ def memory_advice(request: GenerationRequest, device: torch.device, size: str) -
         smaller = "x".join(str(max(unit, side // (2 * unit) * unit)) for side in (request.width, request.height))
         advice = [f"a smaller --res such as {smaller}"]
         if device.type != "cpu":
-            advice += [f"--offload {kind}" for kind in ("model", "sequential") if kind != request.offload]
+            advice += [f"--offload {kind}" for kind in ("model", "group", "sequential") if kind != request.offload]
         raise OutOfMemory(
             f"{device_name(device)} has too little memory for {size} with {request.model.name}: "
             f"try {' or '.join(advice)}"

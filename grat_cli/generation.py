@@ -79,9 +79,13 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
                 device=device,
                 dtype=dtype,
                 offload=request.offload,
+                quantize=request.quantize,
+                tokens=(request.width // request.model.token_side) * (request.height // request.model.token_side),
                 image_to_image=init_image is not None,
                 base=request.base,
             )
+        if request.offload == "auto":
+            progress.note(f"--offload auto is {model.offload}: {model.offload_reason}")
         studio = Studio(model.pipe, device, progress)
 
         # 3. Encode the prompts, once for all seeds and stages.
@@ -134,6 +138,8 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             guidance=last.guidance,
             shift=last.shift,
             model_revision=model.revision,
+            offload=model.offload,
+            offload_reason=model.offload_reason,
             schedule=last.installation.last_schedule,
             text_tokens=text["prompt_embeds"].shape[1],
         )

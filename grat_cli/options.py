@@ -400,7 +400,19 @@ Offload = Annotated[
     typer.Option(
         "--offload",
         metavar="HOW",
-        help="none, model or sequential: keep parts in main memory until they are needed.",
+        help="none, model, group or sequential: which weights wait in main memory until they are needed; "
+        "auto: the fastest that fits.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        "--quantize",
+        metavar="HOW",
+        help="none, int8, fp8 (with torchao) or nf4 (with bitsandbytes): fewer bits for weights of transformer and "
+        "large text encoder, on CUDA devices.",
         show_default=False,
         rich_help_panel=_MODEL,
     ),

@@ -19,7 +19,6 @@ PRESET_VARIANTS: Mapping[str, tuple[str, ...]] = {
 RECOMMENDED = "far"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OFFLOADS = ("none", "model", "sequential")
 
 
 def select_preset(

@@ -37,6 +37,7 @@ def image(
     device: options.DeviceName = "auto",
     dtype: options.Dtype = "auto",
     offload: options.Offload = "none",
+    quantize: options.Quantize = "none",
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     no_metadata: options.NoMetadata = False,
@@ -50,13 +51,14 @@ def image(
     from grat_cli.errors import BadInput
     from grat_cli.highres import stages_of, uses_highres
     from grat_cli.models import choose_model
+    from grat_cli.offloading import OFFLOADS
     from grat_cli.planning import architecture_for, schedule_for_stage
     from grat_cli.presets import HIGHRES_MODES
+    from grat_cli.quantization import QUANTIZATIONS
     from grat_cli.resolution import parse_resolution
     from grat_cli.seeds import resolve_seeds
     from grat_cli.selection import (
         DTYPES,
-        OFFLOADS,
         mismatch_note,
         require_backend,
         require_choice,
@@ -73,6 +75,7 @@ def image(
     require_device(device)
     require_choice("--dtype", dtype, DTYPES)
     require_choice("--offload", offload, OFFLOADS)
+    require_choice("--quantize", quantize, QUANTIZATIONS)
     if strength is not None and init_image is None:
         raise BadInput("--strength is for image-to-image: add --init-image FILE")
     if strength is not None and not 0 < strength <= 1:
@@ -139,6 +142,7 @@ def image(
         device=device,
         dtype=dtype,
         offload=offload,
+        quantize=quantize,
         init_image=init_image,
         strength=strength,
         base=base,
