@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from grat_cli.errors import BadInput
 from grat_cli.generation_request import GenerationRequest, Progress
+from grat_cli.picture_files import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,16 +35,11 @@ def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | 
     """
     if request.init_image is None:
         return None
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if not 0.0 < request.strength <= 1.0:
         raise BadInput(f"strength must lie above 0 and at most at 1, not {request.strength}")
-    try:
-        picture = ImageOps.exif_transpose(Image.open(request.init_image)).convert("RGB")
-    except FileNotFoundError:
-        raise BadInput(f"there is no picture {request.init_image}: check the path") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{request.init_image} cannot be read as a picture: {error}") from error
+    picture = read_picture(request.init_image)
     if picture.width * request.height != picture.height * request.width:
         progress.note(
             f"{request.init_image.name} is {picture.width}x{picture.height}: "

@@ -77,6 +77,13 @@ def complete_format() -> list[str]:
     return list(FORMATS)
 
 
+def complete_picture_format() -> list[str]:
+    """Names of picture formats, for shell completion."""
+    from grat_cli.picture_files import FORMATS
+
+    return list(FORMATS)
+
+
 # Picture
 Res = Annotated[
     str | None,
@@ -407,6 +414,28 @@ Format = Annotated[
         show_default=False,
         rich_help_panel=_OUTPUT,
         autocompletion=complete_format,
+    ),
+]
+PictureFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="png, jpg, webp or tiff. Default: as --out ends, else png.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+        autocompletion=complete_picture_format,
+    ),
+]
+Quality = Annotated[
+    int | None,
+    typer.Option(
+        "--quality",
+        parser=number("--quality", int),
+        metavar="NUMBER",
+        help="Of jpg and webp: 1 (smallest) to 100 (best). Default: 95, 90 for webp.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Crf = Annotated[

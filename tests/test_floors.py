@@ -39,7 +39,7 @@ FLOORS = (
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
     ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
-    ("preset_schema", "tensor_files", "video_check"),
+    ("preset_schema", "tensor_files", "video_check", "picture_files"),
     ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered
     ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*", "video_files"),

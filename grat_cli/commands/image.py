@@ -37,6 +37,8 @@ def image(
     dtype: options.Dtype = "auto",
     offload: options.Offload = "none",
     out: options.Out = None,
+    format: options.PictureFormat = None,
+    quality: options.Quality = None,
     overwrite: options.Overwrite = False,
     no_metadata: options.NoMetadata = False,
     as_json: options.AsJson = False,
@@ -48,6 +50,7 @@ def image(
     from grat_cli.architectures import ARCHITECTURES
     from grat_cli.errors import BadInput
     from grat_cli.models import choose_model
+    from grat_cli.picture_files import choose_format, require_writable, write_picture
     from grat_cli.planning import architecture_for, schedule_for
     from grat_cli.resolution import parse_resolution
     from grat_cli.seeds import resolve_seeds
@@ -77,6 +80,7 @@ def image(
     if init_image is not None and not init_image.is_file():
         raise BadInput(f"--init-image {init_image}: there is no such file")
     seeds = resolve_seeds(seed, n)
+    chosen_format = choose_format(out, format)
 
     # 2. Model, preset, size; whether they fit one another.
     choice = choose_model(model)
@@ -93,6 +97,7 @@ def image(
         set_items=set_items or (),
     )
     resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
+    require_writable(chosen_format, resolution.width, resolution.height, quality)
     if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
         architecture = architecture_for(choice)
         schedule = schedule_for(chosen, architecture, resolution)
@@ -104,8 +109,9 @@ def image(
     # 3. Where the pictures go, before hours are spent on them.
     now = datetime.now().astimezone()
     word = variant_word(chosen)
-    names = [media.default_name(now, prompt, str(resolution), word, seed) for seed in seeds]
-    paths = media.output_paths(out, names, seeds)
+    suffix = chosen_format.suffix_of(out)
+    names = [media.default_name(now, prompt, str(resolution), word, seed, suffix) for seed in seeds]
+    paths = media.output_paths(out, names, seeds, suffix)
     media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
 
     # 4. Make them, one by one; each is written as soon as it is done.
@@ -139,7 +145,12 @@ def image(
             made = report.build_report(request, generated, command, datetime.now().astimezone())
             progress.phase("save")
             began = perf_counter()
-            media.write_png(generated.image, path, None if no_metadata else report.provenance(made))
+            inside = None if no_metadata else report.provenance(made)
+            whole = write_picture(
+                generated.image, path, chosen_format, inside, quality=quality, written=progress.written
+            )
+            if inside and not whole:
+                progress.note(f"{path} has no room for how it was made: that is in {media.report_path(path).name}")
             made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
             media.write_json(made, media.report_path(path))
             reports.append(made)
