@@ -39,16 +39,17 @@ FLOORS = (
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
     ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
-    ("preset_schema", "tensor_files", "video_check", "picture_files"),
+    ("preset_schema", "tensor_files", "video_check", "image_coding", "picture_files"),
     ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered
-    ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*", "video_files"),
+    ("schedule", "extrapolation", "adapters", "adapters.base", "adapters.chunking", "adapters.preparation", "demo.*", "video_files"),
     ("adapters.flux", "adapters.hunyuan", "models"),
-    ("generation_request", "installation", "guidance", "hub", "video_size"),
+    ("generation_request", "highres", "installation", "guidance", "hub", "video_size"),
     ("checkpoints", "image_request", "video_request", "denoising"),
-    ("video_run",),
+    ("video_run", "low_resolution_guidance"),
     ("video_decoding",),
     ("grat_cli",),
+    ("staged_generation",),
     ("generation", "video_generation", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "output"),
