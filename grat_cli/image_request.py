@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from grat_cli.picture_files import read_picture
 if TYPE_CHECKING:
     from PIL import Image
 
+    from grat_cli.preview import Preview
+
 
 @dataclass(frozen=True)
 class ImageRequest(GenerationRequest):
@@ -23,10 +26,12 @@ class ImageRequest(GenerationRequest):
         init_image: picture to start from, or None for noise.
         strength: share of the steps that are run on `init_image`: 1 leaves nothing of it. None for 0.7, or on the
             high-resolution path for the preset's.
+        previews: by seed, of the outputs that are to have them.
     """
 
     init_image: Path | None = None
     strength: float | None = None
+    previews: Mapping[int, Preview] = field(default_factory=dict)
 
 
 def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | None:

@@ -80,6 +80,11 @@ def report_path(output: Path) -> Path:
     return _beside(output, ".json")
 
 
+def preview_path(output: Path) -> Path:
+    """Where previews of a picture go while it is being made."""
+    return _beside(output, ".preview.png")
+
+
 def latents_path(output: Path) -> Path:
     """Where the latents of a video go."""
     return _beside(output, ".latents.safetensors")

@@ -446,6 +446,17 @@ PictureFormat = Annotated[
         autocompletion=complete_picture_format,
     ),
 ]
+PreviewEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--preview",
+        parser=number("--preview", int),
+        metavar="STEPS",
+        help="Every so many steps, write a small picture of where it is to NAME.preview.png; removed at the end.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
 Quality = Annotated[
     int | None,
     typer.Option(

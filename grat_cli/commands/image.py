@@ -37,6 +37,7 @@ def image(
     device: options.DeviceName = "auto",
     dtype: options.Dtype = "auto",
     offload: options.Offload = "none",
+    preview: options.PreviewEvery = None,
     out: options.Out = None,
     format: options.PictureFormat = None,
     quality: options.Quality = None,
@@ -55,6 +56,7 @@ def image(
     from grat_cli.picture_files import choose_format, require_writable, write_picture
     from grat_cli.planning import architecture_for, schedule_for_stage
     from grat_cli.presets import HIGHRES_MODES
+    from grat_cli.preview import Preview
     from grat_cli.resolution import parse_resolution
     from grat_cli.seeds import resolve_seeds
     from grat_cli.selection import (
@@ -86,6 +88,8 @@ def image(
         require_choice("--highres", highres, HIGHRES_MODES)
     seeds = resolve_seeds(seed, n)
     chosen_format = choose_format(out, format)
+    if preview is not None and preview < 1:
+        raise BadInput(f"--preview {preview}: expected a number of steps, such as --preview 5")
 
     # 2. Model, preset, size; whether they fit one another.
     choice = choose_model(model)
@@ -122,6 +126,13 @@ def image(
     names = [media.default_name(now, prompt, str(resolution), word, seed, suffix) for seed in seeds]
     paths = media.output_paths(out, names, seeds, suffix)
     media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
+    previews = {}
+    if preview is not None:
+        previews = {
+            seed: Preview(media.preview_path(path), preview, choice.native_side)
+            for seed, path in zip(seeds, paths, strict=True)
+        }
+        media.refuse_unwritable([each.path for each in previews.values()], overwrite=True)
 
     # 4. Make them, one by one; each is written as soon as it is done.
     from grat_cli.generation import generate_images
@@ -148,6 +159,7 @@ def image(
         init_image=init_image,
         strength=strength,
         base=base,
+        previews=previews,
     )
     command = shlex.join(["grat", *(context.find_root().obj or ())])
     reports: list[dict[str, Any]] = []
@@ -162,6 +174,8 @@ def image(
             )
             if inside and not whole:
                 progress.note(f"{path} has no room for how it was made: that is in {media.report_path(path).name}")
+            if generated.seed in previews:
+                previews[generated.seed].remove()
             made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
             media.write_json(made, media.report_path(path))
             reports.append(made)
