@@ -106,7 +106,7 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
         for stage, guidance in zip(stages, guidances, strict=True):
             with memory_advice(request, device, stage.size):
                 # 4. Denoise with GRAT attention installed, from noise or from what came before, upscaled.
-                before, record = studio.run(stage, text, guidance, before, generator)
+                before, record = studio.run(stage, text, guidance, before, generator, request.previews.get(seed))
                 records.append(record)
 
                 # 5. Decode, unless latents are upscaled.

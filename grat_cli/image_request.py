@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grat_cli.errors import BadInput
 from grat_cli.generation_request import GenerationRequest, Progress
 from grat_cli.highres import FAIR_AREA
+from grat_cli.picture_files import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from grat_cli.preview import Preview
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,12 @@ class ImageRequest(GenerationRequest):
         init_image: picture to start from, or None for noise.
         strength: share of the steps that are run on `init_image`: 1 leaves nothing of it. None for 0.7, or on the
             high-resolution path for the preset's.
+        previews: by seed, of the outputs that are to have them.
     """
 
     init_image: Path | None = None
     strength: float | None = None
+    previews: Mapping[int, Preview] = field(default_factory=dict)
 
 
 def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | None:
@@ -36,16 +42,11 @@ def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | 
     """
     if request.init_image is None:
         return None
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if request.strength is not None and not 0.0 < request.strength <= 1.0:
         raise BadInput(f"strength must lie above 0 and at most at 1, not {request.strength}")
-    try:
-        picture = ImageOps.exif_transpose(Image.open(request.init_image)).convert("RGB")
-    except FileNotFoundError:
-        raise BadInput(f"there is no picture {request.init_image}: check the path") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{request.init_image} cannot be read as a picture: {error}") from error
+    picture = read_picture(request.init_image)
     if picture.width * request.height != picture.height * request.width:
         progress.note(
             f"{request.init_image.name} is {picture.width}x{picture.height}: "

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 import unicodedata
-import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from grat_cli import ffmpeg, tensor_files
+from grat_cli import ffmpeg, picture_files, tensor_files
 from grat_cli.errors import BadInput
 from grat_cli.gif_comment import read_comments
 from grat_cli.whole_files import part_path, write_whole
@@ -21,13 +19,11 @@ from grat_cli.whole_files import part_path, write_whole
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PROVENANCE_KEY = "grat"
-OUTPUT_SUFFIXES = (".png", ".mp4", ".webm", ".gif")
+PROVENANCE_KEY = picture_files.PROVENANCE_KEY
+OUTPUT_SUFFIXES = (*picture_files.SUFFIXES, ".mp4", ".webm", ".gif")
 GIF_COMMENT_PREFIX = b"grat="
 FIRST_FRAME = "frame-0001.png"
 _EBML_SIGNATURE = b"\x1aE\xdf\xa3"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_LONGEST_PROVENANCE = 2**24
 
 
 def default_name(when: datetime, prompt: str, size: str, variant: str, seed: int, suffix: str = ".png") -> str:
@@ -67,9 +63,9 @@ def output_paths(out: Path | None, names: Sequence[str], seeds: Sequence[int], s
     """
     if out is None or out.is_dir() or str(out).endswith(os.sep):
         return [(out or Path()) / name for name in names]
-    if suffix and out.suffix.lower() != suffix:
+    if suffix and out.suffix.lower() != suffix.lower():
         format_word = suffix[1:].upper() if suffix == ".png" else suffix[1:]
-        things = "pictures" if suffix == ".png" else "these videos"
+        things = "these pictures" if suffix in picture_files.SUFFIXES else "these videos"
         raise BadInput(
             f"--out {out}: {things} are {format_word} files: use {out.with_suffix(suffix)}, or an existing folder"
         )
@@ -82,6 +78,11 @@ def output_paths(out: Path | None, names: Sequence[str], seeds: Sequence[int], s
 def report_path(output: Path) -> Path:
     """Where the report of a picture or video goes."""
     return _beside(output, ".json")
+
+
+def preview_path(output: Path) -> Path:
+    """Where previews of a picture go while it is being made."""
+    return _beside(output, ".preview.png")
 
 
 def latents_path(output: Path) -> Path:
@@ -128,22 +129,12 @@ def _refuse_unwritable(path: Path, overwrite: bool) -> None:
 
 
 def write_png(image: Image, path: Path, provenance: Mapping[str, Any] | None) -> None:
-    """Writes a picture, whole or not at all, with its provenance in an iTXt chunk named `grat`.
+    """Writes a PNG, whole or not at all, with its provenance in an iTXt chunk named `grat`.
 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    write_whole(path, lambda file: save_png(image, file, provenance))
-
-
-def save_png(image: Image, file: IO[bytes], provenance: Mapping[str, Any] | None) -> None:
-    """Puts a picture into an open file, as `write_png` does."""
-    from PIL.PngImagePlugin import PngInfo
-
-    chunks = PngInfo()
-    if provenance is not None:
-        chunks.add_itxt(PROVENANCE_KEY, _json_text(provenance))
-    image.save(file, format="PNG", pnginfo=chunks)
+    picture_files.write_picture(image, path, picture_files.FORMATS["png"], provenance)
 
 
 def write_json(data: Mapping[str, Any], path: Path) -> None:
@@ -152,14 +143,7 @@ def write_json(data: Mapping[str, Any], path: Path) -> None:
     Raises:
         CannotWrite: if it cannot be written.
     """
-    write_text(_json_text(data, indent=2) + "\n", path)
-
-
-def _json_text(data: Mapping[str, Any], indent: int | None = None) -> str:
-    """JSON that people can read; in ASCII where a prompt was typed in bytes that are no text."""
-    text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
-    readable = not any("\ud800" <= character <= "\udfff" for character in text)
-    return text if readable else json.dumps(data, indent=indent, allow_nan=False)
+    write_text(picture_files.json_text(data, indent=2) + "\n", path)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -202,32 +186,14 @@ def _embedded(path: Path) -> bytes | str | None:
     with open(path, "rb") as file:
         start = file.read(12)
         file.seek(0)
-        if start.startswith(_PNG_SIGNATURE):
-            return _in_png(file, path)
         if start.startswith(b"GIF8"):
             return next(
                 (c[len(GIF_COMMENT_PREFIX) :] for c in read_comments(file) if c.startswith(GIF_COMMENT_PREFIX)), None
             )
+        if picture_files.is_picture(start):
+            return picture_files.embedded_provenance(file, path)
     if start[4:8] == b"ftyp" or start.startswith(_EBML_SIGNATURE):
         return ffmpeg.read_tags(path).get(PROVENANCE_KEY)
-    return None
-
-
-def _in_png(file: IO[bytes], path: Path) -> bytes | None:
-    """The provenance in a PNG, read chunk by chunk: no need to decode half a gigapixel for a line of text."""
-    file.seek(len(_PNG_SIGNATURE))
-    while len(header := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", header)
-        if kind != b"iTXt" or length > _LONGEST_PROVENANCE:
-            file.seek(length + 4, os.SEEK_CUR)
-            continue
-        chunk, checksum = file.read(length), file.read(4)
-        keyword, _, rest = chunk.partition(b"\0")
-        if keyword == PROVENANCE_KEY.encode():
-            if checksum != struct.pack(">I", zlib.crc32(kind + chunk)):
-                raise BadInput(f"the provenance in {path} is damaged: its checksum is wrong")
-            # Compression flag and method, language, translated keyword, then the text (PNG 1.2, section 4.2.3.3).
-            return rest[2:].split(b"\0", 2)[2]
     return None
 
 

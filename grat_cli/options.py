@@ -84,6 +84,13 @@ def complete_format() -> list[str]:
     return list(FORMATS)
 
 
+def complete_picture_format() -> list[str]:
+    """Names of picture formats, for shell completion."""
+    from grat_cli.picture_files import FORMATS
+
+    return list(FORMATS)
+
+
 # Picture
 Res = Annotated[
     str | None,
@@ -438,6 +445,39 @@ Format = Annotated[
         show_default=False,
         rich_help_panel=_OUTPUT,
         autocompletion=complete_format,
+    ),
+]
+PictureFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="png, jpg, webp or tiff. Default: as --out ends, else png.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+        autocompletion=complete_picture_format,
+    ),
+]
+PreviewEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--preview",
+        parser=number("--preview", int),
+        metavar="STEPS",
+        help="Every so many steps, write a small picture of where it is to NAME.preview.png; removed at the end.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Quality = Annotated[
+    int | None,
+    typer.Option(
+        "--quality",
+        parser=number("--quality", int),
+        metavar="NUMBER",
+        help="Of jpg and webp: 1 (smallest) to 100 (best). Default: 95, 90 for webp.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Crf = Annotated[

@@ -40,6 +40,9 @@ class ProgressDisplay:
     def step(self, done: int, total: int) -> None:
         """So many denoising steps are done."""
 
+    def written(self, count: int) -> None:
+        """So many bytes of the output are written."""
+
     def note(self, text: str) -> None:
         """Something the user should know."""
 
@@ -61,6 +64,11 @@ class LogProgress(ProgressDisplay):
         if done and (now - self._last_line >= self._interval_s or done == total):
             self._last_line = now
             self._output.hint(f"step {done}/{total}, {pace(per_step)}, {duration(per_step * (total - done))} left")
+
+    def written(self, count: int) -> None:
+        if (now := time.monotonic()) - self._last_line >= self._interval_s:
+            self._last_line = now
+            self._output.hint(f"{count / 2**20:.0f} MiB written")
 
     def note(self, text: str) -> None:
         self._output.hint(text)
@@ -111,6 +119,9 @@ class LiveProgress(ProgressDisplay):
         if done:
             steps += f" {pace(per_step)} {duration(per_step * (total - done))} left"
         self._progress.update(self._task, completed=done, total=total, steps=steps)
+
+    def written(self, count: int) -> None:
+        self._progress.update(self._task, steps=f"{count / 2**20:.0f} MiB")
 
     def note(self, text: str) -> None:
         self._output.hint(text)

@@ -14,8 +14,9 @@ from grat_cli.presets import Attention, Preset, shape_text
 from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, build_head_plan, build_plan
 from grat_kernels.geometry import cell_counts
 
-# Planning holds a few matrices of groups x groups; beyond this many groups they no longer fit in memory at ease.
-MOST_GROUPS = 8192
+# Planning compares every group with every other, a stretch at a time: memory stays small, but 2^14 groups, a million
+# tokens in groups of 8x8, take some five seconds, and twice as many four times that.
+MOST_GROUPS = 16_384
 
 _Grouped: TypeAlias = tuple[Grouping, Pattern]
 

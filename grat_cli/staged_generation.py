@@ -14,6 +14,7 @@ from grat_cli.guidance import Guidance
 from grat_cli.highres import Stage, stage_data
 from grat_cli.installation import Installation, install
 from grat_cli.low_resolution_guidance import low_resolution_guidance
+from grat_cli.preview import Preview, PreviewedSteps
 from grat_cli.time_shift import time_shift
 from grat_cli.timing import Phases, StepRecorder, StepTiming
 
@@ -73,6 +74,7 @@ class Studio:
         guidance: Guidance,
         before: Image.Image | torch.Tensor | None,
         generator: torch.Generator,
+        preview: Preview | None = None,
     ) -> tuple[torch.Tensor, StageRecord]:
         """Runs the denoising of a stage.
 
@@ -82,6 +84,7 @@ class Studio:
             guidance: of the stage.
             before: picture or latents `[1, C, h, w]` that it starts from, of any size; None for noise.
             generator: of the noise; the stages of one picture draw from one generator in turn.
+            preview: of the picture, None for none.
 
         Returns:
             Latents `[1, C, h, w]`, unpacked, scaled as the pipeline denoises them; what to report.
@@ -101,6 +104,7 @@ class Studio:
         self._progress.phase("denoise" if stage.number == 0 else f"denoising {stage.size}")
         pipe = pipeline_for(self.pipe, from_picture=start is not None)
         recorder, watch = StepRecorder(self._device), StepWatch(self._progress)
+        callback = watch if preview is None else PreviewedSteps(preview, watch, stage.height, stage.width)
         side = pipe.vae_scale_factor * 2
         image_tokens = (stage.height // side) * (stage.width // side)
         with (
@@ -116,7 +120,7 @@ class Studio:
             ) as installation,
         ):
             with phases("denoise"):
-                packed = denoise(pipe, stage, text | guidance.arguments, start, generator, watch)
+                packed = denoise(pipe, stage, text | guidance.arguments, start, generator, callback)
             timesteps = pipe.scheduler.timesteps[pipe.scheduler.begin_index or 0 :].tolist()
         watch.raise_if_not_finite()
         latents = pipe._unpack_latents(packed, stage.height, stage.width, pipe.vae_scale_factor)
@@ -185,7 +189,7 @@ def denoise(
     arguments: dict[str, Any],
     start: torch.Tensor | None,
     generator: torch.Generator,
-    watch: StepWatch,
+    watch: StepWatch | PreviewedSteps,
 ) -> torch.Tensor:
     """Latents of one picture, `[1, image tokens, channels]`.
 

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grat_cli import ffmpeg, media
+from grat_cli import ffmpeg, media, picture_files
 from grat_cli.errors import BadInput, CannotWrite, choices
 from grat_cli.gif_comment import append_comment
 from grat_cli.whole_files import cannot_write, discard, part_path
@@ -232,7 +232,7 @@ def _write_folder(frames: Iterator[np.ndarray], path: Path, provenance: Mapping[
         part.mkdir()
         for count, frame in enumerate(frames, 1):
             with open(part / frame_name(count), "xb") as file:
-                media.save_png(Image.fromarray(frame), file, provenance)
+                picture_files.save_picture(Image.fromarray(frame), file, picture_files.FORMATS["png"], provenance)
         os.rename(part, path)
     except OSError as error:
         raise cannot_write(path, error) from error

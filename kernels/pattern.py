@@ -59,12 +59,15 @@ class Pattern(ABC):
 
 
 def _as_levels(attended: npt.NDArray[np.bool_]) -> Levels:
-    return np.where(attended, 0, NOT_ATTENDED).astype(np.int8)
+    assert NOT_ATTENDED == -1
+    return attended.view(np.int8) - np.int8(1)
 
 
-def _axis_distances(queries: IntArray, keys: IntArray) -> list[npt.NDArray[np.int32]]:
-    """Distance in groups along each axis, `[Q, K]` each."""
-    pairs = zip(queries.T.astype(np.int32), keys.T.astype(np.int32), strict=True)
+def _axis_distances(queries: IntArray, keys: IntArray) -> list[npt.NDArray[np.signedinteger]]:
+    """Distance in groups along each axis, `[Q, K]` each, in 16 bits where they suffice: half the time."""
+    highest = max(queries.max(initial=0), keys.max(initial=0))
+    dtype = np.int16 if highest < 2**15 else np.int32
+    pairs = zip(queries.T.astype(dtype), keys.T.astype(dtype), strict=True)
     return [np.abs(query[:, None] - key[None, :]) for query, key in pairs]
 
 

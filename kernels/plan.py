@@ -8,9 +8,11 @@ This module is NumPy alone, so that planning a run needs no torch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -102,6 +104,9 @@ class PlanTensors(NamedTuple):
     inverse: torch.Tensor
     log_counts: torch.Tensor
 
+
+# Pairs of groups whose levels are held at once: some tens of megabytes with all that is made of them.
+_MOST_PAIRS = 1 << 20
 
 _keys = itertools.count(1)
 _plans: WeakValueDictionary[int, Plan | HeadPlan] = WeakValueDictionary()
@@ -233,16 +238,24 @@ class Plan(JointSequence):
     @cached_property
     def reach(self) -> float:
         """Largest distance, in tokens on the grid, from a query to an image token it attends exactly."""
-        grouping = self.grouping
-        extents = np.asarray(grouping.grid.shape)
-        first = grouping.coordinates * np.asarray(grouping.group)
-        last = np.minimum(first + np.asarray(grouping.group), extents) - 1
-        exact = self.pattern.levels(grouping.coordinates, grouping.coordinates, grouping.counts) == 0
-        squared = np.zeros(exact.shape)
-        for axis in range(grouping.grid.axes):
-            span = last[:, axis][:, None] - first[:, axis][None, :]
-            squared += np.maximum(span, span.T) ** 2
-        return float(np.sqrt(squared.max(where=exact, initial=0.0)))
+        grouping, coordinates = self.grouping, self.grouping.coordinates
+        squares = []
+        for extent, size in zip(grouping.grid.shape, grouping.group, strict=True):
+            first = np.arange(0, extent, size, dtype=np.int64)
+            last = np.minimum(first + size, extent) - 1
+            span = last[:, None] - first[None, :]
+            squares.append(np.maximum(span, span.T) ** 2)
+        farthest = 0
+        for queries in _stretches(len(coordinates)):
+            exact = self.pattern.levels(coordinates[queries], coordinates, grouping.counts) == 0
+            # Groups per axis: [Q, counts of axis 0, counts of axis 1, ...], from [Q, counts of one axis] each.
+            distance = np.zeros((exact.shape[0], *[1] * grouping.grid.axes), np.int64)
+            for axis, square in enumerate(squares):
+                shape = [1] * grouping.grid.axes
+                shape[axis] = len(square)
+                distance = distance + square[coordinates[queries, axis]].reshape(-1, *shape)
+            farthest = max(farthest, int(distance.reshape(exact.shape).max(where=exact, initial=0)))
+        return math.sqrt(farthest)
 
     def tile_efficiency(self, block_m: int = 128, block_n: int = 128, block_tail: int | None = None) -> float:
         """Share of the pairs computed in tiles that are attended; the rest is work on masked keys and queries.
@@ -361,17 +374,23 @@ def build_plan(
             )
     grouping = grouping.refined(blocks)
 
-    # Columns of the level matrix in token order, so that equal neighbours are contiguous keys.
-    ranking = np.argsort(grouping.starts)
-    levels = pattern.levels(grouping.coordinates, grouping.coordinates, grouping.counts)[:, ranking]
-    # From numbers of the pattern's far levels to numbers of the summaries' levels; NOT_ATTENDED is the last entry.
-    levels = np.asarray([0, *(blocks.index(block) + 1 for block in far_blocks), NOT_ATTENDED], np.int8)[levels]
-    distinct, list_of_group = _distinct_rows(levels)
-
     text_start = 0 if text_first else grouping.grid.tokens
     image_start = text_len if text_first else 0
     tokens = grouping.grid.tokens + text_len
-    span_lists, summaries = _build_lists(grouping, distinct, ranking, blocks, text_len, text_first)
+    ranking = np.argsort(grouping.starts)
+    columns, summaries = _columns_and_summaries(grouping, ranking, blocks, text_len, text_first)
+    # From numbers of the pattern's far levels to numbers of the summaries' levels; NOT_ATTENDED is the last entry.
+    renumbered = np.asarray([0, *(blocks.index(block) + 1 for block in far_blocks), NOT_ATTENDED], np.int8)
+    lists, list_of_group = [], np.empty(len(ranking), np.int64)
+    seen: dict[bytes, int] = {}
+    for queries in _stretches(len(ranking)):
+        # Keys in token order, so that equal neighbours are contiguous keys.
+        levels = pattern.levels(grouping.coordinates[queries], grouping.coordinates[ranking], grouping.counts)
+        levels = renumbered[levels] if blocks != tuple(far_blocks) else levels
+        new, list_of_group[queries] = _distinct_rows(levels, seen)
+        lists.append(_merged_spans(levels[new], columns))
+    text = Span(text_start, text_len, 0) if text_len else None
+    span_lists = _joined_lists(lists, text, Span(0, tokens, 0))
     if not span_lists.keys.all():
         raise ValueError(
             f"{pattern} leaves a group with nothing to attend: join the far field to a near pattern with Union"
@@ -402,66 +421,102 @@ def build_plan(
     )
 
 
-def _distinct_rows(levels: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int8], IntArray]:
-    """Distinct rows and, for each row, which of them it is."""
-    packed = np.ascontiguousarray(levels).view(np.dtype((np.void, levels.shape[1])))[:, 0]
-    _, first, inverse = np.unique(packed, return_index=True, return_inverse=True)
-    return levels[first], inverse.reshape(-1).astype(np.int64)
+def _stretches(groups: int) -> Iterator[slice]:
+    """Stretches of query groups, so that a matrix of one stretch by all groups stays small."""
+    length = max(1, _MOST_PAIRS // groups)
+    for first in range(0, groups, length):
+        yield slice(first, min(first + length, groups))
 
 
-def _build_lists(
-    grouping: Grouping,
-    levels: npt.NDArray[np.int8],
-    ranking: IntArray,
-    blocks: tuple[Cell, ...],
-    text_len: int,
-    text_first: bool,
-) -> tuple[SpanLists, Summaries]:
-    """Merged spans of the distinct rows of the level matrix, plus one list that is the whole sequence, last."""
+def _distinct_rows(levels: npt.NDArray[np.int8], seen: dict[bytes, int]) -> tuple[list[int], list[int]]:
+    """Rows that differ from all before, and for each row its number among all distinct ones.
+
+    Args:
+        levels: a stretch of the level matrix.
+        seen: numbers of the distinct rows by hash; those of this stretch are added.
+    """
+    new, numbers = [], []
+    for row, content in enumerate(np.ascontiguousarray(levels)):
+        digest = blake2b(content, digest_size=16).digest()
+        if digest not in seen:
+            seen[digest] = len(seen)
+            new.append(row)
+        numbers.append(seen[digest])
+    return new, numbers
+
+
+def _columns_and_summaries(
+    grouping: Grouping, ranking: IntArray, blocks: tuple[Cell, ...], text_len: int, text_first: bool
+) -> tuple[IntArray, Summaries]:
+    """Where the keys of each group begin at each level, groups in token order, `[levels, groups + 1]`; and summaries.
+
+    At level 0 keys are positions in the joint sequence, at level n rows of the n-th summary tensor.
+    """
     image_start = text_len if text_first else 0
-    tokens = grouping.grid.tokens + text_len
-
-    # Level 0: text is one more column that every row attends.
-    sizes = grouping.sizes[ranking]
-    exact = levels == 0
-    if text_len:
-        end = 0 if text_first else len(sizes)
-        sizes = np.insert(sizes, end, text_len)
-        exact = np.insert(exact, end, True, axis=1)
-    pieces = [(*_merged_spans(exact, sizes), 0)]
-
-    # Far levels: columns are the groups' blocks, which are contiguous in token order.
+    sizes = [grouping.sizes[ranking]]
     starts, counts, offsets = [], [], [0]
-    for number, block in enumerate(blocks, start=1):
+    for block in blocks:
+        # A group's blocks are contiguous in token order.
         block_starts = grouping.cell_starts(block)
         by_position = np.argsort(block_starts)
         starts.append(image_start + block_starts[by_position])
         counts.append(cell_sizes(grouping.grid, block)[by_position])
         offsets.append(offsets[-1] + len(block_starts))
         group_of_block = np.searchsorted(grouping.starts[ranking], block_starts, side="right") - 1
-        pieces.append((*_merged_spans(levels == number, np.bincount(group_of_block, minlength=len(ranking))), number))
-
-    whole = len(levels)
-    rows = np.concatenate([piece[0] for piece in pieces] + [np.asarray([whole])])
-    span_starts = np.concatenate([piece[1] for piece in pieces] + [np.asarray([0])])
-    lengths = np.concatenate([piece[2] for piece in pieces] + [np.asarray([tokens])])
-    span_levels = np.concatenate([np.full(len(piece[0]), piece[3]) for piece in pieces] + [np.asarray([0])])
-    by_list = np.argsort(rows, kind="stable")
-    bounds = np.searchsorted(rows[by_list], np.arange(whole + 2))
-    lists = SpanLists(span_starts[by_list], lengths[by_list], span_levels[by_list], bounds)
+        sizes.append(np.bincount(group_of_block, minlength=len(ranking)))
+    columns = np.zeros((len(sizes), len(ranking) + 1), np.int64)
+    columns[:, 1:] = np.cumsum(sizes, axis=1)
+    columns[0] += image_start
     none = np.empty(0, np.int64)
-    return lists, Summaries(blocks, np.concatenate([none, *starts]), np.concatenate([none, *counts]), tuple(offsets))
+    return columns, Summaries(blocks, np.concatenate([none, *starts]), np.concatenate([none, *counts]), tuple(offsets))
 
 
-def _merged_spans(attended: npt.NDArray[np.bool_], sizes: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Runs of attended columns: (row, start, length), where column c is `sizes[c]` long."""
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    padded = np.zeros((len(attended), attended.shape[1] + 2), np.int8)
-    padded[:, 1:-1] = attended
-    change = np.diff(padded, axis=1)
-    rows, first = np.nonzero(change == 1)
-    _, last = np.nonzero(change == -1)
-    return rows, bounds[first], bounds[last] - bounds[first]
+class _Spans(NamedTuple):
+    """Spans of several lists: which list of a stretch, level, start, length; ordered by list, then start."""
+
+    rows: IntArray
+    levels: IntArray
+    starts: IntArray
+    lengths: IntArray
+    count: int  # of lists
+
+
+def _merged_spans(levels: npt.NDArray[np.int8], columns: IntArray) -> _Spans:
+    """Runs of neighbouring groups at the same level, of each row of the level matrix."""
+    begins = np.ones((len(levels), levels.shape[1] + 1), np.bool_)
+    np.not_equal(levels[:, 1:], levels[:, :-1], out=begins[:, 1:-1])
+    # Each row ends with the end of its last run.
+    rows, bounds = np.nonzero(begins)
+    inside = rows[1:] == rows[:-1]
+    rows, first, last = rows[:-1][inside], bounds[:-1][inside], bounds[1:][inside]
+    level = levels[rows, first].astype(np.int64)
+    attended = level != NOT_ATTENDED
+    rows, level, first, last = rows[attended], level[attended], first[attended], last[attended]
+    starts = columns[level, first]
+    return _Spans(rows, level, starts, columns[level, last] - starts, len(levels))
+
+
+def _joined_lists(stretches: list[_Spans], text: Span | None, whole: Span) -> SpanLists:
+    """All lists, the text added to each and merged with what it touches, plus one that is the whole sequence, last."""
+    before = np.cumsum([0, *(spans.count for spans in stretches)])
+    count = int(before[-1])
+    rows = np.concatenate([spans.rows + offset for spans, offset in zip(stretches, before, strict=False)])
+    levels, starts, lengths = (np.concatenate([spans[field] for spans in stretches]) for field in (1, 2, 3))
+    if text is not None:
+        touching = (levels == 0) & ((starts == text.stop) | (starts + lengths == text.start))
+        starts = np.where(touching & (starts == text.stop), text.start, starts)
+        lengths = lengths + np.where(touching, text.length, 0)
+        alone = np.setdiff1d(np.arange(count), rows[touching])
+        rows = np.concatenate([rows, alone])
+        starts, lengths, levels = (
+            np.concatenate([column, np.full(len(alone), value)])
+            for column, value in ((starts, text.start), (lengths, text.length), (levels, 0))
+        )
+    rows = np.append(rows, count)
+    starts, lengths, levels = (np.append(*pair) for pair in zip((starts, lengths, levels), whole, strict=True))
+    order = np.lexsort((starts, levels, rows))
+    bounds = np.searchsorted(rows[order], np.arange(count + 2))
+    return SpanLists(starts[order], lengths[order], levels[order], bounds)
 
 
 def _whole_sequence_list(lists: SpanLists, tokens: int) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from large_tensors import zeros_on_demand
 
 from grat_kernels import gluon_backend
 
@@ -29,6 +30,8 @@ SOURCE = Path(gluon_backend.__file__).with_name("hopper_kernel.py")
 ELEMENT_BYTES = 2
 REGISTER_FILE = 64 * 1024
 THREADS_PER_WARP = 32
+# Larger tensors are used in place: they are mostly untouched, and a copy would touch all of them.
+COPIED_BYTES = 2**30
 
 
 class ProtocolError(AssertionError):
@@ -184,17 +187,20 @@ class GlobalMemory:
         self._at: dict[int, Allocation] = {}
 
     def pointer_to(self, tensor: torch.Tensor, content: torch.Tensor | None = None) -> Pointers:
-        """A pointer to the start of `tensor`, whose storage is copied in once; `content` replaces its elements."""
+        """A pointer to the start of `tensor`, whose storage is taken in once; `content` replaces its elements."""
         storage = tensor.untyped_storage()
         dtype = {torch.int32: INT32, torch.float32: FLOAT32}.get(tensor.dtype, ELEMENT)
         if storage.data_ptr() not in self._at:
             flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
-            values = flat.to(torch.float32 if dtype is not INT32 else torch.int64).clone()
+            values = flat
+            if storage.nbytes() <= COPIED_BYTES:
+                values = flat.to(torch.float32 if dtype is not INT32 else torch.int64).clone()
             if content is not None:
                 values.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(content)
             # Far apart, so that no offset leads from one tensor into the next, and beyond 32 bits.
             start = (len(self.allocations) + 1) << 40
-            allocation = Allocation(start, dtype, values.numpy(), np.zeros(len(values), np.int64))
+            writes = zeros_on_demand((len(values),), torch.uint8)
+            allocation = Allocation(start, dtype, values.numpy(), writes.numpy())
             self.allocations.append(allocation)
             self._at[storage.data_ptr()] = allocation
         start = self._at[storage.data_ptr()].start

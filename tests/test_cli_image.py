@@ -265,3 +265,50 @@ def test_an_image_fits_a_narrow_terminal(painter: Painter, monkeypatch: pytest.M
     assert max(map(len, result.out.splitlines())) <= 40
     assert "…" not in result.out
     assert "\x1b" not in result.out + result.err  # no colour where there is no terminal
+
+
+@pytest.mark.parametrize(("name", "pillow_name"), [("jpg", "JPEG"), ("webp", "WEBP"), ("tiff", "TIFF")])
+def test_other_formats_carry_the_same_provenance(name: str, pillow_name: str, painter: Painter, tmp_path: Path) -> None:
+    result = grat(*FOX, "--res", "64", "--format", name, "--seed", "3", "--json")
+    (made,) = result.data["images"]
+    assert made["file"].endswith(f"-s3.{name}")
+    with Image.open(made["file"]) as image:
+        assert (image.format, image.size) == (pillow_name, (64, 64))
+    (tmp_path / made["file"]).with_suffix(".json").unlink()
+    found = grat("info", made["file"], "--json").data
+    assert (found["prompt"], found["seed"], found["preset"]["name"]) == (FOX[1], 3, made["preset"]["name"])
+    assert "phases" not in found
+    assert "a red fox in the snow" in grat("info", made["file"]).out
+    bare = grat(*FOX, "--res", "64", "--out", f"bare.{name}", "--no-metadata")
+    assert bare.code == 0, bare.err
+    assert b"grat" not in (tmp_path / f"bare.{name}").read_bytes()
+
+
+def test_formats_that_do_not_fit_are_refused_before_the_run(painter: Painter) -> None:
+    for options, advice in (
+        (("--out", "fox.png", "--format", "jpg"), "fox.jpg"),
+        (("--format", "jpgg"), "did you mean 'jpg'"),
+        (("--quality", "90"), "for jpg and webp"),
+        (("--format", "jpg", "--quality", "0"), "1 (smallest) to 100"),
+        (("--format", "webp", "--res", "16384x64"), "--format png or tiff"),
+        (("--preview", "0"), "--preview 5"),
+    ):
+        assert advice in refusal(*FOX, *options)
+    assert painter.requests == []
+
+
+def test_previews_are_beside_the_output_until_it_is_there(painter: Painter, tmp_path: Path) -> None:
+    def paint(request: Any, progress: Any) -> Iterator[GeneratedImage]:
+        for seed, preview in request.previews.items():
+            assert preview.path == Path(f"fox-s{seed}.preview.png")
+            assert preview.every == 2
+            preview.path.write_bytes(b"so far")
+        yield from painter(request, progress)
+
+    painter.fails_at_seed[5] = NumericalFailure("NaN")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grat_cli.generation.generate_images", paint)
+        assert grat(*FOX, "--res", "64", "--seed", "3,5", "--preview", "2", "--out", "fox.png").code == 5
+    assert names(tmp_path) == {"fox-s3.png", "fox-s3.json", "fox-s5.preview.png"}
+    grat(*FOX, "--res", "64", "--seed", "3", "--out", "other.png")
+    assert painter.requests[-1].previews == {}

@@ -39,8 +39,8 @@ FLOORS = (
     # Data and measurement
     ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
     ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
-    ("preset_schema", "tensor_files", "video_check", "image_coding", "offloading", "quantization"),
-    ("presets", "latents_file", "run_checkpoint", "media"),
+    ("preset_schema", "tensor_files", "video_check", "image_coding", "offloading", "quantization", "picture_files"),
+    ("presets", "latents_file", "run_checkpoint", "media", "preview"),
     # What runs when; models and how they are entered
     (
         "schedule",

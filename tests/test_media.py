@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grat_cli import media
+from grat_cli import media, picture_files
 from grat_cli.errors import BadInput
 from grat_cli.whole_files import write_whole
 
@@ -97,7 +97,7 @@ def test_prompts_that_are_no_text_are_kept_too(tmp_path: Path, picture: Image.Im
     media.write_png(picture, tmp_path / "fox.png", odd)
     media.write_json(odd, tmp_path / "odd.json")
     assert media.read_provenance(tmp_path / "fox.png") == media.read_provenance(tmp_path / "odd.json") == odd
-    assert "🦊" in media._json_text(PROVENANCE)
+    assert "🦊" in picture_files.json_text(PROVENANCE)
 
 
 def test_pictures_come_back_with_their_provenance(tmp_path: Path, picture: Image.Image) -> None:

@@ -128,7 +128,7 @@ def test_presets_for_other_axes_and_too_many_groups_are_refused() -> None:
         schedule(grid=Grid((3, 8, 8)))
     with pytest.raises(BadInput, match="--group 2x2"):
         schedule("attention.group=[1, 1]", grid=Grid((100, MOST_GROUPS // 50)))
-    with pytest.raises(BadInput, match="--group 16x16"):
+    with pytest.raises(BadInput, match="--group 8x8"):
         schedule("attention.group=[4, 4]", grid=Grid((1024, 1024)))
 
 

@@ -38,7 +38,10 @@ def image(
     dtype: options.Dtype = "auto",
     offload: options.Offload = "none",
     quantize: options.Quantize = "none",
+    preview: options.PreviewEvery = None,
     out: options.Out = None,
+    format: options.PictureFormat = None,
+    quality: options.Quality = None,
     overwrite: options.Overwrite = False,
     no_metadata: options.NoMetadata = False,
     as_json: options.AsJson = False,
@@ -52,8 +55,10 @@ def image(
     from grat_cli.highres import stages_of, uses_highres
     from grat_cli.models import choose_model
     from grat_cli.offloading import OFFLOADS
+    from grat_cli.picture_files import choose_format, require_writable, write_picture
     from grat_cli.planning import architecture_for, schedule_for_stage
     from grat_cli.presets import HIGHRES_MODES
+    from grat_cli.preview import Preview
     from grat_cli.quantization import QUANTIZATIONS
     from grat_cli.resolution import parse_resolution
     from grat_cli.seeds import resolve_seeds
@@ -85,6 +90,9 @@ def image(
     if highres is not None:
         require_choice("--highres", highres, HIGHRES_MODES)
     seeds = resolve_seeds(seed, n)
+    chosen_format = choose_format(out, format)
+    if preview is not None and preview < 1:
+        raise BadInput(f"--preview {preview}: expected a number of steps, such as --preview 5")
 
     # 2. Model, preset, size; whether they fit one another.
     choice = choose_model(model)
@@ -102,6 +110,7 @@ def image(
         set_items=set_items or (),
     )
     resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
+    require_writable(chosen_format, resolution.width, resolution.height, quality)
     stages = stages_of(chosen, choice, resolution.width, resolution.height)
     if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
         architecture = architecture_for(choice)
@@ -116,9 +125,17 @@ def image(
     # 3. Where the pictures go, before hours are spent on them.
     now = datetime.now().astimezone()
     word = variant_word(chosen)
-    names = [media.default_name(now, prompt, str(resolution), word, seed) for seed in seeds]
-    paths = media.output_paths(out, names, seeds)
+    suffix = chosen_format.suffix_of(out)
+    names = [media.default_name(now, prompt, str(resolution), word, seed, suffix) for seed in seeds]
+    paths = media.output_paths(out, names, seeds, suffix)
     media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
+    previews = {}
+    if preview is not None:
+        previews = {
+            seed: Preview(media.preview_path(path), preview, choice.native_side)
+            for seed, path in zip(seeds, paths, strict=True)
+        }
+        media.refuse_unwritable([each.path for each in previews.values()], overwrite=True)
 
     # 4. Make them, one by one; each is written as soon as it is done.
     from grat_cli.generation import generate_images
@@ -146,6 +163,7 @@ def image(
         init_image=init_image,
         strength=strength,
         base=base,
+        previews=previews,
     )
     command = shlex.join(["grat", *(context.find_root().obj or ())])
     reports: list[dict[str, Any]] = []
@@ -154,7 +172,14 @@ def image(
             made = report.build_report(request, generated, command, datetime.now().astimezone())
             progress.phase("save")
             began = perf_counter()
-            media.write_png(generated.image, path, None if no_metadata else report.provenance(made))
+            inside = None if no_metadata else report.provenance(made)
+            whole = write_picture(
+                generated.image, path, chosen_format, inside, quality=quality, written=progress.written
+            )
+            if inside and not whole:
+                progress.note(f"{path} has no room for how it was made: that is in {media.report_path(path).name}")
+            if generated.seed in previews:
+                previews[generated.seed].remove()
             made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
             media.write_json(made, media.report_path(path))
             reports.append(made)
