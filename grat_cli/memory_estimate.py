@@ -8,7 +8,6 @@ libraries, the driver of a GPU, and what an allocator holds back; `hardware.Devi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +36,9 @@ _CPU_GATHER, _DEVICE_GATHER = 1 << 20, 256 << 20
 # torch's attention on a CPU keeps for each thread a tile of scores and of outputs in fp32, of 256 queries and 512 keys
 # (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
 _SCORE_TILE = 256, 512
+# torch convolves fp32 on a CPU by way of columns, 27 numbers for each of a kernel of 3x3x3, where channels x frames x
+# rows are no more than this, and else by oneDNN (ConvParams::use_mkldnn, aten/src/ATen/native/Convolution.cpp).
+_SMALL_CONVOLUTION = 20_480
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,11 @@ class Execution:
         """Whether norms, rotation and joining are one kernel: not where hooks move the norms' weights."""
         return self.kernel and not self.on_cpu and self.offload in ("none", "model")
 
-    def chunk(self, tokens: int) -> int:
-        """Tokens that feed-forward layers take at once."""
-        if self.chunk_tokens is None:
-            return tokens
+    def chunk(self, image_tokens: int) -> int | None:
+        """Tokens that blocks take at once, but for attention; None for all."""
         if self.chunk_tokens == "auto":
-            return tokens if tokens <= AUTO_CHUNK_ABOVE else AUTO_CHUNK
-        return min(tokens, self.chunk_tokens)
+            return AUTO_CHUNK if image_tokens > AUTO_CHUNK_ABOVE else None
+        return self.chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -310,8 +310,8 @@ class _Call:
     Attributes:
         image: bytes of a hidden state of the image tokens.
         text: likewise of the text tokens.
-        chunk: likewise of the tokens that a feed-forward layer takes at once.
-        whole: whether that is all of them.
+        chunk: likewise of the tokens that a block takes at once, but for attention.
+        chunked: whether that is not all of them.
         rotated: bytes while queries or keys are rotated by torch, per byte of them: what is stacked, and in fp32 two
             products and their sum.
         fused: whether one kernel prepares attention.
@@ -322,7 +322,7 @@ class _Call:
     image: float
     text: float
     chunk: float
-    whole: bool
+    chunked: bool
     rotated: float
     fused: bool
     summaries: float
@@ -357,12 +357,12 @@ def denoise_moments(
 
 def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> _Call:
     row = shape.width * execution.element
-    chunk = execution.chunk(plan.tokens)
+    chunk = execution.chunk(plan.image_tokens)
     return _Call(
         image=plan.image_tokens * row,
         text=plan.text_len * row,
-        chunk=chunk * row,
-        whole=chunk >= plan.tokens,
+        chunk=(chunk or 0) * row,
+        chunked=chunk is not None,
         rotated=1 + 3 * (4 / execution.element),
         fused=execution.fused,
         summaries=plan.summaries.rows * row,
@@ -424,84 +424,84 @@ def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> flo
     return out + source + largest + scratch
 
 
-def _attention(call: _Call, joined: float, video: bool, kept_queries: float) -> dict[str, float]:
+def _attention(call: _Call, video: bool, apart: bool) -> dict[str, float]:
     """Moments of attention, besides what the block holds.
 
     Args:
         call: the transformer call.
-        joined: how many of query, key and value are joined from image and text, and so copied.
-        video: whether image tokens alone are rotated, before they are joined.
-        kept_queries: queries and keys that are kept while those are rotated.
+        video: whether image tokens alone are rotated, before they are joined with text.
+        apart: whether text and image are projected apart, so that joining copies query, key and value.
     """
     n, i = call.joint, call.image
-    projected = 3 * n
+    # Projections are let go of when attention begins; joint ones lend it their value.
+    attention = {"attention": 3 * n + 2 * call.summaries * call.fused + call.attending}
+    joined = 3 if apart else 2
     if call.fused:
-        prepared = joined * n + 2 * call.summaries
-        return {"attention": projected + prepared + call.attending}
+        return attention | {"preparation": (3 + joined) * n + 2 * call.summaries}
     if video:
-        # The rotated query, the normalised key, and what its rotation takes.
-        rotating = projected + (2 + call.rotated) * i
-        joining = projected + 2 * i + 3 * n
-        return {
-            "rotation of keys": rotating,
-            "joining of video and text": joining,
-            "attention": projected + 3 * n + call.attending,
+        # The rotated query, the normalised key, and what its rotation takes; then both, and all three joined.
+        return attention | {
+            "rotation of keys": 3 * n + (2 + call.rotated) * i,
+            "joining of video and text": 3 * n + 2 * i + 3 * n,
         }
-    # The rotated query as well, while the key is being rotated.
-    return {
-        "rotation of keys": projected + kept_queries * n + n + call.rotated * n,
-        "attention": projected + joined * n + call.attending,
-    }
+    # Queries and keys before rotation, the rotated query, and what the key's rotation takes.
+    return attention | {"rotation of keys": (3 + joined + 1 + call.rotated) * n}
 
 
 def _flux_double(call: _Call) -> dict[str, float]:
     n, i = call.joint, call.image
     held = 2 * n  # hidden states and their norms
-    moments = {name: held + size for name, size in _attention(call, 3, video=False, kept_queries=3).items()}
-    # What attention put out, gated and not, and the sum with the hidden states; then twice the inner layer.
-    moments["feed-forward"] = held + n + 2 * i + 8 * min(call.chunk, i) + (0 if call.whole else i)
-    return moments
+    moments = {name: held + size for name, size in _attention(call, video=False, apart=True).items()}
+    if call.chunked:
+        return moments | _chunked_double(call)
+    # Hidden states, what attention put out, gated and not, the sum, its norm; then twice the inner layer.
+    return moments | {"feed-forward": 2 * n + 3 * i + 8 * i}
 
 
 def _flux_single(call: _Call) -> dict[str, float]:
     n = call.joint
-    if not call.whole:
+    if call.chunked:
         return _chunked_single(call, video=False)
     held = (1 + 1 + 1 + 4) * n  # hidden states, those of text and image joined, their norms, and the inner layer
-    moments = {name: held + size for name, size in _attention(call, 2, video=False, kept_queries=2).items()}
+    moments = {name: held + size for name, size in _attention(call, video=False, apart=False).items()}
     # What attention put out, it and the inner layer side by side, the projection of these, gated and not.
-    moments["projection"] = held + (1 + 5 + 1 + 1) * n
-    return moments
+    return moments | {"projection": held + (1 + 5 + 1 + 1) * n}
 
 
 def _hunyuan_double(call: _Call) -> dict[str, float]:
     n, i = call.joint, call.image
     held = 2 * n
-    moments = {name: held + size for name, size in _attention(call, 3, video=True, kept_queries=0).items()}
-    moments["feed-forward"] = held + n + n + 8 * min(call.chunk, i) + (0 if call.whole else i)
-    return moments
+    moments = {name: held + size for name, size in _attention(call, video=True, apart=True).items()}
+    if call.chunked:
+        return moments | _chunked_double(call)
+    # Hidden states, what attention put out, the sum, its norm; then twice the inner layer.
+    return moments | {"feed-forward": 4 * n + 8 * i}
 
 
 def _hunyuan_single(call: _Call) -> dict[str, float]:
     n = call.joint
-    if not call.whole:
+    if call.chunked:
         return _chunked_single(call, video=True)
     held = (1 + 1 + 1 + 4) * n
-    moments = {name: held + size for name, size in _attention(call, 3, video=True, kept_queries=0).items()}
+    moments = {name: held + size for name, size in _attention(call, video=True, apart=True).items()}
     # As in Flux, and what attention put out is joined from video and text.
-    moments["projection"] = held + (1 + 1 + 5 + 1 + 1) * n
-    return moments
+    return moments | {"projection": held + (1 + 1 + 5 + 1 + 1) * n}
+
+
+def _chunked_double(call: _Call) -> dict[str, float]:
+    """The end of a double block in chunks; `adapters.chunking` makes them."""
+    # Hidden states, what attention put out, the result; of a chunk the sum, its norm, and twice the inner layer.
+    return {"feed-forward": 3 * call.joint + (1 + 1 + 8) * call.chunk}
 
 
 def _chunked_single(call: _Call, video: bool) -> dict[str, float]:
-    """A single block whose feed-forward is run in chunks, after attention."""
+    """A single block in chunks, which makes its inner layer after attention."""
     n = call.joint
-    held = 3 * n
-    joined, kept = (3, 0) if video else (2, 2)
-    moments = {name: held + size for name, size in _attention(call, joined, video, kept).items()}
-    # What attention put out, the result, and of a chunk twice the inner layer, side by side, projected, gated.
-    moments["projection"] = held + (2 + video) * n + (8 + 5 + 2) * call.chunk
-    return moments
+    held = 3 * n  # hidden states, those of text and image joined, their norms
+    moments = {name: held + size for name, size in _attention(call, video, apart=video).items()}
+    # In place of norms the result, and what attention put out; of a chunk the inner layer, it and attention's side by
+    # side, and their projection.
+    return moments | {"projection": held + n + (4 + 5 + 1) * call.chunk}
 
 
 # ---- Decoding, encoding, saving
@@ -594,69 +594,68 @@ def _encoder_peak(shape: AutoencoderShape, high: int, wide: int, element: int) -
 
 
 def _video_decode_moments(shape: AutoencoderShape, size: Pixels, execution: Execution) -> dict[str, float]:
-    element = execution.autoencoder_element
-    scale = shape.scale
+    element, scale = execution.autoencoder_element, shape.scale
     tile = execution.tile or VIDEO_TILE
-    latent_frames = (size.frames - 1) // 4 + 1
-    rows, columns = size.height // scale, size.width // scale
-    tiled = max(size.height, size.width) > tile
-    high, wide = (min(rows, tile // scale), min(columns, tile // scale)) if tiled else (rows, columns)
-    windowed = latent_frames > VIDEO_WINDOW - 1
-    frames = min(latent_frames, VIDEO_WINDOW) if windowed else latent_frames
-    of_tile = _video_decoder_peak(shape, frames, high, wide, element)
-    latents = latent_frames * rows * columns * shape.latent_channels * element
-
-    # Tiles of a window are kept until it is whole, windows until the video is; both overlap.
+    latent_frames, rows, columns = (size.frames - 1) // 4 + 1, size.height // scale, size.width // scale
+    windows = [latent_frames]
+    if latent_frames > VIDEO_WINDOW - 1:
+        windows = _parts(latent_frames, VIDEO_WINDOW, VIDEO_WINDOW_STEP)
+    high, wide = [rows], [columns]
+    if max(size.height, size.width) > tile:
+        step = max(scale, tile * 3 // 4 // scale * scale)
+        high, wide = (_parts(side, tile // scale, step // scale) for side in (rows, columns))
     frame = 3 * size.height * size.width * element
-    step = max(scale, tile * 3 // 4 // scale * scale)
-    overlap = (
-        math.prod(_covered(side, tile, step) / side for side in (size.height, size.width)) if tiled else 1.0
-    )
-    of_window = frame * (4 * frames - 3)
-    starts = range(0, latent_frames, VIDEO_WINDOW_STEP) if windowed else range(1)
-    decoded = [
-        frame * (4 * (min(frames, latent_frames - start) - 1) + 1) for start in starts
-    ]
-    windows = float(sum(decoded))
-    last_window = decoded[-1]
-    return {
-        "decoder": latents + windows - last_window + (of_window * overlap if tiled else 0) + of_tile,
-        "joining of windows": latents + windows + frame * size.frames,
-    }
+    overlapping = sum(high) * sum(wide) / (rows * columns)
+
+    # Tiles are kept until a window is whole, windows until the video is; both overlap.
+    held = 2.0 * latent_frames * rows * columns * shape.latent_channels * element
+    decoding = 0.0
+    for frames in windows:
+        of_tile = max(_video_decoder_peak(shape, frames, h, w, execution) for h in set(high) for w in set(wide))
+        decoded = frame * (4 * frames - 3)
+        in_tiles = decoded * overlapping if len(high) * len(wide) > 1 else 0
+        decoding = max(decoding, held + in_tiles + of_tile, held + in_tiles + decoded)
+        held += decoded
+    return {"decoder": decoding, "joining of windows": held + frame * size.frames * (len(windows) > 1)}
 
 
-def _covered(side: int, tile: int, step: int) -> int:
-    """Pixels of all tiles along a side."""
-    return sum(min(tile, side - start) for start in range(0, side, step))
+def _parts(whole: int, size: int, step: int) -> list[int]:
+    """Lengths of the overlapping parts of something."""
+    return [min(size, whole - start) for start in range(0, whole, step)]
 
 
-def _video_decoder_peak(shape: AutoencoderShape, frames: int, rows: int, columns: int, element: int) -> float:
+def _video_decoder_peak(shape: AutoencoderShape, frames: int, rows: int, columns: int, execution: Execution) -> float:
     """Of the decoder of an AutoencoderKLHunyuanVideo on latents of a size."""
+    element = execution.autoencoder_element
+    in_columns = execution.on_cpu and element == 4
 
-    def padded() -> float:
-        return (frames + 2) * (rows + 2) * (columns + 2) / (frames * rows * columns)
+    def convolution(inputs: int, outputs: int) -> float:
+        """Besides an input of so many channels; it is padded first."""
+        plane = frames * rows * columns * element
+        padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * element
+        if in_columns and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
+            return padded + (27 * inputs + outputs) * plane
+        return padded + max(padded + outputs * plane, 2 * outputs * plane)
 
-    def convolution(inputs: float, outputs: float) -> float:
-        return padded() * inputs + max(padded() * inputs + outputs, 2 * outputs)
-
-    def residual_block(inputs: float, outputs: float) -> float:
+    def residual_block(inputs: int, outputs: int) -> float:
+        plane = frames * rows * columns * element
         return max(
-            2 * inputs,
-            inputs + convolution(inputs, outputs),
-            outputs + convolution(outputs, outputs),
-            outputs + outputs + convolution(inputs, outputs) * (inputs != outputs),
+            2 * inputs * plane,
+            inputs * plane + convolution(inputs, outputs),
+            outputs * plane + convolution(outputs, outputs),
+            (3 if inputs == outputs else 4) * outputs * plane,
         )
 
     peak, previous = 0.0, shape.channels[-1]
     for level, channels in enumerate(reversed(shape.channels)):
         places = frames * rows * columns * element
-        first, plane = previous * places, channels * places
-        peak = max(peak, first + residual_block(first, plane), first + plane + residual_block(plane, plane))
+        first, plane = previous * places, channels * places  # a level's input is held until it ends
+        peak = max(peak, first + residual_block(previous, channels), first + plane + residual_block(channels, channels))
         if level < 3:  # eight pixels per latent; time is doubled at the last two of the three
             rows, columns = 2 * rows, 2 * columns
             frames = 2 * frames - 1 if level > 0 else frames
             up = channels * frames * rows * columns * element
             later = up * (frames - 1) / frames  # of all frames but the first, which is joined
-            peak = max(peak, first + plane + later + up + convolution(up, up))
+            peak = max(peak, first + plane + later + up + convolution(channels, channels))
         previous = channels
     return peak
