@@ -18,6 +18,7 @@ from grat_kernels import Plan
 
 Phase = Literal["text", "encode", "denoise", "decode", "save"]
 OffloadKind = Literal["none", "model", "group", "sequential"]
+OFFLOAD_KINDS = ("none", "model", "group", "sequential")
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes per weight of a quantized matrix, scales included: one fp32 scale per row of int8 and fp8, which is next to

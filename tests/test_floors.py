@@ -37,22 +37,22 @@ FLOORS = (
     ("aot",),
     ("grat_kernels",),
     # Data and measurement
-    ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
+    ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress", "peak_rates"),
+    ("yaml_source", "preset_problems", "devices", "hardware", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
     ("preset_schema", "tensor_files", "video_check"),
     ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered
     ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*", "video_files"),
     ("adapters.flux", "adapters.hunyuan", "models"),
-    ("generation_request", "installation", "guidance", "hub", "video_size"),
-    ("checkpoints", "image_request", "video_request", "denoising"),
+    ("generation_request", "installation", "guidance", "hub", "video_size", "components"),
+    ("checkpoints", "image_request", "video_request", "denoising", "memory_estimate"),
     ("video_run",),
     ("video_decoding",),
     ("grat_cli",),
     ("generation", "video_generation", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "output"),
-    ("time_estimate", "video_output"),
+    ("time_estimate", "video_output", "fitting"),
     ("bench.*",),
     ("options",),
     (

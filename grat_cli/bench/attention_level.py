@@ -27,7 +27,7 @@ from grat_cli.bench.measure import (
     memory_obstacle,
     memory_words,
 )
-from grat_cli.bench.peak_rates import peak_tflops
+from grat_cli.peak_rates import peak_tflops
 from grat_cli.bench.peers import Scene, peer_rows
 from grat_cli.bench.results import Absent, BenchResult, Case, Row
 from grat_cli.bench.sampled import AttendedRows, SampledError, rows_of_mask, rows_of_plan, sampled_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,9 @@ from grat_cli import options
 from grat_cli.output import Mode, Output, bytes_text, fact_table
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from grat_cli.memory_estimate import RunMemory
     from grat_cli.planning import Forecast
 
 _VARIANTS_OF_VIDEOS = ("planes", "lines")
@@ -61,6 +65,18 @@ def plan(
         ),
     ] = None,
     dtype: options.Dtype = "auto",
+    gpu: options.Gpu = None,
+    offload: options.Offload = "none",
+    quantize: Annotated[
+        str,
+        typer.Option(
+            "--quantize",
+            metavar="HOW",
+            help="none, int8, fp8 or nf4: store matrices in fewer bits.",
+            show_default=False,
+            rich_help_panel="Model",
+        ),
+    ] = "none",
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -78,16 +94,23 @@ def plan(
 ) -> None:
     """Show tokens, density, attention work, memory and the pattern of a run, without loading a model."""
     from grat_cli import media
+    from grat_cli.components import components_of
     from grat_cli.errors import BadInput
+    from grat_cli.fitting import execution_of, judge, needs, refuse_unfit
+    from grat_cli.hardware import GPUS, device_named, present_cpu, present_gpu
+    from grat_cli.memory_estimate import OFFLOAD_KINDS, QUANTIZED_BYTES
     from grat_cli.models import choose_model, medium_of_name
     from grat_cli.picture import image_picture, text_picture
     from grat_cli.planning import architecture_for, forecast
     from grat_cli.presets import load_preset
     from grat_cli.resolution import parse_resolution
     from grat_cli.selection import DTYPES, mismatch_note, require_choice, select_preset
+    from grat_cli.time_estimate import estimate, estimate_for
     from grat_cli.video_size import parse_video_size
 
     output = Output(as_json=as_json, quiet=quiet)
+    require_choice("--offload", offload, OFFLOAD_KINDS)
+    require_choice("--quantize", quantize, ("none", *QUANTIZED_BYTES))
     if preset_name and preset:
         raise BadInput(f"two presets are given, {preset_name} and {preset}: leave one out")
     require_choice("--dtype", dtype, DTYPES)
@@ -128,11 +151,57 @@ def plan(
         media.refuse_unwritable([picture], overwrite=overwrite)
     result = forecast(chosen, choice.name, architecture_for(choice), size, dtype)
 
-    # 3. Show it.
+    # 3. Memory and time by phase, on the device that is meant.
+    components = components_of(choice)
+    device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
+    if device is not None and device.kind == "cpu" and (offload, quantize) != ("none", "none"):
+        raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
+    if device is None:
+        # No GPU is here and none is meant: which ones would do?
+        verdicts = []
+        for each in GPUS.values():
+            execution = execution_of(choice, result, each, offload=offload, quantize=quantize)
+            verdicts.append(judge(result, components, execution, each, advise=False))
+        execution = execution_of(choice, result, GPUS["h200"], offload=offload, quantize=quantize)
+        memory, seconds, verdict = needs(result, components, execution), {}, None
+        fitting = [each.device.name for each in verdicts if each.fits]
+        said = f"fits {', '.join(fitting)}" if fitting else "fits none of the GPUs known: --gpu h200 says what would"
+    else:
+        execution = execution_of(choice, result, device, offload=offload, quantize=quantize)
+        verdict = judge(result, components, execution, device)
+        memory, said = verdict.memory, verdict.sentence
+        if device.kind == "cuda":
+            seconds = estimate_for(result, components, execution, device) or {}
+        elif gpu is not None:  # measuring takes seconds, and loads torch
+            measured = estimate(result, "cpu", dtype)
+            seconds = {"denoise": measured.denoise, "decode": measured.decode}
+        else:
+            seconds = {}
+
+    # 4. Show it.
     if note := mismatch_note(chosen, choice):
         output.hint(note)
-    output.data(result.as_dict())
-    output.show(fact_table(_facts(result)))
+    phases = [
+        {"phase": phase.phase, "peak_bytes": round(phase.peak), "weights_bytes": round(phase.weights), "at": phase.moment}
+        for phase in memory.phases
+    ]
+    output.data(
+        result.as_dict()
+        | {
+            "phases": [{**phase, "seconds": seconds.get(str(phase["phase"]))} for phase in phases],
+            "load_seconds": seconds.get("load"),
+            "offload": offload,
+            "quantize": quantize,
+            "verdict": verdict.as_dict() if verdict else None,
+        }
+    )
+    output.show(fact_table(_facts(result)), "", _phase_table(memory, seconds))
+    if offload != "none":
+        output.show(f"{bytes_text(memory.offloaded)} of weights wait in main memory")
+    if seconds and device is not None and device.kind == "cuda":
+        output.show("Times are estimates from data sheets, not measured.")
+    if verdict is None or verdict.fits:
+        output.show(said)
     if picture is not None:
         media.write_png(image_picture(result.main_plan), picture, None)
         output.line(str(picture))
@@ -140,6 +209,32 @@ def plan(
         output.show("", text_picture(result.main_plan, min(output.console.width, 80)))
     elif output.mode is Mode.QUIET:
         output.line(f"{result.schedule.density:.6f}")
+    if verdict is not None:
+        refuse_unfit(verdict)
+
+
+def _phase_table(memory: RunMemory, seconds: Mapping[str, float]) -> RenderableType:
+    from rich.table import Table
+
+    from grat_cli.progress import duration
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("phase", style="dim", no_wrap=True)
+    for name in ("weights", "peak", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("at the peak", overflow="fold")
+    if "load" in seconds:
+        table.add_row("load", "", "", duration(seconds["load"]), "")
+    for phase in memory.phases:
+        took = seconds.get(phase.phase)
+        table.add_row(
+            phase.phase,
+            bytes_text(phase.weights),
+            bytes_text(phase.peak),
+            "" if took is None else duration(took),
+            phase.moment,
+        )
+    return table
 
 
 def _facts(result: Forecast) -> dict[str, str]:
