@@ -44,7 +44,8 @@ class Verdict:
     def sentence(self) -> str:
         """The verdict in a line."""
         if self.fits:
-            return f"fits {self.device.title}: {bytes_text(self.device.memory - self.needed)} of {self._memory} stay free"
+            free = bytes_text(self.device.memory - self.needed)
+            return f"fits {self.device.title}: {free} of {self._memory} left"
         largest = self.memory.largest
         return f"does not fit {self.device.title}: {largest.phase} needs {bytes_text(self.needed)} of {self._memory}"
 

@@ -216,25 +216,29 @@ def plan(
 def _phase_table(memory: RunMemory, seconds: Mapping[str, float]) -> RenderableType:
     from rich.table import Table
 
-    from grat_cli.progress import duration
-
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("phase", style="dim", no_wrap=True)
     for name in ("weights", "peak", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("at the peak", overflow="fold")
     if "load" in seconds:
-        table.add_row("load", "", "", duration(seconds["load"]), "")
+        table.add_row("load", "", "", _time(seconds["load"]), "")
     for phase in memory.phases:
         took = seconds.get(phase.phase)
         table.add_row(
             phase.phase,
             bytes_text(phase.weights),
             bytes_text(phase.peak),
-            "" if took is None else duration(took),
+            "" if took is None else _time(took),
             phase.moment,
         )
     return table
+
+
+def _time(seconds: float) -> str:
+    from grat_cli.progress import duration
+
+    return duration(seconds) if seconds >= 0.5 else "<1 s"
 
 
 def _facts(result: Forecast) -> dict[str, str]:
