@@ -15,21 +15,32 @@ from grat_cli.devices import is_out_of_memory, video_autoencoder_dtype
 from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.hub import BASES, download_pipeline, first_line, revision_of, root_cause
 from grat_cli.models import Medium, ModelChoice, medium_of_name
+from grat_cli.offloading import offload as offload_pipeline
+from grat_cli.offloading import require_offload, resolve_offload
+from grat_cli.quantization import configurations, require_quantization
 
 if TYPE_CHECKING:
     import torch
 
 _NEURAL_PARTS: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
 _TITLES: Mapping[Medium, str] = {"image": "Flux", "video": "HunyuanVideo"}
-OFFLOADS = ("none", "model", "sequential")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pipeline that is ready to run, and the commit of its weights where it is known."""
+    """A pipeline that is ready to run.
+
+    Attributes:
+        pipe: the pipeline.
+        revision: the commit of its weights where it is known.
+        offload: which weights wait in main memory, never `auto`; see `offloading`.
+        offload_reason: why.
+    """
 
     pipe: Any
     revision: str | None
+    offload: str = "none"
+    offload_reason: str = "chosen by name"
 
 
 def load_model(
@@ -38,6 +49,8 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     offload: str = "none",
+    quantize: str = "none",
+    tokens: int = 0,
     image_to_image: bool = False,
     base: str | None = None,
 ) -> LoadedModel:
@@ -47,28 +60,27 @@ def load_model(
         choice: which model.
         device: where it runs.
         dtype: of weights and activations; see `dtypes_of_parts` for where it is not that of all parts.
-        offload: `none`; `model` keeps one part at a time on the device; `sequential` one layer at a time.
+        offload: see `offloading`; `auto` is the fastest kind that fits.
+        quantize: see `quantization`.
+        tokens: image tokens of the calls to come, at most; for `auto`.
         image_to_image: a `FluxImg2ImgPipeline` in place of a `FluxPipeline`; of no meaning for videos.
         base: folder or hub id with the other parts of a pipeline, for a file that holds a transformer alone.
 
     Raises:
         ModelUnavailable: if it is missing, gated, damaged or out of reach, with what to do.
-        BadInput: if offload and device do not fit.
+        BadInput: if offload, quantization and device do not fit.
     """
-    if offload not in OFFLOADS:
-        raise BadInput(f"unknown offload {offload!r}: choose from {', '.join(OFFLOADS)}")
-    if offload != "none" and device.type == "cpu":
-        raise BadInput("--offload moves parts of the model off a GPU, and the run is on the CPU: leave it out")
+    require_offload(offload, device)
+    require_quantization(quantize, device, offload=offload, is_demo=choice.is_demo)
+    quantized = configurations(quantize, choice.medium, dtype)
     with _without_pointless_warnings():
-        pipe, folder = _load(choice, dtypes_of_parts(choice, device, dtype), image_to_image, base)
+        pipe, folder = _load(choice, dtypes_of_parts(choice, device, dtype), image_to_image, base, quantized)
     pipe.set_progress_bar_config(disable=True)
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None)
+    kind, reason = resolve_offload(offload, pipe, device, tokens)
+    if offload == "auto":
+        require_quantization(quantize, device, offload=kind)
+    offload_pipeline(pipe, kind, device)
+    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason)
 
 
 def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None) -> Any:
@@ -102,17 +114,21 @@ def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtyp
 
 
 def _load(
-    choice: ModelChoice, dtypes: Mapping[str, torch.dtype], image_to_image: bool, base: str | None
+    choice: ModelChoice,
+    dtypes: Mapping[str, torch.dtype],
+    image_to_image: bool,
+    base: str | None,
+    quantized: Mapping[str, Any],
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     pipeline = _pipeline_class(choice.medium, image_to_image)
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
-        return _load_folder(pipeline, folder, choice.name, choice.medium, dtypes), folder
+        return _load_folder(pipeline, folder, choice.name, choice.medium, dtypes, quantized), folder
     assert base is not None, "a file has a base, or is refused"
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
-    transformer = _load_file(choice, base, dtypes["transformer"])
-    return _load_folder(pipeline, folder, base, choice.medium, dtypes, transformer=transformer), folder
+    transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
+    return _load_folder(pipeline, folder, base, choice.medium, dtypes, quantized, transformer=transformer), folder
 
 
 def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
@@ -162,7 +178,7 @@ def _transformer_class(medium: Medium) -> Any:
     return FluxTransformer2DModel
 
 
-def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype) -> Any:
+def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: Any = None) -> Any:
     """A transformer from a file in diffusers' or the original layout, with the configuration of `base`."""
     from safetensors import safe_open
 
@@ -177,7 +193,10 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype) -> Any:
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
                 f"{_matching_base(choice.medium, embeds_guidance)}"
             )
-        transformer = model.from_single_file(choice.source, config=base, subfolder="transformer", dtype=dtype)
+        options = {} if quantized is None else {"quantization_config": quantized}
+        transformer = model.from_single_file(
+            choice.source, config=base, subfolder="transformer", dtype=dtype, **options
+        )
         lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
@@ -192,7 +211,13 @@ def _matching_base(medium: Medium, embeds_guidance: bool) -> str:
 
 
 def _load_folder(
-    pipeline: Any, folder: Path, name: str, medium: Medium, dtypes: Mapping[str, torch.dtype], **given: Any
+    pipeline: Any,
+    folder: Path,
+    name: str,
+    medium: Medium,
+    dtypes: Mapping[str, torch.dtype],
+    quantized: Mapping[str, Any],
+    **given: Any,
 ) -> Any:
     """A pipeline from a folder, strictly.
 
@@ -208,13 +233,17 @@ def _load_folder(
         for part in [part for part in _NEURAL_PARTS if part in parts and part not in given]:
             library, class_name = parts[part]
             with _damage_of(f"{part} of {name}", medium):
-                given[part] = _load_part(getattr(import_module(library), class_name), folder / part, dtypes[part])
+                loader = getattr(import_module(library), class_name)
+                given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
         return pipeline.from_pretrained(folder, **given)
 
 
-def _load_part(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
+def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = None) -> Any:
     """A text encoder, transformer or autoencoder with every one of its weights."""
-    part, report = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    options = {} if quantized is None else {"quantization_config": quantized}
+    part, report = loader.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+    )
     lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     # Encoders are often parts of larger checkpoints; of a transformer everything is used.
     left_over = sorted(report["unexpected_keys"]) if folder.name == "transformer" else []

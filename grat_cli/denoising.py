@@ -30,6 +30,8 @@ class GenerationRecord:
         backend: how attention was computed, never `auto`.
         backend_reason: why.
         preparation: what normalised, rotated and joined queries and keys before attention, and why.
+        offload: which weights waited in main memory, never `auto`.
+        offload_reason: why.
         guidance: effective guidance scale, or None.
         shift: effective time shift, a factor.
         model_revision: commit of the weights on the hub, or None.
@@ -47,6 +49,8 @@ class GenerationRecord:
     backend: str
     backend_reason: str
     preparation: str | None
+    offload: str = "none"
+    offload_reason: str = "chosen by name"
     device: str
     device_name: str
     dtype: str
@@ -120,7 +124,7 @@ def memory_advice(request: GenerationRequest, device: torch.device, size: str) -
         smaller = "x".join(str(max(unit, side // (2 * unit) * unit)) for side in (request.width, request.height))
         advice = [f"a smaller --res such as {smaller}"]
         if device.type != "cpu":
-            advice += [f"--offload {kind}" for kind in ("model", "sequential") if kind != request.offload]
+            advice += [f"--offload {kind}" for kind in ("model", "group", "sequential") if kind != request.offload]
         raise OutOfMemory(
             f"{device_name(device)} has too little memory for {size} with {request.model.name}: "
             f"try {' or '.join(advice)}"

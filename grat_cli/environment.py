@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "pillow", "imageio-ffmpeg")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "pillow",
+    "imageio-ffmpeg",
+    "torchao",
+    "bitsandbytes",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from grat_cli.components import Components
 from grat_cli.errors import GratError, OutOfMemory
-from grat_cli.hardware import Device
-from grat_cli.memory_estimate import Execution, Pixels, RunMemory, run_memory
+from grat_cli.hardware import GPUS, Device
+from grat_cli.memory_estimate import OFFLOAD_KINDS, PHASES, Execution, PhaseMemory, Pixels, RunMemory, run_memory
 from grat_cli.models import ModelChoice
 from grat_cli.output import bytes_text
-from grat_cli.planning import Forecast, forecast
+from grat_cli.planning import Forecast
 from grat_cli.resolution import Resolution
 
 # Feed-forward in chunks of so many tokens where the usual ones are too large.
@@ -27,12 +27,14 @@ class Verdict:
         device: which.
         memory: what the run needs by phase.
         needed: bytes at its peak, with what is not tensors.
+        execution: how it uses the device.
         advice: flags that would make it fit, where it does not; None where nothing was found.
     """
 
     device: Device
     memory: RunMemory
     needed: float
+    execution: Execution
     advice: str | None = None
 
     @property
@@ -64,24 +66,73 @@ class Verdict:
         }
 
 
-def needs(expected: Forecast, components: Components, execution: Execution) -> RunMemory:
-    """What a run needs by phase."""
-    return run_memory(
-        components,
-        Pixels.of(expected.size),
-        expected.schedule.plans,
-        execution,
-        guided_twice=expected.architecture.calls_per_step(expected.preset.sampling.guidance) == 2,
-    )
+def needs(runs: Sequence[Forecast], components: Components, execution: Execution) -> RunMemory:
+    """What a run in one stage or several needs by phase: of each phase the stage that needs most."""
+    largest: dict[str, PhaseMemory] = {}
+    offloaded = 0.0
+    for number, stage in enumerate(runs):
+        memory = run_memory(
+            components,
+            Pixels.of(stage.size),
+            stage.schedule.plans,
+            execution,
+            guided_twice=stage.architecture.calls_per_step(stage.preset.sampling.guidance) == 2,
+            encodes=number > 0,
+        )
+        offloaded = memory.offloaded
+        for phase in memory.phases:
+            if phase.phase not in largest or phase.peak > largest[phase.phase].peak:
+                largest[phase.phase] = phase
+    return RunMemory(tuple(largest[name] for name in PHASES if name in largest), offloaded)
 
 
 def judge(
-    expected: Forecast, components: Components, execution: Execution, device: Device, *, advise: bool = True
+    runs: Sequence[Forecast],
+    components: Components,
+    choice: ModelChoice,
+    device: Device,
+    *,
+    offload: str = "none",
+    quantize: str = "none",
+    at_size: Callable[[Any], Sequence[Forecast]] | None = None,
 ) -> Verdict:
-    """Whether a run fits a device; where it does not and `advise` is set, with the nearest thing that does."""
-    memory = needs(expected, components, execution)
-    verdict = Verdict(device, memory, device.with_overhead(memory.peak))
-    return verdict if verdict.fits or not advise else replace(verdict, advice=_advice(expected, components, execution, device))
+    """Whether a run fits a device; where it does not, with the nearest thing that does.
+
+    Args:
+        runs: forecasts of its stages.
+        components: parts of the pipeline.
+        choice: of the model.
+        device: where.
+        offload: as for `load_model`; `auto` is the first kind that fits.
+        quantize: likewise.
+        at_size: forecasts of another size, which is advised where nothing else helps; None for no advice at all.
+    """
+    kinds = OFFLOAD_KINDS if offload == "auto" and device.kind == "cuda" else (offload if offload != "auto" else "none",)
+    verdict = None
+    for kind in kinds:
+        execution = execution_of(choice, runs[-1], device, offload=kind, quantize=quantize)
+        memory = needs(runs, components, execution)
+        verdict = Verdict(device, memory, device.with_overhead(memory.peak), execution)
+        if verdict.fits:
+            break
+    assert verdict is not None
+    if verdict.fits or at_size is None:
+        return verdict
+    return replace(verdict, advice=_advice(runs, components, verdict.execution, device, at_size))
+
+
+def what_fits(
+    runs: Sequence[Forecast], components: Components, choice: ModelChoice, *, offload: str = "none", quantize: str = "none"
+) -> str:
+    """Which of the GPUs known a run fits, in a line."""
+    fitting = [
+        gpu.name
+        for gpu in GPUS.values()
+        if judge(runs, components, choice, gpu, offload=offload, quantize=quantize).fits
+    ]
+    if not fitting:
+        return "fits none of the GPUs known: --gpu h200 says what would"
+    return f"fits {', '.join(fitting)}"
 
 
 def refuse_unfit(verdict: Verdict) -> None:
@@ -91,25 +142,37 @@ def refuse_unfit(verdict: Verdict) -> None:
         raise OutOfMemory(f"{verdict.sentence}\n{advice}")
 
 
-def _advice(expected: Forecast, components: Components, execution: Execution, device: Device) -> str | None:
-    def fits(at: Forecast, how: Execution) -> bool:
+def _advice(
+    runs: Sequence[Forecast],
+    components: Components,
+    execution: Execution,
+    device: Device,
+    at_size: Callable[[Any], Sequence[Forecast]],
+) -> str | None:
+    expected = runs[-1]
+
+    def fits(at: Sequence[Forecast], how: Execution) -> bool:
         return device.with_overhead(needs(at, components, how).peak) <= device.memory
 
     for flags, how in _alternatives(execution):
-        if fits(expected, how):
+        if fits(runs, how):
             return f"try {flags}"
     # The smaller sizes, as they are and with whatever else helps.
     for size in _smaller(expected):
         try:
-            at = forecast(expected.preset, expected.model, expected.architecture, size, expected.dtype)
+            at = at_size(size)
         except GratError:  # groups that are larger than so small a picture, for example
             return None
         if fits(at, execution):
-            return f"try --res {size}"
+            return f"try --res {_typed(size)}"
         for flags, how in _alternatives(execution):
             if fits(at, how):
-                return f"try --res {size} {flags}"
+                return f"try --res {_typed(size)} {flags}"
     return None
+
+
+def _typed(size: Any) -> str:
+    return f"{size.width}x{size.height}"
 
 
 def _alternatives(execution: Execution) -> Iterator[tuple[str, Execution]]:
@@ -169,7 +232,6 @@ def execution_of(
         offload: `--offload`.
         quantize: `--quantize`.
     """
-    memory = getattr(expected.preset, "memory", None)
     half = device.kind == "cuda" and expected.dtype != "float32"
     beside = "float16" if choice.medium == "video" and half else None
     return Execution(
@@ -177,7 +239,7 @@ def execution_of(
         on_cpu=device.kind == "cpu",
         offload=offload,  # pyright: ignore[reportArgumentType]
         quantize=quantize,
-        chunk_tokens=memory.chunk_tokens if memory else None,
+        chunk_tokens=expected.preset.memory.chunk_tokens,
         kernel=expected.preset.kernel.backend in ("auto", "triton", "triton-ws", "gluon"),
         autoencoder_dtype=beside,
         text_dtype=beside,

@@ -24,7 +24,8 @@ class GenerationRequest:
         negative_prompt: what to steer away from, or None.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        offload: `none`, `model` or `sequential`, as in diffusers.
+        offload: one of `offloading.OFFLOADS`.
+        quantize: one of `quantization.QUANTIZATIONS`.
         base: folder or hub id of the other parts, for a model that is a file of a transformer alone.
     """
 
@@ -38,6 +39,7 @@ class GenerationRequest:
     device: str = "auto"
     dtype: str = "auto"
     offload: str = "none"
+    quantize: str = "none"
     base: str | None = None
 
 

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grat_cli.components import AutoencoderShape, Components, TextEncoderShape, TransformerShape
+from grat_cli.preset_schema import chunk_for
 from grat_cli.video_size import VideoSize
 from grat_kernels import Plan
 
 Phase = Literal["text", "encode", "denoise", "decode", "save"]
 OffloadKind = Literal["none", "model", "group", "sequential"]
 OFFLOAD_KINDS = ("none", "model", "group", "sequential")
+PHASES: tuple[Phase, ...] = ("text", "encode", "denoise", "decode", "save")
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes per weight of a quantized matrix, scales included: one fp32 scale per row of int8 and fp8, which is next to
 # nothing, and one per 64 weights of nf4 (QLoRA, arXiv 2305.14314, section 3).
 QUANTIZED_BYTES: Mapping[str, float] = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}
 
-# Feed-forward layers are run in chunks of so many tokens above twice as many.
-AUTO_CHUNK, AUTO_CHUNK_ABOVE = 16_384, 32_768
 # Side in pixels of the tiles that large pictures are decoded in, and rows of pixels that are turned to 8 bits at once.
 PICTURE_TILE, PICTURE_BAND = 1024, 1024
 # As `time_estimate` has them: tiles and windows of frames of AutoencoderKLHunyuanVideo, in pixels and latents.
@@ -88,9 +88,7 @@ class Execution:
 
     def chunk(self, image_tokens: int) -> int | None:
         """Tokens that blocks take at once, but for attention; None for all."""
-        if self.chunk_tokens == "auto":
-            return AUTO_CHUNK if image_tokens > AUTO_CHUNK_ABOVE else None
-        return self.chunk_tokens
+        return chunk_for(self.chunk_tokens, image_tokens)
 
 
 @dataclass(frozen=True)
@@ -261,11 +259,11 @@ def _resident(weights: Mapping[str, float], components: Components, execution: E
     layers = [encoder.layers for encoder in components.text_encoders]
     one_layer = max(size / (count + 1) for size, count in zip(encoders, layers, strict=True))
     if execution.offload == "group":
-        # The block at work and the one that is on its way; what is outside of blocks stays.
+        # The block at work and the one that is on its way, what is outside of blocks, and the autoencoder.
         return {
-            "text": 2 * one_layer,
+            "text": 2 * one_layer + weights["autoencoder"],
             "autoencoder": weights["autoencoder"],
-            "denoise": (2 * block + transformer.other_parameters) * share,
+            "denoise": (2 * block + transformer.other_parameters) * share + weights["autoencoder"],
             "decode": weights["autoencoder"],
         }
     # One module at a time: at most the largest matrix, a single block's output or a feed-forward's.

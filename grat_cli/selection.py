@@ -19,7 +19,6 @@ PRESET_VARIANTS: Mapping[str, tuple[str, ...]] = {
 RECOMMENDED = "far"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OFFLOADS = ("none", "model", "sequential")
 
 
 def select_preset(
@@ -33,6 +32,7 @@ def select_preset(
     backend: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    highres: str | None = None,
     set_items: Sequence[str] = (),
 ) -> Preset:
     """The resolved preset of a run.
@@ -75,6 +75,7 @@ def select_preset(
         backend=backend,
         steps=steps,
         guidance=guidance,
+        highres=highres,
     )
 
 

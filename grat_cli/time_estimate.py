@@ -11,7 +11,7 @@ For a GPU that is not here the rates are shares of what its maker states. No ker
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,17 @@ def estimate(forecast: Forecast, device: str = "auto", dtype: str = "auto") -> T
 def estimate_at(forecast: Forecast, rates: Rates) -> TimeEstimate:
     """How long denoising and decoding take at known rates."""
     architecture, schedule = forecast.architecture, forecast.schedule
+    assert isinstance(forecast.size, VideoSize), "the forecast is of an image"
+    denoise = schedule.steps * step_seconds(forecast, rates)
+    return TimeEstimate(denoise, decode_flop(architecture, forecast.size) / rates.convolution)
+
+
+def step_seconds(forecast: Forecast, rates: Rates) -> float:
+    """Seconds of a denoising step at known rates, mean over the run."""
+    architecture = forecast.architecture
     calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
     linear_flop = calls * architecture.linear_flop(forecast.main_plan.tokens)
-    step = forecast.planned_flop_per_step / rates.attention + linear_flop / rates.linear
-    assert isinstance(forecast.size, VideoSize), "the forecast is of an image"
-    return TimeEstimate(schedule.steps * step, decode_flop(architecture, forecast.size) / rates.convolution)
+    return forecast.planned_flop_per_step / rates.attention + linear_flop / rates.linear
 
 
 # Shares of a GPU's peak that grat expects to reach: attention as plain Triton does on an H100, 490 of 989 TFLOP/s
@@ -141,6 +147,40 @@ def estimate_for(
         + (weights["text"] / device.link if execution.offload != "none" else weights["text"] / device.bandwidth),
         "denoise": forecast.schedule.steps * step + (moving / calls if execution.offload == "model" else 0),
         "decode": convolutions / (CONVOLUTION_SHARE * peak),
+    }
+
+
+def phase_seconds(
+    runs: Sequence[Forecast], components: Components, execution: Execution, device: Device, dtype: str = "auto"
+) -> dict[str, float]:
+    """Seconds of the phases of a run in one stage or several; nothing where the device's data are not known.
+
+    On the CPU of this machine its rates are measured, in a few seconds, and loading and text are left out.
+    """
+    total: dict[str, float] = {}
+    rates = None
+    for number, stage in enumerate(runs):
+        if device.kind == "cpu":
+            if rates is None:
+                chosen = choose_device("cpu")
+                rates = measured_rates(stage, chosen, choose_dtype(dtype, chosen))
+            found = _at_rates(stage, components, execution, rates)
+        else:
+            found = estimate_for(stage, components, execution, device) or {}
+        for phase, seconds in found.items():
+            if number == 0 or phase not in ("load", "text"):
+                total[phase] = total.get(phase, 0.0) + seconds
+    return total
+
+
+def _at_rates(stage: Forecast, components: Components, execution: Execution, rates: Rates) -> dict[str, float]:
+    if isinstance(stage.size, VideoSize):
+        found = estimate_at(stage, rates)
+        return {"denoise": found.denoise, "decode": found.decode}
+    decoding = picture_decode_flop(components.autoencoder, Pixels.of(stage.size), execution.tile)
+    return {
+        "denoise": stage.schedule.steps * step_seconds(stage, rates),
+        "decode": decoding / rates.convolution,
     }
 
 
@@ -252,7 +292,8 @@ def _convolution_rate(architecture: Architecture, device: torch.device, dtype: t
     from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoDecoder3D
 
     shape = architecture.decoder
-    assert shape is not None
+    if shape is None:
+        return _picture_convolution_rate(device, dtype)
     side = 32
     while side > 4 and shape.flop(3, side, side) > (4e10 if device.type == "cpu" else 1e13):
         side //= 2
@@ -271,6 +312,18 @@ def _convolution_rate(architecture: Architecture, device: torch.device, dtype: t
     # Large enough on a CPU that neither its first call nor a pause of the machine weighs much.
     repeats = 0 if device.type == "cpu" else 2
     return shape.flop(3, side, side) / _seconds(lambda: decoder(latents), device, repeats)
+
+
+def _picture_convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Of a convolution with its activation, of 32 channels as at the finest level of the demo's decoder."""
+    import torch
+    from torch.nn import functional
+
+    channels, side = 32, 256 if device.type == "cpu" else 1024
+    planes = torch.randn(1, channels, side, side, device=device, dtype=dtype)
+    kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype) / (3 * channels**0.5)
+    seconds = _seconds(lambda: functional.relu(functional.conv2d(planes, kernel, padding=1)), device)
+    return 2 * 9 * channels**2 * side**2 / seconds
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grat_cli import report
-from grat_cli.checkpoints import load_model
+from grat_cli.checkpoints import LoadedModel, load_model
 from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
 from grat_cli.devices import choose_device, choose_dtype, device_name, peak_memory
 from grat_cli.errors import CannotWrite, GratError, Interrupted
@@ -70,7 +70,17 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
         # 2. Load.
         progress.phase("load")
         with phases("load"):
-            model = load_model(request.model, device=device, dtype=dtype, offload=request.offload, base=request.base)
+            model = load_model(
+                request.model,
+                device=device,
+                dtype=dtype,
+                offload=request.offload,
+                quantize=request.quantize,
+                tokens=request.video_tokens,
+                base=request.base,
+            )
+        if request.offload == "auto":
+            progress.note(f"--offload auto is {model.offload}: {model.offload_reason}")
         pipe = model.pipe
         use_tiles(pipe.vae)
         run.refuse_other_weights(model.revision)
@@ -82,7 +92,7 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
         progress.phase("text")
         with phases("text"):
             text = encode_text(pipe, request, guidance)
-        if request.offload == "none":
+        if model.offload == "none":
             release(pipe, "text_encoder", "text_encoder_2")
 
     for number, (seed, output) in enumerate(jobs):
@@ -102,12 +112,12 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
                 output,
                 text=text,
                 guidance=guidance,
-                revision=model.revision,
+                model=model,
                 device=device,
                 phases=phases,
                 progress=progress,
             )
-        if request.offload == "none" and number == len(jobs) - 1:
+        if model.offload == "none" and number == len(jobs) - 1:
             release(pipe, "transformer")
 
         # 5. Keep the latents until the video is written: decoding is where memory runs out.
@@ -159,7 +169,7 @@ def denoise(
     *,
     text: dict[str, torch.Tensor],
     guidance: Guidance,
-    revision: str | None,
+    model: LoadedModel,
     device: torch.device,
     phases: Phases,
     progress: Progress,
@@ -210,12 +220,14 @@ def denoise(
                 backend=installation.backend.value,
                 backend_reason=installation.backend_reason,
                 preparation=installation.preparation,
+                offload=model.offload,
+                offload_reason=model.offload_reason,
                 device=str(device),
                 device_name=device_name(device),
                 dtype=str(pipe.transformer.dtype).removeprefix("torch."),
                 guidance=guidance.scale,
                 shift=shift,
-                model_revision=revision,
+                model_revision=model.revision,
                 schedule=installation.schedule(text_tokens),
                 text_tokens=text_tokens,
             )

@@ -41,7 +41,7 @@ IMAGE = ("image", "a red fox", "--model", "demo")
         ((*IMAGE, "--backend", "tritn"), "--backend tritn: unknown value 'tritn': did you mean 'triton'?"),
         ((*IMAGE, "--device", "gpu"), "--device gpu:"),
         ((*IMAGE, "--dtype", "bf16"), "--dtype bf16: did you mean 'bfloat16'?"),
-        ((*IMAGE, "--offload", "all"), "--offload all: choose from none, model, sequential"),
+        ((*IMAGE, "--offload", "all"), "--offload all: choose from none, model, group, sequential, auto"),
         ((*IMAGE, "--strength", "0.5"), "--strength is for image-to-image: add --init-image FILE"),
         ((*IMAGE, "--init-image", "missing.png"), "--init-image missing.png: there is no such file"),
         ((*IMAGE, "--init-image", __file__, "--strength", "1.5"), "--strength 1.5: expected more than 0 and at most 1"),

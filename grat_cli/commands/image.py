@@ -24,6 +24,7 @@ def image(
     negative: options.Negative = None,
     init_image: options.InitImage = None,
     strength: options.Strength = None,
+    highres: options.Highres = None,
     preset: options.PresetName = None,
     variant: options.VariantName = None,
     group: options.Group = None,
@@ -36,6 +37,7 @@ def image(
     device: options.DeviceName = "auto",
     dtype: options.Dtype = "auto",
     offload: options.Offload = "none",
+    quantize: options.Quantize = "none",
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     no_metadata: options.NoMetadata = False,
@@ -47,13 +49,16 @@ def image(
     from grat_cli import media, report
     from grat_cli.architectures import ARCHITECTURES
     from grat_cli.errors import BadInput
+    from grat_cli.highres import stages_of, uses_highres
     from grat_cli.models import choose_model
-    from grat_cli.planning import architecture_for, schedule_for
+    from grat_cli.offloading import OFFLOADS
+    from grat_cli.planning import architecture_for, schedule_for_stage
+    from grat_cli.presets import HIGHRES_MODES
+    from grat_cli.quantization import QUANTIZATIONS
     from grat_cli.resolution import parse_resolution
     from grat_cli.seeds import resolve_seeds
     from grat_cli.selection import (
         DTYPES,
-        OFFLOADS,
         mismatch_note,
         require_backend,
         require_choice,
@@ -70,12 +75,15 @@ def image(
     require_device(device)
     require_choice("--dtype", dtype, DTYPES)
     require_choice("--offload", offload, OFFLOADS)
+    require_choice("--quantize", quantize, QUANTIZATIONS)
     if strength is not None and init_image is None:
         raise BadInput("--strength is for image-to-image: add --init-image FILE")
     if strength is not None and not 0 < strength <= 1:
         raise BadInput(f"--strength {strength:g}: expected more than 0 and at most 1")
     if init_image is not None and not init_image.is_file():
         raise BadInput(f"--init-image {init_image}: there is no such file")
+    if highres is not None:
+        require_choice("--highres", highres, HIGHRES_MODES)
     seeds = resolve_seeds(seed, n)
 
     # 2. Model, preset, size; whether they fit one another.
@@ -90,16 +98,20 @@ def image(
         backend=backend,
         steps=steps,
         guidance=guidance,
+        highres=highres,
         set_items=set_items or (),
     )
     resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
+    stages = stages_of(chosen, choice, resolution.width, resolution.height)
     if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
         architecture = architecture_for(choice)
-        schedule = schedule_for(chosen, architecture, resolution)
-        tokens = schedule.plans[0].tokens
+        schedules = [schedule_for_stage(stage, architecture) for stage in stages]
+        tokens = schedules[-1].plans[0].tokens
         require_backend(chosen.kernel.backend, device, dtype, architecture.head_dim, tokens)
-        if schedule.density == 1 and chosen.attention.variant != "full":
+        if schedules[-1].density == 1 and stages[-1].preset.attention.variant != "full":
             output.hint(f"at {resolution} every group attends all others: this is full attention")
+    if highres in ("cascade", "direct") and not uses_highres(chosen, choice, resolution.width, resolution.height):
+        output.hint(f"{choice.name} makes {resolution} as it is: --highres {highres} changes nothing")
 
     # 3. Where the pictures go, before hours are spent on them.
     now = datetime.now().astimezone()
@@ -113,6 +125,8 @@ def image(
     from grat_cli.image_request import ImageRequest
 
     output.hint(f"{choice.name} ({choice.reason}), {resolution}, {chosen.sampling.steps} steps")
+    if len(stages) > 1 and init_image is None:
+        output.hint(f"stages: {', '.join(f'{stage.size} ({stage.steps} steps)' for stage in stages)}")
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
     output.hint(f"seed {', '.join(map(str, seeds))}")
     if note := mismatch_note(chosen, choice):
@@ -128,8 +142,9 @@ def image(
         device=device,
         dtype=dtype,
         offload=offload,
+        quantize=quantize,
         init_image=init_image,
-        strength=0.7 if strength is None else strength,
+        strength=strength,
         base=base,
     )
     command = shlex.join(["grat", *(context.find_root().obj or ())])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,6 +46,7 @@ def plan(
     fps: options.Fps = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
+    highres: options.Highres = None,
     preset: options.PresetName = None,
     variant: options.VariantName = None,
     group: options.Group = None,
@@ -67,16 +68,7 @@ def plan(
     dtype: options.Dtype = "auto",
     gpu: options.Gpu = None,
     offload: options.Offload = "none",
-    quantize: Annotated[
-        str,
-        typer.Option(
-            "--quantize",
-            metavar="HOW",
-            help="none, int8, fp8 or nf4: store matrices in fewer bits.",
-            show_default=False,
-            rich_help_panel="Model",
-        ),
-    ] = "none",
+    quantize: options.Quantize = "none",
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -96,24 +88,28 @@ def plan(
     from grat_cli import media
     from grat_cli.components import components_of
     from grat_cli.errors import BadInput
-    from grat_cli.fitting import execution_of, judge, needs, refuse_unfit
+    from grat_cli.fitting import judge, refuse_unfit, what_fits
     from grat_cli.hardware import GPUS, device_named, present_cpu, present_gpu
-    from grat_cli.memory_estimate import OFFLOAD_KINDS, QUANTIZED_BYTES
+    from grat_cli.highres import stage_data, stages_of
     from grat_cli.models import choose_model, medium_of_name
     from grat_cli.picture import image_picture, text_picture
-    from grat_cli.planning import architecture_for, forecast
-    from grat_cli.presets import load_preset
-    from grat_cli.resolution import parse_resolution
+    from grat_cli.offloading import OFFLOADS
+    from grat_cli.planning import architecture_for, forecast, stage_forecasts
+    from grat_cli.presets import HIGHRES_MODES, load_preset
+    from grat_cli.quantization import QUANTIZATIONS
+    from grat_cli.resolution import Resolution, parse_resolution
     from grat_cli.selection import DTYPES, mismatch_note, require_choice, select_preset
-    from grat_cli.time_estimate import estimate, estimate_for
+    from grat_cli.time_estimate import phase_seconds
     from grat_cli.video_size import parse_video_size
 
     output = Output(as_json=as_json, quiet=quiet)
-    require_choice("--offload", offload, OFFLOAD_KINDS)
-    require_choice("--quantize", quantize, ("none", *QUANTIZED_BYTES))
+    require_choice("--offload", offload, OFFLOADS)
+    require_choice("--quantize", quantize, QUANTIZATIONS)
     if preset_name and preset:
         raise BadInput(f"two presets are given, {preset_name} and {preset}: leave one out")
     require_choice("--dtype", dtype, DTYPES)
+    if highres is not None:
+        require_choice("--highres", highres, HIGHRES_MODES)
     preset = preset or preset_name
 
     # 1. A preset says which family it is for; without one, options and names tell images from videos.
@@ -135,6 +131,7 @@ def plan(
         share=share,
         steps=steps,
         guidance=guidance,
+        highres=highres,
         set_items=set_items or (),
     )
 
@@ -149,59 +146,67 @@ def plan(
         if picture.suffix.lower() != ".png":
             raise BadInput(f"--picture {picture}: pictures are PNG files: use {picture.with_suffix('.png')}")
         media.refuse_unwritable([picture], overwrite=overwrite)
-    result = forecast(chosen, choice.name, architecture_for(choice), size, dtype)
+    architecture = architecture_for(choice)
+    stages: list[dict[str, Any]] = []
+
+    def forecasts(size: Any) -> list[Forecast]:
+        """Of each stage; of the last one costs most."""
+        if isinstance(size, Resolution):
+            return stage_forecasts(stages_of(chosen, choice, size.width, size.height), choice.name, architecture, dtype)
+        return [forecast(chosen, choice.name, architecture, size, dtype)]
+
+    runs = forecasts(size)
+    result = runs[-1]
+    if isinstance(size, Resolution):
+        parts = zip(stages_of(chosen, choice, size.width, size.height), runs, strict=True)
+        stages = [stage_data(stage, made.schedule) for stage, made in parts]
 
     # 3. Memory and time by phase, on the device that is meant.
     components = components_of(choice)
     device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
     if device is not None and device.kind == "cpu" and (offload, quantize) != ("none", "none"):
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
-    if device is None:
-        # No GPU is here and none is meant: which ones would do?
-        verdicts = []
-        for each in GPUS.values():
-            execution = execution_of(choice, result, each, offload=offload, quantize=quantize)
-            verdicts.append(judge(result, components, execution, each, advise=False))
-        execution = execution_of(choice, result, GPUS["h200"], offload=offload, quantize=quantize)
-        memory, seconds, verdict = needs(result, components, execution), {}, None
-        fitting = [each.device.name for each in verdicts if each.fits]
-        said = f"fits {', '.join(fitting)}" if fitting else "fits none of the GPUs known: --gpu h200 says what would"
-    else:
-        execution = execution_of(choice, result, device, offload=offload, quantize=quantize)
-        verdict = judge(result, components, execution, device)
-        memory, said = verdict.memory, verdict.sentence
-        if device.kind == "cuda":
-            seconds = estimate_for(result, components, execution, device) or {}
-        elif gpu is not None:  # measuring takes seconds, and loads torch
-            measured = estimate(result, "cpu", dtype)
-            seconds = {"denoise": measured.denoise, "decode": measured.decode}
-        else:
-            seconds = {}
+    verdict = judge(
+        runs, components, choice, device or GPUS["h200"], offload=offload, quantize=quantize, at_size=forecasts
+    )
+    # Measuring a CPU takes seconds, and loads torch: only where it is asked for.
+    timed = device is not None and (device.kind == "cuda" or gpu is not None)
+    seconds = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
 
     # 4. Show it.
     if note := mismatch_note(chosen, choice):
         output.hint(note)
-    phases = [
-        {"phase": phase.phase, "peak_bytes": round(phase.peak), "weights_bytes": round(phase.weights), "at": phase.moment}
-        for phase in memory.phases
-    ]
     output.data(
-        result.as_dict()
-        | {
-            "phases": [{**phase, "seconds": seconds.get(str(phase["phase"]))} for phase in phases],
+        {
+            **result.as_dict(),
+            "preset": chosen.model_dump(mode="json"),
+            "stages": stages,
+            "phases": [
+                {
+                    "phase": phase.phase,
+                    "peak_bytes": round(phase.peak),
+                    "weights_bytes": round(phase.weights),
+                    "at": phase.moment,
+                    "seconds": seconds.get(phase.phase),
+                }
+                for phase in verdict.memory.phases
+            ],
             "load_seconds": seconds.get("load"),
-            "offload": offload,
+            "offload": verdict.execution.offload,
             "quantize": quantize,
-            "verdict": verdict.as_dict() if verdict else None,
+            "verdict": verdict.as_dict() if device else None,
         }
     )
-    output.show(fact_table(_facts(result)), "", _phase_table(memory, seconds))
-    if offload != "none":
-        output.show(f"{bytes_text(memory.offloaded)} of weights wait in main memory")
-    if seconds and device is not None and device.kind == "cuda":
+    output.show(fact_table(_facts(result, stages)), "", _phase_table(verdict.memory, seconds))
+    if verdict.execution.offload != "none":
+        waiting = bytes_text(verdict.memory.offloaded)
+        output.show(f"--offload {verdict.execution.offload}: {waiting} of weights wait in main memory")
+    if seconds and verdict.device.kind == "cuda":
         output.show("Times are estimates from data sheets, not measured.")
-    if verdict is None or verdict.fits:
-        output.show(said)
+    if device is None:
+        output.show(what_fits(runs, components, choice, offload=offload, quantize=quantize))
+    elif verdict.fits:
+        output.show(verdict.sentence)
     if picture is not None:
         media.write_png(image_picture(result.main_plan), picture, None)
         output.line(str(picture))
@@ -209,7 +214,7 @@ def plan(
         output.show("", text_picture(result.main_plan, min(output.console.width, 80)))
     elif output.mode is Mode.QUIET:
         output.line(f"{result.schedule.density:.6f}")
-    if verdict is not None:
+    if device is not None:
         refuse_unfit(verdict)
 
 
@@ -241,7 +246,7 @@ def _time(seconds: float) -> str:
     return duration(seconds) if seconds >= 0.5 else "<1 s"
 
 
-def _facts(result: Forecast) -> dict[str, str]:
+def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     from grat_cli.picture import NOT_ATTENDED, marks
     from grat_cli.video_size import VideoSize
 
@@ -272,7 +277,17 @@ def _facts(result: Forecast) -> dict[str, str]:
         calls = schedule.steps * schedule.layers
         shares = (f"density {plan.density:.4f} in {used / calls:.0%}" for plan, used in schedule.uses.items())
         facts["schedule"] = f"{schedule.steps} steps, {schedule.layers} layers: {', '.join(shares)} of the calls"
+    if len(stages) > 1:
+        facts["stages"] = "\n".join(map(_stage_text, stages)) + "\n(figures above are of the last one)"
     return facts
+
+
+def _stage_text(stage: dict[str, Any]) -> str:
+    """`4096x4096: 66,048 tokens, density 0.063, 17 steps, b radius 1, ...`."""
+    return (
+        f"{stage['width']}x{stage['height']}: {stage['tokens']:,} tokens, density {stage['density']:.4f}, "
+        f"{stage['steps']} steps, {stage['attention']}"
+    )
 
 
 def _extents(counts: tuple[int, ...]) -> str:

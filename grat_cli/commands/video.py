@@ -37,6 +37,7 @@ def video(
     device: options.DeviceName = "auto",
     dtype: options.Dtype = "auto",
     offload: options.Offload = "none",
+    quantize: options.Quantize = "none",
     out: options.Out = None,
     format: options.Format = None,
     crf: options.Crf = None,
@@ -52,12 +53,13 @@ def video(
     from grat_cli import media, video_output
     from grat_cli.errors import BadInput
     from grat_cli.models import choose_model
+    from grat_cli.offloading import OFFLOADS
     from grat_cli.planning import architecture_for, forecast
     from grat_cli.progress import duration
+    from grat_cli.quantization import QUANTIZATIONS
     from grat_cli.seeds import resolve_seeds
     from grat_cli.selection import (
         DTYPES,
-        OFFLOADS,
         mismatch_note,
         require_backend,
         require_choice,
@@ -78,6 +80,7 @@ def video(
     require_device(device)
     require_choice("--dtype", dtype, DTYPES)
     require_choice("--offload", offload, OFFLOADS)
+    require_choice("--quantize", quantize, QUANTIZATIONS)
     chosen_format = choose_format(out, format)
     if checkpoint_every is not None and checkpoint_every < 0:
         raise BadInput(f"--checkpoint-every {checkpoint_every}: expected steps, 0 for none")
@@ -142,6 +145,7 @@ def video(
         device=device,
         dtype=dtype,
         offload=offload,
+        quantize=quantize,
         base=base,
         frames=size.frames,
         fps=size.fps,

@@ -1,0 +1,100 @@
+"""Weights in fewer bits: of the transformer and the large text encoder, by torchao or bitsandbytes.
+
+Only weights are stored that way; products are in the dtype of the run. That saves memory and, on its own, no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.errors import BadInput, choices
+
+if TYPE_CHECKING:
+    import torch
+
+# What quantizes each; bits per weight.
+PACKAGES: Mapping[str, str] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+QUANTIZATIONS = ("none", *PACKAGES)
+# T5 of Flux, Llama of HunyuanVideo: of the parts beside the transformer the only ones above a billion weights.
+LARGE_ENCODER: Mapping[str, str] = {"image": "text_encoder_2", "video": "text_encoder"}
+
+
+def require_quantization(kind: str, device: torch.device, *, offload: str = "none", is_demo: bool = False) -> None:
+    """Makes sure that weights can be quantized like that.
+
+    Args:
+        kind: one of `QUANTIZATIONS`.
+        device: where the run is.
+        offload: how weights are offloaded.
+        is_demo: whether the model is a bundled one.
+
+    Raises:
+        BadInput: if they cannot, with the reason.
+    """
+    if kind not in QUANTIZATIONS:
+        raise BadInput(f"unknown quantization {kind!r}: {choices(kind, QUANTIZATIONS)}")
+    if kind == "none":
+        return
+    if is_demo:
+        raise BadInput(f"--quantize {kind}: the demo has a few million weights, and nothing to gain: leave it out")
+    if device.type != "cuda":
+        raise BadInput(
+            f"--quantize {kind} is for CUDA devices, and the run is on {device.type}, where weights would be turned "
+            "back at every product: leave it out"
+        )
+    package = PACKAGES[kind]
+    if not installed(package):
+        raise BadInput(f"--quantize {kind} needs {package}, which is not installed: pip install {package}")
+    if kind == "nf4" and offload in ("group", "sequential"):
+        raise BadInput(
+            f"--quantize nf4 with --offload {offload}: bitsandbytes keeps scales beside its weights, which these hooks "
+            "leave behind; use --offload model, or --quantize int8"
+        )
+    if offload == "sequential":
+        raise BadInput(
+            f"--quantize {kind} with --offload sequential: its hooks rebuild weights, which loses what they are "
+            "quantized to; use --offload group or model"
+        )
+    if kind == "fp8":
+        import torch
+
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            raise BadInput(
+                f"--quantize fp8 needs compute capability 8.9 or more, this device has {major}.{minor}: use int8"
+            )
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return find_spec(package) is not None
+
+
+def configurations(kind: str, medium: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` of each part that is quantized takes as `quantization_config`.
+
+    Args:
+        kind: one of `QUANTIZATIONS`.
+        medium: `image` or `video`.
+        dtype: of products.
+    """
+    if kind == "none":
+        return {}
+    import diffusers
+    import transformers
+
+    if kind == "nf4":
+        options: dict[str, Any] = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": dtype,
+        }
+        transformer, encoder = diffusers.BitsAndBytesConfig(**options), transformers.BitsAndBytesConfig(**options)
+    else:
+        from torchao import quantization  # pyright: ignore[reportMissingImports]
+
+        weights = quantization.Int8WeightOnlyConfig if kind == "int8" else quantization.Float8WeightOnlyConfig
+        transformer, encoder = diffusers.TorchAoConfig(weights()), transformers.TorchAoConfig(weights())
+    return {"transformer": transformer, LARGE_ENCODER[medium]: encoder}
