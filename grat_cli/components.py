@@ -189,7 +189,9 @@ def components_of(choice: ModelChoice) -> Components:
     if choice.kind != "folder":
         if choice.name in _COMPONENTS:
             return _COMPONENTS[choice.name]
-        return _COMPONENTS["hunyuan" if choice.medium == "video" else "flux-dev" if choice.default_guidance else "flux-schnell"]
+        return _COMPONENTS[
+            "hunyuan" if choice.medium == "video" else "flux-dev" if choice.default_guidance else "flux-schnell"
+        ]
     folder = Path(choice.source)
     try:
         encoders = [_text_encoder(part, choice) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
@@ -216,7 +218,9 @@ def transformer_shape(config: Mapping[str, Any]) -> TransformerShape:
     }
     if config.get("_class_name") == "HunyuanVideoTransformer3DModel":
         refiners = int(config["num_refiner_layers"])
-        return TransformerShape("hunyuan", **common, text_channels=int(config["text_embed_dim"]), refiner_blocks=refiners)
+        return TransformerShape(
+            "hunyuan", **common, text_channels=int(config["text_embed_dim"]), refiner_blocks=refiners
+        )
     return TransformerShape("flux", **common, text_channels=int(config["joint_attention_dim"]))
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grat_cli.components import Components
-from grat_cli.errors import GratError, OutOfMemory
-from grat_cli.hardware import GPUS, Device
+from grat_cli.components import Components, components_of
+from grat_cli.errors import GratError, ModelUnavailable, OutOfMemory
+from grat_cli.hardware import GPUS, Device, cuda_device, present_cpu
 from grat_cli.memory_estimate import OFFLOAD_KINDS, PHASES, Execution, PhaseMemory, Pixels, RunMemory, run_memory
-from grat_cli.models import ModelChoice
+from grat_cli.models import KNOWN_MODELS, ModelChoice
 from grat_cli.output import bytes_text
 from grat_cli.planning import Forecast
 from grat_cli.resolution import Resolution
@@ -107,7 +107,9 @@ def judge(
         quantize: likewise.
         at_size: forecasts of another size, which is advised where nothing else helps; None for no advice at all.
     """
-    kinds = OFFLOAD_KINDS if offload == "auto" and device.kind == "cuda" else (offload if offload != "auto" else "none",)
+    kinds = (
+        OFFLOAD_KINDS if offload == "auto" and device.kind == "cuda" else (offload if offload != "auto" else "none",)
+    )
     verdict = None
     for kind in kinds:
         execution = execution_of(choice, runs[-1], device, offload=kind, quantize=quantize)
@@ -122,7 +124,12 @@ def judge(
 
 
 def what_fits(
-    runs: Sequence[Forecast], components: Components, choice: ModelChoice, *, offload: str = "none", quantize: str = "none"
+    runs: Sequence[Forecast],
+    components: Components,
+    choice: ModelChoice,
+    *,
+    offload: str = "none",
+    quantize: str = "none",
 ) -> str:
     """Which of the GPUs known a run fits, in a line."""
     fitting = [
@@ -133,6 +140,60 @@ def what_fits(
     if not fitting:
         return "fits none of the GPUs known: --gpu h200 says what would"
     return f"fits {', '.join(fitting)}"
+
+
+def refuse_unfit_here(
+    choice: ModelChoice,
+    at_size: Callable[[Any, str], Sequence[Forecast]],
+    size: Any,
+    *,
+    device: str,
+    dtype: str,
+    offload: str,
+    quantize: str,
+) -> None:
+    """Makes sure, before anything is loaded, that a run fits the device that it is for.
+
+    Nothing is said of models whose parts are not known before they are loaded, and of MPS devices.
+
+    Args:
+        choice: of the model.
+        at_size: forecasts of a size, in a dtype.
+        size: of the picture or video.
+        device: as for `devices.choose_device`.
+        dtype: as for `devices.choose_dtype`.
+        offload: `--offload`.
+        quantize: `--quantize`.
+
+    Raises:
+        OutOfMemory: if it does not fit, with what does.
+        BadInput: if there is no such device here.
+    """
+    import torch
+
+    from grat_cli.devices import choose_device, choose_dtype
+
+    if choice.kind != "folder" and choice.name not in KNOWN_MODELS[choice.medium]:
+        return
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        there = cuda_device(torch.cuda.get_device_name(chosen), torch.cuda.mem_get_info(chosen)[0])
+    elif chosen.type == "cpu":
+        there = present_cpu()
+    else:
+        return
+    try:
+        components = components_of(choice)
+    except ModelUnavailable:  # loading says more of what is wrong
+        return
+    in_dtype = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
+
+    def forecasts(size: Any) -> Sequence[Forecast]:
+        return at_size(size, in_dtype)
+
+    refuse_unfit(
+        judge(forecasts(size), components, choice, there, offload=offload, quantize=quantize, at_size=forecasts)
+    )
 
 
 def refuse_unfit(verdict: Verdict) -> None:
@@ -212,7 +273,9 @@ def _smaller(expected: Forecast) -> Iterator[Any]:
     for eighths in (6, 4, 3, 2, 1):
         width, height = (side * eighths // (8 * unit) * unit for side in (size.width, size.height))
         if min(width, height) >= 8 * unit:
-            yield Resolution(width, height) if isinstance(size, Resolution) else replace(size, width=width, height=height)
+            yield (
+                Resolution(width, height) if isinstance(size, Resolution) else replace(size, width=width, height=height)
+            )
 
 
 def execution_of(

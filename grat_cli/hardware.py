@@ -55,9 +55,9 @@ def _gpu(name: str, title: str, gigabytes: int, bandwidth: float, link: float) -
 
 
 # NVIDIA's data sheets: H200 and H100 Tensor Core GPU, A100 Tensor Core GPU, DGX B200, L40S, L4, A10, RTX A6000 and
-# RTX 6000 Ada; for GeForce cards the Ada and Blackwell architecture whitepapers and the GA102 one. Gigabytes as stated, which
-# are binary; the L40S's and A10's less error correction, as nvidia-smi shows. Links are PCIe x16, half of the stated sum of
-# both ways: 64 GB/s of generation 5, 32 GB/s of generation 4.
+# RTX 6000 Ada; for GeForce cards the whitepapers of the GA102, Ada and Blackwell architectures. Gigabytes are binary, as
+# stated but where nvidia-smi shows less (B200, H200; L40S and A10 with error correction). Links are PCIe x16, half of
+# the stated sum of both ways: 64 GB/s of generation 5, 32 GB/s of generation 4. Tensor rates are in `peak_rates`.
 _GEN5, _GEN4 = 64e9, 32e9
 GPUS: Mapping[str, Device] = {
     device.name: device
@@ -108,9 +108,10 @@ def present_gpu() -> Device | None:
 def cuda_device(title: str, free_bytes: int) -> Device:
     """A present GPU by the name that its driver gives it."""
     rate = peak_tflops(title, "bfloat16")
-    # Of cards with one name that differ in memory, the one that is nearest in size.
-    kin = [gpu for gpu in GPUS.values() if rate and gpu.tensor_rate == rate * 1e12 and f" {gpu.title} " in f" {title} "]
-    base = min(kin, key=lambda gpu: abs(gpu.memory - free_bytes), default=Device(title, title, 0))
+    kin = [gpu for gpu in GPUS.values() if rate and gpu.tensor_rate == rate * 1e12]
+    # Of cards at one rate the one whose name it is; of those, which differ in memory, the smallest that has as much.
+    named = [gpu for gpu in kin if gpu.title in title and gpu.memory >= free_bytes]
+    base = min(named, key=lambda gpu: (-len(gpu.title), gpu.memory), default=Device(title, title, 0))
     return replace(base, title=title, memory=free_bytes, present=True)
 
 

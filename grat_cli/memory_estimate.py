@@ -345,7 +345,10 @@ def denoise_moments(
         if shape.family == "flux":
             blocks = (("double", shape.double_blocks, _flux_double), ("single", shape.single_blocks, _flux_single))
         else:
-            blocks = (("double", shape.double_blocks, _hunyuan_double), ("single", shape.single_blocks, _hunyuan_single))
+            blocks = (
+                ("double", shape.double_blocks, _hunyuan_double),
+                ("single", shape.single_blocks, _hunyuan_single),
+            )
         for name, count, of_block in blocks:
             if count:
                 for moment, size in of_block(call).items():
@@ -369,9 +372,7 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> _Call:
     )
 
 
-def _outside_blocks(
-    shape: TransformerShape, plan: Plan, plans: int, execution: Execution, guided_twice: bool
-) -> float:
+def _outside_blocks(shape: TransformerShape, plan: Plan, plans: int, execution: Execution, guided_twice: bool) -> float:
     """What is alive all through a transformer call, besides hidden states."""
     element = execution.element
     latents = plan.image_tokens * shape.token_channels * element

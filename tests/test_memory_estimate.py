@@ -29,11 +29,10 @@ from grat_cli.bench.random_weights import (
 from grat_cli.checkpoints import load_model
 from grat_cli.components import AutoencoderShape, Components, components_of, transformer_shape
 from grat_cli.demo import DEMO_HUNYUAN
-from grat_cli.denoising import StepWatch
-from grat_cli.generation import denoise, encode_text
+from grat_cli.generation import encode_text
 from grat_cli.guidance import choose_guidance
+from grat_cli.highres import stages_of
 from grat_cli.image_request import ImageRequest
-from grat_cli.installation import install
 from grat_cli.memory_estimate import (
     Execution,
     Pixels,
@@ -49,6 +48,7 @@ from grat_cli.progress import ProgressDisplay
 from grat_cli.resolution import Resolution
 from grat_cli.schedule import AttentionSchedule
 from grat_cli.selection import select_preset
+from grat_cli.staged_generation import Studio
 from grat_kernels import Backend, Grid
 
 # What grat promises of its memory model.
@@ -86,7 +86,7 @@ def test_denoising_of_the_demo(demo: Any, variant: str, width: int, height: int,
     preset = select_preset(choice, variant=variant, steps=1, guidance=guidance)
     request = ImageRequest(prompt="a red fox", preset=preset, model=choice, width=width, height=height, seeds=(1,))
     steering = choose_guidance(demo, choice, preset, None)
-    text = encode_text(demo, request, steering)
+    text = encode_text(demo, request, steering.negative_prompt)
     expected = forecast(preset, "demo", architecture_for(choice), Resolution(width, height), "float32")
     predicted = denoise_moments(
         components_of(choice),
@@ -94,9 +94,9 @@ def test_denoising_of_the_demo(demo: Any, variant: str, width: int, height: int,
         Execution("float32", on_cpu=True),
         steering.negative_prompt is not None,
     )
-    with install(demo, preset, height=height, width=width):
-        arguments = text | steering.arguments
-        compare(predicted, lambda: denoise(demo, request, arguments, None, 1, StepWatch(ProgressDisplay())))
+    (stage,) = stages_of(preset, choice, width, height)
+    studio = Studio(demo, torch.device("cpu"), ProgressDisplay())
+    compare(predicted, lambda: studio.run(stage, text, steering, None, torch.Generator().manual_seed(1)))
 
 
 class OneStep:
@@ -121,20 +121,28 @@ def config_of(name: str, layers: tuple[int, int] | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "grid", "preset", "dtype"),
+    ("name", "layers", "grid", "preset", "dtype", "chunk"),
     [
-        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-full", torch.float32),
-        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-b", torch.float32),
-        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-planes", torch.float32),
-        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-far", torch.float32),
-        ("flux-dev", (1, 0), (32, 32), "flux-x", torch.float32),
-        ("flux-dev", (0, 1), (32, 32), "flux-far", torch.float32),
-        ("flux-dev", (0, 1), (32, 32), "flux-b", torch.bfloat16),
-        ("hunyuan", (1, 0), (2, 16, 16), "hunyuan-b", torch.float32),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-full", torch.float32, None),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-b", torch.float32, None),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-planes", torch.float32, None),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-far", torch.float32, None),
+        ("flux-dev", (1, 0), (32, 32), "flux-x", torch.float32, None),
+        ("flux-dev", (0, 1), (32, 32), "flux-far", torch.float32, None),
+        ("flux-dev", (0, 1), (32, 32), "flux-b", torch.bfloat16, None),
+        ("hunyuan", (1, 0), (2, 16, 16), "hunyuan-b", torch.float32, None),
+        ("flux-dev", (0, 1), (32, 32), "flux-b", torch.float32, 256),
+        ("demo", None, (48, 48), "demo-full", torch.float32, 512),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-full", torch.float32, 256),
     ],
 )
 def test_a_step_of_a_random_transformer(
-    name: str, layers: tuple[int, int] | None, grid: tuple[int, ...], preset: str, dtype: torch.dtype
+    name: str,
+    layers: tuple[int, int] | None,
+    grid: tuple[int, ...],
+    preset: str,
+    dtype: torch.dtype,
+    chunk: int | None,
 ) -> None:
     """Real widths and few layers: memory does not grow with their number, but for weights."""
     config = config_of(name, layers)
@@ -145,8 +153,8 @@ def test_a_step_of_a_random_transformer(
     )
     transformer = random_transformer(config, "cpu", dtype)
     inputs = step_inputs(config, grid, text_len, "cpu", dtype)
-    adapter: Any = (HunyuanAdapter if video else FluxAdapter)(transformer, Grid(grid))
-    execution = Execution(str(dtype).removeprefix("torch."), on_cpu=True)
+    adapter: Any = (HunyuanAdapter if video else FluxAdapter)(transformer, Grid(grid), chunk_tokens=chunk)
+    execution = Execution(str(dtype).removeprefix("torch."), on_cpu=True, chunk_tokens=chunk)
     with adapter.attached(OneStep(schedule), Backend.SDPA):
         compare(
             denoise_moments(Components((), shape, UNUSED), list(schedule.plans), execution),
@@ -228,7 +236,9 @@ def test_weights_of_other_parts_are_those_of_their_classes() -> None:
             )
         )
         llama = count(LlamaModel(LlamaConfig(vocab_size=128320, intermediate_size=14336, num_key_value_heads=8)))
-        autoencoder = count(AutoencoderKL(**levels, **flux_autoencoder, use_quant_conv=False, use_post_quant_conv=False))
+        autoencoder = count(
+            AutoencoderKL(**levels, **flux_autoencoder, use_quant_conv=False, use_post_quant_conv=False)
+        )
         of_videos = count(AutoencoderKLHunyuanVideo())
     flux = components_of(KNOWN_MODELS["image"]["flux-dev"])
     video = components_of(KNOWN_MODELS["video"]["hunyuan"])
@@ -296,5 +306,5 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match="cut off"):
         components_of(replace(choice, source=str(tmp_path / "copy")))
     damaged.unlink()
-    with pytest.raises(ModelUnavailable, match="no .safetensors file"):
+    with pytest.raises(ModelUnavailable, match=r"no \.safetensors file"):
         components_of(replace(choice, source=str(tmp_path / "copy")))

@@ -92,8 +92,8 @@ def plan(
     from grat_cli.hardware import GPUS, device_named, present_cpu, present_gpu
     from grat_cli.highres import stage_data, stages_of
     from grat_cli.models import choose_model, medium_of_name
-    from grat_cli.picture import image_picture, text_picture
     from grat_cli.offloading import OFFLOADS
+    from grat_cli.picture import image_picture, text_picture
     from grat_cli.planning import architecture_for, forecast, stage_forecasts
     from grat_cli.presets import HIGHRES_MODES, load_preset
     from grat_cli.quantization import QUANTIZATIONS
@@ -146,6 +146,9 @@ def plan(
         if picture.suffix.lower() != ".png":
             raise BadInput(f"--picture {picture}: pictures are PNG files: use {picture.with_suffix('.png')}")
         media.refuse_unwritable([picture], overwrite=overwrite)
+    device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
+    if device is not None and device.kind == "cpu" and dtype == "auto":
+        dtype = "float32"
     architecture = architecture_for(choice)
     stages: list[dict[str, Any]] = []
 
@@ -163,7 +166,6 @@ def plan(
 
     # 3. Memory and time by phase, on the device that is meant.
     components = components_of(choice)
-    device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
     if device is not None and device.kind == "cpu" and (offload, quantize) != ("none", "none"):
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
     verdict = judge(
