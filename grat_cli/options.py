@@ -424,6 +424,17 @@ Quantize = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="NAME",
+        help="Plan for h200, h100, a100-80, a100-40, 5090, 4090, l40s and others, or cpu, which is measured. "
+        "Default: the GPU of this machine.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
 
 # Output
 Out = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,13 @@ def forecast(
         full_flop_per_step=float(per_call * calls),
         qkvo_bytes=4 * main_plan.tokens * width * _BYTES_OF_DTYPE[dtype],
     )
+
+
+def stage_forecasts(
+    stages: Sequence[Stage], model: str, architecture: Architecture, dtype: str = "auto"
+) -> list[Forecast]:
+    """Lays out the stages of a picture; see `forecast`."""
+    return [
+        forecast(stage.preset, model, architecture, Resolution(stage.width, stage.height), dtype, stage.steps)
+        for stage in stages
+    ]

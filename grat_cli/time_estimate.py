@@ -1,20 +1,25 @@
-"""How long a video will take on this machine, foretold before anything is loaded.
+"""How long a run will take, foretold before anything is loaded.
 
 The operations of a run are known from its plan. How fast this machine does them is measured on small samples, one
 each of attention, linear layers and convolutions, in a second or two. What comes out is approximate: large
 tensors run at other rates than small ones, a machine that is busy elsewhere changes its mind, and loading, text and
 the writing of the file are left out.
+
+For a GPU that is not here the rates are shares of what its maker states. No kernel stands behind them yet.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.architectures import Architecture
+from grat_cli.components import AutoencoderShape, Components
 from grat_cli.devices import choose_device, choose_dtype, video_autoencoder_dtype, wait_for
+from grat_cli.hardware import Device
+from grat_cli.memory_estimate import PICTURE_TILE, Execution, Pixels, component_weights
 from grat_cli.planning import Forecast
 from grat_cli.video_size import VideoSize
 
@@ -77,11 +82,129 @@ def estimate(forecast: Forecast, device: str = "auto", dtype: str = "auto") -> T
 def estimate_at(forecast: Forecast, rates: Rates) -> TimeEstimate:
     """How long denoising and decoding take at known rates."""
     architecture, schedule = forecast.architecture, forecast.schedule
+    assert isinstance(forecast.size, VideoSize), "the forecast is of an image"
+    denoise = schedule.steps * step_seconds(forecast, rates)
+    return TimeEstimate(denoise, decode_flop(architecture, forecast.size) / rates.convolution)
+
+
+def step_seconds(forecast: Forecast, rates: Rates) -> float:
+    """Seconds of a denoising step at known rates, mean over the run."""
+    architecture = forecast.architecture
     calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
     linear_flop = calls * architecture.linear_flop(forecast.main_plan.tokens)
-    step = forecast.planned_flop_per_step / rates.attention + linear_flop / rates.linear
-    assert isinstance(forecast.size, VideoSize), "the forecast is of an image"
-    return TimeEstimate(schedule.steps * step, decode_flop(architecture, forecast.size) / rates.convolution)
+    return forecast.planned_flop_per_step / rates.attention + linear_flop / rates.linear
+
+
+# Shares of a GPU's peak that grat expects to reach: attention as plain Triton does on an H100, 490 of 989 TFLOP/s
+# (facebookexperimental/triton #205), large matrix products 790 of 989; convolutions are a guess.
+ATTENTION_SHARE, LINEAR_SHARE, CONVOLUTION_SHARE = 490 / 989, 790 / 989, 0.4
+# How often a block reads or writes a hidden state outside attention and matrix products: norm and modulation 6, GELU
+# 16 of an inner layer, joining it with attention's output 10 and text with image 2, rotation 4, gate and sum 5.
+_PASSES_OF_BLOCK = 43
+_DISK = 2e9  # bytes per second that weights are read at, as from an NVMe disk
+
+
+def estimate_for(
+    forecast: Forecast, components: Components, execution: Execution, device: Device
+) -> dict[str, float] | None:
+    """Seconds of the phases of a run on a GPU, from its maker's data; None where that is not known.
+
+    Args:
+        forecast: of the run.
+        components: parts of the pipeline.
+        execution: how it uses the GPU.
+        device: the GPU.
+    """
+    if device.tensor_rate is None or device.bandwidth is None or device.link is None:
+        return None
+    architecture, main = forecast.architecture, forecast.main_plan
+    # Tensor cores take fp32 as TF32, at half of the rate.
+    peak = device.tensor_rate if execution.element == 2 else device.tensor_rate / 2
+    calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
+    weights = component_weights(components, execution)
+
+    hidden = main.tokens * components.transformer.width * execution.element
+    compute = forecast.planned_flop_per_step / main.tile_efficiency() / (ATTENTION_SHARE * peak) + calls * (
+        architecture.linear_flop(main.tokens) / (LINEAR_SHARE * peak)
+        + (_PASSES_OF_BLOCK * architecture.layers * hidden + weights["transformer"]) / device.bandwidth
+    )
+    # Weights that come anew with every call: by group while the block before is at work, by layer before each.
+    moving = calls * weights["transformer"] / device.link
+    step = max(compute, moving) if execution.offload == "group" else compute
+    step += moving if execution.offload == "sequential" else 0
+
+    tokens = max(encoder.tokens for encoder in components.text_encoders)
+    prompts = calls
+    size = Pixels.of(forecast.size)
+    if isinstance(forecast.size, VideoSize):
+        convolutions = decode_flop(architecture, forecast.size)
+    else:
+        convolutions = picture_decode_flop(components.autoencoder, size, execution.tile)
+    total = sum(weights.values())
+    return {
+        "load": total / _DISK + (total / device.link if execution.offload == "none" else 0),
+        "text": prompts * 2 * components.text_parameters * tokens / (LINEAR_SHARE * peak)
+        + (weights["text"] / device.link if execution.offload != "none" else weights["text"] / device.bandwidth),
+        "denoise": forecast.schedule.steps * step + (moving / calls if execution.offload == "model" else 0),
+        "decode": convolutions / (CONVOLUTION_SHARE * peak),
+    }
+
+
+def phase_seconds(
+    runs: Sequence[Forecast], components: Components, execution: Execution, device: Device, dtype: str = "auto"
+) -> dict[str, float]:
+    """Seconds of the phases of a run in one stage or several; nothing where the device's data are not known.
+
+    On the CPU of this machine its rates are measured, in a few seconds, and loading and text are left out.
+    """
+    total: dict[str, float] = {}
+    rates = None
+    for number, stage in enumerate(runs):
+        if device.kind == "cpu":
+            if rates is None:
+                chosen = choose_device("cpu")
+                rates = measured_rates(stage, chosen, choose_dtype(dtype, chosen))
+            found = _at_rates(stage, components, execution, rates)
+        else:
+            found = estimate_for(stage, components, execution, device) or {}
+        for phase, seconds in found.items():
+            if number == 0 or phase not in ("load", "text"):
+                total[phase] = total.get(phase, 0.0) + seconds
+    return total
+
+
+def _at_rates(stage: Forecast, components: Components, execution: Execution, rates: Rates) -> dict[str, float]:
+    if isinstance(stage.size, VideoSize):
+        found = estimate_at(stage, rates)
+        return {"denoise": found.denoise, "decode": found.decode}
+    decoding = picture_decode_flop(components.autoencoder, Pixels.of(stage.size), execution.tile)
+    return {
+        "denoise": stage.schedule.steps * step_seconds(stage, rates),
+        "decode": decoding / rates.convolution,
+    }
+
+
+def picture_decode_flop(shape: AutoencoderShape, size: Pixels, tile: int | None = None) -> float:
+    """Floating-point operations to decode a picture; of convolutions alone, which are nearly all of it."""
+    side = tile or PICTURE_TILE
+    pixels = float(size.width * size.height)
+    if pixels > side**2 and shape.kind == "kl":
+        pixels *= (4 / 3) ** 2  # a quarter of each tile is its neighbours'
+    places = pixels / shape.scale**2
+    previous, total = shape.channels[-1], 0.0
+    if shape.kind == "kl":
+        total += 5 * previous**2 * places  # the middle
+    for level, channels in enumerate(reversed(shape.channels)):
+        at = places * 4**level
+        blocks = list(reversed(shape.layers))[level]
+        if shape.kind == "tiny":
+            total += (3 * blocks + 1) * channels**2 * at  # a convolution without a change of channels closes a level
+        else:
+            total += (previous + (2 * blocks - 1) * channels) * channels * at
+        if level + 1 < len(shape.channels):
+            total += (4 * channels**2 * at) * (shape.kind == "kl")
+        previous = channels
+    return 2 * 9 * total
 
 
 def decode_flop(architecture: Architecture, size: VideoSize) -> float:
@@ -169,7 +292,8 @@ def _convolution_rate(architecture: Architecture, device: torch.device, dtype: t
     from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoDecoder3D
 
     shape = architecture.decoder
-    assert shape is not None
+    if shape is None:
+        return _picture_convolution_rate(device, dtype)
     side = 32
     while side > 4 and shape.flop(3, side, side) > (4e10 if device.type == "cpu" else 1e13):
         side //= 2
@@ -188,6 +312,18 @@ def _convolution_rate(architecture: Architecture, device: torch.device, dtype: t
     # Large enough on a CPU that neither its first call nor a pause of the machine weighs much.
     repeats = 0 if device.type == "cpu" else 2
     return shape.flop(3, side, side) / _seconds(lambda: decoder(latents), device, repeats)
+
+
+def _picture_convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Of a convolution with its activation, of 32 channels as at the finest level of the demo's decoder."""
+    import torch
+    from torch.nn import functional
+
+    channels, side = 32, 256 if device.type == "cpu" else 1024
+    planes = torch.randn(1, channels, side, side, device=device, dtype=dtype)
+    kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype) / (3 * channels**0.5)
+    seconds = _seconds(lambda: functional.relu(functional.conv2d(planes, kernel, padding=1)), device)
+    return 2 * 9 * channels**2 * side**2 / seconds
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:

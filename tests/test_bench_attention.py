@@ -14,12 +14,12 @@ import torch
 from grat_cli.bench import attention_level, dense
 from grat_cli.bench.attention_level import run_attention_level
 from grat_cli.bench.measure import CannotRun
-from grat_cli.bench.peak_rates import peak_tflops
 from grat_cli.bench.results import BenchResult, Row
 from grat_cli.bench.sampled import rows_of_mask, rows_of_plan, sampled_error
 from grat_cli.bench.sizes import Size
 from grat_cli.bench.variants import NAMES, parse_variants
 from grat_cli.errors import BadInput
+from grat_cli.peak_rates import peak_tflops
 from grat_kernels import Block, CrissCross, Far, Grid, Grouping, Union, build_plan, reference, span_attention
 
 CPU = torch.device("cpu")

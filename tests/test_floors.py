@@ -37,8 +37,18 @@ FLOORS = (
     ("aot",),
     ("grat_kernels",),
     # Data and measurement
-    ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress"),
-    ("yaml_source", "preset_problems", "devices", "resolution", "report", "whole_files", "gif_comment", "ffmpeg"),
+    ("errors", "ranges", "architectures", "timing", "time_shift", "environment", "progress", "peak_rates"),
+    (
+        "yaml_source",
+        "preset_problems",
+        "devices",
+        "hardware",
+        "resolution",
+        "report",
+        "whole_files",
+        "gif_comment",
+        "ffmpeg",
+    ),
     ("preset_schema", "tensor_files", "video_check", "image_coding", "offloading", "quantization", "picture_files"),
     ("presets", "latents_file", "run_checkpoint", "media", "preview"),
     # What runs when; models and how they are entered
@@ -53,8 +63,8 @@ FLOORS = (
         "video_files",
     ),
     ("adapters.flux", "adapters.hunyuan", "models"),
-    ("generation_request", "highres", "installation", "guidance", "hub", "video_size"),
-    ("checkpoints", "image_request", "video_request", "denoising"),
+    ("generation_request", "highres", "installation", "guidance", "hub", "video_size", "components"),
+    ("checkpoints", "image_request", "video_request", "denoising", "memory_estimate"),
     ("video_run", "low_resolution_guidance"),
     ("video_decoding",),
     ("grat_cli",),
@@ -62,7 +72,7 @@ FLOORS = (
     ("generation", "video_generation", "seeds", "selection"),
     # What people and machines are told
     ("planning", "picture", "output"),
-    ("time_estimate", "video_output"),
+    ("time_estimate", "video_output", "fitting"),
     ("bench.*",),
     ("options", "comparison"),
     (

@@ -27,7 +27,6 @@ from grat_cli.bench.measure import (
     memory_obstacle,
     memory_words,
 )
-from grat_cli.bench.peak_rates import peak_tflops
 from grat_cli.bench.peers import Scene, peer_rows
 from grat_cli.bench.results import Absent, BenchResult, Case, Row
 from grat_cli.bench.sampled import AttendedRows, SampledError, rows_of_mask, rows_of_plan, sampled_error
@@ -35,6 +34,7 @@ from grat_cli.bench.sizes import Size
 from grat_cli.bench.variants import Request, Variant, variant_for
 from grat_cli.devices import device_name
 from grat_cli.environment import versions
+from grat_cli.peak_rates import peak_tflops
 from grat_kernels import can_run, span_attention
 from grat_kernels.attention import choose_backend
 

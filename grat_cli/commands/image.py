@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 from datetime import datetime
 from time import perf_counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from grat_cli import options
 from grat_cli.output import Output
+
+if TYPE_CHECKING:
+    from grat_cli.planning import Forecast
 
 
 def image(
@@ -52,11 +55,12 @@ def image(
     from grat_cli import media, report
     from grat_cli.architectures import ARCHITECTURES
     from grat_cli.errors import BadInput
+    from grat_cli.fitting import refuse_unfit_here
     from grat_cli.highres import stages_of, uses_highres
     from grat_cli.models import choose_model
     from grat_cli.offloading import OFFLOADS
     from grat_cli.picture_files import choose_format, require_writable, write_picture
-    from grat_cli.planning import architecture_for, schedule_for_stage
+    from grat_cli.planning import architecture_for, schedule_for_stage, stage_forecasts
     from grat_cli.presets import HIGHRES_MODES
     from grat_cli.preview import Preview
     from grat_cli.quantization import QUANTIZATIONS
@@ -137,7 +141,15 @@ def image(
         }
         media.refuse_unwritable([each.path for each in previews.values()], overwrite=True)
 
-    # 4. Make them, one by one; each is written as soon as it is done.
+    # 4. Whether they fit, before minutes are spent on loading.
+    def forecasts(size: Any, in_dtype: str) -> list[Forecast]:
+        return stage_forecasts(
+            stages_of(chosen, choice, size.width, size.height), choice.name, architecture_for(choice), in_dtype
+        )
+
+    refuse_unfit_here(choice, forecasts, resolution, device=device, dtype=dtype, offload=offload, quantize=quantize)
+
+    # 5. Make them, one by one; each is written as soon as it is done.
     from grat_cli.generation import generate_images
     from grat_cli.image_request import ImageRequest
 
@@ -185,7 +197,7 @@ def image(
             reports.append(made)
             output.line(str(path))
 
-    # 5. What it took.
+    # 6. What it took.
     output.data({"images": [{"file": str(path), **made} for path, made in zip(paths, reports, strict=True)]})
     if len(reports) == 1:
         output.show(report.timing_table(reports[0]), report.phases_line(reports[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,9 @@ from grat_cli import options
 from grat_cli.output import Mode, Output, bytes_text, fact_table
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from grat_cli.memory_estimate import RunMemory
     from grat_cli.planning import Forecast
 
 _VARIANTS_OF_VIDEOS = ("planes", "lines")
@@ -62,6 +66,9 @@ def plan(
         ),
     ] = None,
     dtype: options.Dtype = "auto",
+    gpu: options.Gpu = None,
+    offload: options.Offload = "none",
+    quantize: options.Quantize = "none",
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -79,17 +86,25 @@ def plan(
 ) -> None:
     """Show tokens, density, attention work, memory and the pattern of a run, without loading a model."""
     from grat_cli import media
+    from grat_cli.components import components_of
     from grat_cli.errors import BadInput
+    from grat_cli.fitting import judge, refuse_unfit, what_fits
+    from grat_cli.hardware import GPUS, device_named, present_cpu, present_gpu
     from grat_cli.highres import stage_data, stages_of
     from grat_cli.models import choose_model, medium_of_name
+    from grat_cli.offloading import OFFLOADS
     from grat_cli.picture import image_picture, text_picture
-    from grat_cli.planning import architecture_for, forecast
+    from grat_cli.planning import architecture_for, forecast, stage_forecasts
     from grat_cli.presets import HIGHRES_MODES, load_preset
+    from grat_cli.quantization import QUANTIZATIONS
     from grat_cli.resolution import Resolution, parse_resolution
     from grat_cli.selection import DTYPES, mismatch_note, require_choice, select_preset
+    from grat_cli.time_estimate import phase_seconds
     from grat_cli.video_size import parse_video_size
 
     output = Output(as_json=as_json, quiet=quiet)
+    require_choice("--offload", offload, OFFLOADS)
+    require_choice("--quantize", quantize, QUANTIZATIONS)
     if preset_name and preset:
         raise BadInput(f"two presets are given, {preset_name} and {preset}: leave one out")
     require_choice("--dtype", dtype, DTYPES)
@@ -131,33 +146,69 @@ def plan(
         if picture.suffix.lower() != ".png":
             raise BadInput(f"--picture {picture}: pictures are PNG files: use {picture.with_suffix('.png')}")
         media.refuse_unwritable([picture], overwrite=overwrite)
+    device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
+    if device is not None and device.kind == "cpu" and dtype == "auto":
+        dtype = "float32"
     architecture = architecture_for(choice)
     stages: list[dict[str, Any]] = []
-    if isinstance(size, Resolution):
-        forecasts = [
-            (
-                stage,
-                forecast(
-                    stage.preset,
-                    choice.name,
-                    architecture,
-                    Resolution(stage.width, stage.height),
-                    dtype,
-                    stage.steps,
-                ),
-            )
-            for stage in stages_of(chosen, choice, size.width, size.height)
-        ]
-        stages = [stage_data(stage, made.schedule) for stage, made in forecasts]
-        result = forecasts[-1][1]  # what costs most
-    else:
-        result = forecast(chosen, choice.name, architecture, size, dtype)
 
-    # 3. Show it.
+    def forecasts(size: Any) -> list[Forecast]:
+        """Of each stage; of the last one costs most."""
+        if isinstance(size, Resolution):
+            return stage_forecasts(stages_of(chosen, choice, size.width, size.height), choice.name, architecture, dtype)
+        return [forecast(chosen, choice.name, architecture, size, dtype)]
+
+    runs = forecasts(size)
+    result = runs[-1]
+    if isinstance(size, Resolution):
+        parts = zip(stages_of(chosen, choice, size.width, size.height), runs, strict=True)
+        stages = [stage_data(stage, made.schedule) for stage, made in parts]
+
+    # 3. Memory and time by phase, on the device that is meant.
+    components = components_of(choice)
+    if device is not None and device.kind == "cpu" and (offload, quantize) != ("none", "none"):
+        raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
+    verdict = judge(
+        runs, components, choice, device or GPUS["h200"], offload=offload, quantize=quantize, at_size=forecasts
+    )
+    # Measuring a CPU takes seconds, and loads torch: only where it is asked for.
+    timed = device is not None and (device.kind == "cuda" or gpu is not None)
+    seconds = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
+
+    # 4. Show it.
     if note := mismatch_note(chosen, choice):
         output.hint(note)
-    output.data({**result.as_dict(), "preset": chosen.model_dump(mode="json"), "stages": stages})
-    output.show(fact_table(_facts(result, stages)))
+    output.data(
+        {
+            **result.as_dict(),
+            "preset": chosen.model_dump(mode="json"),
+            "stages": stages,
+            "phases": [
+                {
+                    "phase": phase.phase,
+                    "peak_bytes": round(phase.peak),
+                    "weights_bytes": round(phase.weights),
+                    "at": phase.moment,
+                    "seconds": seconds.get(phase.phase),
+                }
+                for phase in verdict.memory.phases
+            ],
+            "load_seconds": seconds.get("load"),
+            "offload": verdict.execution.offload,
+            "quantize": quantize,
+            "verdict": verdict.as_dict() if device else None,
+        }
+    )
+    output.show(fact_table(_facts(result, stages)), "", _phase_table(verdict.memory, seconds))
+    if verdict.execution.offload != "none":
+        waiting = bytes_text(verdict.memory.offloaded)
+        output.show(f"--offload {verdict.execution.offload}: {waiting} of weights wait in main memory")
+    if seconds and verdict.device.kind == "cuda":
+        output.show("Times are estimates from data sheets, not measured.")
+    if device is None:
+        output.show(what_fits(runs, components, choice, offload=offload, quantize=quantize))
+    elif verdict.fits:
+        output.show(verdict.sentence)
     if picture is not None:
         media.write_png(image_picture(result.main_plan), picture, None)
         output.line(str(picture))
@@ -165,6 +216,36 @@ def plan(
         output.show("", text_picture(result.main_plan, min(output.console.width, 80)))
     elif output.mode is Mode.QUIET:
         output.line(f"{result.schedule.density:.6f}")
+    if device is not None:
+        refuse_unfit(verdict)
+
+
+def _phase_table(memory: RunMemory, seconds: Mapping[str, float]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("phase", style="dim", no_wrap=True)
+    for name in ("weights", "peak", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("at the peak", overflow="fold")
+    if "load" in seconds:
+        table.add_row("load", "", "", _time(seconds["load"]), "")
+    for phase in memory.phases:
+        took = seconds.get(phase.phase)
+        table.add_row(
+            phase.phase,
+            bytes_text(phase.weights),
+            bytes_text(phase.peak),
+            "" if took is None else _time(took),
+            phase.moment,
+        )
+    return table
+
+
+def _time(seconds: float) -> str:
+    from grat_cli.progress import duration
+
+    return duration(seconds) if seconds >= 0.5 else "<1 s"
 
 
 def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:

@@ -52,6 +52,7 @@ def video(
     """Make videos from a prompt."""
     from grat_cli import media, video_output
     from grat_cli.errors import BadInput
+    from grat_cli.fitting import refuse_unfit_here
     from grat_cli.models import choose_model
     from grat_cli.offloading import OFFLOADS
     from grat_cli.planning import architecture_for, forecast
@@ -113,6 +114,16 @@ def video(
     names = [media.default_name(now, prompt, str(size), word, seed, suffix) for seed in seeds]
     paths = media.output_paths(out, names, seeds, suffix)
     video_output.refuse_unwritable(paths, overwrite=overwrite)
+
+    refuse_unfit_here(
+        choice,
+        lambda size, in_dtype: [forecast(chosen, choice.name, architecture, size, in_dtype)],
+        size,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        quantize=quantize,
+    )
 
     # 4. What it will be, and how long it will take.
     output.hint(f"{choice.name} ({choice.reason}), {size.resolution}, {size.frames} frames at {size.fps} per second")
