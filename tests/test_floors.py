@@ -42,7 +42,7 @@ FLOORS = (
     ("preset_schema", "tensor_files", "video_check"),
     ("presets", "latents_file", "run_checkpoint", "media"),
     # What runs when; models and how they are entered
-    ("schedule", "adapters", "adapters.base", "adapters.preparation", "demo.*", "video_files"),
+    ("schedule", "recall", "adapters", "adapters.base", "adapters.preparation", "demo.*", "video_files"),
     ("adapters.flux", "adapters.hunyuan", "models"),
     ("generation_request", "installation", "guidance", "hub", "video_size"),
     ("checkpoints", "image_request", "video_request", "denoising"),
