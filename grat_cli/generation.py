@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.checkpoints import load_model
-from grat_cli.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
+from grat_cli.denoising import GenerationRecord, memory_advice
 from grat_cli.devices import (
     choose_device,
     choose_dtype,
@@ -17,13 +17,13 @@ from grat_cli.devices import (
     peak_memory,
     wait_for,
 )
-from grat_cli.errors import NumericalFailure
 from grat_cli.generation_request import Progress, check_size
-from grat_cli.guidance import Guidance, choose_guidance
+from grat_cli.guidance import choose_guidance
+from grat_cli.highres import stages_of
 from grat_cli.image_request import ImageRequest, note_expectations, read_init_image
-from grat_cli.installation import install
-from grat_cli.time_shift import time_shift
-from grat_cli.timing import Phases, StepRecorder
+from grat_cli.resolution import Resolution
+from grat_cli.staged_generation import StageRecord, Studio, numbered, total_phases
+from grat_cli.timing import Phases
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +32,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImage(GenerationRecord):
-    """A picture, and what there is to report about how it was made."""
+    """A picture, and what there is to report about how it was made.
+
+    Attributes:
+        stages: what was run, first to last; steps and phases of the record are those of all of them.
+    """
 
     image: Image.Image
+    stages: tuple[StageRecord, ...] = ()
 
 
 def generate_images(request: ImageRequest, progress: Progress) -> Iterator[GeneratedImage]:
-    """Makes one image per seed; the model is loaded once.
+    """Makes one image per seed; the model is loaded once. Large ones take several stages, see `highres`.
 
     Raises:
         BadInput: if the request cannot be done, with what to change.
@@ -46,17 +51,26 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
         OutOfMemory: if the device has too little memory.
         NumericalFailure: if latents turn NaN or infinite, or the picture is one flat colour.
     """
+    import torch
+
     # 1. What can be refused before anything is loaded.
     check_size(request)
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     init_image = read_init_image(request, progress)
+    stages = stages_of(
+        request.preset,
+        request.model,
+        request.width,
+        request.height,
+        start=None if init_image is None else Resolution(*init_image.size),
+        strength=request.strength,
+    )
     note_expectations(request, progress)
-    size = f"{request.width}x{request.height}"
     phases = Phases(lambda: wait_for(device))
     forget_peak_memory(device)
 
-    with memory_advice(request, device, size):
+    with memory_advice(request, device, stages[0].size):
         # 2. Load.
         progress.phase("load")
         with phases("load"):
@@ -68,82 +82,70 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
                 image_to_image=init_image is not None,
                 base=request.base,
             )
-        pipe = model.pipe
-        tile_large_pictures(pipe, request)
+        studio = Studio(model.pipe, device, progress)
 
-        # 3. Encode the prompts, once for all seeds.
-        guidance = choose_guidance(pipe, request.model, request.preset, request.negative_prompt)
-        for note in guidance.notes:
+        # 3. Encode the prompts, once for all seeds and stages.
+        guidances = [
+            choose_guidance(model.pipe, request.model, stage.preset, request.negative_prompt) for stage in stages
+        ]
+        for note in dict.fromkeys(note for guidance in guidances for note in guidance.notes):
             progress.note(note)
         progress.phase("text")
         with phases("text"):
-            text = encode_text(pipe, request, guidance)
+            negative_prompts = [guidance.negative_prompt for guidance in guidances]
+            text = encode_text(model.pipe, request, next(filter(None, negative_prompts), negative_prompts[0]))
 
     for seed in request.seeds:
-        with memory_advice(request, device, size):
-            # 4. Denoise with GRAT attention installed.
-            progress.phase("denoise")
-            recorder, watch = StepRecorder(device), StepWatch(progress)
-            token_side = pipe.vae_scale_factor * 2
-            image_tokens = (request.height // token_side) * (request.width // token_side)
-            with (
-                time_shift(pipe, image_tokens, request.preset.sampling.shift) as shift,
-                install(
-                    pipe, request.preset, height=request.height, width=request.width, observer=recorder
-                ) as installation,
-            ):
-                with phases("denoise"):
-                    latents = denoise(pipe, request, text | guidance.arguments, init_image, seed, watch)
-                timesteps = pipe.scheduler.timesteps[pipe.scheduler.begin_index or 0 :].tolist()
-            watch.raise_if_not_finite()
+        # Noise is drawn on the CPU, so that a seed gives the same one on every device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        before, records = init_image, []
+        for stage, guidance in zip(stages, guidances, strict=True):
+            with memory_advice(request, device, stage.size):
+                # 4. Denoise with GRAT attention installed, from noise or from what came before, upscaled.
+                latents, record = studio.run(stage, text, guidance, before, generator)
+                records.append(record)
 
-            # 5. Decode.
-            progress.phase("decode")
-            with phases("decode"):
-                picture = decode(pipe, latents, request)
+                # 5. Decode, unless latents are upscaled.
+                before = studio.decode(latents, record) if stage.decoded else latents
 
         # 6. Report.
+        last = records[-1]
         memory_bytes, memory_kind = peak_memory(device)
         yield GeneratedImage(
-            image=picture,
+            image=before,
             seed=seed,
             width=request.width,
             height=request.height,
-            phases_ms=dict(phases.phases_ms),
-            steps=recorder.steps(timesteps),
+            phases_ms=phases.phases_ms | total_phases(records),
+            steps=numbered(records),
+            stages=tuple(records),
             peak_memory_bytes=memory_bytes,
             peak_memory_kind=memory_kind,
-            backend=installation.backend.value,
-            backend_reason=installation.backend_reason,
-            preparation=installation.preparation,
+            backend=last.installation.backend.value,
+            backend_reason=last.installation.backend_reason,
+            preparation=last.installation.preparation,
             device=str(device),
             device_name=device_name(device),
             dtype=str(dtype).removeprefix("torch."),
-            autoencoder_dtype=str(pipe.vae.dtype).removeprefix("torch."),
+            autoencoder_dtype=str(model.pipe.vae.dtype).removeprefix("torch."),
             threads=cpu_threads(device),
-            guidance=guidance.scale,
-            shift=shift,
+            guidance=last.guidance,
+            shift=last.shift,
             model_revision=model.revision,
-            schedule=installation.last_schedule,
+            schedule=last.installation.last_schedule,
             text_tokens=text["prompt_embeds"].shape[1],
         )
         phases.phases_ms = {"load": 0.0, "text": 0.0}
 
 
-def tile_large_pictures(pipe: Any, request: ImageRequest) -> None:
-    """Decodes in tiles above the size that the model was trained at, where the autoencoder can.
+def encode_text(pipe: Any, request: ImageRequest, negative_prompt: str | None) -> dict[str, torch.Tensor]:
+    """Embeddings of prompt and negative prompt, as the pipelines take them.
 
-    Not with AutoencoderTiny: its tiles assume 8 pixels per latent whatever its depth (diffusers 0.42.1).
+    Args:
+        pipe: a pipeline of Flux.
+        request: whose prompt is taken.
+        negative_prompt: of `guidance.Guidance`: None where the transformer is called once per step.
     """
-    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-
-    large = request.width * request.height > request.model.native_side**2
-    if large and not isinstance(pipe.vae, AutoencoderTiny) and hasattr(pipe.vae, "enable_tiling"):
-        pipe.vae.enable_tiling()
-
-
-def encode_text(pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[str, torch.Tensor]:
-    """Embeddings of prompt and negative prompt, as the pipelines take them."""
     import torch
 
     def encode(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,50 +157,7 @@ def encode_text(pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[st
     with torch.no_grad():
         embeddings, pooled = encode(request.prompt)
         text = {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
-        if guidance.negative_prompt is not None:
-            embeddings, pooled = encode(guidance.negative_prompt)
+        if negative_prompt is not None:
+            embeddings, pooled = encode(negative_prompt)
             text |= {"negative_prompt_embeds": embeddings, "negative_pooled_prompt_embeds": pooled}
     return text
-
-
-def denoise(
-    pipe: Any,
-    request: ImageRequest,
-    arguments: dict[str, Any],
-    init_image: Image.Image | None,
-    seed: int,
-    watch: StepWatch,
-) -> torch.Tensor:
-    """Latents of one image, `[1, image tokens, channels]`."""
-    import torch
-
-    if init_image is not None:
-        arguments = arguments | {"image": init_image, "strength": request.strength}
-    with explained_backend_failures():
-        return pipe(
-            **arguments,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.preset.sampling.steps,
-            # Noise is drawn on the CPU, so that a seed gives the same one on every device.
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-            callback_on_step_end=watch,
-        ).images
-
-
-def decode(pipe: Any, latents: torch.Tensor, request: ImageRequest) -> Image.Image:
-    """The picture of latents `[1, image tokens, channels]`, as at the end of the pipelines."""
-    import torch
-
-    with torch.no_grad():
-        unpacked = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
-        scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        pixels = pipe.vae.decode(scaled, return_dict=False)[0]
-        pipe.maybe_free_model_hooks()
-        if not pixels.isfinite().all():
-            raise NumericalFailure("the picture has NaN after decoding: try --dtype float32 or bfloat16")
-        picture = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
-    if all(low == high for low, high in picture.getextrema()):
-        raise NumericalFailure("the picture is one flat colour: try another --seed, --dtype float32, or more --steps")
-    return picture

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from grat_cli.errors import BadInput
 from grat_cli.generation_request import GenerationRequest, Progress
+from grat_cli.highres import FAIR_AREA
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,15 +20,16 @@ class ImageRequest(GenerationRequest):
 
     Attributes:
         init_image: picture to start from, or None for noise.
-        strength: share of the steps that are run on `init_image`: 1 leaves nothing of it.
+        strength: share of the steps that are run on `init_image`: 1 leaves nothing of it. None for 0.7, or on the
+            high-resolution path for the preset's.
     """
 
     init_image: Path | None = None
-    strength: float = 0.7
+    strength: float | None = None
 
 
 def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | None:
-    """The picture to start from, cut to the request's shape and resized to it; None for noise.
+    """The picture to start from, cut to the request's shape but of its own size; None for noise.
 
     Raises:
         BadInput: if it cannot be read, or the strength is out of range.
@@ -36,7 +38,7 @@ def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | 
         return None
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not 0.0 < request.strength <= 1.0:
+    if request.strength is not None and not 0.0 < request.strength <= 1.0:
         raise BadInput(f"strength must lie above 0 and at most at 1, not {request.strength}")
     try:
         picture = ImageOps.exif_transpose(Image.open(request.init_image)).convert("RGB")
@@ -49,19 +51,32 @@ def read_init_image(request: ImageRequest, progress: Progress) -> Image.Image | 
             f"{request.init_image.name} is {picture.width}x{picture.height}: "
             f"its middle is cut out in the shape of {request.width}x{request.height}"
         )
-    return ImageOps.fit(picture, (request.width, request.height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(picture, _largest_within(picture, request.width, request.height), Image.Resampling.LANCZOS)
+
+
+def _largest_within(picture: Image.Image, width: int, height: int) -> tuple[int, int]:
+    """The largest size in a shape that a picture holds, and no larger than that of the shape."""
+    scale = min(picture.width / width, picture.height / height, 1.0)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def note_expectations(request: ImageRequest, progress: Progress) -> None:
     """Says beforehand what a model cannot do."""
+    preset = request.preset
+    from_noise = preset.highres is not None and preset.highres.mode != "cascade"
     if request.model.family == "demo":
         from grat_cli.demo import unknown_words, vocabulary
 
         known = vocabulary()
         if unknown := unknown_words(request.prompt, known):
             progress.note(f"the demo model does not know {', '.join(unknown)}; it draws {', '.join(known['subjects'])}")
-    elif request.init_image is None and request.width * request.height > 2 * request.model.native_side**2:
+    if request.init_image is None and from_noise and _area(request) > FAIR_AREA * request.model.native_side**2:
+        side = request.model.native_side
         progress.note(
-            f"Flux was trained at about {request.model.native_side}x{request.model.native_side}: much larger pictures "
-            "from noise repeat and blur with any attention; start from one with --init-image"
+            f"{request.model.name} was trained at about {side}x{side}: much larger pictures from noise repeat and blur "
+            "with any attention; leave --highres to its default, or start from a picture with --init-image"
         )
+
+
+def _area(request: ImageRequest) -> int:
+    return request.width * request.height

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.models import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
-from grat_cli.preset_schema import AXES, BACKENDS
+from grat_cli.preset_schema import AXES, BACKENDS, SMALLEST_CHUNK, ChunkTokens, Memory
 from grat_cli.presets import Preset, load_preset
-from grat_cli.time_shift import extrapolation
+from grat_cli.time_shift import extrapolation as extrapolated_shift
 
 if TYPE_CHECKING:
     from grat_cli.adapters.base import Adapter, CallObserver
+    from grat_cli.extrapolation import Extrapolation
     from grat_cli.schedule import AttentionSchedule
     from grat_kernels import Backend, Grid
 
@@ -74,6 +75,11 @@ class Installation:
         return self._adapter.preparation
 
     @property
+    def chunking(self) -> tuple[int | None, str]:
+        """How many tokens at most run through feed-forward and modulation at once, None for all; and why."""
+        return self._adapter.chunking
+
+    @property
     def last_schedule(self) -> AttentionSchedule:
         """The schedule of the latest transformer call.
 
@@ -96,7 +102,9 @@ def install(
     steps: int | None = None,
     first_step: int = 0,
     backend: Backend | str | None = None,
+    chunk_tokens: int | Literal["auto"] | None = "auto",
     observer: CallObserver | None = None,
+    extrapolation: Extrapolation | None = None,
 ) -> Iterator[Installation]:
     """Runs a pipeline with GRAT attention: `with grat_cli.install(pipe, "flux-x", height=8192, width=8192): pipe(...)`.
 
@@ -116,7 +124,11 @@ def install(
         first_step: number of the first step that a call runs, where it goes on with a run that had been broken off:
             the preset's steps are those of the whole run.
         backend: overrides the preset's; one chosen by name never falls back.
+        chunk_tokens: feed-forward and modulation run on at most so many tokens at once, None for all of them; `auto`
+            leaves it to the preset. It changes no result on a CPU.
         observer: told of transformer calls and attentions, for example a `timing.StepRecorder`.
+        extrapolation: how rotary positions and scores of Flux are fitted to pictures larger than it was trained at;
+            None leaves them as they are. The preset's own `highres` section is not applied.
 
     Raises:
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
@@ -126,6 +138,8 @@ def install(
     preset = load_preset(preset) if isinstance(preset, str) else preset
     if backend is not None:
         preset = _with_backend(preset, backend)
+    if chunk_tokens != "auto":
+        preset = _with_chunks(preset, chunk_tokens)
     if len(preset.attention.group) != AXES[family]:
         raise BadInput(
             f"preset {preset.name} is for {preset.model} models, the pipeline is a {type(pipe).__name__}: "
@@ -139,9 +153,11 @@ def install(
             f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
             "use FlowMatchEulerDiscreteScheduler"
         )
-    adapter = _adapter(pipe, family, grid)
+    if extrapolation is not None and family != "flux":
+        raise BadInput(f"positions of a {type(pipe).__name__} are not fitted: leave out extrapolation")
+    adapter = _adapter(pipe, family, grid, extrapolation, preset.memory.chunk_tokens)
     installation = Installation(pipe, preset, grid, first_step, steps, adapter)
-    warning = extrapolation(pipe.scheduler, grid.tokens)
+    warning = extrapolated_shift(pipe.scheduler, grid.tokens)
     if warning:
         warnings.warn(warning, stacklevel=3)
     with adapter.attached(installation, installation.backend, observer):
@@ -160,6 +176,12 @@ def _with_backend(preset: Preset, backend: Backend | str) -> Preset:
     if name not in BACKENDS:
         raise BadInput(f"unknown backend {name!r}: {choices(name, BACKENDS)}")
     return preset.model_copy(update={"kernel": preset.kernel.model_copy(update={"backend": name})})
+
+
+def _with_chunks(preset: Preset, chunk_tokens: int | None) -> Preset:
+    if chunk_tokens is not None and chunk_tokens < SMALLEST_CHUNK:
+        raise BadInput(f"chunk_tokens {chunk_tokens}: expected {SMALLEST_CHUNK} or more, None or 'auto'")
+    return preset.model_copy(update={"memory": Memory(chunk_tokens=chunk_tokens)})
 
 
 def _family(pipe: Any) -> Literal["flux", "hunyuan"]:
@@ -214,14 +236,16 @@ def _grid(pipe: Any, family: str, height: int, width: int, num_frames: int | Non
     return Grid(((num_frames - 1) // unit // pipe.transformer.config.patch_size_t + 1, *sides))
 
 
-def _adapter(pipe: Any, family: str, grid: Grid) -> Adapter:
+def _adapter(
+    pipe: Any, family: str, grid: Grid, extrapolation: Extrapolation | None, chunk_tokens: ChunkTokens
+) -> Adapter:
     if family == "flux":
         from grat_cli.adapters.flux import FluxAdapter
 
-        return FluxAdapter(pipe.transformer, grid)
+        return FluxAdapter(pipe.transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
     from grat_cli.adapters.hunyuan import HunyuanAdapter
 
-    return HunyuanAdapter(pipe.transformer, grid)
+    return HunyuanAdapter(pipe.transformer, grid, chunk_tokens=chunk_tokens)
 
 
 def _nearest_multiple(size: int, unit: int) -> int:

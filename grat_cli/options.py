@@ -70,6 +70,13 @@ def complete_backend() -> list[str]:
     return list(BACKENDS)
 
 
+def complete_highres() -> list[str]:
+    """Ways to make large pictures, for shell completion."""
+    from grat_cli.presets import HIGHRES_MODES
+
+    return list(HIGHRES_MODES)
+
+
 def complete_format() -> list[str]:
     """Names of video formats, for shell completion."""
     from grat_cli.video_files import FORMATS
@@ -210,9 +217,21 @@ Strength = Annotated[
         "--strength",
         parser=number("--strength", float),
         metavar="SHARE",
-        help="How much of --init-image to redo, 0 to 1. Default: 0.7.",
+        help="How much of --init-image to redo, 0 to 1. Default: 0.7, of large pictures as the preset says.",
         show_default=False,
         rich_help_panel=_PICTURE,
+    ),
+]
+Highres = Annotated[
+    str | None,
+    typer.Option(
+        "--highres",
+        metavar="HOW",
+        help="Of pictures larger than the model was trained at: cascade (a small one, redone at growing sizes), "
+        "direct (from noise, with positions and attention fitted) or off. Default: the preset's, else cascade.",
+        show_default=False,
+        rich_help_panel=_PICTURE,
+        autocompletion=complete_highres,
     ),
 ]
 

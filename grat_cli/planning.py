@@ -9,6 +9,7 @@ from typing import Any
 
 from grat_cli.architectures import Architecture, VideoDecoder, architecture_of
 from grat_cli.errors import ModelUnavailable
+from grat_cli.highres import Stage
 from grat_cli.models import ModelChoice
 from grat_cli.presets import Preset
 from grat_cli.resolution import Resolution
@@ -130,8 +131,16 @@ def grid_for(architecture: Architecture, size: Resolution | VideoSize) -> Grid:
     return Grid(((size.frames - 1) // architecture.frames_per_latent + 1, *sides))
 
 
-def schedule_for(preset: Preset, architecture: Architecture, size: Resolution | VideoSize) -> AttentionSchedule:
+def schedule_for(
+    preset: Preset, architecture: Architecture, size: Resolution | VideoSize, steps: int | None = None
+) -> AttentionSchedule:
     """The schedule of a picture or video.
+
+    Args:
+        preset: resolved.
+        architecture: shape of the model.
+        size: of the picture or video.
+        steps: that are run; None for all of the preset's.
 
     Raises:
         BadInput: if the preset does not fit its tokens, or its rules not the steps, layers and heads.
@@ -141,14 +150,28 @@ def schedule_for(preset: Preset, architecture: Architecture, size: Resolution | 
         grid_for(architecture, size),
         architecture.text_tokens,
         architecture.text_first,
-        steps=preset.sampling.steps,
+        steps=preset.sampling.steps if steps is None else steps,
         layers=architecture.layers,
         heads=architecture.heads,
     )
 
 
+def schedule_for_stage(stage: Stage, architecture: Architecture) -> AttentionSchedule:
+    """The schedule of one stage of a picture.
+
+    Raises:
+        BadInput: as for `schedule_for`.
+    """
+    return schedule_for(stage.preset, architecture, Resolution(stage.width, stage.height), stage.steps)
+
+
 def forecast(
-    preset: Preset, model: str, architecture: Architecture, size: Resolution | VideoSize, dtype: str = "auto"
+    preset: Preset,
+    model: str,
+    architecture: Architecture,
+    size: Resolution | VideoSize,
+    dtype: str = "auto",
+    steps: int | None = None,
 ) -> Forecast:
     """Lays out a run.
 
@@ -158,13 +181,14 @@ def forecast(
         architecture: its shape.
         size: of the picture or video.
         dtype: of query, key and value; `auto` is bfloat16, float32 for the demo.
+        steps: that are run; None for all of the preset's.
 
     Raises:
         BadInput: if the preset does not fit the picture or video.
     """
     if dtype == "auto":
         dtype = "float32" if model == "demo" else "bfloat16"
-    schedule = schedule_for(preset, architecture, size)
+    schedule = schedule_for(preset, architecture, size, steps)
     main_plan = max(schedule.shares, key=lambda plan: schedule.shares[plan])
     width = architecture.heads * architecture.head_dim
     # Two products of tokens x width x tokens, a multiplication and an addition each.

@@ -30,6 +30,8 @@ def problem_of(error: ErrorDetails) -> Problem:
         "tuple_type": "a list",
         "greater_than": f"more than {context.get('gt', 0):g}",
         "greater_than_equal": f"{context.get('ge', 0):g} or more",
+        "less_than_equal": f"{context.get('le', 0):g} or less",
+        "bool_type": "true or false",
         "string_pattern_mismatch": "a name of letters, digits, dots and dashes",
     }
     if error["type"] == "missing":

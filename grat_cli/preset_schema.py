@@ -32,10 +32,17 @@ from grat_kernels.geometry import nests
 Variant = Literal["full", "b", "x", "bx", "sta"]
 BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
 Family = Literal["flux", "demo", "hunyuan"]
+HighresMode = Literal["off", "cascade", "direct"]
+PositionsName = Literal["none", "ntk", "yarn", "dype"]
 
 VARIANTS: tuple[str, ...] = get_args(Variant)
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 FAMILIES: tuple[str, ...] = get_args(Family)
+HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
+SMALLEST_CHUNK = 256
+# Above so many image tokens (2,896 pixels a side with Flux) wide results take more memory than attention; chunks of
+# the second size keep any device busy.
+_MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
 AXES: Mapping[str, int] = {"flux": 2, "demo": 2, "hunyuan": 3}
 
 # The fields that say something to each variant, with the value that stands where none is given.
@@ -96,6 +103,25 @@ def _amount(value: Any) -> int | float:
     raise ValueError(f"expected a count of steps such as 3 or a fraction such as 0.1, not {shown(value)}")
 
 
+def _strength(value: Any) -> float | tuple[float, ...]:
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if not numbers or not all(type(number) in (int, float) and 0 < number <= 1 for number in numbers):
+        raise ValueError(
+            f"expected a share above 0 and up to 1, or one per stage such as [0.7, 0.5], not {shown(value)}"
+        )
+    return tuple(map(float, numbers)) if isinstance(value, list | tuple) else float(value)
+
+
+def _strength_or_none(value: Any) -> float | tuple[float, ...] | None:
+    return None if value is None else _strength(value)
+
+
+def _chunk_tokens(value: Any) -> int | str | None:
+    if value is None or value == "auto" or (type(value) is int and value >= SMALLEST_CHUNK):
+        return value
+    raise ValueError(f"expected auto, null or a whole number from {SMALLEST_CHUNK} up, not {shown(value)}")
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -105,6 +131,7 @@ Radius = Annotated[int | tuple[int, ...] | None, BeforeValidator(_radius)]
 Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
 Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
+ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -278,11 +305,85 @@ class Sampling(Section):
     shift: Annotated[Number, Field(gt=0)] | None = None
 
 
+class StageOverride(Section):
+    """What differs in one stage of a cascade; None leaves what stands elsewhere in the preset.
+
+    Attributes:
+        strength: in place of `highres.strength`.
+        steps: in place of `highres.steps`.
+        attention: in place of the preset's own, or of full attention in a short stage.
+        schedule: in place of the preset's own.
+    """
+
+    strength: Annotated[float | None, BeforeValidator(_strength_or_none)] = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    attention: Attention | None = None
+    schedule: Schedule | None = None
+
+
+class HighResolution(Section):
+    """How pictures larger than the model was trained at come about.
+
+    Attributes:
+        mode: `cascade` makes a picture of the trained area and redoes it at growing sizes; `direct` makes the asked
+            size from noise, with positions and attention fitted to it; `off` leaves everything as at the trained size.
+        growth: side of a stage over that of the one before, about; None goes from the base to the asked size at once.
+        upscale: between stages, `pixel` (decode, Lanczos, encode) or `latent` (bicubic).
+        strength: share of a stage's steps that are run on the upscaled picture, one number or one per stage.
+        steps: of a stage, before strength; None for those of `sampling`.
+        guidance: of the stages; None for that of `sampling`.
+        shift: fixed time shift of the stages; None for that of `sampling`, or the model's own (`grat_cli.time_shift`).
+        positions: how rotary frequencies are fitted to more tokens (`grat_cli.extrapolation`).
+        proportional_attention: whether scores are scaled by the number of keys (`grat_cli.extrapolation`).
+        low_resolution_guidance: weight of the upscaled picture's low frequencies in each prediction (I-Max, arXiv
+            2410.07536).
+        dense_below: stages of at most so many image tokens run full attention.
+        stages: overrides of the stages after the base, first to last.
+    """
+
+    mode: HighresMode = "cascade"
+    growth: Annotated[Number, Field(gt=1)] | None = 2.0
+    upscale: Literal["pixel", "latent"] = "pixel"
+    strength: Annotated[float | tuple[float, ...], BeforeValidator(_strength)] = 0.6
+    steps: Annotated[int, Field(ge=1)] | None = None
+    guidance: Annotated[Number, Field(ge=0)] | None = None
+    shift: Annotated[Number, Field(gt=0)] | None = None
+    positions: PositionsName = "ntk"
+    proportional_attention: bool = True
+    low_resolution_guidance: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    dense_below: Annotated[int, Field(ge=0)] = 8192
+    stages: Annotated[tuple[StageOverride, ...], BeforeValidator(_as_tuple)] = ()
+
+
+class Memory(Section):
+    """What keeps large runs within memory.
+
+    Attributes:
+        chunk_tokens: feed-forward and modulation run on at most so many tokens at once; None on all; `auto` on all up
+            to 32,768 image tokens, on 16,384 above.
+    """
+
+    chunk_tokens: ChunkTokens = "auto"
+
+
+def chunk_for(wanted: int | Literal["auto"] | None, tokens: int) -> int | None:
+    """How many tokens at most run through feed-forward and modulation at once, of so many; None for all.
+
+    Args:
+        wanted: see `Memory`.
+        tokens: image tokens.
+    """
+    if wanted == "auto":
+        return _AUTO_CHUNK if tokens > _MANY_TOKENS else None
+    return wanted
+
+
 class Preset(Section):
     """A resolved preset.
 
     Attributes:
         model: the family of models that it is made for.
+        highres: how large pictures come about; None takes the defaults of the section.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -292,6 +393,8 @@ class Preset(Section):
     schedule: Schedule = Schedule()
     kernel: Kernel = Kernel()
     sampling: Sampling = Sampling()
+    memory: Memory = Memory()
+    highres: HighResolution | None = None
 
     @model_validator(mode="after")
     def _check_axes_and_nesting(self) -> Preset:
@@ -314,6 +417,31 @@ class Preset(Section):
                     *("schedule", "rules"),
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Preset:
+        if self.highres is None:
+            return self
+        if axes := AXES[self.model] - 2:
+            raise invalid(f"{self.model} models make videos, which have {axes + 2} axes: leave it out", "highres")
+        for index in range(len(self.highres.stages)):
+            self.of_stage(index)
+        return self
+
+    def of_stage(self, index: int) -> Preset:
+        """The preset with attention and schedule as the override of a stage has them, and no stages of its own.
+
+        Raises:
+            ValidationError: if they do not fit each other.
+        """
+        override = self.highres.stages[index] if self.highres and index < len(self.highres.stages) else StageOverride()
+        changes = {name: value for name in ("attention", "schedule") if (value := getattr(override, name)) is not None}
+        data = {**self.model_dump(), **{name: section.model_dump() for name, section in changes.items()}}
+        try:
+            return Preset.model_validate({**data, "highres": None})
+        except ValidationError as error:
+            problem = problem_of(error.errors()[0])
+            raise invalid(problem.message, "highres", "stages", index, *problem.path) from error
 
     def _attention_of_rule(self, index: int) -> Attention:
         try:

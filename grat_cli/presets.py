@@ -22,14 +22,18 @@ from grat_cli.preset_schema import (
     BACKENDS,
     FAMILIES,
     FIELDS_OF_VARIANT,
+    HIGHRES_MODES,
     VARIANTS,
     Attention,
     FarLevel,
+    HighResolution,
     Kernel,
+    PositionsName,
     Preset,
     Rule,
     Sampling,
     Schedule,
+    StageOverride,
     without_unused,
 )
 from grat_cli.yaml_source import YamlSource, read_file, read_text
@@ -38,14 +42,18 @@ __all__ = [
     "AXES",
     "BACKENDS",
     "FAMILIES",
+    "HIGHRES_MODES",
     "VARIANTS",
     "Attention",
     "FarLevel",
+    "HighResolution",
     "Kernel",
+    "PositionsName",
     "Preset",
     "Rule",
     "Sampling",
     "Schedule",
+    "StageOverride",
     "load_preset",
     "preset_from",
     "preset_names",
@@ -64,6 +72,7 @@ _FLAG_PATHS: Mapping[str, KeyPath] = {
     "backend": ("kernel", "backend"),
     "steps": ("sampling", "steps"),
     "guidance": ("sampling", "guidance"),
+    "highres": ("highres", "mode"),
 }
 
 
@@ -116,7 +125,7 @@ def resolve_preset(base: Preset, *, set_items: Sequence[str] = (), **flags: Any)
         base: the preset.
         set_items: items such as `attention.radius=2`, values in YAML.
         flags: `variant`, `group` (a number for all axes or one per axis), `radius`, `share`, `backend`, `steps`,
-            `guidance`; None where not given.
+            `guidance`, `highres` (its mode); None where not given.
 
     Raises:
         BadInput: naming the option that does not fit.
@@ -164,7 +173,9 @@ def _parsed_item(item: str) -> tuple[KeyPath, Any]:
 def _place(data: dict[str, Any], path: KeyPath, value: Any, item: str) -> None:
     section: Any = data
     for part in path[:-1]:
-        section = section.setdefault(part, {})
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
         if not isinstance(section, dict):
             raise BadInput(f"--set {item}: {part} has no keys of its own: set it whole")
     section[path[-1]] = value

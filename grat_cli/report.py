@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from grat_cli.generation import GeneratedImage
     from grat_cli.generation_request import GenerationRequest
     from grat_cli.image_request import ImageRequest
+    from grat_cli.timing import StepTiming
     from grat_cli.video_request import VideoRequest
 
 SCHEMA = "grat.report/1"
@@ -36,11 +37,16 @@ def build_report(request: ImageRequest, generated: GeneratedImage, command: str,
         command: the command line as typed.
         created: when, with time zone.
     """
+    strength = next((record.stage.strength for record in generated.stages), request.strength)
     how = {
         "init_image": None if request.init_image is None else str(request.init_image),
-        "strength": None if request.init_image is None else request.strength,
+        "strength": None if request.init_image is None else strength,
     }
-    return _report(request, generated, command, created, how)
+    built = _report(request, generated, command, created, how)
+    for step, timed in zip(built["steps"], generated.steps, strict=True):
+        step["stage"] = timed.stage
+    built["stages"] = [record.as_dict() for record in generated.stages]
+    return built
 
 
 def build_video_report(request: VideoRequest, made: GenerationRecord, created: datetime) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def _report(
         },
         "versions": versions(),
         "phases": {name: round(milliseconds, 3) for name, milliseconds in made.phases_ms.items()},
-        "steps": [_rounded(asdict(step)) for step in made.steps],
+        "steps": [_step(step) for step in made.steps],
         "peak_memory_bytes": made.peak_memory_bytes,
         "peak_memory_kind": made.peak_memory_kind,
     }
@@ -144,14 +150,24 @@ def _report(
 
 def provenance(report: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a report that goes into the picture or video: all but what the run cost."""
-    return {name: value for name, value in report.items() if name not in _COSTS}
+    kept = {name: value for name, value in report.items() if name not in _COSTS}
+    if "stages" in kept:
+        kept["stages"] = [{name: stage[name] for name in stage if name != "phases"} for stage in kept["stages"]]
+    return kept
 
 
 def timing_table(report: Mapping[str, Any]) -> RenderableType:
-    """Steps of a report for people, the sum last; of many steps the first, the median and the last."""
+    """Steps of a report for people, the sum last; of many steps the first, the median and the last.
+
+    Of a picture in several stages, the sum of each stage in their place.
+    """
     steps: Sequence[Mapping[str, Any]] = report["steps"]
-    table = _table("step")
-    for name, step in _telling_steps(steps):
+    stages = report.get("stages", ())
+    table = _table("stage" if len(stages) > 1 else "step")
+    for stage in stages if len(stages) > 1 else ():
+        own = [step for step in steps if step["stage"] == stage["number"]]
+        table.add_row(f"{stage['width']}x{stage['height']}", *_cells(_sum(own)))
+    for name, step in _telling_steps(steps) if len(stages) <= 1 else ():
         table.add_row(name, *_cells(step))
     table.add_section()
     table.add_row(f"all {len(steps)}", *_cells(_sum(steps)))
@@ -209,5 +225,7 @@ def _telling_steps(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mappin
     return [("first", steps[0]), ("median", median), ("last", steps[-1])]
 
 
-def _rounded(step: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in step.items()}
+def _step(step: StepTiming) -> dict[str, Any]:
+    """A step as plain data; only pictures have stages."""
+    values = {name: value for name, value in asdict(step).items() if name != "stage"}
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}

@@ -33,6 +33,7 @@ def select_preset(
     backend: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    highres: str | None = None,
     set_items: Sequence[str] = (),
 ) -> Preset:
     """The resolved preset of a run.
@@ -75,6 +76,7 @@ def select_preset(
         backend=backend,
         steps=steps,
         guidance=guidance,
+        highres=highres,
     )
 
 

@@ -23,6 +23,7 @@ class StepTiming:
         attention_ms: the part of it in span attention, text queries included.
         other_ms: the rest: projections, feed-forward, norms, permutation.
         density: attended pairs over all pairs, mean over layers.
+        stage: of the run that it belongs to, counted from 0; see `highres.Stage`.
     """
 
     index: int
@@ -31,6 +32,7 @@ class StepTiming:
     attention_ms: float
     other_ms: float
     density: float
+    stage: int = 0
 
 
 @dataclass

@@ -210,6 +210,16 @@ class Plan(JointSequence):
         keys = self.span_lists.keys
         return sum(run.length * int(keys[run.span_list]) for run in self.query_runs)
 
+    @cached_property
+    def tokens_behind(self) -> IntArray:
+        """Tokens that each span list stands for, `[lists]`: keys, and for a summary the tokens of its block."""
+        lists, counts = self.span_lists, np.concatenate([np.zeros(1, np.int64), np.cumsum(self.summaries.counts)])
+        of_tokens = lists.levels == 0
+        first = np.asarray(self.summaries.offsets)[np.where(of_tokens, 0, lists.levels - 1)] + lists.starts
+        first = np.where(of_tokens, 0, first)
+        summarised = counts[np.where(of_tokens, 0, first + lists.lengths)] - counts[first]
+        return lists.sums(np.where(of_tokens, lists.lengths, summarised))
+
     @property
     def density(self) -> float:
         """Attended pairs over all pairs of the joint sequence, text rows and columns included."""

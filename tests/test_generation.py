@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_flux
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 import grat_cli
@@ -220,7 +218,8 @@ def test_words_that_the_demo_does_not_know_are_named() -> None:
 
 def test_large_pictures_from_noise_are_announced(loaded: Any) -> None:
     progress = Progress()
-    generate(progress, model=replace(choose_model("demo"), family="flux", native_side=32))
+    from_noise = preset(highres={"mode": "off"})
+    generate(progress, preset=from_noise, model=replace(choose_model("demo"), family="flux", native_side=32))
     assert "trained at about 32x32" in progress.notes[0]
 
 
@@ -288,19 +287,6 @@ def test_a_backend_that_fails_at_the_call_is_bad_input(monkeypatch: pytest.Monke
     monkeypatch.setattr(flux, "span_attention", refuse)
     with pytest.raises(BadInput, match="too long; use --backend auto"):
         generate()
-
-
-def test_large_pictures_are_decoded_in_tiles_where_that_works() -> None:
-    def pipe_after(vae: Any, side: int) -> Any:
-        generation.tile_large_pictures(SimpleNamespace(vae=vae), request(width=side, height=side))
-        return vae
-
-    full = {"block_out_channels": (8,), "norm_num_groups": 1, "down_block_types": ("DownEncoderBlock2D",)}
-    vaes = [AutoencoderKL(**full, up_block_types=("UpDecoderBlock2D",)) for _ in range(2)]
-    assert not pipe_after(vaes[0], 256).use_tiling
-    assert pipe_after(vaes[1], 272).use_tiling
-    # Its tiling assumes 8 pixels per latent; this one has 4.
-    assert not pipe_after(tiny_flux.autoencoder(), 512).use_tiling
 
 
 def guidance_for(model: str, scale: float | None, negative: str | None, embeds: bool) -> Any:

@@ -47,6 +47,9 @@ class Adapter(Protocol):
     preparation: str | None
     """What normalises, rotates and joins queries and keys, and why; None before the first call."""
 
+    chunking: tuple[int | None, str]
+    """How many tokens at most run through feed-forward and modulation at once, None for all; and why."""
+
     @property
     def layers(self) -> int:
         """Number of attention layers that take a plan."""

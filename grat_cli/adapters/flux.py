@@ -8,23 +8,35 @@ only the attention processors differ from stock (read against diffusers 0.42.1, 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
+from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 
-from grat_cli.adapters import preparation
+from grat_cli.adapters import chunking, preparation
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
+from grat_cli.extrapolation import Extrapolation, frequencies, query_scale
+from grat_cli.preset_schema import ChunkTokens
 from grat_kernels import Backend, Grid, HeadPlan, Plan, span_attention
 from grat_kernels.rope_norm import Joined, Projections
 
 _PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
+
+
+class Scaling(NamedTuple):
+    """Of scores, beside 1/√D: a factor for all queries, and one for each, `[N, 1 or H, 1]` fp32, or None."""
+
+    factor: float = 1.0
+    queries: torch.Tensor | None = None
 
 
 class SpanAttentionProcessor:
@@ -33,10 +45,12 @@ class SpanAttentionProcessor:
     Attributes:
         plan: what attends what in the next call; the adapter sets it before every transformer call.
         fused: whether norms, rotation, joining of text and image, and far-field means are one kernel; likewise.
+        scaling: of the scores, beside 1/√D; likewise.
     """
 
     plan: Plan | HeadPlan
     fused: bool
+    scaling: Scaling
 
     def __init__(self, backend: Backend, observer: CallObserver | None) -> None:
         self.backend = backend
@@ -70,9 +84,17 @@ class SpanAttentionProcessor:
             query, key, value, summaries = preparation.at_once(attn, image, text, image_rotary_emb, self.plan)
         else:
             query, key, value, summaries = _prepared_as_stock(attn, image, text, image_rotary_emb)
+        del image, text  # else the projections would be kept for as long as attention runs
 
+        # Scores are scaled through the queries, one more pass over them, because keys share their rotation tables and
+        # kernels take one scale. Where all queries have one factor, which is then the kernel's, it costs nothing.
+        if self.scaling.queries is not None:
+            query.mul_(self.scaling.queries)
+        scale = self.scaling.factor / math.sqrt(attn.head_dim)
         with self.timed():
-            attended = span_attention(query, key, value, self.plan, backend=self.backend, summaries=summaries)
+            attended = span_attention(
+                query, key, value, self.plan, scale=scale, backend=self.backend, summaries=summaries
+            )
         attended = attended.flatten(2, 3)
         if encoder_hidden_states is None:
             return attended
@@ -123,8 +145,16 @@ class FluxAdapter:
 
     text_first = True
     preparation: str | None = None
+    chunking: tuple[int | None, str] = None, "not attached yet"
 
-    def __init__(self, transformer: torch.nn.Module, grid: Grid, fused: bool | None = None) -> None:
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        grid: Grid,
+        fused: bool | None = None,
+        extrapolation: Extrapolation | None = None,
+        chunk_tokens: ChunkTokens = "auto",
+    ) -> None:
         """Prepares, and changes nothing yet.
 
         Args:
@@ -132,15 +162,16 @@ class FluxAdapter:
             grid: rows and columns of image tokens of the calls to come.
             fused: whether norms, rotation and joining before attention are one kernel, and calls that it cannot serve
                 are refused; by default, wherever it can run on a GPU. `preparation` tells.
+            extrapolation: how positions and scores are fitted to the grid; None leaves them as they are.
+            chunk_tokens: see `preset_schema.Memory`. `chunking` tells.
         """
-        self._fused = fused
+        self._fused, self._extrapolation, self._chunk_tokens = fused, extrapolation, chunk_tokens
         # Hooks go on the outermost module, so that a compiled model runs them outside its graph.
         self._called = transformer
         self._model: Any = getattr(transformer, "_orig_mod", transformer)
         self._grid = grid
-        self._attentions: list[Any] = [
-            block.attn for block in (*self._model.transformer_blocks, *self._model.single_transformer_blocks)
-        ]
+        self._blocks: list[Any] = [*self._model.transformer_blocks, *self._model.single_transformer_blocks]
+        self._attentions: list[Any] = [block.attn for block in self._blocks]
 
     @property
     def layers(self) -> int:
@@ -162,8 +193,7 @@ class FluxAdapter:
         return fused
 
     def _has_compiled_blocks(self) -> bool:
-        blocks = (*self._model.transformer_blocks, *self._model.single_transformer_blocks)
-        return any(block._compiled_call_impl is not None for block in blocks)
+        return any(block._compiled_call_impl is not None for block in self._blocks)
 
     @contextmanager
     def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
@@ -171,13 +201,26 @@ class FluxAdapter:
         for attention in self._attentions:
             _check_stock(attention.processor)
         compiled_in_place = getattr(self._model, "_compiled_call_impl", None) is not None
-        if observer and (compiled_in_place or self._called is not self._model or self._has_compiled_blocks()):
+        compiled = compiled_in_place or self._called is not self._model or self._has_compiled_blocks()
+        if observer and compiled:
             raise BadInput("attention inside a compiled transformer cannot be timed: install without an observer")
+        self.chunking = chunking.choose(self._chunk_tokens, self._grid.tokens, self._blocks, compiled)
         stock = [attention.processor for attention in self._attentions]
         processors = [SpanAttentionProcessor(backend, observer) for _ in self._attentions]
-        call = _Calls(self._grid, self._attentions, processors, self._choose_preparation, run, observer)
+        positions = None
+        stock_positions = self._model.pos_embed
+        if self._extrapolation is not None and self._extrapolation.moves(_sides(self._grid)):
+            positions = FittedPositions(stock_positions, self._extrapolation, self._grid)
+        trained = None
+        if self._extrapolation is not None and self._extrapolation.proportional_attention:
+            trained = math.prod(self._extrapolation.trained_grid)
+        call = _Calls(
+            self._grid, self._attentions, processors, self._choose_preparation, run, observer, positions, trained
+        )
         handles = []
         try:
+            if positions is not None:
+                self._model.pos_embed = positions
             for attention, processor in zip(self._attentions, processors, strict=True):
                 attention.set_processor(processor)
             before: Any = call.before
@@ -186,12 +229,14 @@ class FluxAdapter:
                 before, after = torch.compiler.disable(before), torch.compiler.disable(after)
             handles.append(self._called.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(self._called.register_forward_hook(after))
-            yield
+            with chunking.in_chunks(self._blocks, self.chunking[0]):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
             for attention, processor in zip(self._attentions, stock, strict=True):
                 attention.set_processor(processor)
+            self._model.pos_embed = stock_positions
 
 
 def _check_stock(processor: Any) -> None:
@@ -220,8 +265,11 @@ class _Calls:
         choose_preparation: Callable[[torch.Tensor], bool],
         run: Run,
         observer: CallObserver | None,
+        positions: FittedPositions | None,
+        trained_image_tokens: int | None,
     ) -> None:
         self._grid, self._attentions, self._processors = grid, attentions, processors
+        self._positions, self._trained_image_tokens = positions, trained_image_tokens
         self._choose_preparation = choose_preparation
         self._run, self._observer = run, observer
         self._raster_ids: torch.Tensor | None = None
@@ -245,6 +293,7 @@ class _Calls:
             self._observer.begin_call(step, schedule.density_of_step(step))
         for layer, processor in enumerate(self._processors):
             processor.plan, processor.fused = schedule.plan(step, layer), fused
+            processor.scaling = self._scaling(processor.plan, hidden_states.device)
 
         # All plans of a schedule share one token order.
         order, self._inverse, _ = self._processors[0].plan.tensors(hidden_states.device)
@@ -253,6 +302,8 @@ class _Calls:
             self._raster_ids = image_ids
         call["hidden_states"] = hidden_states.index_select(1, order)
         call["img_ids"] = self._group_ids
+        if self._positions is not None:
+            self._positions.prepare(order, call["timestep"], step)
         return (), call
 
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -265,6 +316,21 @@ class _Calls:
         if self._observer:
             self._observer.end_call()
         return result
+
+    def _scaling(self, plan: Plan | HeadPlan, device: torch.device) -> Scaling:
+        """Proportional attention; made once for each plan and device."""
+        if self._trained_image_tokens is None:
+            return Scaling()
+        trained = self._trained_image_tokens + plan.text_len
+
+        def build() -> Scaling:
+            of_class = np.stack([query_scale(member, trained) for member in plan.classes], axis=1)
+            factors = of_class[:, plan.class_of_head] if isinstance(plan, HeadPlan) else of_class
+            if (factors == factors[0, 0]).all():
+                return Scaling(float(factors[0, 0]))
+            return Scaling(1.0, torch.from_numpy(factors).float().to(device)[:, :, None])
+
+        return plan.cached(("scaling", trained, device), build)
 
     def _exact_ids(self, hidden_states: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
         """Raster positions `[tokens, 3]` (0, row, column) in fp32, checked against those of the call.
@@ -293,6 +359,70 @@ class _Calls:
                 "give the pipeline call the height and width of the install, in this order"
             )
         return exact
+
+
+class FittedPositions(torch.nn.Module):
+    """Stands in for the transformer's `pos_embed`, with frequencies fitted to a larger grid than it was trained on.
+
+    Angles are worked out per row and per column, in float64 as in stock, and handed to the tokens; nothing waits for
+    the device.
+    """
+
+    def __init__(self, stock: Any, extrapolation: Extrapolation, grid: Grid) -> None:
+        """Prepares.
+
+        Args:
+            stock: the transformer's `FluxPosEmbed`.
+            extrapolation: how frequencies are fitted.
+            grid: rows and columns of image tokens.
+        """
+        super().__init__()
+        self._stock, self._extrapolation, self._sides = stock, extrapolation, _sides(grid)
+        self._made_for: tuple[Any, ...] = ()
+        self._cosines = self._sines = torch.empty(0)
+
+    def prepare(self, order: torch.Tensor, timestep: torch.Tensor, step: int) -> None:
+        """Makes the tables of the image tokens for a call, unless the last ones serve.
+
+        Args:
+            order: raster index of each image token in the order of the call.
+            timestep: of the call, `[B]`, from 1 in noise to 0; one for all.
+            step: its number; positions that depend on time are made anew at each.
+        """
+        wanted = (order.data_ptr(), order.device, step if self._extrapolation.positions == "dype" else None)
+        if self._made_for == wanted:
+            return
+        idle, *turning = self._stock.axes_dim  # the first axis is 0 for all tokens
+        unturned = torch.ones(self._sides[0] * self._sides[1], idle, device=order.device)
+        cosines, sines = [unturned], [torch.zeros_like(unturned)]
+        dtype = maybe_adjust_dtype_for_device(torch.float64, order.device)
+        places = order // self._sides[1], order % self._sides[1]
+        ratios = self._extrapolation.ratios(self._sides)
+        for axis, (channels, place) in enumerate(zip(turning, places, strict=True)):
+            turns = frequencies(
+                channels,
+                self._stock.theta,
+                self._extrapolation.positions if ratios[axis] > 1 else "none",
+                self._extrapolation.trained_grid[axis],
+                ratios[axis],
+                timestep[0],
+                device=order.device,
+                dtype=dtype,
+            )
+            angles = torch.outer(torch.arange(self._sides[axis], dtype=dtype, device=order.device), turns)
+            cosines.append(angles.cos().float().repeat_interleave(2, dim=1)[place])
+            sines.append(angles.sin().float().repeat_interleave(2, dim=1)[place])
+        self._cosines, self._sines, self._made_for = torch.cat(cosines, dim=1), torch.cat(sines, dim=1), wanted
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `[text + image, D]` fp32 for positions `[text + image, 3]`, those of text as in stock."""
+        cosines, sines = self._stock(ids[: len(ids) - len(self._cosines)])
+        return torch.cat([cosines, self._cosines]), torch.cat([sines, self._sines])
+
+
+def _sides(grid: Grid) -> tuple[int, int]:
+    rows, columns = grid.shape
+    return rows, columns
 
 
 def _check_extras(call: dict[str, Any]) -> None:

@@ -26,9 +26,10 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoTransformer3DModel,
 )
 
-from grat_cli.adapters import preparation
+from grat_cli.adapters import chunking, preparation
 from grat_cli.adapters.base import CallObserver, Run
 from grat_cli.errors import BadInput
+from grat_cli.preset_schema import ChunkTokens
 from grat_kernels import Backend, Grid, HeadPlan, Plan, span_attention
 from grat_kernels.rope_norm import Joined, Projections
 
@@ -81,6 +82,7 @@ class SpanAttentionProcessor:
             query, key, value, summaries = preparation.at_once(attn, video, text, image_rotary_emb, self.plan)
         else:
             query, key, value, summaries = _prepared_as_stock(attn, video, text, image_rotary_emb)
+        del video, text  # else the projections would be kept for as long as attention runs
 
         with self.timed():
             attended = span_attention(
@@ -128,8 +130,11 @@ class HunyuanAdapter:
 
     text_first = False
     preparation: str | None = None
+    chunking: tuple[int | None, str] = None, "not attached yet"
 
-    def __init__(self, transformer: torch.nn.Module, grid: Grid, fused: bool | None = None) -> None:
+    def __init__(
+        self, transformer: torch.nn.Module, grid: Grid, fused: bool | None = None, chunk_tokens: ChunkTokens = "auto"
+    ) -> None:
         """Prepares, and changes nothing yet.
 
         Args:
@@ -137,8 +142,9 @@ class HunyuanAdapter:
             grid: frames, rows and columns of video tokens of the calls to come.
             fused: whether norms, rotation and joining before attention are one kernel, and calls that it cannot serve
                 are refused; by default, wherever it can run on a GPU. `preparation` tells.
+            chunk_tokens: see `preset_schema.Memory`. `chunking` tells.
         """
-        self._fused = fused
+        self._fused, self._chunk_tokens = fused, chunk_tokens
         self._model: Any = transformer
         self._grid = grid
         model: Any = getattr(transformer, "_orig_mod", transformer)
@@ -168,6 +174,7 @@ class HunyuanAdapter:
     def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
         """See `adapters.base.Adapter.attached`."""
         self._refuse_unfit()
+        self.chunking = chunking.choose(self._chunk_tokens, self._grid.tokens, self._blocks, compiled=False)
         attentions = [block.attn for block in self._blocks]
         stock = [attention.processor for attention in attentions]
         processors = [SpanAttentionProcessor(backend, observer) for _ in attentions]
@@ -181,7 +188,8 @@ class HunyuanAdapter:
             handles.append(self._model.x_embedder.register_forward_hook(call.order_tokens))
             handles.append(self._model.proj_out.register_forward_hook(call.restore_raster))
             handles.append(self._model.register_forward_hook(call.after))
-            yield
+            with chunking.in_chunks(self._blocks, self.chunking[0]):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

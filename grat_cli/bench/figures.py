@@ -18,8 +18,9 @@ _SUBJECTS: Mapping[Level, str] = {
     "step": "Denoising step",
     "image": "Pictures",
     "video": "Videos",
+    "highres": "High resolution",
 }
-OUTPUTS: Mapping[Level, str] = {"image": "picture", "video": "video"}
+OUTPUTS: Mapping[Level, str] = {"image": "picture", "video": "video", "highres": "picture"}
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,9 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
     else:
         noun = OUTPUTS[level]
         frames = " Of a video it is the mean over its frames." if level == "video" else ""
+        reference = f"the {noun}s of full attention with the same seeds"
+        if level == "highres":
+            reference = "the pictures of the trained size with the same seeds, after scaling down to that"
         made = [
             density,
             _column("denoising", unit.name, _time(unit), True, f"Median time of all denoising steps of a {noun}."),
@@ -311,8 +315,7 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
                 None,
                 lambda row: row.quality and _with_interval(row.quality.ssim, row.quality.ssim_interval, 3),
                 True,
-                f"Similarity to the {noun}s of full attention with the same seeds, 1 for equal ones; ± is a 95 % "
-                f"interval of the mean.{frames}",
+                f"Similarity to {reference}, 1 for equal ones; ± is a 95 % interval of the mean.{frames}",
             ),
             _column(
                 "PSNR",
@@ -393,6 +396,8 @@ def setting_text(value: Any) -> str:
 
 def finding(level: Level, case: Case) -> str:
     """The case in a sentence: what the fastest pattern brings over full attention."""
+    if level == "highres":
+        return _coherence(case)
     full = full_of(case)
     if full is None or full.median_ms is None:
         return "Full attention was not measured, so there is no speed-up to state."
@@ -417,6 +422,16 @@ def finding(level: Level, case: Case) -> str:
         where = " in attention" if level == "step" else ""
         parts.append(f"with a sparse efficiency of {best.sparse_efficiency:.2f}{where}")
     return " ".join(parts) + "."
+
+
+def _coherence(case: Case) -> str:
+    """How far the large pictures show what those of the trained size do."""
+    shown = [
+        f"{plain(row.name)} {_with_interval(row.quality.ssim, row.quality.ssim_interval, 3)}"
+        for row in sorted(measured(case), key=lambda row: -row.quality.ssim if row.quality else 0)
+        if row.quality is not None
+    ]
+    return f"Scaled down to the trained size, SSIM to the base: {', '.join(shown)}." if shown else "Nothing was made."
 
 
 def _column(

@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grat_cli import image_coding
 from grat_cli.bench.measure import Progress
 from grat_cli.bench.quality import Likeness, likeness
 from grat_cli.bench.results import BenchResult
 from grat_cli.bench.whole_runs import Pictures, RunSettings, compare_runs
 from grat_cli.demo.evaluation import SHEET_PROMPTS
 from grat_cli.denoising import StepWatch
-from grat_cli.generation import decode, denoise, encode_text, tile_large_pictures
+from grat_cli.generation import encode_text
 from grat_cli.generation_request import check_size
 from grat_cli.guidance import Guidance
+from grat_cli.highres import Stage
 from grat_cli.image_request import ImageRequest, note_expectations
+from grat_cli.resolution import Resolution
+from grat_cli.staged_generation import denoise
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -71,14 +75,13 @@ class PictureMaker:
         self.recorded: Mapping[str, Any] = {"width": self.request.width, "height": self.request.height}
 
     def prepare(self, pipe: Any) -> None:
-        """See `whole_runs.Maker`, as for all below."""
-        tile_large_pictures(pipe, self.request)
+        """See `whole_runs.Maker`, as for all below. Pictures need nothing."""
 
     def note_expectations(self, request: ImageRequest, progress: Progress) -> None:
         note_expectations(request, progress)
 
     def encode_text(self, pipe: Any, request: ImageRequest, guidance: Guidance) -> dict[str, Any]:
-        return encode_text(pipe, request, guidance)
+        return encode_text(pipe, request, guidance.negative_prompt)
 
     def text_lens(self, text: dict[str, Any]) -> tuple[int, ...]:
         return (text["prompt_embeds"].shape[1],)
@@ -86,10 +89,16 @@ class PictureMaker:
     def denoise(
         self, pipe: Any, request: ImageRequest, arguments: dict[str, Any], seed: int, watch: StepWatch
     ) -> torch.Tensor:
-        return denoise(pipe, request, arguments, None, seed, watch)
+        import torch
+
+        size = Resolution(request.width, request.height)
+        stage = Stage(0, size.width, size.height, request.preset, strength=None, trained=size)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        packed = denoise(pipe, stage, arguments, None, generator, watch)
+        return pipe._unpack_latents(packed, stage.height, stage.width, pipe.vae_scale_factor)
 
     def decode(self, pipe: Any, latents: torch.Tensor) -> Image.Image:
-        return decode(pipe, latents, self.request)
+        return image_coding.to_picture(pipe, image_coding.decode(pipe, latents))
 
     def likeness(self, reference: Image.Image, made: Image.Image) -> Likeness:
         return likeness(reference, made)

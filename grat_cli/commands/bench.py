@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from grat_cli.bench.variants import Request
     from grat_cli.bench.whole_runs import Pictures
 
-LEVELS = ("attention", "step", "image", "video")
+LEVELS = ("attention", "step", "image", "video", "highres")
 WEIGHTS = ("own", "random")
 _COMPARE = {
     "attention": "full,na,grat-b",
     "step": "full,grat-b,grat-far",
     "image": "full,grat-b,grat-x,grat-far",
     "video": "full,planes,lines,b,bx,far",
+    "highres": "off,direct,cascade",
 }
+_HIGHRES = {"demo": "4x", "flux": "4k"}  # the preset of a family for pictures four times the trained side
 _WHAT, _SIZE, _HOW = "What", "Size", "How"
 
 # Flux: a token stands for 16x16 pixels, and 512 come from the text. HunyuanVideo, on three axes, takes up to 256.
@@ -37,7 +39,7 @@ _TEXT_TOKENS = {2: 512, 3: 256}
 # Shows the effect in a minute on two CPU cores; on a GPU, Flux at 4096x4096.
 _CPU_GRID, _CPU_HEADS, _CPU_HEAD_DIM, _CPU_REPETITIONS = "128x128", 4, 64, 5
 _GPU_RES, _GPU_HEADS, _GPU_HEAD_DIM, _GPU_REPETITIONS = "4096", 24, 128, 20
-_MAX_SECONDS = {"attention": 60.0, "step": 600.0, "image": None, "video": None}
+_MAX_SECONDS = {"attention": 60.0, "step": 600.0, "image": None, "video": None, "highres": None}
 
 # Which options say something to which level; the others are refused rather than ignored.
 _ONLY_FOR = {
@@ -47,12 +49,13 @@ _ONLY_FOR = {
     "--grid": ("attention", "step"),
     "--text": ("attention", "step"),
     "--reps": ("attention", "step"),
-    "--model": ("step", "image", "video"),
+    "--model": ("step", "image", "video", "highres"),
     "--layers": ("step",),
     "--weights": ("step",),
-    "--prompts": ("image", "video"),
+    "--prompts": ("image", "video", "highres"),
     "--frames": ("video",),
-    "--steps": ("image", "video"),
+    "--steps": ("image", "video", "highres"),
+    "--preset": ("highres",),
 }
 
 
@@ -94,7 +97,8 @@ def bench(
             "--level",
             metavar="NAME",
             help="attention: one call on random numbers. step: one denoising step of a real architecture. "
-            "image and video: whole runs, and how close they come to those of full attention.",
+            "image and video: whole runs, and how close they come to those of full attention. "
+            "highres: pictures beyond the trained size, from noise and by the cascade, against the small ones.",
             rich_help_panel=_WHAT,
             autocompletion=complete_level,
         ),
@@ -106,7 +110,8 @@ def bench(
             metavar="NAME,...",
             help="full, full-list, na, clear, sta, grat-b, grat-x, grat-bx, grat-far, also with parameters: "
             "grat-b:radius=2, na:window=49, grat-x:share=2, grat-far:block=8x8:group=16x16. Short for some: "
-            "b, x, bx, far, and for videos planes and lines. Default: full,na,grat-b for attention.",
+            "b, x, bx, far, and for videos planes and lines. For highres: off, direct, cascade. "
+            "Default: full,na,grat-b for attention.",
             show_default=False,
             rich_help_panel=_WHAT,
             autocompletion=complete_compare,
@@ -128,7 +133,7 @@ def bench(
         typer.Option(
             "--model",
             metavar="NAME",
-            help="For step, image and video. Default: as for grat image and grat video.",
+            help="For step, image, video and highres. Default: as for grat image and grat video.",
             show_default=False,
             rich_help_panel=_WHAT,
             autocompletion=options.complete_any_model,
@@ -139,10 +144,21 @@ def bench(
         typer.Option(
             "--prompts",
             metavar="COUNT|FILE",
-            help="For image and video: so many of the built-in prompts, or a text file with one on each line. "
-            "Default: 4 for pictures, 3 for videos.",
+            help="For image, video and highres: so many of the built-in prompts, or a text file with one on each "
+            "line. Default: 4 for pictures, 3 for videos.",
             show_default=False,
             rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="For highres: a preset by name or from a YAML file. Default: demo-4x or flux-4k.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+            autocompletion=options.complete_preset,
         ),
     ] = None,
     res: Annotated[
@@ -260,7 +276,7 @@ def bench(
             "--steps",
             parser=options.number("--steps", int),
             metavar="COUNT",
-            help="For image and video: denoising steps. Default: the model's own.",
+            help="For image, video and highres: denoising steps. Default: the model's own.",
             show_default=False,
             rich_help_panel=_HOW,
         ),
@@ -320,6 +336,7 @@ def bench(
         "--prompts": prompts,
         "--frames": frames,
         "--steps": steps,
+        "--preset": preset,
     }
     for option, value in typed.items():
         if value is not None and level not in _ONLY_FOR[option]:
@@ -340,7 +357,9 @@ def bench(
     require_choice("--backend", backend, BACKENDS)
     if weights is not None:
         require_choice("--weights", weights, WEIGHTS)
-    requests = parse_variants(compare if compare is not None else _COMPARE[level])
+    listed = compare if compare is not None else _COMPARE[level]
+    modes = _modes(listed) if level == "highres" else ()
+    requests = () if level == "highres" else parse_variants(listed)
     peer_names = parse_peers(peers) if peers is not None else ()
     stem = _stem(out, f"grat-bench-{datetime.now():%Y%m%d-%H%M%S}-{level}")
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md", "html")}
@@ -364,7 +383,9 @@ def bench(
         )
     else:
         common |= {"device": device, "dtype": dtype, "steps": steps}
-        if level == "image":
+        if level == "highres":
+            result, sheet = _highres(output, modes, model, preset, res, prompts, **common)
+        elif level == "image":
             result, sheet = _image(output, requests, model, res, prompts, **common)
         else:
             result, sheet = _video(output, requests, model, res, frames, prompts, **common)
@@ -539,6 +560,66 @@ def _video(
     with output.progress() as progress:
         result, pictures = run_video_level(settings, progress)
     return result, _contact_sheet(pictures)
+
+
+def _highres(
+    output: Output,
+    modes: tuple[str, ...],
+    model: str | None,
+    preset: str | None,
+    res: str | None,
+    prompts: str | None,
+    *,
+    steps: int | None,
+    device: str,
+    dtype: str,
+    command: str,
+    backend: str,
+    max_seconds: float | None,
+) -> tuple[BenchResult, Any]:
+    """The result and the contact sheet."""
+    from grat_cli.bench.highres_level import HighresSettings, run_highres_level
+    from grat_cli.bench.image_level import PROMPTS
+    from grat_cli.errors import BadInput
+    from grat_cli.models import choose_model
+    from grat_cli.resolution import parse_resolution
+    from grat_cli.selection import select_preset
+
+    if max_seconds is not None:
+        raise BadInput("--max-seconds says nothing to --level highres: give fewer --prompts")
+    choice = choose_model(model)
+    if res is not None and "," in res:
+        raise BadInput(f"--res {res}: --level highres makes pictures of one size")
+    resolution = parse_resolution(res or str(4 * choice.native_side), choice.native_side, choice.size_multiple)
+    chosen = select_preset(choice, preset=preset or f"{choice.family}-{_HIGHRES[choice.family]}", steps=steps)
+    chosen = chosen.model_copy(update={"kernel": chosen.kernel.model_copy(update={"backend": backend})})
+    settings = HighresSettings(
+        model=choice,
+        preset=chosen,
+        width=resolution.width,
+        height=resolution.height,
+        compare=modes,
+        device=device,
+        dtype=dtype,
+        command=command,
+        **({} if prompts is None else {"prompts": _prompts(prompts, PROMPTS)}),
+    )
+    output.hint(f"{choice.name} ({choice.reason}), {resolution}, {chosen.name}")
+    with output.progress() as progress:
+        result, pictures = run_highres_level(settings, progress)
+    return result, _contact_sheet(pictures)
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    """The ways to make large pictures in `--compare`."""
+    from grat_cli.bench.highres_level import MODES
+    from grat_cli.errors import BadInput, choices
+
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in MODES:
+            raise BadInput(f"--compare {name}: {choices(name, MODES)}")
+    return names
 
 
 def _contact_sheet(pictures: Pictures) -> Any:

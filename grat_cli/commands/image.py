@@ -24,6 +24,7 @@ def image(
     negative: options.Negative = None,
     init_image: options.InitImage = None,
     strength: options.Strength = None,
+    highres: options.Highres = None,
     preset: options.PresetName = None,
     variant: options.VariantName = None,
     group: options.Group = None,
@@ -47,8 +48,10 @@ def image(
     from grat_cli import media, report
     from grat_cli.architectures import ARCHITECTURES
     from grat_cli.errors import BadInput
+    from grat_cli.highres import stages_of, uses_highres
     from grat_cli.models import choose_model
-    from grat_cli.planning import architecture_for, schedule_for
+    from grat_cli.planning import architecture_for, schedule_for_stage
+    from grat_cli.presets import HIGHRES_MODES
     from grat_cli.resolution import parse_resolution
     from grat_cli.seeds import resolve_seeds
     from grat_cli.selection import (
@@ -76,6 +79,8 @@ def image(
         raise BadInput(f"--strength {strength:g}: expected more than 0 and at most 1")
     if init_image is not None and not init_image.is_file():
         raise BadInput(f"--init-image {init_image}: there is no such file")
+    if highres is not None:
+        require_choice("--highres", highres, HIGHRES_MODES)
     seeds = resolve_seeds(seed, n)
 
     # 2. Model, preset, size; whether they fit one another.
@@ -90,16 +95,20 @@ def image(
         backend=backend,
         steps=steps,
         guidance=guidance,
+        highres=highres,
         set_items=set_items or (),
     )
     resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
+    stages = stages_of(chosen, choice, resolution.width, resolution.height)
     if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
         architecture = architecture_for(choice)
-        schedule = schedule_for(chosen, architecture, resolution)
-        tokens = schedule.plans[0].tokens
+        schedules = [schedule_for_stage(stage, architecture) for stage in stages]
+        tokens = schedules[-1].plans[0].tokens
         require_backend(chosen.kernel.backend, device, dtype, architecture.head_dim, tokens)
-        if schedule.density == 1 and chosen.attention.variant != "full":
+        if schedules[-1].density == 1 and stages[-1].preset.attention.variant != "full":
             output.hint(f"at {resolution} every group attends all others: this is full attention")
+    if highres in ("cascade", "direct") and not uses_highres(chosen, choice, resolution.width, resolution.height):
+        output.hint(f"{choice.name} makes {resolution} as it is: --highres {highres} changes nothing")
 
     # 3. Where the pictures go, before hours are spent on them.
     now = datetime.now().astimezone()
@@ -113,6 +122,8 @@ def image(
     from grat_cli.image_request import ImageRequest
 
     output.hint(f"{choice.name} ({choice.reason}), {resolution}, {chosen.sampling.steps} steps")
+    if len(stages) > 1 and init_image is None:
+        output.hint(f"stages: {', '.join(f'{stage.size} ({stage.steps} steps)' for stage in stages)}")
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
     output.hint(f"seed {', '.join(map(str, seeds))}")
     if note := mismatch_note(chosen, choice):
@@ -129,7 +140,7 @@ def image(
         dtype=dtype,
         offload=offload,
         init_image=init_image,
-        strength=0.7 if strength is None else strength,
+        strength=strength,
         base=base,
     )
     command = shlex.join(["grat", *(context.find_root().obj or ())])

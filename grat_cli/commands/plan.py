@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,6 +42,7 @@ def plan(
     fps: options.Fps = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
+    highres: options.Highres = None,
     preset: options.PresetName = None,
     variant: options.VariantName = None,
     group: options.Group = None,
@@ -79,11 +80,12 @@ def plan(
     """Show tokens, density, attention work, memory and the pattern of a run, without loading a model."""
     from grat_cli import media
     from grat_cli.errors import BadInput
+    from grat_cli.highres import stage_data, stages_of
     from grat_cli.models import choose_model, medium_of_name
     from grat_cli.picture import image_picture, text_picture
     from grat_cli.planning import architecture_for, forecast
-    from grat_cli.presets import load_preset
-    from grat_cli.resolution import parse_resolution
+    from grat_cli.presets import HIGHRES_MODES, load_preset
+    from grat_cli.resolution import Resolution, parse_resolution
     from grat_cli.selection import DTYPES, mismatch_note, require_choice, select_preset
     from grat_cli.video_size import parse_video_size
 
@@ -91,6 +93,8 @@ def plan(
     if preset_name and preset:
         raise BadInput(f"two presets are given, {preset_name} and {preset}: leave one out")
     require_choice("--dtype", dtype, DTYPES)
+    if highres is not None:
+        require_choice("--highres", highres, HIGHRES_MODES)
     preset = preset or preset_name
 
     # 1. A preset says which family it is for; without one, options and names tell images from videos.
@@ -112,6 +116,7 @@ def plan(
         share=share,
         steps=steps,
         guidance=guidance,
+        highres=highres,
         set_items=set_items or (),
     )
 
@@ -126,13 +131,33 @@ def plan(
         if picture.suffix.lower() != ".png":
             raise BadInput(f"--picture {picture}: pictures are PNG files: use {picture.with_suffix('.png')}")
         media.refuse_unwritable([picture], overwrite=overwrite)
-    result = forecast(chosen, choice.name, architecture_for(choice), size, dtype)
+    architecture = architecture_for(choice)
+    stages: list[dict[str, Any]] = []
+    if isinstance(size, Resolution):
+        forecasts = [
+            (
+                stage,
+                forecast(
+                    stage.preset,
+                    choice.name,
+                    architecture,
+                    Resolution(stage.width, stage.height),
+                    dtype,
+                    stage.steps,
+                ),
+            )
+            for stage in stages_of(chosen, choice, size.width, size.height)
+        ]
+        stages = [stage_data(stage, made.schedule) for stage, made in forecasts]
+        result = forecasts[-1][1]  # what costs most
+    else:
+        result = forecast(chosen, choice.name, architecture, size, dtype)
 
     # 3. Show it.
     if note := mismatch_note(chosen, choice):
         output.hint(note)
-    output.data(result.as_dict())
-    output.show(fact_table(_facts(result)))
+    output.data({**result.as_dict(), "preset": chosen.model_dump(mode="json"), "stages": stages})
+    output.show(fact_table(_facts(result, stages)))
     if picture is not None:
         media.write_png(image_picture(result.main_plan), picture, None)
         output.line(str(picture))
@@ -142,7 +167,7 @@ def plan(
         output.line(f"{result.schedule.density:.6f}")
 
 
-def _facts(result: Forecast) -> dict[str, str]:
+def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     from grat_cli.picture import NOT_ATTENDED, marks
     from grat_cli.video_size import VideoSize
 
@@ -174,7 +199,17 @@ def _facts(result: Forecast) -> dict[str, str]:
         facts["schedule"] = (
             f"{schedule.steps} steps, {schedule.layers} layers, {schedule.heads} heads: {', '.join(shares)} of them"
         )
+    if len(stages) > 1:
+        facts["stages"] = "\n".join(map(_stage_text, stages)) + "\n(figures above are of the last one)"
     return facts
+
+
+def _stage_text(stage: dict[str, Any]) -> str:
+    """`4096x4096: 66,048 tokens, density 0.063, 17 steps, b radius 1, ...`."""
+    return (
+        f"{stage['width']}x{stage['height']}: {stage['tokens']:,} tokens, density {stage['density']:.4f}, "
+        f"{stage['steps']} steps, {stage['attention']}"
+    )
 
 
 def _extents(counts: tuple[int, ...]) -> str:

@@ -1,0 +1,208 @@
+"""`--level highres`: pictures larger than the model was trained at, compared with the base of the cascade.
+
+A large picture of the same prompt and seed has no reference but the small one that the model makes well. So every
+picture is scaled down to that size and compared with it: a cascade keeps what the base shows; from noise, large
+pictures repeat and blur.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.bench.image_level import PROMPTS
+from grat_cli.bench.measure import Progress, Unwatched
+from grat_cli.bench.quality import Likeness, likeness, summary
+from grat_cli.bench.results import BenchResult, Case, Row
+from grat_cli.bench.whole_runs import Pictures
+from grat_cli.checkpoints import load_model
+from grat_cli.devices import choose_device, choose_dtype, device_name
+from grat_cli.environment import versions
+from grat_cli.errors import BadInput
+from grat_cli.generation import encode_text
+from grat_cli.guidance import choose_guidance
+from grat_cli.highres import Stage, stages_of, uses_highres
+from grat_cli.image_request import ImageRequest
+from grat_cli.models import ModelChoice
+from grat_cli.presets import HighResolution, Preset
+from grat_cli.staged_generation import StageRecord, Studio
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BASE = "base"
+# What `--compare` names, and what it stands for.
+MODES = {
+    "off": "From noise, as at the trained size.",
+    "direct": "From noise, with positions and attention fitted to the size.",
+    "cascade": "The base, redone at growing sizes.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HighresSettings:
+    """What to make.
+
+    Attributes:
+        model: of `models.choose_model`.
+        preset: resolved; its `highres` section is that of the cascade.
+        width: in pixels.
+        height: likewise.
+        compare: of `MODES`.
+        prompts: of the pictures; the n-th has seed n.
+        device: as in `--device`.
+        dtype: as in `--dtype`.
+        command: that asked for it, for the record.
+    """
+
+    model: ModelChoice
+    preset: Preset
+    width: int
+    height: int
+    compare: tuple[str, ...] = tuple(MODES)
+    prompts: tuple[str, ...] = PROMPTS[:4]
+    device: str = "auto"
+    dtype: str = "auto"
+    command: str = ""
+
+
+@dataclass
+class _Entry:
+    """A row while it is being made."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    pictures: list[Image.Image] = field(default_factory=list)
+    found: list[Likeness] = field(default_factory=list)
+    times_ms: list[float] = field(default_factory=list)
+    density: float = 1.0
+    kernel: str = ""
+
+    def row(self) -> Row:
+        """What was measured; of several stages the density of the last, and the time of all of them."""
+        sizes = " → ".join(f"{stage.size} ({stage.steps} steps)" for stage in self.stages)
+        what = MODES.get(self.name, "What the model makes as it was trained, with full attention.")
+        return Row(
+            self.name,
+            "full" if self.name == BASE else "pattern" if self.name == "cascade" else "baseline",
+            f"{what} {sizes}; {self.stages[-1].preset.attention.summary}",
+            kernel=self.kernel,
+            density=self.density,
+            times_ms=tuple(self.times_ms),
+            quality=summary(self.found) if self.found else None,
+        )
+
+
+def run_highres_level(settings: HighresSettings, progress: Progress | None = None) -> tuple[BenchResult, Pictures]:
+    """Makes every picture in every way, and compares them with the bases.
+
+    Raises:
+        BadInput: if the settings do not fit one another.
+        ModelUnavailable: if the model is missing, gated or damaged.
+    """
+    progress = progress or Unwatched()
+
+    # 1. What can be refused before a model is loaded.
+    entries = _entries(settings)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+
+    # 2. The model.
+    progress.phase("loading the model")
+    loaded = load_model(settings.model, device=device, dtype=dtype)
+    studio = Studio(loaded.pipe, device, Unwatched())
+
+    # 3. All pictures of one prompt, then all of the next.
+    progress.phase("making pictures")
+    done, total = 0, len(entries) * len(settings.prompts)
+    for seed, prompt in enumerate(settings.prompts):
+        for entry in entries:
+            _make(entry, studio, settings, prompt, seed)
+            done += 1
+            progress.step(done, total)
+        base = entries[0].pictures[-1]
+        for entry in entries[1:]:
+            entry.found.append(likeness(base, _scaled_down(entry.pictures[-1], base)))
+
+    # 4. What came out.
+    last = entries[-1].stages[-1]
+    side = settings.model.token_side
+    result = BenchResult(
+        level="highres",
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=settings.command,
+        device=str(device),
+        device_name=device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        versions=versions(),
+        settings={
+            "model": settings.model.name,
+            "model_revision": loaded.revision,
+            "preset": settings.preset.name,
+            "prompts": list(settings.prompts),
+            "seeds": list(range(len(settings.prompts))),
+            "steps": settings.preset.sampling.steps,
+            "width": last.width,
+            "height": last.height,
+        },
+        cases=(
+            Case(
+                f"{last.size} pixels",
+                (last.height // side, last.width // side),
+                settings.model.text_tokens,
+                tuple(entry.row() for entry in entries),
+            ),
+        ),
+        notes=(
+            "Pictures are scaled down to the base's size (Lanczos) and compared with the base of the same prompt and "
+            "seed: mean and 95 % interval by Student's t over the pictures.",
+            "Times are of the whole denoising of all stages; text encoders and autoencoder are left out.",
+        ),
+    )
+    titles = [f"{prompt}, seed {seed}" for seed, prompt in enumerate(settings.prompts)]
+    return result, Pictures([(entry.name, entry.pictures) for entry in entries], titles)
+
+
+def _entries(settings: HighresSettings) -> list[_Entry]:
+    """The base, then what is compared with it."""
+    if not settings.prompts:
+        raise BadInput("there is no picture to compare: give at least one prompt")
+    entries = []
+    for mode in settings.compare:
+        section = settings.preset.highres or HighResolution()
+        preset = settings.preset.model_copy(update={"highres": section.model_copy(update={"mode": mode})})
+        if mode != "off" and not uses_highres(preset, settings.model, settings.width, settings.height):
+            raise BadInput(
+                f"{settings.model.name} makes {settings.width}x{settings.height} as it is: give a larger --res"
+            )
+        entries.append(_Entry(mode, stages_of(preset, settings.model, settings.width, settings.height)))
+    cascade = settings.preset.model_copy(update={"highres": HighResolution()})
+    base = stages_of(cascade, settings.model, settings.width, settings.height)[:1]
+    return [_Entry(BASE, base), *entries]
+
+
+def _make(entry: _Entry, studio: Studio, settings: HighresSettings, prompt: str, seed: int) -> None:
+    """One picture of an entry, as `generation.generate_images` makes it."""
+    import torch
+
+    request = ImageRequest(prompt, settings.preset, settings.model, settings.width, settings.height, (seed,))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    before: Any = None
+    records: list[StageRecord] = []
+    for stage in entry.stages:
+        guidance = choose_guidance(studio.pipe, settings.model, stage.preset, None)
+        text = encode_text(studio.pipe, request, guidance.negative_prompt)
+        latents, record = studio.run(stage, text, guidance, before, generator)
+        before = studio.decode(latents, record) if stage.decoded else latents
+        records.append(record)
+    entry.pictures.append(before)
+    entry.times_ms.append(sum(step.total_ms for record in records for step in record.steps))
+    entry.density = records[-1].installation.last_schedule.density
+    entry.kernel = records[-1].installation.backend.value
+
+
+def _scaled_down(picture: Image.Image, base: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    return picture.resize(base.size, Image.Resampling.LANCZOS)

@@ -1,0 +1,59 @@
+"""Drawing a picture's low frequencies towards those of a smaller one while it is denoised.
+
+After I-Max (arXiv 2410.07536), which guides a large picture by its projection to the size that the model knows: at each
+step the clean latents that the model predicts are moved towards the upscaled earlier picture, in what a picture of the
+trained size can hold and no more. Finer detail is the model's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.installation import step_under_way
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def low_resolution_guidance(
+    pipe: Any, reference: torch.Tensor, trained: tuple[int, int], weight: float
+) -> Iterator[None]:
+    """While inside, the pipeline's scheduler is told a velocity that leads towards `reference`.
+
+    That is linear in the velocity, so it comes to the same before and after classifier-free guidance.
+
+    Args:
+        pipe: a pipeline of Flux, with the scheduler that it will run with.
+        reference: latents `[1, C, h, w]` of the upscaled picture.
+        trained: rows and columns of latents at the trained size.
+        weight: 0 leaves the prediction alone, 1 replaces its low frequencies.
+    """
+    scheduler = pipe.scheduler
+    stock_step = scheduler.step
+    rows, columns = reference.shape[2:]
+    scale = pipe.vae_scale_factor
+
+    def step(velocity: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Indexed by a plain integer, so nothing waits for the device.
+        sigma = scheduler.sigmas[(scheduler.begin_index or 0) + step_under_way(scheduler)]
+        predicted = pipe._unpack_latents(sample - sigma * velocity, rows * scale, columns * scale, scale)
+        missing = low_frequencies(reference.to(predicted) - predicted, trained)
+        packed = pipe._pack_latents(missing, *missing.shape)
+        return stock_step(velocity - weight / sigma * packed, timestep, sample, *args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step  # the instance's; the class has the stock one
+
+
+def low_frequencies(latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """What remains of latents `[1, C, h, w]` after averaging down to `size` and back."""
+    from torch.nn import functional
+
+    small = functional.interpolate(latents.float(), size, mode="area")
+    return functional.interpolate(small, latents.shape[2:], mode="bilinear").to(latents.dtype)
