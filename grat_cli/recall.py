@@ -36,12 +36,14 @@ class RowStatistics(NamedTuple):
 
     Attributes:
         text: softmax mass on text keys, `[S, H]`.
+        output: ‖full output‖, `[S, H]`.
         distances: softmax mass on image keys by their distance from the query, `[H, BINS]`, mean over the queries; bin
             i holds distances from i to i + 1 in units of the grid's diagonal / BINS.
         kept: for each pattern; `text + kept.image` is the whole mass on what is attended.
     """
 
     text: torch.Tensor
+    output: torch.Tensor
     distances: torch.Tensor
     kept: tuple[Kept, ...]
 
@@ -65,6 +67,7 @@ def row_statistics(
     plans: Sequence[Plan],
     positions: np.ndarray,
     scale: float | None = None,
+    text_valid: int | None = None,
 ) -> RowStatistics:
     """Measures full attention of some queries of one sample, and what each plan's pattern keeps of it.
 
@@ -77,6 +80,7 @@ def row_statistics(
         plans: of one joint sequence each of them, which share the token order and the text.
         positions: of the queries, `[S]`; image tokens.
         scale: factor on the scores, 1/√D by default.
+        text_valid: valid text tokens; later ones are not attended. None means that all are.
     """
     heads, head_dim = query.shape[1:]
     factor = head_dim**-0.5 if scale is None else scale
@@ -86,9 +90,10 @@ def row_statistics(
     parts = []
     for first in range(0, heads, at_once):
         of_heads = [tensor[:, first : first + at_once].float() for tensor in (query, key, value)]
-        parts.append(_of_heads(of_heads, plans, positions, rows, bins, factor))
+        parts.append(_of_heads(of_heads, plans, positions, rows, bins, factor, text_valid))
     return RowStatistics(
         torch.cat([part.text for part in parts], 1),
+        torch.cat([part.output for part in parts], 1),
         torch.cat([part.distances for part in parts]),
         tuple(
             Kept(
@@ -107,6 +112,7 @@ def _of_heads(
     rows: torch.Tensor,
     bins: torch.Tensor,
     scale: float,
+    text_valid: int | None,
 ) -> RowStatistics:
     """`row_statistics` of some heads: query, key and value `[N, h, D]` in fp32."""
     query, key, value = joint
@@ -116,6 +122,8 @@ def _of_heads(
     # Heads first: products of matrices per head.
     asked, keys, values = query[rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     scores = asked @ keys.transpose(1, 2) * scale  # [h, S, N]
+    if text_valid is not None:
+        scores[..., text.start + text_valid : text.stop] = -torch.inf
     mass = scores.softmax(-1)
     output = mass @ values
     distances = torch.zeros(len(mass), BINS, device=mass.device)
@@ -142,7 +150,7 @@ def _of_heads(
             difference = own.softmax(-1) @ seen - output[:, of_list]
             error[:, of_list] = difference.norm(dim=-1) / output[:, of_list].norm(dim=-1)
         kept.append(Kept(kept_mass.T, error.T))
-    return RowStatistics(mass[:, :, text].sum(-1).T, distances / len(positions), tuple(kept))
+    return RowStatistics(mass[:, :, text].sum(-1).T, output.norm(dim=-1).T, distances / len(positions), tuple(kept))
 
 
 def _by_list(plan: Plan, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

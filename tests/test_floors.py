@@ -53,7 +53,7 @@ FLOORS = (
         "demo.*",
         "video_files",
     ),
-    ("adapters.flux", "adapters.hunyuan", "models"),
+    ("adapters.flux", "adapters.hunyuan", "models", "attention_record"),
     ("generation_request", "highres", "installation", "guidance", "hub", "video_size"),
     ("checkpoints", "image_request", "video_request", "denoising"),
     ("video_run", "low_resolution_guidance"),

@@ -75,6 +75,7 @@ def test_the_error_is_that_of_span_attention(pattern: Pattern) -> None:
     expected = (of_pattern - of_full).norm(dim=-1) / of_full.norm(dim=-1)
     # Outputs of fp32 products, a difference of which is taken: errors of a few ulps over the outputs' length.
     torch.testing.assert_close(found.kept[1].error, expected, atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(found.output, of_full.norm(dim=-1))
     assert found.kept[0].error.max() < 2e-6
     if pattern is FAR:
         near = row_statistics(query, key, value, [plan_of(grid, Block(0), cells=((2, 2),))], positions).kept[0]
