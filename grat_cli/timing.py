@@ -66,8 +66,8 @@ class StepRecorder:
         self._calls[-1].end = self._mark()
 
     @contextmanager
-    def attention(self) -> Iterator[None]:
-        """Marks begin and end of one span attention."""
+    def attention(self, inputs: object = None) -> Iterator[None]:
+        """Marks begin and end of one attention, whatever it is computed from."""
         begin = self._mark()
         yield
         self._calls[-1].attentions.append((begin, self._mark()))

@@ -55,6 +55,7 @@ FLOORS = (
     (
         "schedule",
         "extrapolation",
+        "recall",
         "adapters",
         "adapters.base",
         "adapters.chunking",
@@ -62,7 +63,7 @@ FLOORS = (
         "demo.*",
         "video_files",
     ),
-    ("adapters.flux", "adapters.hunyuan", "models"),
+    ("adapters.flux", "adapters.hunyuan", "models", "attention_record"),
     ("generation_request", "highres", "installation", "guidance", "hub", "video_size", "components"),
     ("checkpoints", "image_request", "video_request", "denoising", "memory_estimate"),
     ("video_run", "low_resolution_guidance"),

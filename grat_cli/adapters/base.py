@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import torch
+
     from grat_cli.schedule import AttentionSchedule
-    from grat_kernels import Backend
+    from grat_kernels import Backend, HeadPlan, Plan
 
 
 class Run(Protocol):
@@ -22,6 +24,28 @@ class Run(Protocol):
         ...
 
 
+class AttentionInputs(NamedTuple):
+    """What one span attention is computed from.
+
+    Attributes:
+        layer: of the transformer, counted from 0, double blocks first.
+        query: `[B, N, H, D]`, normalised, rotated, image tokens in the plan's order.
+        key: likewise.
+        value: likewise.
+        plan: what attends what.
+        scale: factor on the scores.
+        text_valid: valid text tokens of each sample, `[B]`, or None for all.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    plan: Plan | HeadPlan
+    scale: float
+    text_valid: torch.Tensor | None = None
+
+
 class CallObserver(Protocol):
     """Told of every transformer call and every attention inside it, so that timing stays outside the model."""
 
@@ -33,8 +57,8 @@ class CallObserver(Protocol):
         """The transformer call has been issued."""
         ...
 
-    def attention(self) -> AbstractContextManager[None]:
-        """Surrounds one span attention."""
+    def attention(self, inputs: AttentionInputs | None = None) -> AbstractContextManager[None]:
+        """Surrounds one attention; `inputs` are None where it is not span attention."""
         ...
 
 

@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 
 from grat_cli.adapters import chunking, preparation
-from grat_cli.adapters.base import CallObserver, Run
+from grat_cli.adapters.base import AttentionInputs, CallObserver, Run
 from grat_cli.errors import BadInput
 from grat_cli.extrapolation import Extrapolation, frequencies, query_scale
 from grat_cli.preset_schema import ChunkTokens
@@ -52,9 +52,9 @@ class SpanAttentionProcessor:
     fused: bool
     scaling: Scaling
 
-    def __init__(self, backend: Backend, observer: CallObserver | None) -> None:
-        self.backend = backend
-        self.timed = observer.attention if observer else nullcontext
+    def __init__(self, backend: Backend, observer: CallObserver | None, layer: int) -> None:
+        self.backend, self.layer = backend, layer
+        self.observed = observer.attention if observer else nullcontext
 
     def __call__(
         self,
@@ -91,7 +91,7 @@ class SpanAttentionProcessor:
         if self.scaling.queries is not None:
             query.mul_(self.scaling.queries)
         scale = self.scaling.factor / math.sqrt(attn.head_dim)
-        with self.timed():
+        with self.observed(AttentionInputs(self.layer, query, key, value, self.plan, scale)):
             attended = span_attention(
                 query, key, value, self.plan, scale=scale, backend=self.backend, summaries=summaries
             )
@@ -206,7 +206,7 @@ class FluxAdapter:
             raise BadInput("attention inside a compiled transformer cannot be timed: install without an observer")
         self.chunking = chunking.choose(self._chunk_tokens, self._grid.tokens, self._blocks, compiled)
         stock = [attention.processor for attention in self._attentions]
-        processors = [SpanAttentionProcessor(backend, observer) for _ in self._attentions]
+        processors = [SpanAttentionProcessor(backend, observer, layer) for layer in range(self.layers)]
         positions = None
         stock_positions = self._model.pos_embed
         if self._extrapolation is not None and self._extrapolation.moves(_sides(self._grid)):

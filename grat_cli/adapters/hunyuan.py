@@ -27,7 +27,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 
 from grat_cli.adapters import chunking, preparation
-from grat_cli.adapters.base import CallObserver, Run
+from grat_cli.adapters.base import AttentionInputs, CallObserver, Run
 from grat_cli.errors import BadInput
 from grat_cli.preset_schema import ChunkTokens
 from grat_kernels import Backend, Grid, HeadPlan, Plan, span_attention
@@ -49,9 +49,9 @@ class SpanAttentionProcessor:
     text_valid: torch.Tensor | None
     fused: bool
 
-    def __init__(self, backend: Backend, observer: CallObserver | None) -> None:
-        self.backend = backend
-        self.timed = observer.attention if observer else nullcontext
+    def __init__(self, backend: Backend, observer: CallObserver | None, layer: int) -> None:
+        self.backend, self.layer = backend, layer
+        self.observed = observer.attention if observer else nullcontext
 
     def __call__(
         self,
@@ -84,9 +84,10 @@ class SpanAttentionProcessor:
             query, key, value, summaries = _prepared_as_stock(attn, video, text, image_rotary_emb)
         del video, text  # else the projections would be kept for as long as attention runs
 
-        with self.timed():
+        scale = query.shape[-1] ** -0.5
+        with self.observed(AttentionInputs(self.layer, query, key, value, self.plan, scale, self.text_valid)):
             attended = span_attention(
-                query, key, value, self.plan, self.text_valid, backend=self.backend, summaries=summaries
+                query, key, value, self.plan, self.text_valid, scale, self.backend, summaries=summaries
             )
         video, text = attended.flatten(2, 3).tensor_split([hidden_states.shape[1]], dim=1)
         if getattr(attn, "to_out", None) is not None:
@@ -177,7 +178,7 @@ class HunyuanAdapter:
         self.chunking = chunking.choose(self._chunk_tokens, self._grid.tokens, self._blocks, compiled=False)
         attentions = [block.attn for block in self._blocks]
         stock = [attention.processor for attention in attentions]
-        processors = [SpanAttentionProcessor(backend, observer) for _ in attentions]
+        processors = [SpanAttentionProcessor(backend, observer, layer) for layer in range(self.layers)]
         call = _Calls(self._model, self._grid, attentions, processors, self._choose_preparation, run, observer)
         handles = []
         try:
