@@ -108,7 +108,11 @@ def test_a_boat_sails_across() -> None:
 def test_full_attention_without_padding_equals_stock(prompts: list[str]) -> None:
     """Stock attends 256 padded text tokens under a mask; ours cuts them off."""
     pipe = pipeline()
-    size = {"height": DEMO_HUNYUAN.height, "width": DEMO_HUNYUAN.width, "num_frames": DEMO_HUNYUAN.frames}
+    size: dict[str, Any] = {
+        "height": DEMO_HUNYUAN.height,
+        "width": DEMO_HUNYUAN.width,
+        "num_frames": DEMO_HUNYUAN.frames,
+    }
 
     def frames() -> numpy.ndarray:
         result: Any = pipe(
