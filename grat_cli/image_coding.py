@@ -116,7 +116,8 @@ def to_picture(pipe: Any, pixels: torch.Tensor) -> Image.Image:
     for top in range(0, pixels.shape[2], _BAND):
         band = pipe.image_processor.postprocess(pixels[:, :, top : top + _BAND], output_type="pil")[0]
         picture.paste(band, (0, top))
-    if all(low == high for low, high in picture.getextrema()):
+    extrema: Any = picture.getextrema()
+    if all(low == high for low, high in extrema):
         raise NumericalFailure("the picture is one flat colour: try another --seed, --dtype float32, or more --steps")
     return picture
 

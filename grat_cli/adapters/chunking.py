@@ -65,10 +65,11 @@ def in_chunks(blocks: Sequence[Any], chunk: int | None) -> Iterator[None]:
     """
     replaced: list[tuple[Any, str, Any]] = []
     try:
-        for block in blocks if chunk is not None else ():
-            holder, name = _own_forward(block)
-            replaced.append((holder, name, vars(holder).get(name)))
-            setattr(holder, name, _FORWARDS[type(block)](block, chunk))
+        if chunk is not None:
+            for block in blocks:
+                holder, name = _own_forward(block)
+                replaced.append((holder, name, vars(holder).get(name)))
+                setattr(holder, name, _FORWARDS[type(block)](block, chunk))
         yield
     finally:
         for holder, name, stock in reversed(replaced):

@@ -165,7 +165,8 @@ class FluxAdapter:
             extrapolation: how positions and scores are fitted to the grid; None leaves them as they are.
             chunk_tokens: see `preset_schema.Memory`. `chunking` tells.
         """
-        self._fused, self._extrapolation, self._chunk_tokens = fused, extrapolation, chunk_tokens
+        self._fused, self._extrapolation = fused, extrapolation
+        self._chunk_tokens: ChunkTokens = chunk_tokens
         # Hooks go on the outermost module, so that a compiled model runs them outside its graph.
         self._called = transformer
         self._model: Any = getattr(transformer, "_orig_mod", transformer)

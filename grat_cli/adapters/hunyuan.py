@@ -145,7 +145,8 @@ class HunyuanAdapter:
                 are refused; by default, wherever it can run on a GPU. `preparation` tells.
             chunk_tokens: see `preset_schema.Memory`. `chunking` tells.
         """
-        self._fused, self._chunk_tokens = fused, chunk_tokens
+        self._fused = fused
+        self._chunk_tokens: ChunkTokens = chunk_tokens
         self._model: Any = transformer
         self._grid = grid
         model: Any = getattr(transformer, "_orig_mod", transformer)
