@@ -186,7 +186,7 @@ def test_coding_of_the_demo(demo: Any, width: int, height: int) -> None:
 @pytest.mark.parametrize(("channels", "side"), [((16, 32, 64, 64), 256), ((64, 128, 256, 256), 128)])
 def test_coding_of_an_autoencoder_like_that_of_flux(channels: tuple[int, ...], side: int) -> None:
     levels = len(channels)
-    autoencoder = AutoencoderKL(
+    autoencoder: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore
         up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore
         block_out_channels=channels,  # pyright: ignore
@@ -295,7 +295,7 @@ def test_chunks_take_less_where_tokens_are_many() -> None:
     row = 3072 * 2
     assert peak(chunk_tokens=None) > 15 * 262_656 * row  # as much as a single block holds when it projects
     assert peak() == peak(chunk_tokens=16_384) < 0.7 * peak(chunk_tokens=None)
-    assert peak(chunk_tokens=4096) < peak()
+    assert peak() < peak(chunk_tokens=200_000) < peak(chunk_tokens=None)
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
