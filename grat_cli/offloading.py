@@ -82,7 +82,7 @@ def needed_bytes(pipe: Any, tokens: int) -> dict[str, int]:
     """
     import torch
 
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    parts: dict[str, Any] = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     transformer = parts["transformer"]
     element = torch.empty((), dtype=transformer.dtype).element_size()
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim

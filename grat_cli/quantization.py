@@ -82,8 +82,8 @@ def configurations(kind: str, medium: str, dtype: torch.dtype) -> dict[str, Any]
     """
     if kind == "none":
         return {}
-    import diffusers
-    import transformers
+    from diffusers.quantizers import quantization_config as of_diffusers
+    from transformers.utils import quantization_config as of_transformers
 
     if kind == "nf4":
         options: dict[str, Any] = {
@@ -91,10 +91,10 @@ def configurations(kind: str, medium: str, dtype: torch.dtype) -> dict[str, Any]
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_compute_dtype": dtype,
         }
-        transformer, encoder = diffusers.BitsAndBytesConfig(**options), transformers.BitsAndBytesConfig(**options)
+        transformer, encoder = of_diffusers.BitsAndBytesConfig(**options), of_transformers.BitsAndBytesConfig(**options)
     else:
         from torchao import quantization  # pyright: ignore[reportMissingImports]
 
         weights = quantization.Int8WeightOnlyConfig if kind == "int8" else quantization.Float8WeightOnlyConfig
-        transformer, encoder = diffusers.TorchAoConfig(weights()), transformers.TorchAoConfig(weights())
+        transformer, encoder = of_diffusers.TorchAoConfig(weights()), of_transformers.TorchAoConfig(weights())
     return {"transformer": transformer, LARGE_ENCODER[medium]: encoder}

@@ -11,7 +11,7 @@ import tiny_hunyuan
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import apply_group_offloading
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grat_cli
@@ -50,7 +50,8 @@ def test_chunks_cover_all_tokens_and_none_is_small(tokens: int) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_flux_in_chunks_is_the_same_bit_by_bit(dtype: torch.dtype, batch: int) -> None:
-    model = tiny_flux.transformer().to(dtype)
+    model: Any = tiny_flux.transformer()
+    model.to(dtype)
     inputs = flux_inputs(dtype, batch)
     stock = model(**inputs)[0]
     with in_chunks(blocks_of(model), CHUNK):
@@ -59,7 +60,8 @@ def test_flux_in_chunks_is_the_same_bit_by_bit(dtype: torch.dtype, batch: int) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hunyuan_in_chunks_is_the_same_bit_by_bit(dtype: torch.dtype) -> None:
-    model = tiny_hunyuan.transformer().to(dtype)
+    model: Any = tiny_hunyuan.transformer()
+    model.to(dtype)
     inputs = {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in tiny_hunyuan.inputs((3, 12, 17)).items()

@@ -22,10 +22,10 @@ def pipeline(vae: Any) -> Any:
     return tiny_flux.pipeline(vae=vae)
 
 
-def group_normed() -> AutoencoderKL:
+def group_normed() -> Any:
     """A random autoencoder built like that of Flux: 8 pixels per latent, group norms, attention in the middle."""
     torch.manual_seed(0)
-    return AutoencoderKL(
+    config: dict[str, Any] = dict(
         block_out_channels=(8, 8, 8, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -36,7 +36,8 @@ def group_normed() -> AutoencoderKL:
         shift_factor=0.1159,
         use_quant_conv=False,
         use_post_quant_conv=False,
-    ).eval()
+    )
+    return AutoencoderKL(**config).eval()
 
 
 def noise(channels: int, rows: int, columns: int) -> torch.Tensor:

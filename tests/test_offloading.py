@@ -10,6 +10,8 @@ import pytest
 import tiny_flux
 import torch
 from diffusers.hooks import group_offloading
+from diffusers.quantizers import quantization_config as of_diffusers
+from transformers.utils import quantization_config as of_transformers
 
 import grat_cli
 from grat_cli import checkpoints, offloading, quantization
@@ -148,16 +150,13 @@ class _Recorded:
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Any:
-    import diffusers
-    import transformers
-
     torchao = ModuleType("torchao")
     torchao.quantization = SimpleNamespace(Int8WeightOnlyConfig=lambda: "int8", Float8WeightOnlyConfig=lambda: "fp8")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchao", torchao)
-    for library in (diffusers, transformers):
+    for library in (of_diffusers, of_transformers):
         for name in ("TorchAoConfig", "BitsAndBytesConfig"):
             monkeypatch.setattr(library, name, type(f"{library.__name__}.{name}", (_Recorded,), {}))
-    return diffusers, transformers
+    return of_diffusers, of_transformers
 
 
 def test_transformer_and_large_encoder_are_quantized_and_nothing_else(stand_ins: Any) -> None:

@@ -72,6 +72,8 @@ def test_a_report_says_what_made_the_picture() -> None:
         "reason": "the fastest on cpu",
         "preparation": "stock modules: as it was",
     }
+    offloading = made["device"]["offload"], made["device"]["offload_reason"], made["device"]["quantize"]
+    assert offloading == ("none", "chosen by name", "none")
     assert made["phases"]["load"] == 1234.568
     assert made["steps"][3] == {
         "index": 3,
