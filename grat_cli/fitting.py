@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -306,4 +307,5 @@ def execution_of(
         kernel=expected.preset.kernel.backend in ("auto", "triton", "triton-ws", "gluon"),
         autoencoder_dtype=beside,
         text_dtype=beside,
+        threads=os.cpu_count() or 1,
     )

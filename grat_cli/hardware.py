@@ -55,8 +55,8 @@ def _gpu(name: str, title: str, gigabytes: int, bandwidth: float, link: float) -
 
 
 # NVIDIA's data sheets: H200 and H100 Tensor Core GPU, A100 Tensor Core GPU, DGX B200, L40S, L4, A10, RTX A6000 and
-# RTX 6000 Ada; for GeForce cards the whitepapers of the GA102, Ada and Blackwell architectures. Gigabytes are binary, as
-# stated but where nvidia-smi shows less (B200, H200; L40S and A10 with error correction). Links are PCIe x16, half of
+# RTX 6000 Ada; for GeForce cards the whitepapers of the GA102, Ada and Blackwell architectures. Gigabytes are binary,
+# as stated but where nvidia-smi shows less (B200, H200; L40S and A10 with error correction). Links: PCIe x16, half of
 # the stated sum of both ways: 64 GB/s of generation 5, 32 GB/s of generation 4. Tensor rates are in `peak_rates`.
 _GEN5, _GEN4 = 64e9, 32e9
 GPUS: Mapping[str, Device] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from command_line import grat, refusal
@@ -167,7 +167,7 @@ def test_operations_of_decoding_a_picture_are_those_that_torch_counts(model: str
             levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
             autoencoder = AutoencoderKL(
                 **levels,
-                block_out_channels=shape.channels,
+                block_out_channels=cast(Any, shape.channels),
                 layers_per_block=2,
                 latent_channels=16,
                 use_post_quant_conv=False,

@@ -57,9 +57,13 @@ UNUSED: Any = AutoencoderShape("tiny", (8,), (1,), 4, 0, attention=False)
 
 
 def compare(predicted: dict[str, float], run: Callable[[], Any]) -> None:
-    """Asserts that the largest moment is what running allocates at most."""
+    """Asserts that the largest moment is what running allocates at most; `pytest -rP` shows the figures."""
     with torch.no_grad():
         measured = track(run).peak_bytes
+    moment = max(predicted, key=lambda name: predicted[name])
+    foretold = predicted[moment]
+    error = foretold / measured - 1
+    print(f"{moment}: foretold {foretold / 2**20:.1f} MiB, measured {measured / 2**20:.1f}, {error:+.1%}")
     assert max(predicted.values()) == pytest.approx(measured, rel=TOLERANCE), predicted
 
 
@@ -182,7 +186,7 @@ def test_coding_of_the_demo(demo: Any, width: int, height: int) -> None:
 @pytest.mark.parametrize(("channels", "side"), [((16, 32, 64, 64), 256), ((64, 128, 256, 256), 128)])
 def test_coding_of_an_autoencoder_like_that_of_flux(channels: tuple[int, ...], side: int) -> None:
     levels = len(channels)
-    autoencoder = AutoencoderKL(
+    autoencoder: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore
         up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore
         block_out_channels=channels,  # pyright: ignore
@@ -291,7 +295,7 @@ def test_chunks_take_less_where_tokens_are_many() -> None:
     row = 3072 * 2
     assert peak(chunk_tokens=None) > 15 * 262_656 * row  # as much as a single block holds when it projects
     assert peak() == peak(chunk_tokens=16_384) < 0.7 * peak(chunk_tokens=None)
-    assert peak(chunk_tokens=4096) < peak()
+    assert peak() < peak(chunk_tokens=200_000) < peak(chunk_tokens=None)
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:

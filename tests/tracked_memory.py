@@ -30,14 +30,15 @@ def track(run: Callable[[], Any]) -> Tracked:
     no tensor of Python's stands for. Blocks from before do not count when they are freed. `torch.profiler.profile`
     would record operators as well, a hundred times as much.
     """
+    profiler: Any = torch.autograd
     config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
     activities = {ProfilerActivity.CPU}
-    torch.autograd._prepare_profiler(config, activities)
-    torch.autograd._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
+    profiler._prepare_profiler(config, activities)
+    profiler._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
     try:
         result = run()
     finally:
-        events: Any = torch.autograd._disable_profiler().events()
+        events = profiler._disable_profiler().events()
     held = peak = 0
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     for _, change in sorted(changes, key=lambda entry: entry[0]):

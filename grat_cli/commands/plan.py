@@ -173,7 +173,7 @@ def plan(
     )
     # Measuring a CPU takes seconds, and loads torch: only where it is asked for.
     timed = device is not None and (device.kind == "cuda" or gpu is not None)
-    seconds = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
+    took = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
 
     # 4. Show it.
     if note := mismatch_note(chosen, choice):
@@ -189,21 +189,21 @@ def plan(
                     "peak_bytes": round(phase.peak),
                     "weights_bytes": round(phase.weights),
                     "at": phase.moment,
-                    "seconds": seconds.get(phase.phase),
+                    "seconds": took.get(phase.phase),
                 }
                 for phase in verdict.memory.phases
             ],
-            "load_seconds": seconds.get("load"),
+            "load_seconds": took.get("load"),
             "offload": verdict.execution.offload,
             "quantize": quantize,
             "verdict": verdict.as_dict() if device else None,
         }
     )
-    output.show(fact_table(_facts(result, stages)), "", _phase_table(verdict.memory, seconds))
+    output.show(fact_table(_facts(result, stages)), "", _phase_table(verdict.memory, took))
     if verdict.execution.offload != "none":
         waiting = bytes_text(verdict.memory.offloaded)
         output.show(f"--offload {verdict.execution.offload}: {waiting} of weights wait in main memory")
-    if seconds and verdict.device.kind == "cuda":
+    if took and verdict.device.kind == "cuda":
         output.show("Times are estimates from data sheets, not measured.")
     if device is None:
         output.show(what_fits(runs, components, choice, offload=offload, quantize=quantize))
