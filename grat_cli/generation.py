@@ -90,21 +90,23 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
     for seed in request.seeds:
         # Noise is drawn on the CPU, so that a seed gives the same one on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
-        before, records = init_image, []
+        before, picture, records = init_image, None, []
         for stage, guidance in zip(stages, guidances, strict=True):
             with memory_advice(request, device, stage.size):
                 # 4. Denoise with GRAT attention installed, from noise or from what came before, upscaled.
-                latents, record = studio.run(stage, text, guidance, before, generator, request.previews.get(seed))
+                before, record = studio.run(stage, text, guidance, before, generator, request.previews.get(seed))
                 records.append(record)
 
                 # 5. Decode, unless latents are upscaled.
-                before = studio.decode(latents, record) if stage.decoded else latents
+                if stage.decoded:
+                    before = picture = studio.decode(before, record)
 
         # 6. Report.
         last = records[-1]
+        assert picture is not None, "the last stage is decoded"
         memory_bytes, memory_kind = peak_memory(device)
         yield GeneratedImage(
-            image=before,
+            image=picture,
             seed=seed,
             width=request.width,
             height=request.height,

@@ -114,7 +114,7 @@ def stages_of(
     if not uses_highres(preset, model, width, height):
         first = None if start is None else strength or _DEFAULT_STRENGTH
         return (Stage(0, width, height, plain, first, trained),)
-    fitted = {
+    fitted: dict[str, Any] = {
         "trained": trained,
         "positions": settings.positions,
         "proportional_attention": settings.proportional_attention,
@@ -171,7 +171,8 @@ def _sizes(base: Resolution, asked: Resolution, growth: float | None, unit: int)
 
 
 def _rounded(width: float, height: float, unit: int) -> Resolution:
-    return Resolution(*(max(unit, round(side / unit) * unit) for side in (width, height)))
+    whole_width, whole_height = (max(unit, round(side / unit) * unit) for side in (width, height))
+    return Resolution(whole_width, whole_height)
 
 
 def _strengths(settings: HighResolution, stages: int, size: str) -> list[float]:
@@ -187,7 +188,7 @@ def _strengths(settings: HighResolution, stages: int, size: str) -> list[float]:
             f"highres.stages overrides {len(settings.stages)} stages, but {size} takes {stages} after the base: "
             "give fewer, or a larger --res"
         )
-    strengths = list(given) if isinstance(given, tuple) else [given] * stages
+    strengths: list[float] = list(given) if isinstance(given, tuple) else [given] * stages
     for index, override in enumerate(settings.stages):
         if override.strength is not None:
             strengths[index] = override.strength
