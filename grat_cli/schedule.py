@@ -13,8 +13,8 @@ from grat_cli.presets import Attention, Preset, shape_text
 from grat_kernels import Full, Grid, Grouping, Pattern, Plan, build_plan
 from grat_kernels.geometry import cell_counts
 
-# Planning compares every group with every other, a stretch at a time: memory stays small, but 2^14 groups, a million
-# tokens in groups of 8x8, take some five seconds, and twice as many four times that.
+# Planning compares every group with every other, a stretch at a time: memory stays small, but time grows with the square.
+# 2^14 groups, a million tokens in groups of 8x8, take 1.5 s of one core, and criss-cross work lists of theirs 1.1 GB.
 MOST_GROUPS = 16_384
 
 
