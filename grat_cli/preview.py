@@ -1,8 +1,8 @@
 """Previews: a small picture of where a run is, every few steps.
 
 The pipeline's callback gets the noisy latents x alone. With those of the step before, x', flow matching's Euler step
-tells the clean ones that the model now expects: x = x' + (s - s')·v, so x0 = x - s·v = x - s·(x - x')/(s - s'), where s is
-the noise level (diffusers 0.42.1, `FlowMatchEulerDiscreteScheduler.step`; arXiv 2403.03206, section 2). Both are
+tells the clean ones that the model now expects: x = x' + (s - s')·v, so x0 = x - s·v = x - s·(x - x')/(s - s'), where
+s is the noise level (diffusers 0.42.1, `FlowMatchEulerDiscreteScheduler.step`; arXiv 2403.03206, section 2). Both are
 averaged down to the size that the model was trained at before they are decoded, so that a preview of a picture of any
 size costs the same.
 """

@@ -14,8 +14,9 @@ from grat_cli.presets import Attention, Preset, shape_text
 from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, build_head_plan, build_plan
 from grat_kernels.geometry import cell_counts
 
-# Planning compares every group with every other, a stretch at a time: memory stays small, but 2^14 groups, a million
-# tokens in groups of 8x8, take some five seconds, and twice as many four times that.
+# Planning compares every group with every other, a stretch at a time: memory stays small, time grows with the square.
+# 2^14 groups, a million tokens in groups of 8x8, take 1.5 s of one core; a criss-cross of them has 133 million keys in
+# packed tiles, 1.1 GB on the device.
 MOST_GROUPS = 16_384
 
 _Grouped: TypeAlias = tuple[Grouping, Pattern]

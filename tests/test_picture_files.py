@@ -199,6 +199,7 @@ def test_descriptions_of_others_are_left_alone(tmp_path: Path) -> None:
             media.read_provenance(path)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read", "ignore:Metadata Warning")
 @given(
     start=st.sampled_from([b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"RIFF\0\0\0\0WEBP"]),
     content=st.binary(max_size=200),

@@ -94,7 +94,7 @@ def test_a_run_makes_the_same_picture_with_previews(tmp_path: Path, monkeypatch:
     written: list[Image.Image] = []
     monkeypatch.setattr(preview, "write_picture", lambda picture, *_: written.append(picture))
     path = tmp_path / "fox.preview.png"
-    changes = {"preset": preset(sampling={"steps": 4, "guidance": 2.0})}
+    changes: dict[str, Any] = {"preset": preset(sampling={"steps": 4, "guidance": 2.0})}
     (without,) = generate(**changes)
     assert written == []
     (with_previews,) = generate(**changes, previews={7: Preview(path, 2, request().model.native_side)})
