@@ -119,7 +119,7 @@ def test_full_attention_without_padding_equals_stock(prompts: list[str]) -> None
             prompts,
             negative_prompt=[""] * len(prompts),
             true_cfg_scale=DEMO_HUNYUAN.guidance,
-            num_inference_steps=4,
+            num_inference_steps=2,
             generator=torch.Generator().manual_seed(3),
             output_type="np",
             **size,
