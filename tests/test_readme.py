@@ -31,7 +31,7 @@ RUNNABLE = [command for command in COMMANDS if command not in NEEDS_WEIGHTS]
 
 # What makes a command quick and leaves it whole: the last of several values counts.
 QUICK = {
-    "image": ["--steps", "2", "--model", "demo"],
+    "image": ["--steps", "2", "--model", "demo", "--overwrite"],
     "video": ["--steps", "1", "--model", "demo", "--frames", "5"],
 }
 QUICK_BENCH = {
@@ -39,6 +39,7 @@ QUICK_BENCH = {
     "step": ["--grid", "8x8", "--text", "16", "--compare", "full,grat-b", "--reps", "1", "--overwrite"],
     "image": ["--res", "128", "--prompts", "1", "--compare", "full,grat-b", "--overwrite"],
     "video": ["--frames", "5", "--steps", "1", "--prompts", "1", "--compare", "full,b", "--overwrite"],
+    "highres": ["--res", "512", "--steps", "2", "--prompts", "1", "--overwrite"],
 }
 
 
