@@ -13,6 +13,7 @@ import pytest
 from command_line import Result, grat, refusal
 from PIL import Image
 
+from grat_cli import report
 from grat_cli.errors import NumericalFailure, OutOfMemory
 from grat_cli.generation import GeneratedImage
 from grat_cli.planning import architecture_for, schedule_for
@@ -115,7 +116,8 @@ def test_info_reads_picture_and_report(real: tuple[Path, Result]) -> None:
     folder, _ = real
     whole, inside = (grat("info", folder / f"fox-s3.{suffix}", "--json").data for suffix in ("json", "png"))
     assert whole == json.loads((folder / "fox-s3.json").read_text())
-    assert inside == {name: value for name, value in whole.items() if name in inside}
+    assert inside == report.provenance(whole)
+    assert inside["prompt"] == "a red fox in the snow"
     shown = grat("info", folder / "fox-s3.json").out
     for words in (
         "a red fox in the snow",
