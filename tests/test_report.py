@@ -84,6 +84,7 @@ def test_a_report_says_what_made_the_picture() -> None:
         "attention_ms": 60.0,
         "other_ms": 43.0,
         "density": pytest.approx(made["density"], abs=1e-6),
+        "stage": 0,
     }
     assert {"python", "grat", "torch", "diffusers"} <= set(made["versions"])
 
