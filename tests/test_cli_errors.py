@@ -46,7 +46,7 @@ IMAGE = ("image", "a red fox", "--model", "demo")
         ((*IMAGE, "--init-image", "missing.png"), "--init-image missing.png: there is no such file"),
         ((*IMAGE, "--init-image", __file__, "--strength", "1.5"), "--strength 1.5: expected more than 0 and at most 1"),
         ((*IMAGE, "--json", "--quiet"), "--json and --quiet exclude each other"),
-        ((*IMAGE, "--out", "fox.jpg"), "pictures are PNG files: use fox.png"),
+        ((*IMAGE, "--out", "fox.bmp"), "pictures are png, jpg, webp or tiff files: use fox.png"),
         ((*IMAGE, "--out", "missing/fox.png"), "the folder missing does not exist"),
         (("plan", "demo-b", "--preset", "demo-x"), "two presets are given"),
         (("plan", "--picture", "pattern.svg"), "use pattern.png"),
