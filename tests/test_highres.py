@@ -27,7 +27,7 @@ from grat_cli.generation import GeneratedImage, ImageRequest, generate_images
 from grat_cli.highres import Stage, stages_of, uses_highres
 from grat_cli.low_resolution_guidance import low_frequencies, low_resolution_guidance
 from grat_cli.models import choose_model
-from grat_cli.presets import Preset, load_preset, resolve_preset
+from grat_cli.presets import Preset, load_preset, preset_names, resolve_preset
 from grat_cli.resolution import Resolution
 from grat_cli.staged_generation import pipeline_for
 
@@ -46,6 +46,16 @@ def stages(width: int, height: int, /, chosen: Preset | None = None, **options: 
     return stages_of(chosen or preset(), FLUX, width, height, **options)
 
 
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith(("flux-", "demo-"))])
+def test_presets_of_pictures_say_how_large_ones_come_about(name: str) -> None:
+    """One and the same for a family, but where a preset is made for a size."""
+    section, usual = load_preset(name).highres, load_preset(f"{name.partition('-')[0]}-full").highres
+    assert section is not None
+    assert section.mode == "cascade"
+    if not name.endswith(("k", "4x")):
+        assert section == usual
+
+
 def sizes(made: tuple[Stage, ...]) -> list[str]:
     return [stage.size for stage in made]
 
@@ -56,8 +66,7 @@ def test_a_large_picture_grows_from_the_trained_area_in_equal_ratios() -> None:
     assert sizes(stages(8192, 8192, preset(growth=None))) == ["1024x1024", "8192x8192"]
     assert sizes(stages(8192, 8192, preset(growth=3))) == ["1024x1024", "2896x2896", "8192x8192"]
     # Without a section of its own a preset has the defaults.
-    plain = load_preset("flux-far")
-    assert plain.highres is None
+    plain = load_preset("flux-far").model_copy(update={"highres": None})
     assert stages(4096, 4096, plain) == stages(4096, 4096)
 
 
@@ -78,7 +87,7 @@ def test_stages_of_any_shape_grow_and_end_at_the_asked_size(columns: int, rows: 
 
 
 def test_up_to_twice_the_trained_area_and_when_switched_off_there_is_one_plain_stage() -> None:
-    own = load_preset("flux-far")
+    own = load_preset("flux-far").model_copy(update={"highres": None})
     for made in (stages(1440, 1440, own), stages(8192, 8192, preset(mode="off"))):
         (stage,) = made
         assert (stage.preset, stage.strength, stage.positions, stage.proportional_attention) == (
