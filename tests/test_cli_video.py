@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -323,7 +324,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_frames(model: P
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C is no signal")
 def test_ctrl_c_says_how_to_go_on(model: Path) -> None:
-    run = begin(long_run(model, "killed"))
+    # A shell's background jobs ignore Ctrl-C, and so would a run that tests begin from there.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    run = begin(long_run(model, "killed"), preexec_fn=heed)
     wait_for_step(run, 2)
     run.send_signal(signal.SIGINT)
     _, told = run.communicate(timeout=300)
