@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grat_cli import picture_files, video_files
 from grat_cli.bench.quality import Likeness, likeness_of_videos
 from grat_cli.errors import BadInput
 from grat_cli.media import FIRST_FRAME
-from grat_cli.video_files import SUFFIXES, read_frames
+from grat_cli.picture_files import read_picture
+from grat_cli.video_files import read_frames
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-_VIDEO_SUFFIXES = tuple(filter(None, SUFFIXES.values()))
+_VIDEO_SUFFIXES = tuple(filter(None, video_files.SUFFIXES.values()))
 FRAMES_SHOWN = 4
 # Differences are shown so many times as large, or those that matter could not be seen.
 AMPLIFIED = 4
@@ -91,7 +92,7 @@ def _is_one(path: Path) -> bool:
     """Whether a path is one picture or video, and not a folder of them."""
     if path.is_dir():
         return (path / FIRST_FRAME).is_file()
-    return path.suffix.lower() in PICTURE_SUFFIXES + _VIDEO_SUFFIXES
+    return path.suffix.lower() in picture_files.SUFFIXES + _VIDEO_SUFFIXES
 
 
 def compare_pair(pair: Pair) -> Compared:
@@ -117,13 +118,8 @@ def _frames(path: Path) -> Iterator[np.ndarray]:
         yield from read_frames(path)
         return
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
-    try:
-        with Image.open(path) as picture:
-            yield np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise BadInput(f"{path} cannot be read as a picture: {error}") from error
+    yield np.asarray(read_picture(path))
 
 
 def _shown(
