@@ -71,6 +71,7 @@ FLOORS = (
     ("grat_cli",),
     ("staged_generation",),
     ("generation", "video_generation", "seeds", "selection"),
+    ("makers",),
     # What people and machines are told
     ("planning", "picture", "output"),
     ("time_estimate", "video_output", "fitting"),

@@ -29,6 +29,7 @@ from grat_cli.errors import BadInput, NumericalFailure
 from grat_cli.generation_request import GenerationRequest
 from grat_cli.guidance import Guidance, choose_guidance
 from grat_cli.installation import step_under_way
+from grat_cli.makers import Maker
 from grat_cli.models import ModelChoice
 from grat_cli.presets import Preset, resolve_preset
 from grat_cli.selection import select_preset
@@ -111,55 +112,16 @@ class Pictures:
     column_titles: list[str]
 
 
-class Maker(Protocol):
-    """One medium: what a request for it is, and how it is made and compared. `Any` stands for what it makes.
+class ComparedMaker(Maker, Protocol):
+    """Makes outputs that are compared.
 
     Attributes:
-        family: of the model, `flux` or `hunyuan`.
-        grid: image tokens.
-        title: of the size, for people.
         recorded: what else of the request belongs in the record.
         notes: what readers of the figures must know.
     """
 
-    family: str
-    grid: Grid
-    title: str
     recorded: Mapping[str, Any]
     notes: tuple[str, ...]
-
-    @property
-    def request(self) -> GenerationRequest:
-        """What is asked of each run; the prompt is replaced from run to run."""
-        ...
-
-    def prepare(self, pipe: Any) -> None:
-        """Sets a pipeline up, once."""
-        ...
-
-    def note_expectations(self, request: Any, progress: Progress) -> None:
-        """Says beforehand what the model cannot do."""
-        ...
-
-    def encode_text(self, pipe: Any, request: Any, guidance: Guidance) -> dict[str, Any]:
-        """Prompts as the pipeline takes them."""
-        ...
-
-    def text_lens(self, text: dict[str, Any]) -> tuple[int, ...]:
-        """Text tokens in the joint sequence of each transformer call of a step."""
-        ...
-
-    def denoise(self, pipe: Any, request: Any, arguments: dict[str, Any], seed: int, watch: StepWatch) -> torch.Tensor:
-        """Latents of one output."""
-        ...
-
-    def decode(self, pipe: Any, latents: torch.Tensor) -> Any:
-        """The output of latents.
-
-        Raises:
-            NumericalFailure: if it has NaN or shows nothing.
-        """
-        ...
 
     def likeness(self, reference: Any, made: Any) -> Likeness:
         """How close an output comes to that of full attention."""
@@ -174,7 +136,9 @@ class Maker(Protocol):
         ...
 
 
-def compare_runs(settings: RunSettings, maker: Maker, progress: Progress | None = None) -> tuple[BenchResult, Pictures]:
+def compare_runs(
+    settings: RunSettings, maker: ComparedMaker, progress: Progress | None = None
+) -> tuple[BenchResult, Pictures]:
     """Makes every output with every variant, interleaved, and compares them.
 
     Raises:
@@ -359,7 +323,7 @@ class _Studio:
     """
 
     def __init__(
-        self, pipe: Any, maker: Maker, settings: RunSettings, device: torch.device, progress: Progress
+        self, pipe: Any, maker: ComparedMaker, settings: RunSettings, device: torch.device, progress: Progress
     ) -> None:
         self._pipe, self._maker = pipe, maker
         self._device, self._progress, self._max_seconds = device, progress, settings.max_seconds
