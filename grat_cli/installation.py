@@ -280,7 +280,7 @@ def _check_kernel(pipe: Any, preset: Preset, backend: Backend) -> None:
     """
     from grat_kernels.attention import KernelMismatch, check_kernel
 
-    forms = {bool(attention.far) for attention in (preset.attention, *preset.attention_of_rules)}
+    forms = {bool(attention.far) for attention in preset.attentions}
     if preset.schedule.dense_steps:
         forms.add(False)
     try:

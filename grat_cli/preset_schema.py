@@ -133,6 +133,9 @@ Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
 ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Letter = Annotated[str, Field(pattern=r"^[A-Za-z]$")]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z]+$")]
 
 
 def without_unused(attention: Mapping[str, Any], variant: str) -> dict[str, Any]:
@@ -254,12 +257,9 @@ class Attention(Section):
         return ", ".join([near, f"groups {shape_text(self.group)}", *([f"far {' and '.join(far)}"] if far else [])])
 
 
-class Rule(Section):
-    """Overrides the attention for some steps, layers and heads; ranges as in `grat_cli.ranges`, absent means all."""
+class Change(Section):
+    """Attention fields that differ from those of the preset's own attention."""
 
-    steps: Range = None
-    layers: Range = None
-    heads: Range = None
     variant: Variant | None = None
     group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes_or_none)] = None
     radius: Radius = None
@@ -274,9 +274,29 @@ class Rule(Section):
 
     @cached_property
     def changes(self) -> dict[str, Any]:
-        """The attention fields that the rule gives."""
-        given = self.model_dump(exclude={"steps", "layers", "heads"})
+        """The attention fields that are given."""
+        given = self.model_dump(include=set(Change.model_fields))
         return {name: value for name, value in given.items() if value is not None or name == "far"}
+
+
+class Rule(Change):
+    """Overrides the attention for some steps, layers and heads; ranges as in `grat_cli.ranges`, absent means all."""
+
+    steps: Range = None
+    layers: Range = None
+    heads: Range = None
+
+
+class Table(Section):
+    """Which attention of the palette each layer and head takes; the compact form of many rules.
+
+    Attributes:
+        steps: when, a range; absent means always.
+        layers: a word for each layer, with a letter of the palette for each head, or one for all of them.
+    """
+
+    steps: Range = None
+    layers: Annotated[tuple[Word, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
 class Schedule(Section):
@@ -284,10 +304,14 @@ class Schedule(Section):
 
     Attributes:
         dense_steps: first steps with full attention in all layers, before any rule; a count or a fraction.
-        rules: overrides; later rules win.
+        palette: attentions by letter, each as it differs from the preset's own.
+        tables: what each layer and head takes of the palette; later ones win.
+        rules: overrides of all that; later rules win.
     """
 
     dense_steps: Amount = 0
+    palette: dict[Letter, Change] = Field(default_factory=dict)
+    tables: Annotated[tuple[Table, ...], BeforeValidator(_as_tuple)] = ()
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple)] = ()
 
 
@@ -378,12 +402,87 @@ def chunk_for(wanted: int | Literal["auto"] | None, tokens: int) -> int | None:
     return wanted
 
 
+class PatternEvidence(Section):
+    """A pattern of a tuned preset, and what it would keep were it used throughout.
+
+    Attributes:
+        attention: what it is.
+        share: of steps, layers and heads alike that take it.
+        density: attended pairs over all pairs.
+        recall: softmax mass of full attention on what is attended token by token, text included.
+        output_error: root mean square of the distance from full attention's output, over that output's length.
+        loss: mean square of that distance itself.
+    """
+
+    attention: str
+    share: Number
+    density: Number
+    recall: Number
+    output_error: Number
+    loss: Number
+
+
+class CheckEvidence(Section):
+    """How close outputs of a tuned preset came to those of full attention, from the same prompts and seeds.
+
+    Attributes:
+        prompts: that were compared.
+        density: of these runs.
+        ssim: mean over the outputs.
+        ssim_interval: half of its 95 % interval; None of a single output.
+        psnr_db: mean over the outputs.
+    """
+
+    prompts: Texts
+    density: Number
+    ssim: Number
+    ssim_interval: Number | None = None
+    psnr_db: Number
+
+
+class Evidence(Section):
+    """What a tuned preset rests on; it changes nothing.
+
+    Attributes:
+        model: that was observed.
+        revision: of its weights, where known.
+        size: of the outputs.
+        tokens: image tokens on each axis.
+        text_tokens: of the joint sequence.
+        steps: of each run.
+        prompts: that were observed.
+        target: what was wanted.
+        density: foretold for the whole run, as `recall`, `output_error` and `loss`; see `PatternEvidence`.
+        recall: see there.
+        output_error: see there.
+        loss: see there.
+        patterns: those in use, sparsest first.
+        check: None where nothing was checked.
+    """
+
+    model: str
+    revision: str | None = None
+    size: str
+    tokens: Sizes
+    text_tokens: int
+    steps: int
+    prompts: Texts
+    target: str
+    density: Number
+    recall: Number
+    output_error: Number
+    loss: Number
+    patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(_as_tuple)]
+    check: CheckEvidence | None = None
+
+
 class Preset(Section):
     """A resolved preset.
 
     Attributes:
         model: the family of models that it is made for.
         highres: how large pictures come about; None takes the defaults of the section.
+        evidence: of a tuned one.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -395,6 +494,7 @@ class Preset(Section):
     sampling: Sampling = Sampling()
     memory: Memory = Memory()
     highres: HighResolution | None = None
+    evidence: Evidence | None = None
 
     @model_validator(mode="after")
     def _check_axes_and_nesting(self) -> Preset:
@@ -403,19 +503,29 @@ class Preset(Section):
             raise invalid(
                 f"expected {axes} sizes for {self.model}, not {shown(self.attention.group)}", "attention", "group"
             )
-        for index, attention in enumerate(self.attention_of_rules):
+        for path, attention in self._derived.items():
             if len(attention.group) != axes:
-                raise invalid(
-                    f"the tokens of {self.model} models have {axes} axes", "schedule", "rules", index, "group"
-                )
+                raise invalid(f"the tokens of {self.model} models have {axes} axes", "schedule", *path, "group")
         cells = self.cells
         for outer, inner in pairwise(cells):
             if not nests(inner, outer):
                 raise invalid(
                     "a run has one token order, so all groups and blocks must nest, "
                     f"but {shape_text(inner)} does not in {shape_text(outer)}: use {nesting_sizes(inner, outer)}",
-                    *("schedule", "rules"),
+                    "schedule",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tables(self) -> Preset:
+        palette = self.schedule.palette
+        for index, table in enumerate(self.schedule.tables):
+            for number, word in enumerate(table.layers):
+                for letter in sorted(set(word) - set(palette)):
+                    raise invalid(
+                        f"{letter} is none of the palette's letters, {', '.join(palette) or 'which has none'}",
+                        *("schedule", "tables", index, "layers", number),
+                    )
         return self
 
     @model_validator(mode="after")
@@ -443,20 +553,39 @@ class Preset(Section):
             problem = problem_of(error.errors()[0])
             raise invalid(problem.message, "highres", "stages", index, *problem.path) from error
 
-    def _attention_of_rule(self, index: int) -> Attention:
-        try:
-            return self.attention.changed(self.schedule.rules[index].changes)
-        except ValidationError as error:
-            problem = problem_of(error.errors()[0])
-            raise invalid(problem.message, "schedule", "rules", index, *problem.path) from error
-
     @cached_property
+    def _derived(self) -> dict[tuple[str, int | str], Attention]:
+        """What rules and palette make of the preset's attention, by where they stand in the schedule."""
+        places: dict[tuple[str, int | str], Change] = {
+            ("rules", number): rule for number, rule in enumerate(self.schedule.rules)
+        }
+        places |= {("palette", letter): change for letter, change in self.schedule.palette.items()}
+        derived = {}
+        for place, change in places.items():
+            try:
+                derived[place] = self.attention.changed(change.changes)
+            except ValidationError as error:
+                problem = problem_of(error.errors()[0])
+                raise invalid(problem.message, "schedule", *place, *problem.path) from error
+        return derived
+
+    @property
     def attention_of_rules(self) -> tuple[Attention, ...]:
         """What each rule of the schedule makes of the preset's attention."""
-        return tuple(self._attention_of_rule(index) for index in range(len(self.schedule.rules)))
+        return tuple(attention for (section, _), attention in self._derived.items() if section == "rules")
+
+    @property
+    def attention_of_palette(self) -> dict[str, Attention]:
+        """What each letter of the schedule's palette makes of it."""
+        return {str(letter): made for (section, letter), made in self._derived.items() if section == "palette"}
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The preset's own attention, and all that rules and palette make of it."""
+        return (self.attention, *self._derived.values())
 
     @cached_property
     def cells(self) -> tuple[tuple[int, ...], ...]:
-        """All groups and blocks of the preset and its rules, coarsest first: the token order of the run."""
-        sizes = {cell for attention in (self.attention, *self.attention_of_rules) for cell in attention.cells}
+        """All groups and blocks of the preset and its schedule, coarsest first: the token order of the run."""
+        sizes = {cell for attention in self.attentions for cell in attention.cells}
         return tuple(sorted(sizes, key=lambda cell: (math.prod(cell), cell), reverse=True))

@@ -7,7 +7,7 @@ the distance of their output from that of full attention over the latter's lengt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -131,49 +131,39 @@ def _of_heads(
 
     kept = []
     for plan in plans:
-        kept_mass, error = torch.empty_like(mass[..., 0]), torch.empty_like(mass[..., 0])
-        summary_keys, summary_values = (
-            summarise(tensor[None], plan)[0].transpose(0, 1) if plan.summaries.rows else None for tensor in (key, value)
-        )
-        bias = torch.from_numpy(np.log(plan.summaries.counts)).to(mass)
-        for number, of_list in _by_list(plan, positions):
-            tokens, means = _attended(plan, number)
-            tokens = tokens.to(rows.device)
-            own = scores[:, of_list][..., tokens]
-            seen = values[:, tokens]
-            in_image = (tokens >= image.start) & (tokens < image.stop)
-            kept_mass[:, of_list] = mass[:, of_list][..., tokens[in_image]].sum(-1)
-            if len(means) and summary_keys is not None and summary_values is not None:
-                means = means.to(rows.device)
-                far = asked[:, of_list] @ summary_keys[:, means].transpose(1, 2) * scale + bias[means]
-                own, seen = torch.cat([own, far], -1), torch.cat([seen, summary_values[:, means]], 1)
-            difference = own.softmax(-1) @ seen - output[:, of_list]
-            error[:, of_list] = difference.norm(dim=-1) / output[:, of_list].norm(dim=-1)
+        tokens, means = (mask.to(mass.device) for mask in _attended(plan, positions))
+        of_tokens = scores.masked_fill(~tokens, -torch.inf)
+        if means.shape[1]:
+            summary_keys, summary_values = (summarise(tensor[None], plan)[0].transpose(0, 1) for tensor in (key, value))
+            bias = torch.from_numpy(np.log(plan.summaries.counts)).to(mass)
+            of_means = (asked @ summary_keys.transpose(1, 2) * scale + bias).masked_fill(~means, -torch.inf)
+            weights = torch.cat([of_tokens, of_means], -1).softmax(-1)
+            made = weights[..., : len(key)] @ values + weights[..., len(key) :] @ summary_values
+        else:
+            made = of_tokens.softmax(-1) @ values
+        error = (made - output).norm(dim=-1) / output.norm(dim=-1)
+        kept_mass = (mass[..., image] * tokens[:, image]).sum(-1)
         kept.append(Kept(kept_mass.T, error.T))
     return RowStatistics(mass[:, :, text].sum(-1).T, output.norm(dim=-1).T, distances / len(positions), tuple(kept))
 
 
-def _by_list(plan: Plan, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The span lists that serve some positions, each with the indices of those that it serves."""
+def _attended(plan: Plan, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens, `[S, N]`, and which summaries, `[S, R]`, some positions attend: bool."""
     starts = np.array([run.start for run in plan.query_runs])
     list_of_run = np.array([run.span_list for run in plan.query_runs])
-    list_of_position = list_of_run[np.searchsorted(starts, positions, side="right") - 1]
-    for number in np.unique(list_of_position).tolist():
-        yield number, np.flatnonzero(list_of_position == number)
-
-
-def _attended(plan: Plan, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of the tokens, and rows of the summaries, that a span list holds."""
-
-    def indices(spans: list[tuple[int, int]]) -> torch.Tensor:
-        return torch.cat([torch.arange(*span) for span in spans]) if spans else torch.arange(0)
-
-    spans = plan.span_lists[number]
-    offsets = plan.summaries.offsets
-    return (
-        indices([(span.start, span.stop) for span in spans if span.level == 0]),
-        indices([(offsets[s.level - 1] + s.start, offsets[s.level - 1] + s.stop) for s in spans if s.level]),
+    lists, of_position = np.unique(
+        list_of_run[np.searchsorted(starts, positions, side="right") - 1], return_inverse=True
     )
+    tokens = np.zeros((len(lists), plan.tokens), np.bool_)
+    means = np.zeros((len(lists), plan.summaries.rows), np.bool_)
+    for row, number in enumerate(lists.tolist()):
+        for span in plan.span_lists[number]:
+            if span.level:
+                offset = plan.summaries.offsets[span.level - 1]
+                means[row, offset + span.start : offset + span.stop] = True
+            else:
+                tokens[row, span.start : span.stop] = True
+    return torch.from_numpy(tokens[of_position]), torch.from_numpy(means[of_position])
 
 
 def _distance_bins(sequence: JointSequence, positions: np.ndarray) -> torch.Tensor:

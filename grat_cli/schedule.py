@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from grat_cli import ranges
 from grat_cli.errors import BadInput
-from grat_cli.presets import Attention, Preset, shape_text
+from grat_cli.presets import Attention, Preset, Table, shape_text
 from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, build_head_plan, build_plan
 from grat_kernels.geometry import cell_counts
 
@@ -52,13 +53,19 @@ class AttentionSchedule:
         cells = preset.cells
         groupings = {cell: Grouping(grid, cell, cells) for cell in cells}
 
-        # Entry [step, layer, head] says whose attention applies: 0 the preset's own, i its i-th rule's, -1 dense.
+        # Entry [step, layer, head] says whose attention applies: its number in this list, or -1 for dense.
+        palette = preset.attention_of_palette
+        attentions = (preset.attention, *preset.attention_of_rules, *palette.values())
         choice = np.zeros((steps, layers, heads), np.int64)
+        number_of_letter = {letter: len(attentions) - len(palette) + at for at, letter in enumerate(palette)}
+        for number, table in enumerate(preset.schedule.tables, start=1):
+            at = _slice(table.steps, steps, "steps", f"table {number}", preset)
+            choice[at] = _of_letters(table, number_of_letter, layers, heads, f"table {number} of preset {preset.name}")
         for number, rule in enumerate(preset.schedule.rules, start=1):
             choice[
-                _slice(rule.steps, steps, "steps", number, preset),
-                _slice(rule.layers, layers, "layers", number, preset),
-                _slice(rule.heads, heads, "heads", number, preset),
+                _slice(rule.steps, steps, "steps", f"rule {number}", preset),
+                _slice(rule.layers, layers, "layers", f"rule {number}", preset),
+                _slice(rule.heads, heads, "heads", f"rule {number}", preset),
             ] = number
         dense_steps = ranges.leading(preset.schedule.dense_steps, steps)
         if dense_steps > steps:
@@ -68,8 +75,7 @@ class AttentionSchedule:
             )
         choice[:dense_steps] = -1
 
-        # What each number stands for; rules that say the same share a plan.
-        attentions = (preset.attention, *preset.attention_of_rules)
+        # What each number stands for; those that say the same share a plan.
         patterns = {
             number: _grouped(None if number < 0 else attentions[number], groupings)
             for number in dict.fromkeys(choice.ravel().tolist())
@@ -135,7 +141,7 @@ def _refuse_unfit(preset: Preset, grid: Grid) -> None:
         raise BadInput(
             f"preset {preset.name} is for tokens on {axes} axes, this model's have {grid.axes}: see `grat presets`"
         )
-    for attention in (preset.attention, *preset.attention_of_rules):
+    for attention in preset.attentions:
         groups = math.prod(cell_counts(grid, attention.group))
         if groups > MOST_GROUPS:
             larger = attention.group
@@ -147,13 +153,32 @@ def _refuse_unfit(preset: Preset, grid: Grid) -> None:
             )
 
 
-def _slice(spec: int | str | None, count: int, what: str, number: int, preset: Preset) -> slice:
+def _of_letters(table: Table, numbers: dict[str, int], layers: int, heads: int, name: str) -> npt.NDArray[np.int64]:
+    """The number of each layer's and head's attention, `[layers, heads]`.
+
+    Raises:
+        BadInput: if the table is for another number of layers or heads.
+    """
+    if len(table.layers) != layers:
+        raise BadInput(f"{name} has {len(table.layers)} layers, the model has {layers}: it was made for another one")
+    chosen = np.empty((layers, heads), np.int64)
+    for layer, word in enumerate(table.layers):
+        if len(word) not in (1, heads):
+            raise BadInput(
+                f"layer {layer} in {name} has {len(word)} letters, the model has {heads} heads: it was made for another"
+            )
+        chosen[layer] = [numbers[letter] for letter in word]
+    return chosen
+
+
+def _slice(spec: int | str | None, count: int, what: str, whose: str, preset: Preset) -> slice:
     if spec is None:
         return slice(None)
     covered = ranges.covered(spec, count)
-    if not covered:
+    # Shares of few steps may hold none of them: that is what a share of a shorter run is.
+    if not covered and "." not in str(spec):
         raise BadInput(
-            f"rule {number} of preset {preset.name} is for {what} {spec}, but the run has {count} {what}, "
-            f"counted from 0: change its {what}, or take the rule out"
+            f"{whose} of preset {preset.name} is for {what} {spec}, but the run has {count} {what}, "
+            f"counted from 0: change its {what}, or take it out"
         )
     return slice(covered.start, covered.stop)

@@ -304,7 +304,7 @@ class _Calls:
         call["hidden_states"] = hidden_states.index_select(1, order)
         call["img_ids"] = self._group_ids
         if self._positions is not None:
-            self._positions.prepare(order, call["timestep"], step)
+            self._positions.prepare(order, schedule.plan(step, 0).text_len, call["timestep"], step)
         return (), call
 
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -382,15 +382,16 @@ class FittedPositions(torch.nn.Module):
         self._made_for: tuple[Any, ...] = ()
         self._cosines = self._sines = torch.empty(0)
 
-    def prepare(self, order: torch.Tensor, timestep: torch.Tensor, step: int) -> None:
+    def prepare(self, order: torch.Tensor, text_len: int, timestep: torch.Tensor, step: int) -> None:
         """Makes the tables of the image tokens for a call, unless the last ones serve.
 
         Args:
             order: raster index of each image token in the order of the call.
+            text_len: text tokens before them, whose rows are left open.
             timestep: of the call, `[B]`, from 1 in noise to 0; one for all.
             step: its number; positions that depend on time are made anew at each.
         """
-        wanted = (order.data_ptr(), order.device, step if self._extrapolation.positions == "dype" else None)
+        wanted = (order.data_ptr(), order.device, text_len, step if self._extrapolation.positions == "dype" else None)
         if self._made_for == wanted:
             return
         idle, *turning = self._stock.axes_dim  # the first axis is 0 for all tokens
@@ -413,12 +414,16 @@ class FittedPositions(torch.nn.Module):
             angles = torch.outer(torch.arange(self._sides[axis], dtype=dtype, device=order.device), turns)
             cosines.append(angles.cos().float().repeat_interleave(2, dim=1)[place])
             sines.append(angles.sin().float().repeat_interleave(2, dim=1)[place])
-        self._cosines, self._sines, self._made_for = torch.cat(cosines, dim=1), torch.cat(sines, dim=1), wanted
+        text = torch.empty(text_len, sum(self._stock.axes_dim), device=order.device)
+        self._cosines, self._sines = (torch.cat([text, torch.cat(parts, dim=1)]) for parts in (cosines, sines))
+        self._made_for = wanted
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `[text + image, D]` fp32 for positions `[text + image, 3]`, those of text as in stock."""
-        cosines, sines = self._stock(ids[: len(ids) - len(self._cosines)])
-        return torch.cat([cosines, self._cosines]), torch.cat([sines, self._sines])
+        text_len = self._made_for[2]
+        # The tables are large, 1 GB at a million tokens: the rows of the text are filled in, the rest stays.
+        self._cosines[:text_len], self._sines[:text_len] = self._stock(ids[:text_len])
+        return self._cosines, self._sines
 
 
 def _sides(grid: Grid) -> tuple[int, int]:
