@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from grat_cli.makers import PictureMaker, VideoMaker
     from grat_cli.query_record import QueryRecord
 
+_NUMBER = re.compile(r"\d{1,6}|\d?\.\d{1,9}|\d\.", re.ASCII)
 # Patterns of groups by their short names.
 _GROUPED = (*SHORT_NAMES, "sta")
 DEFAULT_ROWS = 64

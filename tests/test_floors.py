@@ -79,6 +79,7 @@ FLOORS = (
     ("options", "comparison", "attend"),
     ("attend_figures", "attend_pictures"),
     ("attend_page",),
+    ("attend_files",),
     (
         "commands",
         "commands.image",
