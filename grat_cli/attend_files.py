@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from grat_cli.makers import PictureMaker, VideoMaker
 
 DATA, PAGE = "attend.json", "index.html"
-PLOTS = ("distance", "recall-by-step", "error-by-step", "error-by-layer", "heads")
+PLOTS = ("distance", "recall-by-step", "error-by-step", "recall-by-layer", "error-by-layer", "heads")
 _SHEETS = ("layers", "heads")
 _MARKED_SIDE = 720
 # What the picture or video itself says of how it was made.

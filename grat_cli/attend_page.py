@@ -90,6 +90,15 @@ def plots(attended: Attended, grid: Grid) -> dict[str, Plot]:
             [(one.name, one.error_of_steps) for one in figures],
         )
     if len(layers) > 1:
+        drawn["recall-by-layer"] = _lines(
+            "recall-by-layer",
+            "Recall by layer",
+            "Layers count from 0, double blocks first.",
+            "layer",
+            "recall",
+            layers,
+            [(one.name, one.recall_of_layers) for one in figures],
+        )
         drawn["error-by-layer"] = _lines(
             "error-by-layer",
             "Output error by layer",
@@ -318,6 +327,7 @@ def _queries(output: Shown, data: Mapping[str, Any], several: bool) -> str:
             "figure",
             element("img", src=embedded(_jpeg(output.picture)), alt="The output with the queries marked.", width=360),
             element("figcaption", "The queries, outlined where they stand."),
+            style="margin-top: 18px",
         ),
     ]
     for number, of_query in enumerate(output.queries, start=1):
@@ -328,7 +338,9 @@ def _queries(output: Shown, data: Mapping[str, Any], several: bool) -> str:
             whole = len(sheet.rows) <= _MOST_LAYERS and len(sheet.column_titles) <= _MOST_HEADS
             rest = "" if whole else f" A part of {sheet.name}.png, which has all."
             alt = f"Where query {number} looks, {sheet.heading}."
-            image = element("img", src=embedded(_jpeg(drawn)), alt=alt)
+            # No larger than it is, where the style of pages would fill the width.
+            natural = f"width: {drawn.width}px; max-width: 100%; min-width: 0"
+            image = element("img", src=embedded(_jpeg(drawn)), alt=alt, style=natural)
             caption = element("figcaption", escaped(f"{sheet.heading.capitalize()}. {sheet.caption}{rest}"))
             parts.append(element("figure", element("div", image, class_="sheet"), caption))
     return element("section", *parts)

@@ -226,7 +226,7 @@ def attend(
     from grat_cli.attend_figures import density_hint, pattern_figures, table
 
     output.data({"folder": str(folder), **data})
-    output.show(table(pattern_figures(attended)), "", *data["findings"])
+    output.show(table(pattern_figures(attended)), "", " ".join(data["findings"]))
     if hint := density_hint(attended):
         output.hint(hint)
     output.line(str(folder / "index.html"))
