@@ -140,7 +140,9 @@ def _candidate(name: str, family: str, grid: Grid) -> Candidate:
         preset = load_preset(name)
         if AXES[preset.model] != grid.axes:
             raise BadInput(f"--patterns {name}: it is for {preset.model} models, whose tokens have other axes")
-        return _not_full(Candidate(preset.name, preset.attention))
+        if preset.attention.variant == "full":
+            raise _is_full(name)
+        return Candidate(preset.name, preset.attention)
     if word not in (*NAMES, *SHORT_NAMES):
         known = (*_GROUPED, *(f"{family}-{variant}" for variant in PRESET_VARIANTS[family] if variant != "full"))
         raise BadInput(f"--patterns {name}: {choices(name, known)}" if name else "--patterns: a name is empty")
@@ -148,15 +150,13 @@ def _candidate(name: str, family: str, grid: Grid) -> Candidate:
     variant = variant_for(request, grid, "--patterns")
     if request.kind in ("na", "clear"):
         raise BadInput(f"--patterns {name}: windows around each token are no pattern of groups; try b, x or far")
-    if variant.attention is None:
-        return _not_full(Candidate(name, Attention(variant="full", group=(1,) * grid.axes)))
-    return Candidate(name, Attention.model_validate({**variant.attention, "group": list(variant.attention["group"])}))
+    if variant.grouping is None or variant.attention is None:
+        raise _is_full(name)
+    return Candidate(name, Attention.model_validate(variant.attention))
 
 
-def _not_full(candidate: Candidate) -> Candidate:
-    if candidate.attention.variant == "full":
-        raise BadInput(f"--patterns {candidate.name}: full attention is what all others are judged by: leave it out")
-    return candidate
+def _is_full(name: str) -> BadInput:
+    return BadInput(f"--patterns {name}: full attention is what all others are judged by: leave it out")
 
 
 def watched_preset(preset: Preset, candidates: Sequence[Candidate]) -> Preset:

@@ -26,7 +26,7 @@ from grat_cli.recall import BINS
 from grat_cli.video_files import read_frames
 from grat_kernels import Full, Grid, Grouping, build_plan
 
-GRID, TEXT, HEADS, HEAD_DIM = Grid((9, 14)), 5, 2, 8
+GRID, TEXT, HEADS, HEAD_DIM = Grid((8, 10)), 5, 2, 8
 LAYERS, STEPS = 2, 2
 FAR = {"variant": "b", "radius": 0, "far": [{"beyond": 0, "block": [2, 2]}]}
 CANDIDATES = tuple(
@@ -95,8 +95,8 @@ def test_intervals_hold_the_exact_figure_as_often_as_they_say(
             for name, (estimate, true) in pairs.items():
                 missed = abs(estimate.value - true.value) > estimate.half_interval
                 misses[one.name, name] = misses.get((one.name, name), 0) + missed
-    # Of 21 counts none may fall where a count of 95 % intervals falls once in 10^5.
-    low, high = binom.ppf(1e-5, draws, 0.05), binom.isf(1e-5, draws, 0.05)
+    # Of 21 counts none may lie where a count of 95 % intervals lies once in 10^4, above or below.
+    low, high = binom.ppf(1e-4, draws, 0.05), binom.isf(1e-4, draws, 0.05)
     assert low > 0
     assert all(low <= count <= high for count in misses.values()), misses
 
@@ -104,7 +104,7 @@ def test_intervals_hold_the_exact_figure_as_often_as_they_say(
 def test_the_standard_error_of_a_head_is_that_of_a_sample_without_repetition(
     watched: dict[tuple[int, int], AttentionInputs],
 ) -> None:
-    rows = 42
+    rows = 30
     record = attended(rows, 3, watched).record
     deviation = record.image_deviation * np.sqrt(rows / (rows - 1))  # recorded as that of the queries themselves
     expected = deviation * np.sqrt((1 - rows / GRID.tokens) / rows)
@@ -119,7 +119,7 @@ def test_one_query_has_no_interval(watched: dict[tuple[int, int], AttentionInput
 
 
 def test_figures_of_patterns_add_up(watched: dict[tuple[int, int], AttentionInputs]) -> None:
-    figures = pattern_figures(attended(40, 1, watched))
+    figures = pattern_figures(attended(30, 1, watched))
     for one in figures:
         assert one.recall.value == pytest.approx(one.text.value + one.image.value)
         assert one.recall.value == pytest.approx(np.mean([step.value for step in one.recall_of_steps]))
@@ -136,10 +136,10 @@ def test_heads_are_ranked_by_how_far_they_look() -> None:
     given = inputs(0, 0)
     order = torch.from_numpy(given.plan.order)
     query, key = torch.zeros_like(given.query), torch.zeros_like(given.key)
-    # -|a - b|² = 2ab - |a|² - |b|², of which the softmax needs no |a|².
-    query[0, TEXT:, 1, :3] = torch.cat([2 * places, -torch.ones(len(places), 1)], 1)[order]
+    # -|a - b|² = 2ab - |a|² - |b|², of which the softmax needs no |a|²; times a number that makes it sharp.
+    query[0, TEXT:, 1, :3] = 20 * torch.cat([2 * places, -torch.ones(len(places), 1)], 1)[order]
     key[0, TEXT:, 1, :3] = torch.cat([places, places.square().sum(1, keepdim=True)], 1)[order]
-    local = {at: given._replace(layer=at[1], query=query, key=key) for at in np.ndindex(STEPS, LAYERS)}
+    local: Any = {at: given._replace(layer=at[1], query=query, key=key) for at in np.ndindex(STEPS, LAYERS)}
     found = ranked_heads(attended(10**6, 0, local))
     assert [head.head for head in found] == [1] * LAYERS + [0] * LAYERS
     assert found[0].distance < 2 / BINS < 0.25 < found[-1].distance
@@ -226,7 +226,7 @@ def test_patterns_are_those_of_grat_bench_or_presets(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("grat-b:group=16,grat-x:group=6", "use 4x4 or 8x8, or judge them in two runs"),
-        ("b:group=8,far:group=8:block=3", "do not nest in groups of 8x8"),
+        ("b:group=8,far:group=8:block=3", "do not nest in groups of (8, 8)"),
         ("na", "no pattern of groups"),
         ("full", "leave it out"),
         ("demo-full", "leave it out"),
