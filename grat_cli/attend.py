@@ -290,7 +290,8 @@ def attend(
     from grat_cli.makers import run_installed
     from grat_cli.query_record import CallCounter, Observers, QueryRecorder
 
-    request, phases = maker.request, dict.fromkeys(("load", "denoise", "decode"), 0.0)
+    request = maker.request
+    phases: dict[str, float] = dict.fromkeys(("load", "denoise", "decode"), 0.0)
     watched = watched_preset(request.preset, candidates)
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)

@@ -95,10 +95,10 @@ def pattern_figures(attended: Attended) -> tuple[PatternFigures, ...]:
     text = record.text[steps]
     spread = _t(attended.rows)
 
-    def estimate(mean: float, standard_error: float) -> Estimate:
+    def estimate(mean: float, standard_error: Any) -> Estimate:
         return Estimate(float(mean), float(standard_error), float(spread * standard_error))
 
-    def root(square: float, standard_error: float) -> Estimate:
+    def root(square: float, standard_error: Any) -> Estimate:
         """Of a mean square; the standard error of its root by linearisation."""
         value = math.sqrt(square)
         return estimate(value, standard_error / (2 * value) if value else 0.0)

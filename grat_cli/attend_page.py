@@ -321,12 +321,17 @@ def _table(figures: Sequence[PatternFigures]) -> str:
 
 def _queries(output: Shown, data: Mapping[str, Any], several: bool) -> str:
     suffix = f", seed {output.seed}" if several else ""
+    outlined = "The queries, outlined where they stand."
+    if len(data["grid"]) == 3:
+        outlined = (
+            f"Frame {data['queries'][0]['token'][0]} of the tokens, with the queries' places in their own frames."
+        )
     parts = [
         element("h2", escaped(f"Where single queries look{suffix}")),
         element(
             "figure",
             element("img", src=embedded(_jpeg(output.picture)), alt="The output with the queries marked.", width=360),
-            element("figcaption", "The queries, outlined where they stand."),
+            element("figcaption", outlined),
             style="margin-top: 18px",
         ),
     ]

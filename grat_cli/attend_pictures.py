@@ -10,7 +10,6 @@ import numpy as np
 
 from grat_cli.attend import Seen
 from grat_cli.bench.contact_sheet import draw
-from grat_cli.query_record import QueryRecord
 from grat_kernels import Grid
 from grat_kernels.geometry import cell_sizes
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 # Stations of matplotlib's "inferno" (van der Walt and Smith, CC0), at equal distances: brighter is more, in grey too.
 _COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], float)
 _MARK, _MARK_EDGE = (64, 224, 255), (0, 0, 0)
-_DIMMED = 0.45
+_DIMMED = 0.35
 _FRAMES_SHOWN = 6
 _SIDES = {"layers": 224, "heads": 160}
 
@@ -99,13 +98,16 @@ def marked(picture: Image, grid: Grid, queries: Sequence[tuple[int, ...]], longe
     return shown
 
 
-def top_of_scale(record: QueryRecord, query: int, grid: Grid) -> float:
-    """The brightest mass of a query's maps, in multiples of even attention: 10, 20, 50, 100 and so on.
+def top_of_scale(maps: np.ndarray, even: np.ndarray) -> float:
+    """The brightest mass of some maps, in multiples of even attention: 10, 20, 50, 100 and so on.
 
-    One cell in two hundred of all its maps may lie above.
+    One cell in two hundred may lie above.
+
+    Args:
+        maps: mass on each cell, `[..., *cells]`.
+        even: what it would be if all image tokens were attended alike, `[*cells]`.
     """
-    times = record.maps[query] / _even_mass(grid, record.cell)
-    wanted, size = float(np.quantile(times, 0.995)), 10.0
+    wanted, size = float(np.quantile(maps / even, 0.995)), 10.0
     while True:
         for factor in (1, 2, 5):
             if factor * size >= wanted:
@@ -142,7 +144,10 @@ def overlay(
     alpha = np.asarray(layer)[..., None]
     stations = np.linspace(0, 1, len(_COLOURS))
     colour = np.stack([np.interp(alpha[..., 0], stations, _COLOURS[:, channel]) for channel in range(3)], -1)
-    grey = np.asarray(shown.convert("L"), np.float32)[..., None] * _DIMMED
+    grey = np.asarray(shown.convert("L"), np.float32)[..., None]
+    # Dark pictures are lifted, so that what the tokens show can be seen in any.
+    grey *= _DIMMED * 255 / max(1.0, float(np.quantile(grey, 0.99)))
+    grey = grey.clip(max=255 * _DIMMED)
     # Weak attention hardly covers the picture, strong attention nearly hides it.
     cover = 0.9 * np.sqrt(alpha)
     return Image.fromarray((grey * (1 - cover) + colour * cover).round().astype(np.uint8))
@@ -159,76 +164,67 @@ def sheets(seen: Seen, grid: Grid, frames: Sequence[Image], query: int, suffix: 
         suffix: of the file names, where there are several outputs.
     """
     record, place = seen.queries, seen.queries.queries[query]
-    top = top_of_scale(record, query, grid)
     even = _even_mass(grid, record.cell)
     cell = record.cell[-2], record.cell[-1]
     sides = grid.shape[-2], grid.shape[-1]
     own = place[0] if grid.axes == 3 else 0
     even_frame = even.reshape(-1, *even.shape[-2:])[0]
-    scale = f"Brightness is attention over even attention, from 1 (dark) to {top:g} (bright), logarithmic."
+    top = top_of_scale(record.maps[query], even)
+    top_of_heads = top_of_scale(record.head_maps[query], even_frame)
 
-    def drawn(mass: np.ndarray, frame: int, side: int) -> Image:
+    def scale(top: float) -> str:
+        return f"Brightness is attention over even attention, from 1 (dark) to {top:g} (bright), logarithmic."
+
+    def drawn(mass: np.ndarray, frame: int, side: int, top: float) -> Image:
         shown = overlay(frames[frame], mass, even_frame, cell, sides, top, side)
         if frame == own:
             _mark(shown, _outline(shown, grid, place))
         return shown
 
-    layers, heads = record.maps.shape[2], record.head_maps.shape[2]
-    made = []
+    names = [f"layer {layer}" for layer in range(record.maps.shape[2])]
     if grid.axes == 2:
-        made.append(
-            Sheet(
-                f"query-{query + 1}-layers{suffix}",
-                "by layer and step",
-                f"Mean over heads. {scale}",
-                [
-                    (
-                        f"layer {layer}",
-                        [drawn(record.maps[query, at, layer], 0, _SIDES["layers"]) for at in range(len(record.steps))],
-                    )
-                    for layer in range(layers)
-                ],
-                [f"step {step}" for step in record.steps],
-                [[f"text {share:.0%}" for share in record.text[query, :, layer]] for layer in range(layers)],
-                _SIDES["layers"],
-            )
+        side = _SIDES["layers"]
+        pictures = [[drawn(mass, 0, side, top) for mass in of_layer] for of_layer in record.maps[query].swapaxes(0, 1)]
+        by_layer = Sheet(
+            f"query-{query + 1}-layers{suffix}",
+            "by layer and step",
+            f"Mean over heads. {scale(top)}",
+            list(zip(names, pictures, strict=True)),
+            [f"step {step}" for step in record.steps],
+            [[f"text {share:.0%}" for share in of_layer] for of_layer in record.text[query].T],
+            side,
         )
     else:
+        side = _SIDES["layers"]
         chosen = sorted({*evenly(grid.shape[0], _FRAMES_SHOWN), own})
         maps = record.maps[query].mean(0)  # [L, *cells]
-        made.append(
-            Sheet(
-                f"query-{query + 1}-layers{suffix}",
-                "by layer and frame",
-                f"Mean over heads and recorded steps; frames are those of tokens, each with its share of attention. "
-                f"{scale}",
-                [
-                    (f"layer {layer}", [drawn(maps[layer, frame], frame, _SIDES["layers"]) for frame in chosen])
-                    for layer in range(layers)
-                ],
-                [f"frame {frame}{' (its own)' if frame == own else ''}" for frame in chosen],
-                [[f"{maps[layer, frame].sum():.0%}" for frame in chosen] for layer in range(layers)],
-                _SIDES["layers"],
-            )
-        )
-    made.append(
-        Sheet(
-            f"query-{query + 1}-heads{suffix}",
-            "by layer and head",
-            f"Mean over the recorded steps{', in its own frame' if grid.axes == 3 else ''}. {scale}",
+        by_layer = Sheet(
+            f"query-{query + 1}-layers{suffix}",
+            "by layer and frame",
+            "Mean over heads and recorded steps; frames are those of tokens, each with its share of attention. "
+            + scale(top),
             [
-                (
-                    f"layer {layer}",
-                    [drawn(record.head_maps[query, layer, head], own, _SIDES["heads"]) for head in range(heads)],
-                )
-                for layer in range(layers)
+                (name, [drawn(of_layer[frame], frame, side, top) for frame in chosen])
+                for name, of_layer in zip(names, maps, strict=True)
             ],
-            [f"head {head}" for head in range(heads)],
-            [[f"text {share:.0%}" for share in record.head_text[query, layer]] for layer in range(layers)],
-            _SIDES["heads"],
+            [f"frame {frame}{' (its own)' if frame == own else ''}" for frame in chosen],
+            [[f"{of_layer[frame].sum():.0%}" for frame in chosen] for of_layer in maps],
+            side,
         )
+    side = _SIDES["heads"]
+    by_head = Sheet(
+        f"query-{query + 1}-heads{suffix}",
+        "by layer and head",
+        f"Mean over the recorded steps{', in its own frame' if grid.axes == 3 else ''}. {scale(top_of_heads)}",
+        [
+            (name, [drawn(mass, own, side, top_of_heads) for mass in of_layer])
+            for name, of_layer in zip(names, record.head_maps[query], strict=True)
+        ],
+        [f"head {head}" for head in range(record.head_maps.shape[2])],
+        [[f"text {share:.0%}" for share in of_layer] for of_layer in record.head_text[query]],
+        side,
     )
-    return made
+    return [by_layer, by_head]
 
 
 def _even_mass(grid: Grid, cell: tuple[int, ...]) -> np.ndarray:

@@ -212,11 +212,12 @@ codes = [run(arguments) for arguments in (
     ["bench", "--help"], ["video", "--help"], ["resume", "--help"], ["decode", "--help"],
     ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
     ["video", ""], ["video", "waves", "--model", "demo", "--res", "huge"], ["resume", "a.mp4"], ["decode", "a.mp4"],
-    ["image", "a fox", "--model", "demo", "--res", "1000"],
+    ["image", "a fox", "--model", "demo", "--res", "1000"], ["attend", ""],
+    ["attend", "a fox", "--model", "demo", "--patterns", "na"],
 )]
 heavy = {"torch", "diffusers", "transformers", "triton"} & set(sys.modules)
 print(codes, sorted(heavy), file=sys.stderr)
-sys.exit(codes != [0] * 13 + [2] * 8 or bool(heavy))
+sys.exit(codes != [0] * 13 + [2] * 10 or bool(heavy))
 """
 
 

@@ -136,7 +136,6 @@ def attend(
     """Run a prompt with full attention and show how far it looks, and what patterns would keep of that."""
     from grat_cli import attend as watching
     from grat_cli import media
-    from grat_cli.attend_files import paths_in, write
     from grat_cli.errors import BadInput
     from grat_cli.fitting import refuse_unfit_here
     from grat_cli.models import choose_model
@@ -179,6 +178,8 @@ def attend(
     watched = watching.watched_preset(chosen, candidates)
 
     # 3. Where the files go, and whether the run fits, before minutes are spent on it.
+    from grat_cli.attend_files import paths_in, write
+
     created = datetime.now().astimezone()
     folder = out or Path(media.default_name(created, prompt, str(size), "attend", seeds[0], suffix=""))
     if folder.is_dir():
