@@ -12,7 +12,7 @@ import torch
 from grat_cli.adapters.base import AttentionInputs
 from grat_cli.errors import BadInput
 from grat_cli.presets import Attention, Preset
-from grat_cli.recall import BINS, row_statistics, sample_positions
+from grat_cli.recall import BINS, RowStatistics, row_statistics, sample_positions
 from grat_kernels import Full, Grouping, Plan, build_plan
 
 
@@ -43,6 +43,27 @@ def _plain(rule: dict) -> dict:
     return rule | {"far": [dict(level) for level in far]} if far else rule
 
 
+@dataclass(frozen=True)
+class StandardErrors:
+    """Standard errors of means over sampled queries, as estimates of the means over all queries of the same calls.
+
+    Queries of a call are drawn without repetition, so the variance of their mean is (1 - n / N) s² / n, with n of N
+    queries drawn and s² their sample variance (Cochran, Sampling Techniques, chapter 2); calls are strata of equal
+    weight, drawn anew. NaN where a call gave one query of several.
+
+    Attributes:
+        text: of `AttentionRecord.text`, `[...]`.
+        image: of `AttentionRecord.image`, `[..., C]`.
+        recall: of `AttentionRecord.recall`, `[..., C]`.
+        error: of `AttentionRecord.error`, `[..., C]`.
+    """
+
+    text: np.ndarray
+    image: np.ndarray
+    recall: np.ndarray
+    error: np.ndarray
+
+
 @dataclass
 class AttentionRecord:
     """Means over prompts, calls and sampled queries.
@@ -57,6 +78,10 @@ class AttentionRecord:
         error: mean square of the output error, `[S, L, H, C]`.
         loss: mean square of the distance from full attention's output, `[S, L, H, C]`: the error, not over its length.
         distances: softmax mass on image keys by distance, `[S, L, H, BINS]`; see `recall.RowStatistics`.
+        of_heads: standard errors of all these means, `[S, L, H]`.
+        of_layers: of their means over heads, `[S, L]`.
+        of_steps: of their means over layers and heads, `[S]`; not those of layers over the root of their number,
+            because all layers of a call see the same queries.
     """
 
     candidates: tuple[Attention, ...]
@@ -68,6 +93,9 @@ class AttentionRecord:
     error: np.ndarray
     loss: np.ndarray
     distances: np.ndarray
+    of_heads: StandardErrors
+    of_layers: StandardErrors
+    of_steps: StandardErrors
 
     @property
     def recall(self) -> np.ndarray:
@@ -113,15 +141,28 @@ class AttentionRecorder:
             np.zeros((*shape, len(self._candidates))) for _ in range(4)
         )
         self._distances = np.zeros((*shape, BINS))
+        # Sums of n² times the variance of a call's mean over its n queries, of all that has a standard error.
+        columns = 1 + 3 * len(self._candidates)
+        self._spread_of_heads = np.zeros((*shape, columns))
+        self._spread_of_layers = np.zeros((*shape[:2], columns))
+        self._spread_of_steps = np.zeros((steps, columns))
+        self._queries_of_steps = np.zeros(steps, np.int64)
+        # Of the call under way, by sample: sums over layers of the means over heads, `[n, columns]`; how many layers.
+        self._over_layers: dict[int, tuple[np.ndarray, int, int]] = {}
         self._densities: np.ndarray | None = None
 
     def begin_call(self, step: int, density: float) -> None:
         """A transformer call begins."""
         self._step = step
         self._calls += 1
+        self._over_layers = {}
 
     def end_call(self) -> None:
         """It ends."""
+        for total, layers, population in self._over_layers.values():
+            self._spread_of_steps[self._step] += _spread(total / layers, population)
+            self._queries_of_steps[self._step] += len(total)
+        self._over_layers = {}
 
     @contextmanager
     def attention(self, inputs: AttentionInputs | None = None) -> Iterator[None]:
@@ -152,6 +193,9 @@ class AttentionRecorder:
             self._error / count[..., None],
             self._loss / count[..., None],
             self._distances / count[..., None],
+            _standard_errors(self._spread_of_heads, self._queries[..., None]),
+            _standard_errors(self._spread_of_layers, self._queries),
+            _standard_errors(self._spread_of_steps, self._queries_of_steps),
         )
 
     def _judge(self, inputs: AttentionInputs) -> None:
@@ -178,6 +222,26 @@ class AttentionRecorder:
                 self._image_squared[at][:, number] += image.square().sum(0).cpu().numpy()
                 self._error[at][:, number] += error.square().sum(0).cpu().numpy()
                 self._loss[at][:, number] += (error * found.output).square().sum(0).cpu().numpy()
+            self._note_spread(at, sample, found, plans[0].image_tokens)
+
+    def _note_spread(self, at: tuple[int, int], sample: int, found: RowStatistics, population: int) -> None:
+        """Adds what the standard errors of a layer of a call need.
+
+        Args:
+            at: step and layer.
+            sample: of the call.
+            found: of its queries.
+            population: how many queries there were to draw from.
+        """
+        text = found.text.double()
+        images = [kept.image.double() for kept in found.kept]
+        columns = [text, *images, *(text + image for image in images), *(k.error.double() ** 2 for k in found.kept)]
+        values = torch.stack(columns, -1).cpu().numpy()  # [n, H, columns]
+        self._spread_of_heads[at] += _spread(values, population)
+        of_layer = values.mean(1)
+        self._spread_of_layers[at] += _spread(of_layer, population)
+        total, layers, _ = self._over_layers.get(sample, (0.0, 0, 0))
+        self._over_layers[sample] = total + of_layer, layers + 1, population
 
     def _plans_for(self, inputs: AttentionInputs) -> tuple[Plan, ...]:
         """The candidates' plans for the sequence of a call.
@@ -203,3 +267,21 @@ class AttentionRecorder:
             if self._densities is None:
                 self._densities = np.array([plan.density for plan in built])
         return self._plans[full.key][1]
+
+
+def _spread(values: np.ndarray, population: int) -> np.ndarray:
+    """n² times the variance of the mean of n values that were drawn without repetition, `[...]` from `[n, ...]`."""
+    count = len(values)
+    if count == population:
+        return np.zeros(values.shape[1:])
+    if count == 1:
+        return np.full(values.shape[1:], np.nan)
+    return count * (1 - count / population) * values.var(0, ddof=1)
+
+
+def _standard_errors(spread: np.ndarray, queries: np.ndarray) -> StandardErrors:
+    """From sums of `_spread` over calls, `[..., columns]`, and how many queries those had, `[...]`."""
+    errors = np.sqrt(spread) / np.maximum(queries, 1)[..., None]
+    text, others = errors[..., 0], errors[..., 1:]
+    image, recall, error = np.split(others, 3, axis=-1)
+    return StandardErrors(text, image, recall, error)

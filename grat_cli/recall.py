@@ -7,13 +7,15 @@ the distance of their output from that of full attention over the latter's lengt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from grat_kernels import Plan
+from grat_kernels import Grid, Plan
+from grat_kernels.geometry import Cell, cell_counts
 from grat_kernels.plan import JointSequence
 from grat_kernels.summaries import summarise
 
@@ -71,7 +73,7 @@ def row_statistics(
 ) -> RowStatistics:
     """Measures full attention of some queries of one sample, and what each plan's pattern keeps of it.
 
-    Holds the scores of the sampled queries of few heads at a time, so that it fits at any size.
+    Holds the scores of few queries and few heads at a time, so that it fits at any size.
 
     Args:
         query: `[N, H, D]`, image tokens in the plans' order.
@@ -84,25 +86,91 @@ def row_statistics(
     """
     heads, head_dim = query.shape[1:]
     factor = head_dim**-0.5 if scale is None else scale
-    rows = torch.from_numpy(positions).to(query.device)
-    bins = _distance_bins(plans[0], positions).to(query.device)
-    at_once = max(1, _BUDGET_BYTES // (4 * len(positions) * key.shape[0]))
-    parts = []
-    for first in range(0, heads, at_once):
-        of_heads = [tensor[:, first : first + at_once].float() for tensor in (query, key, value)]
-        parts.append(_of_heads(of_heads, plans, positions, rows, bins, factor, text_valid))
+    # Scores, masses, and what a pattern selects of them; then a head's query, key and value in fp32 beside them.
+    rows_at_once = min(len(positions), max(1, _BUDGET_BYTES // (3 * 4 * key.shape[0])))
+    heads_at_once = max(1, _BUDGET_BYTES // (3 * 4 * key.shape[0] * (rows_at_once + head_dim)))
+    by_rows = []
+    for first_row in range(0, len(positions), rows_at_once):
+        of_rows = positions[first_row : first_row + rows_at_once]
+        rows = torch.from_numpy(of_rows).to(query.device)
+        bins = _distance_bins(plans[0], of_rows).to(query.device)
+        by_heads = []
+        for first in range(0, heads, heads_at_once):
+            of_heads = [tensor[:, first : first + heads_at_once].float() for tensor in (query, key, value)]
+            by_heads.append(_of_heads(of_heads, plans, of_rows, rows, bins, factor, text_valid))
+        by_rows.append(_joined(by_heads, 1, torch.cat([part.distances for part in by_heads])))
+    total = sum(len(part.text) * part.distances for part in by_rows)
+    return _joined(by_rows, 0, torch.as_tensor(total) / len(positions))
+
+
+def _joined(parts: Sequence[RowStatistics], axis: int, distances: torch.Tensor) -> RowStatistics:
+    """Statistics of several queries (axis 0) or heads (axis 1) in one, with the distances of all of them."""
     return RowStatistics(
-        torch.cat([part.text for part in parts], 1),
-        torch.cat([part.output for part in parts], 1),
-        torch.cat([part.distances for part in parts]),
+        torch.cat([part.text for part in parts], axis),
+        torch.cat([part.output for part in parts], axis),
+        distances,
         tuple(
-            Kept(
-                torch.cat([part.kept[index].image for part in parts], 1),
-                torch.cat([part.kept[index].error for part in parts], 1),
-            )
-            for index in range(len(plans))
+            Kept(torch.cat([kept.image for kept in of_plan], axis), torch.cat([kept.error for kept in of_plan], axis))
+            for of_plan in zip(*(part.kept for part in parts), strict=True)
         ),
     )
+
+
+class QueryMaps(NamedTuple):
+    """Where some queries look.
+
+    Attributes:
+        text: softmax mass on text keys, `[Q, H]` fp32.
+        image: softmax mass on the image keys of each cell of the grid, in raster order, `[Q, H, *cells]` fp32; with
+            `text` it sums to 1.
+    """
+
+    text: torch.Tensor
+    image: torch.Tensor
+
+
+def query_maps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    plan: JointSequence,
+    tokens: np.ndarray,
+    cell: Cell,
+    scale: float | None = None,
+    text_valid: int | None = None,
+) -> QueryMaps:
+    """Full attention of chosen queries of one sample, by exact softmax over all keys, as maps of the grid.
+
+    Args:
+        query: `[N, H, D]`, image tokens in the plan's order.
+        key: `[N, H, D]`.
+        plan: whose order that is.
+        tokens: raster indices of the queries, `[Q]`.
+        cell: tokens per axis that one value of a map stands for; masses are added up.
+        scale: factor on the scores, 1/√D by default.
+        text_valid: valid text tokens; later ones are not attended. None means that all are.
+    """
+    heads, head_dim = query.shape[1:]
+    factor = head_dim**-0.5 if scale is None else scale
+    grid = plan.grouping.grid
+    counts = cell_counts(grid, cell)
+    places = np.unravel_index(plan.order, grid.shape)
+    of_cell = np.ravel_multi_index([place // size for place, size in zip(places, cell, strict=True)], counts)
+    cells = torch.from_numpy(of_cell).to(query.device)  # of each image token in the plan's order
+    rows = torch.from_numpy(plan.image_start + plan.inverse[tokens]).to(query.device)
+    image = slice(plan.image_start, plan.image_start + plan.image_tokens)
+    text = slice(plan.text_start, plan.text_start + plan.text_len)
+    at_once = max(1, _BUDGET_BYTES // (4 * key.shape[0] * (2 * len(tokens) + head_dim)))
+    on_text, on_image = [], []
+    for first in range(0, heads, at_once):
+        of_heads = slice(first, first + at_once)
+        scores = torch.einsum("qhd,khd->qhk", query[rows, of_heads].float(), key[:, of_heads].float()) * factor
+        if text_valid is not None:
+            scores[..., text.start + text_valid : text.stop] = -torch.inf
+        mass = scores.softmax(-1)
+        on_text.append(mass[..., text].sum(-1))
+        summed = torch.zeros(*mass.shape[:2], int(np.prod(counts)), device=mass.device)
+        on_image.append(summed.index_add_(2, cells, mass[..., image]))
+    return QueryMaps(torch.cat(on_text, 1), torch.cat(on_image, 1).unflatten(2, counts))
 
 
 def _of_heads(
@@ -174,5 +242,24 @@ def _distance_bins(sequence: JointSequence, positions: np.ndarray) -> torch.Tens
     squared = np.zeros((len(positions), len(places)))
     for axis in range(len(extents)):
         squared += (asked[:, axis, None] - places[None, :, axis]) ** 2
-    diagonal = max(1.0, float(np.sqrt(sum((extent - 1) ** 2 for extent in extents))))
-    return torch.from_numpy((np.sqrt(squared) / diagonal * BINS).astype(np.int64).clip(max=BINS - 1))
+    return torch.from_numpy(
+        (np.sqrt(squared) / diagonal(sequence.grouping.grid) * BINS).astype(np.int64).clip(max=BINS - 1)
+    )
+
+
+def diagonal(grid: Grid) -> float:
+    """Distance between opposite corners, in tokens; 1 for a single token."""
+    return max(1.0, math.hypot(*(extent - 1 for extent in grid.shape)))
+
+
+def even_distances(grid: Grid) -> np.ndarray:
+    """What `RowStatistics.distances` would be if every image query attended all image keys alike, `[BINS]`."""
+    squared, pairs = np.zeros(1), np.ones(1)
+    for extent in grid.shape:
+        offsets = np.arange(extent)
+        # An offset of d occurs at extent - d places, in both directions.
+        counts = (extent - offsets) * np.where(offsets, 2, 1) / extent**2
+        squared = np.add.outer(squared, offsets**2).ravel()
+        pairs = np.multiply.outer(pairs, counts).ravel()
+    bins = (np.sqrt(squared) / diagonal(grid) * BINS).astype(np.int64).clip(max=BINS - 1)
+    return np.bincount(bins, pairs, BINS)

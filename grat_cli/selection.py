@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from grat_cli.errors import BadInput, choices
-from grat_cli.models import ModelChoice
+from grat_cli.models import Medium, ModelChoice, medium_of_name
 from grat_cli.presets import AXES, VARIANTS, Preset, Sampling, load_preset, preset_names, resolve_preset
 
 # The presets that come with grat are named after the family and one of these; `far` is the recommended one.
@@ -77,6 +77,19 @@ def select_preset(
         guidance=guidance,
         highres=highres,
     )
+
+
+def choose_medium(model: str | None, family: str | None, of_video: bool) -> Medium:
+    """What a command is to make that makes either.
+
+    Args:
+        model: `--model`, None where it was not given.
+        family: that a given preset is for, None without one.
+        of_video: whether other options are those of videos.
+    """
+    if of_video or family == "hunyuan":
+        return "video"
+    return (medium_of_name(model) if model else None) or "image"
 
 
 def variant_word(preset: Preset) -> str:

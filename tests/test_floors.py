@@ -63,7 +63,7 @@ FLOORS = (
         "demo.*",
         "video_files",
     ),
-    ("adapters.flux", "adapters.hunyuan", "models", "attention_record"),
+    ("adapters.flux", "adapters.hunyuan", "models", "attention_record", "query_record"),
     ("generation_request", "highres", "installation", "guidance", "hub", "video_size", "components"),
     ("checkpoints", "image_request", "video_request", "denoising", "memory_estimate"),
     ("video_run", "low_resolution_guidance"),
@@ -76,10 +76,14 @@ FLOORS = (
     ("planning", "picture", "output"),
     ("time_estimate", "video_output", "fitting"),
     ("bench.*",),
-    ("options", "comparison"),
+    ("options", "comparison", "attend"),
+    ("attend_figures", "attend_pictures"),
+    ("attend_page",),
+    ("attend_files",),
     (
         "commands",
         "commands.image",
+        "commands.attend",
         "commands.plan",
         "commands.bench",
         "commands.compare",
@@ -208,11 +212,12 @@ codes = [run(arguments) for arguments in (
     ["bench", "--help"], ["video", "--help"], ["resume", "--help"], ["decode", "--help"],
     ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
     ["video", ""], ["video", "waves", "--model", "demo", "--res", "huge"], ["resume", "a.mp4"], ["decode", "a.mp4"],
-    ["image", "a fox", "--model", "demo", "--res", "1000"],
+    ["image", "a fox", "--model", "demo", "--res", "1000"], ["attend", ""],
+    ["attend", "a fox", "--model", "demo", "--patterns", "na"],
 )]
 heavy = {"torch", "diffusers", "transformers", "triton"} & set(sys.modules)
 print(codes, sorted(heavy), file=sys.stderr)
-sys.exit(codes != [0] * 13 + [2] * 8 or bool(heavy))
+sys.exit(codes != [0] * 13 + [2] * 10 or bool(heavy))
 """
 
 

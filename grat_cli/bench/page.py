@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 from urllib.parse import quote
 
 from grat_cli.bench import figures
-from grat_cli.bench.page_style import style_sheet
-from grat_cli.bench.plots import Plot, Style, plot_across_cases, plots, styles, swatch
+from grat_cli.bench.charts import Style, escaped
+from grat_cli.bench.page_parts import document, embedded, fact_list, figure
+from grat_cli.bench.plots import plot_across_cases, plots, styles, swatch
 from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.bench.svg import element
-
-_IMAGE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
-_NO_POLICY = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'"
 
 
 def as_html(result: BenchResult, contact_sheet: bytes | None = None) -> str:
@@ -43,18 +39,10 @@ def as_html(result: BenchResult, contact_sheet: bytes | None = None) -> str:
         *_meanings(result),
         element(
             "footer",
-            f"Made by grat bench on {_text(figures.plain(result.created)[:10])}. Schema {_text(result.schema)}.",
+            f"Made by grat bench on {escaped(figures.plain(result.created)[:10])}. Schema {escaped(result.schema)}.",
         ),
     ]
-    return (
-        "<!doctype html>\n"
-        f'<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(_NO_POLICY)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<style>\n{style_sheet()}</style>\n</head>\n<body>\n"
-        f"{element('main', *(chr(10) + part for part in body), chr(10))}\n</body>\n</html>\n"
-    )
+    return document(title, body)
 
 
 def _header(result: BenchResult) -> str:
@@ -62,21 +50,21 @@ def _header(result: BenchResult) -> str:
         result.dtype,
         *(f"{result.settings[name]} {unit}" for name, unit in _COUNTS.items() if name in result.settings),
     ]
-    findings = [_text(figures.finding(result.level, case)) for case in result.cases]
+    findings = [escaped(figures.finding(result.level, case)) for case in result.cases]
     if len(findings) == 1:
         lead = element("p", findings[0], class_="lead")
     else:
         items = [
-            element("li", element("a", _text(case.title), href=f"#case-{number}"), f": {sentence}")
+            element("li", element("a", escaped(case.title), href=f"#case-{number}"), f": {sentence}")
             for number, (case, sentence) in enumerate(zip(result.cases, findings, strict=True), start=1)
         ]
         lead = element("ul", *items, class_="lead") if items else element("p", "Nothing was measured.", class_="lead")
     return element(
         "header",
         element("p", f"grat bench · {result.level}", class_="product"),
-        element("h1", _text(figures.title(result))),
+        element("h1", escaped(figures.title(result))),
         element(
-            "p", _text(" · ".join(map(figures.plain, [*facts, figures.plain(result.created)[:10]]))), class_="soft"
+            "p", escaped(" · ".join(map(figures.plain, [*facts, figures.plain(result.created)[:10]]))), class_="soft"
         ),
         lead,
     )
@@ -94,30 +82,20 @@ _COUNTS = {
 def _case(result: BenchResult, case: Case, looks: Mapping[str, Style], number: int) -> str:
     drawn = plots(result.level, case, looks, f"case-{number}")
     beside = len(drawn) > 2  # a square plot then stands beside two others
-    plotted = [_figure(plot, beside=beside and plot.square) for plot in drawn]
+    plotted = [figure(plot, beside=beside and plot.square) for plot in drawn]
     return element(
         "section",
-        element("h2", _text(case.title)),
-        *([element("p", _text(tokens), class_="soft")] if (tokens := figures.tokens_text(case)) else []),
+        element("h2", escaped(case.title)),
+        *([element("p", escaped(tokens), class_="soft")] if (tokens := figures.tokens_text(case)) else []),
         *([element("div", *plotted, class_="plots")] if plotted else []),
         _table(result, case, looks) if case.rows else element("p", "No rows."),
         id=f"case-{number}",
     )
 
 
-def _figure(plot: Plot, *, beside: bool = False) -> str:
-    return element(
-        "figure",
-        element("h3", _text(plot.heading)),
-        plot.svg,
-        element("figcaption", _text(plot.caption)),
-        class_="plot-of beside" if beside else "plot-of",
-    )
-
-
 def _sizes(result: BenchResult, looks: Mapping[str, Style]) -> Iterator[str]:
     if plot := plot_across_cases(result, looks):
-        yield element("section", element("h2", "All sizes"), element("div", _figure(plot), class_="plots"))
+        yield element("section", element("h2", "All sizes"), element("div", figure(plot), class_="plots"))
 
 
 def _table(result: BenchResult, case: Case, looks: Mapping[str, Style]) -> str:
@@ -126,8 +104,8 @@ def _table(result: BenchResult, case: Case, looks: Mapping[str, Style]) -> str:
     with_kernels = any(row.kernel for row in rows)
     headings = [element("th", "variant", scope="col")]
     for column in columns:
-        unit = element("span", _text(column.unit)) if column.unit else ""
-        words = "<br>".join(map(_text, column.title.split()))
+        unit = element("span", escaped(column.unit)) if column.unit else ""
+        words = "<br>".join(map(escaped, column.title.split()))
         headings.append(element("th", words, unit, scope="col", title=column.meaning))
     if with_kernels:
         headings.append(element("th", "kernel", scope="col", class_="words", title="What computed it."))
@@ -136,19 +114,19 @@ def _table(result: BenchResult, case: Case, looks: Mapping[str, Style]) -> str:
     for index, row in enumerate(rows):
         cells = [_row_heading(row, looks)]
         if row.skipped is not None:
-            reason = element("span", _text(f"skipped: {row.skipped}"), class_="reason")
+            reason = element("span", escaped(f"skipped: {row.skipped}"), class_="reason")
             cells.append(element("td", reason, class_="words", colspan=max(1, len(headings) - 1)))
         else:
             cells += [
                 _cell(column.cells[index], padding[index]) for column, padding in zip(columns, paddings, strict=True)
             ]
             if with_kernels:
-                cells.append(element("td", _text(row.kernel or figures.NOTHING), class_="words"))
+                cells.append(element("td", escaped(row.kernel or figures.NOTHING), class_="words"))
         lines.append(element("tr", *cells, class_="full" if row.role == "full" else None))
     longest = max(len(figures.label(row)) for row in rows)
     table = element(
         "table",
-        element("caption", _text(f"Figures of every variant, {case.title}"), class_="unseen"),
+        element("caption", escaped(f"Figures of every variant, {case.title}"), class_="unseen"),
         element("thead", element("tr", *headings)),
         element("tbody", *(f"\n{line}" for line in lines)),
         style=f"--names: {min(17.0, 2.5 + 0.62 * longest):.1f}em",
@@ -159,9 +137,9 @@ def _table(result: BenchResult, case: Case, looks: Mapping[str, Style]) -> str:
 
 def _row_heading(row: Row, looks: Mapping[str, Style]) -> str:
     remark = figures.remark(row)
-    small = element("small", _text(remark)) if remark else ""
+    small = element("small", escaped(remark)) if remark else ""
     named = element(
-        "span", swatch(looks[row.name]), element("span", _text(figures.label(row)), small), class_="variant"
+        "span", swatch(looks[row.name]), element("span", escaped(figures.label(row)), small), class_="variant"
     )
     return element("th", named, scope="row")
 
@@ -171,19 +149,13 @@ def _cell(cell: str | None, padding: int) -> str:
         return element("td", figures.NOTHING, class_="nothing")
     # Invisible figures behind the shorter ones put the decimal points below one another.
     hidden = "" if not padding else "0" * padding if "." in cell else "." + "0" * (padding - 1)
-    return element("td", _text(cell), data_pad=hidden or None)
+    return element("td", escaped(cell), data_pad=hidden or None)
 
 
 def _pictures(result: BenchResult, contact_sheet: bytes | None) -> Iterator[str]:
     if contact_sheet is None and not result.contact_sheet:
         return
-    if contact_sheet is None:
-        source = quote(result.contact_sheet or "")
-    else:
-        kind = next((kind for start, kind in _IMAGE_TYPES.items() if contact_sheet.startswith(start)), None)
-        if kind is None:
-            raise ValueError("the contact sheet is neither PNG nor JPEG nor WebP")
-        source = f"data:{kind};base64,{base64.b64encode(contact_sheet).decode('ascii')}"
+    source = quote(result.contact_sheet or "") if contact_sheet is None else embedded(contact_sheet)
     heading = "Frames" if result.level == "video" else "Pictures"
     image = element("img", src=source, alt=f"{heading} in columns, one row per variant, with the same seeds.")
     caption = "The same prompts and seeds, a row per variant."
@@ -194,7 +166,7 @@ def _pictures(result: BenchResult, contact_sheet: bytes | None) -> Iterator[str]
 def _variants(result: BenchResult, looks: Mapping[str, Style]) -> Iterator[str]:
     by_shown_name = {figures.plain(name): look for name, look in looks.items()}
     pairs = [
-        element("dt", swatch(by_shown_name[name]), _text(name)) + element("dd", _text(described))
+        element("dt", swatch(by_shown_name[name]), escaped(name)) + element("dd", escaped(described))
         for name, described in figures.descriptions(result).items()
     ]
     if pairs:
@@ -204,12 +176,12 @@ def _variants(result: BenchResult, looks: Mapping[str, Style]) -> Iterator[str]:
 def _absent(result: BenchResult) -> Iterator[str]:
     if result.absent:
         facts = {absent.name: absent.reason for absent in result.absent}
-        yield element("section", element("h2", "Not here, so not compared"), _facts(facts))
+        yield element("section", element("h2", "Not here, so not compared"), fact_list(facts))
 
 
 def _notes(result: BenchResult) -> Iterator[str]:
     if result.notes:
-        notes = element("ul", *(element("li", _text(note)) for note in result.notes))
+        notes = element("ul", *(element("li", escaped(note)) for note in result.notes))
         yield element("section", element("h2", "Notes"), notes)
 
 
@@ -222,8 +194,8 @@ def _conditions(result: BenchResult) -> str:
     return element(
         "section",
         element("h2", "Conditions"),
-        _facts(facts),
-        *([element("pre", element("code", _text(command)))] if command else []),
+        fact_list(facts),
+        *([element("pre", element("code", escaped(command)))] if command else []),
     )
 
 
@@ -234,19 +206,4 @@ def _meanings(result: BenchResult) -> Iterator[str]:
         for column in figures.columns(result.level, case, figures.ordered(case))
     }
     if meanings:
-        yield element("section", element("h2", "What the columns mean"), _facts(meanings))
-
-
-def _facts(facts: Mapping[str, str | list[str]]) -> str:
-    pairs = []
-    for name, value in facts.items():
-        if isinstance(value, list) and len(value) > 1:
-            shown = element("ol", *(element("li", _text(item)) for item in value))
-        else:
-            shown = _text(value[0] if isinstance(value, list) and value else value)
-        pairs.append(element("dt", _text(name)) + element("dd", shown))
-    return element("dl", *pairs)
-
-
-def _text(content: object) -> str:
-    return escape(figures.plain(content))
+        yield element("section", element("h2", "What the columns mean"), fact_list(meanings))

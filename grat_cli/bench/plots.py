@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from itertools import chain
 
 from grat_cli.bench import figures
+from grat_cli.bench.charts import (
+    WIDTH,
+    Plot,
+    Rows,
+    Style,
+    area_with_names,
+    axes,
+    bar,
+    escaped,
+    lines_with_names,
+    svg_plot,
+)
 from grat_cli.bench.results import WHOLE_RUNS, BenchResult, Case, Level, Row
 from grat_cli.bench.svg import (
-    FONT_SIZE,
     Box,
     Scale,
     draw_label,
@@ -22,43 +31,15 @@ from grat_cli.bench.svg import (
     marker,
     place_labels,
     scale_from_zero,
-    spread,
     text,
     text_width,
-    tick_text,
 )
 
-WIDTH = 460.0
 COLOURS = 8
 _SHAPES = {"full": "diamond", "pattern": "circle", "baseline": "square", "peer": "triangle", "noise floor": "cross"}
-_ROW_HEIGHT = 27.0
 _RADIUS = 5.0
-_NAME_GAP = 1.2 * FONT_SIZE
 _SQUARE = Box(46, 24, WIDTH - 8, 424)
 _SQUARE_HEIGHT = _SQUARE.bottom + 44
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a variant looks everywhere.
-
-    Attributes:
-        colour: CSS class that sets its colour.
-        shape: of its points; it says what the row is there for, so that colour is never alone.
-    """
-
-    colour: str
-    shape: str
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot: the SVG element, its heading, a sentence on how to read it, and whether it is about square."""
-
-    heading: str
-    caption: str
-    svg: str
-    square: bool = False
 
 
 def styles(result: BenchResult) -> dict[str, Style]:
@@ -101,15 +82,15 @@ def plot_across_cases(result: BenchResult, looks: Mapping[str, Style]) -> Plot |
     lengths = sorted({tokens for line_rows in lines.values() for tokens in line_rows})
     speedups = [row.speedup or 1.0 for line_rows in lines.values() for row in line_rows.values()]
     rows = [next(iter(line_rows.values())) for line_rows in lines.values()]
-    area = _area_with_names(rows)
+    area = area_with_names(list(map(figures.label, rows)))
     across = log_scale(lengths, area.left, area.right, least=2.0)
     up = log_scale([*speedups, 1.0], area.bottom, area.top, least=3.0)
-    drawn = [_axes(across, up, area, "tokens", "speed-up", across_ticks=lengths)]
+    drawn = [axes(across, up, area, "tokens", "speed-up", across_ticks=lengths)]
     drawn.append(line(area.left, up(1), area.right, up(1), "ideal"))
     places = [
         [(across(tokens), up(row.speedup or 1.0)) for tokens, row in line_rows.items()] for line_rows in lines.values()
     ]
-    drawn += _lines_with_names(rows, places, looks, area)
+    drawn += lines_with_names(_named(rows, looks), places, area)
     for row, line_places in zip(rows, places, strict=True):
         look = looks[row.name]
         drawn += [marker(look.shape, x, y, 3.5, f"point {look.colour}") for x, y in line_places[:-1]]
@@ -119,7 +100,7 @@ def plot_across_cases(result: BenchResult, looks: Mapping[str, Style]) -> Plot |
         for name, line_rows in lines.items()
     )
     heading = "Speed-up against size"
-    svg = _svg("sizes", heading, f"{described}.", area.bottom + 44, drawn)
+    svg = svg_plot("sizes", heading, f"{described}.", area.bottom + 44, drawn)
     return Plot(heading, "Dashed: full attention. Both axes are logarithmic.", svg)
 
 
@@ -157,7 +138,7 @@ def _trade_off(
             best = 1 / (1 - share + share * density)
             if density <= 1 and up.low <= best <= up.high:
                 ideal.append((across(density), up(best)))
-    drawn = [_axes(across, up, area, "density (share of pairs attended)", "speed-up")]
+    drawn = [axes(across, up, area, "density (share of pairs attended)", "speed-up")]
     if len(ideal) > 1:
         path = " ".join(f"{x:.2f},{y:.2f}" for x, y in ideal)
         drawn.append(element("polyline", element("title", "ideal"), points=path, class_="ideal"))
@@ -187,7 +168,7 @@ def _trade_off(
     return Plot(
         "Speed-up against density",
         caption,
-        _svg(identifier, "Speed-up against density", described, _SQUARE_HEIGHT, drawn),
+        svg_plot(identifier, "Speed-up against density", described, _SQUARE_HEIGHT, drawn),
         square=True,
     )
 
@@ -211,7 +192,7 @@ def _quality(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -
     lowest = min(ssim - interval for _, _, ssim, interval in points)
     highest = max(1.0, max(ssim + interval for _, _, ssim, interval in points))
     up = Scale(lowest - 0.08 * (highest - lowest) - 0.01, highest + 0.01, area.bottom, area.top)
-    drawn = [_axes(across, up, area, "speed-up of denoising", "SSIM to full attention")]
+    drawn = [axes(across, up, area, "speed-up of denoising", "SSIM to full attention")]
     floors = [(row, ssim) for row, _, ssim, _ in points if row.role == "noise floor"]
     levels = [[(area.left, up(ssim)), (area.right, up(ssim))] for _, ssim in floors]
     drawn += [line(start[0], start[1], stop[0], stop[1], "ideal") for start, stop in levels]
@@ -241,7 +222,7 @@ def _quality(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -
     return Plot(
         "Similarity against speed-up",
         caption,
-        _svg(identifier, "Similarity against speed-up", described, _SQUARE_HEIGHT, drawn),
+        svg_plot(identifier, "Similarity against speed-up", described, _SQUARE_HEIGHT, drawn),
         square=True,
     )
 
@@ -255,16 +236,16 @@ def _efficiency(level: Level, rows: Sequence[Row], looks: Mapping[str, Style], i
     ]
     if not bars:
         return None
-    frame = _Rows([row for row, _ in bars], [f"{value:,.2f}" for _, value in bars])
+    frame = Rows([figures.label(row) for row, _ in bars], [f"{value:,.2f}" for _, value in bars])
     across = scale_from_zero([*(value for _, value in bars), 1.05], frame.area.left, frame.area.right)
     drawn = [frame.axes(across, "speed-up × density")]
     for (row, value), y in zip(bars, frame.middles, strict=True):
-        drawn.append(_bar(0, value, y, across, f"bar {looks[row.name].colour}", f"{figures.label(row)}: {value:.2f}"))
+        drawn.append(bar(0, value, y, across, f"bar {looks[row.name].colour}", f"{figures.label(row)}: {value:.2f}"))
     drawn += [line(across(1), frame.area.top, across(1), frame.area.bottom, "ideal"), *frame.names()]
     described = _described((row, f"{value:.2f}") for row, value in bars)
     caption = "Dashed: 1, where every attended pair costs what it costs in full attention."
     heading = "Sparse efficiency" if level == "attention" else "Sparse efficiency of attention"
-    return Plot(heading, caption, _svg(identifier, heading, described, frame.height, drawn))
+    return Plot(heading, caption, svg_plot(identifier, heading, described, frame.height, drawn))
 
 
 def _times(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
@@ -273,7 +254,7 @@ def _times(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, St
     if len(timed) < 2:
         return None
     unit = figures.time_unit(case)
-    frame = _Rows([row for row, _ in timed], [unit.text(median) for _, median in timed])
+    frame = Rows([figures.label(row) for row, _ in timed], [unit.text(median) for _, median in timed])
     values = [time / unit.milliseconds for row, _ in timed for time in row.times_ms]
     logarithmic = max(values) / min(values) > 8
     if logarithmic:
@@ -283,7 +264,7 @@ def _times(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, St
     drawn = [frame.axes(across, unit.name)]
     for (row, median), y in zip(timed, frame.middles, strict=True):
         low, high = (across(bound / unit.milliseconds) for bound in (min(row.times_ms), max(row.times_ms)))
-        title = element("title", _escaped(f"{figures.label(row)}: {unit.text(median)} ({unit.range(row.times_ms)})"))
+        title = element("title", escaped(f"{figures.label(row)}: {unit.text(median)} ({unit.range(row.times_ms)})"))
         look = looks[row.name]
         drawn.append(_whisker(low, y, high, y, look))
         drawn.append(
@@ -296,7 +277,7 @@ def _times(level: Level, case: Case, rows: Sequence[Row], looks: Mapping[str, St
         " The axis is logarithmic." if logarithmic else ""
     )
     heading = "Time of attention" if level == "attention" else "Time of denoising"
-    return Plot(heading, caption, _svg(identifier, heading, described, frame.height, drawn))
+    return Plot(heading, caption, svg_plot(identifier, heading, described, frame.height, drawn))
 
 
 def _steps(case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
@@ -308,7 +289,7 @@ def _steps(case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifi
     ends = [
         unit.text(median) + (f" · {figures.speedup_text(row.speedup)}" if row.speedup else "") for row, median in timed
     ]
-    frame = _Rows([row for row, _ in timed], ends, top=30)
+    frame = Rows([figures.label(row) for row, _ in timed], ends, top=30)
     longest = [max(row.times_ms) / unit.milliseconds for row, _ in timed]
     across = scale_from_zero(longest, frame.area.left, frame.area.right)
     drawn = [frame.axes(across, unit.name)]
@@ -326,9 +307,9 @@ def _steps(case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifi
             else unit.text(median)
         )
         title = f"{figures.label(row)}: {parts}"
-        drawn.append(_bar(attention, total, y, across, "bar rest", title))
+        drawn.append(bar(attention, total, y, across, "bar rest", title))
         if attention:
-            drawn.append(_bar(0, attention, y, across, f"bar {look.colour}", title))
+            drawn.append(bar(0, attention, y, across, f"bar {look.colour}", title))
         low, high = (across(bound / unit.milliseconds) for bound in (min(row.times_ms), max(row.times_ms)))
         drawn.append(_whisker(low, y, high, y, Style("ink", look.shape), cap=3))
     drawn += frame.names()
@@ -343,7 +324,7 @@ def _steps(case: Case, rows: Sequence[Row], looks: Mapping[str, Style], identifi
     caption = (
         "Median step; whiskers from the shortest to the longest. Behind the times: the speed-up of the whole step."
     )
-    return Plot("Time of a step", caption, _svg(identifier, "Time of a step", described, frame.height, drawn))
+    return Plot("Time of a step", caption, svg_plot(identifier, "Time of a step", described, frame.height, drawn))
 
 
 def _over_steps(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str) -> Plot | None:
@@ -353,89 +334,28 @@ def _over_steps(rows: Sequence[Row], looks: Mapping[str, Style], identifier: str
         return None
     times = [time for row in runs for time in row.step_times_ms]
     unit = figures.SECONDS if max(times) >= 10_000 else figures.MILLISECONDS
-    area = _area_with_names(runs)
+    area = area_with_names(list(map(figures.label, runs)))
     most = max(len(row.step_times_ms) for row in runs)
     across = Scale(1, most, area.left + 6, area.right - 6)
     up = scale_from_zero([time / unit.milliseconds for time in times], area.bottom, area.top, room=0.06)
     every = next(step * size for size in _powers_of_ten() for step in (1, 2, 5) if most <= 8 * step * size)
     whole = sorted({1, *range(every, most + 1, every)})
-    drawn = [_axes(across, up, area, "denoising step", unit.name, across_ticks=whole)]
+    drawn = [axes(across, up, area, "denoising step", unit.name, across_ticks=whole)]
     places = [
         [(across(step), up(time / unit.milliseconds)) for step, time in enumerate(row.step_times_ms, start=1)]
         for row in runs
     ]
-    drawn += _lines_with_names(runs, places, looks, area)
+    drawn += lines_with_names(_named(runs, looks), places, area)
     described = _described(
         (row, f"{unit.text(min(row.step_times_ms))} to {unit.text(max(row.step_times_ms))}") for row in runs
     )
-    svg = _svg(identifier, "Time of each denoising step", described, area.bottom + 44, drawn)
+    svg = svg_plot(identifier, "Time of each denoising step", described, area.bottom + 44, drawn)
     return Plot("Time of each denoising step", "Median over all runs.", svg)
 
 
-def _area_with_names(rows: Sequence[Row]) -> Box:
-    """An area beside which the names of these rows fit, one below the other."""
-    widest = max(text_width(_short_name(row)) for row in rows)
-    return Box(46, 24, WIDTH - 26 - widest, 24 + max(276.0, _NAME_GAP * len(rows)))
-
-
-def _lines_with_names(
-    rows: Sequence[Row], places: Sequence[Sequence[tuple[float, float]]], looks: Mapping[str, Style], area: Box
-) -> list[str]:
-    """A line per row, its name at the end."""
-    drawn = []
-    heights = spread([line_places[-1][1] for line_places in places], _NAME_GAP, area.top + 5, area.bottom - 5)
-    for row, line_places, height in zip(rows, places, heights, strict=True):
-        look, (last, end) = looks[row.name], line_places[-1]
-        title = element("title", _escaped(figures.label(row)))
-        path = " ".join(f"{x:.2f},{y:.2f}" for x, y in line_places)
-        drawn.append(element("polyline", title, points=path, class_=f"run {look.colour}"))
-        drawn.append(marker(look.shape, last, end, 3.5, f"point {look.colour}"))
-        drawn.append(line(last + 5, end, area.right + 12, height, f"tie {look.colour}"))
-        baseline = height + 0.34 * FONT_SIZE
-        drawn.append(text(_short_name(row), area.right + 15, baseline, class_=f"label {look.colour}"))
-    return drawn
-
-
-def _short_name(row: Row) -> str:
-    return fitted(figures.label(row), 120)
-
-
-class _Rows:
-    """A frame of horizontal rows: names to the left, a figure to the right of each."""
-
-    def __init__(self, rows: Sequence[Row], ends: Sequence[str], top: float = 8) -> None:
-        self._names = [fitted(figures.label(row), 0.3 * WIDTH) for row in rows]
-        self._full_names = [figures.label(row) for row in rows]
-        self._ends = ends
-        left = 10 + max(map(text_width, self._names))
-        right = WIDTH - 8 - max(map(text_width, ends))
-        self.area = Box(left, top, right, top + _ROW_HEIGHT * len(rows))
-        self.middles = [top + _ROW_HEIGHT * (index + 0.5) for index in range(len(rows))]
-        self.height = self.area.bottom + 42
-
-    def axes(self, across: Scale, title: str) -> str:
-        """Grid lines with their figures below."""
-        drawn = [_area(self.area)]
-        for tick, name in _readable(across, across.ticks(6)):
-            drawn.append(line(across(tick), self.area.top, across(tick), self.area.bottom, "grid"))
-            drawn.append(text(name, across(tick), self.area.bottom + 16, class_="tick", text_anchor="middle"))
-        middle = (self.area.left + self.area.right) / 2
-        drawn.append(text(title, middle, self.area.bottom + 35, class_="axis", text_anchor="middle"))
-        return "".join(drawn)
-
-    def names(self) -> list[str]:
-        """What stands beside the rows."""
-        drawn = []
-        for name, whole, end, y in zip(self._names, self._full_names, self._ends, self.middles, strict=True):
-            baseline = y + 0.34 * FONT_SIZE
-            title = element("title", _escaped(whole))
-            drawn.append(
-                element(
-                    "text", title, _escaped(name), x=self.area.left - 8, y=baseline, class_="name", text_anchor="end"
-                )
-            )
-            drawn.append(text(end, WIDTH - 1, baseline, class_="value", text_anchor="end"))
-        return drawn
+def _named(rows: Sequence[Row], looks: Mapping[str, Style]) -> list[tuple[str, Style]]:
+    """Name and look of each row."""
+    return [(figures.label(row), looks[row.name]) for row in rows]
 
 
 def _labelled_points(
@@ -453,25 +373,9 @@ def _labelled_points(
         if label is not None:
             drawn += draw_label(label, x, y, looks[row.name].colour)
     for (row, x, y), fact in zip(points, facts, strict=True):
-        title = element("title", _escaped(f"{figures.label(row)}: {fact}"))
+        title = element("title", escaped(f"{figures.label(row)}: {fact}"))
         drawn.append(marker(looks[row.name].shape, x, y, _RADIUS, f"point {looks[row.name].colour}", title))
     return drawn
-
-
-def _axes(
-    across: Scale, up: Scale, area: Box, across_title: str, up_title: str, across_ticks: Sequence[float] | None = None
-) -> str:
-    drawn = [_area(area)]
-    for tick, name in _readable(across, across_ticks or across.ticks(7)):
-        drawn.append(line(across(tick), area.top, across(tick), area.bottom, "grid"))
-        drawn.append(text(name, across(tick), area.bottom + 16, class_="tick", text_anchor="middle"))
-    for tick in up.ticks(7):
-        drawn.append(line(area.left, up(tick), area.right, up(tick), "grid"))
-        drawn.append(text(tick_text(tick), area.left - 6, up(tick) + 4, class_="tick", text_anchor="end"))
-    middle = (area.left + area.right) / 2
-    drawn.append(text(across_title, middle, area.bottom + 35, class_="axis", text_anchor="middle"))
-    drawn.append(text(up_title, 0, area.top - 12, class_="axis"))
-    return "".join(drawn)
 
 
 def _powers_of_ten() -> Iterator[int]:
@@ -479,37 +383,6 @@ def _powers_of_ten() -> Iterator[int]:
     while True:
         yield size
         size *= 10
-
-
-def _readable(scale: Scale, ticks: Iterable[float]) -> list[tuple[float, str]]:
-    """Ticks of a horizontal axis, without those whose figures would touch the one before."""
-    kept: list[tuple[float, str]] = []
-    free = -math.inf
-    for tick in ticks:
-        half = text_width(tick_text(tick), 11) / 2
-        if scale(tick) - half > free:
-            kept.append((tick, tick_text(tick)))
-            free = scale(tick) + half + 6
-    return kept
-
-
-def _area(area: Box) -> str:
-    width, height = area.right - area.left, area.bottom - area.top
-    return element("rect", x=float(area.left), y=float(area.top), width=width, height=height, class_="area")
-
-
-def _bar(start: float, stop: float, y: float, across: Scale, class_: str, title: str) -> str:
-    height = 0.58 * _ROW_HEIGHT
-    left, right = across(start), across(stop)
-    return element(
-        "rect",
-        element("title", _escaped(title)),
-        x=left,
-        y=y - height / 2,
-        width=max(right - left, 0.5),
-        height=height,
-        class_=class_,
-    )
 
 
 def _whisker(x1: float, y1: float, x2: float, y2: float, look: Style, cap: float = 4) -> str:
@@ -524,25 +397,8 @@ def _whisker(x1: float, y1: float, x2: float, y2: float, look: Style, cap: float
     return element("path", d=path, class_=f"whisker {look.colour}")
 
 
-def _svg(identifier: str, title: str, description: str, height: float, drawn: Sequence[str]) -> str:
-    return element(
-        "svg",
-        element("title", _escaped(title), id=f"{identifier}-title"),
-        element("desc", _escaped(description), id=f"{identifier}-desc"),
-        *drawn,
-        viewBox=f"0 0 {WIDTH:g} {height:g}",
-        role="img",
-        aria_labelledby=f"{identifier}-title {identifier}-desc",
-        class_="plot",
-    )
-
-
 def _described(facts: Iterable[tuple[Row, str]]) -> str:
     return "; ".join(f"{figures.label(row)}: {fact}" for row, fact in facts) + "."
-
-
-def _escaped(content: str) -> str:
-    return escape(figures.plain(content))
 
 
 def _drawable(*values: float) -> bool:

@@ -121,16 +121,16 @@ class Variant:
         return math.hypot(*(extent - 1 for extent in self.grid.shape))
 
 
-def parse_variants(text: str) -> tuple[Request, ...]:
-    """Reads the value of `--compare`, such as `full,na:window=49,grat-b`.
+def parse_variants(text: str, option: str = "--compare") -> tuple[Request, ...]:
+    """Reads the value of `--compare`, or of another option, such as `full,na:window=49,grat-b`.
 
     Raises:
         BadInput: for a name or parameter that does not exist, a value that is no number, or a name given twice.
     """
-    requests = tuple(_request(item.strip()) for item in text.split(","))
+    requests = tuple(_request(item.strip(), option) for item in text.split(","))
     for number, request in enumerate(requests):
         if request.name in (earlier.name for earlier in requests[:number]):
-            raise BadInput(f"--compare names {request.name} twice: leave one out")
+            raise BadInput(f"{option} names {request.name} twice: leave one out")
     return requests
 
 
@@ -147,11 +147,11 @@ def parse_peers(text: str) -> tuple[str, ...]:
     return names
 
 
-def _request(text: str) -> Request:
+def _request(text: str, option: str) -> Request:
     word, *items = text.split(":")
     if word not in (*NAMES, *SHORT_NAMES):
         known = (*NAMES, *SHORT_NAMES)
-        raise BadInput(f"--compare {text}: {choices(word, known)}" if text else "--compare: a name is empty")
+        raise BadInput(f"{option} {text}: {choices(word, known)}" if text else f"{option}: a name is empty")
     kind, fixed = SHORT_NAMES.get(word, (word, {}))
     parameters: dict[str, tuple[int, ...]] = {}
     for item in items:
@@ -159,18 +159,18 @@ def _request(text: str) -> Request:
         known = tuple(known for known in PARAMETERS[kind] if known not in fixed)
         if name not in known:
             takes = choices(name, known) if known else "it takes no parameters"
-            raise BadInput(f"--compare {text}: {word} has no parameter {name!r}: {takes}")
+            raise BadInput(f"{option} {text}: {word} has no parameter {name!r}: {takes}")
         if name in parameters:
-            raise BadInput(f"--compare {text}: {name} is given twice")
+            raise BadInput(f"{option} {text}: {name} is given twice")
         if not re.fullmatch(r"\d{1,6}(x\d{1,6})*", value, re.ASCII):
-            raise BadInput(f"--compare {text}: expected {name}={_EXAMPLES[name]}")
+            raise BadInput(f"{option} {text}: expected {name}={_EXAMPLES[name]}")
         parameters[name] = tuple(int(part) for part in value.split("x"))
     if len(parameters.get("share", (1,))) > 1:
-        raise BadInput(f"--compare {text}: share is one number, such as share=2")
+        raise BadInput(f"{option} {text}: share is one number, such as share=2")
     return Request(text, kind, {**parameters, **fixed})
 
 
-def variant_for(request: Request, grid: Grid) -> Variant:
+def variant_for(request: Request, grid: Grid, option: str = "--compare") -> Variant:
     """What a request means on a grid.
 
     Raises:
@@ -181,7 +181,7 @@ def variant_for(request: Request, grid: Grid) -> Variant:
             raise ValueError(f"{word} are for videos, which have three axes")
         return _MAKERS[request.kind](request, grid)
     except ValueError as error:
-        raise BadInput(f"--compare {request.name} on {size_text(grid.shape)} tokens: {error}") from error
+        raise BadInput(f"{option} {request.name} on {size_text(grid.shape)} tokens: {error}") from error
 
 
 def default_group(grid: Grid) -> tuple[int, ...]:

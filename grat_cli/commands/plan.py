@@ -91,14 +91,14 @@ def plan(
     from grat_cli.fitting import judge, refuse_unfit, what_fits
     from grat_cli.hardware import GPUS, device_named, present_cpu, present_gpu
     from grat_cli.highres import stage_data, stages_of
-    from grat_cli.models import choose_model, medium_of_name
+    from grat_cli.models import choose_model
     from grat_cli.offloading import OFFLOADS
     from grat_cli.picture import image_picture, text_picture
     from grat_cli.planning import architecture_for, forecast, stage_forecasts
     from grat_cli.presets import HIGHRES_MODES, load_preset
     from grat_cli.quantization import QUANTIZATIONS
     from grat_cli.resolution import Resolution, parse_resolution
-    from grat_cli.selection import DTYPES, mismatch_note, require_choice, select_preset
+    from grat_cli.selection import DTYPES, choose_medium, mismatch_note, require_choice, select_preset
     from grat_cli.time_estimate import phase_seconds
     from grat_cli.video_size import parse_video_size
 
@@ -115,10 +115,8 @@ def plan(
     # 1. A preset says which family it is for; without one, options and names tell images from videos.
     family = load_preset(preset).model if preset is not None else None
     of_video = any(option is not None for option in (aspect, seconds, frames, fps))
-    if of_video or family == "hunyuan" or (family is None and variant in _VARIANTS_OF_VIDEOS):
-        medium = "video"
-    else:
-        medium = (medium_of_name(model) if model else None) or "image"
+    of_video = of_video or (family is None and variant in _VARIANTS_OF_VIDEOS)
+    medium = choose_medium(model, family, of_video)
     if model is None:  # Flux is what large pictures need
         model = "hunyuan" if medium == "video" else "demo" if family == "demo" else "flux-dev"
     choice = choose_model(model, medium)
