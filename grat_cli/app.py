@@ -19,6 +19,7 @@ from grat_cli.commands.info import info
 from grat_cli.commands.plan import plan
 from grat_cli.commands.presets import presets
 from grat_cli.commands.resume import resume
+from grat_cli.commands.tune import tune
 from grat_cli.commands.video import video
 from grat_cli.errors import INTERRUPTED, BadInput, GratError, nearest
 from grat_cli.output import print_error
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (image, video, resume, decode, plan, attend, bench, compare, presets, env, info):
+for command in (image, video, resume, decode, plan, attend, tune, bench, compare, presets, env, info):
     app.command()(command)
 
 

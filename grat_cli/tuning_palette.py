@@ -29,7 +29,7 @@ def _near(axes: int) -> Iterator[tuple[dict[str, Any], int]]:
     lengths = (1, 2) if axes == 2 else (1,)
     along = [[*own[:axis], length, *own[axis + 1 :]] for axis in range(axes) for length in lengths]
     frame = [[0, 1, 1]] if axes == 3 else []
-    for radius in (own, *along, *frame):
+    for radius in (0, *along, *frame):
         yield {"variant": "b", "radius": radius}, 0
     for radius in lengths:
         yield {"variant": "b", "radius": radius}, radius

@@ -403,3 +403,33 @@ def test_presets_of_other_axes_are_refused(tmp_path: Path) -> None:
         select_preset(choose_model("flux-dev"), preset=str(path))
     with pytest.raises(BadInput, match="preset flux-b is for flux models"):
         select_preset(choose_model("hunyuan", "video"), preset="flux-b")
+
+
+TABLES = MINIMAL + "schedule:\n  palette: {a: {variant: full}, b: {radius: 0}}\n  tables:\n  - layers: [a, ab]\n"
+
+
+def test_palettes_and_tables_are_read_and_written(tmp_path: Path) -> None:
+    preset = read(TABLES)
+    assert preset.attention_of_palette["a"].variant == "full"
+    assert preset.attention_of_palette["b"].radius == 0
+    assert preset.schedule.tables[0].layers == ("a", "ab")
+    path = tmp_path / "again.yaml"
+    path.write_text(preset_yaml(preset), encoding="utf-8")
+    assert load_preset(str(path)) == preset
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TABLES.replace("[a, ab]", "[a, ac]"), "mine.yaml:7: schedule.tables[0].layers[1]: c is none of the palette's"),
+        (TABLES.replace("[a, ab]", "[]"), "schedule.tables[0].layers"),
+        (TABLES.replace("[a, ab]", "[a, a1]"), "schedule.tables[0].layers[1]"),
+        (TABLES.replace("b: {radius: 0}", "bb: {radius: 0}"), "schedule.palette"),
+        (TABLES.replace("b: {radius: 0}", "b: {group: [3, 3]}"), "all groups and blocks must nest"),
+        (TABLES.replace("b: {radius: 0}", "b: {radius: -1}"), "schedule.palette.b"),
+    ],
+)
+def test_a_palette_that_does_not_fit_is_refused(text: str, message: str) -> None:
+    with pytest.raises(BadInput) as refusal:
+        read(text)
+    assert message in str(refusal.value)

@@ -164,3 +164,40 @@ def test_any_text_is_a_range_or_a_value_error(text: str) -> None:
 def test_ranges_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected an index|is empty|backwards|lie between|both ends"):
         ranges.covered(text, 20)
+
+
+PALETTE = "schedule.palette={d: {variant: full}, x: {variant: x}}"
+
+
+def test_tables_give_layers_and_heads_their_letters_and_rules_override_them() -> None:
+    laid_out = schedule(
+        PALETTE,
+        "schedule.tables=[{layers: [d, x, dxdx, xxdd, d, d]}, {steps: 0.5-1.0, layers: [x, x, x, x, x, dddx]}]",
+        "schedule.rules=[{steps: 9, layers: 5, variant: b}]",
+    )
+    full, cross = Full(), CrissCross(1)
+    by_head = laid_out.plan(0, 2)
+    assert isinstance(by_head, HeadPlan)
+    assert [by_head.classes[number].pattern for number in by_head.class_of_head] == [full, cross, full, cross]
+    assert dense_calls(laid_out) == {(step, layer) for step in range(5) for layer in (0, 4, 5)}
+    assert isinstance(laid_out.plan(5, 5), HeadPlan)
+    last = laid_out.plan(9, 5)
+    assert isinstance(last, Plan)
+    assert last.pattern == Block(1)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[d, x]", "table 1 of preset demo-b has 2 layers, the model has 6"),
+        ("[d, x, dx, x, x, x]", "layer 2 in table 1 of preset demo-b has 2 letters, the model has 4 heads"),
+    ],
+)
+def test_a_table_for_another_model_is_refused(table: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        schedule(PALETTE, f"schedule.tables=[{{layers: {table}}}]")
+
+
+def test_a_share_of_few_steps_may_hold_none() -> None:
+    laid_out = schedule(PALETTE, "schedule.rules=[{steps: 0.5-0.75, variant: full}]", steps=1)
+    assert not dense_calls(laid_out)
