@@ -16,8 +16,9 @@ export PYTHONSAFEPATH := 1
 demo: $(INSTALLED)
 	$(VENV)/bin/grat image "a red fox in the snow" --model demo --seed 2 --out demo.png --overwrite
 
+# A file's tests share their models, so a file stays in one process; each takes up to 4 GiB.
 test: $(TEST_READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 lint: $(LINT_READY) links
 	$(VENV)/bin/ruff check .
