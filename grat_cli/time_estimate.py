@@ -136,12 +136,16 @@ def estimate_for(
     tokens = max(encoder.tokens for encoder in components.text_encoders)
     prompts = calls
     size = Pixels.of(forecast.size)
+    encoding = {}
     if isinstance(forecast.size, VideoSize):
         convolutions = decode_flop(architecture, forecast.size)
     else:
         convolutions = picture_decode_flop(components.autoencoder, size, execution.tile)
+        encoding["encode"] = picture_encode_flop(components.autoencoder, size, execution.tile) / (
+            CONVOLUTION_SHARE * peak
+        )
     total = sum(weights.values())
-    return {
+    return encoding | {
         "load": total / _DISK + (total / device.link if execution.offload == "none" else 0),
         "text": prompts * 2 * components.text_parameters * tokens / (LINEAR_SHARE * peak)
         + (weights["text"] / device.link if execution.offload != "none" else weights["text"] / device.bandwidth),
@@ -168,7 +172,8 @@ def phase_seconds(
         else:
             found = estimate_for(stage, components, execution, device) or {}
         for phase, seconds in found.items():
-            if number == 0 or phase not in ("load", "text"):
+            # Stages after the first begin with a picture; model and text serve all of them.
+            if phase not in (("encode",) if number == 0 else ("load", "text")):
                 total[phase] = total.get(phase, 0.0) + seconds
     return total
 
@@ -177,20 +182,17 @@ def _at_rates(stage: Forecast, components: Components, execution: Execution, rat
     if isinstance(stage.size, VideoSize):
         found = estimate_at(stage, rates)
         return {"denoise": found.denoise, "decode": found.decode}
-    decoding = picture_decode_flop(components.autoencoder, Pixels.of(stage.size), execution.tile)
+    coding = components.autoencoder, Pixels.of(stage.size), execution.tile
     return {
+        "encode": picture_encode_flop(*coding) / rates.convolution,
         "denoise": stage.schedule.steps * step_seconds(stage, rates),
-        "decode": decoding / rates.convolution,
+        "decode": picture_decode_flop(*coding) / rates.convolution,
     }
 
 
 def picture_decode_flop(shape: AutoencoderShape, size: Pixels, tile: int | None = None) -> float:
     """Floating-point operations to decode a picture; of convolutions alone, which are nearly all of it."""
-    side = tile or PICTURE_TILE
-    pixels = float(size.width * size.height)
-    if pixels > side**2 and shape.kind == "kl":
-        pixels *= (4 / 3) ** 2  # a quarter of each tile is its neighbours'
-    places = pixels / shape.scale**2
+    places = _pixels_in_tiles(shape, size, tile) / shape.scale**2
     previous, total = shape.channels[-1], 0.0
     if shape.kind == "kl":
         total += 5 * previous**2 * places  # the middle
@@ -205,6 +207,32 @@ def picture_decode_flop(shape: AutoencoderShape, size: Pixels, tile: int | None 
             total += (4 * channels**2 * at) * (shape.kind == "kl")
         previous = channels
     return 2 * 9 * total
+
+
+def picture_encode_flop(shape: AutoencoderShape, size: Pixels, tile: int | None = None) -> float:
+    """Likewise to encode one. The encoder of an AutoencoderKL has a block less at each level."""
+    pixels = _pixels_in_tiles(shape, size, tile)
+    previous, total = shape.channels[0], 0.0
+    for level, (channels, layers) in enumerate(zip(shape.channels, shape.layers, strict=True)):
+        at = pixels / 4**level
+        if shape.kind == "tiny":
+            total += 3 * layers * channels**2 * at
+        else:
+            total += (previous + (2 * (layers - 1) - 1) * channels) * channels * at
+        if level + 1 < len(shape.channels):
+            total += channels**2 * at / 4
+        previous = channels
+    if shape.kind == "kl":
+        total += 5 * previous**2 * pixels / shape.scale**2  # the middle
+    return 2 * 9 * total
+
+
+def _pixels_in_tiles(shape: AutoencoderShape, size: Pixels, tile: int | None) -> float:
+    """Pixels that convolutions see, those that tiles have in common more than once."""
+    pixels = float(size.width * size.height)
+    if pixels > (tile or PICTURE_TILE) ** 2 and shape.kind == "kl":
+        pixels *= (4 / 3) ** 2  # a quarter of each tile is its neighbours'
+    return pixels
 
 
 def decode_flop(architecture: Architecture, size: VideoSize) -> float:

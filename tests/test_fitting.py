@@ -19,7 +19,7 @@ from grat_cli.models import KNOWN_MODELS, choose_model
 from grat_cli.planning import Forecast, architecture_for, stage_forecasts
 from grat_cli.resolution import Resolution
 from grat_cli.selection import select_preset
-from grat_cli.time_estimate import estimate_for, picture_decode_flop
+from grat_cli.time_estimate import estimate_for, picture_decode_flop, picture_encode_flop
 
 FLUX = KNOWN_MODELS["image"]["flux-dev"]
 COMPONENTS = components_of(FLUX)
@@ -149,7 +149,7 @@ def test_a_picture_that_cannot_fit_is_refused_before_loading(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("model", ["demo", "flux-dev"])
-def test_operations_of_decoding_a_picture_are_those_that_torch_counts(model: str) -> None:
+def test_operations_of_coding_a_picture_are_those_that_torch_counts(model: str) -> None:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
@@ -177,3 +177,6 @@ def test_operations_of_decoding_a_picture_are_those_that_torch_counts(model: str
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         autoencoder.decode(latents)
     assert picture_decode_flop(shape, Pixels(side, side)) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        autoencoder.encode(torch.empty(1, 3, side, side))
+    assert picture_encode_flop(shape, Pixels(side, side)) == pytest.approx(counter.get_total_flops(), rel=0.1)
