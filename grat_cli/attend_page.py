@@ -175,7 +175,9 @@ def _distances(attended: Attended, grid: Grid) -> Plot:
     edges = np.arange(BINS + 1) / BINS
     chosen = evenly(len(shares), _MOST_LAYERS)
     named = [(f"layer {layer}", shares[layer]) for layer in chosen] + [(_ALL_LAYERS, shares.mean(0))]
-    area = area_with_names([name for name, _ in named])
+    halves = [half_distance(of_bins) for _, of_bins in named]
+    labels = [f"{name}: {half:.2f}" for (name, _), half in zip(named, halves, strict=True)]
+    area = area_with_names(labels)
     across, up = Scale(0, 1, area.left, area.right), Scale(0, 1, area.bottom, area.top)
     part = [axes(across, up, area, "distance (share of the diagonal)", "share of attention to image tokens")]
 
@@ -191,13 +193,13 @@ def _distances(attended: Attended, grid: Grid) -> Plot:
     ]
     # All lines end at 1: their names stand where each has half of its mass.
     part += _lines_named_midway(
-        [(name, look) for (name, _), look in zip(named, looks, strict=True)],
+        list(zip(labels, looks, strict=True)),
         [places(of_bins) for _, of_bins in named],
-        [half_distance(of_bins) for _, of_bins in named],
+        halves,
         across,
         up,
     )
-    described = "; ".join(f"{name}: half within {half_distance(of_bins):.2f}" for name, of_bins in named) + "."
+    described = f"Distance of half: {'; '.join(labels)}."
     return Plot(
         "Attention by distance",
         "Share of attention to image tokens within a distance of the query, mean over heads and recorded steps. The "
@@ -225,8 +227,7 @@ def _lines_named_midway(
         x, y = across(half), up(0.5)
         drawn.append(element("circle", cx=x, cy=y, r=4.0, class_=f"point {look.colour}"))
         baseline = up(0.62) + 16.0 * rank
-        label = f"{name}: {half:.2f}"
-        drawn.append(element("text", escaped(label), x=across.stop + 8, y=baseline, class_=f"label {look.colour}"))
+        drawn.append(element("text", escaped(name), x=across.stop + 8, y=baseline, class_=f"label {look.colour}"))
     return drawn
 
 

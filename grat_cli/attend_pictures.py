@@ -21,7 +21,8 @@ _COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (2
 _MARK, _MARK_EDGE = (64, 224, 255), (0, 0, 0)
 _DIMMED = 0.35
 _FRAMES_SHOWN = 6
-_SIDES = {"layers": 224, "heads": 160}
+_SIDES = {"layers": 224, "heads": 160, "many heads": 112}
+_MANY_HEADS = 8
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,11 @@ def sheets(seen: Seen, grid: Grid, frames: Sequence[Image], query: int, suffix: 
     def scale(top: float) -> str:
         return f"Brightness is attention over even attention, from 1 (dark) to {top:g} (bright), logarithmic."
 
+    # Large pictures are scaled down once, not for every map.
+    small = [_fitted(frame, max(_SIDES.values())) for frame in frames]
+
     def drawn(mass: np.ndarray, frame: int, side: int, top: float) -> Image:
-        shown = overlay(frames[frame], mass, even_frame, cell, sides, top, side)
+        shown = overlay(small[frame], mass, even_frame, cell, sides, top, side)
         if frame == own:
             _mark(shown, _outline(shown, grid, place))
         return shown
@@ -211,7 +215,8 @@ def sheets(seen: Seen, grid: Grid, frames: Sequence[Image], query: int, suffix: 
             [[f"{of_layer[frame].sum():.0%}" for frame in chosen] for of_layer in maps],
             side,
         )
-    side = _SIDES["heads"]
+    heads = record.head_maps.shape[2]
+    side = _SIDES["heads" if heads <= _MANY_HEADS else "many heads"]
     by_head = Sheet(
         f"query-{query + 1}-heads{suffix}",
         "by layer and head",
@@ -220,7 +225,7 @@ def sheets(seen: Seen, grid: Grid, frames: Sequence[Image], query: int, suffix: 
             (name, [drawn(mass, own, side, top_of_heads) for mass in of_layer])
             for name, of_layer in zip(names, record.head_maps[query], strict=True)
         ],
-        [f"head {head}" for head in range(record.head_maps.shape[2])],
+        [f"head {head}" for head in range(heads)],
         [[f"text {share:.0%}" for share in of_layer] for of_layer in record.head_text[query]],
         side,
     )
