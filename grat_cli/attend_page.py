@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _COLOURS = 8
 _SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 # What a page shows of models with more; the files beside it show all.
-_MOST_LAYERS, _MOST_HEADS, _MOST_BARS = 8, 8, 16
+_MOST_LAYERS, _MOST_HEADS, _MOST_BARS, _MOST_INTERVALS = 8, 8, 16, 12
 _JPEG_QUALITY = 88
 _ALL_LAYERS = "all layers"
 _MEANINGS = {
@@ -251,11 +251,12 @@ def _lines(
     else:
         up = scale_from_zero(values, area.bottom, area.top, room=0.06)
     ticks = [at[index] for index in evenly(len(at), 8)]
+    with_intervals = len(at) <= _MOST_INTERVALS
     drawn = [axes(across, up, area, across_title, up_title, across_ticks=ticks)]
     places = []
     for number, (_, of_line) in enumerate(lines):
         colour = f"colour-{number % _COLOURS}"
-        for place, one in zip(at, of_line, strict=True):
+        for place, one in zip(at, of_line, strict=True) if with_intervals else ():
             top, bottom = (up(one.value + sign * one.half_interval) for sign in (1, -1))
             top, bottom = max(top, area.top), min(bottom, area.bottom)
             drawn.append(line(across(place), top, across(place), bottom, f"whisker {colour}"))
@@ -266,7 +267,8 @@ def _lines(
     ]
     drawn += lines_with_names(named, places, area)
     described = "; ".join(f"{name}: {of_line[0].value:.3f} to {of_line[-1].value:.3f}" for name, of_line in lines)
-    caption = f"{caption} Bars are 95 % intervals over the sampled queries."
+    if with_intervals:
+        caption += " Bars are 95 % intervals over the sampled queries."
     return Plot(heading, caption, svg(identifier, heading, f"{described}.", area.bottom + 44, drawn))
 
 
@@ -277,14 +279,18 @@ def _heads(attended: Attended) -> Plot:
     names = [f"layer {head.layer}, head {head.head}" for head in heads]
     rows = Rows(names, [f"{head.distance:.3f}" for head in heads])
     across = scale_from_zero([head.distance for head in heads], rows.area.left, rows.area.right)
+    one_colour_each = attended.record.text.shape[1] <= _COLOURS
     drawn = [rows.axes(across, "mean distance (share of the diagonal)")]
     for head, name, y in zip(heads, names, rows.middles, strict=True):
         title = f"{name}: {head.distance:.3f}, {head.text:.0%} of its attention on text"
-        drawn.append(bar(0, head.distance, y, across, f"bar colour-{head.layer % _COLOURS}", title))
+        colour = f"colour-{head.layer}" if one_colour_each else "neutral"
+        drawn.append(bar(0, head.distance, y, across, f"bar {colour}", title))
     drawn += rows.names()
-    caption = "Mean distance of a head's attention to image tokens, in all recorded steps; a colour per layer." + (
-        "" if len(heads) == len(every) else f" The {_MOST_BARS // 2} most local and most global of {len(every)}."
-    )
+    caption = "Mean distance of a head's attention to image tokens, in all recorded steps."
+    if one_colour_each:
+        caption += " A colour per layer."
+    if len(heads) < len(every):
+        caption += f" The {_MOST_BARS // 2} most local and most global of {len(every)}."
     described = "; ".join(f"{name}: {head.distance:.3f}" for name, head in zip(names, heads, strict=True)) + "."
     return Plot(
         "Heads from local to global",
