@@ -122,6 +122,7 @@ def _write_maps(seen: Seen, path: Path) -> None:
         "queries": np.array(record.queries),
         "steps": np.array(record.steps),
         "cell": np.array(record.cell),
+        "head_cell": np.array(record.head_cell),
         "maps": record.maps,
         "text": record.text.astype(np.float32),
         "head_maps": record.head_maps,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _COLOURS = 8
 _SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 # What a page shows of models with more; the files beside it show all.
-_MOST_LAYERS, _MOST_HEADS, _MOST_BARS = 8, 8, 16
+_MOST_LAYERS, _MOST_HEADS, _MOST_BARS, _MOST_INTERVALS = 8, 8, 16, 12
 _JPEG_QUALITY = 88
 _ALL_LAYERS = "all layers"
 _MEANINGS = {
@@ -175,7 +175,9 @@ def _distances(attended: Attended, grid: Grid) -> Plot:
     edges = np.arange(BINS + 1) / BINS
     chosen = evenly(len(shares), _MOST_LAYERS)
     named = [(f"layer {layer}", shares[layer]) for layer in chosen] + [(_ALL_LAYERS, shares.mean(0))]
-    area = area_with_names([name for name, _ in named])
+    halves = [half_distance(of_bins) for _, of_bins in named]
+    labels = [f"{name}: {half:.2f}" for (name, _), half in zip(named, halves, strict=True)]
+    area = area_with_names(labels)
     across, up = Scale(0, 1, area.left, area.right), Scale(0, 1, area.bottom, area.top)
     part = [axes(across, up, area, "distance (share of the diagonal)", "share of attention to image tokens")]
 
@@ -191,13 +193,13 @@ def _distances(attended: Attended, grid: Grid) -> Plot:
     ]
     # All lines end at 1: their names stand where each has half of its mass.
     part += _lines_named_midway(
-        [(name, look) for (name, _), look in zip(named, looks, strict=True)],
+        list(zip(labels, looks, strict=True)),
         [places(of_bins) for _, of_bins in named],
-        [half_distance(of_bins) for _, of_bins in named],
+        halves,
         across,
         up,
     )
-    described = "; ".join(f"{name}: half within {half_distance(of_bins):.2f}" for name, of_bins in named) + "."
+    described = f"Distance of half: {'; '.join(labels)}."
     return Plot(
         "Attention by distance",
         "Share of attention to image tokens within a distance of the query, mean over heads and recorded steps. The "
@@ -225,8 +227,7 @@ def _lines_named_midway(
         x, y = across(half), up(0.5)
         drawn.append(element("circle", cx=x, cy=y, r=4.0, class_=f"point {look.colour}"))
         baseline = up(0.62) + 16.0 * rank
-        label = f"{name}: {half:.2f}"
-        drawn.append(element("text", escaped(label), x=across.stop + 8, y=baseline, class_=f"label {look.colour}"))
+        drawn.append(element("text", escaped(name), x=across.stop + 8, y=baseline, class_=f"label {look.colour}"))
     return drawn
 
 
@@ -250,11 +251,12 @@ def _lines(
     else:
         up = scale_from_zero(values, area.bottom, area.top, room=0.06)
     ticks = [at[index] for index in evenly(len(at), 8)]
+    with_intervals = len(at) <= _MOST_INTERVALS
     drawn = [axes(across, up, area, across_title, up_title, across_ticks=ticks)]
     places = []
     for number, (_, of_line) in enumerate(lines):
         colour = f"colour-{number % _COLOURS}"
-        for place, one in zip(at, of_line, strict=True):
+        for place, one in zip(at, of_line, strict=True) if with_intervals else ():
             top, bottom = (up(one.value + sign * one.half_interval) for sign in (1, -1))
             top, bottom = max(top, area.top), min(bottom, area.bottom)
             drawn.append(line(across(place), top, across(place), bottom, f"whisker {colour}"))
@@ -265,7 +267,8 @@ def _lines(
     ]
     drawn += lines_with_names(named, places, area)
     described = "; ".join(f"{name}: {of_line[0].value:.3f} to {of_line[-1].value:.3f}" for name, of_line in lines)
-    caption = f"{caption} Bars are 95 % intervals over the sampled queries."
+    if with_intervals:
+        caption += " Bars are 95 % intervals over the sampled queries."
     return Plot(heading, caption, svg(identifier, heading, f"{described}.", area.bottom + 44, drawn))
 
 
@@ -276,14 +279,18 @@ def _heads(attended: Attended) -> Plot:
     names = [f"layer {head.layer}, head {head.head}" for head in heads]
     rows = Rows(names, [f"{head.distance:.3f}" for head in heads])
     across = scale_from_zero([head.distance for head in heads], rows.area.left, rows.area.right)
+    one_colour_each = attended.record.text.shape[1] <= _COLOURS
     drawn = [rows.axes(across, "mean distance (share of the diagonal)")]
     for head, name, y in zip(heads, names, rows.middles, strict=True):
         title = f"{name}: {head.distance:.3f}, {head.text:.0%} of its attention on text"
-        drawn.append(bar(0, head.distance, y, across, f"bar colour-{head.layer % _COLOURS}", title))
+        colour = f"colour-{head.layer}" if one_colour_each else "neutral"
+        drawn.append(bar(0, head.distance, y, across, f"bar {colour}", title))
     drawn += rows.names()
-    caption = "Mean distance of a head's attention to image tokens, in all recorded steps; a colour per layer." + (
-        "" if len(heads) == len(every) else f" The {_MOST_BARS // 2} most local and most global of {len(every)}."
-    )
+    caption = "Mean distance of a head's attention to image tokens, in all recorded steps."
+    if one_colour_each:
+        caption += " A colour per layer."
+    if len(heads) < len(every):
+        caption += f" The {_MOST_BARS // 2} most local and most global of {len(every)}."
     described = "; ".join(f"{name}: {head.distance:.3f}" for name, head in zip(names, heads, strict=True)) + "."
     return Plot(
         "Heads from local to global",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ _COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (2
 _MARK, _MARK_EDGE = (64, 224, 255), (0, 0, 0)
 _DIMMED = 0.35
 _FRAMES_SHOWN = 6
-_SIDES = {"layers": 224, "heads": 160}
+_SIDES = {"layers": 224, "heads": 160, "many heads": 112}
+_MANY_HEADS = 8
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def overlay(
     picture: Image,
     mass: np.ndarray,
     even: np.ndarray,
-    cell: tuple[int, int],
-    sides: tuple[int, int],
+    cell: tuple[int, ...],
+    sides: tuple[int, ...],
     top: float,
     longest_side: int,
 ) -> Image:
@@ -165,26 +167,35 @@ def sheets(seen: Seen, grid: Grid, frames: Sequence[Image], query: int, suffix: 
     """
     record, place = seen.queries, seen.queries.queries[query]
     even = _even_mass(grid, record.cell)
-    cell = record.cell[-2], record.cell[-1]
     sides = grid.shape[-2], grid.shape[-1]
     own = place[0] if grid.axes == 3 else 0
-    even_frame = even.reshape(-1, *even.shape[-2:])[0]
+    even_frame, cell = even.reshape(-1, *even.shape[-2:])[0], record.cell[-2:]
+    even_of_heads = _even_mass(Grid(sides), record.head_cell) * math.prod(sides) / grid.tokens
     top = top_of_scale(record.maps[query], even)
-    top_of_heads = top_of_scale(record.head_maps[query], even_frame)
+    top_of_heads = top_of_scale(record.head_maps[query], even_of_heads)
 
     def scale(top: float) -> str:
         return f"Brightness is attention over even attention, from 1 (dark) to {top:g} (bright), logarithmic."
 
-    def drawn(mass: np.ndarray, frame: int, side: int, top: float) -> Image:
-        shown = overlay(frames[frame], mass, even_frame, cell, sides, top, side)
+    heads = record.head_maps.shape[2]
+    side = _SIDES["heads" if heads <= _MANY_HEADS else "many heads"]
+    # Large pictures are scaled down once, not for every map.
+    small = [_fitted(frame, max(_SIDES.values())) for frame in frames]
+
+    def drawn(mass: np.ndarray, frame: int) -> Image:
+        return outlined(overlay(small[frame], mass, even_frame, cell, sides, top, _SIDES["layers"]), frame)
+
+    def drawn_of_head(mass: np.ndarray) -> Image:
+        return outlined(overlay(small[own], mass, even_of_heads, record.head_cell, sides, top_of_heads, side), own)
+
+    def outlined(shown: Image, frame: int) -> Image:
         if frame == own:
             _mark(shown, _outline(shown, grid, place))
         return shown
 
     names = [f"layer {layer}" for layer in range(record.maps.shape[2])]
     if grid.axes == 2:
-        side = _SIDES["layers"]
-        pictures = [[drawn(mass, 0, side, top) for mass in of_layer] for of_layer in record.maps[query].swapaxes(0, 1)]
+        pictures = [[drawn(mass, 0) for mass in of_layer] for of_layer in record.maps[query].swapaxes(0, 1)]
         by_layer = Sheet(
             f"query-{query + 1}-layers{suffix}",
             "by layer and step",
@@ -192,10 +203,9 @@ def sheets(seen: Seen, grid: Grid, frames: Sequence[Image], query: int, suffix: 
             list(zip(names, pictures, strict=True)),
             [f"step {step}" for step in record.steps],
             [[f"text {share:.0%}" for share in of_layer] for of_layer in record.text[query].T],
-            side,
+            _SIDES["layers"],
         )
     else:
-        side = _SIDES["layers"]
         chosen = sorted({*evenly(grid.shape[0], _FRAMES_SHOWN), own})
         maps = record.maps[query].mean(0)  # [L, *cells]
         by_layer = Sheet(
@@ -204,23 +214,22 @@ def sheets(seen: Seen, grid: Grid, frames: Sequence[Image], query: int, suffix: 
             "Mean over heads and recorded steps; frames are those of tokens, each with its share of attention. "
             + scale(top),
             [
-                (name, [drawn(of_layer[frame], frame, side, top) for frame in chosen])
+                (name, [drawn(of_layer[frame], frame) for frame in chosen])
                 for name, of_layer in zip(names, maps, strict=True)
             ],
             [f"frame {frame}{' (its own)' if frame == own else ''}" for frame in chosen],
             [[f"{of_layer[frame].sum():.0%}" for frame in chosen] for of_layer in maps],
-            side,
+            _SIDES["layers"],
         )
-    side = _SIDES["heads"]
     by_head = Sheet(
         f"query-{query + 1}-heads{suffix}",
         "by layer and head",
         f"Mean over the recorded steps{', in its own frame' if grid.axes == 3 else ''}. {scale(top_of_heads)}",
         [
-            (name, [drawn(mass, own, side, top_of_heads) for mass in of_layer])
+            (name, [drawn_of_head(mass) for mass in of_layer])
             for name, of_layer in zip(names, record.head_maps[query], strict=True)
         ],
-        [f"head {head}" for head in range(record.head_maps.shape[2])],
+        [f"head {head}" for head in range(heads)],
         [[f"text {share:.0%}" for share in of_layer] for of_layer in record.head_text[query]],
         side,
     )

@@ -15,14 +15,21 @@ from grat_cli.recall import query_maps
 from grat_kernels import Grid
 from grat_kernels.geometry import Cell, cell_counts
 
-MOST_CELLS = 16_384
+# Values of a map, and of a map of one head, of which there are many: 128x128 and 64x64.
+MOST_CELLS, MOST_CELLS_OF_HEADS = 16_384, 4096
 
 
-def map_cell(grid: Grid) -> Cell:
-    """Tokens per axis that one value of a map stands for, so that maps stay small: whole frames, square cells."""
-    side = 1
-    while math.prod(cell_counts(grid, cell := (*(1,) * (grid.axes - 2), side, side))) > MOST_CELLS:
-        side += 1
+def map_cell(grid: Grid, most: int = MOST_CELLS, unit: int = 1) -> Cell:
+    """Tokens per axis that one value of a map stands for, so that maps stay small: frames apart, square cells.
+
+    Args:
+        grid: image tokens.
+        most: values of a map.
+        unit: of which the side of a cell is a multiple.
+    """
+    side = unit
+    while math.prod(cell_counts(grid, cell := (*(1,) * (grid.axes - 2), side, side))) > most:
+        side += unit
     return cell
 
 
@@ -34,6 +41,7 @@ class QueryRecord:
         queries: places of the queries on the grid.
         steps: steps that were recorded, `R` of them.
         cell: tokens per axis that one value of a map stands for.
+        head_cell: rows and columns of tokens that one value of a head's map stands for.
         maps: softmax mass on each cell, mean over heads, `[Q, R, L, *cells]`; with `text` it sums to 1.
         text: softmax mass on text, mean over heads, `[Q, R, L]`.
         head_maps: softmax mass on each cell of the query's own frame, mean over the recorded steps, `[Q, L, H, rows,
@@ -44,6 +52,7 @@ class QueryRecord:
     queries: tuple[tuple[int, ...], ...]
     steps: tuple[int, ...]
     cell: Cell
+    head_cell: Cell
     maps: np.ndarray
     text: np.ndarray
     head_maps: np.ndarray
@@ -70,10 +79,12 @@ class QueryRecorder:
         self._tokens = np.array([np.ravel_multi_index(query, grid.shape) for query in queries])
         self._cell = map_cell(grid)
         counts = cell_counts(grid, self._cell)
+        frame = Grid(grid.shape[-2:])
+        self._head_cell = map_cell(frame, MOST_CELLS_OF_HEADS, self._cell[-1])
         asked = len(self._queries)
         self._maps = np.zeros((asked, len(self._recorded), layers, *counts), np.float32)
         self._text = np.zeros((asked, len(self._recorded), layers))
-        self._head_maps = np.zeros((asked, layers, heads, *counts[-2:]), np.float32)
+        self._head_maps = np.zeros((asked, layers, heads, *cell_counts(frame, self._head_cell)), np.float32)
         self._head_text = np.zeros((asked, layers, heads))
         self._step, self._is_first = -1, False
 
@@ -99,6 +110,7 @@ class QueryRecorder:
             self._queries,
             self._recorded,
             self._cell,
+            self._head_cell,
             self._maps,
             self._text,
             self._head_maps / len(self._recorded),
@@ -121,7 +133,15 @@ class QueryRecorder:
         self._head_text[:, inputs.layer] += found.text.cpu().numpy()
         for number, query in enumerate(self._queries):
             of_frame = tuple(place // size for place, size in zip(query[:-2], self._cell[:-2], strict=True))
-            self._head_maps[number, inputs.layer] += found.image[number][(slice(None), *of_frame)].cpu().numpy()
+            own = found.image[number][(slice(None), *of_frame)].cpu().numpy()
+            self._head_maps[number, inputs.layer] += _added_up(own, self._head_cell[0] // self._cell[-1])
+
+
+def _added_up(maps: np.ndarray, factor: int) -> np.ndarray:
+    """Sums over squares of so many values a side, `[..., rows, columns]`; the last ones hold the remainder."""
+    for axis in (-2, -1):
+        maps = np.add.reduceat(maps, range(0, maps.shape[axis], factor), axis)
+    return maps
 
 
 class CallCounter:

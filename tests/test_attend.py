@@ -19,6 +19,8 @@ from grat_cli.attend import Attended, Candidate, candidates_for, queries_for, re
 from grat_cli.attend_figures import Estimate, density_hint, half_distance, pattern_figures, ranked_heads
 from grat_cli.attend_pictures import evenly, frames_of, overlay
 from grat_cli.attention_record import AttentionRecorder
+from grat_cli.bench.charts import WIDTH
+from grat_cli.bench.svg import text_width
 from grat_cli.errors import BadInput
 from grat_cli.media import read_provenance
 from grat_cli.presets import Attention, load_preset
@@ -361,6 +363,15 @@ def test_the_page_shows_all_and_needs_nothing_from_elsewhere(fox: tuple[Result, 
         plot = (fox[1] / name).read_text()
         assert plot.startswith("<svg xmlns=")
         assert Image.open(fox[1] / "query-1-heads.png").width > 3 * 112
+
+
+def test_names_beside_lines_are_not_cut_off(fox: tuple[Result, Path]) -> None:
+    for name in PLOTS:
+        plot = (fox[1] / name).read_text()
+        labels = re.findall(r'<text x="([\d.]+)" [^>]*class="label[^>]*>([^<]+)<', plot)
+        assert labels or name == "heads.svg"
+        for left, label in labels:
+            assert float(left) + text_width(label) <= WIDTH
 
 
 def test_what_was_made_says_how(fox: tuple[Result, Path]) -> None:

@@ -137,6 +137,20 @@ def test_maps_stay_small_and_keep_frames_apart() -> None:
         assert np.prod(cell_counts(grid, map_cell(grid))) <= MOST_CELLS
 
 
+def test_maps_of_heads_are_coarser_where_there_are_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grat_cli.query_record.MOST_CELLS_OF_HEADS", 12)
+    pipe, size, chosen, judged, call = flux_call()
+    recorder = QueryRecorder([(3, 3)], Grid((10, 7)), (0, 1), 3, 2)
+    with grat_cli.install(pipe, observation_preset(chosen, judged), **size, observer=recorder):
+        pipe(**size, **call, generator=torch.Generator().manual_seed(0), output_type="latent")
+    record = recorder.record()
+    assert (record.cell, record.head_cell, record.head_maps.shape[-2:]) == ((1, 1), (3, 3), (4, 3))
+    exact = record.maps.mean(1)  # over steps
+    coarse = record.head_maps.mean(2)
+    np.testing.assert_allclose(coarse[..., 0, 0], exact[..., :3, :3].sum((-1, -2)), atol=1e-6)
+    np.testing.assert_allclose(coarse[..., 3, 2], exact[..., 9:, 6:].sum((-1, -2)), atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(9, 7), (3, 5, 6), (1, 1), (1, 8)])
 def test_even_distances_are_those_of_all_pairs(shape: tuple[int, ...]) -> None:
     places = np.stack(np.unravel_index(np.arange(np.prod(shape)), shape), 1)

@@ -62,7 +62,7 @@ def attend(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="A preset that gives the sampling, and whose attention is judged too. "
+            help="A preset that gives the sampling; without --patterns its attention is judged as well. "
             "Default: the model's recommended one.",
             show_default=False,
             rich_help_panel="Attention",
@@ -205,6 +205,8 @@ def attend(
     output.hint(f"{choice.name} ({choice.reason}), {size}, {chosen.sampling.steps} steps with full attention")
     output.hint(f"recorded: steps {', '.join(map(str, recorded))} (counted from 0), {rows} queries a call")
     output.hint(f"seed {', '.join(map(str, seeds))}")
+    if chosen.schedule.rules or chosen.schedule.dense_steps:
+        output.hint(f"the schedule of {chosen.name} is left aside: every pattern is judged at all recorded steps")
     for note in getattr(size, "notes", ()):
         output.hint(note)
     if note := mismatch_note(chosen, choice):
