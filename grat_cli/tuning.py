@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from grat_cli import ranges
+from grat_cli.adapters.base import AttentionInputs
 from grat_cli.attention_record import AttentionRecorder, observation_preset
 from grat_cli.bench.quality import Likeness, likeness, likeness_of_videos, summary
 from grat_cli.checkpoints import load_model
@@ -165,7 +167,7 @@ def tune(request: TuneRequest, progress: Progress) -> Tuned:
             _write(path, found, about | {"text_tokens": text_tokens})
         parts.append(_read(path, about))
     observations = Observations.merged([part for part, _ in parts])
-    text_tokens = max(tokens for _, tokens in parts)
+    text_tokens = parts[0][1]  # as the densities: those of the first prompt
 
     # 3. What each stretch, layer and head takes.
     choice = choose(request, observations)
@@ -174,7 +176,8 @@ def tune(request: TuneRequest, progress: Progress) -> Tuned:
         base.model_dump()
         | {
             "name": request.name,
-            "description": f"Tuned for {request.request.model.name} at {maker.title}; see evidence.",
+            "description": f"Fitted to {request.request.model.name} at {maker.title} for a {_target(request)}: "
+            f"{len(schedule.palette)} patterns by layer, head and stretch of steps.",
             "attention": own.model_dump(),
             "schedule": schedule.model_dump(),
         }
@@ -256,6 +259,22 @@ def _about(request: TuneRequest, revision: str | None, prompt: str, seed: int) -
     }
 
 
+class _Recorder(AttentionRecorder):
+    """Also keeps the text length of the first call, which densities are of.
+
+    Attributes:
+        text_len: in tokens; None before that.
+    """
+
+    text_len: int | None = None
+
+    def attention(self, inputs: AttentionInputs | None = None) -> AbstractContextManager[None]:
+        """See `AttentionRecorder`."""
+        if inputs is not None and self.text_len is None:
+            self.text_len = inputs.plan.text_len
+        return super().attention(inputs)
+
+
 def _observed(
     pipe: Any,
     maker: PictureMaker | VideoMaker,
@@ -265,10 +284,10 @@ def _observed(
     seed: int,
     progress: Progress,
 ) -> tuple[Observations, int]:
-    """What a run with full attention shows, and the text tokens that it had."""
+    """What a run with full attention shows, and the text tokens that its densities are of."""
     config = pipe.transformer.config
     layers = config.num_layers + config.num_single_layers
-    recorder = AttentionRecorder(
+    recorder = _Recorder(
         request.candidates,
         observing.sampling.steps,
         layers,
@@ -277,10 +296,10 @@ def _observed(
         recorded=request.steps_observed(),
         seed=seed,
     )
-    _, installation = run_installed(pipe, maker, observing, prompt, seed, progress, recorder)
+    run_installed(pipe, maker, observing, prompt, seed, progress, recorder)
     record = recorder.record()
-    found = Observations(record.densities, record.queries, record.recall, record.error, record.loss)
-    return found, installation.last_schedule.plans[0].text_len
+    assert recorder.text_len is not None, "something was recorded"
+    return Observations(record.densities, record.queries, record.recall, record.error, record.loss), recorder.text_len
 
 
 def _write(path: Path, found: Observations, about: Mapping[str, Any]) -> None:
@@ -351,7 +370,7 @@ def _evidence(
         text_tokens=text_tokens,
         steps=request.request.preset.sampling.steps,
         prompts=request.prompts,
-        target=f"density {request.density:g}" if request.density is not None else f"recall {request.recall:g}",
+        target=_target(request),
         density=_figures(costs),
         recall=_figures(chosen("recall")),
         output_error=_figures(np.sqrt(chosen("error"))),
@@ -377,6 +396,10 @@ def _evidence(
             psnr_db=_figures(quality.psnr_db),
         ),
     )
+
+
+def _target(request: TuneRequest) -> str:
+    return f"density of {request.density:g}" if request.density is not None else f"recall of {request.recall:g}"
 
 
 def _figures(value: Any) -> float:

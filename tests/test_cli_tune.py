@@ -21,7 +21,7 @@ def test_a_preset_is_made_that_a_picture_is_then_made_with(tmp_path: Path, monke
     preset = load_preset(told["preset"])
     assert preset.evidence is not None
     assert preset.evidence.density == told["density"] <= 0.4001
-    assert preset.evidence.target == "density 0.4"
+    assert preset.evidence.target == "density of 0.4"
 
     # Another target from the same observations, for people.
     again = grat(*TUNE, "--target-recall", "0.7", "--check", "0", "--out", "wide.yaml")

@@ -24,10 +24,11 @@ from grat_cli.presets import (
     resolve_preset,
 )
 from grat_cli.resolution import Resolution
+from grat_cli.schedule import AttentionSchedule
 from grat_cli.selection import PRESET_VARIANTS, select_preset
 from grat_cli.video_size import VideoSize
 from grat_cli.yaml_source import read_text
-from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
+from grat_kernels import Block, CrissCross, Far, Full, Grid, Pattern, SlidingTile, Union
 
 MINIMAL = "name: mine\nmodel: flux\nattention: {variant: b, group: [16, 16]}\n"
 
@@ -45,18 +46,33 @@ def read(text: str) -> Preset:
 
 
 OF_LARGE_PICTURES = {"demo-4x", "flux-2k", "flux-4k", "flux-8k"}
+TUNED = {"demo-tuned", "demo-video-tuned"}
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_shipped_presets_are_named_after_their_file_and_explain_themselves(name: str) -> None:
     preset = load_preset(name)
     assert preset.name == name
-    assert preset.model == name.split("-")[0]
+    assert preset.model == ("hunyuan" if "video" in name else name.split("-")[0])
     assert len(preset.description) > 40
     assert preset_from(read_text(preset_yaml(preset), "again")) == preset
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", sorted(TUNED))
+def test_tuned_presets_are_as_dense_as_their_evidence_says(name: str) -> None:
+    preset = load_preset(name)
+    evidence = preset.evidence
+    assert evidence is not None
+    layers, heads = len(preset.schedule.tables[0].layers), 3
+    laid_out = AttentionSchedule(
+        preset, Grid(evidence.tokens), evidence.text_tokens, preset.model == "demo", evidence.steps, layers, heads
+    )
+    # Evidence has four significant figures.
+    assert laid_out.density == pytest.approx(evidence.density, rel=5e-4)
+    assert evidence.target in preset.description
+
+
+@pytest.mark.parametrize("name", sorted(set(preset_names()) - TUNED))
 def test_shipped_presets_cost_what_they_say(name: str) -> None:
     preset = load_preset(name)
     choice = {
@@ -80,11 +96,12 @@ def test_every_family_has_every_variant() -> None:
         set(preset_names())
         == {f"{family}-{variant}" for family, variants in PRESET_VARIANTS.items() for variant in variants}
         | OF_LARGE_PICTURES
+        | TUNED
     )
 
 
 def test_presets_of_the_paper_are_pure() -> None:
-    for name in preset_names():
+    for name in sorted(set(preset_names()) - TUNED):
         preset = load_preset(name)
         assert bool(preset.attention.far) == (name.endswith("-far") or name in OF_LARGE_PICTURES)
         assert preset.schedule.dense_steps == 0

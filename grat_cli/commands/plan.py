@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from grat_cli.planning import Forecast
 
 _VARIANTS_OF_VIDEOS = ("planes", "lines")
+_FEW_PATTERNS = 6  # are listed one by one
 
 
 def plan(
@@ -274,10 +275,14 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
         "Q, K, V, O": f"{bytes_text(result.qkvo_bytes)} in {result.dtype}",
     }
     if len(schedule.plans) > 1:
-        shares = (f"density {plan.density:.4f} in {share:.0%}" for plan, share in schedule.shares.items())
-        facts["schedule"] = (
-            f"{schedule.steps} steps, {schedule.layers} layers, {schedule.heads} heads: {', '.join(shares)} of them"
+        shares = [f"density {plan.density:.4f} in {share:.0%}" for plan, share in schedule.shares.items()]
+        densities = [plan.density for plan in schedule.plans]
+        what = (
+            f"{', '.join(shares)} of them"
+            if len(shares) <= _FEW_PATTERNS
+            else f"{len(shares)} patterns, densities {min(densities):.4f} to {max(densities):.4f}"
         )
+        facts["schedule"] = f"{schedule.steps} steps, {schedule.layers} layers, {schedule.heads} heads: {what}"
     if len(stages) > 1:
         facts["stages"] = "\n".join(map(_stage_text, stages)) + "\n(figures above are of the last one)"
     return facts
