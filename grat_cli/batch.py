@@ -37,6 +37,7 @@ from grat_cli.video_run import VideoRun, discard_run, read_run
 
 # Videos are made here, with all that is kept of one until it is written, and moved to their place whole.
 UNFINISHED = "unfinished"
+_NOT_SHOWN_OF_PRESETS = ("name", "description", "model", "kernel")
 # What says how a video is kept and told of, not what it shows.
 _NOT_OF_THE_VIDEO = ("command", "overwrite", "checkpoint_every", "outputs", "save_latents")
 
@@ -99,17 +100,17 @@ def missing(batch: Batch, *, overwrite: bool) -> list[Sample]:
         BadInput: if something else is in the way, or cannot be written.
     """
     if batch.layout.name == "plain":
-        made = _made_before(batch)
-        left = [sample for sample in batch.samples if _facts_asked(batch.template, sample) not in made]
+        left = _not_told_of(batch)
     else:
         left = [sample for sample in batch.samples if not _is_there(batch, sample, overwrite)]
     _make_folder(batch.out)
     for sample in left:
         for path in (sample.output, sample.report):
             _make_folder(path.parent)
-        # A report without its output is what a killed process left.
+        # A report of the same that lacks its output is what a killed process left.
+        same = _facts_found(sample.report) == _facts_asked(batch.template, sample)
         refuse_unwritable([sample.output], overwrite=overwrite)
-        refuse_unwritable([sample.report], overwrite=overwrite or batch.layout.name != "plain")
+        refuse_unwritable([sample.report], overwrite=overwrite or same)
     return left
 
 
@@ -347,24 +348,28 @@ def _is_there(batch: Batch, sample: Sample, overwrite: bool) -> bool:
         told, wanted = json.loads(found), json.loads(asked)
         others = ", ".join(name for name in wanted if wanted[name] != told.get(name))
         raise BadInput(
-            f"{sample.output} was made with another {others}: give the same options as then to go on, "
-            "or another --out, or --overwrite"
+            f"{sample.output} was made with other options ({others}): "
+            "to go on, give the same as then; or another --out, or --overwrite"
         )
     return False
 
 
-def _made_before(batch: Batch) -> set[str]:
-    """What was asked for the outputs with reports in a folder of plain names."""
+def _not_told_of(batch: Batch) -> list[Sample]:
+    """The samples that no report in a folder of plain names tells of; one whose output is lost keeps its name."""
     suffix = batch.samples[0].output.suffix
-    return {
-        facts
-        for path in sorted(batch.out.glob("grat-*.json"))
-        if path.with_name(path.stem + suffix).exists() and (facts := _facts_found(path)) is not None
-    }
+    outputs = {_facts_found(path): path.with_name(path.stem + suffix) for path in sorted(batch.out.glob("grat-*.json"))}
+    left = []
+    for sample in batch.samples:
+        output = outputs.get(_facts_asked(batch.template, sample))
+        if output is None:
+            left.append(sample)
+        elif not output.exists():
+            left.append(replace(sample, output=output, report=report_path(output)))
+    return left
 
 
 def _facts_asked(template: ImageRequest | VideoRequest, sample: Sample) -> str:
-    """All that decides what a sample shows, as JSON; the device does not."""
+    """All that decides what a sample shows, as JSON; device, dtype and kernels do not, but for rounding."""
     request = _request(template, sample)
     facts = {
         "prompt": request.prompt,
@@ -372,8 +377,8 @@ def _facts_asked(template: ImageRequest | VideoRequest, sample: Sample) -> str:
         "seed": sample.seed,
         "size": [request.width, request.height],
         "model": request.model.source,
-        "preset": request.preset.model_dump(mode="json"),
         "quantization": request.quantize,
+        **_facts_of_preset(request.preset.model_dump(mode="json")),
     }
     if isinstance(request, VideoRequest):
         facts["size"] += [request.frames]
@@ -391,15 +396,19 @@ def _facts_found(path: Path) -> str | None:
             "seed": told["seed"],
             "size": [told["width"], told["height"]],
             "model": told["model"]["source"],
-            "preset": told["preset"],
             "quantization": told["device"]["quantize"],
+            **_facts_of_preset(told["preset"]),
         }
         if "frames" in told:
             facts["size"] += [told["frames"]]
             facts["frame rate"] = told["fps"]
-    except (BadInput, KeyError, TypeError):
+    except (BadInput, KeyError, TypeError, AttributeError):
         return None
     return json.dumps(facts)
+
+
+def _facts_of_preset(preset: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in preset.items() if name not in _NOT_SHOWN_OF_PRESETS}
 
 
 def _make_folder(folder: Path) -> None:

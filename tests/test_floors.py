@@ -73,7 +73,7 @@ FLOORS = (
     ("generation", "video_generation", "seeds", "selection"),
     ("makers", "prompt_files"),
     # What people and machines are told
-    ("planning", "picture", "output", "batch_layout"),
+    ("planning", "picture", "pattern_figure", "output", "batch_layout"),
     ("time_estimate", "video_output", "fitting", "batch"),
     ("bench.*",),
     ("options", "comparison"),

@@ -208,8 +208,8 @@ def batch(
     output.hint(f"{choice.name} ({choice.reason}), {chosen.name}: {chosen.attention.summary}")
     if note := mismatch_note(chosen, choice):
         output.hint(note)
-    if chosen_layout.formats and format is not None:
-        require_choice("--format", format, chosen_layout.formats)
+    if format is not None and chosen_layout.formats and format not in chosen_layout.formats:
+        raise BadInput(f"--layout {layout} takes {' or '.join(chosen_layout.formats)} files, not {format}")
     machine = _Machine(device, dtype, offload, quantize, base)
     command = shlex.join(["grat", *(context.find_root().obj or ())])
     if medium == "image":
@@ -252,6 +252,8 @@ def batch(
     there = len(samples) - len(left)
     skipped = f", {there} of them are there already" if there else ""
     output.hint(f"{len(entries)} prompts, {len(samples)} {medium}s{skipped}")
+    if repeated := len(entries) - len({sample.entry.place for sample in samples}):
+        output.hint(f"{repeated} of the prompts stand there before, with the same seed: they are made once")
 
     # 4. Make the others, one by one; each is written as soon as it is done.
     made, failures = [], []
@@ -276,7 +278,7 @@ def batch(
             "failed": [{**_sample_data(failure.sample), "reason": failure.reason} for failure in failures],
         }
     )
-    output.show(f"{len(made)} made, {there} were there, {len(failures)} failed, in {folder / chosen_layout.folder}")
+    output.show(f"{len(made)} made, {there} there before, {len(failures)} failed, in {folder / chosen_layout.folder}")
     for failure in failures:
         output.show(f"failed: {failure.sample.entry.prompt} (seed {failure.sample.seed}): {failure.reason}")
     if failures:
@@ -372,7 +374,10 @@ def _picture_template(
         offload=machine.offload,
         quantize=machine.quantize,
     )
-    output.hint(f"{size}, {', '.join(f'{stage.size} in {stage.steps} steps' for stage in stages)}")
+    if len(stages) == 1:
+        output.hint(f"{size}, {stages[0].steps} steps")
+    else:
+        output.hint(f"stages: {', '.join(f'{stage.size} ({stage.steps} steps)' for stage in stages)}")
     return ImageRequest(
         "",
         chosen,
