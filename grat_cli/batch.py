@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -34,6 +35,7 @@ from grat_cli.video_decoding import phases_of
 from grat_cli.video_generation import VideoGenerator, VideoText, take_threads
 from grat_cli.video_request import VideoRequest, request_data
 from grat_cli.video_run import VideoRun, discard_run, read_run
+from grat_cli.whole_files import cannot_write
 
 # Videos are made here, with all that is kept of one until it is written, and moved to their place whole.
 UNFINISHED = "unfinished"
@@ -233,12 +235,25 @@ class _VideoWorker:
         self._generator.release_text_encoders()
 
     def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
-        # 1. Where it is made, and how far an earlier process got with it.
+        # 1. Make it, but for what an earlier process has done of it.
         unfinished = self._batch.out / UNFINISHED
         _make_folder(unfinished)
         request = _request(self._template, sample)
         work = unfinished / _work_name(request)
         request = replace(request, outputs=(work,), overwrite=True)
+        made = _finished(work)
+        if made is None:
+            made = self._finish(request, work, sample, is_last)
+
+        # 2. Move the report, then the video: one that is there has its report.
+        told = {**made, "batch": self._batch.told(sample)}
+        write_json(told, sample.report)
+        _move(work, sample.output)
+        report_path(work).unlink()
+        return told
+
+    def _finish(self, request: VideoRequest, work: Path, sample: Sample, is_last: bool) -> Mapping[str, Any]:
+        """Makes a video, or what is left to do of it, and returns its report."""
         prompts = request.prompt, request.negative_prompt
         run = self._begun(work, sample.seed)
         phases = phases_of(run, self._device)
@@ -248,22 +263,11 @@ class _VideoWorker:
             if peak := part.memory_bytes.pop(name, 0):
                 phases.memory_bytes[name] = max(phases.memory_bytes.get(name, 0), peak)
         run = replace(run, phases_ms=phases.phases_ms, memory_bytes=phases.memory_bytes)
-
-        # 2. Denoise, decode, encode.
         try:
-            made = self._generator.make(request, run, work, self._texts[prompts], phases, is_last=is_last)
+            return self._generator.make(request, run, work, self._texts[prompts], phases, is_last=is_last).report
         except NumericalFailure:
             discard_run(work)  # going on with it would fail again
             raise
-
-        # 3. Move the report, then the video: one that is there has its report.
-        told = {**made.report, "batch": self._batch.told(sample)}
-        write_json(told, sample.report)
-        if sample.output.is_dir():
-            raise BadInput(f"{sample.output} is in the way: move it, or use another --out")
-        os.replace(work, sample.output)
-        report_path(work).unlink()
-        return told
 
     def _begun(self, work: Path, seed: int) -> VideoRun:
         """The run that an earlier process has left, else a new one."""
@@ -409,6 +413,30 @@ def _facts_found(path: Path) -> str | None:
 
 def _facts_of_preset(preset: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in preset.items() if name not in _NOT_SHOWN_OF_PRESETS}
+
+
+def _finished(work: Path) -> Mapping[str, Any] | None:
+    """The report of a video that is written, and was not moved because the process ended just then."""
+    if not report_path(work).is_file():
+        if work.is_dir():  # of frames, which nothing takes the place of
+            shutil.rmtree(work)
+        return None
+    discard_run(work)
+    return read_provenance(report_path(work)) if work.exists() else None
+
+
+def _move(work: Path, output: Path) -> None:
+    """Puts what is whole in its place.
+
+    Raises:
+        CannotWrite: if it cannot be put there.
+    """
+    try:
+        if output.is_dir():
+            shutil.rmtree(output)  # of frames, with --overwrite
+        os.replace(work, output)
+    except OSError as error:
+        raise cannot_write(output, error) from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -35,12 +35,12 @@ MEANS: tuple[tuple[Colour, Colour], ...] = (
 )
 _GROUND, _INK, _SOFT = (255, 255, 255), (27, 31, 36), (87, 96, 106)
 
-_WIDTH_OF_VIDEOS, _SIDE_OF_IMAGES = 1040, 400  # pixels: of all panels abreast, and of one
+_WIDTH_OF_VIDEOS, _SIDE_OF_IMAGES = 1040, 336  # pixels: of all panels abreast, and of one
 _SMALLEST_GROUP, _LARGEST_GROUP = 4, 40  # pixels
 _MOST_ABREAST = 12
 _SMALLEST_BLOCK = 3  # pixels; the dots of smaller ones would run into one another
 _MARGIN, _GAP = 16, 8
-_TITLE, _TEXT = 16, 13  # font sizes
+_TITLE, _TEXT = 15, 13  # font sizes
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def _title(plan: Plan, preset: Preset) -> str:
 def _facts(plan: Plan, schedule: AttentionSchedule) -> str:
     """Density, and if there are several plans the share of the run that this one serves."""
     grouping = plan.grouping
-    facts = (
-        f"{shape_text(grouping.grid.shape)} tokens in {shape_text(grouping.counts)} groups, density {plan.density:.3f}"
-    )
+    axes = " (frames of latents, rows, columns)" if grouping.grid.axes == 3 else ""
+    shape, counts = shape_text(grouping.grid.shape), shape_text(grouping.counts)
+    facts = f"{shape} tokens{axes} in {counts} groups; density {plan.density:.3f}"
     if len(schedule.plans) == 1:
         return facts
     return f"{facts}; {schedule.shares[plan]:.1%} of all steps, layers and heads"
@@ -207,10 +207,10 @@ def _query_group(plan: Plan, group: tuple[int, ...]) -> QueryGroup:
 
 
 def _caption(plan: Plan, query: QueryGroup) -> str:
-    """For example `a group of 4x8x8 tokens attends 6,912 of 118,800, and 2,052 means`."""
+    """For example `4x8x8 tokens attend 6,912 of 118,800, and 2,052 means`."""
     means = f", and {query.means:,} means" if query.means else ""
     of_all = f"{query.tokens:,} of {plan.image_tokens:,}"
-    return f"a group of {shape_text(query.extents)} tokens attends {of_all}{means}"
+    return f"{shape_text(query.extents)} tokens attend {of_all}{means}"
 
 
 def _extents(plan: Plan, group: Sequence[int]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from command_line import Result, grat, refusal
 from PIL import Image
 from rich.console import Console
 
-from grat_cli import generation, video_generation
+from grat_cli import batch, generation, video_generation
 from grat_cli.checkpoints import LoadedModel, load_model
 from grat_cli.errors import NumericalFailure
 from grat_cli.image_coding import decode as decode_picture
@@ -325,7 +325,9 @@ def vbench_videos(folder: Path, full_info: list[dict[str, Any]], dimension: str)
     return found
 
 
-def test_vbench_reads_what_it_is_given(video_model: Path) -> None:
+def test_vbench_reads_what_it_is_given(video_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[tuple[str, ...]] = []
+    monkeypatch.setattr(video_generation, "release", lambda pipe, *parts: released.append(parts))
     long = "ö" * 120
     full_info = [
         {"prompt_en": "waves at night, in super slow motion", "dimension": ["scene"]},
@@ -338,6 +340,8 @@ def test_vbench_reads_what_it_is_given(video_model: Path) -> None:
     result = grat(*arguments, "--json")
     assert result.code == 0, result.err
     assert result.data["folder"] == "v/videos"
+    # Text encoders go before the first video is made, the transformer with the last one.
+    assert released == [("text_encoder", "text_encoder_2"), ("transformer",)]
     assert "1 of the prompts stand there before" in result.err
     videos = vbench_videos(Path("v/videos"), full_info, "scene")
     assert videos == {prompt: [f"{prompt}-{index}.mp4" for index in range(2)] for prompt in videos}
@@ -379,6 +383,29 @@ def test_a_video_that_fails_leaves_nothing(video_model: Path, monkeypatch: pytes
     assert all("a-boat" in path.name for path in Path("v").iterdir())
 
 
+@pytest.mark.parametrize("format_name", ["mp4", "frames"])
+def test_a_video_that_is_written_but_not_in_its_place_is_not_made_again(
+    video_model: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
+) -> None:
+    write_lines("p.txt", "waves")
+    arguments: tuple[object, ...] = ("batch", "p.txt", "--model", video_model, *SMALL_VIDEO, "--steps", "2")
+    arguments = (*arguments, "--out", "v", "--format", format_name)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_move", interrupted)
+        assert grat(*arguments).code == 130
+    assert len(list(Path("v/unfinished").iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(video_generation, "denoise", interrupted)
+        assert grat(*arguments).code == 0
+    (video,) = (path for path in Path("v").iterdir() if path.suffix != ".json")
+    assert len(list(read_frames(video))) == 5
+    assert {path.name for path in Path("v").iterdir()} == {video.name, f"{video.stem}.json"}
+
+
 def begin(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "grat_cli", *map(str, arguments)]
@@ -388,7 +415,7 @@ def begin(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
 def test_a_batch_of_videos_that_is_killed_goes_on_where_it_was(video_model: Path) -> None:
     """In the middle of a video too, and with the same frames."""
     write_lines("p.txt", "waves", "a boat")
-    size = ("--res", "192x160", "--frames", "33", "--variant", "lines", "--group", "2x2x2", "--steps", "8")
+    size = ("--res", "192x160", "--frames", "17", "--variant", "lines", "--group", "2x2x2", "--steps", "8")
     arguments: tuple[object, ...] = ("batch", "p.txt", "--layout", "vbench", "--model", video_model, *size)
     arguments = (*arguments, "--n", "1", "--checkpoint-every", "1")
     whole = grat(*arguments, "--out", "whole")

@@ -208,12 +208,13 @@ codes = [run(arguments) for arguments in (
     ["plan", "flux-x", "--res", "8192"], ["plan", "demo-far", "--json"], ["plan", "--model", "flux-schnell"],
     ["bench", "--help"], ["video", "--help"], ["resume", "--help"], ["decode", "--help"],
     ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
+    ["batch", "--help"], ["batch", "none.txt"],
     ["video", ""], ["video", "waves", "--model", "demo", "--res", "huge"], ["resume", "a.mp4"], ["decode", "a.mp4"],
     ["image", "a fox", "--model", "demo", "--res", "1000"],
 )]
 heavy = {"torch", "diffusers", "transformers", "triton"} & set(sys.modules)
 print(codes, sorted(heavy), file=sys.stderr)
-sys.exit(codes != [0] * 13 + [2] * 8 or bool(heavy))
+sys.exit(codes != [0] * 13 + [2] * 3 + [0] + [2] * 6 or bool(heavy))
 """
 
 

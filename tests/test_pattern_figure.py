@@ -135,6 +135,6 @@ def test_small_figures_of_large_runs(tmp_path: Path) -> None:
         result = grat("plan", *arguments, "--gpu", "h200", "--picture", path, "--quiet")
         assert (result.code, result.out) == (0, f"{path}\n")
         with Image.open(path) as figure:
-            assert 800 < figure.width < 1300
+            assert 700 < figure.width < 1100
             assert figure.height < 600
         assert path.stat().st_size < 60_000

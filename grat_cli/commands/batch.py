@@ -399,7 +399,7 @@ def _video_template(
     machine: _Machine,
     output: Output,
     *,
-    size: tuple[Any, ...],
+    size: tuple[str | None, str | None, float | None, int | None, int | None],
     format: str | None,
     crf: int | None,
     every: int | None,
