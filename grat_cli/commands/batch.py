@@ -251,7 +251,7 @@ def batch(
     left = missing(whole, overwrite=overwrite)
     there = len(samples) - len(left)
     skipped = f", {there} of them are there already" if there else ""
-    output.hint(f"{len(entries)} prompts, {len(samples)} {medium}s{skipped}")
+    output.hint(f"prompts: {len(entries)}, {medium}s: {len(samples)}{skipped}")
     if repeated := len(entries) - len({sample.entry.place for sample in samples}):
         output.hint(f"{repeated} of the prompts stand there before, with the same seed: they are made once")
 
