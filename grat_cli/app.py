@@ -10,6 +10,7 @@ import typer
 
 from grat_cli import __version__
 from grat_cli.commands.attend import attend
+from grat_cli.commands.batch import batch
 from grat_cli.commands.bench import bench
 from grat_cli.commands.compare import compare
 from grat_cli.commands.decode import decode
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (image, video, resume, decode, plan, attend, tune, bench, compare, presets, env, info):
+for command in (image, video, batch, resume, decode, plan, attend, tune, bench, compare, presets, env, info):
     app.command()(command)
 
 

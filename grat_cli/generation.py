@@ -1,4 +1,4 @@
-"""Images from prompts: the main path, which reads from top to bottom in `generate_images`."""
+"""Images from prompts: the main path is `generate_images`; its numbered steps are those of `ImageGenerator`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grat_cli.devices import (
     wait_for,
 )
 from grat_cli.generation_request import Progress, check_size
-from grat_cli.guidance import choose_guidance
+from grat_cli.guidance import Guidance, choose_guidance
 from grat_cli.highres import stages_of
 from grat_cli.image_request import ImageRequest, note_expectations, read_init_image
 from grat_cli.resolution import Resolution
@@ -51,78 +51,130 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
         OutOfMemory: if the device has too little memory.
         NumericalFailure: if latents turn NaN or infinite, or the picture is one flat colour.
     """
-    import torch
-
-    # 1. What can be refused before anything is loaded.
-    check_size(request)
-    device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype, device)
-    init_image = read_init_image(request, progress)
-    stages = stages_of(
-        request.preset,
-        request.model,
-        request.width,
-        request.height,
-        start=None if init_image is None else Resolution(*init_image.size),
-        strength=request.strength,
-    )
+    # 1. and 2. Refuse what cannot be done, and load.
     note_expectations(request, progress)
-    phases = Phases(lambda: wait_for(device))
-    forget_peak_memory(device)
+    generator = ImageGenerator(request, progress)
 
-    with memory_advice(request, device, stages[0].size):
-        # 2. Load.
-        progress.phase("load")
-        with phases("load"):
-            model = load_model(
-                request.model,
-                device=device,
-                dtype=dtype,
-                offload=request.offload,
-                quantize=request.quantize,
-                tokens=(request.width // request.model.token_side) * (request.height // request.model.token_side),
-                image_to_image=init_image is not None,
-                base=request.base,
-            )
-        if request.offload == "auto":
-            progress.note(f"--offload auto is {model.offload}: {model.offload_reason}")
-        studio = Studio(model.pipe, device, progress)
+    # 3. Encode the prompts, once for all seeds and stages.
+    text = generator.encode(request)
 
-        # 3. Encode the prompts, once for all seeds and stages.
-        guidances = [
-            choose_guidance(model.pipe, request.model, stage.preset, request.negative_prompt) for stage in stages
-        ]
-        for note in dict.fromkeys(note for guidance in guidances for note in guidance.notes):
-            progress.note(note)
-        progress.phase("text")
-        with phases("text"):
-            given = [guidance.negative_prompt for guidance in guidances if guidance.negative_prompt is not None]
-            text = encode_text(model.pipe, request, given[0] if given else None)
-
+    # 4. to 6. Denoise, decode, report.
     for seed in request.seeds:
+        yield generator.make(request, text, seed)
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """Encoded prompts.
+
+    Attributes:
+        tensors: embeddings as the pipelines take them.
+        guidances: of each stage.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    guidances: list[Guidance]
+
+
+class ImageGenerator:
+    """A loaded model that makes one picture after another.
+
+    Steps and failures are those of `generate_images`.
+    """
+
+    def __init__(self, request: ImageRequest, progress: Progress) -> None:
+        """Refuses what cannot be done, and loads the model.
+
+        Args:
+            request: what is made first; later ones may differ in prompt, negative prompt, seeds and previews alone.
+            progress: told how it goes on.
+        """
+        # 1. What can be refused before anything is loaded.
+        check_size(request)
+        self._progress = progress
+        self._device = device = choose_device(request.device)
+        self._dtype = choose_dtype(request.dtype, device)
+        self._init_image = read_init_image(request, progress)
+        self._stages = stages_of(
+            request.preset,
+            request.model,
+            request.width,
+            request.height,
+            start=None if self._init_image is None else Resolution(*self._init_image.size),
+            strength=request.strength,
+        )
+        self._phases = Phases(lambda: wait_for(device))
+        forget_peak_memory(device)
+
+        # 2. Load.
+        with memory_advice(request, device, self._stages[0].size):
+            progress.phase("load")
+            with self._phases("load"):
+                self._model = load_model(
+                    request.model,
+                    device=device,
+                    dtype=self._dtype,
+                    offload=request.offload,
+                    quantize=request.quantize,
+                    tokens=(request.width // request.model.token_side) * (request.height // request.model.token_side),
+                    image_to_image=self._init_image is not None,
+                    base=request.base,
+                )
+            if request.offload == "auto":
+                progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")
+        self._studio = Studio(self._model.pipe, device, progress)
+
+    def encode(self, request: ImageRequest) -> ImageText:
+        """Prompt and negative prompt as the pipelines take them, for all seeds and stages."""
+        # 3. Encode the prompts.
+        pipe = self._model.pipe
+        with memory_advice(request, self._device, self._stages[0].size):
+            guidances = [
+                choose_guidance(pipe, request.model, stage.preset, request.negative_prompt) for stage in self._stages
+            ]
+            for note in dict.fromkeys(note for guidance in guidances for note in guidance.notes):
+                self._progress.note(note)
+            self._progress.phase("text")
+            with self._phases("text"):
+                given = [guidance.negative_prompt for guidance in guidances if guidance.negative_prompt is not None]
+                return ImageText(encode_text(pipe, request, given[0] if given else None), guidances)
+
+    def make(self, request: ImageRequest, text: ImageText, seed: int) -> GeneratedImage:
+        """One picture.
+
+        Args:
+            request: of the prompt.
+            text: the prompt, encoded.
+            seed: of the noise.
+        """
         # Noise is drawn on the CPU, so that a seed gives the same one on every device.
+        import torch
+
         generator = torch.Generator("cpu").manual_seed(seed)
-        before, picture, records = init_image, None, []
-        for stage, guidance in zip(stages, guidances, strict=True):
-            with memory_advice(request, device, stage.size):
+        before, picture, records = self._init_image, None, []
+        for stage, guidance in zip(self._stages, text.guidances, strict=True):
+            with memory_advice(request, self._device, stage.size):
                 # 4. Denoise with GRAT attention installed, from noise or from what came before, upscaled.
-                before, record = studio.run(stage, text, guidance, before, generator, request.previews.get(seed))
+                preview = request.previews.get(seed)
+                before, record = self._studio.run(stage, text.tensors, guidance, before, generator, preview)
                 records.append(record)
 
                 # 5. Decode, unless latents are upscaled.
                 if stage.decoded:
-                    before = picture = studio.decode(before, record)
+                    before = picture = self._studio.decode(before, record)
 
-        # 6. Report.
+        # 6. Report. What was loaded and encoded is counted with the first picture that follows.
         last = records[-1]
         assert picture is not None, "the last stage is decoded"
-        memory_bytes, memory_kind = peak_memory(device)
-        yield GeneratedImage(
+        memory_bytes, memory_kind = peak_memory(self._device)
+        phases_ms = self._phases.phases_ms | total_phases(records)
+        self._phases.phases_ms = {"load": 0.0, "text": 0.0}
+        return GeneratedImage(
             image=picture,
             seed=seed,
             width=request.width,
             height=request.height,
-            phases_ms=phases.phases_ms | total_phases(records),
+            phases_ms=phases_ms,
             steps=numbered(records),
             stages=tuple(records),
             peak_memory_bytes=memory_bytes,
@@ -130,20 +182,19 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             backend=last.installation.backend.value,
             backend_reason=last.installation.backend_reason,
             preparation=last.installation.preparation,
-            device=str(device),
-            device_name=device_name(device),
-            dtype=str(dtype).removeprefix("torch."),
-            autoencoder_dtype=str(model.pipe.vae.dtype).removeprefix("torch."),
-            threads=cpu_threads(device),
+            device=str(self._device),
+            device_name=device_name(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            autoencoder_dtype=str(self._model.pipe.vae.dtype).removeprefix("torch."),
+            threads=cpu_threads(self._device),
             guidance=last.guidance,
             shift=last.shift,
-            model_revision=model.revision,
-            offload=model.offload,
-            offload_reason=model.offload_reason,
+            model_revision=self._model.revision,
+            offload=self._model.offload,
+            offload_reason=self._model.offload_reason,
             schedule=last.installation.last_schedule,
-            text_tokens=text["prompt_embeds"].shape[1],
+            text_tokens=text.tensors["prompt_embeds"].shape[1],
         )
-        phases.phases_ms = {"load": 0.0, "text": 0.0}
 
 
 def encode_text(pipe: Any, request: ImageRequest, negative_prompt: str | None) -> dict[str, torch.Tensor]:

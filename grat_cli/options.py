@@ -84,6 +84,13 @@ def complete_format() -> list[str]:
     return list(FORMATS)
 
 
+def complete_layout() -> list[str]:
+    """Names of layouts of a batch, for shell completion."""
+    from grat_cli.batch_layout import LAYOUTS
+
+    return list(LAYOUTS)
+
+
 def complete_picture_format() -> list[str]:
     """Names of picture formats, for shell completion."""
     from grat_cli.picture_files import FORMATS

@@ -1,4 +1,4 @@
-"""Pictures of a pattern: what one group attends, as text or as an image."""
+"""Pictures of a pattern in a terminal: what one group attends."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import numpy.typing as npt
 from grat_kernels import Plan
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from rich.text import Text
 
 QUERY, EXACT, NOT_ATTENDED = "Q", "#", "."
 _MOST_ROWS = 32
 _GAP = "  "  # between frames of a video
 _STYLES = {QUERY: "bold yellow", EXACT: "green", NOT_ATTENDED: "dim"}
-_COLOURS = {QUERY: (242, 163, 38), EXACT: (32, 106, 93), NOT_ATTENDED: (236, 236, 232)}
-_FAR_COLOURS = ((120, 178, 164), (174, 209, 200), (208, 227, 221))
 
 
 def marks(plan: Plan) -> npt.NDArray[np.str_]:
@@ -65,24 +62,6 @@ def text_picture(plan: Plan, columns: int) -> Text:
         legend.append("one picture per group of frames, in the order of time")
     picture.append("\n".join(legend))
     return picture
-
-
-def image_picture(plan: Plan) -> Image:
-    """The pattern as an image, one square per group; of a video one frame below another."""
-    from PIL import Image
-
-    frames = _frames(plan)
-    side = max(4, min(32, 1024 // max(frames.shape[1:])))
-    cells = np.empty((*frames.shape, 3), np.uint8)
-    for character in np.unique(frames):
-        far = str(character).isdigit()
-        colour = _FAR_COLOURS[min(int(character), len(_FAR_COLOURS)) - 1] if far else _COLOURS[str(character)]
-        cells[frames == character] = colour
-    pixels = cells.repeat(side, axis=1).repeat(side, axis=2)
-    pixels[:, ::side], pixels[:, :, ::side] = 255, 255  # thin lines between the groups
-    gap = np.full((len(frames), side, *pixels.shape[2:]), 255, np.uint8)
-    stacked = np.concatenate([pixels, gap], axis=1).reshape(-1, *pixels.shape[2:])
-    return Image.fromarray(stacked[:-side])
 
 
 def _frames(plan: Plan) -> npt.NDArray[np.str_]:

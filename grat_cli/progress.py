@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from grat_cli.output import Output
 
 PHASE_WORDS = {
@@ -46,6 +48,9 @@ class ProgressDisplay:
     def note(self, text: str) -> None:
         """Something the user should know."""
 
+    def outputs(self, done: int, total: int) -> None:
+        """So many outputs of a batch are done; the first call, with 0, says that a batch begins."""
+
 
 class LogProgress(ProgressDisplay):
     """For files and pipes: a line per phase, and during denoising a line at most every `interval_s` seconds."""
@@ -53,15 +58,18 @@ class LogProgress(ProgressDisplay):
     def __init__(self, output: Output, interval_s: float = 10.0) -> None:
         self._output, self._interval_s = output, interval_s
         self._pace, self._last_line = _Pace(), 0.0
+        self._batch: _Pace | None = None
 
     def phase(self, name: str) -> None:
         self._pace = _Pace()
-        self._last_line = time.monotonic()
-        self._output.hint(PHASE_WORDS.get(name, name))
+        if self._batch is None:  # else there would be several lines for each of hundreds of outputs
+            self._last_line = time.monotonic()
+            self._output.hint(PHASE_WORDS.get(name, name))
 
     def step(self, done: int, total: int) -> None:
         per_step, now = self._pace.after(done), time.monotonic()
-        if done and (now - self._last_line >= self._interval_s or done == total):
+        is_last = done == total and self._batch is None
+        if done and (now - self._last_line >= self._interval_s or is_last):
             self._last_line = now
             self._output.hint(f"step {done}/{total}, {pace(per_step)}, {duration(per_step * (total - done))} left")
 
@@ -72,6 +80,13 @@ class LogProgress(ProgressDisplay):
 
     def note(self, text: str) -> None:
         self._output.hint(text)
+
+    def outputs(self, done: int, total: int) -> None:
+        self._batch = self._batch or _Pace()
+        each = self._batch.after(done)
+        if done:
+            self._last_line = time.monotonic()
+            self._output.hint(batch_text(done, total, each))
 
 
 class LiveProgress(ProgressDisplay):
@@ -93,6 +108,7 @@ class LiveProgress(ProgressDisplay):
         )
         self._task = self._progress.add_task("", total=None, steps="")
         self._pace = _Pace()
+        self._batch: tuple[_Pace, TaskID] | None = None
 
     def __enter__(self) -> LiveProgress:
         self._progress.start()
@@ -126,6 +142,13 @@ class LiveProgress(ProgressDisplay):
     def note(self, text: str) -> None:
         self._output.hint(text)
 
+    def outputs(self, done: int, total: int) -> None:
+        if self._batch is None:
+            self._batch = _Pace(), self._progress.add_task("batch", total=total, steps="")
+        pace, task = self._batch
+        text = batch_text(done, total, pace.after(done)) if done else f"0 of {total}"
+        self._progress.update(task, completed=done, steps=text)
+
 
 class _Pace:
     """Time per step, counted from where a phase began; a resumed run does not begin at step 0."""
@@ -144,6 +167,12 @@ class _Pace:
 def pace(seconds_per_step: float) -> str:
     """Time per step, such as `0.21 s/step`."""
     return f"{seconds_per_step:.{0 if seconds_per_step >= 100 else 2}f} s/step"
+
+
+def batch_text(done: int, total: int, seconds_each: float) -> str:
+    """How far a batch is, such as `3 of 12 done, 4.1 s each, 37 s left`."""
+    each = f"{seconds_each:.1f} s" if seconds_each < 60 else duration(seconds_each)
+    return f"{done} of {total} done, {each} each, {duration(seconds_each * (total - done))} left"
 
 
 def duration(seconds: float) -> str:

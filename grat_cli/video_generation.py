@@ -1,4 +1,4 @@
-"""Videos from prompts: the main path, which reads from top to bottom in `generate_videos`."""
+"""Videos from prompts: the main path is `generate_videos`; its numbered steps are those of `VideoGenerator`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,6 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
     check_video(request)
     note_expectations(request, progress)
     device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype, device)
     jobs = list(zip(request.seeds, request.outputs, strict=True))
     if begun is not None:
         take_threads(begun, device, progress)
@@ -67,69 +66,139 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
     run = begun or VideoRun(seed=jobs[0][0])
     phases = phases_of(run, device)
 
-    with memory_advice(request, device, request.size):
-        # 2. Load.
-        progress.phase("load")
-        with phases("load"):
-            model = load_model(
-                request.model,
-                device=device,
-                dtype=dtype,
-                offload=request.offload,
-                quantize=request.quantize,
-                tokens=request.video_tokens,
-                base=request.base,
-            )
-        if request.offload == "auto":
-            progress.note(f"--offload auto is {model.offload}: {model.offload_reason}")
-        pipe = model.pipe
-        use_tiles(pipe.vae)
-        run.refuse_other_weights(model.revision)
+    # 2. Load.
+    generator = VideoGenerator(request, phases, progress)
+    run.refuse_other_weights(generator.revision)
 
-        # 3. Encode the prompts, once for all seeds.
-        guidance = choose_guidance(pipe, request.model, request.preset, request.negative_prompt)
-        for note in guidance.notes:
-            progress.note(note)
-        progress.phase("text")
-        with phases("text"):
-            text = encode_text(pipe, request, guidance)
-        if model.offload == "none":
-            release(pipe, "text_encoder", "text_encoder_2")
+    # 3. Encode the prompts, once for all seeds.
+    text = generator.encode(request, phases)
+    generator.release_text_encoders()
 
+    # 4. to 6. Denoise, keep the latents; decode, encode and report.
     for number, (seed, output) in enumerate(jobs):
         if number:
             run = VideoRun(seed=seed, phases_ms={"load": 0.0, "text": 0.0})
             phases = phases_of(run, device)
+        yield generator.make(request, run, output, text, phases, is_last=number == len(jobs) - 1)
+
+
+@dataclass(frozen=True)
+class VideoText:
+    """Encoded prompts, in main memory.
+
+    Attributes:
+        tensors: embeddings and masks as the pipeline takes them.
+        guidance: how strongly they steer.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    guidance: Guidance
+
+
+class VideoGenerator:
+    """A loaded model that makes one video after another. Steps and failures are those of `generate_videos`.
+
+    Attributes:
+        revision: of the weights, None where they have none.
+    """
+
+    def __init__(self, request: VideoRequest, phases: Phases, progress: Progress) -> None:
+        """Loads the model.
+
+        Args:
+            request: what is made first; later ones may differ in prompt, negative prompt, seeds and outputs alone.
+            phases: of the first run.
+            progress: told how it goes on.
+        """
+        self._device, self._progress = choose_device(request.device), progress
+        # 2. Load.
+        with memory_advice(request, self._device, request.size):
+            progress.phase("load")
+            with phases("load"):
+                self._model = load_model(
+                    request.model,
+                    device=self._device,
+                    dtype=choose_dtype(request.dtype, self._device),
+                    offload=request.offload,
+                    quantize=request.quantize,
+                    tokens=request.video_tokens,
+                    base=request.base,
+                )
+            if request.offload == "auto":
+                progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")
+        self._pipe = self._model.pipe
+        use_tiles(self._pipe.vae)
+        self.revision = self._model.revision
+
+    def encode(self, request: VideoRequest, phases: Phases) -> VideoText:
+        """Prompt and negative prompt as the pipeline takes them, for all seeds."""
+        # 3. Encode the prompts.
+        with memory_advice(request, self._device, request.size):
+            guidance = choose_guidance(self._pipe, request.model, request.preset, request.negative_prompt)
+            for note in guidance.notes:
+                self._progress.note(note)
+            self._progress.phase("text")
+            with phases("text"):
+                tensors = encode_text(self._pipe, request, guidance)
+                return VideoText({name: tensor.cpu() for name, tensor in tensors.items()}, guidance)
+
+    def release_text_encoders(self) -> None:
+        """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
+        if self._model.offload == "none":
+            release(self._pipe, "text_encoder", "text_encoder_2")
+
+    def make(
+        self,
+        request: VideoRequest,
+        run: VideoRun,
+        output: Path,
+        text: VideoText,
+        phases: Phases,
+        *,
+        is_last: bool,
+    ) -> MadeVideo:
+        """One video, written with its report.
+
+        Args:
+            request: of the prompt.
+            run: as far as it has got.
+            output: where the video goes.
+            text: the prompt, encoded.
+            phases: of the run.
+            is_last: whether the transformer is not needed afterwards.
+        """
+        pipe = self._pipe
 
         # 4. Denoise with GRAT attention installed; a checkpoint now and then.
         if not run.done:
             discard_run(output)  # of an earlier run, which would be taken for this one's
-        progress.phase("denoise")
-        with memory_advice(request, device, request.size):
-            run = denoise(
-                pipe,
-                request,
-                run,
-                output,
-                text=text,
-                guidance=guidance,
-                model=model,
-                device=device,
-                phases=phases,
-                progress=progress,
-            )
-        if model.offload == "none" and number == len(jobs) - 1:
+        if run.done < request.preset.sampling.steps:
+            self._progress.phase("denoise")
+            with memory_advice(request, self._device, request.size):
+                run = denoise(
+                    pipe,
+                    request,
+                    run,
+                    output,
+                    text={name: tensor.to(self._device) for name, tensor in text.tensors.items()},
+                    guidance=text.guidance,
+                    model=self._model,
+                    device=self._device,
+                    phases=phases,
+                    progress=self._progress,
+                )
+        if self._model.offload == "none" and is_last:
             release(pipe, "transformer")
 
         # 5. Keep the latents until the video is written: decoding is where memory runs out.
-        kept = keep_latents(run, request, output, progress)
+        kept = keep_latents(run, request, output, self._progress)
 
         # 6. Decode, encode, report.
-        with kept_latents(kept, request, output, progress):
-            made = finish_video(pipe.vae, device, run, request, output, phases, progress)
+        with kept_latents(kept, request, output, self._progress):
+            made = finish_video(pipe.vae, self._device, run, request, output, phases, self._progress)
         pipe.maybe_free_model_hooks()
         tidy_up(run, request, output, kept)
-        yield made
+        return made
 
 
 def encode_text(pipe: Any, request: VideoRequest, guidance: Guidance) -> dict[str, torch.Tensor]:

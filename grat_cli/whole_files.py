@@ -13,12 +13,18 @@ from typing import IO, Any
 
 from grat_cli.errors import CannotWrite
 
-_LONGEST_STEM = 200
+_LONGEST_BEGINNING_BYTES = 200  # of the 255 that file systems take
 
 
 def part_path(path: Path, suffix: str = ".part") -> Path:
     """Where an output is while it is being written: beside it, hidden, with a name of this process."""
-    return path.with_name(f".{path.name[:_LONGEST_STEM]}.{os.getpid()}{suffix}")
+    return path.with_name(f"{_beginning(path)}{os.getpid()}{suffix}")
+
+
+def _beginning(path: Path) -> str:
+    """How the names of an output's parts begin."""
+    kept = path.name.encode(errors="surrogateescape")[:_LONGEST_BEGINNING_BYTES]
+    return f".{kept.decode(errors='ignore')}."
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool = False) -> None:
@@ -56,7 +62,7 @@ def discard(part: Path) -> None:
 
 def discard_leftovers(path: Path) -> None:
     """Removes what killed processes have left beside an output that they were writing."""
-    beginning = f".{path.name[:_LONGEST_STEM]}."
+    beginning = _beginning(path)
     for leftover in path.parent.glob(glob.escape(beginning) + "*"):
         process = re.fullmatch(r"(\d+)\.[a-z]+", leftover.name.removeprefix(beginning))
         if process is None or _is_running(int(process[1])):

@@ -73,10 +73,10 @@ FLOORS = (
     ("grat_cli",),
     ("staged_generation",),
     ("generation", "video_generation", "seeds", "selection"),
-    ("makers",),
+    ("makers", "prompt_files"),
     # What people and machines are told
-    ("planning", "picture", "output"),
-    ("time_estimate", "video_output", "fitting"),
+    ("planning", "picture", "pattern_figure", "output", "batch_layout"),
+    ("time_estimate", "video_output", "fitting", "batch"),
     ("bench.*",),
     ("options", "comparison", "tuning", "attend"),
     ("attend_figures", "attend_pictures"),
@@ -86,6 +86,7 @@ FLOORS = (
         "commands",
         "commands.image",
         "commands.attend",
+        "commands.batch",
         "commands.plan",
         "commands.bench",
         "commands.compare",
@@ -214,13 +215,14 @@ codes = [run(arguments) for arguments in (
     ["plan", "flux-x", "--res", "8192"], ["plan", "demo-far", "--json"], ["plan", "--model", "flux-schnell"],
     ["bench", "--help"], ["video", "--help"], ["resume", "--help"], ["decode", "--help"],
     ["info", "missing.png"], ["image", ""], ["bench", "--compare", "grat-c"],
+    ["batch", "--help"], ["batch", "none.txt"],
     ["video", ""], ["video", "waves", "--model", "demo", "--res", "huge"], ["resume", "a.mp4"], ["decode", "a.mp4"],
     ["image", "a fox", "--model", "demo", "--res", "1000"], ["attend", ""],
     ["attend", "a fox", "--model", "demo", "--patterns", "na"],
 )]
 heavy = {"torch", "diffusers", "transformers", "triton"} & set(sys.modules)
 print(codes, sorted(heavy), file=sys.stderr)
-sys.exit(codes != [0] * 13 + [2] * 10 or bool(heavy))
+sys.exit(codes != [0] * 13 + [2] * 3 + [0] + [2] * 8 or bool(heavy))
 """
 
 

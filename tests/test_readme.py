@@ -33,6 +33,13 @@ RUNNABLE = [command for command in COMMANDS if command not in NEEDS_WEIGHTS]
 QUICK = {
     "image": ["--steps", "2", "--model", "demo", "--overwrite"],
     "video": ["--steps", "1", "--model", "demo", "--frames", "5"],
+    "batch": ["--steps", "1", "--model", "demo", "--n", "1"],
+}
+# What `grat batch` is given, one prompt of each kind.
+PROMPT_FILES = {
+    "prompts.txt": "a red fox",
+    "evaluation_metadata.jsonl": '{"tag": "colors", "include": [{"class": "boat"}], "prompt": "a boat"}',
+    "VBench_full_info.json": '[{"prompt_en": "snow falling", "dimension": ["scene"]}]',
 }
 QUICK_BENCH = {
     "attention": ["--grid", "12x20", "--heads", "1", "--reps", "1", "--overwrite"],
@@ -61,8 +68,11 @@ def test_every_command_that_needs_no_weights_works(tmp_path: Path, monkeypatch: 
     assert len(RUNNABLE) >= 8
     first = runner.invoke(app, ["image", "a red fox", "--model", "demo", "--steps", "1", "--out", "demo.png"])
     assert first.exit_code == 0, first.stderr
+    for name, text in PROMPT_FILES.items():
+        Path(name).write_text(text)
     for command in RUNNABLE:
         quick = QUICK_BENCH[_level(command)] if command[1] == "bench" else QUICK.get(command[1], [])
+        quick = [*quick, *(["--frames", "5"] if "vbench" in command else [])]
         result = runner.invoke(app, [*command[1:], *quick])
         assert result.exit_code == 0, f"{shlex.join(command)}: {result.stderr}"
         assert result.stdout.strip()

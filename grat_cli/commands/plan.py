@@ -94,7 +94,7 @@ def plan(
     from grat_cli.highres import stage_data, stages_of
     from grat_cli.models import choose_model
     from grat_cli.offloading import OFFLOADS
-    from grat_cli.picture import image_picture, text_picture
+    from grat_cli.picture import text_picture
     from grat_cli.planning import architecture_for, forecast, stage_forecasts
     from grat_cli.presets import HIGHRES_MODES, load_preset
     from grat_cli.quantization import QUANTIZATIONS
@@ -209,7 +209,9 @@ def plan(
     elif verdict.fits:
         output.show(verdict.sentence)
     if picture is not None:
-        media.write_png(image_picture(result.main_plan), picture, None)
+        from grat_cli.pattern_figure import pattern_figure
+
+        media.write_png(pattern_figure(result.schedule, result.preset), picture, None)
         output.line(str(picture))
     elif output.mode is Mode.HUMAN:
         output.show("", text_picture(result.main_plan, min(output.console.width, 80)))
