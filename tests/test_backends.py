@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import Problem, error_bound, problems
 from hypothesis import HealthCheck, given, settings
+from operator_names import record_operators
+from tracked_memory import track
 
 from grat_kernels import (
     Backend,
@@ -255,3 +257,27 @@ def test_head_plans_say_what_does_not_fit() -> None:
         span_attention(query, query, query, HEAD_PLAN)
     assert HEAD_PLAN.density == pytest.approx(sum(HEAD_PLAN.classes[c].density for c in (2, 0, 1, 0, 3)) / 5)
     assert build_head_plan((near, near), (0, 1)) is build_head_plan((near, near), (0, 1))
+
+
+def test_heads_that_are_a_view_are_not_copied_for_every_batch() -> None:
+    plan = build_plan(Grouping(Grid((64, 64)), (4, 4)), Block(1))
+    query, key, value = (torch.randn(1, plan.tokens, 8, 32) for _ in range(3))
+    views = [tensor[:, :, 2:6] for tensor in (query, key, value)]
+    copies = [tensor.contiguous() for tensor in views]
+
+    def peak(tensors: list[torch.Tensor]) -> int:
+        return track(lambda: sdpa_backend.attention(*tensors, plan, None, 1.0)).peak_bytes
+
+    assert torch.equal(*(sdpa_backend.attention(*tensors, plan, None, 1.0) for tensors in (views, copies)))
+    assert peak(views) < peak(copies) + copies[0].nbytes / 2
+
+
+def test_heads_without_a_far_field_leave_the_summaries_of_others_alone() -> None:
+    near = HEAD_PLAN.classes[1]
+    assert near.summaries.rows
+    query, key, value = (torch.randn(1, near.tokens, 1, 32) for _ in range(3))
+    poisoned = tuple(torch.full((1, near.summaries.rows, 1, 32), math.nan) for _ in range(2))
+    with record_operators() as names:
+        output = sdpa_backend.attention(query, key, value, near, None, 1.0, summaries=poisoned)
+    assert output.isfinite().all()
+    assert "aten::cat" not in names

@@ -30,7 +30,7 @@ from grat_kernels.geometry import cell_counts, nests
 
 PROMPTS = 4  # at most
 STEPS = 4
-QUERIES = 64  # of each attention call
+QUERIES = 32  # of each attention call: with all layers and heads, thousands in all
 
 
 @dataclass(frozen=True)

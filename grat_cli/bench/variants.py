@@ -470,9 +470,9 @@ def _preset(request: Request, grid: Grid) -> Variant:
     dense, rules = preset.schedule.dense_steps, len(preset.schedule.rules)
     words = [f"preset {preset.name}: {preset.attention.summary}"]
     if dense:
-        words.append(f"first {dense:.0%} of the steps dense" if isinstance(dense, float) else f"{dense} dense steps")
+        words.append(f"{dense:.0%} of the steps dense" if isinstance(dense, float) else f"dense steps {dense}")
     if rules:
-        words.append(f"{rules} rule{'s' if rules > 1 else ''} by step, layer or head")
+        words.append(f"rules {rules}")
     plain = not rules and preset.attention.variant in ("full", "sta")
     return Variant(request.name, PRESET, "baseline" if plain else "pattern", "; ".join(words), grid, preset=preset)
 

@@ -495,7 +495,8 @@ class _Studio:
             milliseconds = (time.perf_counter() - began) * 1000
             timesteps = pipe.scheduler.timesteps.tolist()
         watch.raise_if_not_finite()
-        return latents, milliseconds, recorder.steps(timesteps)
+        # Those of a trial bear numbers of the whole run.
+        return latents, milliseconds, recorder.steps(timesteps) if trial_steps is None else []
 
     def _asked(self, prompt: str, steps: int | None = None) -> GenerationRequest:
         """The request of one output, with fewer steps for a trial."""
