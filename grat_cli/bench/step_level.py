@@ -265,7 +265,7 @@ class _Steps:
         query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
         return fastest_dense(query, key, value, max_seconds=self._settings.max_seconds, flop_per_second=rate)
 
-    def _flop(self, grid: Grid, pairs: int) -> float:
+    def _flop(self, grid: Grid, pairs: float) -> float:
         """Floating-point operations of a step, roughly: an image token passes half the weights of a double block."""
         doubles, singles = (
             sum(parameter.numel() for parameter in blocks.parameters())
