@@ -146,7 +146,7 @@ def _candidate(name: str, family: str, grid: Grid) -> Candidate:
     if word not in (*NAMES, *SHORT_NAMES):
         known = (*_GROUPED, *(f"{family}-{variant}" for variant in PRESET_VARIANTS[family] if variant != "full"))
         raise BadInput(f"--patterns {name}: {choices(name, known)}" if name else "--patterns: a name is empty")
-    (request,) = parse_variants(name, "--patterns")
+    (request,) = parse_variants(name, option="--patterns")
     variant = variant_for(request, grid, "--patterns")
     if request.kind in ("na", "clear"):
         raise BadInput(f"--patterns {name}: windows around each token are no pattern of groups; try b, x or far")

@@ -168,7 +168,7 @@ def _scale(schedule: AttentionSchedule) -> float:
 
 def _title(plan: Plan, preset: Preset) -> str:
     """The preset's name and the attention that a plan stands for."""
-    for attention in (preset.attention, *preset.attention_of_rules):
+    for attention in preset.attentions:
         if (attention.pattern(), attention.group) == (plan.pattern, plan.grouping.group):
             return f"{preset.name}: {attention.summary}"
     return f"{preset.name}: full attention"

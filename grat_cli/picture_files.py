@@ -84,7 +84,7 @@ FORMATS = {
 SUFFIXES = tuple(suffix for format in FORMATS.values() for suffix in format.suffixes)
 
 
-def choose_format(out: Path | None, format_name: str | None) -> PictureFormat:
+def choose_picture_format(out: Path | None, format_name: str | None) -> PictureFormat:
     """The format of the pictures of a run: as named, else as the suffix of the output says, else PNG.
 
     Args:

@@ -65,7 +65,7 @@ class VideoFacts:
     codec: str
 
 
-def choose_format(out: Path | None, format_name: str | None) -> str:
+def choose_video_format(out: Path | None, format_name: str | None) -> str:
     """The format of the videos of a run: as named, else as the suffix of the output says, else mp4.
 
     Args:

@@ -289,6 +289,11 @@ class HeadPlan(JointSequence):
         _plans[self.key] = self
 
     @property
+    def attended_pairs(self) -> float:
+        """Query-key pairs that are computed, a summary counted as one key, mean over heads."""
+        return float(np.mean([self.classes[number].attended_pairs for number in self.class_of_head]))
+
+    @property
     def density(self) -> float:
         """Attended pairs over all pairs of the joint sequence, mean over heads."""
         return float(np.mean([self.classes[number].density for number in self.class_of_head]))

@@ -91,14 +91,18 @@ class _Source(NamedTuple):
         # The CPU kernel takes fp32 biases with 16-bit keys; else a bias must have the dtype of the query.
         half_on_cpu = key.device.type == "cpu" and key.element_size() == 2
         bias_dtype = torch.float32 if half_on_cpu else key.dtype
+        # Heads without a far field share the summaries of others, which they need not carry along.
+        far = bool(plan.span_lists.levels.any())
         bias = None
-        if text_valid is not None or plan.summaries.rows:
-            bias = torch.zeros(key.shape[0], plan.tokens + plan.summaries.rows, dtype=bias_dtype, device=key.device)
+        if text_valid is not None or far:
+            bias = torch.zeros(
+                key.shape[0], plan.tokens + far * plan.summaries.rows, dtype=bias_dtype, device=key.device
+            )
         if text_valid is not None and bias is not None:
             padded = padded_positions(plan, text_valid, key.device)
             bias[:, : plan.tokens].masked_fill_(padded, -torch.inf)
             key, value = without_padding(key, padded), without_padding(value, padded)
-        if plan.summaries.rows and bias is not None:
+        if far and bias is not None:
             bias[:, plan.tokens :] = plan.tensors(key.device).log_counts
             # One copy of all keys spares two copies of every gathered list.
             summary_key, summary_value = summary_pair(key, value, plan, summaries)
@@ -142,7 +146,9 @@ class _Batch(NamedTuple):
 
     def _gather(self, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`[B * runs, rows of one, ...]` from `[B, rows, ...]`."""
-        return tensor.index_select(1, rows).unflatten(1, (self.runs, -1)).flatten(0, 1)
+        # Of a view of some heads, `index_select` would copy everything first, for each batch anew.
+        picked = tensor.index_select(1, rows) if tensor.is_contiguous() else tensor[:, rows]
+        return picked.unflatten(1, (self.runs, -1)).flatten(0, 1)
 
 
 class _Copy(NamedTuple):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import Problem, error_bound, problems
 from hypothesis import HealthCheck, given, settings
+from operator_names import record_operators
+from tracked_memory import track
 
 from grat_kernels import (
     Backend,
@@ -255,3 +257,29 @@ def test_head_plans_say_what_does_not_fit() -> None:
         span_attention(query, query, query, HEAD_PLAN)
     assert HEAD_PLAN.density == pytest.approx(sum(HEAD_PLAN.classes[c].density for c in (2, 0, 1, 0, 3)) / 5)
     assert build_head_plan((near, near), (0, 1)) is build_head_plan((near, near), (0, 1))
+
+
+def test_heads_that_are_a_view_are_not_copied_for_every_batch() -> None:
+    plan = build_plan(Grouping(Grid((64, 64)), (4, 4)), Block(1))
+    query, key, value = (torch.randn(1, plan.tokens, 8, 32) for _ in range(3))
+    views = query[:, :, 2:6], key[:, :, 2:6], value[:, :, 2:6]
+    copies = views[0].contiguous(), views[1].contiguous(), views[2].contiguous()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return sdpa_backend.attention(query, key, value, plan, None, 1.0)
+
+    assert torch.equal(attend(*views), attend(*copies))
+    peaks = [track(lambda tensors=tensors: attend(*tensors)).peak_bytes for tensors in (views, copies)]
+    whole = copies[0].nbytes
+    assert peaks[0] < peaks[1] + whole / 2
+
+
+def test_heads_without_a_far_field_leave_the_summaries_of_others_alone() -> None:
+    near = HEAD_PLAN.classes[1]
+    assert near.summaries.rows
+    query, key, value = (torch.randn(1, near.tokens, 1, 32) for _ in range(3))
+    poison = torch.full((1, near.summaries.rows, 1, 32), math.nan)
+    with record_operators() as names:
+        output = sdpa_backend.attention(query, key, value, near, None, 1.0, summaries=(poison, poison))
+    assert output.isfinite().all()
+    assert "aten::cat" not in names

@@ -59,6 +59,7 @@ def test_every_variant_has_all_its_figures_on_two_and_three_axes() -> None:
             assert row.sparse_efficiency == pytest.approx(full_ms * row.density / median)
             pairs = row.density * size.tokens**2
             assert row.tflops == pytest.approx(4 * pairs * 2 * 16 / (median / 1000) / 1e12)
+            assert row.pair_ns == pytest.approx(median * 1e6 / (pairs * 2))
             assert row.peak_share is None
             # Output and inputs are the least; fp32 is all that separates it from fp64.
             assert row.peak_memory_bytes is None or row.peak_memory_bytes >= 3 * size.tokens * 2 * 16 * 4
@@ -76,6 +77,19 @@ def test_density_and_reach_are_those_of_the_plan() -> None:
     plan = build_plan(Grouping(PICTURE.grid, (4, 4)), Union(Block(1), Far([(1, (2, 2))])), 7, True)
     assert (row.density, row.reach_tokens) == (plan.density, plan.reach)
     assert (row.speedup, row.sparse_efficiency) == (None, None)  # nothing to compare with
+
+
+def test_heads_that_differ_do_as_much_as_heads_that_do_not() -> None:
+    """The mean of the radii below and above is the radius, but for the borders of the axis that they differ on."""
+    size = Size("long", Grid((64, 8)), 7)
+    uniform, mixed = run("grat-b:group=4,grat-heads:group=4", size).cases[0].rows
+    # Of 16 groups, radius 1 attends 3 * 16 - 2, radii 0 and 2 attend (16 + 5 * 16 - 6) / 2 on average: one less.
+    assert (mixed.density or 0) - (uniform.density or 0) == pytest.approx(-((4 * 8) ** 2) / size.tokens**2)
+    assert mixed.reach_tokens == math.hypot(11, 7)
+    [alone] = run("grat-heads", heads=1).cases[0].rows
+    assert alone.skipped == "2 patterns by head need as many heads, not 1"
+    with pytest.raises(BadInput, match="must be 1 or more"):
+        run("grat-heads:radius=0x1")
 
 
 def test_full_comes_first_wherever_it_was_named() -> None:

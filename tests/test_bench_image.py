@@ -19,7 +19,7 @@ from grat_cli.bench.quality import compare
 from grat_cli.bench.results import BenchResult, Row
 from grat_cli.bench.variants import Variant, parse_variants
 from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures, noise_floor
-from grat_cli.demo import DEMO_FLUX
+from grat_cli.demo import DEMO_FLUX, unknown_words, vocabulary
 from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput
 from grat_cli.models import choose_model
@@ -84,7 +84,8 @@ def test_every_row_has_a_time_and_a_picture_for_every_prompt_and_seed(run: Any) 
         assert len(row.step_times_ms) == STEPS
         assert row.attention_ms is not None
         assert 0 < row.attention_ms < sum(row.step_times_ms) < 2 * max(row.times_ms)
-    assert progress.steps == [(done, 20) for done in range(1, 21)]
+    assert progress.steps == [(done, 20) for done in range(1, 21)] + [(1, 2), (2, 2)]
+    assert progress.phases == ["loading the model", "warming up", "making pictures", "measuring recall"]
     assert BenchResult.from_json(json.dumps(result.as_dict(), allow_nan=False)).cases == result.cases
 
 
@@ -129,6 +130,20 @@ def test_the_record_says_what_was_made(run: Any) -> None:
     assert (recorded["prompts"], recorded["seeds"]) == (list(PROMPTS[:2]), [0, 1, 2, 3])
     assert result.cases[0].title == f"{WIDTH}x{HEIGHT} pixels"
     assert result.cases[0].grid == GRID.shape
+
+
+def test_windows_are_judged_as_patterns_are(run: Any) -> None:
+    result, _, progress = run
+    found = rows(result)
+    for name in NAMES[:2]:
+        fidelity = found[name].fidelity
+        assert fidelity is not None
+        assert 0 < fidelity.recall < 1
+        assert fidelity.output_error > 0
+        assert fidelity.recall_interval is not None
+    assert found[NAMES[2]].fidelity is None
+    assert progress.notes == [f"No recall of {NAMES[2]}: a disc around each token is no pattern of groups."]
+    assert result.settings["recall"]["prompts"] == 2
 
 
 def test_variants_may_be_given_ready_made() -> None:
@@ -180,6 +195,7 @@ def test_a_row_that_fails_is_skipped_and_the_others_go_on(what: str, monkeypatch
     assert row.quality is None
     assert [name for name, _ in pictures.rows] == ["full", NOISE_FLOOR]
     assert progress.notes == [f"{NAMES[0]} is skipped: {row.skipped}"]
+    assert "recall" not in result.settings
 
 
 def test_without_a_second_backend_there_is_no_noise_floor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +219,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 def test_the_prompts_are_different_pictures() -> None:
     assert len(set(PROMPTS)) == len(PROMPTS) == 16
+    assert all(not unknown_words(prompt, vocabulary()) for prompt in PROMPTS)
 
 
 def test_the_command_makes_a_contact_sheet(tmp_path: Any) -> None:

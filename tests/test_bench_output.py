@@ -182,6 +182,22 @@ def test_markdown_states_units_and_conditions() -> None:
     assert "triton 3.7.1" in text
 
 
+def test_recall_and_output_error_stand_in_every_output() -> None:
+    assert "| 0.831 ± 0.012 | 0.412 | 0.736 ± 0.020 |" in as_markdown(IMAGE)
+    assert "| 0.831 | 0.0921 | 0.897 ± 0.015 |" in as_markdown(IMAGE)
+    assert "| 0.831 ± 0.012 | 0.412 | 0.736 ± 0.020 |" in readme_table([IMAGE])
+    page = as_html(IMAGE)
+    for words in ("0.831 ± 0.012", "0.0921", "Softmax mass of full attention on what the variant attends"):
+        assert words in page
+    for columns in (60, 120):
+        assert "0.0921" in shown(IMAGE, columns)
+    assert "recall" not in as_markdown(ATTENTION)
+
+
+def test_time_for_a_pair_compares_rows_of_unequal_density() -> None:
+    assert "| per pair, ns |" in as_markdown(ATTENTION)
+
+
 def test_the_readme_table_says_when_nothing_was_measured() -> None:
     assert readme_table([]) == "Not yet measured."
     table = readme_table([ATTENTION, STEP])

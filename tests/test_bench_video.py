@@ -22,6 +22,7 @@ from grat_cli.bench.results import BenchResult, Row
 from grat_cli.bench.variants import parse_variants
 from grat_cli.bench.video_level import FRAMES_SHOWN, PROMPTS, VIDEOS_SHOWN, VideoSettings, run_video_level
 from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures
+from grat_cli.demo import unknown_words, video_vocabulary
 from grat_cli.devices import video_autoencoder_dtype
 from grat_cli.errors import BadInput
 from grat_cli.models import choose_model
@@ -107,7 +108,7 @@ def test_every_row_has_a_time_for_every_video(run: tuple[BenchResult, Pictures, 
         assert len(row.step_times_ms) == STEPS
         assert row.attention_share is not None
         assert 0 < row.attention_share < 1
-    assert progress.steps[-1] == (len(names) * len(TEXTS), len(names) * len(TEXTS))
+    assert (len(names) * len(TEXTS),) * 2 in progress.steps
     assert BenchResult.from_json(json.dumps(result.as_dict(), allow_nan=False)).cases == result.cases
 
 
@@ -154,6 +155,18 @@ def test_quality_is_the_mean_over_the_videos(run: Any, compared: Any) -> None:
         if same:
             assert of_row.motion == pytest.approx(1, abs=0.01)
     assert (found[NOISE_FLOOR].role, found[NOISE_FLOOR].kernel) == ("noise floor", "flex")
+
+
+def test_recall_is_measured_with_texts_of_different_length(run: Any) -> None:
+    result, _, _ = run
+    found = rows(result)
+    recalls = {name: row.fidelity.recall for name, row in found.items() if row.fidelity is not None}
+    assert set(recalls) == set(NAMES)
+    for name in EVERYTHING:
+        assert recalls[name] == pytest.approx(1, abs=1e-5)
+    assert recalls["b:radius=0"] < recalls["lines"] < recalls["planes"] < 1
+    assert recalls["lines"] <= recalls["bx:radius=0"]
+    assert result.settings["recall"]["steps"] == [0, 1]
 
 
 def test_density_is_that_of_the_longest_text(run: Any) -> None:
@@ -219,7 +232,8 @@ def test_settings_that_do_not_fit_are_refused(folder: Path) -> None:
 
 
 def test_the_prompts_are_different_and_begin_with_different_subjects() -> None:
-    assert len(set(PROMPTS)) == len(PROMPTS)
+    assert len(set(PROMPTS)) == len(PROMPTS) == 16
+    assert all(not unknown_words(prompt, video_vocabulary()) for prompt in PROMPTS)
     assert not set(PROMPTS[0].split()) & set(PROMPTS[1].split()) - {"at"}
 
 

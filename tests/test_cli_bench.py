@@ -23,6 +23,7 @@ from grat_cli.bench.video_level import PROMPTS as VIDEO_PROMPTS
 from grat_cli.bench.video_level import VideoSettings
 from grat_cli.bench.whole_runs import Pictures
 from grat_cli.commands.bench import complete_compare, complete_peers
+from grat_cli.presets import preset_names
 from grat_kernels import Block, Grid, Grouping, build_plan
 
 TINY = ("--grid", "12x14", "--text", 3, "--heads", 1, "--head-dim", 16, "--reps", 2, "--device", "cpu")
@@ -296,7 +297,7 @@ def test_a_backend_by_name_runs_or_says_why_not() -> None:
 
 
 def test_completion_continues_a_list() -> None:
-    assert complete_compare("") == [*NAMES, *SHORT_NAMES]
+    assert complete_compare("") == [*NAMES, *SHORT_NAMES, *preset_names()]
     assert complete_compare("full,grat-b") == ["full,grat-b", "full,grat-bx"]
     assert complete_compare("full,fu") == ["full,full-list"]
     assert complete_peers("natten,") == [f"natten,{name}" for name in PEERS if name != "natten"]

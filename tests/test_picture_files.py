@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, WebPImagePlugin
 
 from grat_cli import media, picture_files
 from grat_cli.errors import BadInput, CannotWrite
-from grat_cli.picture_files import FORMATS, choose_format, read_picture, require_writable, write_picture
+from grat_cli.picture_files import FORMATS, choose_picture_format, read_picture, require_writable, write_picture
 
 PROVENANCE = {"schema": "grat.report/1", "prompt": 'ein "Füchslein" 🦊 \udcfc', "seed": 7}
 NAMES = pytest.mark.parametrize("name", FORMATS)
@@ -137,7 +137,7 @@ def test_the_format_is_the_named_one_or_that_of_the_suffix(tmp_path: Path) -> No
         (Path("fox.webp"), "webp", "webp"),
         (Path("new/"), "jpg", "jpg"),
     ):
-        assert choose_format(out, named).name == chosen
+        assert choose_picture_format(out, named).name == chosen
     assert FORMATS["jpg"].suffix_of(Path("fox.jpeg")) == ".jpeg"
     assert FORMATS["jpg"].suffix_of(None) == FORMATS["jpg"].suffix_of(tmp_path) == ".jpg"
     for out, named, advice in (
@@ -147,7 +147,7 @@ def test_the_format_is_the_named_one_or_that_of_the_suffix(tmp_path: Path) -> No
         (None, "wepb", "did you mean 'webp'"),
     ):
         with pytest.raises(BadInput, match=advice):
-            choose_format(out, named)
+            choose_picture_format(out, named)
 
 
 def test_what_a_format_cannot_hold_is_refused_beforehand() -> None:

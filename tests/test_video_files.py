@@ -300,7 +300,7 @@ def test_formats_follow_the_option_or_the_suffix(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.mp4").mkdir()
-    assert video_files.choose_format(None if out is None else Path(out), format) == chosen
+    assert video_files.choose_video_format(None if out is None else Path(out), format) == chosen
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_formats_follow_the_option_or_the_suffix(
 )
 def test_formats_that_contradict_the_suffix_are_refused(out: str | None, format: str | None, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        video_files.choose_format(None if out is None else Path(out), format)
+        video_files.choose_video_format(None if out is None else Path(out), format)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -28,14 +27,14 @@ from grat_cli.bench.measure import (
     memory_words,
 )
 from grat_cli.bench.peers import Scene, peer_rows
+from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import Absent, BenchResult, Case, Row
 from grat_cli.bench.sampled import AttendedRows, SampledError, rows_of_mask, rows_of_plan, sampled_error
 from grat_cli.bench.sizes import Size
 from grat_cli.bench.variants import Request, Variant, variant_for
 from grat_cli.devices import device_name
-from grat_cli.environment import versions
 from grat_cli.peak_rates import peak_tflops
-from grat_kernels import can_run, span_attention
+from grat_kernels import HeadPlan, Plan, can_run, span_attention
 from grat_kernels.attention import choose_backend
 
 _SAMPLED_ROWS = 5  # besides three corners
@@ -119,18 +118,15 @@ def run_attention_level(
         "per step: the permutation is not part of these times.",
         "Error: largest over sampled rows, against attention in fp64.",
     )
-    return BenchResult(
-        level="attention",
-        created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=command,
-        device=str(device),
-        device_name=device_name(device),
-        dtype=_name_of(dtype),
-        versions=versions(),
+    return bench_result(
+        "attention",
+        cases,
+        device=device,
+        dtype=dtype,
         settings=settings,
-        cases=tuple(cases),
-        absent=tuple(bench.absent.values()),
+        command=command,
         notes=notes,
+        absent=tuple(bench.absent.values()),
     )
 
 
@@ -190,16 +186,19 @@ class _AttentionBench:
         row = Row(variant.name, variant.role, variant.description)
         if variant.obstacle:
             return replace(row, skipped=variant.obstacle)
-        density = variant.attended_pairs(size.text_len, size.text_first) / size.tokens**2
-        return replace(row, density=density, reach_tokens=variant.reach())
+        try:
+            pairs = variant.attended_pairs(size.text_len, size.text_first, self.heads)
+        except ValueError as reason:  # too few heads
+            return replace(row, skipped=str(reason))
+        return replace(row, density=pairs / size.tokens**2, reach_tokens=variant.reach())
 
     def _candidates(self, variant: Variant, scene: Scene, size: Size) -> list[_Candidate]:
         row = self._plain_row(variant, size)
         if row.skipped:
             return [_Candidate(row, 0.0)]
-        pairs = variant.attended_pairs(size.text_len, size.text_first)
-        if variant.pattern is not None:
-            return [self._span_candidate(variant, backend, row, scene) for backend in self.backends]
+        pairs = variant.attended_pairs(size.text_len, size.text_first, self.heads)
+        if (plan := variant.plan(size.text_len, size.text_first, self.heads)) is not None:
+            return [self._span_candidate(plan, backend, row, scene) for backend in self.backends]
         tensors = scene.query, scene.key, scene.value
         if variant.kind == "full":
             try:
@@ -218,8 +217,7 @@ class _AttentionBench:
             attended = rows_of_mask(partial(mask_row, window, baseline.order))
         return [_Candidate(row, pairs, call, executed, extra, attended)]
 
-    def _span_candidate(self, variant: Variant, backend: str, row: Row, scene: Scene) -> _Candidate:
-        plan = scene.plan(variant)
+    def _span_candidate(self, plan: Plan | HeadPlan, backend: str, row: Row, scene: Scene) -> _Candidate:
         resolved = choose_backend(self.device, self.dtype, self.head_dim)[0].value if backend == "auto" else backend
         if len(self.backends) > 1:
             row = replace(row, name=f"{row.name} ({backend})")
@@ -323,6 +321,7 @@ class _AttentionBench:
             speedup=speedup,
             sparse_efficiency=speedup * row.density if speedup is not None and row.density is not None else None,
             tflops=tflops,
+            pair_ns=median * 1e6 / (candidate.pairs * self.heads),
             peak_share=tflops / peak if peak else None,
             peak_memory_bytes=measured.peak_memory_bytes,
             error=error.error if error else None,

@@ -249,6 +249,13 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
                 "Floating-point operations on attended pairs alone, per second.",
             ),
             _column(
+                "per pair",
+                "ns",
+                lambda row: _text(row.pair_ns, figure),
+                False,
+                "Median time over attended query–key pairs of all heads: it compares rows of unequal density.",
+            ),
+            _column(
                 "of peak",
                 None,
                 lambda row: _text(row.peak_share, _percent),
@@ -310,6 +317,22 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
             extent,
             *([share] if level == "video" else []),
             speedup,
+            _column(
+                "recall",
+                None,
+                lambda row: row.fidelity and _with_interval(row.fidelity.recall, row.fidelity.recall_interval, 3),
+                True,
+                "Softmax mass of full attention on what the variant attends token by token, text included: mean over "
+                "sampled queries, heads, layers and steps; ± is a 95 % interval of the mean over prompts.",
+            ),
+            _column(
+                "output error",
+                None,
+                lambda row: row.fidelity and figure(row.fidelity.output_error),
+                True,
+                "Distance of the attention's output from that of full attention, given the same inputs, over the "
+                "length of the latter: root mean square. Unlike recall, it counts what summaries give back.",
+            ),
             _column(
                 "SSIM",
                 None,

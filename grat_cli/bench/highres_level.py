@@ -8,17 +8,17 @@ pictures repeat and blur.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.bench.image_level import PROMPTS
 from grat_cli.bench.measure import Progress, Unwatched
 from grat_cli.bench.quality import Likeness, likeness, summary
+from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Row
+from grat_cli.bench.variants import MODES
 from grat_cli.bench.whole_runs import Pictures
 from grat_cli.checkpoints import load_model
-from grat_cli.devices import choose_device, choose_dtype, device_name
-from grat_cli.environment import versions
+from grat_cli.devices import choose_device, choose_dtype
 from grat_cli.errors import BadInput
 from grat_cli.generation import encode_text
 from grat_cli.guidance import choose_guidance
@@ -32,12 +32,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BASE = "base"
-# What `--compare` names, and what it stands for.
-MODES = {
-    "off": "From noise, as at the trained size.",
-    "direct": "From noise, with positions and attention fitted to the size.",
-    "cascade": "The base, redone at growing sizes.",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +43,7 @@ class HighresSettings:
         preset: resolved; its `highres` section is that of the cascade.
         width: in pixels.
         height: likewise.
-        compare: of `MODES`.
+        compare: of `variants.MODES`.
         prompts: of the pictures; the n-th has seed n.
         device: as in `--device`.
         dtype: as in `--dtype`.
@@ -128,14 +122,17 @@ def run_highres_level(settings: HighresSettings, progress: Progress | None = Non
     # 4. What came out.
     last = entries[-1].stages[-1]
     side = settings.model.token_side
-    result = BenchResult(
-        level="highres",
-        created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=settings.command,
-        device=str(device),
-        device_name=device_name(device),
-        dtype=str(dtype).removeprefix("torch."),
-        versions=versions(),
+    case = Case(
+        f"{last.size} pixels",
+        (last.height // side, last.width // side),
+        settings.model.text_tokens,
+        tuple(entry.row() for entry in entries),
+    )
+    result = bench_result(
+        "highres",
+        [case],
+        device=device,
+        dtype=dtype,
         settings={
             "model": settings.model.name,
             "model_revision": loaded.revision,
@@ -146,14 +143,7 @@ def run_highres_level(settings: HighresSettings, progress: Progress | None = Non
             "width": last.width,
             "height": last.height,
         },
-        cases=(
-            Case(
-                f"{last.size} pixels",
-                (last.height // side, last.width // side),
-                settings.model.text_tokens,
-                tuple(entry.row() for entry in entries),
-            ),
-        ),
+        command=settings.command,
         notes=(
             "Pictures are scaled down to the base's size (Lanczos) and compared with the base of the same prompt and "
             "seed: mean and 95 % interval by Student's t over the pictures.",

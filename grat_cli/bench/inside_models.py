@@ -1,4 +1,5 @@
-"""Attention of a whole run inside a transformer, timed: stock, by one plan, or by a window around each token."""
+"""Attention of a whole run inside a transformer, timed: stock, by one plan, by a preset's schedule of plans, or by a
+window around each token."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,8 @@ from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
 from grat_cli.bench.variants import Variant
 from grat_cli.errors import BadInput
+from grat_cli.presets import Preset
+from grat_cli.schedule import AttentionSchedule
 from grat_kernels import Backend, Full, Grid, Grouping, Plan, build_plan, can_run
 from grat_kernels.attention import choose_backend
 
@@ -46,14 +50,16 @@ class Inside:
         kernel: what computes its attention.
         attach: attaches it while a `with` block lasts, given an observer of calls and attentions, and a function that
             gives the denoising step of the call under way.
-        pairs: query-key pairs of one attention call and head.
+        pairs: query-key pairs of one attention call and head; mean over a run where they differ.
         density: `pairs` over all pairs of the joint sequence.
+        trial_steps: steps of a run in which every plan of it is used once: enough to warm up.
     """
 
     kernel: str
     attach: Attach
-    pairs: int
+    pairs: float
     density: float
+    trial_steps: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Host:
         backend: of span attention, never `AUTO`.
         device: where it computes.
         dtype: of its activations.
+        steps: denoising steps of a run, which a preset's schedule is laid out over.
     """
 
     transformer: Any
@@ -75,6 +82,7 @@ class Host:
     backend: Backend
     device: torch.device
     dtype: torch.dtype
+    steps: int = 1
 
     def adapter(self, grid: Grid) -> Adapter:
         """The adapter of the family, for a grid of image tokens."""
@@ -94,11 +102,14 @@ class Host:
             dense: computes full attention; None leaves the choice to diffusers.
 
         Raises:
+            BadInput: if a preset does not fit the run.
             CannotRun: if it cannot be had, with the reason.
         """
         if variant.obstacle:
             raise CannotRun(variant.obstacle)
         adapter = self.adapter(variant.grid)
+        if variant.preset is not None:
+            return self._scheduled(variant.preset, variant.grid, adapter)
         pairs = variant.attended_pairs(self.text_len, adapter.text_first)
         density = pairs / (variant.grid.tokens + self.text_len) ** 2
         if variant.kind == "full":
@@ -118,7 +129,7 @@ class Host:
             plan_of(self.text_len)  # now rather than in the first call
             return Inside(
                 self.backend.value,
-                lambda observer, step: adapter.attached(FixedPlan(plan_of, step), self.backend, observer),
+                lambda observer, step: adapter.attached(fixed_run(plan_of, step), self.backend, observer),
                 pairs,
                 density,
             )
@@ -128,6 +139,39 @@ class Host:
             lambda observer, step: self._window(adapter, windows, density, observer, step),
             pairs,
             density,
+        )
+
+    def schedule(self, preset: Preset, grid: Grid, text_len: int | None = None) -> AttentionSchedule:
+        """A preset laid out over a run of this transformer.
+
+        Args:
+            preset: attention and schedule.
+            grid: image tokens.
+            text_len: text tokens of a call; None for `self.text_len`.
+
+        Raises:
+            BadInput: if it does not fit.
+        """
+        adapter = self.adapter(grid)
+        text_len = self.text_len if text_len is None else text_len
+        return AttentionSchedule(preset, grid, text_len, adapter.text_first, self.steps, adapter.layers, adapter.heads)
+
+    def _scheduled(self, preset: Preset, grid: Grid, adapter: Adapter) -> Inside:
+        schedule_of = cache(lambda text_len: self.schedule(preset, grid, text_len))
+        own = schedule_of(self.text_len)  # now rather than in the first call
+        seen: set[int] = set()
+        trial_steps = []
+        for step in range(self.steps):
+            keys = {own.plan(step, layer).key for layer in range(adapter.layers)}
+            if keys - seen:
+                trial_steps.append(step)
+                seen |= keys
+        return Inside(
+            self.backend.value,
+            lambda observer, step: adapter.attached(Steps(schedule_of, step), self.backend, observer),
+            own.density * (grid.tokens + self.text_len) ** 2,
+            own.density,
+            tuple(trial_steps),
         )
 
     def _window(
@@ -143,7 +187,7 @@ class Host:
             return build_plan(grouping, Full(), text_len, adapter.text_first)
 
         # The adapter takes no more from these plans than the order of tokens.
-        return _adapter_with(adapter, windows.attention, FixedPlan(plan_of, step, density), observer)
+        return _adapter_with(adapter, windows.attention, fixed_run(plan_of, step, density), observer)
 
 
 class _Windows:
@@ -167,18 +211,17 @@ class _Windows:
         return self.of(query.shape[1] - self.grid.tokens).attention(query, key, value)
 
 
-class FixedPlan:
-    """The same attention in every step and layer; an `adapters.base.Run`."""
+class Steps:
+    """A run whose steps somebody else counts; an `adapters.base.Run`."""
 
-    def __init__(self, plan_of: Callable[[int], Plan], step: Callable[[], int], density: float | None = None) -> None:
+    def __init__(self, schedule_of: Callable[[int], Any], step: Callable[[], int]) -> None:
         """Tells what the adapter will ask for.
 
         Args:
-            plan_of: gives the plan for a number of text tokens.
+            schedule_of: gives the schedule for a number of text tokens.
             step: gives the denoising step of the call under way.
-            density: what the observer is told; None for that of the plan.
         """
-        self._plan_of, self._step, self._density = plan_of, step, density
+        self._schedule_of, self._step = schedule_of, step
 
     def current_step(self) -> int:
         """See `adapters.base.Run`."""
@@ -186,8 +229,23 @@ class FixedPlan:
 
     def schedule(self, text_len: int) -> Any:
         """See `adapters.base.Run`."""
-        plan = self._plan_of(text_len)
-        return FixedSchedule(plan, plan.density if self._density is None else self._density)
+        return self._schedule_of(text_len)
+
+
+def fixed_run(plan_of: Callable[[int], Plan], step: Callable[[], int], density: float | None = None) -> Steps:
+    """A run with the same attention in every step and layer.
+
+    Args:
+        plan_of: gives the plan for a number of text tokens.
+        step: gives the denoising step of the call under way.
+        density: what the observer is told; None for that of the plan.
+    """
+
+    def schedule_of(text_len: int) -> FixedSchedule:
+        plan = plan_of(text_len)
+        return FixedSchedule(plan, plan.density if density is None else density)
+
+    return Steps(schedule_of, step)
 
 
 class FixedSchedule:
@@ -250,7 +308,7 @@ def stock_attention(
 
 
 @contextmanager
-def _adapter_with(adapter: Adapter, attend: Attention, run: FixedPlan, observer: CallObserver) -> Iterator[None]:
+def _adapter_with(adapter: Adapter, attend: Attention, run: Steps, observer: CallObserver) -> Iterator[None]:
     """An adapter, for its token order, with another attention than span attention in it."""
     module: Any = sys.modules[type(adapter).__module__]
     stock = module.span_attention

@@ -10,7 +10,18 @@ from grat_cli.bench import figures
 from grat_cli.bench.results import BenchResult, Case, Row
 
 # What the README has room for; everything else is in the result files.
-_README_COLUMNS = ("density", "time", "step", "denoising", "speed-up", "sparse efficiency", "TFLOP/s", "SSIM")
+_README_COLUMNS = (
+    "density",
+    "time",
+    "step",
+    "denoising",
+    "speed-up",
+    "sparse efficiency",
+    "TFLOP/s",
+    "recall",
+    "output error",
+    "SSIM",
+)
 # The conditions that it states, and what they count.
 _README_FACTS = {
     "dtype": "",

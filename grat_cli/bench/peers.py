@@ -26,7 +26,7 @@ from grat_cli.bench.measure import guarded
 from grat_cli.bench.results import Absent, Mask
 from grat_cli.bench.sampled import AttendedRows, rows_of_mask, rows_of_plan
 from grat_cli.bench.variants import Variant, na_window_near, size_text
-from grat_kernels import Plan, SlidingTile, build_plan, can_run, span_attention
+from grat_kernels import Plan, SlidingTile, can_run, span_attention
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 _WORKSPACE_BYTES = 128 * 2**20
@@ -57,10 +57,10 @@ class Scene:
         return [variant for variant in self.variants if variant.pattern is not None and variant.kind != "full-list"]
 
     def plan(self, variant: Variant) -> Plan:
-        """The plan of a variant over groups."""
-        assert variant.grouping is not None
-        assert variant.pattern is not None
-        return build_plan(variant.grouping, variant.pattern, self.text_len, self.text_first)
+        """The plan of a variant over groups, one pattern for all heads."""
+        plan = variant.plan(self.text_len, self.text_first)
+        assert isinstance(plan, Plan)
+        return plan
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,23 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """What a variant keeps of full attention, given the same queries, keys and values: mean over sampled queries of all
+    heads, layers and prompts, and over the steps of a run.
+
+    Attributes:
+        recall: softmax mass of full attention on what is attended token by token, text included.
+        recall_interval: 95 % half-interval of its mean over prompts; None of a single prompt.
+        output_error: distance of the output from that of full attention over the latter's length, root mean square.
+            Unlike recall, it counts what summaries give back.
+    """
+
+    recall: float
+    recall_interval: float | None
+    output_error: float
+
+
+@dataclass(frozen=True)
 class Row:
     """One variant in one case. Figures that a level does not have, or that were not measured, are None.
 
@@ -53,6 +70,8 @@ class Row:
         sparse_efficiency: speed-up times density; 1 is the whole ideal speed-up. Attention level, or the attention
             part of a step.
         tflops: TFLOP/s over attended pairs, median.
+        pair_ns: nanoseconds for each attended query-key pair of a head, median, by which rows of unequal density
+            compare. Attention level.
         peak_share: `tflops` over the device's peak for this dtype.
         peak_memory_bytes: of one call, inputs and output included.
         error: largest error over sampled rows against attention in full precision.
@@ -60,6 +79,8 @@ class Row:
         attention_ms: part of `median_ms` in attention, where a step holds more.
         step_times_ms: time of each denoising step of a whole run, median over pictures or videos.
         quality: of pictures or videos.
+        fidelity: of attention inside the model, in whole runs.
+        preset: whose attention and schedule the row ran; None for other variants.
         skipped: why there are no figures, in words; None where there are.
     """
 
@@ -74,6 +95,7 @@ class Row:
     speedup: float | None = None
     sparse_efficiency: float | None = None
     tflops: float | None = None
+    pair_ns: float | None = None
     peak_share: float | None = None
     peak_memory_bytes: int | None = None
     error: float | None = None
@@ -81,6 +103,8 @@ class Row:
     attention_ms: float | None = None
     step_times_ms: tuple[float, ...] = ()
     quality: Quality | None = None
+    fidelity: Fidelity | None = None
+    preset: Mapping[str, Any] | None = None
     skipped: str | None = None
 
     @property
@@ -187,13 +211,14 @@ class BenchResult:
 
 def _row(values: Mapping[str, Any]) -> Row:
     known = _known(Row, values)
-    quality = values.get("quality")
+    quality, fidelity = values.get("quality"), values.get("fidelity")
     return Row(
         **known
         | {
             "times_ms": tuple(values.get("times_ms", ())),
             "step_times_ms": tuple(values.get("step_times_ms", ())),
             "quality": Quality(**quality) if quality else None,
+            "fidelity": Fidelity(**fidelity) if fidelity else None,
         }
     )
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from grat_kernels import Plan
+from grat_kernels import HeadPlan, Plan
 
-# What a query attends: for its position in the joint sequence and a source of keys or values `[N, D]`, the attended
-# rows `[K, D]` in a dtype, and what is added to their scores `[K]`.
-AttendedRows = Callable[[int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
+# What a query attends: for its head, its position in the joint sequence and a source of keys or values `[N, D]`, the
+# attended rows `[K, D]` in a dtype, and what is added to their scores `[K]`.
+AttendedRows = Callable[[int, int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
 
 
 class SampledError(NamedTuple):
@@ -56,8 +56,8 @@ def sampled_error(
         keys, values = key[sample, :, head], value[sample, :, head]
         if query.device.type == "mps":  # has no fp64
             found, row_query, keys, values = (tensor.cpu() for tensor in (found, row_query, keys, values))
-        exact = _row(row_query, keys, values, attended, position, torch.float64)
-        plain = _row(row_query, keys, values, attended, position, query.dtype)
+        exact = _row(row_query, keys, values, attended, head, position, torch.float64)
+        plain = _row(row_query, keys, values, attended, head, position, query.dtype)
         # A row that holds NaN is infinitely wrong: max() would drop the NaN.
         difference = float((found - exact).abs().max())
         error = max(error, math.inf if math.isnan(difference) else difference)
@@ -66,13 +66,16 @@ def sampled_error(
     return SampledError(error, plain_error, largest)
 
 
-def rows_of_plan(plan: Plan) -> AttendedRows:
+def rows_of_plan(plan: Plan | HeadPlan) -> AttendedRows:
     """What the queries of a plan attend, in its token order: spans of tokens, and summaries with their bias."""
 
-    def attended(position: int, source: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        run = next(run for run in plan.query_runs if run.start <= position < run.start + run.length)
+    def attended(
+        head: int, position: int, source: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        of_head = plan.classes[plan.class_of_head[head]] if isinstance(plan, HeadPlan) else plan
+        run = next(run for run in of_head.query_runs if run.start <= position < run.start + run.length)
         rows, bias = [], []
-        for span in plan.span_lists[run.span_list]:
+        for span in of_head.span_lists[run.span_list]:
             if span.level == 0:
                 rows.append(source[span.start : span.stop].to(dtype))
                 bias.append(torch.zeros(span.length, dtype=dtype, device=source.device))
@@ -95,7 +98,9 @@ def rows_of_plan(plan: Plan) -> AttendedRows:
 def rows_of_mask(mask: Callable[[int], torch.Tensor | None]) -> AttendedRows:
     """What queries attend by a mask: a position's row of it, `[N]` bool on the CPU, or None for every token."""
 
-    def attended(position: int, source: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def attended(
+        head: int, position: int, source: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         selected = mask(position)
         rows = (source if selected is None else source[selected.to(source.device)]).to(dtype)
         return rows, torch.zeros(len(rows), dtype=dtype, device=source.device)
@@ -108,11 +113,12 @@ def _row(
     key: torch.Tensor,
     value: torch.Tensor,
     attended: AttendedRows,
+    head: int,
     position: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The output `[D]` of the query `[D]` at a position, for keys and values `[N, D]`."""
-    keys, bias = attended(position, key, dtype)
-    values, _ = attended(position, value, dtype)
+    """The output `[D]` of the query `[D]` of a head at a position, for keys and values `[N, D]`."""
+    keys, bias = attended(head, position, key, dtype)
+    values, _ = attended(head, position, value, dtype)
     scores = keys @ query.to(dtype) / math.sqrt(len(query)) + bias
     return scores.softmax(0) @ values

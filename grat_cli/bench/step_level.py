@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import torch
@@ -36,10 +35,10 @@ from grat_cli.bench.random_weights import (
     step_model,
     transformer_config,
 )
+from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.bench.variants import Request, Variant, size_text, variant_for
-from grat_cli.devices import choose_device, choose_dtype, device_name
-from grat_cli.environment import versions
+from grat_cli.devices import choose_device, choose_dtype
 from grat_cli.errors import BadInput, OutOfMemory
 from grat_cli.timing import StepRecorder
 from grat_kernels import Grid
@@ -124,14 +123,11 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
         progress.phase(f"{model.name}, {size_text(grid.shape)} tokens")
         found.append(bench.case(grid, variants, rate, progress))
 
-    return BenchResult(
-        level="step",
-        created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=settings.command,
-        device=str(device),
-        device_name=device_name(device),
-        dtype=str(dtype).removeprefix("torch."),
-        versions=versions(),
+    return bench_result(
+        "step",
+        found,
+        device=device,
+        dtype=dtype,
         settings={
             "model": model.name,
             "weights": weights,
@@ -149,7 +145,7 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
             "seed": settings.seed,
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
         },
-        cases=tuple(found),
+        command=settings.command,
         notes=_notes(model, device),
     )
 
@@ -269,7 +265,7 @@ class _Steps:
         query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
         return fastest_dense(query, key, value, max_seconds=self._settings.max_seconds, flop_per_second=rate)
 
-    def _flop(self, grid: Grid, pairs: int) -> float:
+    def _flop(self, grid: Grid, pairs: float) -> float:
         """Floating-point operations of a step, roughly: an image token passes half the weights of a double block."""
         doubles, singles = (
             sum(parameter.numel() for parameter in blocks.parameters())

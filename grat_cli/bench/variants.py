@@ -1,7 +1,8 @@
-"""What the names of `--compare` stand for: dense attention, patterns of groups, and windows around each token.
+"""What the names of `--compare` stand for: dense attention, patterns of groups, windows around each token, presets.
 
 A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
-Those of `--variant` are understood as well: `b` is short for `grat-b`, `lines` for `grat-x:share=2`.
+Those of `--variant` are understood as well: `b` is short for `grat-b`, `lines` for `grat-x:share=2`. In whole runs, a
+preset by name or from a file stands for its attention and schedule: `demo-far`, `./tuned.yaml`.
 The names of `--peers` stand here as well, so that a mistake in either is seen without loading torch.
 """
 
@@ -9,16 +10,34 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grat_cli.bench.results import Role
-from grat_cli.errors import BadInput, choices
-from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, SlidingTile, Union, build_plan
+from grat_cli.errors import BadInput, choices, nearest
+from grat_kernels import (
+    Block,
+    CrissCross,
+    Far,
+    Full,
+    Grid,
+    Grouping,
+    HeadPlan,
+    Pattern,
+    Plan,
+    SlidingTile,
+    Union,
+    build_head_plan,
+    build_plan,
+)
+
+if TYPE_CHECKING:
+    from grat_cli.presets import Preset
 
 # The parameters that each name takes.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -31,6 +50,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "grat-bx": ("radius", "share", "group"),
     "grat-far": ("radius", "block", "group"),
     "sta": ("window", "group"),
+    "grat-heads": ("radius", "group"),
 }
 NAMES: tuple[str, ...] = tuple(PARAMETERS)
 # The names that presets go by, and what they are short for; what they fix cannot be given again.
@@ -43,6 +63,17 @@ SHORT_NAMES: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
     "far": ("grat-far", {}),
 }
 _OF_VIDEOS = ("planes", "lines")
+# Not a name but what a preset is: its attention and schedule, in runs that have steps and layers.
+PRESET = "preset"
+_LEVELS_OF_PRESETS: tuple[str, ...] = ("image", "video")
+# What presets say by rules is measured alone at the level of one attention.
+_LEVELS_OF_HEADS: tuple[str, ...] = ("attention",)
+# What `--compare` names at `--level highres`: ways to make pictures beyond the trained size.
+MODES: Mapping[str, str] = {
+    "off": "From noise, as at the trained size.",
+    "direct": "From noise, with positions and attention fitted to the size.",
+    "cascade": "The base, redone at growing sizes.",
+}
 PEERS: tuple[str, ...] = ("natten", "flex", "flashinfer", "sage", "pisa")
 
 # Groups and far blocks of grids large enough for them, by number of axes. On a smaller axis both are halved until
@@ -61,13 +92,15 @@ class Request:
 
     Attributes:
         name: as typed.
-        kind: one of `NAMES`.
+        kind: one of `NAMES`, or `PRESET`.
         parameters: numbers by parameter, one or one per axis.
+        preset: the preset, as it was read.
     """
 
     name: str
     kind: str
     parameters: Mapping[str, tuple[int, ...]]
+    preset: Preset | None = None
 
 
 @dataclass(frozen=True)
@@ -76,14 +109,16 @@ class Variant:
 
     Attributes:
         name: as typed.
-        kind: one of `NAMES`.
+        kind: one of `NAMES`, or `PRESET`.
         role: of its row in a result.
         description: the pattern in words.
         grid: image tokens per axis.
-        grouping: groups and token order; None for `full`, `na` and `clear`, which know no groups.
-        pattern: which groups attend which; None likewise.
+        grouping: groups and token order; None for `full`, `na` and `clear`, which know no groups, and for presets.
+        pattern: which groups attend which; None likewise, and where heads differ.
         attention: the attention section of a preset that means the same; None where presets cannot say it.
         window: tokens per axis for `na`, the radius (`window`,) for `clear`, else None.
+        head_patterns: patterns that heads take in turn, where they differ.
+        preset: what says which attention runs when; None where it is one attention throughout.
         obstacle: why it does not exist on this grid; None where it does.
     """
 
@@ -96,13 +131,34 @@ class Variant:
     pattern: Pattern | None = None
     attention: Mapping[str, Any] | None = None
     window: tuple[int, ...] | None = None
+    head_patterns: tuple[Pattern, ...] = ()
+    preset: Preset | None = None
     obstacle: str | None = None
 
-    def attended_pairs(self, text_len: int, text_first: bool) -> int:
-        """Query-key pairs of the joint sequence that are computed, a summary counted as one key."""
+    def plan(self, text_len: int, text_first: bool, heads: int = 1) -> Plan | HeadPlan | None:
+        """The plan of a joint sequence; None for what is not one plan: windows, dense attention and presets.
+
+        Raises:
+            ValueError: if heads are to differ and there are too few.
+        """
+        if self.grouping is None:
+            return None
+        if self.pattern is not None:
+            return build_plan(self.grouping, self.pattern, text_len, text_first)
+        if heads < len(self.head_patterns):
+            raise ValueError(f"{len(self.head_patterns)} patterns by head need as many heads, not {heads}")
+        classes = tuple((self.grouping, pattern) for pattern in self.head_patterns)
+        return build_head_plan(classes, tuple(head % len(classes) for head in range(heads)), text_len, text_first)
+
+    def attended_pairs(self, text_len: int, text_first: bool, heads: int = 1) -> float:
+        """Query-key pairs of the joint sequence that are computed, a summary counted as one key; mean over heads.
+
+        Those of a preset depend on the run: `AttentionSchedule` tells.
+        """
+        assert self.preset is None
         tokens = self.grid.tokens + text_len
-        if self.pattern is not None and self.grouping is not None:
-            return build_plan(self.grouping, self.pattern, text_len, text_first).attended_pairs
+        if (plan := self.plan(text_len, text_first, heads)) is not None:
+            return plan.attended_pairs
         if self.window is None:
             return tokens**2
         count = na_pairs if self.kind == "na" else clear_pairs
@@ -110,24 +166,45 @@ class Variant:
 
     def reach(self) -> float:
         """Largest distance, in tokens on the grid, from a query to an image token it attends exactly."""
-        if self.pattern is not None and self.grouping is not None:
-            return build_plan(self.grouping, self.pattern).reach
+        if self.preset is not None:
+            return max(self._reaches_of_preset(self.preset))
+        if self.grouping is not None:
+            patterns = self.head_patterns or (self.pattern,)
+            return max(build_plan(self.grouping, pattern).reach for pattern in patterns if pattern is not None)
         if self.kind == "na" and self.window is not None:
             # At a border the window shifts inward whole: its far end is a whole window away.
             return math.hypot(*(width - 1 for width in self.window))
         if self.kind == "clear" and self.window is not None:
             offsets = clear_offsets(self.grid, self.window)
             return float(np.sqrt((offsets**2).sum(1).max()))
+        return self._diagonal
+
+    @property
+    def _diagonal(self) -> float:
         return math.hypot(*(extent - 1 for extent in self.grid.shape))
 
+    def _reaches_of_preset(self, preset: Preset) -> Iterator[float]:
+        if preset.schedule.dense_steps:
+            yield self._diagonal
+        for attention in preset.attentions:
+            pattern = attention.pattern()
+            dense = isinstance(pattern, Full)
+            yield self._diagonal if dense else build_plan(Grouping(self.grid, attention.group), pattern).reach
 
-def parse_variants(text: str, option: str = "--compare") -> tuple[Request, ...]:
+
+def parse_variants(text: str, level: str | None = None, option: str = "--compare") -> tuple[Request, ...]:
     """Reads the value of `--compare`, or of another option, such as `full,na:window=49,grat-b`.
 
+    Args:
+        text: the value.
+        level: what they are for; None allows what any level does.
+        option: that it was typed for.
+
     Raises:
-        BadInput: for a name or parameter that does not exist, a value that is no number, or a name given twice.
+        BadInput: for a name or parameter that does not exist or is for another level, a value that is no number, a
+            preset that is not valid, or a name given twice.
     """
-    requests = tuple(_request(item.strip(), option) for item in text.split(","))
+    requests = tuple(_request(item.strip(), level, option) for item in text.split(","))
     for number, request in enumerate(requests):
         if request.name in (earlier.name for earlier in requests[:number]):
             raise BadInput(f"{option} names {request.name} twice: leave one out")
@@ -147,11 +224,27 @@ def parse_peers(text: str) -> tuple[str, ...]:
     return names
 
 
-def _request(text: str, option: str) -> Request:
+def parse_modes(text: str) -> tuple[str, ...]:
+    """Reads the value of `--compare` at `--level highres`, such as `off,cascade`.
+
+    Raises:
+        BadInput: naming the nearest for a name that does not exist.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in MODES:
+            raise BadInput(f"--compare {name}: {choices(name, MODES)}")
+    return names
+
+
+def _request(text: str, level: str | None, option: str) -> Request:
     word, *items = text.split(":")
+    if not text:
+        raise BadInput(f"{option}: a name is empty")
     if word not in (*NAMES, *SHORT_NAMES):
-        known = (*NAMES, *SHORT_NAMES)
-        raise BadInput(f"{option} {text}: {choices(word, known)}" if text else f"{option}: a name is empty")
+        return _preset_request(text, level, option)
+    if word == "grat-heads" and level not in (None, *_LEVELS_OF_HEADS):
+        raise BadInput(f"{option} {text} says nothing to --level {level}: there, rules of a preset are for some heads")
     kind, fixed = SHORT_NAMES.get(word, (word, {}))
     parameters: dict[str, tuple[int, ...]] = {}
     for item in items:
@@ -168,6 +261,28 @@ def _request(text: str, option: str) -> Request:
     if len(parameters.get("share", (1,))) > 1:
         raise BadInput(f"{option} {text}: share is one number, such as share=2")
     return Request(text, kind, {**parameters, **fixed})
+
+
+def _preset_request(text: str, level: str | None, option: str) -> Request:
+    """What is none of the names above: a preset by name or from a file."""
+    from grat_cli.presets import load_preset, preset_names
+
+    names, presets = (*NAMES, *SHORT_NAMES), preset_names()
+    if text not in presets and not text.endswith((".yaml", ".yml")) and os.sep not in text:
+        word = text.partition(":")[0]
+        if level not in (None, *_LEVELS_OF_PRESETS):
+            raise BadInput(f"{option} {text}: {choices(word, names)}")
+        closest = nearest(word, (*names, *presets))
+        known = f"choose from {', '.join(names)}, or give a preset by name or file"
+        raise BadInput(
+            f"{option} {text}: did you mean {closest!r}? ({known})" if closest else f"{option} {text}: {known}"
+        )
+    if level not in (None, *_LEVELS_OF_PRESETS):
+        raise BadInput(
+            f"{option} {text}: presets are for --level {' and '.join(_LEVELS_OF_PRESETS)}, where there are steps and "
+            "layers: give a pattern, such as grat-far"
+        )
+    return Request(text, PRESET, {}, load_preset(text))
 
 
 def variant_for(request: Request, grid: Grid, option: str = "--compare") -> Variant:
@@ -292,6 +407,29 @@ def _grat_far(request: Request, grid: Grid) -> Variant:
     return _grouped(request, grid, pattern, words, {"variant": "b", "radius": _listed(radius), "far": far})
 
 
+def _grat_heads(request: Request, grid: Grid) -> Variant:
+    """GRAT-B with another radius for every other head: the first axis sees one group less, or one more, each way."""
+    wanted = request.parameters.get("radius", (1,))
+    radius = wanted * grid.axes if len(wanted) == 1 else wanted
+    if radius[0] < 1:
+        raise ValueError("the radius on the first axis must be 1 or more: heads take one less and one more in turn")
+    radii = [(radius[0] + change, *radius[1:]) for change in (-1, 1)]
+    group = _group(request, grid)
+    for one in radii:
+        build_plan(Grouping(grid, group), Block(one))  # a radius that does not fit is refused here
+    words = " and ".join(_neighbourhood(one, grid) for one in radii)
+    return Variant(
+        request.name,
+        "grat-heads",
+        "pattern",
+        f"heads in turn the {words} groups around each group, as much as {_neighbourhood(radius, grid)} for all; "
+        f"groups of {size_text(group)}",
+        grid,
+        Grouping(grid, group),
+        head_patterns=tuple(map(Block, radii)),
+    )
+
+
 def _sta(request: Request, grid: Grid) -> Variant:
     window = _plain(request.parameters.get("window", (3,)))
     widths = (window,) * grid.axes if isinstance(window, int) else window
@@ -325,6 +463,21 @@ def _clear(request: Request, grid: Grid) -> Variant:
     return Variant(request.name, "clear", "baseline", words, grid, window=(radius,))
 
 
+def _preset(request: Request, grid: Grid) -> Variant:
+    preset = request.preset
+    assert preset is not None
+    if (axes := len(preset.attention.group)) != grid.axes:
+        raise ValueError(f"{preset.name} is for {preset.model} models, whose tokens have {axes} axes: see grat presets")
+    dense, rules = preset.schedule.dense_steps, len(preset.schedule.rules)
+    words = [f"preset {preset.name}: {preset.attention.summary}"]
+    if dense:
+        words.append(f"{dense:.0%} of the steps dense" if isinstance(dense, float) else f"dense steps {dense}")
+    if rules:
+        words.append(f"rules {rules}")
+    plain = not rules and preset.attention.variant in ("full", "sta")
+    return Variant(request.name, PRESET, "baseline" if plain else "pattern", "; ".join(words), grid, preset=preset)
+
+
 _MAKERS = {
     "full": _full,
     "full-list": _full_list,
@@ -335,6 +488,8 @@ _MAKERS = {
     "grat-bx": _grat_bx,
     "grat-far": _grat_far,
     "sta": _sta,
+    "grat-heads": _grat_heads,
+    PRESET: _preset,
 }
 _AS_DENSE = ", the window nearest in density to grat-b"
 _CROSS_WORDS = {

@@ -19,8 +19,17 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-# Another subject each, as far as they go, then the others.
-PROMPTS: tuple[str, ...] = (*SAMPLE_PROMPTS[::2], *SAMPLE_PROMPTS[1::2])
+# Another subject each, as far as they go, then the others; and six more.
+PROMPTS: tuple[str, ...] = (
+    *SAMPLE_PROMPTS[::2],
+    *SAMPLE_PROMPTS[1::2],
+    "waves rolling at sunset",
+    "an orange boat sailing across the sea",
+    "a purple boat on the sea at night",
+    "a green ball bouncing on the grass",
+    "a red ball bouncing at night",
+    "snow falling at sunset",
+)
 VIDEOS_SHOWN, FRAMES_SHOWN = 2, 4
 
 

@@ -8,23 +8,23 @@ how much: the noise floor, beyond which no pattern can come closer.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grat_cli.bench import perceptual
+from grat_cli.bench.fidelity import Found, measure_fidelity
 from grat_cli.bench.figures import OUTPUTS
 from grat_cli.bench.inside_models import Host, Inside, backend_for
 from grat_cli.bench.measure import CannotRun, PeakMemory, Progress, Unwatched, memory_words, seconds_text
 from grat_cli.bench.quality import Likeness, summary
-from grat_cli.bench.results import BenchResult, Case, Level, Row
+from grat_cli.bench.record import bench_result
+from grat_cli.bench.results import BenchResult, Case, Fidelity, Level, Row
 from grat_cli.bench.variants import Request, Variant, default_group, size_text, variant_for
 from grat_cli.checkpoints import load_model
 from grat_cli.denoising import StepWatch
-from grat_cli.devices import choose_device, choose_dtype, device_name, is_out_of_memory, wait_for
-from grat_cli.environment import versions
+from grat_cli.devices import choose_device, choose_dtype, is_out_of_memory, wait_for
 from grat_cli.errors import BadInput, NumericalFailure
 from grat_cli.generation_request import GenerationRequest
 from grat_cli.guidance import Guidance, choose_guidance
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 NOISE_FLOOR = "noise floor"
+_SCHEDULES = (
+    "Of a preset, attention, schedule and backend are taken; sampling is the same for all rows. Its density is the "
+    "mean over steps, layers and heads."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,7 @@ class RunSettings:
         noise_backend: of the noise floor; None for that of the patterns, or FlexAttention where they run on torch's
             SDPA as full attention does.
         max_seconds: most time for one row, warm-up included; None for no limit.
+        recall: whether to measure what each variant keeps of full attention, which takes further runs of that.
         command: that asked for it, for the record.
     """
 
@@ -80,6 +85,7 @@ class RunSettings:
     backend: str = "auto"
     noise_backend: str | None = None
     max_seconds: float | None = None
+    recall: bool = True
     command: str = ""
 
     @property
@@ -169,8 +175,9 @@ def compare_runs(
     tokens = grid.tokens + studio.text_len
     head_dim = model.pipe.transformer.config.attention_head_dim
     backend, why = backend_for(settings.backend, device, dtype, head_dim, tokens)
-    host = Host(model.pipe.transformer, maker.family, studio.text_len, backend, device, dtype)
-    entries = [_Entry.of(variant, host) for variant in variants]
+    steps = request.preset.sampling.steps
+    host = Host(model.pipe.transformer, maker.family, studio.text_len, backend, device, dtype, steps)
+    entries = [_Entry.of(variant, _host_of(variant, host, settings.backend, tokens)) for variant in variants]
     entries.append(_Entry.of(*noise_floor(host, grid, settings.noise_backend, head_dim, tokens)))
     full, *others = entries
 
@@ -188,22 +195,26 @@ def compare_runs(
             progress.step(done, total)
         studio.compare(entries, full, number)
 
-    # 5. What came out.
+    # 5. What the patterns keep of full attention, beside what that makes of the outputs.
+    kept = None
+    if settings.recall and full.skipped is None:
+        kept = _fidelity(
+            model.pipe, maker, host, [entry for entry in others if entry.skipped is None], studio, progress
+        )
+
+    # 6. What came out.
     rows = [full.row(full), *(entry.row(full) for entry in others)]
-    result = BenchResult(
-        level=level,
-        created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=settings.command,
-        device=str(device),
-        device_name=device_name(device),
-        dtype=str(dtype).removeprefix("torch."),
-        versions=versions(),
+    result = bench_result(
+        level,
+        [Case(maker.title, grid.shape, studio.text_len, tuple(rows))],
+        device=device,
+        dtype=dtype,
         settings={
             "model": request.model.name,
             "model_revision": model.revision,
             "prompts": list(settings.prompts),
             "seeds": [seed for _, seed in studio.orders],
-            "steps": request.preset.sampling.steps,
+            "steps": steps,
             "guidance": studio.guidance.scale,
             "shift": shift_of(model.pipe.scheduler, grid.tokens, request.preset.sampling.shift),
             **maker.recorded,
@@ -211,12 +222,15 @@ def compare_runs(
             "backend": backend.value,
             "backend_reason": why,
             "max_seconds": settings.max_seconds,
+            **({"recall": kept.sampled} if kept and kept.sampled else {}),
         },
-        cases=(Case(maker.title, grid.shape, studio.text_len, tuple(rows)),),
+        command=settings.command,
         notes=(
             f"Times are of the whole denoising of a {OUTPUTS[level]}; text encoders and autoencoder are left out.",
             *maker.notes,
             "The noise floor is full attention on another backend: differences no larger than its own mean nothing.",
+            *([_SCHEDULES] if any(variant.preset for variant in variants) else []),
+            *(kept.notes if kept else []),
             *([f"There is no LPIPS: {missing}."] if (missing := perceptual.obstacle()) else []),
             memory_words(device),
         ),
@@ -226,6 +240,41 @@ def compare_runs(
     ]
     made = [(entry.variant.name, entry.shown) for entry in entries if entry.skipped is None]
     return result, Pictures(made, titles)
+
+
+def _host_of(variant: Variant, host: Host, backend: str, tokens: int) -> Host:
+    """The host with the backend that a preset asks for, unless one was chosen for all.
+
+    Raises:
+        BadInput: if it cannot run here.
+    """
+    if variant.preset is None or backend != "auto" or variant.preset.kernel.backend == "auto":
+        return host
+    head_dim = host.transformer.config.attention_head_dim
+    own, _ = backend_for(variant.preset.kernel.backend, host.device, host.dtype, head_dim, tokens)
+    return replace(host, backend=own)
+
+
+def _fidelity(
+    pipe: Any, maker: ComparedMaker, host: Host, entries: Sequence[_Entry], studio: _Studio, progress: Progress
+) -> Found | None:
+    """Gives entries their fidelity; None where there is nothing to measure, or where measuring failed."""
+    variants = [entry.variant for entry in entries if entry.variant.role != "noise floor"]
+    if not variants:
+        return None
+    progress.phase("measuring recall")
+    try:
+        found = measure_fidelity(pipe, maker, host, variants, studio.orders, progress)
+    except Exception as error:
+        if not isinstance(error, NumericalFailure) and not is_out_of_memory(error):
+            raise
+        reason = "out of memory" if is_out_of_memory(error) else str(error)
+        found = Found({}, {variant.name: reason for variant in variants}, None)
+    for entry in entries:
+        entry.fidelity = found.of_variant.get(entry.variant.name)
+    for note in found.notes:
+        progress.note(note)
+    return found
 
 
 @dataclass
@@ -241,6 +290,7 @@ class _Entry:
         times_ms: of the denoising of each output.
         steps: timings of the steps of each output.
         peak_memory_bytes: of a denoising run.
+        fidelity: what it keeps of full attention, None where that was not measured.
     """
 
     variant: Variant
@@ -252,6 +302,7 @@ class _Entry:
     times_ms: list[float] = field(default_factory=list)
     steps: list[list[StepTiming]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
+    fidelity: Fidelity | None = None
 
     @classmethod
     def of(cls, variant: Variant, host: Host | str) -> _Entry:
@@ -267,6 +318,8 @@ class _Entry:
         """The finished row, given the entry of full attention."""
         variant = self.variant
         known: dict[str, Any] = {"reach_tokens": variant.reach()}
+        if variant.preset is not None:
+            known["preset"] = variant.preset.model_dump(mode="json")
         if self.inside is not None:
             known["density"] = self.inside.density
         if self.skipped is not None or self.inside is None:
@@ -286,6 +339,7 @@ class _Entry:
                 median([step.total_ms for step in one_step]) for one_step in zip(*self.steps, strict=True)
             ),
             quality=summary(self.found) if compared else None,
+            fidelity=self.fidelity,
         )
 
 
@@ -343,24 +397,26 @@ class _Studio:
         self._trials = sorted(firsts.values())
 
     def warm_up(self, entry: _Entry) -> None:
-        """One step, in which compilers and caches do their work; a second one tells whether there is time for all."""
+        """One step of each kind, in which compilers and caches do their work; a second round tells whether there is
+        time for all."""
         if entry.inside is None:
             return
+        trial_steps = entry.inside.trial_steps
 
         def attempt() -> None:
             began = time.monotonic()
             with PeakMemory(self._device) as memory:
                 for number in self._trials:
-                    self._denoised(entry, number, steps=1)
+                    self._denoised(entry, number, trial_steps)
             if memory.extra_bytes is not None:
                 weights = sum(parameter.nbytes for parameter in self._pipe.transformer.parameters())
                 entry.peak_memory_bytes = weights + memory.extra_bytes
             if self._max_seconds is None:
                 return
-            _, one_step_ms, _ = self._denoised(entry, 0, steps=1)
+            _, trial_ms, _ = self._denoised(entry, 0, trial_steps)
             spent = time.monotonic() - began
             steps = self._maker.request.preset.sampling.steps
-            seconds = spent + one_step_ms / 1000 * steps * len(self.orders)
+            seconds = spent + trial_ms / 1000 / len(trial_steps) * steps * len(self.orders)
             if seconds > self._max_seconds:
                 count = len(self.orders)
                 raise CannotRun(
@@ -405,9 +461,14 @@ class _Studio:
             self._progress.note(f"{entry.variant.name} is skipped: {entry.skipped}")
 
     def _denoised(
-        self, entry: _Entry, number: int, steps: int | None = None
+        self, entry: _Entry, number: int, trial_steps: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, float, list[StepTiming]]:
         """Latents of one output, the milliseconds that all of its steps took, and the timing of each.
+
+        Args:
+            entry: the row.
+            number: of the output.
+            trial_steps: for a trial, the steps whose attention is run, in as many steps.
 
         Raises:
             NumericalFailure: if they are not finite.
@@ -417,18 +478,25 @@ class _Studio:
         prompt, seed = self.orders[number]
         arguments = self._texts[prompt] | self.guidance.arguments
         recorder, watch = StepRecorder(device), StepWatch(Unwatched())
+
+        def step() -> int:
+            under_way = step_under_way(pipe.scheduler)
+            return under_way if trial_steps is None else trial_steps[under_way]
+
+        asked = self._asked(prompt, None if trial_steps is None else len(trial_steps))
         with (
             time_shift(pipe, self._maker.grid.tokens, self._maker.request.preset.sampling.shift),
-            entry.inside.attach(recorder, lambda: step_under_way(pipe.scheduler)),
+            entry.inside.attach(recorder, step),
         ):
             wait_for(device)
             began = time.perf_counter()
-            latents = self._maker.denoise(pipe, self._asked(prompt, steps), arguments, seed, watch)
+            latents = self._maker.denoise(pipe, asked, arguments, seed, watch)
             wait_for(device)
             milliseconds = (time.perf_counter() - began) * 1000
             timesteps = pipe.scheduler.timesteps.tolist()
         watch.raise_if_not_finite()
-        return latents, milliseconds, recorder.steps(timesteps)
+        # Those of a trial bear numbers of the whole run.
+        return latents, milliseconds, recorder.steps(timesteps) if trial_steps is None else []
 
     def _asked(self, prompt: str, steps: int | None = None) -> GenerationRequest:
         """The request of one output, with fewer steps for a trial."""

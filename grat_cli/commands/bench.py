@@ -2,68 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shlex
-from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from grat_cli import options
 from grat_cli.output import Output
 
-if TYPE_CHECKING:
-    from grat_cli.bench.results import BenchResult
-    from grat_cli.bench.sizes import Size
-    from grat_cli.bench.variants import Request
-    from grat_cli.bench.whole_runs import Pictures
-
-LEVELS = ("attention", "step", "image", "video", "highres")
-WEIGHTS = ("own", "random")
-_COMPARE = {
-    "attention": "full,na,grat-b",
-    "step": "full,grat-b,grat-far",
-    "image": "full,grat-b,grat-x,grat-far",
-    "video": "full,planes,lines,b,bx,far",
-    "highres": "off,direct,cascade",
-}
-_HIGHRES = {"demo": "4x", "flux": "4k"}  # the preset of a family for pictures four times the trained side
 _WHAT, _SIZE, _HOW = "What", "Size", "How"
-
-# Flux: a token stands for 16x16 pixels, and 512 come from the text. HunyuanVideo, on three axes, takes up to 256.
-_TOKEN_SIDE, _NATIVE_SIDE = 16, 1024
-_TEXT_TOKENS = {2: 512, 3: 256}
-# Shows the effect in a minute on two CPU cores; on a GPU, Flux at 4096x4096.
-_CPU_GRID, _CPU_HEADS, _CPU_HEAD_DIM, _CPU_REPETITIONS = "128x128", 4, 64, 5
-_GPU_RES, _GPU_HEADS, _GPU_HEAD_DIM, _GPU_REPETITIONS = "4096", 24, 128, 20
-_MAX_SECONDS = {"attention": 60.0, "step": 600.0, "image": None, "video": None, "highres": None}
-
-# Which options say something to which level; the others are refused rather than ignored.
-_ONLY_FOR = {
-    "--peers": ("attention",),
-    "--heads": ("attention",),
-    "--head-dim": ("attention",),
-    "--grid": ("attention", "step"),
-    "--text": ("attention", "step"),
-    "--reps": ("attention", "step"),
-    "--model": ("step", "image", "video", "highres"),
-    "--layers": ("step",),
-    "--weights": ("step",),
-    "--prompts": ("image", "video", "highres"),
-    "--frames": ("video",),
-    "--steps": ("image", "video", "highres"),
-    "--preset": ("highres",),
-}
 
 
 def complete_compare(incomplete: str) -> list[str]:
     """The list so far with each name that may follow, for shell completion."""
     from grat_cli.bench.variants import NAMES, SHORT_NAMES
+    from grat_cli.presets import preset_names
 
-    return _continued(incomplete, (*NAMES, *SHORT_NAMES))
+    return _continued(incomplete, (*NAMES, *SHORT_NAMES, *preset_names()))
 
 
 def complete_peers(incomplete: str) -> list[str]:
@@ -75,11 +31,15 @@ def complete_peers(incomplete: str) -> list[str]:
 
 def complete_level() -> list[str]:
     """Names of levels, for shell completion."""
+    from grat_cli.bench.bench_request import LEVELS
+
     return list(LEVELS)
 
 
 def complete_weights() -> list[str]:
     """Kinds of weights, for shell completion."""
+    from grat_cli.bench.bench_request import WEIGHTS
+
     return list(WEIGHTS)
 
 
@@ -110,8 +70,9 @@ def bench(
             metavar="NAME,...",
             help="full, full-list, na, clear, sta, grat-b, grat-x, grat-bx, grat-far, also with parameters: "
             "grat-b:radius=2, na:window=49, grat-x:share=2, grat-far:block=8x8:group=16x16. Short for some: "
-            "b, x, bx, far, and for videos planes and lines. For highres: off, direct, cascade. "
-            "Default: full,na,grat-b for attention.",
+            "b, x, bx, far, and for videos planes and lines. For attention also grat-heads, for heads that differ. "
+            "For image and video also presets, by name or from a YAML file, with their schedules. "
+            "For highres: off, direct, cascade. Default: full,na,grat-b for attention.",
             show_default=False,
             rich_help_panel=_WHAT,
             autocompletion=complete_compare,
@@ -281,6 +242,15 @@ def bench(
             rich_help_panel=_HOW,
         ),
     ] = None,
+    no_recall: Annotated[
+        bool,
+        typer.Option(
+            "--no-recall",
+            help="For image and video: leave out recall and output error, which take a further run of full attention "
+            "for each of up to 4 prompts.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
     max_seconds: Annotated[
         float | None,
         typer.Option(
@@ -313,381 +283,50 @@ def bench(
 ) -> None:
     """Measure full against sparse attention: time, memory, error; a table, JSON, Markdown and a page."""
     from grat_cli import media
-    from grat_cli.bench.results import WHOLE_RUNS
-    from grat_cli.bench.variants import parse_peers, parse_variants
-    from grat_cli.errors import BadInput
-    from grat_cli.presets import BACKENDS
-    from grat_cli.selection import DTYPES, require_choice, require_device
+    from grat_cli.bench.bench_request import BenchRequest
+    from grat_cli.bench.files import result_paths, write_results
 
     output = Output(as_json=as_json, quiet=quiet)
 
     # 1. What can be refused before anything is loaded.
-    require_choice("--level", level, LEVELS)
-    typed = {
-        "--peers": peers,
-        "--heads": heads,
-        "--head-dim": head_dim,
-        "--grid": grid,
-        "--text": text,
-        "--reps": reps,
-        "--model": model,
-        "--layers": layers,
-        "--weights": weights,
-        "--prompts": prompts,
-        "--frames": frames,
-        "--steps": steps,
-        "--preset": preset,
-    }
-    for option, value in typed.items():
-        if value is not None and level not in _ONLY_FOR[option]:
-            raise BadInput(f"{option} says nothing to --level {level}: it is for {' and '.join(_ONLY_FOR[option])}")
-    for option, value, least in (
-        ("--text", text, 0),
-        ("--heads", heads, 1),
-        ("--head-dim", head_dim, 1),
-        ("--reps", reps, 1),
-        ("--steps", steps, 1),
-    ):
-        if value is not None and value < least:
-            raise BadInput(f"{option} {value}: expected {least} or more")
-    if max_seconds is not None and max_seconds <= 0:
-        raise BadInput(f"--max-seconds {max_seconds:g}: expected more than 0")
-    require_device(device)
-    require_choice("--dtype", dtype, DTYPES)
-    require_choice("--backend", backend, BACKENDS)
-    if weights is not None:
-        require_choice("--weights", weights, WEIGHTS)
-    listed = compare if compare is not None else _COMPARE[level]
-    modes = _modes(listed) if level == "highres" else ()
-    requests = () if level == "highres" else parse_variants(listed)
-    peer_names = parse_peers(peers) if peers is not None else ()
-    stem = _stem(out, f"grat-bench-{datetime.now():%Y%m%d-%H%M%S}-{level}")
-    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md", "html")}
-    if level in WHOLE_RUNS:
-        paths["png"] = stem.with_name(f"{stem.name}.png")
-    media.refuse_unwritable(list(paths.values()), overwrite=overwrite)
-    command = shlex.join(["grat", *(context.find_root().obj or ())])
-    limit = _MAX_SECONDS[level] if max_seconds is None else max_seconds
-    common = {"backend": backend, "max_seconds": limit, "command": command}
-
-    # 2. Measure.
-    sheet = None
-    if level == "attention":
-        sizes = [*_picture_sizes(res, text), *_grid_sizes(grid, text)]
-        result = _attention(
-            output, requests, sizes, peer_names, text, heads, head_dim, reps, device=device, dtype=dtype, **common
-        )
-    elif level == "step":
-        result = _step(
-            output, requests, model, weights, res, grid, text, layers, reps, device=device, dtype=dtype, **common
-        )
-    else:
-        common |= {"device": device, "dtype": dtype, "steps": steps}
-        if level == "highres":
-            result, sheet = _highres(output, modes, model, preset, res, prompts, **common)
-        elif level == "image":
-            result, sheet = _image(output, requests, model, res, prompts, **common)
-        else:
-            result, sheet = _video(output, requests, model, res, frames, prompts, **common)
-
-    # 3. Write and show.
-    from grat_cli.bench.markdown import as_markdown
-    from grat_cli.bench.page import as_html
-    from grat_cli.bench.tables import bench_tables
-
-    picture = None
-    if sheet is not None:
-        media.write_png(sheet, paths["png"], None)
-        picture = paths["png"].read_bytes()
-        result = replace(result, contact_sheet=paths["png"].name)
-    media.write_json(result.as_dict(), paths["json"])
-    media.write_text(as_markdown(result), paths["md"])
-    media.write_text(as_html(result, picture), paths["html"])
-    output.data(result.as_dict())
-    output.show(*bench_tables(result), "")
-    for kind, path in paths.items():
-        if kind != "png" or sheet is not None:
-            output.line(str(path))
-
-
-def _attention(
-    output: Output,
-    requests: tuple[Request, ...],
-    sizes: list[Size],
-    peers: tuple[str, ...],
-    text: int | None,
-    heads: int | None,
-    head_dim: int | None,
-    reps: int | None,
-    *,
-    device: str,
-    dtype: str,
-    backend: str,
-    max_seconds: float | None,
-    command: str,
-) -> BenchResult:
-    from grat_cli.bench.attention_level import run_attention_level
-    from grat_cli.devices import choose_device, choose_dtype
-    from grat_cli.selection import require_backend
-
-    chosen = choose_device(device)
-    on_cpu = chosen.type == "cpu"
-    if not sizes:
-        sizes = _grid_sizes(_CPU_GRID, text) if on_cpu else _picture_sizes(_GPU_RES, text)
-    head_dim = head_dim or (_CPU_HEAD_DIM if on_cpu else _GPU_HEAD_DIM)
-    require_backend(backend, device, dtype, head_dim, max(size.tokens for size in sizes))
-    with output.progress() as progress:
-        return run_attention_level(
-            requests,
-            sizes,
-            heads=heads or (_CPU_HEADS if on_cpu else _GPU_HEADS),
-            head_dim=head_dim,
-            dtype=choose_dtype(dtype, chosen),
-            device=chosen,
-            backends=(backend,),
-            peers=peers,
-            repetitions=reps or (_CPU_REPETITIONS if on_cpu else _GPU_REPETITIONS),
-            max_seconds=max_seconds,
-            command=command,
-            progress=progress,
-        )
-
-
-def _step(
-    output: Output,
-    requests: tuple[Request, ...],
-    model: str | None,
-    weights: str | None,
-    res: str | None,
-    grid: str | None,
-    text: int | None,
-    layers: str | None,
-    reps: int | None,
-    **common: Any,
-) -> BenchResult:
-    from grat_cli.bench.random_weights import step_model
-    from grat_cli.bench.step_level import StepSettings, run_step_level
-    from grat_cli.errors import BadInput
-    from grat_cli.models import choose_model
-
-    chosen = step_model(model or choose_model(None).name)
-    blocks = None
-    if layers is not None:
-        if not re.fullmatch(r"\d{1,4},\d{1,4}", layers, re.ASCII):
-            raise BadInput(f"--layers {layers}: expected double and single blocks, such as 2,4")
-        double, single = map(int, layers.split(","))
-        blocks = double, single
-    if res is not None and chosen.axes != 2:
-        raise BadInput(f"--res is for pictures; give {chosen.name} tokens, such as --grid 33x45x80")
-    pictures = _picture_sizes(res, text, chosen.pixels_per_token[-1])
-    settings = StepSettings(
-        model=chosen.name,
-        compare=_without_full(requests),
-        grids=tuple(size.grid.shape for size in [*pictures, *_grid_sizes(grid, text)]),
-        layers=blocks,
+    request = BenchRequest(
+        level=level,
+        compare=compare,
+        peers=peers,
+        model=model,
+        prompts=prompts,
+        preset=preset,
+        res=res,
+        frames=frames,
+        grid=grid,
+        text=text,
+        heads=heads,
+        head_dim=head_dim,
+        layers=layers,
         weights=weights,
-        text_len=text,
-        **({} if reps is None else {"repetitions": reps}),
-        **common,
-    )
-    with output.progress() as progress:
-        return run_step_level(settings, progress)
-
-
-def _image(
-    output: Output,
-    requests: tuple[Request, ...],
-    model: str | None,
-    res: str | None,
-    prompts: str | None,
-    **common: Any,
-) -> tuple[BenchResult, Any]:
-    """The result and, where there are pictures, the contact sheet."""
-    from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
-    from grat_cli.errors import BadInput
-    from grat_cli.models import choose_model
-    from grat_cli.resolution import parse_resolution
-
-    choice = choose_model(model)
-    if res is not None and "," in res:
-        raise BadInput(f"--res {res}: --level image makes pictures of one size")
-    resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
-    settings = ImageSettings(
-        model=choice,
-        compare=_without_full(requests),
-        width=resolution.width,
-        height=resolution.height,
-        **({} if prompts is None else {"prompts": _prompts(prompts, PROMPTS)}),
-        **common,
-    )
-    output.hint(f"{choice.name} ({choice.reason}), {resolution}")
-    with output.progress() as progress:
-        result, pictures = run_image_level(settings, progress)
-    return result, _contact_sheet(pictures)
-
-
-def _video(
-    output: Output,
-    requests: tuple[Request, ...],
-    model: str | None,
-    res: str | None,
-    frames: int | None,
-    prompts: str | None,
-    **common: Any,
-) -> tuple[BenchResult, Any]:
-    """The result and, where there are videos, the contact sheet."""
-    from grat_cli.bench.video_level import PROMPTS, VideoSettings, run_video_level
-    from grat_cli.errors import BadInput
-    from grat_cli.models import choose_model
-    from grat_cli.video_size import parse_video_size
-
-    choice = choose_model(model, "video")
-    if res is not None and "," in res:
-        raise BadInput(f"--res {res}: --level video makes videos of one size")
-    size = parse_video_size(res, None, None, frames, None, choice)
-    settings = VideoSettings(
-        model=choice,
-        compare=_without_full(requests),
-        width=size.width,
-        height=size.height,
-        frames=size.frames,
-        **({} if prompts is None else {"prompts": _prompts(prompts, PROMPTS)}),
-        **common,
-    )
-    output.hint(f"{choice.name} ({choice.reason}), {size}")
-    for note in size.notes:
-        output.hint(note)
-    with output.progress() as progress:
-        result, pictures = run_video_level(settings, progress)
-    return result, _contact_sheet(pictures)
-
-
-def _highres(
-    output: Output,
-    modes: tuple[str, ...],
-    model: str | None,
-    preset: str | None,
-    res: str | None,
-    prompts: str | None,
-    *,
-    steps: int | None,
-    device: str,
-    dtype: str,
-    command: str,
-    backend: str,
-    max_seconds: float | None,
-) -> tuple[BenchResult, Any]:
-    """The result and the contact sheet."""
-    from grat_cli.bench.highres_level import HighresSettings, run_highres_level
-    from grat_cli.bench.image_level import PROMPTS
-    from grat_cli.errors import BadInput
-    from grat_cli.models import choose_model
-    from grat_cli.resolution import parse_resolution
-    from grat_cli.selection import select_preset
-
-    if max_seconds is not None:
-        raise BadInput("--max-seconds says nothing to --level highres: give fewer --prompts")
-    choice = choose_model(model)
-    if res is not None and "," in res:
-        raise BadInput(f"--res {res}: --level highres makes pictures of one size")
-    resolution = parse_resolution(res or str(4 * choice.native_side), choice.native_side, choice.size_multiple)
-    chosen = select_preset(choice, preset=preset or f"{choice.family}-{_HIGHRES[choice.family]}", steps=steps)
-    chosen = chosen.model_copy(update={"kernel": chosen.kernel.model_copy(update={"backend": backend})})
-    settings = HighresSettings(
-        model=choice,
-        preset=chosen,
-        width=resolution.width,
-        height=resolution.height,
-        compare=modes,
+        backend=backend,
+        reps=reps,
+        steps=steps,
+        no_recall=no_recall or None,
+        max_seconds=max_seconds,
         device=device,
         dtype=dtype,
-        command=command,
-        **({} if prompts is None else {"prompts": _prompts(prompts, PROMPTS)}),
+        command=shlex.join(["grat", *(context.find_root().obj or ())]),
     )
-    output.hint(f"{choice.name} ({choice.reason}), {resolution}, {chosen.name}")
-    with output.progress() as progress:
-        result, pictures = run_highres_level(settings, progress)
-    return result, _contact_sheet(pictures)
+    request.check()
+    paths = result_paths(out, level)
+    media.refuse_unwritable(list(paths.values()), overwrite=overwrite)
 
+    # 2. Measure.
+    from grat_cli.bench.levels import run_level
 
-def _modes(text: str) -> tuple[str, ...]:
-    """The ways to make large pictures in `--compare`."""
-    from grat_cli.bench.highres_level import MODES
-    from grat_cli.errors import BadInput, choices
+    result, sheet = run_level(request, output)
 
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in MODES:
-            raise BadInput(f"--compare {name}: {choices(name, MODES)}")
-    return names
+    # 3. Write and show.
+    from grat_cli.bench.tables import bench_tables
 
-
-def _contact_sheet(pictures: Pictures) -> Any:
-    """The sheet; None where every variant was skipped."""
-    from grat_cli.bench.contact_sheet import draw
-
-    return draw(pictures.rows, pictures.column_titles) if any(made for _, made in pictures.rows) else None
-
-
-def _without_full(requests: tuple[Request, ...]) -> tuple[Request, ...]:
-    """The requests beside full attention, which these levels always measure."""
-    return tuple(request for request in requests if request.kind != "full")
-
-
-def _prompts(text: str, built_in: tuple[str, ...]) -> tuple[str, ...]:
-    from grat_cli.errors import BadInput
-
-    if text.isascii() and text.isdigit():
-        if not 1 <= int(text) <= len(built_in):
-            raise BadInput(f"--prompts {text}: there are {len(built_in)} built-in prompts")
-        return built_in[: int(text)]
-    path = Path(text)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--prompts {text}: expected a count or a text file with a prompt on each line") from error
-    found = tuple(line.strip() for line in lines if line.strip())
-    if not found:
-        raise BadInput(f"--prompts {text}: the file is empty")
-    return found
-
-
-def _picture_sizes(res: str | None, text: int | None, token_side: int = _TOKEN_SIDE) -> list[Size]:
-    """The sizes of `--res`."""
-    from grat_cli.bench.sizes import Size
-    from grat_cli.resolution import parse_resolution
-    from grat_kernels import Grid
-
-    sizes = []
-    for item in res.split(",") if res is not None else ():
-        resolution = parse_resolution(item, _NATIVE_SIDE, _TOKEN_SIDE)
-        grid = Grid((resolution.height // token_side, resolution.width // token_side))
-        sizes.append(Size(f"{resolution} pixels", grid, _TEXT_TOKENS[2] if text is None else text))
-    return sizes
-
-
-def _grid_sizes(grid: str | None, text: int | None) -> list[Size]:
-    """The sizes of `--grid`.
-
-    Raises:
-        BadInput: if one is not two or three positive numbers.
-    """
-    from grat_cli.bench.sizes import Size
-    from grat_cli.errors import BadInput
-    from grat_kernels import Grid
-
-    sizes = []
-    for item in grid.split(",") if grid is not None else ():
-        if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){1,2}", item.strip(), re.ASCII):
-            raise BadInput(f"--grid {item}: expected image tokens per axis, such as 128x128 or 33x45x80")
-        shape = tuple(map(int, item.strip().split("x")))
-        title = f"{item.strip()} tokens"
-        sizes.append(Size(title, Grid(shape), _TEXT_TOKENS[len(shape)] if text is None else text))
-    return sizes
-
-
-def _stem(out: Path | None, name: str) -> Path:
-    """Path of the results without their suffix."""
-    if out is None or out.is_dir() or str(out).endswith(os.sep):
-        return (out or Path()) / name
-    return out.with_suffix("") if out.suffix in (".json", ".md", ".html") else out
+    result, written = write_results(result, sheet, paths)
+    output.data(result.as_dict())
+    output.show(*bench_tables(result), "")
+    for path in written:
+        output.line(str(path))

@@ -42,7 +42,7 @@ def decode(
     from grat_cli.models import choose_model
     from grat_cli.selection import DTYPES, require_choice, require_device
     from grat_cli.video_decoding import decode_run
-    from grat_cli.video_files import SUFFIXES, choose_format, require_encodable
+    from grat_cli.video_files import SUFFIXES, choose_video_format, require_encodable
     from grat_cli.video_run import LATENTS_ENDING, find_run, read_run
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -63,7 +63,7 @@ def decode(
             f"{kept} has done {run.done} of {request.preset.sampling.steps} steps: grat resume does the rest"
         )
     named = format is not None or (out is not None and out.suffix and not out.is_dir())
-    chosen_format = choose_format(out, format) if named else request.format
+    chosen_format = choose_video_format(out, format) if named else request.format
     chosen_crf = crf if crf is not None or chosen_format != request.format else request.crf
     request = replace(
         request,

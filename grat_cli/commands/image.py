@@ -59,7 +59,7 @@ def image(
     from grat_cli.highres import stages_of, uses_highres
     from grat_cli.models import choose_model
     from grat_cli.offloading import OFFLOADS
-    from grat_cli.picture_files import choose_format, require_writable, write_picture
+    from grat_cli.picture_files import choose_picture_format, require_writable, write_picture
     from grat_cli.planning import architecture_for, schedule_for_stage, stage_forecasts
     from grat_cli.presets import HIGHRES_MODES
     from grat_cli.preview import Preview
@@ -94,7 +94,7 @@ def image(
     if highres is not None:
         require_choice("--highres", highres, HIGHRES_MODES)
     seeds = resolve_seeds(seed, n)
-    chosen_format = choose_format(out, format)
+    chosen_format = choose_picture_format(out, format)
     if preview is not None and preview < 1:
         raise BadInput(f"--preview {preview}: expected a number of steps, such as --preview 5")
 

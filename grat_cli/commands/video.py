@@ -69,7 +69,7 @@ def video(
         variant_word,
     )
     from grat_cli.time_estimate import planned_seconds
-    from grat_cli.video_files import SUFFIXES, choose_format, require_encodable
+    from grat_cli.video_files import SUFFIXES, choose_video_format, require_encodable
     from grat_cli.video_request import VideoRequest
     from grat_cli.video_size import parse_video_size
 
@@ -82,7 +82,7 @@ def video(
     require_choice("--dtype", dtype, DTYPES)
     require_choice("--offload", offload, OFFLOADS)
     require_choice("--quantize", quantize, QUANTIZATIONS)
-    chosen_format = choose_format(out, format)
+    chosen_format = choose_video_format(out, format)
     if checkpoint_every is not None and checkpoint_every < 0:
         raise BadInput(f"--checkpoint-every {checkpoint_every}: expected steps, 0 for none")
     seeds = resolve_seeds(seed, n)

@@ -29,7 +29,9 @@ def two_levels(name: str, radius: int, finer_to: int) -> Variant:
     grid = Grid((TOKENS, TOKENS))
     pattern = Union(Block(radius), Far([(radius, (2, 2)), (finer_to, (4, 4))]))
     words = f"radius {radius}, means of 2x2 to distance {finer_to}, of 4x4 beyond, groups of 4x4"
-    return Variant(name, "grat-far", "pattern", words, grid, Grouping(grid, (4, 4)), pattern)
+    far = [{"beyond": radius, "block": [2, 2]}, {"beyond": finer_to, "block": [4, 4]}]
+    section = {"variant": "b", "group": [4, 4], "radius": radius, "far": far}
+    return Variant(name, "grat-far", "pattern", words, grid, Grouping(grid, (4, 4)), pattern, section)
 
 
 def main() -> None:

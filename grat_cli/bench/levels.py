@@ -1,0 +1,206 @@
+"""Runs the level that `grat bench` is asked for: options become the settings of the level."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.bench.bench_request import BenchRequest
+from grat_cli.bench.prompts import chosen_prompts
+from grat_cli.bench.sizes import grid_sizes, picture_sizes
+from grat_cli.errors import BadInput
+from grat_cli.output import Output
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from grat_cli.bench.results import BenchResult
+    from grat_cli.bench.whole_runs import Pictures
+
+# Shows the effect in a minute on two CPU cores; on a GPU, Flux at 4096x4096.
+_CPU_GRID, _CPU_HEADS, _CPU_HEAD_DIM, _CPU_REPETITIONS = "128x128", 4, 64, 5
+_GPU_RES, _GPU_HEADS, _GPU_HEAD_DIM, _GPU_REPETITIONS = "4096", 24, 128, 20
+_HIGHRES_PRESET = {"demo": "4x", "flux": "4k"}  # of a family, for pictures four times the trained side
+
+
+def run_level(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
+    """The result and, of whole runs, the contact sheet; None where there is none, as every variant was skipped.
+
+    Raises:
+        BadInput: if options do not fit one another or the model.
+        ModelUnavailable: if the model is missing, gated or damaged.
+        OutOfMemory: if a model's weights alone do not fit.
+    """
+    return {"attention": _attention, "step": _step, "image": _image, "video": _video, "highres": _highres}[
+        request.level
+    ](request, output)
+
+
+def _attention(request: BenchRequest, output: Output) -> tuple[BenchResult, None]:
+    from grat_cli.bench.attention_level import run_attention_level
+    from grat_cli.devices import choose_device, choose_dtype
+    from grat_cli.selection import require_backend
+
+    sizes = request.sizes()
+    device = choose_device(request.device)
+    on_cpu = device.type == "cpu"
+    if not sizes:
+        sizes = grid_sizes(_CPU_GRID, request.text) if on_cpu else picture_sizes(_GPU_RES, request.text)
+    head_dim = request.head_dim or (_CPU_HEAD_DIM if on_cpu else _GPU_HEAD_DIM)
+    longest = max(size.tokens for size in sizes)
+    require_backend(request.backend, request.device, request.dtype, head_dim, longest)
+    with output.progress() as progress:
+        result = run_attention_level(
+            request.variants,
+            sizes,
+            heads=request.heads or (_CPU_HEADS if on_cpu else _GPU_HEADS),
+            head_dim=head_dim,
+            dtype=choose_dtype(request.dtype, device),
+            device=device,
+            backends=(request.backend,),
+            peers=request.peer_names,
+            repetitions=request.reps or (_CPU_REPETITIONS if on_cpu else _GPU_REPETITIONS),
+            max_seconds=request.most_seconds,
+            command=request.command,
+            progress=progress,
+        )
+    return result, None
+
+
+def _step(request: BenchRequest, output: Output) -> tuple[BenchResult, None]:
+    from grat_cli.bench.random_weights import step_model
+    from grat_cli.bench.step_level import StepSettings, run_step_level
+    from grat_cli.models import choose_model
+
+    model = step_model(request.model or choose_model(None).name)
+    blocks = None
+    if request.layers is not None:
+        if not re.fullmatch(r"\d{1,4},\d{1,4}", request.layers, re.ASCII):
+            raise BadInput(f"--layers {request.layers}: expected double and single blocks, such as 2,4")
+        double, single = map(int, request.layers.split(","))
+        blocks = double, single
+    if request.res is not None and model.axes != 2:
+        raise BadInput(f"--res is for pictures; give {model.name} tokens, such as --grid 33x45x80")
+    settings = StepSettings(
+        model=model.name,
+        compare=request.variants_beside_full,
+        grids=tuple(size.grid.shape for size in request.sizes(model.pixels_per_token[-1])),
+        layers=blocks,
+        weights=request.weights,
+        text_len=request.text,
+        **({} if request.reps is None else {"repetitions": request.reps}),
+        **_common(request),
+    )
+    with output.progress() as progress:
+        return run_step_level(settings, progress), None
+
+
+def _image(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
+    from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
+    from grat_cli.models import choose_model
+    from grat_cli.resolution import parse_resolution
+
+    model = choose_model(request.model)
+    _refuse_several_sizes(request, "pictures")
+    resolution = parse_resolution(request.res, model.native_side, model.size_multiple)
+    settings = ImageSettings(
+        model=model,
+        compare=request.variants_beside_full,
+        width=resolution.width,
+        height=resolution.height,
+        steps=request.steps,
+        recall=not request.no_recall,
+        **_prompts(request, PROMPTS),
+        **_common(request),
+    )
+    output.hint(f"{model.name} ({model.reason}), {resolution}")
+    with output.progress() as progress:
+        result, pictures = run_image_level(settings, progress)
+    return result, _contact_sheet(pictures)
+
+
+def _video(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
+    from grat_cli.bench.video_level import PROMPTS, VideoSettings, run_video_level
+    from grat_cli.models import choose_model
+    from grat_cli.video_size import parse_video_size
+
+    model = choose_model(request.model, "video")
+    _refuse_several_sizes(request, "videos")
+    size = parse_video_size(request.res, None, None, request.frames, None, model)
+    settings = VideoSettings(
+        model=model,
+        compare=request.variants_beside_full,
+        width=size.width,
+        height=size.height,
+        frames=size.frames,
+        steps=request.steps,
+        recall=not request.no_recall,
+        **_prompts(request, PROMPTS),
+        **_common(request),
+    )
+    output.hint(f"{model.name} ({model.reason}), {size}")
+    for note in size.notes:
+        output.hint(note)
+    with output.progress() as progress:
+        result, pictures = run_video_level(settings, progress)
+    return result, _contact_sheet(pictures)
+
+
+def _highres(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
+    from grat_cli.bench.highres_level import HighresSettings, run_highres_level
+    from grat_cli.bench.image_level import PROMPTS
+    from grat_cli.models import choose_model
+    from grat_cli.resolution import parse_resolution
+    from grat_cli.selection import select_preset
+
+    if request.max_seconds is not None:
+        raise BadInput("--max-seconds says nothing to --level highres: give fewer --prompts")
+    model = choose_model(request.model)
+    _refuse_several_sizes(request, "pictures")
+    resolution = parse_resolution(request.res or str(4 * model.native_side), model.native_side, model.size_multiple)
+    name = request.preset or f"{model.family}-{_HIGHRES_PRESET[model.family]}"
+    preset = select_preset(model, preset=name, steps=request.steps)
+    preset = preset.model_copy(update={"kernel": preset.kernel.model_copy(update={"backend": request.backend})})
+    settings = HighresSettings(
+        model=model,
+        preset=preset,
+        width=resolution.width,
+        height=resolution.height,
+        compare=request.modes,
+        device=request.device,
+        dtype=request.dtype,
+        command=request.command,
+        **_prompts(request, PROMPTS),
+    )
+    output.hint(f"{model.name} ({model.reason}), {resolution}, {preset.name}")
+    with output.progress() as progress:
+        result, pictures = run_highres_level(settings, progress)
+    return result, _contact_sheet(pictures)
+
+
+def _common(request: BenchRequest) -> dict[str, Any]:
+    """Settings of steps and whole runs alike."""
+    return {
+        "device": request.device,
+        "dtype": request.dtype,
+        "backend": request.backend,
+        "max_seconds": request.most_seconds,
+        "command": request.command,
+    }
+
+
+def _prompts(request: BenchRequest, built_in: tuple[str, ...]) -> dict[str, Any]:
+    """The setting, or nothing where it keeps its default."""
+    return {} if request.prompts is None else {"prompts": chosen_prompts(request.prompts, built_in)}
+
+
+def _refuse_several_sizes(request: BenchRequest, what: str) -> None:
+    if request.res is not None and "," in request.res:
+        raise BadInput(f"--res {request.res}: --level {request.level} makes {what} of one size")
+
+
+def _contact_sheet(pictures: Pictures) -> Image.Image | None:
+    """The sheet; None where every variant was skipped, or none has anything to show."""
+    from grat_cli.bench.contact_sheet import draw
+
+    return draw(pictures.rows, pictures.column_titles) if any(made for _, made in pictures.rows) else None
