@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from grat_cli import generation, image_coding, image_request, video_generation, video_request
 from grat_cli.denoising import StepWatch, explained_backend_failures
@@ -29,8 +28,17 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
+    from typing_extensions import NotRequired
 
     from grat_cli.adapters.base import CallObserver
+
+
+class Size(TypedDict):
+    """In pixels and frames."""
+
+    height: int
+    width: int
+    num_frames: NotRequired[int]
 
 
 class Maker(Protocol):
@@ -46,7 +54,7 @@ class Maker(Protocol):
     family: str
     grid: Grid
     title: str
-    size: Mapping[str, int]
+    size: Size
 
     @property
     def request(self) -> GenerationRequest:
@@ -92,7 +100,7 @@ class PictureMaker:
         self.request = request
         self.grid = Grid((request.height // request.model.token_side, request.width // request.model.token_side))
         self.title = f"{request.width}x{request.height} pixels"
-        self.size: Mapping[str, int] = {"height": request.height, "width": request.width}
+        self.size: Size = {"height": request.height, "width": request.width}
 
     def prepare(self, pipe: Any) -> None:
         """See `Maker`, as for all below. Pictures need nothing."""
@@ -132,7 +140,7 @@ class VideoMaker:
         side = request.model.token_side
         self.grid = Grid((request.latent_frames, request.height // side, request.width // side))
         self.title = f"{request.width}x{request.height} pixels, {request.frames} frames"
-        self.size: Mapping[str, int] = {
+        self.size: Size = {
             "height": request.height,
             "width": request.width,
             "num_frames": request.frames,

@@ -200,7 +200,7 @@ def tune(request: TuneRequest, progress: Progress) -> Tuned:
     # 5. The evidence.
     evidence = _evidence(request, maker, model.revision, observations, choice, text_tokens, density, likenesses)
     counts = np.bincount(choice.ravel(), minlength=len(request.candidates))
-    shares = {request.candidates[at]: counts[at] / choice.size for at in np.argsort(-counts) if counts[at]}
+    shares = {request.candidates[at]: float(counts[at] / choice.size) for at in np.argsort(-counts) if counts[at]}
     final = preset.model_copy(update={"evidence": evidence})
     return Tuned(final, shares, observations, tuple(references), tuple(outputs))
 

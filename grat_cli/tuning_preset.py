@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def schedule_of(
     return own, Schedule(palette=palette, tables=tables)
 
 
-def _spelled_out(own: Attention, other: Attention) -> dict[str, object]:
+def _spelled_out(own: Attention, other: Attention) -> dict[str, Any]:
     """All that makes the one attention the other."""
     given = {name: value for name, value in other.model_dump().items() if value is not None}
     return given | ({"far": None} if own.far and not other.far else {})

@@ -147,7 +147,7 @@ def batch(
     from grat_cli.errors import BadInput, NumericalFailure
     from grat_cli.models import choose_model
     from grat_cli.offloading import OFFLOADS
-    from grat_cli.picture_files import choose_format
+    from grat_cli.picture_files import choose_picture_format
     from grat_cli.presets import HIGHRES_MODES
     from grat_cli.prompt_files import read_prompts
     from grat_cli.quantization import QUANTIZATIONS
@@ -213,7 +213,7 @@ def batch(
     machine = _Machine(device, dtype, offload, quantize, base)
     command = shlex.join(["grat", *(context.find_root().obj or ())])
     if medium == "image":
-        picture_format = choose_format(None, format)
+        picture_format = choose_picture_format(None, format)
         suffix = picture_format.suffixes[0]
         template = _picture_template(choice, chosen, machine, output, res=res, format=picture_format, quality=quality)
     else:
@@ -428,13 +428,13 @@ def _video_template(
     from grat_cli.progress import duration
     from grat_cli.selection import require_backend
     from grat_cli.time_estimate import planned_seconds
-    from grat_cli.video_files import SUFFIXES, choose_format, require_encodable
+    from grat_cli.video_files import SUFFIXES, choose_video_format, require_encodable
     from grat_cli.video_request import VideoRequest
     from grat_cli.video_size import parse_video_size
 
     if every is not None and every < 0:
         raise BadInput(f"--checkpoint-every {every}: expected steps, 0 for none")
-    video_format = choose_format(None, format)
+    video_format = choose_video_format(None, format)
     parsed = parse_video_size(*size, choice)
     architecture = architecture_for(choice)
     expected = forecast(chosen, choice.name, architecture, parsed, machine.dtype)
