@@ -142,6 +142,7 @@ def generate_images(request: ImageRequest, progress: Progress) -> Iterator[Gener
             offload_reason=model.offload_reason,
             schedule=last.installation.last_schedule,
             text_tokens=text["prompt_embeds"].shape[1],
+            guard=last.guard,
         )
         phases.phases_ms = {"load": 0.0, "text": 0.0}
 
