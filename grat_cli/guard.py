@@ -1,13 +1,15 @@
 """The guard: while a run goes on, layers whose pattern keeps too little of full attention go wider.
 
 At every transformer call some queries of each layer are looked at (`grat_cli.online_recall`): how much of full
-attention the layer keeps. A layer that keeps less than the bar goes to the next wider pattern, and from there to full
-attention (`schedule.Width`), all its heads together, and stays there for the rest of the run. Where a step calls the
-transformer twice (true guidance) the lower figure counts. Full attention is never looked at.
+attention the layer's pattern keeps. A layer that keeps less than the bar goes to the next wider pattern, and from
+there to full attention (`schedule.Width`), all its heads together, and stays there for the rest of the run. Where a
+step calls the transformer twice (true guidance) the lower figure counts.
 
 What a step measures takes effect two steps later, on every device: by then it has been computed and copied, and only
-work that was issued a whole step before is waited for. A first call with a plan that has just become wider moves that
-plan's tables to the device, once.
+work that was issued a whole step before is waited for. So the pattern that is judged is the one that the layer is to
+have two steps later, or where that is full up to four: after four dense steps or more, layers have gone as wide as they
+have to before the first sparse step is run. Full attention itself is never judged. A first call with a plan that has
+just become wider moves that plan's tables to the device, once.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,14 +34,17 @@ if TYPE_CHECKING:
 
 ROWS = 32
 DELAY_STEPS = 2
+_HORIZON_STEPS = DELAY_STEPS * Width.FULL  # as many as it takes to climb to full attention
 
 
 class Measured(NamedTuple):
-    """What a layer kept of full attention at one step; see `grat_cli.online_recall`."""
+    """What a layer's pattern keeps of full attention; see `grat_cli.online_recall`."""
 
     kept: float
     recall: float
     error: float | None
+    width: int = Width.OWN
+    """That of the pattern, a `Width`."""
 
 
 class _Seen(NamedTuple):
@@ -48,6 +53,11 @@ class _Seen(NamedTuple):
     step: int
     layer: int
     measured: Measured
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """For people."""
+        return {name: value for name, value in self.measured._asdict().items() if name != "width"}
 
     @classmethod
     def read(cls, step: int, layer: int, measured: Iterable[float]) -> _Seen:
@@ -60,12 +70,12 @@ class Widening:
     """A layer that went wider.
 
     Attributes:
-        step: from which on, counted from 0 over the steps that are run.
+        step: from which on, counted from 0 over the steps that are run; full attention before does not count.
         layer: counted from 0.
-        measured_step: when it was found to keep too little.
-        kept: how much it kept.
-        recall: softmax mass on the keys that it attended token by token.
-        error: ||o - o_full|| / ||o_full|| of heads with summaries, None where it had none.
+        measured_step: when its pattern was found to keep too little.
+        kept: how much it kept then.
+        recall: softmax mass on the keys that it attends token by token.
+        error: ||o - o_full|| / ||o_full|| of heads with summaries, None where it has none.
         width: a `Width`.
         to: its attention from then on, for people.
     """
@@ -77,7 +87,7 @@ class Widening:
     recall: float
     error: float | None
     width: int
-    to: str
+    to: str = ""
 
 
 class RecallGuard:
@@ -119,34 +129,42 @@ class RecallGuard:
             self._step = step
             self._sampled.clear()
             self._widen(schedule, step)
-        return self._widened(schedule)
+        self._applied = self._widened(schedule)
+        return self._applied
 
     def _widen(self, schedule: AttentionSchedule, step: int) -> None:
         """Decides by what was measured two steps ago and earlier."""
-        widths = self._widths(schedule)
         low: dict[int, tuple[int, Measured]] = {}
-        for measured_step in sorted(self._pending):
-            if measured_step > step - DELAY_STEPS:
-                continue
+        for measured_step in [earlier for earlier in self._pending if earlier <= step - DELAY_STEPS]:
             for layer, measured in self._take(measured_step).items():
                 # What a layer kept before it went wider says nothing about what it keeps now.
-                if not measured.kept >= self.bar and widths[measured_step, layer] == widths[step, layer]:
+                if not measured.kept >= self.bar and measured.width == self._width_of(layer):
                     low[layer] = measured_step, measured
-        if not low:
-            return
-        for layer in low:
-            widths[step:, layer] += 1
-        wider = schedule.widened(widths)
-        self._widenings += [
-            Widening(step, layer, at, *measured, width=int(widths[step, layer]), to=wider.described(step, layer))
-            for layer, (at, measured) in sorted(low.items())
+        new = [
+            Widening(
+                step=next(at for at in range(step, schedule.steps) if schedule.plan(at, layer).density < 1),
+                layer=layer,
+                measured_step=measured_step,
+                kept=measured.kept,
+                recall=measured.recall,
+                error=measured.error,
+                width=measured.width + 1,
+            )
+            for layer, (measured_step, measured) in sorted(low.items())
         ]
+        self._widenings += new
+        if new:
+            wider = self._widened(schedule)
+            self._widenings[-len(new) :] = [replace(one, to=wider.described(one.step, one.layer)) for one in new]
 
     def _take(self, step: int) -> dict[int, Measured]:
         """What each layer kept at a step; it counts as seen."""
         found = _lowest_of(self._pending.pop(step))
         self._lowest = _lower(self._lowest, step, found)
         return found
+
+    def _width_of(self, layer: int) -> int:
+        return max((one.width for one in self._widenings if one.layer == layer), default=Width.OWN)
 
     def _widths(self, schedule: AttentionSchedule) -> np.ndarray:
         widths = np.full((schedule.steps, self._layers), int(Width.OWN))
@@ -177,12 +195,25 @@ class RecallGuard:
 
     @contextmanager
     def attention(self, inputs: AttentionInputs | None = None) -> Iterator[None]:
-        """Looks at one attention, unless it is full."""
-        if inputs is not None and inputs.plan.density < 1:
-            from grat_cli.online_recall import measure
-
-            self._call.add(inputs.layer, measure(inputs, self._rows(inputs.plan, inputs.query.device)))
+        """Looks at what one attention is computed from, unless its layer is to have full attention."""
+        if inputs is not None and (step := self._sparse_step(inputs.layer)) is not None:
+            figures = self._measured(inputs, self._applied.plan(step, inputs.layer))
+            self._call.add(inputs.layer, self._width_of(inputs.layer), figures)
         yield
+
+    def _sparse_step(self, layer: int) -> int | None:
+        """The step whose pattern is judged: the first one in reach at which the layer does not have full attention."""
+        end = min(self._step + _HORIZON_STEPS + 1, self._applied.steps)
+        steps = range(self._step + DELAY_STEPS, end)
+        return next((step for step in steps if self._applied.plan(step, layer).density < 1), None)
+
+    def _measured(self, inputs: AttentionInputs, plan: Plan | HeadPlan) -> torch.Tensor:
+        """What a plan would keep of an attention, on the device."""
+        from grat_cli.online_recall import measure
+
+        summaries = inputs.summaries if plan.summaries.blocks == inputs.plan.summaries.blocks else None
+        judged = inputs._replace(plan=plan, summaries=summaries)
+        return measure(judged, self._rows(plan, inputs.query.device))
 
     def _rows(self, plan: Plan | HeadPlan, device: torch.device) -> SampledRows:
         """The queries of this step, and what they attend under a plan."""
@@ -196,17 +227,15 @@ class RecallGuard:
     # What is told of it, and kept.
 
     def report(self) -> dict[str, Any]:
-        """What it did, as plain data; waits for the device. Steps and layers are counted from 0."""
-        lowest = self._lowest
-        for step, calls in self._pending.items():
-            lowest = _lower(lowest, step, _lowest_of(calls))
+        """What it did up to the step under way, as plain data. Steps and layers are counted from 0."""
+        lowest = self._lowest and {"step": self._lowest.step, "layer": self._lowest.layer, **self._lowest.figures}
         return {
             "bar": self.bar,
             "rows": self.rows,
             "delay_steps": DELAY_STEPS,
             "layers": self._layers,
             "planned_density": self._planned_density,
-            "lowest": lowest and _rounded({"step": lowest.step, "layer": lowest.layer} | lowest.measured._asdict()),
+            "lowest": lowest and _rounded(lowest),
             "widened": [
                 _rounded({name: value for name, value in asdict(widening).items() if name != "width"})
                 for widening in self._widenings
@@ -256,12 +285,12 @@ class _Call:
     """What one transformer call measured, on its way from the device."""
 
     def __init__(self) -> None:
-        self.layers: list[int] = []
+        self.layers: list[tuple[int, int]] = []
         self._figures: list[torch.Tensor] = []
         self._arrived: torch.cuda.Event | None = None
 
-    def add(self, layer: int, figures: torch.Tensor) -> None:
-        self.layers.append(layer)
+    def add(self, layer: int, width: int, figures: torch.Tensor) -> None:
+        self.layers.append((layer, int(width)))
         self._figures.append(figures)
 
     def send(self) -> None:
@@ -280,9 +309,11 @@ class _Call:
     def read(self) -> dict[int, Measured]:
         if self._arrived is not None:
             self._arrived.synchronize()
-        (figures,) = self._figures
-        rows = ((kept, recall, None if math.isnan(error) else error) for kept, recall, error in figures.tolist())
-        return {layer: Measured(*row) for layer, row in zip(self.layers, rows, strict=True)}
+        (together,) = self._figures
+        return {
+            layer: Measured(kept, recall, None if math.isnan(error) else error, width)
+            for (layer, width), (kept, recall, error) in zip(self.layers, together.tolist(), strict=True)
+        }
 
 
 class _Known:

@@ -234,7 +234,7 @@ def _guard_summary(part: Mapping[str, Any]) -> str:
     guard = part["guard"]
     lowest, widened = guard["lowest"], guard["widened"]
     if lowest is None:
-        return "all attention was full"
+        return "all attention was full" if guard["planned_density"] == 1 else "too few steps to judge any layer"
     least = f"{lowest['kept']:.2f} in layer {lowest['layer']} at step {lowest['step'] + 1}"
     if not widened:
         return f"no layer went wider, the least kept was {least}"

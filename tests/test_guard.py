@@ -31,7 +31,7 @@ from grat_cli.presets import Attention, Preset, load_preset, resolve_preset
 from grat_cli.recall import row_statistics, sample_positions
 from grat_cli.schedule import AttentionSchedule, Width, wider
 from grat_cli.timing import StepRecorder
-from grat_kernels import Block, CrissCross, Full, Grid, HeadPlan, Plan, Union
+from grat_kernels import Block, CrissCross, Full, Grid, HeadPlan, Pattern, Plan, Union
 
 LAYERS, STEPS = tiny_flux.LAYERS, 6
 NARROW: dict[str, Any] = {"radius": 0}
@@ -49,11 +49,11 @@ class Script:
 
     def __init__(self, kept: dict[tuple[int, int], float | tuple[float, float]]) -> None:
         self.kept = kept
-        self.asked: list[tuple[int, int]] = []
+        self.judged: dict[tuple[int, int], Pattern] = {}
         self.step, self.calls = 0, 0
 
     def __call__(self, inputs: AttentionInputs, rows: Any) -> torch.Tensor:
-        self.asked.append((self.step, inputs.layer))
+        self.judged[self.step, inputs.layer] = inputs.plan.classes[0].pattern
         kept = self.kept.get((self.step, inputs.layer), 1.0)
         kept = kept[self.calls] if isinstance(kept, tuple) else kept
         return torch.tensor([kept, kept / 2, float("nan")])
@@ -111,7 +111,8 @@ def test_a_layer_goes_one_rung_at_a_time_two_steps_late(monkeypatch: pytest.Monk
         (4, 1, 2, "full"),
         (6, 2, 4, "b radius 2, groups 4x4"),
     ]
-    assert (4, 1) not in script.asked  # full attention is not looked at
+    assert (4, 1) not in script.judged  # full attention is not judged
+    assert {step for step, _ in script.judged} == set(range(6))  # nor what would come after the last step
     said = guard.report()
     assert said["widened"][0]["kept"] == 0.5
     assert said["widened"][0]["recall"] == 0.25
@@ -134,20 +135,23 @@ def test_of_two_calls_the_lower_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one["kept"] for one in guard.report()["widened"]] == pytest.approx([0.7, 0.6])
 
 
-def test_dense_steps_and_full_layers_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    laid_out = schedule("schedule.dense_steps=2", "schedule.rules=[{layers: 1, variant: full}]")
+def test_dense_steps_judge_what_follows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four dense steps are enough to climb to full attention before any sparse step is run."""
+    laid_out = schedule("schedule.dense_steps=4", "schedule.rules=[{layers: 1, variant: full}]")
     script = Script({(step, layer): 0.1 for step in range(8) for layer in range(3)})
-    guard, _ = driven(script, laid_out, monkeypatch)
-    assert {step for step, _ in script.asked} == {2, 3, 4, 5}
-    assert {layer for _, layer in script.asked} == {0, 2}
-    assert [at for _, _, at, _ in widenings(guard)] == [2, 2, 4, 4]
+    guard, used = driven(script, laid_out, monkeypatch)
+    assert script.judged == {(step, layer): Block(1 if step < 2 else 2) for step in (0, 1, 2, 3) for layer in (0, 2)}
+    # Decided at steps 2 and 4; the first sparse step of the schedule is step 4.
+    assert [(step, at, to) for step, _, at, to in widenings(guard)] == [
+        *([(4, 0, "b radius 2, groups 4x4")] * 2),
+        *([(4, 2, "full")] * 2),
+    ]
+    assert {plan.density for row in used for plan in row} == {1.0}
 
-
-def test_what_was_measured_in_the_last_steps_is_in_the_lowest(monkeypatch: pytest.MonkeyPatch) -> None:
-    guard, _ = driven(Script({(7, 2): 0.3}), schedule(), monkeypatch)
+    script = Script({(0, 0): 0.1})
+    guard, used = driven(script, schedule("schedule.dense_steps=6"), monkeypatch)
+    assert {step for step, _ in script.judged} == {2, 3, 4, 5}
     assert widenings(guard) == []
-    lowest = guard.report()["lowest"]
-    assert (lowest["step"], lowest["layer"]) == (7, 2)
 
 
 def test_a_layer_stays_wide_where_rules_change_its_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,10 +328,10 @@ def recall_of(step: int, inputs: AttentionInputs) -> float:
 
 def test_what_a_run_measures_is_its_recall() -> None:
     keeper = Keeper()
-    _, installation = guarded(1e-6, preset("b", **NARROW), 3, keeper, **GUIDED)
+    _, installation = guarded(1e-6, preset("b", **NARROW), 4, keeper, **GUIDED)
     lowest = installation.guard.report()["lowest"]
-    every = [(recall_of(step, inputs), step, inputs.layer) for step, inputs in keeper.seen]
-    assert len(every) == 3 * 2 * LAYERS
+    every = [(recall_of(step, inputs), step, inputs.layer) for step, inputs in keeper.seen if step < 2]
+    assert len(every) == 2 * 2 * LAYERS
     recall, step, layer = min(every)
     assert (lowest["step"], lowest["layer"]) == (step, layer)
     assert lowest["kept"] == lowest["recall"] == pytest.approx(recall, abs=1e-5)
@@ -366,7 +370,7 @@ def test_the_denoising_loop_reads_nothing_but_what_was_measured_two_steps_ago(mo
 
     def arrived(call: Any) -> dict[int, Measured]:
         read.append(current[0])
-        return {layer: Measured(0.5, 0.5, None) for layer in call.layers}
+        return {layer: Measured(0.5, 0.5, None, width) for layer, width in call.layers}
 
     monkeypatch.setattr(guard_module._Call, "read", arrived)
     watching, current = NoHostReads(), [-1]
@@ -456,4 +460,6 @@ def test_lines_without_a_guard_or_without_anything_to_widen() -> None:
     assert report.guard_lines([plain, calm]) == [
         "seed 4: guard 0.9: no layer went wider, the least kept was 0.93 in layer 2 at step 5"
     ]
+    few = {"guard": calm["guard"] | {"lowest": None, "planned_density": 0.2}}
+    assert report.guard_text(few) == "guard 0.9: too few steps to judge any layer"
     assert report.widenings_text(plain) is report.widenings_text(calm) is None
