@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -47,7 +47,7 @@ def guarded(guard: float | None, chosen: Preset, steps: int = STEPS, observer: A
 class Script:
     """Stands in for the measurement: what layers keep by step and call, 1 where nothing is said."""
 
-    def __init__(self, kept: dict[tuple[int, int], float | tuple[float, float]]) -> None:
+    def __init__(self, kept: Mapping[tuple[int, int], float | tuple[float, float]]) -> None:
         self.kept = kept
         self.judged: dict[tuple[int, int], Pattern] = {}
         self.step, self.calls = 0, 0
@@ -347,7 +347,7 @@ def test_videos_with_texts_of_several_lengths() -> None:
             "kernel": {"backend": "sdpa"},
         }
     )
-    size = {"height": 48, "width": 64, "num_frames": 9}
+    size: dict[str, Any] = {"height": 48, "width": 64, "num_frames": 9}
     call = {"prompt": ["waves at night", "snow"], "num_inference_steps": 5, "max_sequence_length": 16}
     guidance = {"negative_prompt": ["a boat in the rain", ""], "true_cfg_scale": 2.0}
     keeper = Keeper()
