@@ -283,12 +283,13 @@ def attend(
     """
     import torch
 
+    from grat_cli.adapters.observers import Observers
     from grat_cli.attention_record import AttentionRecorder
     from grat_cli.checkpoints import load_model
     from grat_cli.denoising import memory_advice
     from grat_cli.devices import choose_device, choose_dtype
     from grat_cli.makers import run_installed
-    from grat_cli.query_record import CallCounter, Observers, QueryRecorder
+    from grat_cli.query_record import CallCounter, QueryRecorder
 
     request = maker.request
     phases: dict[str, float] = dict.fromkeys(("load", "denoise", "decode"), 0.0)

@@ -39,6 +39,7 @@ class GenerationRecord:
         model_revision: commit of the weights on the hub, or None.
         schedule: which attention ran when.
         text_tokens: length of the text in the joint sequence.
+        guard: of `guard.RecallGuard.report`, None without a guard.
     """
 
     seed: int
@@ -63,6 +64,7 @@ class GenerationRecord:
     model_revision: str | None
     schedule: AttentionSchedule
     text_tokens: int
+    guard: dict[str, Any] | None = None
 
 
 class StepWatch:

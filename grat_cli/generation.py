@@ -194,6 +194,7 @@ class ImageGenerator:
             offload_reason=self._model.offload_reason,
             schedule=last.installation.last_schedule,
             text_tokens=text.tensors["prompt_embeds"].shape[1],
+            guard=last.guard,
         )
 
 

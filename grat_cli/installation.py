@@ -16,6 +16,7 @@ from grat_cli.time_shift import extrapolation as extrapolated_shift
 if TYPE_CHECKING:
     from grat_cli.adapters.base import Adapter, CallObserver
     from grat_cli.extrapolation import Extrapolation
+    from grat_cli.guard import RecallGuard
     from grat_cli.schedule import AttentionSchedule
     from grat_kernels import Backend, Grid
 
@@ -29,6 +30,7 @@ class Installation:
         grid: image tokens of the calls to come.
         backend: how span attention is computed, never `AUTO`.
         backend_reason: why this backend.
+        guard: what widens layers while a run goes on, None without one.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Installation:
         self._schedules: dict[tuple[int, int], AttentionSchedule] = {}
         self._last_schedule: AttentionSchedule | None = None
         self.grid = grid
+        self.guard = _guard(preset, adapter.layers)
         self.backend, self.backend_reason = _resolve_backend(pipe, preset.kernel.backend, grid.tokens)
         _check_kernel(pipe, preset, self.backend)
 
@@ -47,7 +50,7 @@ class Installation:
         return self._first_step + step_under_way(self._pipe.scheduler)
 
     def schedule(self, text_len: int) -> AttentionSchedule:
-        """The schedule for a text length and for as many steps as the whole run has."""
+        """The schedule for a text length and for as many steps as the whole run has, as the guard has widened it."""
         scheduler = self._pipe.scheduler
         to_run = len(scheduler.timesteps) - (scheduler.begin_index or 0)
         steps = self._steps or self._first_step + to_run
@@ -66,7 +69,8 @@ class Installation:
                 self._adapter.layers,
                 self._adapter.heads,
             )
-        self._last_schedule = self._schedules[text_len, steps]
+        schedule = self._schedules[text_len, steps]
+        self._last_schedule = self.guard.applied(schedule, self.current_step()) if self.guard else schedule
         return self._last_schedule
 
     @property
@@ -105,6 +109,7 @@ def install(
     chunk_tokens: int | Literal["auto"] | None = "auto",
     observer: CallObserver | None = None,
     extrapolation: Extrapolation | None = None,
+    guard: float | None = None,
 ) -> Iterator[Installation]:
     """Runs a pipeline with GRAT attention: `with grat_cli.install(pipe, "flux-x", height=8192, width=8192): pipe(...)`.
 
@@ -129,6 +134,8 @@ def install(
         observer: told of transformer calls and attentions, for example a `timing.StepRecorder`.
         extrapolation: how rotary positions and scores of Flux are fitted to pictures larger than it was trained at;
             None leaves them as they are. The preset's own `highres` section is not applied.
+        guard: overrides the preset's: share of full attention that a layer has to keep, such as 0.9; those that keep
+            less go wider while the run goes on. 0 for none. `Installation.guard` tells what it did.
 
     Raises:
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
@@ -140,6 +147,8 @@ def install(
         preset = _with_backend(preset, backend)
     if chunk_tokens != "auto":
         preset = _with_chunks(preset, chunk_tokens)
+    if guard is not None:
+        preset = _with_guard(preset, guard)
     if len(preset.attention.group) != AXES[family]:
         raise BadInput(
             f"preset {preset.name} is for {preset.model} models, the pipeline is a {type(pipe).__name__}: "
@@ -160,7 +169,7 @@ def install(
     warning = extrapolated_shift(pipe.scheduler, grid.tokens)
     if warning:
         warnings.warn(warning, stacklevel=3)
-    with adapter.attached(installation, installation.backend, observer):
+    with adapter.attached(installation, installation.backend, _observers(installation.guard, observer)):
         yield installation
 
 
@@ -182,6 +191,29 @@ def _with_chunks(preset: Preset, chunk_tokens: int | None) -> Preset:
     if chunk_tokens is not None and chunk_tokens < SMALLEST_CHUNK:
         raise BadInput(f"chunk_tokens {chunk_tokens}: expected {SMALLEST_CHUNK} or more, None or 'auto'")
     return preset.model_copy(update={"memory": Memory(chunk_tokens=chunk_tokens)})
+
+
+def _with_guard(preset: Preset, guard: float) -> Preset:
+    if not 0 <= guard <= 1:
+        raise BadInput(f"guard {guard:g}: expected a share from 0 to 1, such as 0.9, or 0 for none")
+    return preset.model_copy(update={"guard": guard})
+
+
+def _guard(preset: Preset, layers: int) -> RecallGuard | None:
+    if not preset.guard:
+        return None
+    from grat_cli.guard import RecallGuard
+
+    return RecallGuard(preset.guard, layers)
+
+
+def _observers(guard: RecallGuard | None, observer: CallObserver | None) -> CallObserver | None:
+    """Both, if there are both; the guard's own work is outside of what the other one times as attention."""
+    if guard is None or observer is None:
+        return guard or observer
+    from grat_cli.adapters.observers import Observers
+
+    return Observers(guard, observer)
 
 
 def _family(pipe: Any) -> Literal["flux", "hunyuan"]:
@@ -281,7 +313,7 @@ def _check_kernel(pipe: Any, preset: Preset, backend: Backend) -> None:
     from grat_kernels.attention import KernelMismatch, check_kernel
 
     forms = {bool(attention.far) for attention in preset.attentions}
-    if preset.schedule.dense_steps:
+    if preset.schedule.dense_steps or preset.guard:
         forms.add(False)
     try:
         for far in sorted(forms):

@@ -314,6 +314,18 @@ SetItems = Annotated[
         rich_help_panel=_ATTENTION,
     ),
 ]
+Guard = Annotated[
+    float | None,
+    typer.Option(
+        "--guard",
+        parser=number("--guard", float),
+        metavar="SHARE",
+        help="How much of full attention each layer has to keep, such as 0.9: those that are measured to keep less "
+        "go wider while the run goes on. 0 for none. Default: the preset's.",
+        show_default=False,
+        rich_help_panel=_ATTENTION,
+    ),
+]
 BackendChoice = Annotated[
     str | None,
     typer.Option(

@@ -122,6 +122,12 @@ def _chunk_tokens(value: Any) -> int | str | None:
     raise ValueError(f"expected auto, null or a whole number from {SMALLEST_CHUNK} up, not {shown(value)}")
 
 
+def _share_or_none(value: Any) -> float | None:
+    if value is None or (type(value) in (int, float) and 0 <= value <= 1):
+        return value
+    raise ValueError(f"expected a share from 0 to 1, such as 0.9, or 0 for none, not {shown(value)}")
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -482,6 +488,8 @@ class Preset(Section):
     Attributes:
         model: the family of models that it is made for.
         highres: how large pictures come about; None takes the defaults of the section.
+        guard: share of full attention that each layer has to keep: those that keep less, by what is measured while the
+            run goes on, go wider (`grat_cli.guard`), in every stage; 0 or None for no guard.
         evidence: of a tuned one.
     """
 
@@ -494,6 +502,7 @@ class Preset(Section):
     sampling: Sampling = Sampling()
     memory: Memory = Memory()
     highres: HighResolution | None = None
+    guard: Annotated[float | None, BeforeValidator(_share_or_none)] = None
     evidence: Evidence | None = None
 
     @model_validator(mode="after")

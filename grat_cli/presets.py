@@ -83,6 +83,7 @@ _FLAG_PATHS: Mapping[str, KeyPath] = {
     "steps": ("sampling", "steps"),
     "guidance": ("sampling", "guidance"),
     "highres": ("highres", "mode"),
+    "guard": ("guard",),
 }
 
 
@@ -135,7 +136,7 @@ def resolve_preset(base: Preset, *, set_items: Sequence[str] = (), **flags: Any)
         base: the preset.
         set_items: items such as `attention.radius=2`, values in YAML.
         flags: `variant`, `group` (a number for all axes or one per axis), `radius`, `share`, `backend`, `steps`,
-            `guidance`, `highres` (its mode); None where not given.
+            `guidance`, `highres` (its mode), `guard`; None where not given.
 
     Raises:
         BadInput: naming the option that does not fit.

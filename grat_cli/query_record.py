@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from grat_cli.adapters.base import AttentionInputs, CallObserver
+from grat_cli.adapters.base import AttentionInputs
 from grat_cli.recall import query_maps
 from grat_kernels import Grid
 from grat_kernels.geometry import Cell, cell_counts
@@ -163,26 +163,3 @@ class CallCounter:
         if inputs is not None:
             self.text_tokens = max(self.text_tokens, inputs.plan.text_len)
         yield
-
-
-class Observers:
-    """Several observers as one `adapters.base.CallObserver`."""
-
-    def __init__(self, *observers: CallObserver) -> None:
-        self._observers = observers
-
-    def begin_call(self, step: int, density: float) -> None:
-        """See `CallObserver`, as for all below."""
-        for observer in self._observers:
-            observer.begin_call(step, density)
-
-    def end_call(self) -> None:
-        for observer in self._observers:
-            observer.end_call()
-
-    @contextmanager
-    def attention(self, inputs: AttentionInputs | None = None) -> Iterator[None]:
-        with ExitStack() as stack:
-            for observer in self._observers:
-                stack.enter_context(observer.attention(inputs))
-            yield

@@ -126,6 +126,7 @@ def _report(
         },
         "density": schedule.density,
         "ideal_speedup": schedule.ideal_speedup,
+        "guard": made.guard,
         "backend": {
             "requested": request.preset.kernel.backend,
             "used": made.backend,
@@ -187,6 +188,75 @@ def pictures_table(reports: Sequence[Mapping[str, Any]]) -> RenderableType:
 def phases_line(report: Mapping[str, Any]) -> str:
     """For example `load 1.2 s, text 0.1 s, denoise 4.5 s, decode 0.2 s, save 0.1 s`."""
     return ", ".join(f"{name} {milliseconds_text(value)}" for name, value in report["phases"].items())
+
+
+def guard_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the guard did, a line for each picture or video that was made with one.
+
+    For example `guard 0.9: 7 of 12 layers went wider from step 3 on, 4 of them to full; density 0.172 became 0.493`.
+    """
+    lines = [(made["seed"], guard_text(made)) for made in reports]
+    prefixes = {seed: f"seed {seed}: " if len(reports) > 1 else "" for seed, _ in lines}
+    return [f"{prefixes[seed]}{text}" for seed, text in lines if text]
+
+
+def guard_text(report: Mapping[str, Any]) -> str | None:
+    """What the guard of a run did, in a line, or of a picture in several stages in one for each; None without one."""
+    parts = _guarded_parts(report)
+    if not parts:
+        return None
+    texts = [f"{size}{_guard_summary(part)}" for size, part in parts]
+    return f"guard {parts[0][1]['guard']['bar']:g}: {'; '.join(texts)}"
+
+
+def widenings_text(report: Mapping[str, Any]) -> str | None:
+    """Which layers went wider when, such as `step 3: layers 0-3, 7 to b radius 2, groups 4x4`; None where none did."""
+    groups: dict[tuple[str, int, str], list[int]] = {}
+    for size, part in _guarded_parts(report):
+        for one in part["guard"]["widened"]:
+            groups.setdefault((size, one["step"], one["to"]), []).append(one["layer"])
+    texts = [
+        f"{size}step {step + 1}: layer{'s' if len(layers) > 1 else ''} {ranges_text(layers)} to {to}"
+        for (size, step, to), layers in groups.items()
+    ]
+    return "; ".join(texts) or None
+
+
+def _guarded_parts(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The run, or the stages of a picture that has several, each with its size; those that had a guard."""
+    stages = report.get("stages", ())
+    if len(stages) <= 1:
+        return [("", report)] if report.get("guard") else []
+    return [(f"{stage['width']}x{stage['height']} ", stage) for stage in stages if stage.get("guard")]
+
+
+def _guard_summary(part: Mapping[str, Any]) -> str:
+    guard = part["guard"]
+    lowest, widened = guard["lowest"], guard["widened"]
+    if lowest is None:
+        return "all attention was full" if guard["planned_density"] == 1 else "too few steps to judge any layer"
+    least = f"{lowest['kept']:.2f} in layer {lowest['layer']} at step {lowest['step'] + 1}"
+    if not widened:
+        return f"no layer went wider, the least kept was {least}"
+    layers = {one["layer"] for one in widened}
+    full = {one["layer"] for one in widened if one["to"] == "full"}
+    to_full = f", {len(full)} of them to full" if full else ""
+    first = min(one["step"] for one in widened) + 1
+    return (
+        f"{len(layers)} of {guard['layers']} layers went wider from step {first} on{to_full} (least kept {least}); "
+        f"density {guard['planned_density']:.3f} became {part['density']:.3f}"
+    )
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Ascending numbers with their runs drawn together, such as `0-3, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def milliseconds_text(milliseconds: float) -> str:

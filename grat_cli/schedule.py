@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from copy import copy
+from enum import IntEnum
 from functools import cached_property
 from typing import TypeAlias
 
@@ -13,7 +15,7 @@ from grat_cli import ranges
 from grat_cli.errors import BadInput
 from grat_cli.presets import Attention, Preset, Table, shape_text
 from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, build_head_plan, build_plan
-from grat_kernels.geometry import cell_counts
+from grat_kernels.geometry import IntArray, cell_counts
 
 # Planning compares every group with every other, a stretch at a time: memory stays small, time grows with the square.
 # 2^14 groups, a million tokens in groups of 8x8, take 1.5 s of one core; a criss-cross of them has 133 million keys in
@@ -21,6 +23,31 @@ from grat_kernels.geometry import cell_counts
 MOST_GROUPS = 16_384
 
 _Grouped: TypeAlias = tuple[Grouping, Pattern]
+# Whose attention each head of a layer has (0 the preset's own, i its i-th rule's, -1 dense), and a `Width`.
+_Entry: TypeAlias = tuple[tuple[int, ...], int]
+
+
+class Width(IntEnum):
+    """How far a layer has gone from the attention that the preset gives it."""
+
+    OWN = 0
+    WIDER = 1
+    """The next wider pattern (`wider`), or full attention where that is none or attends everything."""
+    FULL = 2
+
+
+def wider(attention: Attention) -> Attention:
+    """The next wider pattern over the same groups, far levels kept; full attention is its own."""
+    if attention.variant == "x":
+        return attention.changed({"variant": "bx"})
+    if attention.variant == "sta":
+        return attention.changed({"window": _grown(attention.window, 2)})
+    return attention if attention.variant == "full" else attention.changed({"radius": _grown(attention.radius, 1)})
+
+
+def _grown(sizes: int | tuple[int, ...] | None, by: int) -> int | list[int]:
+    assert sizes is not None, "the variant has them"
+    return sizes + by if isinstance(sizes, int) else [size + by for size in sizes]
 
 
 class AttentionSchedule:
@@ -49,9 +76,10 @@ class AttentionSchedule:
         heads: int = 1,
     ) -> None:
         self.grid, self.steps, self.layers, self.heads = grid, steps, layers, heads
+        self._text = text_len, text_first
         _refuse_unfit(preset, grid)
         cells = preset.cells
-        groupings = {cell: Grouping(grid, cell, cells) for cell in cells}
+        self._groupings = {cell: Grouping(grid, cell, cells) for cell in cells}
 
         # Entry [step, layer, head] says whose attention applies: its number in this list, or -1 for dense.
         palette = preset.attention_of_palette
@@ -75,23 +103,47 @@ class AttentionSchedule:
             )
         choice[:dense_steps] = -1
 
-        # What each number stands for; those that say the same share a plan.
-        patterns = {
-            number: _grouped(None if number < 0 else attentions[number], groupings)
-            for number in dict.fromkeys(choice.ravel().tolist())
-        }
-        self._plans: list[list[Plan | HeadPlan]] = []
+        # Plans that have been built, by what they were built from; those that are not in use wait for wider layers.
+        self._attentions = attentions
+        self._built: dict[_Grouped, Plan] = {}
+        self._built_by_head: dict[tuple[_Grouped, ...], HeadPlan] = {}
+        self._choice = choice
+        self._lay_out(np.zeros((steps, layers), np.int64))
+
+    def widened(self, widths: IntArray) -> AttentionSchedule:
+        """This schedule with layers wider at some steps; it stays as it is itself.
+
+        Args:
+            widths: a `Width` for every step and layer, `[steps, layers]`.
+        """
+        other = copy(self)
+        other.__dict__.pop("shares", None)  # those of the layout before
+        other._lay_out(widths)
+        return other
+
+    def _lay_out(self, widths: IntArray) -> None:
+        """Gives every step and layer its plan; patterns that are equal share one."""
+        self._entries: list[list[_Entry]] = [
+            [(tuple(by_head), width) for by_head, width in zip(row, of_row, strict=True)]
+            for row, of_row in zip(self._choice.tolist(), widths.tolist(), strict=True)
+        ]
+        entries = dict.fromkeys(entry for row in self._entries for entry in row)
         try:
-            self._plan_of_pattern = {
-                pattern: build_plan(*pattern, text_len, text_first) for pattern in dict.fromkeys(patterns.values())
-            }
-            for row in choice.tolist():
-                by_layer = ([patterns[number] for number in by_head] for by_head in row)
-                self._plans.append([self._plan_of_heads(classes, text_len, text_first) for classes in by_layer])
+            patterns = {entry: self._patterns(entry) for entry in entries}
+            used = dict.fromkeys(pattern for by_head in patterns.values() for pattern in by_head)
+            self.plans: tuple[Plan, ...] = tuple(self._plan_of_pattern(pattern) for pattern in used)
+            plan_of_entry = {entry: self._plan_of_heads(by_head) for entry, by_head in patterns.items()}
         except ValueError as error:
             raise BadInput(str(error)) from error
-        self.plans: tuple[Plan, ...] = tuple(self._plan_of_pattern.values())
-        self.density = float(np.mean([self.density_of_step(step) for step in range(steps)]))
+        self._plans: list[list[Plan | HeadPlan]] = [[plan_of_entry[entry] for entry in row] for row in self._entries]
+        self.density = float(np.mean([self.density_of_step(step) for step in range(self.steps)]))
+
+    def described(self, step: int, layer: int) -> str:
+        """The attention of a step and layer for people, such as `b radius 2, groups 4x4`; `full` where it is that."""
+        by_head, width = self._entries[step][layer]
+        attentions = [self._attention(number, width) for number in dict.fromkeys(by_head)]
+        texts = ["full" if one is None or one.variant == "full" else one.summary for one in attentions]
+        return " and ".join(dict.fromkeys(texts))
 
     def plan(self, step: int, layer: int) -> Plan | HeadPlan:
         """The plan of a step and layer, both counted from 0; by head where heads of the layer attend differently."""
@@ -113,26 +165,47 @@ class AttentionSchedule:
         for plan in (plan for row in self._plans for plan in row):
             if isinstance(plan, HeadPlan):
                 for number, member in enumerate(plan.classes):
-                    served[self._plan_of_pattern[member.grouping, member.pattern]] += len(plan.heads_of(number))
+                    served[self._built[member.grouping, member.pattern]] += len(plan.heads_of(number))
             else:
                 served[plan] += self.heads
         return {plan: count / (self.steps * self.layers * self.heads) for plan, count in served.items()}
 
-    def _plan_of_heads(self, pattern_of_head: list[_Grouped], text_len: int, text_first: bool) -> Plan | HeadPlan:
+    def _plan_of_pattern(self, pattern: _Grouped) -> Plan:
+        if pattern not in self._built:
+            self._built[pattern] = build_plan(*pattern, *self._text)
+        return self._built[pattern]
+
+    def _plan_of_heads(self, pattern_of_head: tuple[_Grouped, ...]) -> Plan | HeadPlan:
         """One plan where all heads attend alike, else a plan by head."""
         classes = tuple(dict.fromkeys(pattern_of_head))
         if len(classes) == 1:
-            return self._plan_of_pattern[classes[0]]
-        return build_head_plan(
-            classes, tuple(classes.index(pattern) for pattern in pattern_of_head), text_len, text_first
-        )
+            return self._plan_of_pattern(classes[0])
+        if pattern_of_head not in self._built_by_head:
+            class_of_head = tuple(classes.index(pattern) for pattern in pattern_of_head)
+            self._built_by_head[pattern_of_head] = build_head_plan(classes, class_of_head, *self._text)
+        return self._built_by_head[pattern_of_head]
 
+    def _patterns(self, entry: _Entry) -> tuple[_Grouped, ...]:
+        """Groups and pattern of each head."""
+        by_head, width = entry
+        grouped = {number: self._grouped(self._attention(number, width)) for number in dict.fromkeys(by_head)}
+        return tuple(grouped[number] for number in by_head)
 
-def _grouped(attention: Attention | None, groupings: dict[tuple[int, ...], Grouping]) -> _Grouped:
-    """Groups and pattern of an attention; None is full attention, which the coarsest groups describe most briefly."""
-    pattern: Pattern = Full() if attention is None else attention.pattern()
-    cell = next(iter(groupings)) if attention is None or isinstance(pattern, Full) else attention.group
-    return groupings[cell], pattern
+    def _attention(self, number: int, width: int) -> Attention | None:
+        """What a number of an entry stands for at a width; None is full attention."""
+        if number < 0 or width == Width.FULL:
+            return None
+        own = self._attentions[number]
+        if width == Width.OWN:
+            return own
+        before, after = (self._plan_of_pattern(self._grouped(one)) for one in (own, wider(own)))
+        return wider(own) if before.density < after.density < 1 else None
+
+    def _grouped(self, attention: Attention | None) -> _Grouped:
+        """Groups and pattern of an attention; None is full, which the coarsest groups describe most briefly."""
+        pattern: Pattern = Full() if attention is None else attention.pattern()
+        cell = next(iter(self._groupings)) if attention is None or isinstance(pattern, Full) else attention.group
+        return self._groupings[cell], pattern
 
 
 def _refuse_unfit(preset: Preset, grid: Grid) -> None:

@@ -33,6 +33,7 @@ def select_preset(
     steps: int | None = None,
     guidance: float | None = None,
     highres: str | None = None,
+    guard: float | None = None,
     set_items: Sequence[str] = (),
 ) -> Preset:
     """The resolved preset of a run.
@@ -76,6 +77,7 @@ def select_preset(
         steps=steps,
         guidance=guidance,
         highres=highres,
+        guard=guard,
     )
 
 
@@ -106,6 +108,20 @@ def mismatch_note(preset: Preset, model: ModelChoice) -> str | None:
     if preset.model == model.family:
         return None
     return f"{preset.name} was made for {preset.model} models; grat presets {model.family} lists those for {model.name}"
+
+
+def guard_note(preset: Preset, *, dense: bool) -> str | None:
+    """A sentence on the guard of a run that has one.
+
+    Args:
+        preset: of the run.
+        dense: whether all of its attention is full.
+    """
+    if not preset.guard:
+        return None
+    if dense:
+        return f"guard {preset.guard:g} has nothing to do: all attention is full"
+    return f"guard {preset.guard:g}: layers that keep less of full attention go wider, which takes longer"
 
 
 def require_choice(option: str, word: str, known: Sequence[str]) -> str:

@@ -45,6 +45,11 @@ class StageRecord:
     guidance: float | None
     installation: Installation
 
+    @property
+    def guard(self) -> dict[str, Any] | None:
+        """What the guard of the stage did, as plain data; None without one."""
+        return self.installation.guard and self.installation.guard.report()
+
     def as_dict(self) -> dict[str, Any]:
         """The record as plain data for a report, without its steps."""
         return {
@@ -52,6 +57,7 @@ class StageRecord:
             "guidance": self.guidance,
             "shift": self.shift,
             "backend": self.installation.backend.value,
+            "guard": self.guard,
             "phases": {name: round(milliseconds, 3) for name, milliseconds in self.phases.phases_ms.items()},
         }
 

@@ -271,6 +271,8 @@ def denoise(
         taken_up(pipe, run, device),
         explained_backend_failures(),
     ):
+        if installation.guard and run.done:
+            installation.guard.restore(run.guard or {}, run.done)
 
         def run_after(done: int, latents: torch.Tensor) -> VideoRun:
             """The run as it is after so many steps; waits for the device."""
@@ -301,6 +303,7 @@ def denoise(
                 model_revision=model.revision,
                 schedule=installation.schedule(text_tokens),
                 text_tokens=text_tokens,
+                guard=installation.guard and installation.guard.report(),
             )
             return replace(
                 run,
@@ -309,6 +312,7 @@ def denoise(
                 phases_ms=phases_ms,
                 memory_bytes=memory_bytes,
                 random_state=random_state(device),
+                guard=installation.guard and installation.guard.state(done),
                 report=report.measured(
                     report.build_video_report(request, record, datetime.now().astimezone()), phases_ms, memory_bytes
                 ),

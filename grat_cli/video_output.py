@@ -68,6 +68,7 @@ def show_videos(videos: Sequence[MadeVideo], output: Output) -> None:
         output.show(report.timing_table(reports[0]), report.phases_line(reports[0]), memory_line(reports[0]))
     else:
         output.show(report.pictures_table(reports))
+    output.show(*report.guard_lines(reports))
 
 
 def memory_line(made: Mapping[str, Any]) -> str:

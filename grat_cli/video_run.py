@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 # What files of runs say besides the report.
-_OF_THE_FILE = ("request", "steps_done", "step_timings")
+_OF_THE_FILE = ("request", "steps_done", "step_timings", "guard_state")
 CHECKPOINT_ENDING, LATENTS_ENDING = ".checkpoint.safetensors", ".latents.safetensors"
 
 
@@ -37,6 +37,7 @@ class VideoRun:
         random_state: of the device's generator, as bytes, for schedulers that draw noise at every step; None before
             the first step.
         report: what there is to report so far; empty before the first step.
+        guard: of `guard.RecallGuard.state`; None without a guard, and before the first step.
     """
 
     seed: int
@@ -46,6 +47,7 @@ class VideoRun:
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     random_state: torch.Tensor | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
+    guard: Mapping[str, Any] | None = None
 
     @property
     def done(self) -> int:
@@ -77,6 +79,7 @@ def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
     else:
         path = checkpoint_path(output)
         steps = [asdict(step) for step in run.steps]
+        about["guard_state"] = run.guard
         CheckpointStore(path).write(run.done, run.latents, run.random_state, about, steps)
     return path
 
@@ -131,6 +134,7 @@ def read_run(path: Path) -> tuple[VideoRun, VideoRequest]:
             memory_bytes=report["memory"],
             random_state=random_state,
             report=report,
+            guard=about.get("guard_state"),
         )
         if run.seed not in request.seeds or not 0 < run.done <= request.preset.sampling.steps:
             raise ValueError("report and request contradict one another")

@@ -217,6 +217,39 @@ def test_options_reach_the_request_and_the_report(painter: Painter, tmp_path: Pa
     }
 
 
+def test_what_a_guard_does_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = ("--res", "128", "--steps", "4", "--variant", "b", "--seed", "3")
+    result = grat(*FOX, *sizes, "--set", "guard=0.1", "--guard", "0.99", "--out", "fox.png")  # flags win
+    assert result.code == 0, result.err
+    assert "guard 0.99: layers that keep less of full attention go wider, which takes longer" in result.err
+    words = "guard 0.99: 5 of 5 layers went wider from step 3 on (least kept "
+    assert words in " ".join(result.out.split())
+    made = json.loads(Path("fox.json").read_text())
+    assert [(one["step"], one["to"]) for one in made["guard"]["widened"]] == [(2, "b radius 2, groups 4x4")] * 5
+    assert made["density"] > made["guard"]["planned_density"]
+    for file in ("fox.json", "fox.png"):
+        shown = " ".join(grat("info", file).out.split())
+        assert words.removeprefix("guard ") in shown
+        assert "went wider step 3: layers 0-4 to b radius 2, groups 4x4" in shown
+        assert f"density {made['density']:.3f} (" in shown
+
+
+def test_guards_of_full_attention_and_those_that_are_none(painter: Painter) -> None:
+    assert "guard 0.9 has nothing to do: all attention is full" in grat(*FOX, "--variant", "full", "--guard", ".9").err
+    grat(*FOX, "--set", "guard=0.8")
+    grat(*FOX, "--set", "guard=0.8", "--guard", "0")
+    assert [request.preset.guard for request in painter.requests] == [0.9, 0.8, 0]
+    for given in ("2", "-0.5"):
+        message = refusal(*FOX, "--guard", given)
+        assert (
+            message
+            == f"--guard {float(given)}: expected a share from 0 to 1, such as 0.9, or 0 for none, not {float(given)}"
+        )
+    assert refusal(*FOX, "--guard", "high") == "--guard high: expected a number"
+    assert refusal(*FOX, "--set", "guard=high").startswith("--set guard=high: expected a share from 0 to 1")
+
+
 def test_metadata_can_be_left_out_of_the_picture(painter: Painter, tmp_path: Path) -> None:
     grat(*FOX, "--out", "with.png")
     grat(*FOX, "--out", "without.png", "--no-metadata")

@@ -138,6 +138,7 @@ def test_checkpoints_of_long_runs(planned_s: float, steps: int, every: int) -> N
         (("--out", "waves.gif", "--format", "mp4"), "waves.gif"),
         (("--crf", "99"), "--crf 99: expected 1"),
         (("--checkpoint-every", "-1"), "--checkpoint-every -1: expected steps, 0 for none"),
+        (("--guard", "2"), "--guard 2.0: expected a share from 0 to 1, such as 0.9, or 0 for none, not 2.0"),
         (("--variant", "planse"), "there is no variant 'planse': did you mean 'planes'?"),
         (("--preset", "flux-x"), "preset flux-x is for flux models"),
         (("--device", "gpu"), "--device gpu:"),
@@ -260,8 +261,8 @@ def begin(arguments: tuple[object, ...], **options: Any) -> subprocess.Popen[str
 
 
 def long_run(model: Path, out: str) -> tuple[object, ...]:
-    """A run whose steps take about a tenth of a second, each with a checkpoint."""
-    size = ("--res", "192x160", "--frames", "33", *SPARSE, "--steps", "12", "--seed", "7")
+    """A run whose steps take about a tenth of a second, each with a checkpoint; its guard widens some layers."""
+    size = ("--res", "192x160", "--frames", "33", *SPARSE, "--steps", "12", "--seed", "7", "--guard", "0.8")
     return (
         "video",
         "waves at night",
@@ -311,6 +312,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_frames(model: P
     assert result.code == 0, result.err
     for one, other in zip(frames("whole"), frames("killed"), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert whole["guard"]["widened"]
     (made,) = result.data["videos"]
     changing = {"file", "created", "command", "phases", "memory", "peak_memory_bytes", "steps"}
     assert {name: value for name, value in made.items() if name not in changing} == {

@@ -480,7 +480,7 @@ def test_compiled_transformers_attend_over_spans(form: str) -> None:
         for run.step in range(2):
             assert relative_difference(called(**inputs)[0], expected[run.step]) < RELATIVE
     with (
-        pytest.raises(BadInput, match="compiled transformer cannot be timed"),
+        pytest.raises(BadInput, match="compiled transformer cannot be observed"),
         FluxAdapter(called, grid).attached(run, Backend.SDPA, observer=StepRecorder()),
     ):
         pass

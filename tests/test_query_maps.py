@@ -11,8 +11,9 @@ from test_attention_record import STEPS, Keeper, flux_call, hunyuan_call
 
 import grat_cli
 from grat_cli import recall
+from grat_cli.adapters.observers import Observers
 from grat_cli.attention_record import observation_preset
-from grat_cli.query_record import MOST_CELLS, CallCounter, Observers, QueryRecorder, map_cell
+from grat_cli.query_record import MOST_CELLS, CallCounter, QueryRecorder, map_cell
 from grat_cli.recall import BINS, even_distances, query_maps
 from grat_kernels import Block, Full, Grid, Grouping, build_plan
 from grat_kernels.geometry import cell_counts

@@ -196,16 +196,27 @@ def test_the_same_seed_gives_the_same_frames_whatever_came_before(
     np.testing.assert_array_equal(written["b.mp4"], written["c.mp4"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "guard"), [("float32", None), ("bfloat16", None), ("bfloat16", 1.0)])
 @pytest.mark.parametrize("every", [0, 2])
 def test_a_run_that_is_taken_up_ends_as_if_it_had_not_been_broken_off(
-    loaded: Any, written: dict[str, np.ndarray], model: ModelChoice, tmp_path: Path, dtype: str, every: int
+    loaded: Any,
+    written: dict[str, np.ndarray],
+    model: ModelChoice,
+    tmp_path: Path,
+    dtype: str,
+    guard: float | None,
+    every: int,
 ) -> None:
     """In bf16 the pipeline's timesteps are rounded as well, from the second step on."""
     loaded.to(getattr(torch, dtype))
     asked = request(model, tmp_path / "a.mp4", tmp_path / "b.mp4", checkpoint_every=every, dtype=dtype)
+    if guard is not None:
+        attention = {"variant": "b", "group": [1, 1, 2], "radius": 0}
+        asked = replace(asked, preset=preset(guard=guard, schedule={}, attention=attention))
     expected = generate(asked)
     whole = dict(written)
+    if guard is not None:
+        assert {one["step"] for one in expected[0].report["guard"]["widened"]} == {2, 4}
     for after in range(1, STEPS + 1):
         for path in tmp_path.iterdir():
             path.unlink()
@@ -524,6 +535,17 @@ def test_a_video_can_be_decoded_in_smaller_tiles(
     # An untrained decoder that normalises over a tile shows something else in each.
     assert whole.shape == tiled.shape
     assert 0 < np.abs(whole - tiled).mean() < np.abs(whole - whole.mean()).mean()
+
+
+def test_a_guarded_run_without_the_state_of_its_guard_is_refused(
+    loaded: Any, model: ModelChoice, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        generate(request(model, tmp_path / "a.mp4", preset=preset(guard=0.9)), Progress(break_off_after=2))
+    run, asked = read_run(find_run(tmp_path / "a.mp4"))
+    assert run.guard is not None
+    with pytest.raises(BadInput, match="what the guard had done is damaged"):
+        generate(asked, begun=replace(run, guard=None))
 
 
 def test_other_weights_are_refused(

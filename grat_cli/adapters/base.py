@@ -35,6 +35,7 @@ class AttentionInputs(NamedTuple):
         plan: what attends what.
         scale: factor on the scores.
         text_valid: valid text tokens of each sample, `[B]`, or None for all.
+        summaries: means of keys and values for the far field, `[B, R, H, D]` each, where they are made already.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class AttentionInputs(NamedTuple):
     plan: Plan | HeadPlan
     scale: float
     text_valid: torch.Tensor | None = None
+    summaries: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class CallObserver(Protocol):

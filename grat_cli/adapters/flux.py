@@ -91,7 +91,7 @@ class SpanAttentionProcessor:
         if self.scaling.queries is not None:
             query.mul_(self.scaling.queries)
         scale = self.scaling.factor / math.sqrt(attn.head_dim)
-        with self.observed(AttentionInputs(self.layer, query, key, value, self.plan, scale)):
+        with self.observed(AttentionInputs(self.layer, query, key, value, self.plan, scale, None, summaries)):
             attended = span_attention(
                 query, key, value, self.plan, scale=scale, backend=self.backend, summaries=summaries
             )
@@ -204,7 +204,9 @@ class FluxAdapter:
         compiled_in_place = getattr(self._model, "_compiled_call_impl", None) is not None
         compiled = compiled_in_place or self._called is not self._model or self._has_compiled_blocks()
         if observer and compiled:
-            raise BadInput("attention inside a compiled transformer cannot be timed: install without an observer")
+            raise BadInput(
+                "attention inside a compiled transformer cannot be observed: install without an observer and a guard"
+            )
         self.chunking = chunking.choose(self._chunk_tokens, self._grid.tokens, self._blocks, compiled)
         stock = [attention.processor for attention in self._attentions]
         processors = [SpanAttentionProcessor(backend, observer, layer) for layer in range(self.layers)]

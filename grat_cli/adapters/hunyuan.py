@@ -85,7 +85,8 @@ class SpanAttentionProcessor:
         del video, text  # else the projections would be kept for as long as attention runs
 
         scale = query.shape[-1] ** -0.5
-        with self.observed(AttentionInputs(self.layer, query, key, value, self.plan, scale, self.text_valid)):
+        inputs = AttentionInputs(self.layer, query, key, value, self.plan, scale, self.text_valid, summaries)
+        with self.observed(inputs):
             attended = span_attention(
                 query, key, value, self.plan, self.text_valid, scale, self.backend, summaries=summaries
             )

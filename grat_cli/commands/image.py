@@ -33,6 +33,7 @@ def image(
     group: options.Group = None,
     radius: options.Radius = None,
     share: options.Share = None,
+    guard: options.Guard = None,
     set_items: options.SetItems = None,
     backend: options.BackendChoice = None,
     model: options.ModelName = None,
@@ -68,6 +69,7 @@ def image(
     from grat_cli.seeds import resolve_seeds
     from grat_cli.selection import (
         DTYPES,
+        guard_note,
         mismatch_note,
         require_backend,
         require_choice,
@@ -111,6 +113,7 @@ def image(
         steps=steps,
         guidance=guidance,
         highres=highres,
+        guard=guard,
         set_items=set_items or (),
     )
     resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
@@ -157,6 +160,8 @@ def image(
     if len(stages) > 1 and init_image is None:
         output.hint(f"stages: {', '.join(f'{stage.size} ({stage.steps} steps)' for stage in stages)}")
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
+    if note := guard_note(chosen, dense=choice.name in ARCHITECTURES and all(one.density == 1 for one in schedules)):
+        output.hint(note)
     output.hint(f"seed {', '.join(map(str, seeds))}")
     if note := mismatch_note(chosen, choice):
         output.hint(note)
@@ -203,3 +208,4 @@ def image(
         output.show(report.timing_table(reports[0]), report.phases_line(reports[0]))
     else:
         output.show(report.pictures_table(reports))
+    output.show(*report.guard_lines(reports))

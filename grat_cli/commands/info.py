@@ -38,6 +38,7 @@ def info(
 
 
 def _facts(found: dict[str, Any]) -> dict[str, str]:
+    from grat_cli import report
     from grat_cli.presets import Preset
 
     preset = Preset.model_validate(found["preset"])
@@ -53,6 +54,8 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "preset": preset.name,
         "attention": preset.attention.summary,
         "density": f"{found['density']:.3f} ({found['ideal_speedup']:.1f}x less attention work)",
+        "guard": (report.guard_text(found) or "").removeprefix("guard ") or None,
+        "went wider": report.widenings_text(found),
         "steps": _steps(found),
         "guidance": None if sampling["guidance"] is None else f"{sampling['guidance']:g}",
         "time shift": f"{sampling['shift']:.3g}",

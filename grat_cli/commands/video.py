@@ -30,6 +30,7 @@ def video(
     group: options.Group = None,
     radius: options.Radius = None,
     share: options.Share = None,
+    guard: options.Guard = None,
     set_items: options.SetItems = None,
     backend: options.BackendChoice = None,
     model: options.VideoModelName = None,
@@ -61,6 +62,7 @@ def video(
     from grat_cli.seeds import resolve_seeds
     from grat_cli.selection import (
         DTYPES,
+        guard_note,
         mismatch_note,
         require_backend,
         require_choice,
@@ -99,6 +101,7 @@ def video(
         backend=backend,
         steps=steps,
         guidance=guidance,
+        guard=guard,
         set_items=set_items or (),
     )
     size = parse_video_size(res, aspect, seconds, frames, fps, choice)
@@ -130,6 +133,8 @@ def video(
     for note in size.notes:
         output.hint(note)
     output.hint(f"{chosen.name}: {chosen.attention.summary}, {chosen.sampling.steps} steps")
+    if note := guard_note(chosen, dense=expected.schedule.density == 1):
+        output.hint(note)
     if expected.schedule.density == 1 and chosen.attention.variant != "full":
         output.hint(f"at {size} every group attends all others: this is full attention")
     if note := mismatch_note(chosen, choice):
