@@ -39,7 +39,7 @@ from grat_cli.whole_files import cannot_write
 
 # Videos are made here, with all that is kept of one until it is written, and moved to their place whole.
 UNFINISHED = "unfinished"
-_NOT_SHOWN_OF_PRESETS = ("name", "description", "model", "kernel")
+_NOT_SHOWN_OF_PRESETS = ("name", "description", "model", "kernel", "evidence")
 # What says how a video is kept and told of, not what it shows.
 _NOT_OF_THE_VIDEO = ("command", "overwrite", "checkpoint_every", "outputs", "save_latents")
 

@@ -92,6 +92,7 @@ def batch(
     group: options.Group = None,
     radius: options.Radius = None,
     share: options.Share = None,
+    guard: options.Guard = None,
     set_items: options.SetItems = None,
     backend: options.BackendChoice = None,
     model: Annotated[
@@ -199,6 +200,7 @@ def batch(
         group=group,
         radius=radius,
         share=share,
+        guard=guard,
         backend=backend,
         steps=steps,
         guidance=guidance,
