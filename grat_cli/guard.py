@@ -8,8 +8,8 @@ step calls the transformer twice (true guidance) the lower figure counts.
 What a step measures takes effect two steps later, on every device: by then it has been computed and copied, and only
 work that was issued a whole step before is waited for. So the pattern that is judged is the one that the layer is to
 have two steps later, or where that is full up to four: after four dense steps or more, layers have gone as wide as they
-have to before the first sparse step is run. Full attention itself is never judged. A first call with a plan that has
-just become wider moves that plan's tables to the device, once.
+have to before the first sparse step is run. Full attention itself is never judged. Where a plan is met for the first
+time its tables are moved to the device, which does wait, once for each plan.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Seen(NamedTuple):
         return {name: value for name, value in self.measured._asdict().items() if name != "width"}
 
     @classmethod
-    def read(cls, step: int, layer: int, measured: Iterable[float]) -> _Seen:
+    def read(cls, step: int, layer: int, measured: Iterable[Any]) -> _Seen:
         """From plain data."""
         return cls(step, layer, Measured(*measured))
 
@@ -137,7 +137,7 @@ class RecallGuard:
         low: dict[int, tuple[int, Measured]] = {}
         for measured_step in [earlier for earlier in self._pending if earlier <= step - DELAY_STEPS]:
             for layer, measured in self._take(measured_step).items():
-                # What a layer kept before it went wider says nothing about what it keeps now.
+                # What it kept before it went wider says nothing about what it keeps now.
                 if not measured.kept >= self.bar and measured.width == self._width_of(layer):
                     low[layer] = measured_step, measured
         new = [
