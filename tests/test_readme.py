@@ -34,6 +34,8 @@ QUICK = {
     "image": ["--steps", "2", "--model", "demo", "--overwrite"],
     "video": ["--steps", "1", "--model", "demo", "--frames", "5"],
     "batch": ["--steps", "1", "--model", "demo", "--n", "1"],
+    "attend": ["--steps", "2", "--res", "128", "--rows", "8", "--overwrite"],
+    "tune": ["--steps", "2", "--res", "64", "--stretches", "1", "--rows", "8", "--check", "1", "--overwrite"],
 }
 # What `grat batch` is given, one prompt of each kind.
 PROMPT_FILES = {
