@@ -219,9 +219,8 @@ def _operator(
     for number, member in enumerate(plan.classes):
         heads = _class_heads(plan, number, q.device)
         of_heads = None if summaries is None else (_of_heads(summaries[0], heads), _of_heads(summaries[1], heads))
-        attended = run(
-            *(_of_heads(tensor, heads) for tensor in (q, k, v)), member, text_valid, scale, summaries=of_heads
-        )
+        query, key, value = _of_heads(q, heads), _of_heads(k, heads), _of_heads(v, heads)
+        attended = run(query, key, value, member, text_valid, scale, summaries=of_heads)
         if isinstance(heads, slice):
             out[:, :, heads] = attended
         else:
