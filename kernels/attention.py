@@ -217,16 +217,28 @@ def _operator(
     # These take one class of heads at a time.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for number, member in enumerate(plan.classes):
-        heads = _as_slice(plan.heads_of(number))
-        of_heads = None if summaries is None else (summaries[0][:, :, heads], summaries[1][:, :, heads])
-        tensors = q[:, :, heads], k[:, :, heads], v[:, :, heads]
-        out[:, :, heads] = run(*tensors, member, text_valid, scale, summaries=of_heads)
+        heads = _class_heads(plan, number, q.device)
+        of_heads = None if summaries is None else (_of_heads(summaries[0], heads), _of_heads(summaries[1], heads))
+        query, key, value = _of_heads(q, heads), _of_heads(k, heads), _of_heads(v, heads)
+        attended = run(query, key, value, member, text_valid, scale, summaries=of_heads)
+        if isinstance(heads, slice):
+            out[:, :, heads] = attended
+        else:
+            out.index_copy_(2, heads, attended)
     return out
 
 
-def _as_slice(heads: list[int]) -> slice | list[int]:
-    """Heads that follow one another as a slice, which takes a view where a list would copy."""
-    return slice(heads[0], heads[-1] + 1) if len(heads) == heads[-1] - heads[0] + 1 else heads
+def _class_heads(plan: HeadPlan, number: int, device: torch.device) -> slice | torch.Tensor:
+    """The heads of a class; where they follow one another as a slice, which takes a view."""
+    heads = plan.heads_of(number)
+    if len(heads) == heads[-1] - heads[0] + 1:
+        return slice(heads[0], heads[-1] + 1)
+    return plan.cached(("heads", number, device), lambda: torch.tensor(heads, device=device))
+
+
+def _of_heads(tensor: torch.Tensor, heads: slice | torch.Tensor) -> torch.Tensor:
+    """`[B, N, some heads, D]`; `index_select` copies runs of channels at once, which an index does not."""
+    return tensor[:, :, heads] if isinstance(heads, slice) else tensor.index_select(2, heads)
 
 
 @_operator.register_fake
