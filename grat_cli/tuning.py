@@ -119,27 +119,8 @@ class Observations:
         return np.stack([getattr(self, name)[list(steps)][seen[list(steps)]].mean(0) for steps in stretches])
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What came of it.
-
-    Attributes:
-        preset: with its evidence.
-        shares: of steps, layers and heads alike, that each candidate in use has, most first.
-        observations: that it was chosen by.
-        references: outputs of full attention for the prompts that were checked.
-        outputs: those of the preset.
-    """
-
-    preset: Preset
-    shares: Mapping[Attention, float]
-    observations: Observations
-    references: tuple[Any, ...]
-    outputs: tuple[Any, ...]
-
-
-def tune(request: TuneRequest, progress: Progress) -> Tuned:
-    """Fits a preset to a model.
+def tune(request: TuneRequest, progress: Progress) -> Preset:
+    """A preset fitted to a model, with its evidence.
 
     Raises:
         BadInput: if the request does not fit the model, or no choice meets the target.
@@ -187,22 +168,21 @@ def tune(request: TuneRequest, progress: Progress) -> Tuned:
     full = Preset.model_validate(
         base.model_dump() | {"attention": {"variant": "full", "group": list(own.group)}, "schedule": {}}
     )
-    references, outputs, density = [], [], None
+    likenesses, density = [], None
     for number, prompt in enumerate(request.checked):
         progress.phase(f"checking {number + 1} of {len(request.checked)}: {prompt}")
-        seed = len(request.prompts) + number
-        for used, made in ((full, references), (preset, outputs)):
-            latents, installation = run_installed(model.pipe, maker, used, prompt, seed, progress)
-            made.append(maker.decode(model.pipe, latents))
+        outputs = []
+        for used in (full, preset):
+            latents, installation = run_installed(
+                model.pipe, maker, used, prompt, len(request.prompts) + number, progress
+            )
+            outputs.append(maker.decode(model.pipe, latents))
             density = installation.last_schedule.density
-    likenesses = [_likeness(*pair) for pair in zip(references, outputs, strict=True)]
+        likenesses.append(_likeness(*outputs))
 
     # 5. The evidence.
     evidence = _evidence(request, maker, model.revision, observations, choice, text_tokens, density, likenesses)
-    counts = np.bincount(choice.ravel(), minlength=len(request.candidates))
-    shares = {request.candidates[at]: float(counts[at] / choice.size) for at in np.argsort(-counts) if counts[at]}
-    final = preset.model_copy(update={"evidence": evidence})
-    return Tuned(final, shares, observations, tuple(references), tuple(outputs))
+    return preset.model_copy(update={"evidence": evidence})
 
 
 def choose(request: TuneRequest, observations: Observations) -> Choice:

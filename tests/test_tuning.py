@@ -20,7 +20,7 @@ from grat_cli.models import choose_model
 from grat_cli.presets import Preset, load_preset, preset_yaml
 from grat_cli.schedule import AttentionSchedule
 from grat_cli.selection import select_preset
-from grat_cli.tuning import Observations, Tuned, TuneRequest, choose, tune
+from grat_cli.tuning import Observations, TuneRequest, choose, tune
 from grat_cli.tuning_palette import palette
 from grat_cli.tuning_preset import LETTERS, schedule_of, stretches_of
 from grat_kernels import Full, Grid, HeadPlan, Plan
@@ -140,34 +140,33 @@ def test_observations_of_several_runs_are_their_mean() -> None:
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneRequest, Tuned]:
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneRequest, Preset]:
     request = tune_request(tmp_path_factory.mktemp("fitted") / "kept", checked=("a green tree", "a white cat"))
     return request, tune(request, Unwatched())
 
 
-def test_a_fitted_preset_runs_as_its_evidence_foretells(fitted: tuple[TuneRequest, Tuned]) -> None:
+def test_a_fitted_preset_runs_as_its_evidence_foretells(fitted: tuple[TuneRequest, Preset]) -> None:
     _, tuned = fitted
-    evidence = tuned.preset.evidence
+    evidence = tuned.evidence
     assert evidence is not None
     assert evidence.check is not None
-    laid_out = AttentionSchedule(tuned.preset, Grid((12, 12)), evidence.text_tokens, True, STEPS, 5, 3)
+    laid_out = AttentionSchedule(tuned, Grid((12, 12)), evidence.text_tokens, True, STEPS, 5, 3)
     # Evidence has four significant figures.
     assert laid_out.density == pytest.approx(evidence.density, rel=5e-4)
     assert evidence.check.density == pytest.approx(laid_out.density, rel=5e-4)
     assert evidence.density <= 0.5 * (1 + 5e-4)
     assert sum(pattern.share for pattern in evidence.patterns) == pytest.approx(1, rel=5e-3)
-    assert sum(tuned.shares.values()) == pytest.approx(1)
     assert 0 < evidence.check.ssim < 1
-    assert len(tuned.outputs) == len(tuned.references) == 2
+    assert len(evidence.check.prompts) == 2
 
 
-def test_a_fitted_preset_is_read_back_as_it_was(fitted: tuple[TuneRequest, Tuned], tmp_path: Path) -> None:
+def test_a_fitted_preset_is_read_back_as_it_was(fitted: tuple[TuneRequest, Preset], tmp_path: Path) -> None:
     path = tmp_path / "fitted.yaml"
-    path.write_text(preset_yaml(fitted[1].preset), encoding="utf-8")
-    assert load_preset(str(path)) == fitted[1].preset
+    path.write_text(preset_yaml(fitted[1]), encoding="utf-8")
+    assert load_preset(str(path)) == fitted[1]
 
 
-def test_what_was_observed_is_not_observed_again(fitted: tuple[TuneRequest, Tuned]) -> None:
+def test_what_was_observed_is_not_observed_again(fitted: tuple[TuneRequest, Preset]) -> None:
     request, tuned = fitted
     first, second = sorted(request.folder.iterdir())
     second.unlink()
@@ -175,12 +174,12 @@ def test_what_was_observed_is_not_observed_again(fitted: tuple[TuneRequest, Tune
     again = tune(tune_request(request.folder), Unwatched())
     assert first.stat().st_mtime_ns == before
     assert second.exists()
-    assert again.preset.schedule == tuned.preset.schedule
-    assert again.preset.evidence is not None
-    assert again.preset.evidence.check is None
+    assert again.schedule == tuned.schedule
+    assert again.evidence is not None
+    assert again.evidence.check is None
 
 
-def test_observations_of_something_else_are_refused(fitted: tuple[TuneRequest, Tuned]) -> None:
+def test_observations_of_something_else_are_refused(fitted: tuple[TuneRequest, Preset]) -> None:
     with pytest.raises(BadInput, match=r"is of another model, size, prompt or palette: remove the folder"):
         tune(tune_request(fitted[0].folder, rows=8), Unwatched())
 
@@ -193,10 +192,10 @@ def test_a_damaged_observation_is_refused(tmp_path: Path) -> None:
 
 def test_full_attention_for_everything_is_full_attention(tmp_path: Path) -> None:
     tuned = tune(tune_request(tmp_path, density=1.0, prompts=("a red fox",), checked=("a red fox",)), Unwatched())
-    assert tuned.preset.evidence is not None
-    assert tuned.preset.evidence.check is not None
-    assert tuned.preset.evidence.loss < 1e-6
-    assert tuned.preset.evidence.check.ssim > 0.999
+    assert tuned.evidence is not None
+    assert tuned.evidence.check is not None
+    assert tuned.evidence.loss < 1e-6
+    assert tuned.evidence.check.ssim > 0.999
 
 
 def test_a_video_model_is_fitted_too(tmp_path: Path) -> None:
@@ -211,7 +210,7 @@ def test_a_video_model_is_fitted_too(tmp_path: Path) -> None:
         checked=("snow",),
         stretches=1,
     )
-    evidence = tune(request, Unwatched()).preset.evidence
+    evidence = tune(request, Unwatched()).evidence
     assert evidence is not None
     assert evidence.check is not None
     assert evidence.tokens == (3, 2, 3)

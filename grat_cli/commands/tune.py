@@ -235,11 +235,11 @@ def tune(
         output.hint(note)
     output.hint(f"{len(request.candidates)} patterns of groups of {'x'.join(map(str, chosen.attention.group))}")
     with output.progress() as progress:
-        tuned = tune(request, progress)
+        fitted = tune(request, progress)
 
     # 4. Write and show.
-    media.write_text(preset_yaml(tuned.preset), file)
-    evidence = tuned.preset.evidence
+    media.write_text(preset_yaml(fitted), file)
+    evidence = fitted.evidence
     assert evidence is not None, "a tuned preset has its evidence"
     output.data({"preset": str(file), "observations": str(request.folder), **evidence.model_dump(mode="json")})
     output.show(_patterns(evidence), "", _sentence(evidence))
