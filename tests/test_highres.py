@@ -27,7 +27,7 @@ from grat_cli.generation import GeneratedImage, ImageRequest, generate_images
 from grat_cli.highres import Stage, stages_of, uses_highres
 from grat_cli.low_resolution_guidance import low_frequencies, low_resolution_guidance
 from grat_cli.models import choose_model
-from grat_cli.presets import Preset, load_preset, preset_names, resolve_preset
+from grat_cli.presets import AXES, Preset, load_preset, preset_names, resolve_preset
 from grat_cli.resolution import Resolution
 from grat_cli.staged_generation import pipeline_for
 
@@ -46,7 +46,7 @@ def stages(width: int, height: int, /, chosen: Preset | None = None, **options: 
     return stages_of(chosen or preset(), FLUX, width, height, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith(("flux-", "demo-"))])
+@pytest.mark.parametrize("name", [name for name in preset_names() if AXES[load_preset(name).model] == 2])
 def test_presets_of_pictures_say_how_large_ones_come_about(name: str) -> None:
     """One and the same for a family, but where a preset is made for a size."""
     section, usual = load_preset(name).highres, load_preset(f"{name.partition('-')[0]}-full").highres

@@ -35,7 +35,7 @@ QUICK = {
     "video": ["--steps", "1", "--model", "demo", "--frames", "5"],
     "batch": ["--steps", "1", "--model", "demo", "--n", "1"],
     "attend": ["--steps", "2", "--res", "128", "--rows", "8", "--overwrite"],
-    "tune": ["--steps", "2", "--res", "64", "--stretches", "1", "--rows", "8", "--check", "1", "--overwrite"],
+    "tune": ["--steps", "2", "--res", "160", "--stretches", "1", "--rows", "8", "--check", "1", "--overwrite"],
 }
 # What `grat batch` is given, one prompt of each kind.
 PROMPT_FILES = {
