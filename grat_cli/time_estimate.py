@@ -260,11 +260,15 @@ def measured_rates(forecast: Forecast, device: torch.device, dtype: torch.dtype)
     """Rates of this machine, on samples of a run's own kind."""
     import torch
 
+    of_video = isinstance(forecast.size, VideoSize)
     with torch.no_grad():
         return Rates(
             _attention_rate(forecast, device, dtype),
             _linear_rate(forecast.architecture, device, dtype),
-            _convolution_rate(forecast.architecture, device, video_autoencoder_dtype(device, dtype)),
+            # Autoencoders of pictures keep the dtype of the run.
+            _convolution_rate(
+                forecast.architecture, device, video_autoencoder_dtype(device, dtype) if of_video else dtype
+            ),
         )
 
 
