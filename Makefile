@@ -11,7 +11,7 @@ LINT_READY := $(VENV)/.installed-lint
 # Without it, `python -m pytest` here would import this folder's kernels/ in place of the package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint aot bench fidelity test-gpu bench-gpu readme links clean
+.PHONY: demo test lint aot bench test-gpu bench-gpu readme links clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/grat image "a red fox in the snow" --model demo --seed 2 --out demo.png --overwrite
@@ -31,11 +31,7 @@ aot: $(INSTALLED)
 
 # Planning, start-up and memory of the CPU path; `grat bench` times attention.
 bench: $(TEST_READY)
-	$(RUN) tests/bench/cpu.py
-
-# Pictures of every pattern against those of full attention, on the demo model: 20 minutes on two cores.
-fidelity: $(TEST_READY)
-	$(RUN) tests/bench/far_field.py
+	$(RUN) tests/support/cpu_benchmark.py
 
 # On a machine with a GPU, in whatever environment has torch, triton and pytest: nothing is installed. Each kernel is
 # tested in a process of its own, so that one that hangs or faults leaves the others their results.

@@ -22,8 +22,8 @@ from grat_cli.commands.presets import presets
 from grat_cli.commands.resume import resume
 from grat_cli.commands.tune import tune
 from grat_cli.commands.video import video
+from grat_cli.console.output import print_error
 from grat_cli.errors import INTERRUPTED, BadInput, GratError, nearest
-from grat_cli.output import print_error
 
 app = typer.Typer(
     name="grat",

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
-from grat_cli.models import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
-from grat_cli.preset_schema import AXES, BACKENDS, SMALLEST_CHUNK, ChunkTokens, Memory
+from grat_cli.families.time_shift import extrapolation as extrapolated_shift
+from grat_cli.models.catalogue import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
 from grat_cli.presets import Preset, load_preset
-from grat_cli.time_shift import extrapolation as extrapolated_shift
+from grat_cli.presets.schema import AXES, BACKENDS, SMALLEST_CHUNK, ChunkTokens, Memory
 
 if TYPE_CHECKING:
-    from grat_cli.adapters.base import Adapter, CallObserver
-    from grat_cli.extrapolation import Extrapolation
-    from grat_cli.guard import RecallGuard
-    from grat_cli.schedule import AttentionSchedule
+    from grat_cli.attention.adapter import Adapter, CallObserver
+    from grat_cli.attention.extrapolation import Extrapolation
+    from grat_cli.attention.guard import RecallGuard
+    from grat_cli.attention.schedule import AttentionSchedule
     from grat_kernels import Backend, Grid
 
 SUPPORTED_PIPELINES = tuple(name for classes in PIPELINES_OF_MEDIUM.values() for name in classes)
@@ -58,7 +58,7 @@ class Installation:
             begun = f" from step {self._first_step} on" if self._first_step else ""
             raise BadInput(f"GRAT was installed for {steps} steps, the call runs {to_run}{begun}: leave steps out")
         if (text_len, steps) not in self._schedules:
-            from grat_cli.schedule import AttentionSchedule
+            from grat_cli.attention.schedule import AttentionSchedule
 
             self._schedules[text_len, steps] = AttentionSchedule(
                 self._preset,
@@ -202,7 +202,7 @@ def _with_guard(preset: Preset, guard: float) -> Preset:
 def _guard(preset: Preset, layers: int) -> RecallGuard | None:
     if not preset.guard:
         return None
-    from grat_cli.guard import RecallGuard
+    from grat_cli.attention.guard import RecallGuard
 
     return RecallGuard(preset.guard, layers)
 
@@ -211,7 +211,7 @@ def _observers(guard: RecallGuard | None, observer: CallObserver | None) -> Call
     """Both, if there are both; the guard's own work is outside of what the other one times as attention."""
     if guard is None or observer is None:
         return guard or observer
-    from grat_cli.adapters.observers import Observers
+    from grat_cli.attention.observers import Observers
 
     return Observers(guard, observer)
 
@@ -272,10 +272,10 @@ def _adapter(
     pipe: Any, family: str, grid: Grid, extrapolation: Extrapolation | None, chunk_tokens: ChunkTokens
 ) -> Adapter:
     if family == "flux":
-        from grat_cli.adapters.flux import FluxAdapter
+        from grat_cli.families.flux import FluxAdapter
 
         return FluxAdapter(pipe.transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
-    from grat_cli.adapters.hunyuan import HunyuanAdapter
+    from grat_cli.families.hunyuan import HunyuanAdapter
 
     return HunyuanAdapter(pipe.transformer, grid, chunk_tokens=chunk_tokens)
 

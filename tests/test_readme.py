@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import grat_cli
 from grat_cli.app import app
+from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.presets import load_preset
-from grat_cli.schedule import AttentionSchedule
 from grat_kernels import Grid
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,1 @@
+"""`grat bench`: what is compared, and how it is measured."""

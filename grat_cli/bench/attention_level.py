@@ -31,9 +31,9 @@ from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import Absent, BenchResult, Case, Row
 from grat_cli.bench.sampled import AttendedRows, SampledError, rows_of_mask, rows_of_plan, sampled_error
 from grat_cli.bench.sizes import Size
-from grat_cli.bench.variants import Request, Variant, variant_for
-from grat_cli.devices import device_name
-from grat_cli.peak_rates import peak_tflops
+from grat_cli.estimates.peak_rates import peak_tflops
+from grat_cli.fidelity.variants import Request, Variant, variant_for
+from grat_cli.models.devices import device_name
 from grat_kernels import HeadPlan, Plan, can_run, span_attention
 from grat_kernels.attention import choose_backend
 

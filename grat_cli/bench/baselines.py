@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grat_cli.bench.dense import Attention
 from grat_cli.bench.measure import guarded
-from grat_cli.bench.variants import Variant, na_starts, size_text
+from grat_cli.fidelity.variants import Variant, na_starts, size_text
 from grat_kernels import Grid, Grouping
 
 # Queries per tile of the torch fallback: larger tiles compute more pairs that are masked, smaller ones have more

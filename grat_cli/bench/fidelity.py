@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grat_cli.attention_record import AttentionRecord, AttentionRecorder, observation_preset
+from grat_cli.attention.record import AttentionRecord, AttentionRecorder, observation_preset
+from grat_cli.attention.schedule import MOST_GROUPS
 from grat_cli.bench.inside_models import Host
 from grat_cli.bench.measure import Progress, Unwatched
-from grat_cli.bench.quality import half_interval
 from grat_cli.bench.results import Fidelity
-from grat_cli.bench.variants import Variant
-from grat_cli.makers import Maker, run_installed
+from grat_cli.fidelity.quality import half_interval
+from grat_cli.fidelity.variants import Variant
+from grat_cli.generation.makers import Maker, run_installed
 from grat_cli.presets import Attention
-from grat_cli.schedule import MOST_GROUPS
 from grat_kernels import Full, HeadPlan, Plan
 from grat_kernels.geometry import cell_counts, nests
 

@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grat_cli import media
 from grat_cli.bench.results import WHOLE_RUNS, BenchResult
+from grat_cli.files import outputs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,10 +46,10 @@ def write_results(
 
     picture = None
     if sheet is not None:
-        media.write_png(sheet, paths["png"], None)
+        outputs.write_png(sheet, paths["png"], None)
         picture = paths["png"].read_bytes()
         result = replace(result, contact_sheet=paths["png"].name)
-    media.write_json(result.as_dict(), paths["json"])
-    media.write_text(as_markdown(result), paths["md"])
-    media.write_text(as_html(result, picture), paths["html"])
+    outputs.write_json(result.as_dict(), paths["json"])
+    outputs.write_text(as_markdown(result), paths["md"])
+    outputs.write_text(as_html(result, picture), paths["html"])
     return result, [path for kind, path in paths.items() if kind != "png" or sheet is not None]

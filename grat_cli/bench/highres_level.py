@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.bench.image_level import PROMPTS
 from grat_cli.bench.measure import Progress, Unwatched
-from grat_cli.bench.quality import Likeness, likeness, summary
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Row
-from grat_cli.bench.variants import MODES
 from grat_cli.bench.whole_runs import Pictures
-from grat_cli.checkpoints import load_model
-from grat_cli.devices import choose_device, choose_dtype
 from grat_cli.errors import BadInput
-from grat_cli.generation import encode_text
-from grat_cli.guidance import choose_guidance
-from grat_cli.highres import Stage, stages_of, uses_highres
-from grat_cli.image_request import ImageRequest
-from grat_cli.models import ModelChoice
+from grat_cli.estimates.stages import Stage, stages_of, uses_highres
+from grat_cli.families.guidance import choose_guidance
+from grat_cli.fidelity.quality import Likeness, likeness, summary
+from grat_cli.fidelity.variants import MODES
+from grat_cli.generation.image_request import ImageRequest
+from grat_cli.generation.pictures import encode_text
+from grat_cli.generation.stage_run import StageRecord, Studio
+from grat_cli.models.catalogue import ModelChoice
+from grat_cli.models.devices import choose_device, choose_dtype
+from grat_cli.models.loading import load_model
 from grat_cli.presets import HighResolution, Preset
-from grat_cli.staged_generation import StageRecord, Studio
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.bench.measure import Progress
-from grat_cli.bench.quality import Likeness, likeness
 from grat_cli.bench.results import BenchResult
 from grat_cli.bench.whole_runs import Pictures, RunSettings, compare_runs
 from grat_cli.demo.evaluation import SHEET_PROMPTS
-from grat_cli.image_request import ImageRequest
-from grat_cli.makers import PictureMaker, request_for
+from grat_cli.fidelity.quality import Likeness, likeness
+from grat_cli.generation.image_request import ImageRequest
+from grat_cli.generation.makers import PictureMaker, request_for
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.bench.baselines import Baseline, Window, baseline_for
 from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
-from grat_cli.bench.variants import Variant
 from grat_cli.errors import BadInput
+from grat_cli.fidelity.variants import Variant
 from grat_cli.presets import Preset
-from grat_cli.schedule import AttentionSchedule
 from grat_kernels import Backend, Full, Grid, Grouping, Plan, build_plan, can_run
 from grat_kernels.attention import choose_backend
 
 if TYPE_CHECKING:
-    from grat_cli.adapters.base import Adapter, CallObserver
+    from grat_cli.attention.adapter import Adapter, CallObserver
 
 Attach = Callable[["CallObserver", Callable[[], int]], AbstractContextManager[None]]
 
@@ -87,10 +87,10 @@ class Host:
     def adapter(self, grid: Grid) -> Adapter:
         """The adapter of the family, for a grid of image tokens."""
         if self.family == "flux":
-            from grat_cli.adapters.flux import FluxAdapter
+            from grat_cli.families.flux import FluxAdapter
 
             return FluxAdapter(self.transformer, grid)
-        from grat_cli.adapters.hunyuan import HunyuanAdapter
+        from grat_cli.families.hunyuan import HunyuanAdapter
 
         return HunyuanAdapter(self.transformer, grid)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.bench.bench_request import BenchRequest
-from grat_cli.bench.prompts import chosen_prompts
+from grat_cli.bench.request import BenchRequest
 from grat_cli.bench.sizes import grid_sizes, picture_sizes
+from grat_cli.console.output import Output
 from grat_cli.errors import BadInput
-from grat_cli.output import Output
+from grat_cli.fidelity.prompts import chosen_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,8 +38,8 @@ def run_level(request: BenchRequest, output: Output) -> tuple[BenchResult, Image
 
 def _attention(request: BenchRequest, output: Output) -> tuple[BenchResult, None]:
     from grat_cli.bench.attention_level import run_attention_level
-    from grat_cli.devices import choose_device, choose_dtype
-    from grat_cli.selection import require_backend
+    from grat_cli.generation.selection import require_backend
+    from grat_cli.models.devices import choose_device, choose_dtype
 
     sizes = request.sizes()
     device = choose_device(request.device)
@@ -70,7 +70,7 @@ def _attention(request: BenchRequest, output: Output) -> tuple[BenchResult, None
 def _step(request: BenchRequest, output: Output) -> tuple[BenchResult, None]:
     from grat_cli.bench.random_weights import step_model
     from grat_cli.bench.step_level import StepSettings, run_step_level
-    from grat_cli.models import choose_model
+    from grat_cli.models.catalogue import choose_model
 
     model = step_model(request.model or choose_model(None).name)
     blocks = None
@@ -97,8 +97,8 @@ def _step(request: BenchRequest, output: Output) -> tuple[BenchResult, None]:
 
 def _image(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
     from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
-    from grat_cli.models import choose_model
-    from grat_cli.resolution import parse_resolution
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.resolution import parse_resolution
 
     model = choose_model(request.model)
     _refuse_several_sizes(request, "pictures")
@@ -121,8 +121,8 @@ def _image(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Im
 
 def _video(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
     from grat_cli.bench.video_level import PROMPTS, VideoSettings, run_video_level
-    from grat_cli.models import choose_model
-    from grat_cli.video_size import parse_video_size
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.video_size import parse_video_size
 
     model = choose_model(request.model, "video")
     _refuse_several_sizes(request, "videos")
@@ -149,9 +149,9 @@ def _video(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Im
 def _highres(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
     from grat_cli.bench.highres_level import HighresSettings, run_highres_level
     from grat_cli.bench.image_level import PROMPTS
-    from grat_cli.models import choose_model
-    from grat_cli.resolution import parse_resolution
-    from grat_cli.selection import select_preset
+    from grat_cli.generation.selection import select_preset
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.resolution import parse_resolution
 
     if request.max_seconds is not None:
         raise BadInput("--max-seconds says nothing to --level highres: give fewer --prompts")
@@ -201,6 +201,6 @@ def _refuse_several_sizes(request: BenchRequest, what: str) -> None:
 
 def _contact_sheet(pictures: Pictures) -> Image.Image | None:
     """The sheet; None where every variant was skipped, or none has anything to show."""
-    from grat_cli.bench.contact_sheet import draw
+    from grat_cli.pages.contact_sheet import draw
 
     return draw(pictures.rows, pictures.column_titles) if any(made for _, made in pictures.rows) else None

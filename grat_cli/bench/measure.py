@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from grat_cli.devices import is_out_of_memory, wait_for
+from grat_cli.models.devices import is_out_of_memory, wait_for
 
 # On CUDA every call finds a cold L2 cache. The buffer is larger than any L2, so that writing it (about 0.1 ms) also
 # gives the host time to issue the call: launch overhead is no part of what is timed, as in a model that runs ahead.

@@ -25,7 +25,7 @@ from grat_cli.bench.baselines import Window, mask_row, natten_baseline, natten_o
 from grat_cli.bench.measure import guarded
 from grat_cli.bench.results import Absent, Mask
 from grat_cli.bench.sampled import AttendedRows, rows_of_mask, rows_of_plan
-from grat_cli.bench.variants import Variant, na_window_near, size_text
+from grat_cli.fidelity.variants import Variant, na_window_near, size_text
 from grat_kernels import Plan, SlidingTile, can_run, span_attention
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)

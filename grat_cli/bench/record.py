@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from grat_cli.bench.results import Absent, BenchResult, Case, Level
-from grat_cli.devices import device_name
-from grat_cli.environment import versions
+from grat_cli.models.devices import device_name
+from grat_cli.models.environment import versions
 
 
 def bench_result(

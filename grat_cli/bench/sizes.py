@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from grat_cli.errors import BadInput
-from grat_cli.resolution import parse_resolution
+from grat_cli.models.resolution import parse_resolution
 from grat_kernels import Grid
 
 # Flux: a token stands for 16x16 pixels, and 512 come from the text. HunyuanVideo, on three axes, takes up to 256.

@@ -37,10 +37,10 @@ from grat_cli.bench.random_weights import (
 )
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Row
-from grat_cli.bench.variants import Request, Variant, size_text, variant_for
-from grat_cli.devices import choose_device, choose_dtype
 from grat_cli.errors import BadInput, OutOfMemory
-from grat_cli.timing import StepRecorder
+from grat_cli.fidelity.variants import Request, Variant, size_text, variant_for
+from grat_cli.generation.timing import StepRecorder
+from grat_cli.models.devices import choose_device, choose_dtype
 from grat_kernels import Grid
 
 # By the rate of dense attention, steps that would take far too long are skipped before they start. Their matrix

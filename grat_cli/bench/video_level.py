@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.bench.measure import Progress
-from grat_cli.bench.quality import Likeness, likeness_of_videos
 from grat_cli.bench.results import BenchResult
 from grat_cli.bench.whole_runs import Pictures, RunSettings, compare_runs
 from grat_cli.demo.moving.evaluation import SAMPLE_PROMPTS
 from grat_cli.errors import BadInput
-from grat_cli.makers import VideoMaker, request_for
-from grat_cli.video_request import VideoRequest
+from grat_cli.fidelity.quality import Likeness, likeness_of_videos
+from grat_cli.generation.makers import VideoMaker, request_for
+from grat_cli.generation.video_request import VideoRequest
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,28 +13,28 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
-from grat_cli.bench import perceptual
 from grat_cli.bench.fidelity import Found, measure_fidelity
 from grat_cli.bench.figures import OUTPUTS
 from grat_cli.bench.inside_models import Host, Inside, backend_for
 from grat_cli.bench.measure import CannotRun, PeakMemory, Progress, Unwatched, memory_words, seconds_text
-from grat_cli.bench.quality import Likeness, summary
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Fidelity, Level, Row
-from grat_cli.bench.variants import Request, Variant, default_group, size_text, variant_for
-from grat_cli.checkpoints import load_model
-from grat_cli.denoising import StepWatch
-from grat_cli.devices import choose_device, choose_dtype, is_out_of_memory, wait_for
 from grat_cli.errors import BadInput, NumericalFailure
-from grat_cli.generation_request import GenerationRequest
-from grat_cli.guidance import Guidance, choose_guidance
+from grat_cli.families.guidance import Guidance, choose_guidance
+from grat_cli.families.time_shift import shift_of, time_shift
+from grat_cli.fidelity import perceptual
+from grat_cli.fidelity.quality import Likeness, summary
+from grat_cli.fidelity.variants import Request, Variant, default_group, size_text, variant_for
+from grat_cli.generation.denoising import StepWatch
+from grat_cli.generation.makers import Maker
+from grat_cli.generation.request import GenerationRequest
+from grat_cli.generation.selection import select_preset
+from grat_cli.generation.timing import StepRecorder, StepTiming
 from grat_cli.installation import step_under_way
-from grat_cli.makers import Maker
-from grat_cli.models import ModelChoice
+from grat_cli.models.catalogue import ModelChoice
+from grat_cli.models.devices import choose_device, choose_dtype, is_out_of_memory, wait_for
+from grat_cli.models.loading import load_model
 from grat_cli.presets import Preset, resolve_preset
-from grat_cli.selection import select_preset
-from grat_cli.time_shift import shift_of, time_shift
-from grat_cli.timing import StepRecorder, StepTiming
 from grat_kernels import Backend, Full, Grid, Grouping, can_run
 
 if TYPE_CHECKING:

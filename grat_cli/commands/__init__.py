@@ -1,0 +1,1 @@
+"""What people type: each command parses, calls and prints."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 if TYPE_CHECKING:
-    from grat_cli.planning import Forecast
+    from grat_cli.estimates.planning import Forecast
 
 
 def attend(
@@ -134,18 +134,25 @@ def attend(
     debug: options.Debug = False,
 ) -> None:
     """Run a prompt with full attention and show how far it looks, and what patterns would keep of that."""
-    from grat_cli import attend as watching
-    from grat_cli import media
     from grat_cli.errors import BadInput
-    from grat_cli.fitting import refuse_unfit_here
-    from grat_cli.models import choose_model
-    from grat_cli.offloading import OFFLOADS
-    from grat_cli.planning import architecture_for, forecast, grid_for
+    from grat_cli.estimates.fitting import refuse_unfit_here
+    from grat_cli.estimates.planning import architecture_for, forecast, grid_for
+    from grat_cli.fidelity import attend as watching
+    from grat_cli.files import outputs
+    from grat_cli.generation.seeds import resolve_seeds
+    from grat_cli.generation.selection import (
+        DTYPES,
+        choose_medium,
+        mismatch_note,
+        require_choice,
+        require_device,
+        select_preset,
+    )
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.offloading import OFFLOADS
+    from grat_cli.models.resolution import parse_resolution
+    from grat_cli.models.video_size import parse_video_size
     from grat_cli.presets import load_preset
-    from grat_cli.resolution import parse_resolution
-    from grat_cli.seeds import resolve_seeds
-    from grat_cli.selection import DTYPES, choose_medium, mismatch_note, require_choice, require_device, select_preset
-    from grat_cli.video_size import parse_video_size
 
     output = Output(as_json=as_json, quiet=quiet)
 
@@ -178,16 +185,16 @@ def attend(
     watched = watching.watched_preset(chosen, candidates)
 
     # 3. Where the files go, and whether the run fits, before minutes are spent on it.
-    from grat_cli.attend_files import paths_in, write
+    from grat_cli.fidelity.files import paths_in, write
 
     created = datetime.now().astimezone()
-    folder = out or Path(media.default_name(created, prompt, str(size), "attend", seeds[0], suffix=""))
+    folder = out or Path(outputs.default_name(created, prompt, str(size), "attend", seeds[0], suffix=""))
     if folder.is_dir():
-        media.refuse_unwritable(paths_in(folder, medium, seeds, len(queries)), overwrite=overwrite)
+        outputs.refuse_unwritable(paths_in(folder, medium, seeds, len(queries)), overwrite=overwrite)
     else:
-        media.refuse_unwritable([folder], overwrite=False)
+        outputs.refuse_unwritable([folder], overwrite=False)
     if medium == "video":
-        from grat_cli.video_files import require_encodable
+        from grat_cli.files.videos import require_encodable
 
         require_encodable("mp4", fps=size.fps, crf=None)
 
@@ -199,8 +206,8 @@ def attend(
     # 4. Run and watch.
     from dataclasses import replace
 
-    from grat_cli.highres import FAIR_AREA
-    from grat_cli.makers import maker_for, request_for
+    from grat_cli.estimates.stages import FAIR_AREA
+    from grat_cli.generation.makers import maker_for, request_for
 
     output.hint(f"{choice.name} ({choice.reason}), {size}, {chosen.sampling.steps} steps with full attention")
     output.hint(f"recorded: steps {', '.join(map(str, recorded))} (counted from 0), {rows} queries a call")
@@ -226,7 +233,7 @@ def attend(
         data = write(attended, maker, folder, command, created)
 
     # 5. What it shows.
-    from grat_cli.attend_figures import density_hint, pattern_figures, table
+    from grat_cli.fidelity.figures import density_hint, pattern_figures, table
 
     output.data({"folder": str(folder), **data})
     output.show(table(pattern_figures(attended)), "", " ".join(data["findings"]))

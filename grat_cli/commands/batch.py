@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 if TYPE_CHECKING:
-    from grat_cli.image_request import ImageRequest
-    from grat_cli.models import Medium, ModelChoice
-    from grat_cli.picture_files import PictureFormat
-    from grat_cli.planning import Forecast
+    from grat_cli.estimates.planning import Forecast
+    from grat_cli.files.pictures import PictureFormat
+    from grat_cli.generation.image_request import ImageRequest
+    from grat_cli.generation.video_request import VideoRequest
+    from grat_cli.models.catalogue import Medium, ModelChoice
     from grat_cli.presets import Preset
-    from grat_cli.video_request import VideoRequest
 
 _FAILURES_NAMED = 3
 
@@ -142,18 +142,14 @@ def batch(
     debug: options.Debug = False,
 ) -> None:
     """Make pictures or videos of many prompts; typed again, it goes on with what is missing."""
-    from grat_cli import media
-    from grat_cli.batch import Batch, Failure, make_samples, missing
-    from grat_cli.batch_layout import LAYOUTS, lay_out
     from grat_cli.errors import BadInput, NumericalFailure
-    from grat_cli.models import choose_model
-    from grat_cli.offloading import OFFLOADS
-    from grat_cli.picture_files import choose_picture_format
-    from grat_cli.presets import HIGHRES_MODES
-    from grat_cli.prompt_files import read_prompts
-    from grat_cli.quantization import QUANTIZATIONS
-    from grat_cli.seeds import LARGEST_SEED, MOST_PICTURES
-    from grat_cli.selection import (
+    from grat_cli.files import outputs as media
+    from grat_cli.files.pictures import choose_picture_format
+    from grat_cli.files.prompts import read_prompts
+    from grat_cli.generation.batch import Batch, Failure, make_samples, missing
+    from grat_cli.generation.batch_layout import LAYOUTS, lay_out
+    from grat_cli.generation.seeds import LARGEST_SEED, MOST_PICTURES
+    from grat_cli.generation.selection import (
         DTYPES,
         mismatch_note,
         require_choice,
@@ -161,7 +157,11 @@ def batch(
         select_preset,
         variant_word,
     )
-    from grat_cli.video_request import VideoRequest
+    from grat_cli.generation.video_request import VideoRequest
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.offloading import OFFLOADS
+    from grat_cli.models.quantization import QUANTIZATIONS
+    from grat_cli.presets import HIGHRES_MODES
 
     output = Output(as_json=as_json, quiet=quiet)
 
@@ -316,7 +316,7 @@ def _medium(
         BadInput: if these contradict one another.
     """
     from grat_cli.errors import BadInput
-    from grat_cli.models import medium_of_name
+    from grat_cli.models.catalogue import medium_of_name
 
     given = [option for option, value in of_videos.items() if value is not None]
     named = medium_of_name(model) if model else None
@@ -346,14 +346,14 @@ def _picture_template(
     Raises:
         BadInput, OutOfMemory: if it cannot be made here.
     """
-    from grat_cli.architectures import ARCHITECTURES
-    from grat_cli.fitting import refuse_unfit_here
-    from grat_cli.highres import stages_of
-    from grat_cli.image_request import ImageRequest
-    from grat_cli.picture_files import require_writable
-    from grat_cli.planning import architecture_for, schedule_for_stage, stage_forecasts
-    from grat_cli.resolution import parse_resolution
-    from grat_cli.selection import require_backend
+    from grat_cli.estimates.fitting import refuse_unfit_here
+    from grat_cli.estimates.planning import architecture_for, schedule_for_stage, stage_forecasts
+    from grat_cli.estimates.stages import stages_of
+    from grat_cli.families.architectures import ARCHITECTURES
+    from grat_cli.files.pictures import require_writable
+    from grat_cli.generation.image_request import ImageRequest
+    from grat_cli.generation.selection import require_backend
+    from grat_cli.models.resolution import parse_resolution
 
     size = parse_resolution(res, choice.native_side, choice.size_multiple)
     require_writable(format, size.width, size.height, quality)
@@ -423,16 +423,16 @@ def _video_template(
     Raises:
         BadInput, OutOfMemory: if it cannot be made here.
     """
-    from grat_cli import video_output
+    from grat_cli.commands import video_output
+    from grat_cli.console.progress import duration
     from grat_cli.errors import BadInput
-    from grat_cli.fitting import refuse_unfit_here
-    from grat_cli.planning import architecture_for, forecast
-    from grat_cli.progress import duration
-    from grat_cli.selection import require_backend
-    from grat_cli.time_estimate import planned_seconds
-    from grat_cli.video_files import SUFFIXES, choose_video_format, require_encodable
-    from grat_cli.video_request import VideoRequest
-    from grat_cli.video_size import parse_video_size
+    from grat_cli.estimates.fitting import refuse_unfit_here
+    from grat_cli.estimates.planning import architecture_for, forecast
+    from grat_cli.estimates.time import planned_seconds
+    from grat_cli.files.videos import SUFFIXES, choose_video_format, require_encodable
+    from grat_cli.generation.selection import require_backend
+    from grat_cli.generation.video_request import VideoRequest
+    from grat_cli.models.video_size import parse_video_size
 
     if every is not None and every < 0:
         raise BadInput(f"--checkpoint-every {every}: expected steps, 0 for none")
@@ -484,8 +484,8 @@ def _note_expectations(template: ImageRequest | VideoRequest, prompts: list[str]
     """Says beforehand what the model cannot make of any prompt."""
     from dataclasses import replace
 
-    from grat_cli import image_request, video_request
-    from grat_cli.video_request import VideoRequest
+    from grat_cli.generation import image_request, video_request
+    from grat_cli.generation.video_request import VideoRequest
 
     words = " ".join(dict.fromkeys(" ".join(prompts).split()))
     if isinstance(template, VideoRequest):

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 _WHAT, _SIZE, _HOW = "What", "Size", "How"
 
 
 def complete_compare(incomplete: str) -> list[str]:
     """The list so far with each name that may follow, for shell completion."""
-    from grat_cli.bench.variants import NAMES, SHORT_NAMES
+    from grat_cli.fidelity.variants import NAMES, SHORT_NAMES
     from grat_cli.presets import preset_names
 
     return _continued(incomplete, (*NAMES, *SHORT_NAMES, *preset_names()))
@@ -24,21 +24,21 @@ def complete_compare(incomplete: str) -> list[str]:
 
 def complete_peers(incomplete: str) -> list[str]:
     """Likewise for --peers."""
-    from grat_cli.bench.variants import PEERS
+    from grat_cli.fidelity.variants import PEERS
 
     return _continued(incomplete, PEERS)
 
 
 def complete_level() -> list[str]:
     """Names of levels, for shell completion."""
-    from grat_cli.bench.bench_request import LEVELS
+    from grat_cli.bench.request import LEVELS
 
     return list(LEVELS)
 
 
 def complete_weights() -> list[str]:
     """Kinds of weights, for shell completion."""
-    from grat_cli.bench.bench_request import WEIGHTS
+    from grat_cli.bench.request import WEIGHTS
 
     return list(WEIGHTS)
 
@@ -282,9 +282,9 @@ def bench(
     debug: options.Debug = False,
 ) -> None:
     """Measure full against sparse attention: time, memory, error; a table, JSON, Markdown and a page."""
-    from grat_cli import media
-    from grat_cli.bench.bench_request import BenchRequest
     from grat_cli.bench.files import result_paths, write_results
+    from grat_cli.bench.request import BenchRequest
+    from grat_cli.files import outputs
 
     output = Output(as_json=as_json, quiet=quiet)
 
@@ -315,7 +315,7 @@ def bench(
     )
     request.check()
     paths = result_paths(out, level)
-    media.refuse_unwritable(list(paths.values()), overwrite=overwrite)
+    outputs.refuse_unwritable(list(paths.values()), overwrite=overwrite)
 
     # 2. Measure.
     from grat_cli.bench.levels import run_level

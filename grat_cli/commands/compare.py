@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from grat_cli.bench.results import Quality
-    from grat_cli.comparison import Compared
+    from grat_cli.fidelity.comparison import Compared
 
 SCHEMA = "grat.compare/1"
 _LONGEST_SIDE = 512
@@ -38,18 +38,19 @@ def compare(
     debug: options.Debug = False,
 ) -> None:
     """Compare pictures or videos: SSIM, PSNR, LPIPS where its weights are; each, and the mean with its interval."""
-    from grat_cli import media
-    from grat_cli.bench import contact_sheet, perceptual
-    from grat_cli.bench.quality import summary
-    from grat_cli.comparison import compare_pair, pairs_of
     from grat_cli.errors import BadInput
+    from grat_cli.fidelity import perceptual
+    from grat_cli.fidelity.comparison import compare_pair, pairs_of
+    from grat_cli.fidelity.quality import summary
+    from grat_cli.files import outputs
+    from grat_cli.pages import contact_sheet
 
     output = Output(as_json=as_json, quiet=quiet)
     pairs, left_out = pairs_of(first, second)
     if sheet is not None:
         if sheet.suffix.lower() != ".png":
             raise BadInput(f"--sheet {sheet}: sheets are PNG files: use {sheet.with_suffix('.png')}")
-        media.refuse_unwritable([sheet], overwrite=overwrite)
+        outputs.refuse_unwritable([sheet], overwrite=overwrite)
     if left_out:
         output.hint(f"only in one of the folders, left out: {', '.join(left_out)}")
     if missing := perceptual.obstacle():
@@ -79,7 +80,7 @@ def compare(
             [],
             [text for one, said in zip(found, similarities, strict=True) for text in (said, *blanks(one))],
         ]
-        media.write_png(contact_sheet.draw(rows, titles, captions, longest_side=_LONGEST_SIDE), sheet, None)
+        outputs.write_png(contact_sheet.draw(rows, titles, captions, longest_side=_LONGEST_SIDE), sheet, None)
     output.data(_data(found, mean))
     output.show(_table(found, mean))
     if sheet is not None:

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 
 def decode(
@@ -37,13 +37,14 @@ def decode(
     debug: options.Debug = False,
 ) -> None:
     """Make a video from latents that were kept: after memory ran out, or in another format."""
-    from grat_cli import media, video_output
+    from grat_cli.commands import video_output
     from grat_cli.errors import BadInput
-    from grat_cli.models import choose_model
-    from grat_cli.selection import DTYPES, require_choice, require_device
-    from grat_cli.video_decoding import decode_run
-    from grat_cli.video_files import SUFFIXES, choose_video_format, require_encodable
-    from grat_cli.video_run import LATENTS_ENDING, find_run, read_run
+    from grat_cli.files import outputs as media
+    from grat_cli.files.videos import SUFFIXES, choose_video_format, require_encodable
+    from grat_cli.generation.selection import DTYPES, require_choice, require_device
+    from grat_cli.generation.video_decoding import decode_run
+    from grat_cli.generation.video_run import LATENTS_ENDING, find_run, read_run
+    from grat_cli.models.catalogue import choose_model
 
     output = Output(as_json=as_json, quiet=quiet)
 

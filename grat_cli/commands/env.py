@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from grat_cli import options
-from grat_cli.output import Output, bytes_text, fact_table
+from grat_cli.commands import options
+from grat_cli.console.output import Output, bytes_text, fact_table
 
 
 def env(
@@ -12,7 +12,7 @@ def env(
     debug: options.Debug = False,
 ) -> None:
     """Show versions, devices, and what each attention backend can run here and why not."""
-    from grat_cli import environment
+    from grat_cli.models import environment
 
     output = Output(as_json=as_json, quiet=quiet)
     found = environment.describe()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 if TYPE_CHECKING:
-    from grat_cli.planning import Forecast
+    from grat_cli.estimates.planning import Forecast
 
 
 def image(
@@ -53,21 +53,17 @@ def image(
     debug: options.Debug = False,
 ) -> None:
     """Make pictures from a prompt."""
-    from grat_cli import media, report
-    from grat_cli.architectures import ARCHITECTURES
     from grat_cli.errors import BadInput
-    from grat_cli.fitting import refuse_unfit_here
-    from grat_cli.highres import stages_of, uses_highres
-    from grat_cli.models import choose_model
-    from grat_cli.offloading import OFFLOADS
-    from grat_cli.picture_files import choose_picture_format, require_writable, write_picture
-    from grat_cli.planning import architecture_for, schedule_for_stage, stage_forecasts
-    from grat_cli.presets import HIGHRES_MODES
-    from grat_cli.preview import Preview
-    from grat_cli.quantization import QUANTIZATIONS
-    from grat_cli.resolution import parse_resolution
-    from grat_cli.seeds import resolve_seeds
-    from grat_cli.selection import (
+    from grat_cli.estimates.fitting import refuse_unfit_here
+    from grat_cli.estimates.planning import architecture_for, schedule_for_stage, stage_forecasts
+    from grat_cli.estimates.stages import stages_of, uses_highres
+    from grat_cli.families.architectures import ARCHITECTURES
+    from grat_cli.files import outputs
+    from grat_cli.files.pictures import choose_picture_format, require_writable, write_picture
+    from grat_cli.generation import report
+    from grat_cli.generation.preview import Preview
+    from grat_cli.generation.seeds import resolve_seeds
+    from grat_cli.generation.selection import (
         DTYPES,
         guard_note,
         mismatch_note,
@@ -77,6 +73,11 @@ def image(
         select_preset,
         variant_word,
     )
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.offloading import OFFLOADS
+    from grat_cli.models.quantization import QUANTIZATIONS
+    from grat_cli.models.resolution import parse_resolution
+    from grat_cli.presets import HIGHRES_MODES
 
     output = Output(as_json=as_json, quiet=quiet)
 
@@ -133,16 +134,16 @@ def image(
     now = datetime.now().astimezone()
     word = variant_word(chosen)
     suffix = chosen_format.suffix_of(out)
-    names = [media.default_name(now, prompt, str(resolution), word, seed, suffix) for seed in seeds]
-    paths = media.output_paths(out, names, seeds, suffix)
-    media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
+    names = [outputs.default_name(now, prompt, str(resolution), word, seed, suffix) for seed in seeds]
+    paths = outputs.output_paths(out, names, seeds, suffix)
+    outputs.refuse_unwritable([*paths, *map(outputs.report_path, paths)], overwrite=overwrite)
     previews = {}
     if preview is not None:
         previews = {
-            seed: Preview(media.preview_path(path), preview, choice.native_side)
+            seed: Preview(outputs.preview_path(path), preview, choice.native_side)
             for seed, path in zip(seeds, paths, strict=True)
         }
-        media.refuse_unwritable([each.path for each in previews.values()], overwrite=True)
+        outputs.refuse_unwritable([each.path for each in previews.values()], overwrite=True)
 
     # 4. Whether they fit, before minutes are spent on loading.
     def forecasts(size: Any, in_dtype: str) -> list[Forecast]:
@@ -153,8 +154,8 @@ def image(
     refuse_unfit_here(choice, forecasts, resolution, device=device, dtype=dtype, offload=offload, quantize=quantize)
 
     # 5. Make them, one by one; each is written as soon as it is done.
-    from grat_cli.generation import generate_images
-    from grat_cli.image_request import ImageRequest
+    from grat_cli.generation.image_request import ImageRequest
+    from grat_cli.generation.pictures import generate_images
 
     output.hint(f"{choice.name} ({choice.reason}), {resolution}, {chosen.sampling.steps} steps")
     if len(stages) > 1 and init_image is None:
@@ -194,11 +195,11 @@ def image(
                 generated.image, path, chosen_format, inside, quality=quality, written=progress.written
             )
             if inside and not whole:
-                progress.note(f"{path} has no room for how it was made: that is in {media.report_path(path).name}")
+                progress.note(f"{path} has no room for how it was made: that is in {outputs.report_path(path).name}")
             if generated.seed in previews:
                 previews[generated.seed].remove()
             made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
-            media.write_json(made, media.report_path(path))
+            outputs.write_json(made, outputs.report_path(path))
             reports.append(made)
             output.line(str(path))
 

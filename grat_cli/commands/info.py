@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Mode, Output, bytes_text, fact_table
+from grat_cli.commands import options
+from grat_cli.console.output import Mode, Output, bytes_text, fact_table
 
 
 def info(
@@ -21,11 +21,12 @@ def info(
     debug: options.Debug = False,
 ) -> None:
     """Show what made a picture or video: prompt, seed, model, preset, size, versions."""
-    from grat_cli import media, report
     from grat_cli.errors import BadInput
+    from grat_cli.files import outputs
+    from grat_cli.generation import report
 
     output = Output(as_json=as_json, quiet=quiet)
-    found = media.read_provenance(file)
+    found = outputs.read_provenance(file)
     output.data(found)
     try:
         facts = _facts(found) | _file_facts(file, output)
@@ -38,7 +39,7 @@ def info(
 
 
 def _facts(found: dict[str, Any]) -> dict[str, str]:
-    from grat_cli import report
+    from grat_cli.generation import report
     from grat_cli.presets import Preset
 
     preset = Preset.model_validate(found["preset"])
@@ -71,7 +72,7 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
 def _file_facts(file: Path, output: Output) -> dict[str, str]:
     """What a video file says of itself, which another program may have changed; a damaged one is told."""
     from grat_cli.errors import BadInput
-    from grat_cli.video_files import SUFFIXES, probe_video
+    from grat_cli.files.videos import SUFFIXES, probe_video
 
     if output.mode is not Mode.HUMAN or not (file.is_dir() or file.suffix.lower() in SUFFIXES.values()):
         return {}

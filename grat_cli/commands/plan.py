@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Mode, Output, bytes_text, fact_table
+from grat_cli.commands import options
+from grat_cli.console.output import Mode, Output, bytes_text, fact_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from grat_cli.memory_estimate import RunMemory
-    from grat_cli.planning import Forecast
+    from grat_cli.estimates.memory import RunMemory
+    from grat_cli.estimates.planning import Forecast
 
 _VARIANTS_OF_VIDEOS = ("planes", "lines")
 _FEW_PATTERNS = 6  # are listed one by one
@@ -86,22 +86,22 @@ def plan(
     debug: options.Debug = False,
 ) -> None:
     """Show tokens, density, attention work, memory and the pattern of a run, without loading a model."""
-    from grat_cli import media
-    from grat_cli.components import components_of
+    from grat_cli.console.pattern import text_picture
     from grat_cli.errors import BadInput
-    from grat_cli.fitting import judge, refuse_unfit, what_fits
-    from grat_cli.hardware import GPUS, device_named, present_cpu, present_gpu
-    from grat_cli.highres import stage_data, stages_of
-    from grat_cli.models import choose_model
-    from grat_cli.offloading import OFFLOADS
-    from grat_cli.picture import text_picture
-    from grat_cli.planning import architecture_for, forecast, stage_forecasts
+    from grat_cli.estimates.components import components_of
+    from grat_cli.estimates.fitting import judge, refuse_unfit, what_fits
+    from grat_cli.estimates.hardware import GPUS, device_named, present_cpu, present_gpu
+    from grat_cli.estimates.planning import architecture_for, forecast, stage_forecasts
+    from grat_cli.estimates.stages import stage_data, stages_of
+    from grat_cli.estimates.time import phase_seconds
+    from grat_cli.files import outputs
+    from grat_cli.generation.selection import DTYPES, choose_medium, mismatch_note, require_choice, select_preset
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.offloading import OFFLOADS
+    from grat_cli.models.quantization import QUANTIZATIONS
+    from grat_cli.models.resolution import Resolution, parse_resolution
+    from grat_cli.models.video_size import parse_video_size
     from grat_cli.presets import HIGHRES_MODES, load_preset
-    from grat_cli.quantization import QUANTIZATIONS
-    from grat_cli.resolution import Resolution, parse_resolution
-    from grat_cli.selection import DTYPES, choose_medium, mismatch_note, require_choice, select_preset
-    from grat_cli.time_estimate import phase_seconds
-    from grat_cli.video_size import parse_video_size
 
     output = Output(as_json=as_json, quiet=quiet)
     require_choice("--offload", offload, OFFLOADS)
@@ -144,7 +144,7 @@ def plan(
     if picture is not None:
         if picture.suffix.lower() != ".png":
             raise BadInput(f"--picture {picture}: pictures are PNG files: use {picture.with_suffix('.png')}")
-        media.refuse_unwritable([picture], overwrite=overwrite)
+        outputs.refuse_unwritable([picture], overwrite=overwrite)
     device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
     if device is not None and device.kind == "cpu" and dtype == "auto":
         dtype = "float32"
@@ -209,9 +209,9 @@ def plan(
     elif verdict.fits:
         output.show(verdict.sentence)
     if picture is not None:
-        from grat_cli.pattern_figure import pattern_figure
+        from grat_cli.estimates.pattern_figure import pattern_figure
 
-        media.write_png(pattern_figure(result.schedule, result.preset), picture, None)
+        outputs.write_png(pattern_figure(result.schedule, result.preset), picture, None)
         output.line(str(picture))
     elif output.mode is Mode.HUMAN:
         output.show("", text_picture(result.main_plan, min(output.console.width, 80)))
@@ -244,14 +244,14 @@ def _phase_table(memory: RunMemory, seconds: Mapping[str, float]) -> RenderableT
 
 
 def _time(seconds: float) -> str:
-    from grat_cli.progress import duration
+    from grat_cli.console.progress import duration
 
     return duration(seconds) if seconds >= 0.5 else "<1 s"
 
 
 def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
-    from grat_cli.picture import NOT_ATTENDED, marks
-    from grat_cli.video_size import VideoSize
+    from grat_cli.console.pattern import NOT_ATTENDED, marks
+    from grat_cli.models.video_size import VideoSize
 
     schedule, main = result.schedule, result.main_plan
     of_video = isinstance(result.size, VideoSize)

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Mode, Output
+from grat_cli.commands import options
+from grat_cli.console.output import Mode, Output
 
 
 def presets(
@@ -63,8 +63,8 @@ def _table(shown: list[Any]) -> Any:
 
 
 def _show_vocabulary(output: Output) -> None:
+    from grat_cli.console.output import fact_table
     from grat_cli.demo import video_vocabulary, vocabulary
-    from grat_cli.output import fact_table
 
     for medium, known in (("image", vocabulary()), ("video", video_vocabulary())):
         output.show(f"For grat {medium} the demo model knows these words; of others it makes nothing.", "")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 
 def resume(
@@ -23,8 +23,9 @@ def resume(
     debug: options.Debug = False,
 ) -> None:
     """Go on with a video that was interrupted, to the same result; everything else is as it was asked for."""
-    from grat_cli import media, video_output
-    from grat_cli.video_run import find_run, read_run
+    from grat_cli.commands import video_output
+    from grat_cli.files import outputs as media
+    from grat_cli.generation.video_run import find_run, read_run
 
     output = Output(as_json=as_json, quiet=quiet)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -151,15 +151,15 @@ def tune(
     debug: options.Debug = False,
 ) -> None:
     """Fit a preset to a model: the pattern of each layer, head and stretch of steps, for a density or recall."""
-    from grat_cli import media
-    from grat_cli.bench.prompts import chosen_prompts
     from grat_cli.errors import BadInput
-    from grat_cli.models import choose_model
+    from grat_cli.fidelity.palette import palette
+    from grat_cli.fidelity.prompts import chosen_prompts
+    from grat_cli.files import outputs
+    from grat_cli.generation.selection import DTYPES, choose_medium, require_choice, require_device, select_preset
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.resolution import parse_resolution
+    from grat_cli.models.video_size import parse_video_size
     from grat_cli.presets import load_preset, preset_yaml
-    from grat_cli.resolution import parse_resolution
-    from grat_cli.selection import DTYPES, choose_medium, require_choice, require_device, select_preset
-    from grat_cli.tuning_palette import palette
-    from grat_cli.video_size import parse_video_size
 
     output = Output(as_json=as_json, quiet=quiet)
 
@@ -198,11 +198,11 @@ def tune(
     file = out or Path(f"{choice.family}-tuned-{target}.yaml")
     if file.suffix not in (".yaml", ".yml"):
         raise BadInput(f"--out {file}: presets are YAML files: use {file.with_suffix('.yaml')}")
-    media.refuse_unwritable([file], overwrite=overwrite)
+    outputs.refuse_unwritable([file], overwrite=overwrite)
 
     # 3. Observe, choose, check.
-    from grat_cli.makers import request_for
-    from grat_cli.tuning import TuneRequest, tune
+    from grat_cli.fidelity.tuning import TuneRequest, tune
+    from grat_cli.generation.makers import request_for
 
     built_in = _built_in(medium)
     observed = chosen_prompts(prompts, built_in, "prompts")
@@ -238,7 +238,7 @@ def tune(
         fitted = tune(request, progress)
 
     # 4. Write and show.
-    media.write_text(preset_yaml(fitted), file)
+    outputs.write_text(preset_yaml(fitted), file)
     evidence = fitted.evidence
     assert evidence is not None, "a tuned preset has its evidence"
     output.data({"preset": str(file), "observations": str(request.folder), **evidence.model_dump(mode="json")})

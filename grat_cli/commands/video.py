@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from grat_cli import options
-from grat_cli.output import Output
+from grat_cli.commands import options
+from grat_cli.console.output import Output
 
 
 def video(
@@ -51,16 +51,16 @@ def video(
     debug: options.Debug = False,
 ) -> None:
     """Make videos from a prompt."""
-    from grat_cli import media, video_output
+    from grat_cli.commands import video_output
+    from grat_cli.console.progress import duration
     from grat_cli.errors import BadInput
-    from grat_cli.fitting import refuse_unfit_here
-    from grat_cli.models import choose_model
-    from grat_cli.offloading import OFFLOADS
-    from grat_cli.planning import architecture_for, forecast
-    from grat_cli.progress import duration
-    from grat_cli.quantization import QUANTIZATIONS
-    from grat_cli.seeds import resolve_seeds
-    from grat_cli.selection import (
+    from grat_cli.estimates.fitting import refuse_unfit_here
+    from grat_cli.estimates.planning import architecture_for, forecast
+    from grat_cli.estimates.time import planned_seconds
+    from grat_cli.files import outputs as media
+    from grat_cli.files.videos import SUFFIXES, choose_video_format, require_encodable
+    from grat_cli.generation.seeds import resolve_seeds
+    from grat_cli.generation.selection import (
         DTYPES,
         guard_note,
         mismatch_note,
@@ -70,10 +70,11 @@ def video(
         select_preset,
         variant_word,
     )
-    from grat_cli.time_estimate import planned_seconds
-    from grat_cli.video_files import SUFFIXES, choose_video_format, require_encodable
-    from grat_cli.video_request import VideoRequest
-    from grat_cli.video_size import parse_video_size
+    from grat_cli.generation.video_request import VideoRequest
+    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.offloading import OFFLOADS
+    from grat_cli.models.quantization import QUANTIZATIONS
+    from grat_cli.models.video_size import parse_video_size
 
     output = Output(as_json=as_json, quiet=quiet)
 

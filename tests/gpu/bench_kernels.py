@@ -27,7 +27,7 @@ from grat_cli.bench.markdown import as_markdown
 from grat_cli.bench.measure import Run, measure
 from grat_cli.bench.results import BenchResult
 from grat_cli.bench.sizes import Size
-from grat_cli.bench.variants import PEERS, Request, default_group, parse_variants, variant_for
+from grat_cli.fidelity.variants import PEERS, Request, default_group, parse_variants, variant_for
 from grat_kernels import Backend, Grid, Grouping, build_plan, can_run
 from grat_kernels.summaries import summarise
 

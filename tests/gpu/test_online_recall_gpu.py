@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from grat_cli.adapters.base import AttentionInputs
-from grat_cli.online_recall import measure, sample_rows
+from grat_cli.attention.adapter import AttentionInputs
+from grat_cli.attention.online_recall import measure, sample_rows
 from grat_kernels import Block, Far, Grid, Grouping, HeadPlan, Plan, Union, build_head_plan, build_plan
 
 pytestmark = [
@@ -67,7 +67,7 @@ def test_the_figures_are_those_of_the_cpu_and_nothing_waits(name: str) -> None:
 
 def test_figures_come_to_the_host_by_themselves() -> None:
     pytest.importorskip("pydantic")
-    from grat_cli.guard import _Call
+    from grat_cli.attention.guard import _Call
 
     call = _Call()
     figures = torch.tensor([[0.5, 0.25, 0.125], [0.75, 0.5, torch.nan]], device=CUDA)

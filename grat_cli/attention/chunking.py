@@ -1,0 +1,312 @@
+"""Transformer blocks that take their tokens in chunks, so that wide intermediate results never exist for all tokens.
+
+Everything in a block but attention acts on each token alone. Feed-forward layers are four times as wide as the tokens,
+and single blocks join them with the attention's output: 15,360 channels in Flux, 8 GB at 8192x8192 in bf16. Here only
+tokens, the input of attention and its output exist for all tokens; modulation, feed-forward and projections are done
+chunk by chunk, by the modules of the block (read against diffusers 0.42.1, `transformer_flux.py` and
+`transformer_hunyuan_video.py`). What comes before and after the blocks is no larger than they are.
+
+Chunks change no bit of the result on a CPU: each row of a matrix product is the same for any number of rows but one,
+which another routine computes (torch 2.13 with MKL and oneDNN, fp32 and bf16, widths of Flux; 8 to 1,536 rows). On
+CUDA devices the library may take another kernel for another number of rows, which may round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformerBlock,
+)
+
+from grat_cli.errors import BadInput
+from grat_cli.presets.schema import ChunkTokens, chunk_for
+
+_LARGEST_FP16 = 65504
+
+
+def choose(wanted: ChunkTokens, tokens: int, blocks: Sequence[Any], compiled: bool) -> tuple[int | None, str]:
+    """How many tokens a chunk has at most, None for all at once; and in words why.
+
+    Args:
+        wanted: so many, None for all at once, or `auto` for chunks where there are many tokens and blocks allow it.
+        tokens: image tokens of the calls to come.
+        blocks: of the transformer.
+        compiled: whether `torch.compile` made something of them.
+
+    Raises:
+        BadInput: if chunks of a certain size are wanted and cannot be.
+    """
+    chunk = chunk_for(wanted, tokens)
+    if chunk is None:
+        return None, "not wanted" if wanted is None else f"{tokens:,} tokens are few"
+    obstacle = "the transformer is compiled" if compiled else next(filter(None, map(_obstacle, blocks)), None)
+    if obstacle is None:
+        return chunk, "chosen by number" if wanted != "auto" else f"{tokens:,} tokens are many"
+    if wanted != "auto":
+        raise BadInput(f"the transformer cannot run in chunks of tokens: {obstacle}; set memory.chunk_tokens=null")
+    return None, obstacle
+
+
+@contextmanager
+def in_chunks(blocks: Sequence[Any], chunk: int | None) -> Iterator[None]:
+    """While inside, blocks run in chunks of at most so many tokens; leaving restores them exactly.
+
+    Args:
+        blocks: that `choose` found fit.
+        chunk: None changes nothing.
+    """
+    replaced: list[tuple[Any, str, Any]] = []
+    try:
+        if chunk is not None:
+            for block in blocks:
+                holder, name = _own_forward(block)
+                replaced.append((holder, name, vars(holder).get(name)))
+                setattr(holder, name, _FORWARDS[type(block)](block, chunk))
+        yield
+    finally:
+        for holder, name, stock in reversed(replaced):
+            if stock is None:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, stock)
+
+
+def _own_forward(block: Any) -> tuple[Any, str]:
+    """Where a block's own forward is kept, beneath the hooks of offloading, which must go on around it."""
+    registry = getattr(block, "_diffusers_hook", None)
+    if registry is not None and registry._fn_refs:
+        return registry._fn_refs[0], "forward"
+    return block, "_old_forward" if "_old_forward" in vars(block) else "forward"
+
+
+def _obstacle(block: Any) -> str | None:
+    """Why a block cannot run in chunks, or None."""
+    kind = type(block)
+    if kind not in _FORWARDS:
+        return f"it has blocks of {kind.__name__}"
+    holder, name = _own_forward(block)
+    if getattr(getattr(holder, name), "__func__", None) is not kind.forward:
+        return f"another tool replaced the forward of its {kind.__name__}"
+    norms = [block.norm] if hasattr(block, "norm") else [block.norm1, block.norm1_context]
+    for norm in norms:
+        if type(norm) not in (AdaLayerNormZero, AdaLayerNormZeroSingle) or getattr(norm, "emb", None) is not None:
+            return f"another tool replaced a norm of its {kind.__name__}"
+    return None
+
+
+def spans(tokens: int, chunk: int) -> list[slice]:
+    """Chunks of at most so many tokens, as equal as can be, so that none is a row of its own."""
+    count = max(1, -(-tokens // chunk))
+    bounds = [index * tokens // count for index in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _by_chunks(function: Callable[..., torch.Tensor], chunk: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """What a function of tokens `[B, N, C]` makes of them, `[B, N, C]`, computed in chunks."""
+    cuts = spans(tensors[0].shape[1], chunk)
+    if len(cuts) == 1:
+        return function(*tensors)
+    joined: torch.Tensor | None = None
+    for cut in cuts:
+        made = function(*(tensor[:, cut] for tensor in tensors))
+        if joined is None:
+            joined = made.new_empty(made.shape[0], tensors[0].shape[1], made.shape[2])
+        joined[:, cut] = made
+    assert joined is not None
+    return joined
+
+
+def _modulation(norm: Any, emb: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """Shifts, scales and gates `[B, 1, C]` of an adaptive norm."""
+    return tuple(part[:, None] for part in norm.linear(norm.silu(emb)).chunk(parts, dim=1))
+
+
+def _double(
+    block: Any,
+    chunk: int,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    attend: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A double block.
+
+    Args:
+        block: its modules.
+        chunk: most tokens of a chunk.
+        hidden_states: image tokens `[B, image, C]`.
+        encoder_hidden_states: text tokens `[B, text, C]`.
+        temb: what modulation is made of `[B, C]`.
+        attend: attention of normalised image and text tokens.
+
+    Returns:
+        Image and text tokens.
+    """
+    streams = (
+        (hidden_states, block.norm1, block.norm2, block.ff),
+        (encoder_hidden_states, block.norm1_context, block.norm2_context, block.ff_context),
+    )
+    modulations = [_modulation(norm, temb, 6) for _, norm, _, _ in streams]
+    normed = []
+    for (tokens, norm, _, _), (shift, scale, *_) in zip(streams, modulations, strict=True):
+        normed.append(_by_chunks(_modulated(norm.norm, shift, scale), chunk, tokens))
+    attended = attend(normed.pop(0), normed.pop(0))
+
+    made = []
+    for (tokens, _, norm, feed_forward), (_, _, attention_gate, shift, scale, gate), attention in zip(
+        streams, modulations, attended, strict=True
+    ):
+        modulated = _modulated(norm, shift, scale)
+
+        def rest(
+            tokens: torch.Tensor,
+            attention: torch.Tensor,
+            modulated: Any = modulated,
+            feed_forward: Any = feed_forward,
+            attention_gate: torch.Tensor = attention_gate,
+            gate: torch.Tensor = gate,
+        ) -> torch.Tensor:
+            tokens = tokens + attention_gate * attention
+            return tokens + gate * feed_forward(modulated(tokens))
+
+        made.append(_by_chunks(rest, chunk, tokens, attention))
+    image, text = made
+    return image, text
+
+
+def _single(
+    block: Any,
+    chunk: int,
+    tokens: torch.Tensor,
+    temb: torch.Tensor,
+    attend: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """A single block on joint tokens `[B, N, C]`; arguments as for a double one."""
+    shift, scale, gate = _modulation(block.norm, temb, 3)
+    modulated = _modulated(block.norm.norm, shift, scale)
+    attended = attend(_by_chunks(modulated, chunk, tokens))
+
+    def rest(tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        wide = block.act_mlp(block.proj_mlp(modulated(tokens)))
+        return tokens + gate * block.proj_out(torch.cat([attended, wide], dim=2))
+
+    return _by_chunks(rest, chunk, tokens, attended)
+
+
+def _modulated(norm: Any, shift: torch.Tensor, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tokens: norm(tokens) * (1 + scale) + shift
+
+
+def _clipped(tokens: torch.Tensor) -> torch.Tensor:
+    """As at the end of Flux's blocks."""
+    return tokens.clip(-_LARGEST_FP16, _LARGEST_FP16) if tokens.dtype == torch.float16 else tokens
+
+
+def _flux_double(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def forward(
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def attend(image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return block.attn(
+                hidden_states=image,
+                encoder_hidden_states=text,
+                image_rotary_emb=image_rotary_emb,
+                **(joint_attention_kwargs or {}),
+            )
+
+        image, text = _double(block, chunk, hidden_states, encoder_hidden_states, temb, attend)
+        return _clipped(text), image
+
+    return forward
+
+
+def _flux_single(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def forward(
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def attend(tokens: torch.Tensor) -> torch.Tensor:
+            return block.attn(hidden_states=tokens, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        tokens = _clipped(_single(block, chunk, tokens, temb, attend))
+        text = encoder_hidden_states.shape[1]
+        return tokens[:, :text], tokens[:, text:]
+
+    return forward
+
+
+def _hunyuan_double(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def forward(
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        freqs_cis: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def attend(video: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return block.attn(
+                hidden_states=video,
+                encoder_hidden_states=text,
+                attention_mask=attention_mask,
+                image_rotary_emb=freqs_cis,
+            )
+
+        return _double(block, chunk, hidden_states, encoder_hidden_states, temb, attend)
+
+    return forward
+
+
+def _hunyuan_single(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def forward(
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        video = hidden_states.shape[1]
+
+        def attend(tokens: torch.Tensor) -> torch.Tensor:
+            return torch.cat(
+                block.attn(
+                    hidden_states=tokens[:, :video],
+                    encoder_hidden_states=tokens[:, video:],
+                    attention_mask=attention_mask,
+                    image_rotary_emb=image_rotary_emb,
+                ),
+                dim=1,
+            )
+
+        tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        tokens = _single(block, chunk, tokens, temb, attend)
+        return tokens[:, :video], tokens[:, video:]
+
+    return forward
+
+
+_FORWARDS: dict[type, Callable[[Any, int], Callable[..., tuple[torch.Tensor, torch.Tensor]]]] = {
+    FluxTransformerBlock: _flux_double,
+    FluxSingleTransformerBlock: _flux_single,
+    HunyuanVideoTransformerBlock: _hunyuan_double,
+    HunyuanVideoSingleTransformerBlock: _hunyuan_single,
+}

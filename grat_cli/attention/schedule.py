@@ -1,0 +1,256 @@
+"""Which attention runs at which step in which layer and head of one run."""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from enum import IntEnum
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from grat_cli.errors import BadInput
+from grat_cli.presets import Attention, Preset, Table, ranges, shape_text
+from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, build_head_plan, build_plan
+from grat_kernels.geometry import IntArray, cell_counts
+
+# Planning compares every group with every other, a stretch at a time: memory stays small, time grows with the square.
+# 2^14 groups, a million tokens in groups of 8x8, take 1.5 s of one core; a criss-cross of them has 133 million keys in
+# packed tiles, 1.1 GB on the device.
+MOST_GROUPS = 16_384
+
+_Grouped: TypeAlias = tuple[Grouping, Pattern]
+# Whose attention each head of a layer has (0 the preset's own, i its i-th rule's, -1 dense), and a `Width`.
+_Entry: TypeAlias = tuple[tuple[int, ...], int]
+
+
+class Width(IntEnum):
+    """How far a layer has gone from the attention that the preset gives it."""
+
+    OWN = 0
+    WIDER = 1
+    """The next wider pattern (`wider`), or full attention where that is none or attends everything."""
+    FULL = 2
+
+
+def wider(attention: Attention) -> Attention:
+    """The next wider pattern over the same groups, far levels kept; full attention is its own."""
+    if attention.variant == "x":
+        return attention.changed({"variant": "bx"})
+    if attention.variant == "sta":
+        return attention.changed({"window": _grown(attention.window, 2)})
+    return attention if attention.variant == "full" else attention.changed({"radius": _grown(attention.radius, 1)})
+
+
+def _grown(sizes: int | tuple[int, ...] | None, by: int) -> int | list[int]:
+    assert sizes is not None, "the variant has them"
+    return sizes + by if isinstance(sizes, int) else [size + by for size in sizes]
+
+
+class AttentionSchedule:
+    """A preset laid out over the steps, layers and heads of a run. All its plans share one token order.
+
+    Attributes:
+        grid: the image tokens.
+        steps: denoising steps of the run.
+        layers: attention layers of the transformer.
+        heads: heads of each.
+        plans: the distinct plans, in order of first use.
+        density: attended pairs over all pairs, mean over the run.
+
+    Raises:
+        BadInput: if preset and grid, steps, layers or heads do not fit.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        grid: Grid,
+        text_len: int,
+        text_first: bool = True,
+        steps: int = 1,
+        layers: int = 1,
+        heads: int = 1,
+    ) -> None:
+        self.grid, self.steps, self.layers, self.heads = grid, steps, layers, heads
+        self._text = text_len, text_first
+        _refuse_unfit(preset, grid)
+        cells = preset.cells
+        self._groupings = {cell: Grouping(grid, cell, cells) for cell in cells}
+
+        # Entry [step, layer, head] says whose attention applies: its number in this list, or -1 for dense.
+        palette = preset.attention_of_palette
+        attentions = (preset.attention, *preset.attention_of_rules, *palette.values())
+        choice = np.zeros((steps, layers, heads), np.int64)
+        number_of_letter = {letter: len(attentions) - len(palette) + at for at, letter in enumerate(palette)}
+        for number, table in enumerate(preset.schedule.tables, start=1):
+            at = _slice(table.steps, steps, "steps", f"table {number}", preset)
+            choice[at] = _of_letters(table, number_of_letter, layers, heads, f"table {number} of preset {preset.name}")
+        for number, rule in enumerate(preset.schedule.rules, start=1):
+            choice[
+                _slice(rule.steps, steps, "steps", f"rule {number}", preset),
+                _slice(rule.layers, layers, "layers", f"rule {number}", preset),
+                _slice(rule.heads, heads, "heads", f"rule {number}", preset),
+            ] = number
+        dense_steps = ranges.leading(preset.schedule.dense_steps, steps)
+        if dense_steps > steps:
+            raise BadInput(
+                f"schedule.dense_steps is {dense_steps}, but the run has {steps} steps: "
+                f"use fewer, or a fraction: --set schedule.dense_steps=0.1"
+            )
+        choice[:dense_steps] = -1
+
+        # Plans that have been built, by what they were built from; those that are not in use wait for wider layers.
+        self._attentions = attentions
+        self._built: dict[_Grouped, Plan] = {}
+        self._built_by_head: dict[tuple[_Grouped, ...], HeadPlan] = {}
+        self._choice = choice
+        self._lay_out(np.zeros((steps, layers), np.int64))
+
+    def widened(self, widths: IntArray) -> AttentionSchedule:
+        """This schedule with layers wider at some steps; it stays as it is itself.
+
+        Args:
+            widths: a `Width` for every step and layer, `[steps, layers]`.
+        """
+        other = copy(self)
+        other.__dict__.pop("shares", None)  # those of the layout before
+        other._lay_out(widths)
+        return other
+
+    def _lay_out(self, widths: IntArray) -> None:
+        """Gives every step and layer its plan; patterns that are equal share one."""
+        self._entries: list[list[_Entry]] = [
+            [(tuple(by_head), width) for by_head, width in zip(row, of_row, strict=True)]
+            for row, of_row in zip(self._choice.tolist(), widths.tolist(), strict=True)
+        ]
+        entries = dict.fromkeys(entry for row in self._entries for entry in row)
+        try:
+            patterns = {entry: self._patterns(entry) for entry in entries}
+            used = dict.fromkeys(pattern for by_head in patterns.values() for pattern in by_head)
+            self.plans: tuple[Plan, ...] = tuple(self._plan_of_pattern(pattern) for pattern in used)
+            plan_of_entry = {entry: self._plan_of_heads(by_head) for entry, by_head in patterns.items()}
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        self._plans: list[list[Plan | HeadPlan]] = [[plan_of_entry[entry] for entry in row] for row in self._entries]
+        self.density = float(np.mean([self.density_of_step(step) for step in range(self.steps)]))
+
+    def described(self, step: int, layer: int) -> str:
+        """The attention of a step and layer for people, such as `b radius 2, groups 4x4`; `full` where it is that."""
+        by_head, width = self._entries[step][layer]
+        attentions = [self._attention(number, width) for number in dict.fromkeys(by_head)]
+        texts = ["full" if one is None or one.variant == "full" else one.summary for one in attentions]
+        return " and ".join(dict.fromkeys(texts))
+
+    def plan(self, step: int, layer: int) -> Plan | HeadPlan:
+        """The plan of a step and layer, both counted from 0; by head where heads of the layer attend differently."""
+        return self._plans[step][layer]
+
+    def density_of_step(self, step: int) -> float:
+        """Attended pairs over all pairs, mean over the layers of a step."""
+        return float(np.mean([plan.density for plan in self._plans[step]]))
+
+    @property
+    def ideal_speedup(self) -> float:
+        """How much less attention work the run has than with full attention."""
+        return 1 / self.density
+
+    @cached_property
+    def shares(self) -> dict[Plan, float]:
+        """The share of the run's attention, of all steps, layers and heads alike, that each distinct plan serves."""
+        served = dict.fromkeys(self.plans, 0)
+        for plan in (plan for row in self._plans for plan in row):
+            if isinstance(plan, HeadPlan):
+                for number, member in enumerate(plan.classes):
+                    served[self._built[member.grouping, member.pattern]] += len(plan.heads_of(number))
+            else:
+                served[plan] += self.heads
+        return {plan: count / (self.steps * self.layers * self.heads) for plan, count in served.items()}
+
+    def _plan_of_pattern(self, pattern: _Grouped) -> Plan:
+        if pattern not in self._built:
+            self._built[pattern] = build_plan(*pattern, *self._text)
+        return self._built[pattern]
+
+    def _plan_of_heads(self, pattern_of_head: tuple[_Grouped, ...]) -> Plan | HeadPlan:
+        """One plan where all heads attend alike, else a plan by head."""
+        classes = tuple(dict.fromkeys(pattern_of_head))
+        if len(classes) == 1:
+            return self._plan_of_pattern(classes[0])
+        if pattern_of_head not in self._built_by_head:
+            class_of_head = tuple(classes.index(pattern) for pattern in pattern_of_head)
+            self._built_by_head[pattern_of_head] = build_head_plan(classes, class_of_head, *self._text)
+        return self._built_by_head[pattern_of_head]
+
+    def _patterns(self, entry: _Entry) -> tuple[_Grouped, ...]:
+        """Groups and pattern of each head."""
+        by_head, width = entry
+        grouped = {number: self._grouped(self._attention(number, width)) for number in dict.fromkeys(by_head)}
+        return tuple(grouped[number] for number in by_head)
+
+    def _attention(self, number: int, width: int) -> Attention | None:
+        """What a number of an entry stands for at a width; None is full attention."""
+        if number < 0 or width == Width.FULL:
+            return None
+        own = self._attentions[number]
+        if width == Width.OWN:
+            return own
+        before, after = (self._plan_of_pattern(self._grouped(one)) for one in (own, wider(own)))
+        return wider(own) if before.density < after.density < 1 else None
+
+    def _grouped(self, attention: Attention | None) -> _Grouped:
+        """Groups and pattern of an attention; None is full, which the coarsest groups describe most briefly."""
+        pattern: Pattern = Full() if attention is None else attention.pattern()
+        cell = next(iter(self._groupings)) if attention is None or isinstance(pattern, Full) else attention.group
+        return self._groupings[cell], pattern
+
+
+def _refuse_unfit(preset: Preset, grid: Grid) -> None:
+    if len(preset.attention.group) != grid.axes:
+        axes = len(preset.attention.group)
+        raise BadInput(
+            f"preset {preset.name} is for tokens on {axes} axes, this model's have {grid.axes}: see `grat presets`"
+        )
+    for attention in preset.attentions:
+        groups = math.prod(cell_counts(grid, attention.group))
+        if groups > MOST_GROUPS:
+            larger = attention.group
+            while math.prod(cell_counts(grid, larger)) > MOST_GROUPS:
+                larger = tuple(2 * size for size in larger)
+            raise BadInput(
+                f"groups of {shape_text(attention.group)} cut {shape_text(grid.shape)} tokens into "
+                f"{groups:,} groups, more than {MOST_GROUPS:,}: use larger ones, such as --group {shape_text(larger)}"
+            )
+
+
+def _of_letters(table: Table, numbers: dict[str, int], layers: int, heads: int, name: str) -> npt.NDArray[np.int64]:
+    """The number of each layer's and head's attention, `[layers, heads]`.
+
+    Raises:
+        BadInput: if the table is for another number of layers or heads.
+    """
+    if len(table.layers) != layers:
+        raise BadInput(f"{name} has {len(table.layers)} layers, the model has {layers}: it was made for another one")
+    chosen = np.empty((layers, heads), np.int64)
+    for layer, word in enumerate(table.layers):
+        if len(word) not in (1, heads):
+            raise BadInput(
+                f"layer {layer} in {name} has {len(word)} letters, the model has {heads} heads: it was made for another"
+            )
+        chosen[layer] = [numbers[letter] for letter in word]
+    return chosen
+
+
+def _slice(spec: int | str | None, count: int, what: str, whose: str, preset: Preset) -> slice:
+    if spec is None:
+        return slice(None)
+    covered = ranges.covered(spec, count)
+    # Shares of few steps may hold none of them: that is what a share of a shorter run is.
+    if not covered and "." not in str(spec):
+        raise BadInput(
+            f"{whose} of preset {preset.name} is for {what} {spec}, but the run has {count} {what}, "
+            f"counted from 0: change its {what}, or take it out"
+        )
+    return slice(covered.start, covered.stop)

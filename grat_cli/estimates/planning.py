@@ -1,0 +1,218 @@
+"""What a run will cost, by arithmetic alone: tokens, density, attention work, memory. No torch, no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.errors import ModelUnavailable
+from grat_cli.estimates.stages import Stage
+from grat_cli.families.architectures import Architecture, VideoDecoder, architecture_of
+from grat_cli.models.catalogue import ModelChoice
+from grat_cli.models.resolution import Resolution
+from grat_cli.models.video_size import VideoSize
+from grat_cli.presets import Preset
+from grat_kernels import Grid, Plan
+
+SCHEMA = "grat.plan/1"
+_BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TILE = 128
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run's attention, laid out.
+
+    Attributes:
+        size: of the picture or video.
+        schedule: the plans of all steps, layers and heads.
+        main_plan: the plan that serves most of them.
+        full_flop_per_step: floating-point operations of one step's attention if it were full.
+        qkvo_bytes: query, key, value and output of one attention call.
+    """
+
+    preset: Preset
+    model: str
+    architecture: Architecture
+    size: Resolution | VideoSize
+    dtype: str
+    schedule: AttentionSchedule
+    main_plan: Plan
+    full_flop_per_step: float
+    qkvo_bytes: int
+
+    @property
+    def planned_flop_per_step(self) -> float:
+        """Floating-point operations of one step's attention, mean over the run."""
+        return self.full_flop_per_step * self.schedule.density
+
+    def as_dict(self) -> dict[str, Any]:
+        """The forecast as plain data, schema `grat.plan/1`."""
+        plan = self.main_plan
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "preset": self.preset.model_dump(mode="json"),
+            "width": self.size.width,
+            "height": self.size.height,
+            **_time_axis(self.size),
+            "grid": list(self.schedule.grid.shape),
+            "tokens": {"image": plan.image_tokens, "text": plan.text_len, "total": plan.tokens},
+            "group": list(plan.grouping.group),
+            "groups": list(plan.grouping.counts),
+            "steps": self.schedule.steps,
+            "layers": self.schedule.layers,
+            "density": self.schedule.density,
+            "ideal_speedup": self.schedule.ideal_speedup,
+            "tile": _TILE,
+            "tile_efficiency": plan.tile_efficiency(_TILE, _TILE),
+            "reach_tokens": plan.reach,
+            "attention_flop_per_step": {"full": self.full_flop_per_step, "planned": self.planned_flop_per_step},
+            "dtype": self.dtype,
+            "qkvo_bytes": self.qkvo_bytes,
+            "plans": [
+                {"share": share, "density": used.density, "groups": list(used.grouping.counts)}
+                for used, share in self.schedule.shares.items()
+            ],
+        }
+
+
+def _time_axis(size: Resolution | VideoSize) -> dict[str, Any]:
+    if isinstance(size, VideoSize):
+        return {"frames": size.frames, "fps": size.fps, "seconds": round(size.seconds, 3)}
+    return {}
+
+
+def architecture_for(choice: ModelChoice) -> Architecture:
+    """The shape of a chosen model: of a folder as its files say, else that of its family.
+
+    Raises:
+        ModelUnavailable: if the folder lacks the configuration of a part, or that is damaged.
+    """
+    architecture = replace(
+        architecture_of(choice.name, choice.family),
+        text_tokens=choice.text_tokens,
+        token_side=choice.token_side,
+        native_side=choice.native_side,
+        runs_twice=choice.true_guidance,
+        frames_per_latent=None if choice.video is None else choice.video.frames_per_latent,
+    )
+    if choice.kind != "folder":
+        return architecture
+    folder = Path(choice.source)
+    try:
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+        if architecture.decoder is not None:
+            autoencoder = json.loads((folder / "vae" / "config.json").read_text())
+            channels = tuple(int(channels) for channels in autoencoder["block_out_channels"])
+            architecture = replace(architecture, decoder=VideoDecoder(channels, int(autoencoder["layers_per_block"])))
+        return replace(
+            architecture,
+            heads=int(config["num_attention_heads"]),
+            head_dim=int(config["attention_head_dim"]),
+            layers=int(config["num_layers"]) + int(config["num_single_layers"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelUnavailable(
+            f"{choice.name} is incomplete: in {folder} a configuration is missing or damaged ({error})\n"
+            + ("install grat again, or choose another --model" if choice.name == "demo" else "get the folder again")
+        ) from error
+
+
+def grid_for(architecture: Architecture, size: Resolution | VideoSize) -> Grid:
+    """The image tokens of a picture or video."""
+    sides = size.height // architecture.token_side, size.width // architecture.token_side
+    if not isinstance(size, VideoSize):
+        return Grid(sides)
+    assert architecture.frames_per_latent is not None, "the model makes images"
+    return Grid(((size.frames - 1) // architecture.frames_per_latent + 1, *sides))
+
+
+def schedule_for(
+    preset: Preset, architecture: Architecture, size: Resolution | VideoSize, steps: int | None = None
+) -> AttentionSchedule:
+    """The schedule of a picture or video.
+
+    Args:
+        preset: resolved.
+        architecture: shape of the model.
+        size: of the picture or video.
+        steps: that are run; None for all of the preset's.
+
+    Raises:
+        BadInput: if the preset does not fit its tokens, or its rules not the steps, layers and heads.
+    """
+    return AttentionSchedule(
+        preset,
+        grid_for(architecture, size),
+        architecture.text_tokens,
+        architecture.text_first,
+        steps=preset.sampling.steps if steps is None else steps,
+        layers=architecture.layers,
+        heads=architecture.heads,
+    )
+
+
+def schedule_for_stage(stage: Stage, architecture: Architecture) -> AttentionSchedule:
+    """The schedule of one stage of a picture.
+
+    Raises:
+        BadInput: as for `schedule_for`.
+    """
+    return schedule_for(stage.preset, architecture, Resolution(stage.width, stage.height), stage.steps)
+
+
+def forecast(
+    preset: Preset,
+    model: str,
+    architecture: Architecture,
+    size: Resolution | VideoSize,
+    dtype: str = "auto",
+    steps: int | None = None,
+) -> Forecast:
+    """Lays out a run.
+
+    Args:
+        preset: resolved.
+        model: name of the model.
+        architecture: its shape.
+        size: of the picture or video.
+        dtype: of query, key and value; `auto` is bfloat16, float32 for the demo.
+        steps: that are run; None for all of the preset's.
+
+    Raises:
+        BadInput: if the preset does not fit the picture or video.
+    """
+    if dtype == "auto":
+        dtype = "float32" if model == "demo" else "bfloat16"
+    schedule = schedule_for(preset, architecture, size, steps)
+    main_plan = max(schedule.shares, key=lambda plan: schedule.shares[plan])
+    width = architecture.heads * architecture.head_dim
+    # Two products of tokens x width x tokens, a multiplication and an addition each.
+    per_call = 4 * main_plan.tokens**2 * width
+    calls = architecture.layers * architecture.calls_per_step(preset.sampling.guidance)
+    return Forecast(
+        preset=preset,
+        model=model,
+        architecture=architecture,
+        size=size,
+        dtype=dtype,
+        schedule=schedule,
+        main_plan=main_plan,
+        full_flop_per_step=float(per_call * calls),
+        qkvo_bytes=4 * main_plan.tokens * width * _BYTES_OF_DTYPE[dtype],
+    )
+
+
+def stage_forecasts(
+    stages: Sequence[Stage], model: str, architecture: Architecture, dtype: str = "auto"
+) -> list[Forecast]:
+    """Lays out the stages of a picture; see `forecast`."""
+    return [
+        forecast(stage.preset, model, architecture, Resolution(stage.width, stage.height), dtype, stage.steps)
+        for stage in stages
+    ]

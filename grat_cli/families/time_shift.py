@@ -1,0 +1,77 @@
+"""The time shift of a run: how much of its steps is spent at high noise.
+
+Flux shifts its timesteps by the number of image tokens, along a line fitted between 256 and 4,096 tokens. Beyond, a
+pipeline extrapolates it: at 8192x8192, mu is about 44, a factor e^44, and all steps but the last are spent in
+pure noise. Here the line ends at the model's largest trained shift; a preset's own shift replaces it altogether.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def shift_of(scheduler: Any, image_tokens: int, fixed: float | None) -> float:
+    """The factor s in `sigma -> s·sigma / (1 + (s − 1)·sigma)` for a run.
+
+    Args:
+        scheduler: a flow-match scheduler of diffusers.
+        image_tokens: tokens of the picture.
+        fixed: a preset's own shift, or None for the model's.
+    """
+    config = scheduler.config
+    if fixed is not None:
+        return fixed
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", 1.0))
+    mu = _mu(config, image_tokens)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def _mu(config: Any, image_tokens: int) -> float:
+    """diffusers' `calculate_shift`, on a line that ends where the model's training did."""
+    fewest, most, low, high = _line(config)
+    return low + (high - low) * (min(image_tokens, most) - fewest) / (most - fewest)
+
+
+def _line(config: Any) -> tuple[int, int, float, float]:
+    """Token counts at the line's ends, and mu there; defaults are those of diffusers' `calculate_shift`."""
+    return (
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+
+
+def extrapolation(scheduler: Any, image_tokens: int) -> str | None:
+    """A warning where the pipeline's own shift lies far beyond the fitted line, else None."""
+    config = scheduler.config
+    fewest, most, low, high = _line(config)
+    if not config.get("use_dynamic_shifting", False) or low == high or image_tokens <= 4 * most:
+        return None
+    mu = low + (high - low) * (image_tokens - fewest) / (most - fewest)
+    return (
+        f"at {image_tokens} image tokens the pipeline extrapolates its time shift to mu = {mu:.1f}, far beyond {high}, "
+        "and spends nearly all steps in pure noise: `grat_cli.families.time_shift` ends the line where training did"
+    )
+
+
+@contextmanager
+def time_shift(pipe: Any, image_tokens: int, fixed: float | None) -> Iterator[float]:
+    """While inside, the pipeline's scheduler is a copy with the shift of `shift_of`, which is also what is yielded."""
+    stock = pipe.scheduler
+    shift = shift_of(stock, image_tokens, fixed)
+    config = stock.config
+    if fixed is not None:
+        pipe.scheduler = type(stock).from_config(config, use_dynamic_shifting=False, shift=shift)
+    elif config.get("use_dynamic_shifting", False) and image_tokens > config.get("max_image_seq_len", 4096):
+        # A level line: whatever the token count, the pipeline arrives at this mu.
+        mu = _mu(config, image_tokens)
+        pipe.scheduler = type(stock).from_config(config, base_shift=mu, max_shift=mu)
+    try:
+        yield shift
+    finally:
+        pipe.scheduler = stock

@@ -1,0 +1,1 @@
+"""How far each head looks, what a pattern keeps of full attention, and presets fitted to that."""

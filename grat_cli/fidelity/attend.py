@@ -1,0 +1,351 @@
+"""`grat attend`: a run with full attention, watched: how far it looks, and what candidate patterns keep of that."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from grat_cli.errors import BadInput, choices
+from grat_cli.fidelity.variants import NAMES, SHORT_NAMES, parse_variants, variant_for
+from grat_cli.generation.selection import PRESET_VARIANTS
+from grat_cli.presets import AXES, Attention, Preset, load_preset, preset_names, ranges
+from grat_cli.presets.problems import problem_of
+from grat_kernels import Grid, Grouping, build_plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from grat_cli.attention.query_record import QueryRecord
+    from grat_cli.attention.record import AttentionRecord
+    from grat_cli.generation.makers import PictureMaker, VideoMaker
+    from grat_cli.generation.request import Progress
+
+_NUMBER = re.compile(r"\d{1,6}|\d?\.\d{1,9}|\d\.", re.ASCII)
+# Patterns of groups by their short names.
+_GROUPED = (*SHORT_NAMES, "sta")
+DEFAULT_ROWS = 64
+DEFAULT_STEPS = 5
+# In fractions of rows and columns, of videos in the middle of time: the middle, and two places off both diagonals.
+_DEFAULT_QUERIES = ((0.5, 0.5), (0.25, 0.75), (0.8, 0.35))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pattern to judge.
+
+    Attributes:
+        name: for people.
+        attention: what it attends.
+    """
+
+    name: str
+    attention: Attention
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One output of a watched run.
+
+    Attributes:
+        seed: of its noise.
+        output: the picture, or frames uint8 `[H, W, 3]`.
+        queries: where chosen queries look.
+    """
+
+    seed: int
+    output: Image.Image | list[np.ndarray]
+    queries: QueryRecord
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What a watched run gave.
+
+    Attributes:
+        candidates: that were judged.
+        steps: that were recorded, counted from 0.
+        rows: sampled queries per transformer call.
+        record: means over all seeds.
+        seen: one per seed.
+        text_tokens: of the longest call.
+        calls_per_step: transformer calls of a step: two with true guidance.
+        device: where it ran.
+        dtype: of the transformer.
+        backend: how full attention was computed.
+        revision: commit of the weights on the hub, None where it is not known.
+        phases_ms: load, denoise and decode, of all seeds.
+    """
+
+    candidates: tuple[Candidate, ...]
+    steps: tuple[int, ...]
+    rows: int
+    record: AttentionRecord
+    seen: tuple[Seen, ...]
+    text_tokens: int
+    calls_per_step: int
+    device: str
+    dtype: str
+    backend: str
+    revision: str | None
+    phases_ms: dict[str, float]
+
+
+def candidates_for(text: str | None, preset: Preset, family: str, grid: Grid) -> tuple[Candidate, ...]:
+    """The patterns of `--patterns`.
+
+    Args:
+        text: names as in `--compare` of `grat bench`, or of presets, with commas between them; None for the presets
+            that come with grat for the family, and the run's own where that attends otherwise.
+        preset: of the run.
+        family: of the model.
+        grid: image tokens.
+
+    Raises:
+        BadInput: for names that do not exist, patterns that no plan can have or that do not fit the grid, and sizes
+            that do not nest.
+    """
+    if text is None:
+        found = [
+            Candidate(name, load_preset(name).attention)
+            for name in (f"{family}-{variant}" for variant in PRESET_VARIANTS[family])
+            if name != f"{family}-full"
+        ]
+        if preset.attention not in [one.attention for one in found] and preset.attention.variant != "full":
+            taken = preset.name in [one.name for one in found]
+            found.insert(0, Candidate(f"{preset.name}, as set" if taken else preset.name, preset.attention))
+    else:
+        found = [_candidate(name.strip(), family, grid) for name in text.split(",")]
+    for number, one in enumerate(found):
+        if one.name in [earlier.name for earlier in found[:number]]:
+            raise BadInput(f"--patterns names {one.name} twice: leave one out")
+    cells = watched_preset(preset, found).cells
+    for one in found:
+        try:
+            build_plan(Grouping(grid, one.attention.group, cells), one.attention.pattern())
+        except ValueError as error:
+            raise BadInput(f"--patterns {one.name}: {error}") from error
+    return tuple(found)
+
+
+def _candidate(name: str, family: str, grid: Grid) -> Candidate:
+    word = name.partition(":")[0]
+    if name in preset_names() or name.endswith((".yaml", ".yml")):
+        preset = load_preset(name)
+        if AXES[preset.model] != grid.axes:
+            raise BadInput(f"--patterns {name}: it is for {preset.model} models, whose tokens have other axes")
+        if preset.attention.variant == "full":
+            raise _is_full(name)
+        return Candidate(preset.name, preset.attention)
+    if word not in (*NAMES, *SHORT_NAMES):
+        known = (*_GROUPED, *(f"{family}-{variant}" for variant in PRESET_VARIANTS[family] if variant != "full"))
+        raise BadInput(f"--patterns {name}: {choices(name, known)}" if name else "--patterns: a name is empty")
+    (request,) = parse_variants(name, option="--patterns")
+    variant = variant_for(request, grid, "--patterns")
+    if request.kind in ("na", "clear"):
+        raise BadInput(f"--patterns {name}: windows around each token are no pattern of groups; try b, x or far")
+    if variant.grouping is None or variant.attention is None:
+        raise _is_full(name)
+    return Candidate(name, Attention.model_validate(variant.attention))
+
+
+def _is_full(name: str) -> BadInput:
+    return BadInput(f"--patterns {name}: full attention is what all others are judged by: leave it out")
+
+
+def watched_preset(preset: Preset, candidates: Sequence[Candidate]) -> Preset:
+    """The preset of a run in which the candidates can be judged.
+
+    Raises:
+        BadInput: if their sizes do not nest, with sizes that do.
+    """
+    from grat_cli.attention.record import observation_preset
+
+    # The order has to keep the candidates' groups together, not those of the preset that gives the sampling.
+    of_first = preset.model_copy(update={"attention": candidates[0].attention})
+    try:
+        return observation_preset(of_first, [one.attention for one in candidates])
+    except ValidationError as error:
+        problem = problem_of(error.errors()[0])
+        raise BadInput(f"--patterns: {problem.message}, or judge them in two runs") from error
+
+
+def recorded_steps(text: str | None, steps: int) -> tuple[int, ...]:
+    """The steps of `--at`.
+
+    Args:
+        text: a count, or ranges as in presets with commas between them; None for five.
+        steps: of the run.
+
+    Raises:
+        BadInput: if it is neither, or lies beyond the run.
+    """
+    if text is None or re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII):
+        count = DEFAULT_STEPS if text is None else int(text)
+        if count < 1:
+            raise BadInput(f"--at {text}: expected 1 step or more")
+        if text is not None and count > steps:
+            raise BadInput(f"--at {text}: the run has {steps} steps: expected at most so many, or --at all")
+        if count == 1:
+            return (steps // 2,)
+        count = min(count, steps)
+        return tuple(sorted({round(number * (steps - 1) / max(1, count - 1)) for number in range(count)}))
+    if text.strip() == "all":
+        return tuple(range(steps))
+    found: set[int] = set()
+    for part in text.split(","):
+        try:
+            covered = ranges.covered(part.strip(), steps)
+        except ValueError as error:
+            raise BadInput(f"--at {text}: {error}; or how many, such as --at 5") from error
+        if not covered:
+            raise BadInput(f"--at {text}: the run has {steps} steps, counted from 0 to {steps - 1}")
+        found.update(covered)
+    return tuple(sorted(found))
+
+
+def queries_for(texts: Sequence[str], grid: Grid) -> tuple[tuple[int, ...], ...]:
+    """The queries of `--query`: places on the grid.
+
+    Args:
+        texts: rows and columns, of videos frames before them: tokens counted from 0, or with a decimal point fractions
+            of the axis. Without any, three places are chosen.
+        grid: image tokens.
+
+    Raises:
+        BadInput: if one is no place on the grid, or given twice.
+    """
+    if not texts:
+        middle = (0.5,) * (grid.axes - 2)
+        return tuple(dict.fromkeys(_place((*middle, *place), grid) for place in _DEFAULT_QUERIES))
+    found = []
+    for text in texts:
+        example = "0.5,0.25 or 16,8" if grid.axes == 2 else "0.5,0.5,0.25 or 4,16,8"
+        parts = [part.strip() for part in text.split(",")]
+        if len(parts) != grid.axes or not all(
+            re.fullmatch(r"\d{1,6}|\d?\.\d{1,9}|\d\.", part, re.ASCII) for part in parts
+        ):
+            axes = "row and column" if grid.axes == 2 else "frame, row and column"
+            raise BadInput(f"--query {text}: expected {axes}, in tokens or as fractions, such as {example}")
+        numbers = tuple(float(part) if "." in part else int(part) for part in parts)
+        extents = "x".join(map(str, grid.shape))
+        beyond = any(
+            number > 1 if isinstance(number, float) else number >= extent
+            for number, extent in zip(numbers, grid.shape, strict=True)
+        )
+        if beyond:
+            raise BadInput(f"--query {text}: the grid has {extents} tokens, counted from 0, and fractions go to 1.0")
+        place = _place(numbers, grid)
+        if place in found:
+            raise BadInput(f"--query {text}: that token is named twice: leave one out")
+        found.append(place)
+    return tuple(found)
+
+
+def _place(numbers: Sequence[int | float], grid: Grid) -> tuple[int, ...]:
+    return tuple(
+        min(int(number * extent), extent - 1) if isinstance(number, float) else number
+        for number, extent in zip(numbers, grid.shape, strict=True)
+    )
+
+
+def attend(
+    maker: PictureMaker | VideoMaker,
+    candidates: Sequence[Candidate],
+    progress: Progress,
+    *,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    queries: Sequence[tuple[int, ...]],
+    rows: int = DEFAULT_ROWS,
+) -> Attended:
+    """Runs a prompt with full attention, and records it.
+
+    Args:
+        maker: of the medium; its request gives prompt, preset, model and device.
+        candidates: patterns to judge.
+        progress: told of phases and steps.
+        seeds: one output each.
+        steps: that are recorded, counted from 0.
+        queries: places on the grid whose attention is kept as maps.
+        rows: queries that are drawn at each transformer call.
+
+    Raises:
+        ModelUnavailable: if the model is missing, gated or damaged.
+        OutOfMemory: if the device has too little memory.
+        NumericalFailure: if latents turn NaN, or nothing is shown.
+    """
+    import torch
+
+    from grat_cli.attention.observers import Observers
+    from grat_cli.attention.query_record import CallCounter, QueryRecorder
+    from grat_cli.attention.record import AttentionRecorder
+    from grat_cli.generation.denoising import memory_advice
+    from grat_cli.generation.makers import run_installed
+    from grat_cli.models.devices import choose_device, choose_dtype
+    from grat_cli.models.loading import load_model
+
+    request = maker.request
+    phases: dict[str, float] = dict.fromkeys(("load", "denoise", "decode"), 0.0)
+    watched = watched_preset(request.preset, candidates)
+    device = choose_device(request.device)
+    dtype = choose_dtype(request.dtype, device)
+    seen, calls = [], CallCounter()
+    with memory_advice(request, device, maker.title), torch.no_grad():
+        progress.phase("load")
+        began = time.perf_counter()
+        model = load_model(
+            request.model,
+            device=device,
+            dtype=dtype,
+            offload=request.offload,
+            tokens=maker.grid.tokens,
+            base=request.base,
+        )
+        maker.prepare(model.pipe)
+        phases["load"] = 1000 * (time.perf_counter() - began)
+        note: Any = maker.note_expectations
+        note(request, progress)
+        config = model.pipe.transformer.config
+        layers, heads = config.num_layers + config.num_single_layers, config.num_attention_heads
+        recorder = AttentionRecorder(
+            [one.attention for one in candidates],
+            request.preset.sampling.steps,
+            layers,
+            heads,
+            rows=rows,
+            recorded=frozenset(steps),
+        )
+        backend = ""
+        for seed in seeds:
+            maps = QueryRecorder(queries, maker.grid, steps, layers, heads)
+            progress.phase("denoise")
+            began = time.perf_counter()
+            latents, installation = run_installed(
+                model.pipe, maker, watched, request.prompt, seed, progress, Observers(recorder, maps, calls)
+            )
+            phases["denoise"] += 1000 * (time.perf_counter() - began)
+            backend = installation.backend.value
+            progress.phase("decode")
+            began = time.perf_counter()
+            seen.append(Seen(seed, maker.decode(model.pipe, latents), maps.record()))
+            phases["decode"] += 1000 * (time.perf_counter() - began)
+    return Attended(
+        tuple(candidates),
+        tuple(steps),
+        min(rows, maker.grid.tokens),
+        recorder.record(),
+        tuple(seen),
+        calls.text_tokens,
+        calls.calls // (len(seeds) * request.preset.sampling.steps),
+        str(device),
+        str(dtype).removeprefix("torch."),
+        backend,
+        model.revision,
+        phases,
+    )

@@ -1,0 +1,386 @@
+"""Fits a preset to a model: which pattern each layer, head and stretch of steps takes, for a density that is wanted.
+
+A few runs with full attention tell, on sampled queries, how far from its output each pattern of a palette comes, in
+every layer and head and at some steps (`attention_record`). Then each takes one, so that all together lose least
+(`knapsack`). What is lost is the squared distance from the output of full attention, not over its length: heads that
+say little may be wrong. On the demo model it is in proportion to how far the final latents move, whichever layer
+loses it; weights by step, taken from such runs, brought nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grat_cli.attention.adapter import AttentionInputs
+from grat_cli.attention.record import AttentionRecorder, observation_preset
+from grat_cli.errors import BadInput
+from grat_cli.fidelity.fitted_preset import schedule_of, stretches_of
+from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
+from grat_cli.fidelity.quality import Likeness, likeness, likeness_of_videos, summary
+from grat_cli.files.tensors import read_tensors, write_tensors
+from grat_cli.generation.image_request import ImageRequest
+from grat_cli.generation.makers import PictureMaker, VideoMaker, maker_for, run_installed
+from grat_cli.generation.request import Progress
+from grat_cli.generation.video_request import VideoRequest
+from grat_cli.models.devices import choose_device, choose_dtype
+from grat_cli.models.loading import load_model
+from grat_cli.presets import Attention, CheckEvidence, Evidence, PatternEvidence, Preset, ranges
+
+SCHEMA = "grat.tune/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRequest:
+    """What to tune.
+
+    Attributes:
+        request: model, size, device, and the preset whose sampling, kernel and memory settings are kept.
+        prompts: that are observed; the n-th with seed n.
+        candidates: patterns to choose from; their groups and blocks must nest.
+        density: wanted of the whole run, or None.
+        recall: wanted of the whole run where no density is.
+        checked: prompts, best others than those observed, whose outputs are compared with those of full attention.
+        stretches: parts of the run that choose by themselves, as long as one another.
+        observed: steps of each that are looked at.
+        rows: queries that are sampled at each call.
+        folder: where what was observed is kept, so that a run that was broken off goes on.
+        name: of the preset.
+    """
+
+    request: ImageRequest | VideoRequest
+    prompts: tuple[str, ...]
+    candidates: tuple[Attention, ...]
+    density: float | None = None
+    recall: float | None = None
+    checked: tuple[str, ...] = ()
+    stretches: int = 4
+    observed: int = 2
+    rows: int = 64
+    folder: Path
+    name: str
+
+    def steps_of_stretches(self) -> list[range]:
+        """Steps of each stretch.
+
+        Raises:
+            BadInput: if there are more stretches than steps.
+        """
+        steps = self.request.preset.sampling.steps
+        if self.stretches > steps:
+            raise BadInput(f"a run of {steps} steps has no {self.stretches} stretches: use fewer, or more steps")
+        return [ranges.covered(text, steps) for text in stretches_of(self.stretches)]
+
+    def steps_observed(self) -> list[int]:
+        """Steps that are looked at: in each stretch the middles of so many equal parts."""
+        places = [(part + 0.5) / self.observed for part in range(self.observed)]
+        return sorted({steps[int(place * len(steps))] for steps in self.steps_of_stretches() for place in places})
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What candidates keep and lose of full attention, means over prompts and sampled queries.
+
+    Attributes:
+        densities: of each candidate, `[C]`.
+        queries: behind each figure, `[S, L]`; 0 at steps that were not observed.
+        recall: softmax mass on what is attended token by token, text included, `[S, L, H, C]`.
+        error: mean square of the output error, `[S, L, H, C]`.
+        loss: mean square of the distance from full attention's output, `[S, L, H, C]`.
+    """
+
+    densities: Floats
+    queries: np.ndarray
+    recall: Floats
+    error: Floats
+    loss: Floats
+
+    @classmethod
+    def merged(cls, parts: Sequence[Observations]) -> Observations:
+        """Several in one, each with the weight of its queries."""
+        queries = np.stack([part.queries for part in parts])
+        weights = queries / np.maximum(queries.sum(0), 1)
+
+        def mean(name: str) -> Floats:
+            return np.einsum("nsl,nslhc->slhc", weights, np.stack([getattr(part, name) for part in parts]))
+
+        return cls(parts[0].densities, queries.sum(0), mean("recall"), mean("error"), mean("loss"))
+
+    def of_stretches(self, stretches: Sequence[range], name: str) -> Floats:
+        """Means of a field over the observed steps of each stretch, `[T, L, H, C]`."""
+        seen = self.queries[:, 0] > 0
+        return np.stack([getattr(self, name)[list(steps)][seen[list(steps)]].mean(0) for steps in stretches])
+
+
+def tune(request: TuneRequest, progress: Progress) -> Preset:
+    """A preset fitted to a model, with its evidence.
+
+    Raises:
+        BadInput: if the request does not fit the model, or no choice meets the target.
+        ModelUnavailable: if the model is missing, gated or damaged.
+        NumericalFailure: if latents turn NaN or infinite.
+    """
+    # 1. What can be refused before anything is loaded.
+    maker = maker_for(request.request)
+    base = request.request.preset
+    observing = observation_preset(base, request.candidates)
+    request.steps_observed()
+    device = choose_device(request.request.device)
+
+    # 2. Runs with full attention, one per prompt; those that are on file are not repeated.
+    progress.phase("load")
+    model = load_model(request.request.model, device=device, dtype=choose_dtype(request.request.dtype, device))
+    maker.prepare(model.pipe)
+    parts = []
+    for number, prompt in enumerate(request.prompts):
+        about = _about(request, model.revision, prompt, number)
+        path = request.folder / f"observed-{number:03d}.safetensors"
+        if not path.exists():
+            progress.phase(f"observing {number + 1} of {len(request.prompts)}: {prompt}")
+            found, text_tokens = _observed(model.pipe, maker, request, observing, prompt, number, progress)
+            _write(path, found, about | {"text_tokens": text_tokens})
+        parts.append(_read(path, about))
+    observations = Observations.merged([part for part, _ in parts])
+    text_tokens = parts[0][1]  # as the densities: those of the first prompt
+
+    # 3. What each stretch, layer and head takes.
+    choice = choose(request, observations)
+    own, schedule = schedule_of(request.candidates, choice, stretches_of(request.stretches))
+    preset = Preset.model_validate(
+        base.model_dump()
+        | {
+            "name": request.name,
+            "description": f"Fitted to {request.request.model.name} at {maker.title} for a {_target(request)}: "
+            f"{len(schedule.palette)} patterns by layer, head and stretch of steps.",
+            "attention": own.model_dump(),
+            "schedule": schedule.model_dump(),
+        }
+    )
+
+    # 4. How close its outputs come to those of full attention.
+    full = Preset.model_validate(
+        base.model_dump() | {"attention": {"variant": "full", "group": list(own.group)}, "schedule": {}}
+    )
+    likenesses, density = [], None
+    for number, prompt in enumerate(request.checked):
+        progress.phase(f"checking {number + 1} of {len(request.checked)}: {prompt}")
+        outputs = []
+        for used in (full, preset):
+            latents, installation = run_installed(
+                model.pipe, maker, used, prompt, len(request.prompts) + number, progress
+            )
+            outputs.append(maker.decode(model.pipe, latents))
+            density = installation.last_schedule.density
+        likenesses.append(_likeness(*outputs))
+
+    # 5. The evidence.
+    evidence = _evidence(request, maker, model.revision, observations, choice, text_tokens, density, likenesses)
+    return preset.model_copy(update={"evidence": evidence})
+
+
+def choose(request: TuneRequest, observations: Observations) -> Choice:
+    """The candidate of each stretch, layer and head, `[T, L, H]`: least loss for the density wanted, or the first
+    choice on the way there that has the recall wanted.
+
+    Raises:
+        BadInput: if none is as sparse.
+    """
+    stretches = request.steps_of_stretches()
+    losses = observations.of_stretches(stretches, "loss")
+    shape, candidates = losses.shape[:3], losses.shape[3]
+    # A stretch counts as often as it has steps.
+    weights = np.array([len(steps) for steps in stretches]) / np.mean([len(steps) for steps in stretches])
+    costs = np.broadcast_to(observations.densities, losses.shape) * weights[:, None, None, None]
+    losses = losses * weights[:, None, None, None]
+    path = greedy_path(costs.reshape(-1, candidates), losses.reshape(-1, candidates))
+    if request.density is not None:
+        try:
+            return path.within(request.density).reshape(shape)
+        except ValueError as error:
+            raise BadInput(
+                f"no choice of these patterns has a density of {request.density:g}: {error}, text included"
+            ) from error
+    assert request.recall is not None, "either a density or a recall is wanted"
+    recalls = observations.of_stretches(stretches, "recall") * weights[:, None, None, None]
+    recalls = recalls.reshape(-1, candidates)
+    everyone = np.arange(len(recalls))
+    start = recalls[everyone, path.start]
+    latest, total, needed = start.copy(), start.sum(), request.recall * len(recalls)
+    moves = 0
+    while total < needed - 1e-9 and moves < len(path.units):
+        unit = path.units[moves]
+        gained = recalls[unit, path.candidates[moves]]
+        total += gained - latest[unit]
+        latest[unit] = gained
+        moves += 1
+    return path.after(moves).reshape(shape)
+
+
+def _about(request: TuneRequest, revision: str | None, prompt: str, seed: int) -> dict[str, Any]:
+    """What an observation is of: all that changes it."""
+    asked = request.request
+    return {
+        "model": asked.model.name,
+        "revision": revision,
+        "size": asked.size if isinstance(asked, VideoRequest) else f"{asked.width}x{asked.height}",
+        "sampling": asked.preset.sampling.model_dump(),
+        "steps": request.steps_observed(),
+        "rows": request.rows,
+        "candidates": [candidate.model_dump(mode="json") for candidate in request.candidates],
+        "prompt": prompt,
+        "seed": seed,
+    }
+
+
+class _Recorder(AttentionRecorder):
+    """Also keeps the text length of the first call, which densities are of.
+
+    Attributes:
+        text_len: in tokens; None before that.
+    """
+
+    text_len: int | None = None
+
+    def attention(self, inputs: AttentionInputs | None = None) -> AbstractContextManager[None]:
+        """See `AttentionRecorder`."""
+        if inputs is not None and self.text_len is None:
+            self.text_len = inputs.plan.text_len
+        return super().attention(inputs)
+
+
+def _observed(
+    pipe: Any,
+    maker: PictureMaker | VideoMaker,
+    request: TuneRequest,
+    observing: Preset,
+    prompt: str,
+    seed: int,
+    progress: Progress,
+) -> tuple[Observations, int]:
+    """What a run with full attention shows, and the text tokens that its densities are of."""
+    config = pipe.transformer.config
+    layers = config.num_layers + config.num_single_layers
+    recorder = _Recorder(
+        request.candidates,
+        observing.sampling.steps,
+        layers,
+        config.num_attention_heads,
+        rows=request.rows,
+        recorded=request.steps_observed(),
+        seed=seed,
+    )
+    run_installed(pipe, maker, observing, prompt, seed, progress, recorder)
+    record = recorder.record()
+    assert recorder.text_len is not None, "something was recorded"
+    return Observations(record.densities, record.queries, record.recall, record.error, record.loss), recorder.text_len
+
+
+def _write(path: Path, found: Observations, about: Mapping[str, Any]) -> None:
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        field.name: torch.from_numpy(np.ascontiguousarray(getattr(found, field.name))) for field in fields(found)
+    }
+    write_tensors(path, tensors, {"schema": SCHEMA, **about})
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> tuple[Observations, int]:
+    """What a file holds, and its text tokens.
+
+    Raises:
+        BadInput: if it is of something else, or damaged.
+    """
+    tensors, found = read_tensors(path, SCHEMA, "an observation of grat tune")
+    # Through JSON, as what is on file has been.
+    if json.loads(json.dumps(about)) != {key: found.get(key) for key in about}:
+        raise BadInput(
+            f"{path} is of another model, size, prompt or palette: remove the folder {path.parent}, "
+            "or give another --out"
+        )
+    try:
+        observations = Observations(**{field.name: tensors[field.name].numpy() for field in fields(Observations)})
+        return observations, int(found["text_tokens"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is damaged: remove it") from error
+
+
+def _likeness(reference: Any, output: Any) -> Likeness:
+    return likeness_of_videos(reference, output) if isinstance(reference, list) else likeness(reference, output)
+
+
+def _evidence(
+    request: TuneRequest,
+    maker: PictureMaker | VideoMaker,
+    revision: str | None,
+    observations: Observations,
+    choice: Choice,
+    text_tokens: int,
+    measured_density: float | None,
+    likenesses: Sequence[Likeness],
+) -> Evidence:
+    stretches = request.steps_of_stretches()
+    weights = np.array([len(steps) for steps in stretches]) / request.request.preset.sampling.steps
+
+    def chosen(name: str) -> float:
+        """Mean over the run of what was chosen."""
+        values = np.take_along_axis(observations.of_stretches(stretches, name), choice[..., None], axis=3)[..., 0]
+        return float(weights @ values.mean((1, 2)))
+
+    def fixed(name: str) -> Floats:
+        """Of each candidate, were it used throughout."""
+        return weights @ observations.of_stretches(stretches, name).mean((1, 2))
+
+    costs = weights @ observations.densities[choice].mean((1, 2))
+    recalls, errors, losses = fixed("recall"), np.sqrt(fixed("error")), fixed("loss")
+    used = sorted(set(choice.ravel().tolist()), key=lambda number: float(observations.densities[number]))
+    quality = summary(likenesses) if likenesses else None
+    return Evidence(
+        model=request.request.model.name,
+        revision=revision,
+        size=maker.title,
+        tokens=maker.grid.shape,
+        text_tokens=text_tokens,
+        steps=request.request.preset.sampling.steps,
+        prompts=request.prompts,
+        target=_target(request),
+        density=_figures(costs),
+        recall=_figures(chosen("recall")),
+        output_error=_figures(np.sqrt(chosen("error"))),
+        loss=_figures(chosen("loss")),
+        patterns=tuple(
+            PatternEvidence(
+                attention=request.candidates[number].summary,
+                share=_figures((choice == number).mean()),
+                density=_figures(observations.densities[number]),
+                recall=_figures(recalls[number]),
+                output_error=_figures(errors[number]),
+                loss=_figures(losses[number]),
+            )
+            for number in used
+        ),
+        check=None
+        if quality is None
+        else CheckEvidence(
+            prompts=request.checked,
+            density=_figures(measured_density),
+            ssim=_figures(quality.ssim),
+            ssim_interval=None if quality.ssim_interval is None else _figures(quality.ssim_interval),
+            psnr_db=_figures(quality.psnr_db),
+        ),
+    )
+
+
+def _target(request: TuneRequest) -> str:
+    return f"density of {request.density:g}" if request.density is not None else f"recall of {request.recall:g}"
+
+
+def _figures(value: Any) -> float:
+    """Four significant figures: more would promise too much."""
+    return float(f"{float(value):.4g}")

@@ -1,0 +1,1 @@
+"""Pictures, videos, latents, prompts: read with bounds, written whole or not at all."""

@@ -1,0 +1,207 @@
+"""Output files: their names, the promise not to overwrite, and the provenance inside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.errors import BadInput
+from grat_cli.files import ffmpeg, pictures, tensors
+from grat_cli.files.gif_comment import read_comments
+from grat_cli.files.whole import part_path, write_whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PROVENANCE_KEY = pictures.PROVENANCE_KEY
+OUTPUT_SUFFIXES = (*pictures.SUFFIXES, ".mp4", ".webm", ".gif")
+GIF_COMMENT_PREFIX = b"grat="
+FIRST_FRAME = "frame-0001.png"
+_EBML_SIGNATURE = b"\x1aE\xdf\xa3"
+
+
+def default_name(when: datetime, prompt: str, size: str, variant: str, seed: int, suffix: str = ".png") -> str:
+    """For example `grat-20250131-142501-a-red-fox-1024x1024-b-s7.png`.
+
+    Args:
+        when: when the run began.
+        prompt: of which the first words are shown.
+        size: `1024x1024` of a picture, `1280x720x129` of a video: width, height, frames.
+        variant: of attention.
+        seed: of this output.
+        suffix: of the format; empty for a folder of frames.
+    """
+    return f"grat-{when:%Y%m%d-%H%M%S}-{slug(prompt)}-{size}-{variant}-s{seed}{suffix}"
+
+
+def slug(prompt: str, longest: int = 40) -> str:
+    """The first words of a prompt in lower-case ASCII letters and digits, joined by dashes."""
+    ascii_text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.findall(r"[a-z0-9]+", ascii_text)
+    name = "-".join(words)[: longest + 1]
+    # Drop a word that was cut, unless it is the only one.
+    return (name.rpartition("-")[0] or name[:longest]) if len(name) > longest else name or "untitled"
+
+
+def output_paths(out: Path | None, names: Sequence[str], seeds: Sequence[int], suffix: str = ".png") -> list[Path]:
+    """Where the pictures or videos go.
+
+    Args:
+        out: `--out`: a file, a folder, or None for the current folder.
+        names: default name of each output.
+        seeds: seed of each output; with several, a file gets `-s{seed}` before its suffix.
+        suffix: of the format; empty where each output is a folder of frames, which may have any name.
+
+    Raises:
+        BadInput: if `out` names a file of another format.
+    """
+    if out is None or out.is_dir() or str(out).endswith(os.sep):
+        return [(out or Path()) / name for name in names]
+    if suffix and out.suffix.lower() != suffix.lower():
+        format_word = suffix[1:].upper() if suffix == ".png" else suffix[1:]
+        things = "these pictures" if suffix in pictures.SUFFIXES else "these videos"
+        raise BadInput(
+            f"--out {out}: {things} are {format_word} files: use {out.with_suffix(suffix)}, or an existing folder"
+        )
+    if len(seeds) == 1:
+        return [out]
+    stem, ending = (out.stem, out.suffix) if suffix else (out.name, "")
+    return [out.with_name(f"{stem}-s{seed}{ending}") for seed in seeds]
+
+
+def report_path(output: Path) -> Path:
+    """Where the report of a picture or video goes."""
+    return _beside(output, ".json")
+
+
+def preview_path(output: Path) -> Path:
+    """Where previews of a picture go while it is being made."""
+    return _beside(output, ".preview.png")
+
+
+def latents_path(output: Path) -> Path:
+    """Where the latents of a video go."""
+    return _beside(output, ".latents.safetensors")
+
+
+def checkpoint_path(output: Path) -> Path:
+    """Where the checkpoint of a run that makes a video goes."""
+    return _beside(output, ".checkpoint.safetensors")
+
+
+def _beside(output: Path, suffix: str) -> Path:
+    """The same name with another suffix; a folder of frames has none to replace, even if there is a dot in its name."""
+    is_file = output.suffix.lower() in OUTPUT_SUFFIXES
+    return output.with_name((output.stem if is_file else output.name) + suffix)
+
+
+def refuse_unwritable(paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Makes sure, before any work is done, that the files can be written.
+
+    Raises:
+        BadInput: if one exists and may not be overwritten, or its folder is missing or not writable.
+    """
+    for path in paths:
+        try:
+            _refuse_unwritable(path, overwrite)
+        except OSError as error:
+            raise BadInput(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _refuse_unwritable(path: Path, overwrite: bool) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise BadInput(f"the folder {folder} does not exist: create it first (mkdir -p {folder}), or use another --out")
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder: use another --out")
+    if os.path.lexists(path) and not overwrite:
+        raise BadInput(f"{path} exists: use --overwrite, or another --out")
+    probe = part_path(path)
+    with open(probe, "xb"):
+        pass
+    probe.unlink()
+
+
+def write_png(image: Image, path: Path, provenance: Mapping[str, Any] | None) -> None:
+    """Writes a PNG, whole or not at all, with its provenance in an iTXt chunk named `grat`.
+
+    Raises:
+        CannotWrite: if it cannot be written.
+    """
+    pictures.write_picture(image, path, pictures.FORMATS["png"], provenance)
+
+
+def write_json(data: Mapping[str, Any], path: Path) -> None:
+    """Writes JSON, whole or not at all.
+
+    Raises:
+        CannotWrite: if it cannot be written.
+    """
+    write_text(pictures.json_text(data, indent=2) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes text, whole or not at all.
+
+    Raises:
+        CannotWrite: if it cannot be written.
+    """
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What made an output: from the file itself, else from the report beside it; or from a report.
+
+    Args:
+        path: a picture, a video, a folder of frames, latents, a checkpoint, or a report.
+
+    Raises:
+        BadInput: if there is no such file, or nothing of grat's in it.
+    """
+    try:
+        if path.suffix.lower() == ".json":
+            return _checked(path.read_bytes(), path)
+        embedded = _embedded(path / FIRST_FRAME if path.is_dir() else path)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    if embedded is not None:
+        return _checked(embedded, path)
+    report = path.with_suffix(".json") if path.is_file() else report_path(path)
+    if report.is_file():
+        return read_provenance(report)
+    raise BadInput(f"{path} does not say how it was made, and there is no {report.name} beside it")
+
+
+def _embedded(path: Path) -> bytes | str | None:
+    """The provenance in a file of any kind, as JSON text."""
+    if path.suffix.lower() == tensors.SUFFIX:
+        about = tensors.read_about(path)
+        return None if about is None else json.dumps(about)
+    with open(path, "rb") as file:
+        start = file.read(12)
+        file.seek(0)
+        if start.startswith(b"GIF8"):
+            return next(
+                (c[len(GIF_COMMENT_PREFIX) :] for c in read_comments(file) if c.startswith(GIF_COMMENT_PREFIX)), None
+            )
+        if pictures.is_picture(start):
+            return pictures.embedded_provenance(file, path)
+    if start[4:8] == b"ftyp" or start.startswith(_EBML_SIGNATURE):
+        return ffmpeg.read_tags(path).get(PROVENANCE_KEY)
+    return None
+
+
+def _checked(text: bytes | str, path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not a report of grat: it is not valid JSON") from error
+    if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("grat."):
+        raise BadInput(f"{path} is not a report of grat")
+    return data

@@ -1,0 +1,128 @@
+"""Files of prompts: a prompt per line, or objects with one each, as the public benchmarks give them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grat_cli.errors import BadInput
+from grat_cli.generation.seeds import LARGEST_SEED, MOST_PICTURES
+
+SUFFIXES = (".txt", ".jsonl", ".json")
+# VBench's VBench_full_info.json (github.com/Vchitect/VBench) calls the prompt so.
+_PROMPT_NAMES = ("prompt", "prompt_en")
+
+
+@dataclass(frozen=True)
+class PromptEntry:
+    """One prompt of a file.
+
+    Attributes:
+        place: where it stands, for people: `line 3`, or `entry 3` of a list.
+        prompt: without spaces around it.
+        item: its object, as it stands in the file; of a line of text, the prompt alone.
+        negative: what to keep out, None where the entry does not say.
+        seed: of its first sample, likewise.
+        samples: how many, likewise.
+    """
+
+    place: str
+    prompt: str
+    item: Mapping[str, Any]
+    negative: str | None = None
+    seed: int | None = None
+    samples: int | None = None
+
+
+def read_prompts(path: Path) -> list[PromptEntry]:
+    """The prompts of a file, in its order.
+
+    A `.txt` has one per line; empty lines are left out. A `.jsonl` has one object per line, a `.json` a list of them:
+    `prompt` (or `prompt_en`), and if wanted `negative`, `seed` and `n`. Other keys are kept.
+
+    Raises:
+        BadInput: if it cannot be read, or an entry makes no sense, with its place.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise BadInput(f"{path}: prompts stand in .txt, .jsonl or .json files: give it such a name")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    if path.suffix.lower() == ".json":
+        entries = _of_list(text, path)
+    else:
+        # Not splitlines(), which also breaks lines at characters that a JSON string may hold as they are.
+        lines = [(f"line {number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
+        parse = _of_line if path.suffix.lower() == ".jsonl" else _of_text
+        entries = [parse(line, place, path) for place, line in lines if line]
+    if not entries:
+        raise BadInput(f"{path} has no prompts: write one per line")
+    return entries
+
+
+def _of_text(line: str, place: str, path: Path) -> PromptEntry:
+    return PromptEntry(place, line, {"prompt": line})
+
+
+def _of_line(line: str, place: str, path: Path) -> PromptEntry:
+    return _entry(_parsed(line, f"{path}, {place}"), place, path)
+
+
+def _of_list(text: str, path: Path) -> list[PromptEntry]:
+    content = _parsed(text, str(path))
+    if not isinstance(content, list):
+        raise BadInput(
+            f"{path}: expected a list of objects, such as VBench_full_info.json; of one per line make a .jsonl"
+        )
+    return [_entry(item, f"entry {number}", path) for number, item in enumerate(content, start=1)]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition(":")[0].lower() if isinstance(error, ValueError) else "too deeply nested"
+        raise BadInput(f'{where} is not valid JSON ({reason}): expected {{"prompt": "a red fox"}}') from error
+
+
+def _entry(item: Any, place: str, path: Path) -> PromptEntry:
+    """An object as an entry.
+
+    Raises:
+        BadInput: if it is none, or one of the keys that mean something has a value of the wrong kind.
+    """
+    where = f"{path}, {place}"
+    if not isinstance(item, dict):
+        raise BadInput(f'{where}: expected an object such as {{"prompt": "a red fox"}}, not {json.dumps(item)[:40]}')
+    name = next((name for name in _PROMPT_NAMES if name in item), None)
+    if name is None:
+        raise BadInput(f'{where} has no prompt: expected {{"prompt": "a red fox", ...}}')
+    prompt, negative = item[name], item.get("negative")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise BadInput(f"{where}: {name} must be text, not {json.dumps(prompt)[:40]}")
+    if not isinstance(negative, str | None):
+        raise BadInput(f"{where}: negative must be text, not {json.dumps(negative)[:40]}")
+    if any("\ud800" <= character <= "\udfff" for character in f"{prompt}{negative}"):
+        raise BadInput(f"{where}: the text has half a character (a lone surrogate): write the file again")
+    return PromptEntry(
+        place,
+        prompt.strip(),
+        item,
+        negative,
+        _whole_number(item.get("seed"), 0, LARGEST_SEED, f"{where}: seed"),
+        _whole_number(item.get("n"), 1, MOST_PICTURES, f"{where}: n"),
+    )
+
+
+def _whole_number(value: Any, least: int, most: int, what: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise BadInput(f"{what} must be a whole number from {least} to {most}, not {json.dumps(value)[:40]}")
+    return value

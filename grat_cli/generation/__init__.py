@@ -1,0 +1,1 @@
+"""A request becomes an output: refuse, load, encode, denoise, keep, decode, write, report."""

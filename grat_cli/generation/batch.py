@@ -1,0 +1,454 @@
+"""Batches: many prompts with one loaded model. What is there whole is skipped, so that a batch can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+from grat_cli.console.progress import ProgressDisplay
+from grat_cli.errors import BadInput, Interrupted, NumericalFailure
+from grat_cli.files.outputs import (
+    checkpoint_path,
+    latents_path,
+    read_provenance,
+    refuse_unwritable,
+    report_path,
+    slug,
+    write_json,
+)
+from grat_cli.files.pictures import PictureFormat, write_picture
+from grat_cli.files.whole import cannot_write
+from grat_cli.generation import report
+from grat_cli.generation.batch_layout import Layout, Sample, metadata_text, write_metadata
+from grat_cli.generation.image_request import ImageRequest
+from grat_cli.generation.pictures import ImageGenerator, ImageText
+from grat_cli.generation.timing import Phases
+from grat_cli.generation.video_decoding import phases_of
+from grat_cli.generation.video_request import VideoRequest, request_data
+from grat_cli.generation.video_run import VideoRun, discard_run, read_run
+from grat_cli.generation.videos import VideoGenerator, VideoText, take_threads
+from grat_cli.models.devices import choose_device
+
+# Videos are made here, with all that is kept of one until it is written, and moved to their place whole.
+UNFINISHED = "unfinished"
+_NOT_SHOWN_OF_PRESETS = ("name", "description", "model", "kernel", "evidence")
+# What says how a video is kept and told of, not what it shows.
+_NOT_OF_THE_VIDEO = ("command", "overwrite", "checkpoint_every", "outputs", "save_latents")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch, and how it is written.
+
+    Attributes:
+        file: of the prompts.
+        layout: of its outputs.
+        out: their folder.
+        samples: all of them, those that are there already included.
+        template: what is made of each prompt; prompt, negative prompt and seeds are replaced.
+        command: the command line as typed, for the reports.
+        picture_format: of pictures, None for videos, whose template has it.
+        quality: of jpg and webp, None for the format's own.
+        embed: whether outputs hold how they were made.
+    """
+
+    file: Path
+    layout: Layout
+    out: Path
+    samples: Sequence[Sample]
+    template: ImageRequest | VideoRequest
+    command: str
+    picture_format: PictureFormat | None = None
+    quality: int | None = None
+    embed: bool = True
+
+    def told(self, sample: Sample) -> dict[str, Any]:
+        """What the report of a sample says of the batch: its place in the file, and all that stands there."""
+        return {
+            "file": str(self.file),
+            "place": sample.entry.place,
+            "sample": sample.index,
+            "layout": self.layout.name,
+            "item": dict(sample.entry.item),
+        }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that could not be made, and why, in one line."""
+
+    sample: Sample
+    reason: str
+
+
+def missing(batch: Batch, *, overwrite: bool) -> list[Sample]:
+    """The samples that are not there whole; makes sure that they can be written, and makes the folders for them.
+
+    Of the plain layout, whose names hold a time, an output is there if a report in the folder says the same request.
+
+    Args:
+        batch: with all samples.
+        overwrite: whether outputs of other requests may be replaced.
+
+    Raises:
+        BadInput: if something else is in the way, or cannot be written.
+    """
+    if batch.layout.name == "plain":
+        left = _not_told_of(batch)
+    else:
+        left = [sample for sample in batch.samples if not _is_there(batch, sample, overwrite)]
+    _make_folder(batch.out)
+    for sample in left:
+        for path in (sample.output, sample.report):
+            _make_folder(path.parent)
+        # A report of the same that lacks its output is what a killed process left.
+        same = _facts_found(sample.report) == _facts_asked(batch.template, sample)
+        refuse_unwritable([sample.output], overwrite=overwrite)
+        refuse_unwritable([sample.report], overwrite=overwrite or same)
+    return left
+
+
+def make_samples(
+    batch: Batch, samples: Sequence[Sample], progress: ProgressDisplay
+) -> Iterator[tuple[Sample, Mapping[str, Any]] | Failure]:
+    """Makes samples one by one with one loaded model; each is written, its report too, before the next begins.
+
+    Args:
+        batch: that they belong to.
+        samples: of `missing`, those of one prompt together.
+        progress: told how it goes on.
+
+    Yields:
+        Each sample and its report, or its numerical failure, after which the others go on.
+
+    Raises:
+        BadInput, ModelUnavailable, OutOfMemory: as for `generate_images` and `generate_videos`.
+        CannotWrite: if there is no room; what was made before is still there.
+        Interrupted: by Ctrl-C, with how to go on.
+    """
+    if not samples:
+        return
+    done = 0
+    try:
+        # 1. What evaluators read beside the samples.
+        for sample in {sample.metadata: sample for sample in samples}.values():
+            write_metadata(sample)
+
+        # 2. Load the model, once.
+        said = _SaidOnce(progress)
+        worker = _worker(batch, samples, said)
+
+        # 3. Make one sample after another.
+        progress.outputs(0, len(samples))
+        for done, sample in enumerate(samples):
+            said.begin()
+            try:
+                result = sample, worker.make(sample, is_last=done == len(samples) - 1)
+            except NumericalFailure as error:
+                result = Failure(sample, str(error).splitlines()[0])
+            progress.outputs(done + 1, len(samples))
+            yield result
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(
+            f"interrupted after {done} of {len(samples)}; the same command goes on with the others"
+        ) from None
+    finally:
+        _discard_if_empty(batch.out / UNFINISHED)
+
+
+class _Worker(Protocol):
+    """A loaded model that makes the samples of a batch."""
+
+    def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
+        """Makes and writes one, and returns its report."""
+        ...
+
+
+def _worker(batch: Batch, samples: Sequence[Sample], progress: _SaidOnce) -> _Worker:
+    if isinstance(batch.template, VideoRequest):
+        return _VideoWorker(batch, batch.template, samples, progress)
+    return _PictureWorker(batch, batch.template, samples, progress)
+
+
+class _PictureWorker:
+    """Makes pictures."""
+
+    def __init__(self, batch: Batch, template: ImageRequest, samples: Sequence[Sample], progress: _SaidOnce) -> None:
+        self._batch, self._template, self._progress = batch, template, progress
+        self._generator = ImageGenerator(_request(template, samples[0]), progress)
+        self._text: tuple[tuple[str, str | None], ImageText] | None = None
+
+    def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
+        # 1. Encode the prompt, once for its samples; denoise; decode.
+        request = _request(self._template, sample)
+        prompts = request.prompt, request.negative_prompt
+        if self._text is None or self._text[0] != prompts:
+            self._text = prompts, self._generator.encode(request)
+        generated = self._generator.make(request, self._text[1], sample.seed)
+
+        # 2. Write the report, then the picture: one that is there has its report.
+        batch = self._batch
+        assert batch.picture_format is not None, "pictures have a format"
+        made = report.build_report(request, generated, batch.command, datetime.now().astimezone())
+        made["batch"] = batch.told(sample)
+        self._progress.phase("save")
+        began = perf_counter()
+        write_json(made, sample.report)
+        inside = report.provenance(made) if batch.embed else None
+        write_picture(
+            generated.image,
+            sample.output,
+            batch.picture_format,
+            inside,
+            quality=batch.quality,
+            written=self._progress.written,
+        )
+        made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
+        write_json(made, sample.report)
+        return made
+
+
+class _VideoWorker:
+    """Makes videos. All prompts are encoded first: afterwards the memory of the text encoders is free."""
+
+    def __init__(self, batch: Batch, template: VideoRequest, samples: Sequence[Sample], progress: _SaidOnce) -> None:
+        self._batch, self._template, self._progress = batch, template, progress
+        self._device = choose_device(template.device)
+        self._loading = phases_of(VideoRun(seed=0), self._device)
+        self._generator = VideoGenerator(_request(template, samples[0]), self._loading, progress)
+        self._texts: dict[tuple[str, str | None], VideoText] = {}
+        self._reading: dict[tuple[str, str | None], Phases] = {}
+        for sample in samples:
+            prompts = sample.entry.prompt, sample.negative
+            if prompts not in self._texts:
+                phases = phases_of(VideoRun(seed=0), self._device)
+                self._texts[prompts] = self._generator.encode(_request(template, sample), phases)
+                self._reading[prompts] = phases
+        self._generator.release_text_encoders()
+
+    def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
+        # 1. Make it, but for what an earlier process has done of it.
+        unfinished = self._batch.out / UNFINISHED
+        _make_folder(unfinished)
+        request = _request(self._template, sample)
+        work = unfinished / _work_name(request)
+        request = replace(request, outputs=(work,), overwrite=True)
+        made = _finished(work)
+        if made is None:
+            made = self._finish(request, work, sample, is_last)
+
+        # 2. Move the report, then the video: one that is there has its report.
+        told = {**made, "batch": self._batch.told(sample)}
+        write_json(told, sample.report)
+        _move(work, sample.output)
+        report_path(work).unlink()
+        return told
+
+    def _finish(self, request: VideoRequest, work: Path, sample: Sample, is_last: bool) -> Mapping[str, Any]:
+        """Makes a video, or what is left to do of it, and returns its report."""
+        prompts = request.prompt, request.negative_prompt
+        run = self._begun(work, sample.seed)
+        phases = phases_of(run, self._device)
+        # Loading is counted with the first video, reading a prompt with the first of its samples.
+        for part, name in ((self._loading, "load"), (self._reading[prompts], "text")):
+            phases.phases_ms[name] = phases.phases_ms.get(name, 0.0) + part.phases_ms.pop(name, 0.0)
+            if peak := part.memory_bytes.pop(name, 0):
+                phases.memory_bytes[name] = max(phases.memory_bytes.get(name, 0), peak)
+        run = replace(run, phases_ms=phases.phases_ms, memory_bytes=phases.memory_bytes)
+        try:
+            return self._generator.make(request, run, work, self._texts[prompts], phases, is_last=is_last).report
+        except NumericalFailure:
+            discard_run(work)  # going on with it would fail again
+            raise
+
+    def _begun(self, work: Path, seed: int) -> VideoRun:
+        """The run that an earlier process has left, else a new one."""
+        for kept in (latents_path(work), checkpoint_path(work)):
+            if not kept.is_file():
+                continue
+            try:
+                run, _ = read_run(kept)
+                run.refuse_other_weights(self._generator.revision)
+            except BadInput as error:
+                self._progress.note(f"{error}: {work.stem} is begun anew")
+                continue
+            self._progress.note(f"{work.stem} goes on after step {run.done}")
+            take_threads(run, self._device, self._progress)
+            return run
+        return VideoRun(seed=seed)
+
+
+class _SaidOnce:
+    """A `generation_request.Progress` that passes on what it is told, but no note or phase twice in a batch."""
+
+    def __init__(self, progress: ProgressDisplay) -> None:
+        self._progress = progress
+        self._notes: set[str] = set()
+        self._phase = ""
+
+    def begin(self) -> None:
+        """A sample begins, whose first phase may be the last one's latest."""
+        self._phase = ""
+
+    def phase(self, name: str) -> None:
+        if name != self._phase:
+            self._progress.phase(name)
+        self._phase = name
+
+    def step(self, done: int, total: int) -> None:
+        self._progress.step(done, total)
+
+    def written(self, count: int) -> None:
+        self._progress.written(count)
+
+    def note(self, text: str) -> None:
+        if text not in self._notes:
+            self._progress.note(text)
+        self._notes.add(text)
+
+
+def _request(template: Any, sample: Sample) -> Any:
+    """The request of one sample, a picture's or a video's as the template is."""
+    prompt, negative, seed = sample.asked
+    changes = {"outputs": (sample.output,)} if isinstance(template, VideoRequest) else {}
+    return replace(template, prompt=prompt, negative_prompt=negative, seeds=(seed,), **changes)
+
+
+def _work_name(request: VideoRequest) -> str:
+    """A name that a video has while it is made, the same whenever the same is asked for."""
+    data = {name: value for name, value in request_data(request).items() if name not in _NOT_OF_THE_VIDEO}
+    digest = sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{slug(request.prompt)}-s{request.seeds[0]}-{digest}{request.outputs[0].suffix}"
+
+
+def _is_there(batch: Batch, sample: Sample, overwrite: bool) -> bool:
+    """Whether a sample is at its place, whole, and of the same request.
+
+    Raises:
+        BadInput: if something else is, and may not be overwritten.
+    """
+    metadata = sample.metadata
+    if metadata is not None and not overwrite and metadata.is_file() and metadata.read_text() != metadata_text(sample):
+        raise BadInput(
+            f"{metadata} is of another prompt than {sample.entry.place} of {batch.file}: "
+            "use another --out, or --overwrite"
+        )
+    if not sample.output.exists():
+        return False
+    asked, found = _facts_asked(batch.template, sample), _facts_found(sample.report)
+    if found == asked:
+        return True
+    if not overwrite:
+        if found is None:
+            raise BadInput(f"{sample.output} exists and has no report: use another --out, or --overwrite")
+        told, wanted = json.loads(found), json.loads(asked)
+        others = ", ".join(name for name in wanted if wanted[name] != told.get(name))
+        raise BadInput(
+            f"{sample.output} was made with other options ({others}): "
+            "to go on, give the same as then; or another --out, or --overwrite"
+        )
+    return False
+
+
+def _not_told_of(batch: Batch) -> list[Sample]:
+    """The samples that no report in a folder of plain names tells of; one whose output is lost keeps its name."""
+    suffix = batch.samples[0].output.suffix
+    outputs = {_facts_found(path): path.with_name(path.stem + suffix) for path in sorted(batch.out.glob("grat-*.json"))}
+    left = []
+    for sample in batch.samples:
+        output = outputs.get(_facts_asked(batch.template, sample))
+        if output is None:
+            left.append(sample)
+        elif not output.exists():
+            left.append(replace(sample, output=output, report=report_path(output)))
+    return left
+
+
+def _facts_asked(template: ImageRequest | VideoRequest, sample: Sample) -> str:
+    """All that decides what a sample shows, as JSON; device, dtype and kernels do not, but for rounding."""
+    request = _request(template, sample)
+    facts = {
+        "prompt": request.prompt,
+        "negative prompt": request.negative_prompt,
+        "seed": sample.seed,
+        "size": [request.width, request.height],
+        "model": request.model.source,
+        "quantization": request.quantize,
+        **_facts_of_preset(request.preset.model_dump(mode="json")),
+    }
+    if isinstance(request, VideoRequest):
+        facts["size"] += [request.frames]
+        facts["frame rate"] = request.fps
+    return json.dumps(facts)
+
+
+def _facts_found(path: Path) -> str | None:
+    """The same as a report tells it; None where there is none, or another kind of file."""
+    try:
+        told = read_provenance(path)
+        facts = {
+            "prompt": told["prompt"],
+            "negative prompt": told["negative_prompt"],
+            "seed": told["seed"],
+            "size": [told["width"], told["height"]],
+            "model": told["model"]["source"],
+            "quantization": told["device"]["quantize"],
+            **_facts_of_preset(told["preset"]),
+        }
+        if "frames" in told:
+            facts["size"] += [told["frames"]]
+            facts["frame rate"] = told["fps"]
+    except (BadInput, KeyError, TypeError, AttributeError):
+        return None
+    return json.dumps(facts)
+
+
+def _facts_of_preset(preset: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in preset.items() if name not in _NOT_SHOWN_OF_PRESETS}
+
+
+def _finished(work: Path) -> Mapping[str, Any] | None:
+    """The report of a video that is written, and was not moved because the process ended just then."""
+    if not report_path(work).is_file():
+        if work.is_dir():  # of frames, which nothing takes the place of
+            shutil.rmtree(work)
+        return None
+    discard_run(work)
+    return read_provenance(report_path(work)) if work.exists() else None
+
+
+def _move(work: Path, output: Path) -> None:
+    """Puts what is whole in its place.
+
+    Raises:
+        CannotWrite: if it cannot be put there.
+    """
+    try:
+        if output.is_dir():
+            shutil.rmtree(output)  # of frames, with --overwrite
+        os.replace(work, output)
+    except OSError as error:
+        raise cannot_write(output, error) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises BadInput if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {folder}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _discard_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # it is not there, or a video is begun in it
+        return

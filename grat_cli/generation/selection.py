@@ -1,0 +1,182 @@
+"""Which preset a command runs with: from `--preset`, `--variant`, `--set` and the other flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from grat_cli.errors import BadInput, choices
+from grat_cli.models.catalogue import Medium, ModelChoice, medium_of_name
+from grat_cli.presets import AXES, VARIANTS, Preset, Sampling, load_preset, preset_names, resolve_preset
+
+# The presets that come with grat are named after the family and one of these; `far` is the recommended one.
+_OF_IMAGES = ("full", "b", "b-wide", "x", "bx", "far", "sta")
+PRESET_VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "flux": _OF_IMAGES,
+    "demo": _OF_IMAGES,
+    "hunyuan": ("full", "b", "planes", "lines", "bx", "far", "sta"),
+}
+RECOMMENDED = "far"
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def select_preset(
+    model: ModelChoice,
+    *,
+    preset: str | None = None,
+    variant: str | None = None,
+    group: str | None = None,
+    radius: str | None = None,
+    share: int | None = None,
+    backend: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    highres: str | None = None,
+    guard: float | None = None,
+    set_items: Sequence[str] = (),
+) -> Preset:
+    """The resolved preset of a run.
+
+    Without `preset`, `variant` names one of the presets for the model's family; with it, `variant` replaces the
+    preset's own. On videos `x` is short for `planes`, as the authors of GRAT-X published it, or with a share of 2 for
+    `lines`. A preset that comes with grat serves all models of a family, so steps, guidance and shift are the model's.
+
+    Raises:
+        BadInput: naming the option that does not fit.
+    """
+    variants = PRESET_VARIANTS[model.family]
+    if preset is None:
+        if variant == "x" and variant not in variants:
+            variant = "lines" if share == 2 else "planes"
+        if variant is not None and variant not in variants:
+            raise BadInput(f"there is no variant {variant!r}: {choices(variant, variants)}")
+        base = load_preset(f"{model.family}-{variant or RECOMMENDED}")
+        variant = None
+    else:
+        base = load_preset(preset)
+        if variant is not None and variant not in VARIANTS and variant in variants:
+            raise BadInput(
+                f"--variant {variant} is short for the preset {model.family}-{variant}: leave out --preset, "
+                f"or choose from {', '.join(VARIANTS)}"
+            )
+    if AXES[base.model] != AXES[model.family]:
+        raise BadInput(f"preset {base.name} is for {base.model} models, {model.name} is not one: see grat presets")
+    if base.name in preset_names():
+        shift = model.default_shift if base.sampling.shift is None else base.sampling.shift
+        sampling = Sampling(steps=model.default_steps, guidance=model.default_guidance, shift=shift)
+        base = base.model_copy(update={"sampling": sampling})
+    return resolve_preset(
+        base,
+        set_items=set_items,
+        variant=variant,
+        group=_sizes("--group", group, "16, 16x16 or 4x8x8"),
+        radius=_sizes("--radius", radius, "2, 1x2 or 1x2x2"),
+        share=share,
+        backend=backend,
+        steps=steps,
+        guidance=guidance,
+        highres=highres,
+        guard=guard,
+    )
+
+
+def choose_medium(model: str | None, family: str | None, of_video: bool) -> Medium:
+    """What a command is to make that makes either.
+
+    Args:
+        model: `--model`, None where it was not given.
+        family: that a given preset is for, None without one.
+        of_video: whether other options are those of videos.
+    """
+    if of_video or family == "hunyuan":
+        return "video"
+    return (medium_of_name(model) if model else None) or "image"
+
+
+def variant_word(preset: Preset) -> str:
+    """The variant in a file's name: `b`, `planes`, or `b-far` with a far field."""
+    attention = preset.attention
+    word: str = attention.variant
+    if word == "x" and AXES[preset.model] == 3:
+        word = {1: "planes", 2: "lines"}.get(attention.share or 1, word)
+    return word + ("-far" if attention.far else "")
+
+
+def mismatch_note(preset: Preset, model: ModelChoice) -> str | None:
+    """A sentence where a preset is used on another family than it was made for; it may be meant, so it is no error."""
+    if preset.model == model.family:
+        return None
+    return f"{preset.name} was made for {preset.model} models; grat presets {model.family} lists those for {model.name}"
+
+
+def guard_note(preset: Preset, *, dense: bool) -> str | None:
+    """A sentence on the guard of a run that has one.
+
+    Args:
+        preset: of the run.
+        dense: whether all of its attention is full.
+    """
+    if not preset.guard:
+        return None
+    if dense:
+        return f"guard {preset.guard:g} has nothing to do: all attention is full"
+    return f"guard {preset.guard:g}: layers that keep less of full attention go wider, which takes longer"
+
+
+def require_choice(option: str, word: str, known: Sequence[str]) -> str:
+    """The word, if it is one of the known ones.
+
+    Raises:
+        BadInput: naming the nearest.
+    """
+    if word not in known:
+        raise BadInput(f"{option} {word}: {choices(word, known)}")
+    return word
+
+
+def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> None:
+    """Makes sure that a backend chosen by name can run, which is known long before the model is loaded.
+
+    Args:
+        name: of the backend; `auto` always runs.
+        device: as for `devices.choose_device`.
+        dtype: as for `devices.choose_dtype`.
+        head_dim: channels per head.
+        tokens: length of the joint sequence.
+
+    Raises:
+        BadInput: if it cannot run here, with the reason.
+    """
+    if name == "auto":
+        return
+    from grat_cli.models.devices import choose_device, choose_dtype
+    from grat_kernels import can_run
+
+    chosen_device = choose_device(device)
+    ability = can_run(name, chosen_device, choose_dtype(dtype, chosen_device), head_dim, tokens)
+    if not ability:
+        raise BadInput(
+            f"the {name} backend cannot run here: {ability.reason}\nUse --backend auto; grat env lists what runs."
+        )
+
+
+def require_device(name: str) -> str:
+    """The name of a device, if it is one; whether it exists here is for torch to say.
+
+    Raises:
+        BadInput: naming the nearest.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", name, re.ASCII):
+        raise BadInput(f"--device {name}: {choices(name, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps'))}")
+    return name
+
+
+def _sizes(option: str, text: str | None, example: str) -> int | tuple[int, ...] | None:
+    """`16` is a number for all axes, `4x8x8` one per axis."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,6}(x-?\d{1,6})*", text, re.ASCII):
+        raise BadInput(f"{option} {text}: expected whole numbers such as {example}")
+    numbers = tuple(int(part) for part in text.split("x"))
+    return numbers[0] if len(numbers) == 1 else numbers

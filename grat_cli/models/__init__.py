@@ -1,0 +1,1 @@
+"""Which model, from where, in which form, on which device."""

@@ -1,0 +1,112 @@
+"""Pipelines from the Hugging Face hub, and what to do when one cannot be had."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grat_cli.errors import GratError, ModelUnavailable
+from grat_cli.models.catalogue import PIPELINES_OF_MEDIUM, Medium, refusal_of_pipeline
+
+_OR_DEMO = "or use --model demo"
+BASES: Mapping[Medium, str] = {
+    "image": "black-forest-labs/FLUX.1-dev",
+    "video": "hunyuanvideo-community/HunyuanVideo",
+}
+
+
+def download_pipeline(pipeline: Any, hub_id: str, medium: Medium, leave_out: str | None = None) -> Path:
+    """The snapshot folder of a pipeline, downloaded where it is not in the cache.
+
+    Args:
+        pipeline: the pipeline class.
+        hub_id: `owner/name`.
+        medium: what it is to make.
+        leave_out: a part that is not needed.
+
+    Raises:
+        ModelUnavailable: if it is missing, gated, of another class or out of reach.
+        BadInput: if it makes the other medium.
+    """
+    import huggingface_hub
+
+    # Asked first because it fails at once where the hub is out of reach; downloads retry for half a minute.
+    obstacle: Exception | None = None
+    try:
+        huggingface_hub.model_info(hub_id)
+    except Exception as error:
+        obstacle = error
+
+    try:
+        # A few bytes tell whether gigabytes are worth it.
+        index_file = huggingface_hub.hf_hub_download(hub_id, "model_index.json", local_files_only=obstacle is not None)
+        index = json.loads(Path(index_file).read_text())
+        if index.get("_class_name") not in PIPELINES_OF_MEDIUM[medium]:
+            raise refusal_of_pipeline(hub_id, index.get("_class_name"), medium)
+        return Path(pipeline.download(hub_id, **({leave_out: None} if leave_out else {})))
+    except GratError:
+        raise
+    except Exception as error:
+        raise ModelUnavailable(_why_not(obstacle or error, hub_id, medium)) from (obstacle or error)
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit of a snapshot in the hub's cache, `.../snapshots/<commit>`; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first exception of a chain: libraries wrap the one that says what happened."""
+    return _chain(error)[-1]
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, at most one line of it."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def _why_not(error: BaseException, hub_id: str, medium: Medium) -> str:
+    """What to do about a failed download."""
+    from huggingface_hub import errors
+
+    chain = _chain(error)
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    statuses = {link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)}
+    if caused_by(errors.GatedRepoError) or 403 in statuses:
+        return (
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, "
+            f"then log in with `hf auth login`, {_OR_DEMO}"
+        )
+    if caused_by(errors.RepositoryNotFoundError) or 401 in statuses:
+        return (
+            f"the hub has no model {hub_id}, or it is private: check the name, log in with `hf auth login`, {_OR_DEMO}"
+        )
+    if caused_by(errors.HFValidationError):
+        return f"{hub_id!r} is not a hub id: write owner/name, {_OR_DEMO}"
+    if caused_by(errors.RemoteEntryNotFoundError):
+        return (
+            f"{hub_id} is not a diffusers pipeline: it has no model_index.json; of a repository of single files, "
+            f"download one and give it with --model FILE --base {BASES[medium]}"
+        )
+    if caused_by(PermissionError) or any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
+        return f"{hub_id} cannot be stored ({first_line(error)}): set HF_HOME to a folder with room, {_OR_DEMO}"
+    return (
+        f"{hub_id} is not in the local cache and cannot be downloaded ({first_line(chain[-1])}): "
+        f"go online, give a local folder, {_OR_DEMO}"
+    )

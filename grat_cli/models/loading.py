@@ -1,0 +1,323 @@
+"""Loading of pipelines: from the hub, a folder, or a file of a transformer and the other parts from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.errors import BadInput, ModelUnavailable
+from grat_cli.models.catalogue import Medium, ModelChoice, medium_of_name
+from grat_cli.models.devices import is_out_of_memory, video_autoencoder_dtype
+from grat_cli.models.hub import BASES, download_pipeline, first_line, revision_of, root_cause
+from grat_cli.models.offloading import offload as offload_pipeline
+from grat_cli.models.offloading import require_offload, resolve_offload
+from grat_cli.models.quantization import configurations, require_quantization
+
+if TYPE_CHECKING:
+    import torch
+
+_NEURAL_PARTS: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
+_TITLES: Mapping[Medium, str] = {"image": "Flux", "video": "HunyuanVideo"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline that is ready to run.
+
+    Attributes:
+        pipe: the pipeline.
+        revision: the commit of its weights where it is known.
+        offload: which weights wait in main memory, never `auto`; see `offloading`.
+        offload_reason: why.
+    """
+
+    pipe: Any
+    revision: str | None
+    offload: str = "none"
+    offload_reason: str = "chosen by name"
+
+
+def load_model(
+    choice: ModelChoice,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: str = "none",
+    quantize: str = "none",
+    tokens: int = 0,
+    image_to_image: bool = False,
+    base: str | None = None,
+) -> LoadedModel:
+    """Loads a model and puts it on a device.
+
+    Args:
+        choice: which model.
+        device: where it runs.
+        dtype: of weights and activations; see `dtypes_of_parts` for where it is not that of all parts.
+        offload: see `offloading`; `auto` is the fastest kind that fits.
+        quantize: see `quantization`.
+        tokens: image tokens of the calls to come, at most; for `auto`.
+        image_to_image: a `FluxImg2ImgPipeline` in place of a `FluxPipeline`; of no meaning for videos.
+        base: folder or hub id with the other parts of a pipeline, for a file that holds a transformer alone.
+
+    Raises:
+        ModelUnavailable: if it is missing, gated, damaged or out of reach, with what to do.
+        BadInput: if offload, quantization and device do not fit.
+    """
+    require_offload(offload, device)
+    require_quantization(quantize, device, offload=offload, is_demo=choice.is_demo)
+    quantized = configurations(quantize, choice.medium, dtype)
+    with _without_pointless_warnings():
+        pipe, folder = _load(choice, dtypes_of_parts(choice, device, dtype), image_to_image, base, quantized)
+    pipe.set_progress_bar_config(disable=True)
+    kind, reason = resolve_offload(offload, pipe, device, tokens)
+    if offload == "auto":
+        require_quantization(quantize, device, offload=kind)
+    offload_pipeline(pipe, kind, device)
+    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason)
+
+
+def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None) -> Any:
+    """Loads a model's autoencoder alone, and puts it on a device; arguments and errors are those of `load_model`."""
+    with _without_pointless_warnings():
+        pipeline = _pipeline_class(choice.medium, image_to_image=False)
+        folder = _folder_of_parts(choice, pipeline, base)
+        dtypes = dtypes_of_parts(choice, device, dtype)
+        with _damage_of(f"vae of {choice.name}", choice.medium), _without_bars():
+            library, class_name = json.loads((folder / "model_index.json").read_text())["vae"]
+            loader = getattr(import_module(library), class_name)
+            return _load_part(loader, folder / "vae", dtypes["vae"]).to(device)
+
+
+def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each part of a pipeline.
+
+    Those of a video model differ: HunyuanVideo's own example, in diffusers and on its model card, runs the transformer
+    in bf16 and all else in fp16. That is done on CUDA devices wherever the transformer is in half precision; for the
+    autoencoder see `devices.video_autoencoder_dtype`.
+    """
+    import torch
+
+    dtypes: dict[str, torch.dtype] = dict.fromkeys(_NEURAL_PARTS, dtype)
+    if choice.medium != "video":
+        return dtypes
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        dtypes |= {part: torch.float16 for part in _NEURAL_PARTS if part != "transformer"}
+    dtypes["vae"] = video_autoencoder_dtype(device, dtype)
+    return dtypes
+
+
+def _load(
+    choice: ModelChoice,
+    dtypes: Mapping[str, torch.dtype],
+    image_to_image: bool,
+    base: str | None,
+    quantized: Mapping[str, Any],
+) -> tuple[Any, Path]:
+    """The pipeline on the CPU, and the folder that it was read from."""
+    pipeline = _pipeline_class(choice.medium, image_to_image)
+    folder = _folder_of_parts(choice, pipeline, base)
+    if choice.kind != "file":
+        return _load_folder(pipeline, folder, choice.name, choice.medium, dtypes, quantized), folder
+    assert base is not None, "a file has a base, or is refused"
+    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
+    return _load_folder(pipeline, folder, base, choice.medium, dtypes, quantized, transformer=transformer), folder
+
+
+def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
+    """Where a pipeline lies, or the other parts of one for a file of a transformer; downloaded where it is not here."""
+    if choice.kind == "folder":
+        folder = Path(choice.source)
+        if choice.name == "demo" and not folder.is_dir():
+            raise ModelUnavailable(
+                f"the demo of {choice.medium}s is not part of this installation: {folder} is missing\n"
+                "install grat again, or choose another --model"
+            )
+        return folder
+    if choice.kind == "hub":
+        return download_pipeline(pipeline, choice.source, choice.medium)
+
+    if base is None:
+        raise ModelUnavailable(
+            f"{choice.name} holds a transformer alone: give the other parts of the pipeline with --base, "
+            f"a folder or a hub id such as --base {BASES[choice.medium]}"
+        )
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        return download_pipeline(pipeline, base, choice.medium, leave_out="transformer")
+    if medium_of_name(str(folder)) not in (None, choice.medium):
+        raise BadInput(f"--base {base} is of no model of {choice.medium}s: try --base {BASES[choice.medium]}")
+    return folder
+
+
+def _pipeline_class(medium: Medium, image_to_image: bool) -> Any:
+    if medium == "video":
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
+
+        return HunyuanVideoPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
+
+    return FluxImg2ImgPipeline if image_to_image else FluxPipeline
+
+
+def _transformer_class(medium: Medium) -> Any:
+    if medium == "video":
+        from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
+
+        return HunyuanVideoTransformer3DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    return FluxTransformer2DModel
+
+
+def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: Any = None) -> Any:
+    """A transformer from a file in diffusers' or the original layout, with the configuration of `base`."""
+    from safetensors import safe_open
+
+    model = _transformer_class(choice.medium)
+    with _damage_of(choice.name, choice.medium), _without_bars():
+        with safe_open(choice.source, "pt") as file:
+            embeds_guidance = any("guidance" in key for key in file.keys())  # noqa: SIM118
+        config: Any = model.load_config(base, subfolder="transformer")
+        # Else weights would be left out without a word.
+        if embeds_guidance != config["guidance_embeds"]:
+            raise ModelUnavailable(
+                f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
+                f"{_matching_base(choice.medium, embeds_guidance)}"
+            )
+        options = {} if quantized is None else {"quantization_config": quantized}
+        transformer = model.from_single_file(
+            choice.source, config=base, subfolder="transformer", dtype=dtype, **options
+        )
+        lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
+        if lacking:
+            raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
+    return transformer
+
+
+def _matching_base(medium: Medium, embeds_guidance: bool) -> str:
+    """What to give for a file with or without embedded guidance."""
+    if embeds_guidance:
+        return f"try --base {BASES[medium]}"
+    return "try --base black-forest-labs/FLUX.1-schnell" if medium == "image" else "give --base what it was made from"
+
+
+def _load_folder(
+    pipeline: Any,
+    folder: Path,
+    name: str,
+    medium: Medium,
+    dtypes: Mapping[str, torch.dtype],
+    quantized: Mapping[str, Any],
+    **given: Any,
+) -> Any:
+    """A pipeline from a folder, strictly.
+
+    Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
+    """
+    with _damage_of(name, medium), _without_bars():
+        index = json.loads((folder / "model_index.json").read_text())
+        parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+        for part in parts.keys() - given.keys():
+            needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
+            if not needed.exists():
+                raise FileNotFoundError(f"{needed} is missing")
+        for part in [part for part in _NEURAL_PARTS if part in parts and part not in given]:
+            library, class_name = parts[part]
+            with _damage_of(f"{part} of {name}", medium):
+                loader = getattr(import_module(library), class_name)
+                given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
+        return pipeline.from_pretrained(folder, **given)
+
+
+def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = None) -> Any:
+    """A text encoder, transformer or autoencoder with every one of its weights."""
+    options = {} if quantized is None else {"quantization_config": quantized}
+    part, report = loader.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+    )
+    lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    # Encoders are often parts of larger checkpoints; of a transformer everything is used.
+    left_over = sorted(report["unexpected_keys"]) if folder.name == "transformer" else []
+    if lacking or left_over:
+        problem = "it lacks" if lacking else "its configuration has no place for"
+        keys = lacking or left_over
+        raise ValueError(f"{problem} {len(keys)} weights, such as {keys[0]}")
+    return part
+
+
+@contextmanager
+def _damage_of(name: str, medium: Medium) -> Iterator[None]:
+    """Turns what loaders raise for missing, cut off and unfitting files into ModelUnavailable."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelUnavailable(
+            f"{name} is damaged, incomplete or not {_TITLES[medium]}'s ({first_line(root_cause(error))}): "
+            "get its files again, or use --model demo"
+        ) from error
+
+
+@contextmanager
+def _without_pointless_warnings() -> Iterator[None]:
+    """Holds back warnings that are beside the point here; all others pass."""
+    pointless = (
+        # FluxPipeline is annotated with AutoencoderKL, and runs with AutoencoderTiny as well.
+        ("diffusers.pipelines.pipeline_utils", "Expected types for vae"),
+        # Either the cache has the model, or an error says that the hub is out of reach.
+        ("diffusers.pipelines.pipeline_utils", "Couldn't connect to the Hub"),
+        # What is missing is an error here, and says so itself.
+        ("diffusers.models.modeling_utils", "Some weights of"),
+        ("transformers.modeling_utils", "LOAD REPORT"),
+        # Said of an empty list of modules, after loading a single file.
+        ("diffusers.models.modeling_utils", "kept in float32: []"),
+        # Image processors serve image prompts, which are not used here.
+        ("transformers.utils.import_utils", "requires torchvision"),
+    )
+    filters = [(logging.getLogger(name), _LeavesOut(text)) for name, text in pointless]
+    for logger, leaves_out in filters:
+        logger.addFilter(leaves_out)
+    try:
+        yield
+    finally:
+        for logger, leaves_out in filters:
+            logger.removeFilter(leaves_out)
+
+
+class _LeavesOut(logging.Filter):
+    """Drops messages that contain a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._text not in record.getMessage()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading from disk shows no progress bars of its own. Downloads, which take minutes, keep theirs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

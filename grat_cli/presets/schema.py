@@ -1,0 +1,600 @@
+"""What a preset may say: what to attend, when, with which kernel, and how to sample.
+
+Validation is strict (text is not a number, a number is not text) and complete: a valid preset can be planned, up to
+what depends on the grid. `grat_cli.presets` reads the files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import pairwise
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from grat_cli.errors import choices
+from grat_cli.presets import ranges
+from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
+from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
+from grat_kernels.geometry import nests
+
+Variant = Literal["full", "b", "x", "bx", "sta"]
+BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
+Family = Literal["flux", "demo", "hunyuan"]
+HighresMode = Literal["off", "cascade", "direct"]
+PositionsName = Literal["none", "ntk", "yarn", "dype"]
+
+VARIANTS: tuple[str, ...] = get_args(Variant)
+BACKENDS: tuple[str, ...] = get_args(BackendName)
+FAMILIES: tuple[str, ...] = get_args(Family)
+HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
+SMALLEST_CHUNK = 256
+# Above so many image tokens (2,896 pixels a side with Flux) wide results take more memory than attention; chunks of
+# the second size keep any device busy.
+_MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
+AXES: Mapping[str, int] = {"flux": 2, "demo": 2, "hunyuan": 3}
+
+# The fields that say something to each variant, with the value that stands where none is given.
+FIELDS_OF_VARIANT: Mapping[str, Mapping[str, int | None]] = {
+    "full": {},
+    "b": {"radius": 1, "far": None},
+    "x": {"share": 1, "far": None},
+    "bx": {"radius": 1, "share": 1, "far": None},
+    "sta": {"window": 3, "far": None},
+}
+
+
+def _whole_numbers(value: Any, least: int, example: str) -> tuple[int, ...]:
+    if isinstance(value, list | tuple) and value and all(type(item) is int and item >= least for item in value):
+        return tuple(value)
+    raise ValueError(f"expected a list of whole numbers from {least} up, such as {example}, not {shown(value)}")
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    return _whole_numbers(value, 1, "[16, 16]")
+
+
+def _sizes_or_none(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else _sizes(value)
+
+
+def _radius(value: Any) -> int | tuple[int, ...] | None:
+    return _number_or_list(value, 0, "2 or [1, 2]")
+
+
+def _window(value: Any) -> int | tuple[int, ...] | None:
+    return _number_or_list(value, 1, "3 or [3, 5]")
+
+
+def _number_or_list(value: Any, least: int, example: str) -> int | tuple[int, ...] | None:
+    if value is None:
+        return None
+    if type(value) is int:
+        if value < least:
+            raise ValueError(f"expected {least} or more, not {value}")
+        return value
+    return _whole_numbers(value, least, example)
+
+
+def _range(value: Any) -> int | str | None:
+    if value is not None and type(value) is not int and not isinstance(value, str):
+        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
+    if value is not None:
+        ranges.covered(value, 1)
+    return value
+
+
+def _amount(value: Any) -> int | float:
+    if type(value) is int and value >= 0:
+        return value
+    if type(value) is float and 0.0 <= value <= 1.0:
+        return value
+    raise ValueError(f"expected a count of steps such as 3 or a fraction such as 0.1, not {shown(value)}")
+
+
+def _strength(value: Any) -> float | tuple[float, ...]:
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if not numbers or not all(type(number) in (int, float) and 0 < number <= 1 for number in numbers):
+        raise ValueError(
+            f"expected a share above 0 and up to 1, or one per stage such as [0.7, 0.5], not {shown(value)}"
+        )
+    return tuple(map(float, numbers)) if isinstance(value, list | tuple) else float(value)
+
+
+def _strength_or_none(value: Any) -> float | tuple[float, ...] | None:
+    return None if value is None else _strength(value)
+
+
+def _chunk_tokens(value: Any) -> int | str | None:
+    if value is None or value == "auto" or (type(value) is int and value >= SMALLEST_CHUNK):
+        return value
+    raise ValueError(f"expected auto, null or a whole number from {SMALLEST_CHUNK} up, not {shown(value)}")
+
+
+def _share_or_none(value: Any) -> float | None:
+    if value is None or (type(value) in (int, float) and 0 <= value <= 1):
+        return value
+    raise ValueError(f"expected a share from 0 to 1, such as 0.9, or 0 for none, not {shown(value)}")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Sizes = Annotated[tuple[int, ...], BeforeValidator(_sizes)]
+Radius = Annotated[int | tuple[int, ...] | None, BeforeValidator(_radius)]
+Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
+Range = Annotated[int | str | None, BeforeValidator(_range)]
+Amount = Annotated[int | float, BeforeValidator(_amount)]
+ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Letter = Annotated[str, Field(pattern=r"^[A-Za-z]$")]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z]+$")]
+
+
+def without_unused(attention: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """The fields of an attention section that say something to `variant`."""
+    meant_for_some = {name for fields in FIELDS_OF_VARIANT.values() for name in fields}
+    unused = meant_for_some - set(FIELDS_OF_VARIANT.get(variant, meant_for_some))
+    return {name: value for name, value in attention.items() if name not in unused}
+
+
+class Section(BaseModel):
+    """A mapping of a preset: immutable, strict, without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                raise invalid(f"unknown key: {choices(str(key), cls.model_fields)}", key)
+        return values
+
+
+class FarLevel(Section):
+    """Groups more than `beyond` groups away are attended as means over blocks of `block` tokens."""
+
+    beyond: Annotated[int, Field(ge=0)]
+    block: Sizes
+
+
+FarLevels = Annotated[tuple[FarLevel, ...] | None, BeforeValidator(_as_tuple)]
+
+
+class Attention(Section):
+    """Which image tokens attend which. Fields that the variant has no use for must be absent or null.
+
+    Attributes:
+        variant: `full`; `b`, `x`, `bx` (GRAT, arXiv 2505.14687); `sta` (sliding tiles, arXiv 2502.04507).
+        group: tokens per group on each axis.
+        radius: for `b` and `bx`: groups at most this far away, one number or one per axis.
+        share: for `x` and `bx`: groups with at least this many coordinates in common.
+        window: for `sta`: groups per axis, odd.
+        far: summaries of what is not attended exactly, nearest level first.
+    """
+
+    variant: Variant
+    group: Sizes
+    radius: Radius = None
+    share: Annotated[int, Field(ge=1)] | None = None
+    window: Window = None
+    far: FarLevels = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults_of_variant(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("variant"), str):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        return {**values, **FIELDS_OF_VARIANT.get(values["variant"], {}), **given}
+
+    @model_validator(mode="after")
+    def _check_fit(self) -> Attention:
+        for name in ("radius", "share", "window", "far"):
+            if getattr(self, name) is not None and name not in FIELDS_OF_VARIANT[self.variant]:
+                takers = " or ".join(variant for variant, fields in FIELDS_OF_VARIANT.items() if name in fields)
+                raise invalid(f"{name} has no meaning for variant {self.variant}: leave it out, or use {takers}", name)
+        for index, level in enumerate(self.far or ()):
+            if len(level.block) == len(self.group) and not nests(level.block, self.group):
+                raise invalid(
+                    f"blocks of {shape_text(level.block)} do not nest in groups of {shape_text(self.group)}: "
+                    f"use {nesting_sizes(level.block, self.group)}",
+                    *("far", index, "block"),
+                )
+        try:
+            self.pattern().check(len(self.group))
+        except ValueError as error:
+            raise invalid(str(error)) from error
+        return self
+
+    def pattern(self) -> Pattern:
+        """The pattern over groups."""
+        radius = 1 if self.radius is None else self.radius
+        share = 1 if self.share is None else self.share
+        near: dict[str, Pattern] = {
+            "full": Full(),
+            "b": Block(radius),
+            "x": CrissCross(share),
+            "bx": Union(Block(radius), CrissCross(share)),
+            "sta": SlidingTile(3 if self.window is None else self.window),
+        }
+        if not self.far:
+            return near[self.variant]
+        return Union(near[self.variant], Far([(level.beyond, level.block) for level in self.far]))
+
+    def changed(self, changes: Mapping[str, Any]) -> Attention:
+        """This with other values; fields that a new variant has no use for go, and its own take their defaults.
+
+        Raises:
+            ValidationError: if the result is not valid.
+        """
+        variant = changes.get("variant", self.variant)
+        return Attention.model_validate({**without_unused(self.model_dump(), variant), **changes})
+
+    @property
+    def cells(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes that the token order has to keep together: the group and the blocks of its far levels."""
+        return (self.group, *(level.block for level in self.far or ()))
+
+    @property
+    def summary(self) -> str:
+        """One line for people, for example `b radius 1, groups 16x16, far 8x8 beyond 1`."""
+        parts = [
+            f"{name} {shape_text(value)}"
+            for name in ("radius", "share", "window")
+            if (value := getattr(self, name)) is not None
+        ]
+        far = [f"{shape_text(level.block)} beyond {level.beyond}" for level in self.far or ()]
+        near = " ".join([self.variant, *parts])
+        return ", ".join([near, f"groups {shape_text(self.group)}", *([f"far {' and '.join(far)}"] if far else [])])
+
+
+class Change(Section):
+    """Attention fields that differ from those of the preset's own attention."""
+
+    variant: Variant | None = None
+    group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes_or_none)] = None
+    radius: Radius = None
+    share: Annotated[int, Field(ge=1)] | None = None
+    window: Window = None
+    far: FarLevels = None
+
+    @model_serializer(mode="wrap")
+    def _write_what_is_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Absent is not null: `far: null` takes the far field away."""
+        return {name: value for name, value in write(self).items() if name in self.model_fields_set}
+
+    @cached_property
+    def changes(self) -> dict[str, Any]:
+        """The attention fields that are given."""
+        given = self.model_dump(include=set(Change.model_fields))
+        return {name: value for name, value in given.items() if value is not None or name == "far"}
+
+
+class Rule(Change):
+    """Overrides the attention for some steps, layers and heads; ranges as in `ranges`, absent means all."""
+
+    steps: Range = None
+    layers: Range = None
+    heads: Range = None
+
+
+class Table(Section):
+    """Which attention of the palette each layer and head takes; the compact form of many rules.
+
+    Attributes:
+        steps: when, a range; absent means always.
+        layers: a word for each layer, with a letter of the palette for each head, or one for all of them.
+    """
+
+    steps: Range = None
+    layers: Annotated[tuple[Word, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class Schedule(Section):
+    """When the attention differs from the preset's own.
+
+    Attributes:
+        dense_steps: first steps with full attention in all layers, before any rule; a count or a fraction.
+        palette: attentions by letter, each as it differs from the preset's own.
+        tables: what each layer and head takes of the palette; later ones win.
+        rules: overrides of all that; later rules win.
+    """
+
+    dense_steps: Amount = 0
+    palette: dict[Letter, Change] = Field(default_factory=dict)
+    tables: Annotated[tuple[Table, ...], BeforeValidator(_as_tuple)] = ()
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple)] = ()
+
+
+class Kernel(Section):
+    """How attention is computed."""
+
+    backend: BackendName = "auto"
+
+
+class Sampling(Section):
+    """How the picture is sampled; None leaves the model's own value."""
+
+    steps: Annotated[int, Field(ge=1)] = 28
+    guidance: Annotated[Number, Field(ge=0)] | None = None
+    shift: Annotated[Number, Field(gt=0)] | None = None
+
+
+class StageOverride(Section):
+    """What differs in one stage of a cascade; None leaves what stands elsewhere in the preset.
+
+    Attributes:
+        strength: in place of `highres.strength`.
+        steps: in place of `highres.steps`.
+        attention: in place of the preset's own, or of full attention in a short stage.
+        schedule: in place of the preset's own.
+    """
+
+    strength: Annotated[float | None, BeforeValidator(_strength_or_none)] = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    attention: Attention | None = None
+    schedule: Schedule | None = None
+
+
+class HighResolution(Section):
+    """How pictures larger than the model was trained at come about.
+
+    Attributes:
+        mode: `cascade` makes a picture of the trained area and redoes it at growing sizes; `direct` makes the asked
+            size from noise, with positions and attention fitted to it; `off` leaves everything as at the trained size.
+        growth: side of a stage over that of the one before, about; None goes from the base to the asked size at once.
+        upscale: between stages, `pixel` (decode, Lanczos, encode) or `latent` (bicubic).
+        strength: share of a stage's steps that are run on the upscaled picture, one number or one per stage.
+        steps: of a stage, before strength; None for those of `sampling`.
+        guidance: of the stages; None for that of `sampling`.
+        shift: fixed time shift of the stages; None for that of `sampling`, or the model's own.
+        positions: how rotary frequencies are fitted to more tokens (`grat_cli.attention.extrapolation`).
+        proportional_attention: whether scores are scaled by the number of keys (`grat_cli.attention.extrapolation`).
+        low_resolution_guidance: weight of the upscaled picture's low frequencies in each prediction (I-Max, arXiv
+            2410.07536).
+        dense_below: stages of at most so many image tokens run full attention.
+        stages: overrides of the stages after the base, first to last.
+    """
+
+    mode: HighresMode = "cascade"
+    growth: Annotated[Number, Field(gt=1)] | None = 2.0
+    upscale: Literal["pixel", "latent"] = "pixel"
+    strength: Annotated[float | tuple[float, ...], BeforeValidator(_strength)] = 0.6
+    steps: Annotated[int, Field(ge=1)] | None = None
+    guidance: Annotated[Number, Field(ge=0)] | None = None
+    shift: Annotated[Number, Field(gt=0)] | None = None
+    positions: PositionsName = "ntk"
+    proportional_attention: bool = True
+    low_resolution_guidance: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    dense_below: Annotated[int, Field(ge=0)] = 8192
+    stages: Annotated[tuple[StageOverride, ...], BeforeValidator(_as_tuple)] = ()
+
+
+class Memory(Section):
+    """What keeps large runs within memory.
+
+    Attributes:
+        chunk_tokens: feed-forward and modulation run on at most so many tokens at once; None on all; `auto` on all up
+            to 32,768 image tokens, on 16,384 above.
+    """
+
+    chunk_tokens: ChunkTokens = "auto"
+
+
+def chunk_for(wanted: int | Literal["auto"] | None, tokens: int) -> int | None:
+    """How many tokens at most run through feed-forward and modulation at once, of so many; None for all.
+
+    Args:
+        wanted: see `Memory`.
+        tokens: image tokens.
+    """
+    if wanted == "auto":
+        return _AUTO_CHUNK if tokens > _MANY_TOKENS else None
+    return wanted
+
+
+class PatternEvidence(Section):
+    """A pattern of a tuned preset, and what it would keep were it used throughout.
+
+    Attributes:
+        attention: what it is.
+        share: of steps, layers and heads alike that take it.
+        density: attended pairs over all pairs.
+        recall: softmax mass of full attention on what is attended token by token, text included.
+        output_error: root mean square of the distance from full attention's output, over that output's length.
+        loss: mean square of that distance itself.
+    """
+
+    attention: str
+    share: Number
+    density: Number
+    recall: Number
+    output_error: Number
+    loss: Number
+
+
+class CheckEvidence(Section):
+    """How close outputs of a tuned preset came to those of full attention, from the same prompts and seeds.
+
+    Attributes:
+        prompts: that were compared.
+        density: of these runs.
+        ssim: mean over the outputs.
+        ssim_interval: half of its 95 % interval; None of a single output.
+        psnr_db: mean over the outputs.
+    """
+
+    prompts: Texts
+    density: Number
+    ssim: Number
+    ssim_interval: Number | None = None
+    psnr_db: Number
+
+
+class Evidence(Section):
+    """What a tuned preset rests on; it changes nothing.
+
+    Attributes:
+        model: that was observed.
+        revision: of its weights, where known.
+        size: of the outputs.
+        tokens: image tokens on each axis.
+        text_tokens: of the joint sequence.
+        steps: of each run.
+        prompts: that were observed.
+        target: what was wanted.
+        density: foretold for the whole run, as `recall`, `output_error` and `loss`; see `PatternEvidence`.
+        recall: see there.
+        output_error: see there.
+        loss: see there.
+        patterns: those in use, sparsest first.
+        check: None where nothing was checked.
+    """
+
+    model: str
+    revision: str | None = None
+    size: str
+    tokens: Sizes
+    text_tokens: int
+    steps: int
+    prompts: Texts
+    target: str
+    density: Number
+    recall: Number
+    output_error: Number
+    loss: Number
+    patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(_as_tuple)]
+    check: CheckEvidence | None = None
+
+
+class Preset(Section):
+    """A resolved preset.
+
+    Attributes:
+        model: the family of models that it is made for.
+        highres: how large pictures come about; None takes the defaults of the section.
+        guard: share of full attention that each layer has to keep: those that keep less, by what is measured while the
+            run goes on, go wider (`grat_cli.attention.guard`), in every stage; 0 or None for no guard.
+        evidence: of a tuned one.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    model: Family
+    attention: Attention
+    schedule: Schedule = Schedule()
+    kernel: Kernel = Kernel()
+    sampling: Sampling = Sampling()
+    memory: Memory = Memory()
+    highres: HighResolution | None = None
+    guard: Annotated[float | None, BeforeValidator(_share_or_none)] = None
+    evidence: Evidence | None = None
+
+    @model_validator(mode="after")
+    def _check_axes_and_nesting(self) -> Preset:
+        axes = AXES[self.model]
+        if len(self.attention.group) != axes:
+            raise invalid(
+                f"expected {axes} sizes for {self.model}, not {shown(self.attention.group)}", "attention", "group"
+            )
+        for path, attention in self._derived.items():
+            if len(attention.group) != axes:
+                raise invalid(f"the tokens of {self.model} models have {axes} axes", "schedule", *path, "group")
+        cells = self.cells
+        for outer, inner in pairwise(cells):
+            if not nests(inner, outer):
+                raise invalid(
+                    "a run has one token order, so all groups and blocks must nest, "
+                    f"but {shape_text(inner)} does not in {shape_text(outer)}: use {nesting_sizes(inner, outer)}",
+                    "schedule",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tables(self) -> Preset:
+        palette = self.schedule.palette
+        for index, table in enumerate(self.schedule.tables):
+            for number, word in enumerate(table.layers):
+                for letter in sorted(set(word) - set(palette)):
+                    raise invalid(
+                        f"{letter} is none of the palette's letters, {', '.join(palette) or 'which has none'}",
+                        *("schedule", "tables", index, "layers", number),
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Preset:
+        if self.highres is None:
+            return self
+        if axes := AXES[self.model] - 2:
+            raise invalid(f"{self.model} models make videos, which have {axes + 2} axes: leave it out", "highres")
+        for index in range(len(self.highres.stages)):
+            self.of_stage(index)
+        return self
+
+    def of_stage(self, index: int) -> Preset:
+        """The preset with attention and schedule as the override of a stage has them, and no stages of its own.
+
+        Raises:
+            ValidationError: if they do not fit each other.
+        """
+        override = self.highres.stages[index] if self.highres and index < len(self.highres.stages) else StageOverride()
+        changes = {name: value for name in ("attention", "schedule") if (value := getattr(override, name)) is not None}
+        data = {**self.model_dump(), **{name: section.model_dump() for name, section in changes.items()}}
+        try:
+            return Preset.model_validate({**data, "highres": None})
+        except ValidationError as error:
+            problem = problem_of(error.errors()[0])
+            raise invalid(problem.message, "highres", "stages", index, *problem.path) from error
+
+    @cached_property
+    def _derived(self) -> dict[tuple[str, int | str], Attention]:
+        """What rules and palette make of the preset's attention, by where they stand in the schedule."""
+        places: dict[tuple[str, int | str], Change] = {
+            ("rules", number): rule for number, rule in enumerate(self.schedule.rules)
+        }
+        places |= {("palette", letter): change for letter, change in self.schedule.palette.items()}
+        derived = {}
+        for place, change in places.items():
+            try:
+                derived[place] = self.attention.changed(change.changes)
+            except ValidationError as error:
+                problem = problem_of(error.errors()[0])
+                raise invalid(problem.message, "schedule", *place, *problem.path) from error
+        return derived
+
+    @property
+    def attention_of_rules(self) -> tuple[Attention, ...]:
+        """What each rule of the schedule makes of the preset's attention."""
+        return tuple(attention for (section, _), attention in self._derived.items() if section == "rules")
+
+    @property
+    def attention_of_palette(self) -> dict[str, Attention]:
+        """What each letter of the schedule's palette makes of it."""
+        return {str(letter): made for (section, letter), made in self._derived.items() if section == "palette"}
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The preset's own attention, and all that rules and palette make of it."""
+        return (self.attention, *self._derived.values())
+
+    @cached_property
+    def cells(self) -> tuple[tuple[int, ...], ...]:
+        """All groups and blocks of the preset and its schedule, coarsest first: the token order of the run."""
+        sizes = {cell for attention in self.attentions for cell in attention.cells}
+        return tuple(sorted(sizes, key=lambda cell: (math.prod(cell), cell), reverse=True))

@@ -1,0 +1,132 @@
+"""Recall and output error on sampled queries, against dense masks and against the definition of span attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from grat_cli.attention import recall
+from grat_cli.attention.recall import BINS, row_statistics, sample_positions
+from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Union, build_plan, span_attention
+
+HEADS, HEAD_DIM, TEXT = 3, 8, 5
+GRIDS = [Grid((9, 7)), Grid((3, 5, 6)), Grid((1, 1))]
+
+
+def group(grid: Grid) -> tuple[int, ...]:
+    return (4, 2)[: grid.axes] if grid.axes == 2 else (2, 2, 2)
+
+
+def plan_of(grid: Grid, pattern: Pattern, text_first: bool = True, cells: tuple[tuple[int, ...], ...] = ()) -> Plan:
+    return build_plan(Grouping(grid, group(grid), (group(grid), *cells)), pattern, TEXT, text_first)
+
+
+def tensors(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    # Scores as peaked as learned ones, or every pattern's recall would be its density.
+    query, key, value = (torch.randn(tokens, HEADS, HEAD_DIM, generator=generator) for _ in range(3))
+    return 2 * query, key, value
+
+
+def dense_mask(plan: Plan) -> np.ndarray:
+    """`[image, image]` in the plan's order: which tokens are attended one by one; from groups and pattern alone."""
+    places = np.stack(np.unravel_index(plan.order, plan.grouping.grid.shape), 1) // np.asarray(plan.grouping.group)
+    counts = plan.grouping.counts
+    return np.array(
+        [[plan.pattern.level(tuple(a), tuple(b), counts) == 0 for b in places.tolist()] for a in places.tolist()]
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("pattern", [Full(), Block(0), Block(1), CrissCross(1)])
+def test_recall_is_the_mass_under_the_mask(grid: Grid, text_first: bool, pattern: Pattern) -> None:
+    plan = plan_of(grid, pattern, text_first)
+    query, key, value = tensors(plan.tokens)
+    positions = sample_positions(plan, plan.image_tokens)
+    found = row_statistics(query, key, value, [plan], positions)
+
+    mass = (torch.einsum("qhd,khd->hqk", query, key).double() / HEAD_DIM**0.5).softmax(-1)
+    image = slice(plan.image_start, plan.image_start + plan.image_tokens)
+    mask = torch.from_numpy(dense_mask(plan))
+    expected = (mass[:, image, image] * mask).sum(-1).T
+    torch.testing.assert_close(found.kept[0].image.double(), expected, atol=1e-6, rtol=1e-5)
+    text = mass[:, image].sum(-1).T - mass[:, image, image].sum(-1).T
+    torch.testing.assert_close(found.text.double(), text, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.distances.sum(1).double(), (1 - text).mean(0), atol=1e-6, rtol=1e-5)
+
+
+FAR = Union(Block(0), Far([(0, (2, 2))]))
+
+
+@pytest.mark.parametrize("pattern", [Full(), Block(1), CrissCross(1), FAR])
+def test_the_error_is_that_of_span_attention(pattern: Pattern) -> None:
+    grid = Grid((9, 7))
+    plan = plan_of(grid, pattern, cells=((2, 2),))
+    full = plan_of(grid, Full(), cells=((2, 2),))
+    query, key, value = tensors(plan.tokens, seed=1)
+    positions = sample_positions(plan, 20, seed=3)
+    found = row_statistics(query, key, value, [full, plan], positions)
+    of_pattern, of_full = (
+        span_attention(query[None], key[None], value[None], used, backend="reference")[0, positions]
+        for used in (plan, full)
+    )
+    expected = (of_pattern - of_full).norm(dim=-1) / of_full.norm(dim=-1)
+    # Outputs of fp32 products, a difference of which is taken: errors of a few ulps over the outputs' length.
+    torch.testing.assert_close(found.kept[1].error, expected, atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(found.output, of_full.norm(dim=-1))
+    assert found.kept[0].error.max() < 2e-6
+    if pattern is FAR:
+        near = row_statistics(query, key, value, [plan_of(grid, Block(0), cells=((2, 2),))], positions).kept[0]
+        torch.testing.assert_close(found.kept[1].image, near.image)  # summaries are no tokens
+        assert found.kept[1].error.mean() < near.error.mean()
+
+
+def test_heads_are_taken_in_parts_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(Grid((9, 7)), Block(1))
+    query, key, value = tensors(plan.tokens)
+    positions = sample_positions(plan, 10)
+    whole = row_statistics(query, key, value, [plan], positions)
+    monkeypatch.setattr(recall, "_BUDGET_BYTES", 1)
+    parts = row_statistics(query, key, value, [plan], positions)
+    for one, other in (
+        (whole.text, parts.text),
+        (whole.distances, parts.distances),
+        *zip(*(w.kept[0] for w in (whole, parts)), strict=True),
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_distances_are_binned_over_the_diagonal() -> None:
+    plan = plan_of(Grid((9, 7)), Full())
+    query, key, value = (torch.zeros(plan.tokens, HEADS, HEAD_DIM) for _ in range(3))
+    value += 1
+    corner = np.array([plan.image_start + int(plan.inverse[0])])
+    found = row_statistics(query, key, value, [plan], corner)  # equal mass everywhere
+    rows, columns = np.indices((9, 7))
+    bins = np.minimum((np.hypot(rows, columns) / np.hypot(8, 6) * BINS).astype(int), BINS - 1)
+    expected = np.bincount(bins.ravel(), minlength=BINS) / plan.tokens
+    np.testing.assert_allclose(found.distances, np.tile(expected, (HEADS, 1)), rtol=1e-5)
+
+
+def test_sampled_recall_lies_in_the_interval_of_its_sample() -> None:
+    """Means over sampled queries, against the mean over all, within four standard errors of drawing without return."""
+    plan = plan_of(Grid((24, 20)), Block(1))
+    query, key, value = tensors(plan.tokens, seed=2)
+    every = row_statistics(query, key, value, [plan], sample_positions(plan, plan.image_tokens)).kept[0].image
+    for seed in range(5):
+        some = row_statistics(query, key, value, [plan], sample_positions(plan, 64, seed)).kept[0].image
+        standard_error = every.std(0) * ((1 - 64 / len(every)) / 64) ** 0.5
+        assert ((some.mean(0) - every.mean(0)).abs() < 4 * standard_error).all()
+
+
+def test_positions_are_image_tokens_none_twice() -> None:
+    for text_first in (True, False):
+        plan = plan_of(Grid((9, 7)), Full(), text_first)
+        positions = sample_positions(plan, 30)
+        assert len(set(positions.tolist())) == 30
+        assert positions.min() >= plan.image_start
+        assert positions.max() < plan.image_start + plan.image_tokens
+        assert len(sample_positions(plan, 1000)) == plan.image_tokens
+        assert sample_positions(plan, 30, seed=1).tolist() != positions.tolist()

@@ -1,0 +1,239 @@
+"""Whole runs of the demo with pictures: what is made, compared, skipped and recorded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import grat
+from PIL import Image
+
+from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
+from grat_cli.bench.inside_models import Host, stock_attention
+from grat_cli.bench.measure import Unwatched
+from grat_cli.bench.results import BenchResult, Row
+from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures, noise_floor
+from grat_cli.demo import DEMO_FLUX, unknown_words, vocabulary
+from grat_cli.demo.architecture import load_pipeline
+from grat_cli.errors import BadInput
+from grat_cli.fidelity.quality import compare
+from grat_cli.fidelity.variants import Variant, parse_variants
+from grat_cli.models.catalogue import choose_model
+from grat_kernels import Backend, Block, Grid, Grouping
+
+WIDTH, HEIGHT, STEPS = 96, 80, 2
+GRID = Grid((HEIGHT // 8, WIDTH // 8))
+NAMES = ("grat-b:group=4:radius=0", "na:window=5", "clear:window=3")
+
+
+class Progress(Unwatched):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.steps: list[tuple[int, int]] = []
+        self.notes: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def step(self, done: int, total: int) -> None:
+        self.steps.append((done, total))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def settings(**changes: Any) -> ImageSettings:
+    given: dict[str, Any] = {
+        "model": choose_model("demo"),
+        "compare": parse_variants(",".join(("full", *NAMES))),
+        "prompts": PROMPTS[:2],
+        "width": WIDTH,
+        "height": HEIGHT,
+        "steps": STEPS,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return ImageSettings(**(given | changes))
+
+
+def rows(result: BenchResult) -> dict[str, Row]:
+    return {row.name: row for row in result.cases[0].rows}
+
+
+@pytest.fixture(scope="module")
+def run() -> tuple[BenchResult, Pictures, Progress]:
+    progress = Progress()
+    return *run_image_level(settings(seeds_per_prompt=2), progress), progress
+
+
+def test_every_row_has_a_time_and_a_picture_for_every_prompt_and_seed(run: Any) -> None:
+    result, pictures, progress = run
+    names = ["full", *NAMES, NOISE_FLOOR]
+    assert list(rows(result)) == [name for name, _ in pictures.rows] == names
+    assert pictures.column_titles == [f"{PROMPTS[number % 2]}, seed {number}" for number in range(4)]
+    assert all(len(made) == 4 and made[0].size == (WIDTH, HEIGHT) for _, made in pictures.rows)
+    for row in rows(result).values():
+        assert row.skipped is None
+        assert len(row.times_ms) == 4
+        assert len(row.step_times_ms) == STEPS
+        assert row.attention_ms is not None
+        assert 0 < row.attention_ms < sum(row.step_times_ms) < 2 * max(row.times_ms)
+    assert progress.steps == [(done, 20) for done in range(1, 21)] + [(1, 2), (2, 2)]
+    assert progress.phases == ["loading the model", "warming up", "making pictures", "measuring recall"]
+    assert BenchResult.from_json(json.dumps(result.as_dict(), allow_nan=False)).cases == result.cases
+
+
+def test_pictures_of_full_attention_are_those_of_stock_diffusers(run: Any) -> None:
+    _, pictures, _ = run
+    pipe: Any = load_pipeline(DEMO_FLUX.path)
+    pipe.set_progress_bar_config(disable=True)
+    for number, made in enumerate(pictures.rows[0][1]):
+        stock = pipe(
+            PROMPTS[number % 2],
+            negative_prompt="",
+            true_cfg_scale=DEMO_FLUX.guidance,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=STEPS,
+            max_sequence_length=DEMO_FLUX.text_tokens,
+            generator=torch.Generator().manual_seed(number),
+        ).images[0]
+        # Between processes or buffers of another alignment, sums may differ in their last bit.
+        assert np.abs(np.asarray(stock).astype(int) - np.asarray(made).astype(int)).max() <= 1
+
+
+def test_quality_is_that_of_the_pictures_beside_those_of_full_attention(run: Any) -> None:
+    result, pictures, _ = run
+    made = dict(pictures.rows)
+    found = rows(result)
+    assert found["full"].quality is None
+    for name in (*NAMES, NOISE_FLOOR):
+        assert found[name].quality == compare(made["full"], made[name])
+    floor, pattern = found[NOISE_FLOOR].quality, found[NAMES[0]].quality
+    assert floor is not None
+    assert pattern is not None
+    assert floor.ssim > 0.999 > pattern.ssim
+    assert (found[NOISE_FLOOR].role, found[NOISE_FLOOR].kernel) == ("noise floor", "flex")
+
+
+def test_the_record_says_what_was_made(run: Any) -> None:
+    result, _, _ = run
+    assert result.level == "image"
+    recorded = result.settings
+    assert (recorded["model"], recorded["steps"], recorded["guidance"]) == ("demo", STEPS, DEMO_FLUX.guidance)
+    assert (recorded["prompts"], recorded["seeds"]) == (list(PROMPTS[:2]), [0, 1, 2, 3])
+    assert result.cases[0].title == f"{WIDTH}x{HEIGHT} pixels"
+    assert result.cases[0].grid == GRID.shape
+
+
+def test_windows_are_judged_as_patterns_are(run: Any) -> None:
+    result, _, progress = run
+    found = rows(result)
+    for name in NAMES[:2]:
+        fidelity = found[name].fidelity
+        assert fidelity is not None
+        assert 0 < fidelity.recall < 1
+        assert fidelity.output_error > 0
+        assert fidelity.recall_interval is not None
+    assert found[NAMES[2]].fidelity is None
+    assert progress.notes == [f"No recall of {NAMES[2]}: a disc around each token is no pattern of groups."]
+    assert result.settings["recall"]["prompts"] == 2
+
+
+def test_variants_may_be_given_ready_made() -> None:
+    own = Variant("own", "grat-b", "pattern", "of my own", GRID, Grouping(GRID, (5, 4)), Block(9))
+    result, pictures = run_image_level(settings(compare=(own,), prompts=PROMPTS[:1]))
+    row = rows(result)["own"]
+    assert (row.density, row.kernel) == (1.0, "sdpa")
+    quality = row.quality
+    assert quality is not None
+    assert quality.ssim > 0.999
+    assert quality.ssim_interval is None, "one picture has no interval"
+    assert [name for name, _ in pictures.rows] == ["full", "own", NOISE_FLOOR]
+    with pytest.raises(BadInput, match="own is for 10x12 tokens, not 4x4"):
+        run_image_level(settings(compare=(own,), width=32, height=32))
+
+
+def test_rows_that_would_take_too_long_are_skipped() -> None:
+    progress = Progress()
+    result, pictures = run_image_level(settings(compare=(), max_seconds=1e-3), progress)
+    assert [row.skipped is not None for row in rows(result).values()] == [True, True]
+    assert "2 pictures would take about" in str(rows(result)["full"].skipped)
+    assert "--max-seconds" in progress.notes[0]
+    assert pictures.rows == []
+
+
+@pytest.mark.parametrize("what", ["not finite", "out of memory"])
+def test_a_row_that_fails_is_skipped_and_the_others_go_on(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = Host.inside
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if what == "out of memory":
+            raise torch.OutOfMemoryError("no more")
+        return query * torch.nan
+
+    def broken(self: Host, variant: Variant, dense: Any = None) -> Any:
+        inside = stock(self, variant, dense)
+        if variant.name != NAMES[0]:
+            return inside
+        return replace(
+            inside, attach=lambda observer, step: stock_attention(self.transformer, observer, step, attend=attend)
+        )
+
+    monkeypatch.setattr(Host, "inside", broken)
+    progress = Progress()
+    result, pictures = run_image_level(settings(compare=parse_variants(NAMES[0]), prompts=PROMPTS[:1]), progress)
+    row = rows(result)[NAMES[0]]
+    assert row.skipped is not None
+    assert {"not finite": "NaN or infinite", "out of memory": "out of memory"}[what] in row.skipped
+    assert row.quality is None
+    assert [name for name, _ in pictures.rows] == ["full", NOISE_FLOOR]
+    assert progress.notes == [f"{NAMES[0]} is skipped: {row.skipped}"]
+    assert "recall" not in result.settings
+
+
+def test_without_a_second_backend_there_is_no_noise_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(None, "flux", 24, Backend.SDPA, torch.device("cpu"), torch.float32)
+    large = Grid((512, 512))
+    _, reason = noise_floor(host, large, None, 64, large.tokens)
+    assert isinstance(reason, str)
+    assert "262144 tokens are more than" in reason
+    with pytest.raises(BadInput, match="triton backend cannot make a noise floor here"):
+        noise_floor(replace(host, dtype=torch.float64), GRID, "triton", 64, GRID.tokens)
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(BadInput, match="at least one prompt"):
+        run_image_level(settings(prompts=()))
+    with pytest.raises(BadInput, match="multiples of 16"):
+        run_image_level(settings(width=100))
+    with pytest.raises(BadInput, match="triton backend cannot run here"):
+        run_image_level(settings(backend="triton", dtype="bfloat16"))
+
+
+def test_the_prompts_are_different_pictures() -> None:
+    assert len(set(PROMPTS)) == len(PROMPTS) == 16
+    assert all(not unknown_words(prompt, vocabulary()) for prompt in PROMPTS)
+
+
+def test_the_command_makes_a_contact_sheet(tmp_path: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox in the snow\n\na blue boat at night\n")
+    done = grat(
+        *("bench", "--level", "image", "--model", "demo", "--res", f"{WIDTH}x{HEIGHT}", "--prompts", prompts),
+        *("--compare", NAMES[0], "--device", "cpu", "--out", tmp_path / "made", "--json"),
+    )
+    assert done.code == 0, done.err
+    assert done.data["settings"]["prompts"] == ["a red fox in the snow", "a blue boat at night"]
+    assert done.data["settings"]["steps"] == DEMO_FLUX.steps
+    assert [row["name"] for row in done.data["cases"][0]["rows"]] == ["full", NAMES[0], NOISE_FLOOR]
+    assert done.data["contact_sheet"] == "made.png"
+    with Image.open(tmp_path / "made.png") as sheet:
+        assert sheet.width > 2 * WIDTH
+        assert sheet.height > 3 * HEIGHT

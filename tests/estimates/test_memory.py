@@ -1,0 +1,314 @@
+"""The memory that a run is foretold to need, against what torch allocates: within 15 % at every peak."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from tracked_memory import track
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
+
+from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.bench.random_weights import (
+    STEP_MODELS,
+    parameter_count,
+    random_transformer,
+    step_inputs,
+    step_model,
+    transformer_config,
+)
+from grat_cli.console.progress import ProgressDisplay
+from grat_cli.demo import DEMO_HUNYUAN
+from grat_cli.estimates.components import AutoencoderShape, Components, components_of, transformer_shape
+from grat_cli.estimates.memory import (
+    Execution,
+    Pixels,
+    decode_moments,
+    denoise_moments,
+    encode_moments,
+    run_memory,
+)
+from grat_cli.estimates.planning import architecture_for, forecast
+from grat_cli.estimates.stages import stages_of
+from grat_cli.families.flux import FluxAdapter
+from grat_cli.families.guidance import choose_guidance
+from grat_cli.families.hunyuan import HunyuanAdapter
+from grat_cli.generation.image_request import ImageRequest
+from grat_cli.generation.pictures import encode_text
+from grat_cli.generation.selection import select_preset
+from grat_cli.generation.stage_run import Studio
+from grat_cli.models.catalogue import KNOWN_MODELS, choose_model
+from grat_cli.models.loading import load_model
+from grat_cli.models.resolution import Resolution
+from grat_cli.presets import load_preset
+from grat_kernels import Backend, Grid
+
+# What grat promises of its memory model.
+TOLERANCE = 0.15
+UNUSED: Any = AutoencoderShape("tiny", (8,), (1,), 4, 0, attention=False)
+
+
+def compare(predicted: dict[str, float], run: Callable[[], Any]) -> None:
+    """Asserts that the largest moment is what running allocates at most; `pytest -rP` shows the figures."""
+    with torch.no_grad():
+        measured = track(run).peak_bytes
+    moment = max(predicted, key=lambda name: predicted[name])
+    foretold = predicted[moment]
+    error = foretold / measured - 1
+    print(f"{moment}: foretold {foretold / 2**20:.1f} MiB, measured {measured / 2**20:.1f}, {error:+.1%}")
+    assert max(predicted.values()) == pytest.approx(measured, rel=TOLERANCE), predicted
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    """The demo's pipeline of pictures."""
+    return load_model(choose_model("demo"), device=torch.device("cpu"), dtype=torch.float32).pipe
+
+
+@pytest.mark.parametrize(
+    ("variant", "width", "height", "guidance"),
+    [
+        ("full", 256, 256, 4.0),
+        ("full", 384, 256, 1.0),
+        ("b", 256, 256, 4.0),
+        ("b", 512, 256, 4.0),
+        ("x", 256, 256, 4.0),
+        ("far", 256, 256, 4.0),
+        ("far", 256, 384, 1.0),
+    ],
+)
+def test_denoising_of_the_demo(demo: Any, variant: str, width: int, height: int, guidance: float) -> None:
+    choice = choose_model("demo")
+    preset = select_preset(choice, variant=variant, steps=1, guidance=guidance)
+    request = ImageRequest(prompt="a red fox", preset=preset, model=choice, width=width, height=height, seeds=(1,))
+    steering = choose_guidance(demo, choice, preset, None)
+    text = encode_text(demo, request, steering.negative_prompt)
+    expected = forecast(preset, "demo", architecture_for(choice), Resolution(width, height), "float32")
+    predicted = denoise_moments(
+        components_of(choice),
+        list(expected.schedule.plans),
+        Execution("float32", on_cpu=True),
+        steering.negative_prompt is not None,
+    )
+    (stage,) = stages_of(preset, choice, width, height)
+    studio = Studio(demo, torch.device("cpu"), ProgressDisplay())
+    compare(predicted, lambda: studio.run(stage, text, steering, None, torch.Generator().manual_seed(1)))
+
+
+class OneStep:
+    """A run of one step."""
+
+    def __init__(self, schedule: AttentionSchedule) -> None:
+        self._schedule = schedule
+
+    def current_step(self) -> int:
+        """The step."""
+        return 0
+
+    def schedule(self, text_len: int) -> AttentionSchedule:
+        """Its schedule."""
+        return self._schedule
+
+
+def config_of(name: str, layers: tuple[int, int] | None) -> dict[str, Any]:
+    if name == "demo-hunyuan":
+        return json.loads((DEMO_HUNYUAN.path / "transformer" / "config.json").read_text())
+    return transformer_config(step_model(name), layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "grid", "preset", "dtype", "chunk"),
+    [
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-full", torch.float32, None),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-b", torch.float32, None),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-planes", torch.float32, None),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-far", torch.float32, None),
+        ("flux-dev", (1, 0), (32, 32), "flux-x", torch.float32, None),
+        ("flux-dev", (0, 1), (32, 32), "flux-far", torch.float32, None),
+        ("flux-dev", (0, 1), (32, 32), "flux-b", torch.bfloat16, None),
+        ("hunyuan", (1, 0), (2, 16, 16), "hunyuan-b", torch.float32, None),
+        ("flux-dev", (0, 1), (32, 32), "flux-b", torch.float32, 256),
+        ("demo", None, (48, 48), "demo-full", torch.float32, 512),
+        ("demo-hunyuan", None, (9, 12, 16), "hunyuan-full", torch.float32, 256),
+    ],
+)
+def test_a_step_of_a_random_transformer(
+    name: str,
+    layers: tuple[int, int] | None,
+    grid: tuple[int, ...],
+    preset: str,
+    dtype: torch.dtype,
+    chunk: int | None,
+) -> None:
+    """Real widths and few layers: memory does not grow with their number, but for weights."""
+    config = config_of(name, layers)
+    shape, video = transformer_shape(config), len(grid) == 3
+    text_len = 32 if name == "demo-hunyuan" else STEP_MODELS[name].text_tokens
+    schedule = AttentionSchedule(
+        load_preset(preset), Grid(grid), text_len, not video, 1, shape.double_blocks + shape.single_blocks
+    )
+    transformer = random_transformer(config, "cpu", dtype)
+    inputs = step_inputs(config, grid, text_len, "cpu", dtype)
+    adapter: Any = (HunyuanAdapter if video else FluxAdapter)(transformer, Grid(grid), chunk_tokens=chunk)
+    execution = Execution(str(dtype).removeprefix("torch."), on_cpu=True, chunk_tokens=chunk)
+    with adapter.attached(OneStep(schedule), Backend.SDPA):
+        compare(
+            denoise_moments(Components((), shape, UNUSED), list(schedule.plans), execution),
+            lambda: transformer(**inputs),
+        )
+
+
+CPU = Execution("float32", on_cpu=True)
+
+
+def whole(predicted: dict[str, float], size: Pixels) -> dict[str, float]:
+    """Without the pixels that `image_coding` collects beside the autoencoder's own work."""
+    return {name: bytes_ - size.count * 4 for name, bytes_ in predicted.items()}
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (256, 512)])
+def test_coding_of_the_demo(demo: Any, width: int, height: int) -> None:
+    shape, size = components_of(choose_model("demo")).autoencoder, Pixels(width, height)
+    assert isinstance(demo.vae, AutoencoderTiny)
+    latents, pixels = torch.randn(1, 4, height // 4, width // 4), torch.randn(1, 3, height, width)
+    compare(whole(decode_moments(shape, size, CPU), size), lambda: demo.vae.decode(latents))
+    compare(whole(encode_moments(shape, size, CPU), size), lambda: demo.vae.encode(pixels))
+
+
+@pytest.mark.parametrize(("channels", "side"), [((16, 32, 64, 64), 256), ((64, 128, 256, 256), 128)])
+def test_coding_of_an_autoencoder_like_that_of_flux(channels: tuple[int, ...], side: int) -> None:
+    levels = len(channels)
+    autoencoder: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore
+        block_out_channels=channels,  # pyright: ignore
+        layers_per_block=2,
+        latent_channels=16,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    shape, size = AutoencoderShape("kl", channels, (3,) * levels, 16, 0, attention=True), Pixels(side, side)
+    latents, pixels = torch.randn(1, 16, side // 8, side // 8), torch.randn(1, 3, side, side)
+    compare(whole(decode_moments(shape, size, CPU), size), lambda: autoencoder.decode(latents))
+    compare(whole(encode_moments(shape, size, CPU), size), lambda: autoencoder.encode(pixels))
+
+
+@pytest.mark.parametrize(
+    ("frames", "width", "height", "tile"),
+    [(9, 96, 64, None), (33, 64, 96, None), (17, 96, 64, 64), (5, 160, 288, None)],
+)
+def test_decoding_of_videos(frames: int, width: int, height: int, tile: int | None) -> None:
+    """In fp32, whole, in windows of frames, in tiles, and small enough for torch's convolution by columns."""
+    from grat_cli.generation.video_decoding import use_tiles
+
+    shape = components_of(choose_model("demo", "video")).autoencoder
+    loader: Any = AutoencoderKLHunyuanVideo
+    autoencoder = loader.from_pretrained(DEMO_HUNYUAN.path / "vae", torch_dtype=torch.float32)
+    use_tiles(autoencoder, tile)
+    latents = torch.randn(1, shape.latent_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+    predicted = decode_moments(shape, Pixels(width, height, frames), replace(CPU, tile=tile))
+    compare(predicted, lambda: autoencoder.decode(latents))
+
+
+@pytest.mark.parametrize("name", STEP_MODELS)
+def test_weights_of_transformers_are_those_of_diffusers(name: str) -> None:
+    config = transformer_config(step_model(name))
+    assert transformer_shape(config).parameters == parameter_count(config)
+
+
+def test_weights_of_other_parts_are_those_of_their_classes() -> None:
+    def count(model: Any) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    # LlamaConfig's own defaults are 4096 channels, 32 layers and 32 heads; CLIP's and T5's likewise where not given.
+    levels: Any = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    flux_autoencoder: Any = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+    with torch.device("meta"):
+        clip = count(CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)))
+        t5 = count(
+            T5EncoderModel(
+                T5Config(d_model=4096, d_ff=10240, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu")
+            )
+        )
+        llama = count(LlamaModel(LlamaConfig(vocab_size=128320, intermediate_size=14336, num_key_value_heads=8)))
+        autoencoder = count(
+            AutoencoderKL(**levels, **flux_autoencoder, use_quant_conv=False, use_post_quant_conv=False)
+        )
+        of_videos = count(AutoencoderKLHunyuanVideo())
+    flux = components_of(KNOWN_MODELS["image"]["flux-dev"])
+    video = components_of(KNOWN_MODELS["video"]["hunyuan"])
+    assert [encoder.parameters for encoder in flux.text_encoders] == [clip, t5]
+    assert [encoder.parameters for encoder in video.text_encoders] == [llama, clip]
+    assert (flux.autoencoder.parameters, video.autoencoder.parameters) == (autoencoder, of_videos)
+
+
+@pytest.mark.parametrize("medium", ["image", "video"])
+def test_weights_of_a_folder_are_those_in_its_files(medium: Any) -> None:
+    choice = choose_model("demo", medium)
+    pipe = load_model(choice, device=torch.device("cpu"), dtype=torch.float32).pipe
+    components = components_of(choice)
+    parts = (pipe.text_encoder, pipe.text_encoder_2, pipe.transformer, pipe.vae)
+    counts = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+    assert [encoder.parameters for encoder in components.text_encoders] == counts[:2]
+    assert [components.transformer.parameters, components.autoencoder.parameters] == counts[2:]
+    assert components.parameters == sum(counts)
+
+
+def test_offloading_leaves_fewer_weights_on_the_device() -> None:
+    choice = KNOWN_MODELS["image"]["flux-dev"]
+    components, preset = components_of(choice), load_preset("flux-x")
+    expected = forecast(preset, choice.name, architecture_for(choice), Resolution(1024, 1024))
+
+    def weights(**changes: Any) -> dict[str, float]:
+        memory = run_memory(components, Pixels(1024, 1024), expected.schedule.plans, Execution(**changes))
+        return {phase.phase: phase.weights for phase in memory.phases}
+
+    everything, transformer = 2 * components.parameters, 2 * components.transformer.parameters
+    assert weights() == dict.fromkeys(("text", "denoise", "decode"), everything)
+    by_part = weights(offload="model")
+    assert by_part["denoise"] == transformer
+    assert by_part["text"] == 2 * components.text_encoders[1].parameters
+    order = [weights(offload=kind)["denoise"] for kind in ("none", "model", "group", "sequential")]
+    assert order == sorted(order, reverse=True)
+    assert len(set(order)) == 4
+    assert weights(quantize="int8")["denoise"] < 0.6 * everything
+    assert weights(quantize="nf4")["denoise"] < 0.35 * everything
+
+
+def test_chunks_take_less_where_tokens_are_many() -> None:
+    choice = KNOWN_MODELS["image"]["flux-dev"]
+    expected = forecast(load_preset("flux-x"), choice.name, architecture_for(choice), Resolution(8192, 8192))
+
+    def peak(**changes: Any) -> float:
+        moments = denoise_moments(components_of(choice), list(expected.schedule.plans), Execution(**changes))
+        return max(moments.values())
+
+    row = 3072 * 2
+    assert peak(chunk_tokens=None) > 15 * 262_656 * row  # as much as a single block holds when it projects
+    assert peak() == peak(chunk_tokens=16_384) < 0.7 * peak(chunk_tokens=None)
+    assert peak() < peak(chunk_tokens=200_000) < peak(chunk_tokens=None)
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    import shutil
+
+    from grat_cli.errors import ModelUnavailable
+
+    choice = choose_model("demo")
+    shutil.copytree(choice.source, tmp_path / "copy")
+    damaged = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
+    damaged.write_bytes(b"abc")
+    with pytest.raises(ModelUnavailable, match="cut off"):
+        components_of(replace(choice, source=str(tmp_path / "copy")))
+    damaged.unlink()
+    with pytest.raises(ModelUnavailable, match=r"no \.safetensors file"):
+        components_of(replace(choice, source=str(tmp_path / "copy")))

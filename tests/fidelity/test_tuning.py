@@ -1,0 +1,216 @@
+"""Fitting a preset: the palette, what is chosen of it, how it is written, and the whole way on the demo model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_hunyuan
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.bench.measure import Unwatched
+from grat_cli.errors import BadInput
+from grat_cli.fidelity.fitted_preset import LETTERS, schedule_of, stretches_of
+from grat_cli.fidelity.palette import palette
+from grat_cli.fidelity.tuning import Observations, TuneRequest, choose, tune
+from grat_cli.generation.makers import request_for
+from grat_cli.generation.selection import select_preset
+from grat_cli.models.catalogue import choose_model
+from grat_cli.presets import Preset, load_preset, preset_yaml, ranges
+from grat_kernels import Full, Grid, HeadPlan, Plan
+from grat_kernels.geometry import nests
+
+SIDE, STEPS = 96, 4  # 12 x 12 tokens of the demo
+CANDIDATES = palette((4, 4))
+
+
+@pytest.mark.parametrize("group", [(4, 4), (16, 16), (6, 5), (1, 1), (4, 8, 8), (3, 1, 7)])
+def test_a_palette_has_one_token_order_and_letters_for_all(group: tuple[int, ...]) -> None:
+    made = palette(group)
+    assert len(set(made)) == len(made) <= len(LETTERS)
+    assert made[0].variant == "full"
+    cells = sorted({cell for attention in made for cell in attention.cells}, key=np.prod, reverse=True)
+    assert all(nests(inner, outer) for outer, inner in itertools.pairwise(cells))
+    assert {bool(attention.far) for attention in made} == {True, False}
+
+
+@given(st.integers(1, 40), st.integers(1, 200))
+def test_stretches_hold_every_step_once(count: int, steps: int) -> None:
+    of_stretches = [ranges.covered(text, steps) for text in stretches_of(count)]
+    assert [step for stretch in of_stretches for step in stretch] == list(range(steps))
+    lengths = [len(stretch) for stretch in of_stretches]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.data())
+def test_a_schedule_says_what_was_chosen(stretches: int, layers: int, heads: int, data: st.DataObject) -> None:
+    numbers = st.integers(0, len(CANDIDATES) - 1)
+    count = stretches * layers * heads
+    flat = data.draw(st.lists(numbers, min_size=count, max_size=count))
+    choice = np.array(flat).reshape(stretches, layers, heads)
+    own, schedule = schedule_of(CANDIDATES, choice, stretches_of(stretches))
+    preset = Preset(name="chosen", model="demo", attention=own, schedule=schedule)
+    laid_out = AttentionSchedule(preset, Grid((12, 12)), 5, True, 2 * stretches, layers, heads)
+    for step in range(2 * stretches):
+        for layer in range(layers):
+            plan = laid_out.plan(step, layer)
+            for head, number in enumerate(choice[step // 2, layer].tolist()):
+                of_head = plan.classes[plan.class_of_head[head]] if isinstance(plan, HeadPlan) else plan
+                assert isinstance(of_head, Plan)
+                assert of_head.pattern == CANDIDATES[number].pattern()
+                if not isinstance(of_head.pattern, Full):  # full attention takes whatever groups there are
+                    assert of_head.grouping.group == CANDIDATES[number].group
+
+
+def observations(seed: int = 0, steps: int = STEPS, layers: int = 2, heads: int = 3) -> Observations:
+    """Random losses that fall with density; full attention loses nothing."""
+    generator = np.random.default_rng(seed)
+    densities = np.sort(generator.uniform(0.05, 0.9, len(CANDIDATES)))[::-1].copy()
+    densities[0] = 1.0
+    shape = (steps, layers, heads, len(CANDIDATES))
+    loss = generator.uniform(0.5, 1.5, shape) * (1 - densities)
+    recall = np.clip(densities * generator.uniform(0.9, 1.1, shape), 0, 1)
+    recall[..., 0] = 1.0
+    return Observations(densities, np.full((steps, layers), 8), recall, loss / 2, loss)
+
+
+def tune_request(folder: Path, **changes: Any) -> TuneRequest:
+    model = choose_model("demo")
+    preset = select_preset(model, steps=STEPS)
+    given: dict[str, Any] = {
+        "request": request_for(model, preset, "a red fox", width=SIDE, height=SIDE, device="cpu", dtype="float32"),
+        "prompts": ("a red fox", "a blue boat"),
+        "candidates": CANDIDATES,
+        "density": 0.5,
+        "stretches": 2,
+        "observed": 1,
+        "rows": 16,
+        "folder": folder,
+        "name": "fitted",
+    }
+    return TuneRequest(**(given | changes))
+
+
+@pytest.mark.parametrize("density", [0.15, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("stretches", [1, 2, 3])
+def test_a_density_wanted_is_kept_and_nothing_fixed_as_sparse_loses_less(
+    tmp_path: Path, density: float, stretches: int
+) -> None:
+    found = observations()
+    request = tune_request(tmp_path, density=density, stretches=stretches)
+    choice = choose(request, found)
+    lengths = np.array([len(steps) for steps in request.steps_of_stretches()]) / STEPS
+    assert lengths @ found.densities[choice].mean((1, 2)) <= density + 1e-9
+    losses = found.of_stretches(request.steps_of_stretches(), "loss")
+    chosen = lengths @ np.take_along_axis(losses, choice[..., None], 3)[..., 0].mean((1, 2))
+    fixed = (lengths @ losses.mean((1, 2)))[found.densities <= density]
+    assert chosen <= fixed.min() + 1e-9
+
+
+@pytest.mark.parametrize("recall", [0.2, 0.6, 0.9, 1.0])
+def test_a_recall_wanted_is_reached_and_not_overshot(tmp_path: Path, recall: float) -> None:
+    found = observations()
+    request = tune_request(tmp_path, density=None, recall=recall, stretches=1)
+    choice = choose(request, found)
+    means = found.of_stretches(request.steps_of_stretches(), "recall")
+    chosen = np.take_along_axis(means, choice[..., None], 3)[..., 0]
+    # One unit's move reaches the target at last; the moves are no finer than that.
+    assert recall - 1e-9 <= chosen.mean() <= recall + 1 / chosen.size
+
+
+def test_what_cannot_be_reached_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no choice of these patterns has a density of 0\.01"):
+        choose(tune_request(tmp_path, density=0.01), observations())
+    with pytest.raises(BadInput, match="a run of 4 steps has no 5 stretches"):
+        tune_request(tmp_path, stretches=5).steps_observed()
+
+
+def test_observations_of_several_runs_are_their_mean() -> None:
+    parts = [observations(seed) for seed in (1, 2)]
+    parts[1] = Observations(parts[0].densities, 3 * parts[1].queries, parts[1].recall, parts[1].error, parts[1].loss)
+    merged = Observations.merged(parts)
+    assert (merged.queries == 4 * parts[0].queries).all()
+    np.testing.assert_allclose(merged.loss, (parts[0].loss + 3 * parts[1].loss) / 4)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneRequest, Preset]:
+    request = tune_request(tmp_path_factory.mktemp("fitted") / "kept", checked=("a green tree", "a white cat"))
+    return request, tune(request, Unwatched())
+
+
+def test_a_fitted_preset_runs_as_its_evidence_foretells(fitted: tuple[TuneRequest, Preset]) -> None:
+    _, tuned = fitted
+    evidence = tuned.evidence
+    assert evidence is not None
+    assert evidence.check is not None
+    laid_out = AttentionSchedule(tuned, Grid((12, 12)), evidence.text_tokens, True, STEPS, 5, 3)
+    # Evidence has four significant figures.
+    assert laid_out.density == pytest.approx(evidence.density, rel=5e-4)
+    assert evidence.check.density == pytest.approx(laid_out.density, rel=5e-4)
+    assert evidence.density <= 0.5 * (1 + 5e-4)
+    assert sum(pattern.share for pattern in evidence.patterns) == pytest.approx(1, rel=5e-3)
+    assert 0 < evidence.check.ssim < 1
+    assert len(evidence.check.prompts) == 2
+
+
+def test_a_fitted_preset_is_read_back_as_it_was(fitted: tuple[TuneRequest, Preset], tmp_path: Path) -> None:
+    path = tmp_path / "fitted.yaml"
+    path.write_text(preset_yaml(fitted[1]), encoding="utf-8")
+    assert load_preset(str(path)) == fitted[1]
+
+
+def test_what_was_observed_is_not_observed_again(fitted: tuple[TuneRequest, Preset]) -> None:
+    request, tuned = fitted
+    first, second = sorted(request.folder.iterdir())
+    second.unlink()
+    before = first.stat().st_mtime_ns
+    again = tune(tune_request(request.folder), Unwatched())
+    assert first.stat().st_mtime_ns == before
+    assert second.exists()
+    assert again.schedule == tuned.schedule
+    assert again.evidence is not None
+    assert again.evidence.check is None
+
+
+def test_observations_of_something_else_are_refused(fitted: tuple[TuneRequest, Preset]) -> None:
+    with pytest.raises(BadInput, match=r"is of another model, size, prompt or palette: remove the folder"):
+        tune(tune_request(fitted[0].folder, rows=8), Unwatched())
+
+
+def test_a_damaged_observation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "observed-000.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(BadInput, match="observed-000"):
+        tune(tune_request(tmp_path), Unwatched())
+
+
+def test_full_attention_for_everything_is_full_attention(tmp_path: Path) -> None:
+    tuned = tune(tune_request(tmp_path, density=1.0, prompts=("a red fox",), checked=("a red fox",)), Unwatched())
+    assert tuned.evidence is not None
+    assert tuned.evidence.check is not None
+    assert tuned.evidence.loss < 1e-6
+    assert tuned.evidence.check.ssim > 0.999
+
+
+def test_a_video_model_is_fitted_too(tmp_path: Path) -> None:
+    folder = tiny_hunyuan.save(tmp_path / "tiny", guidance_embeds=False)
+    model = choose_model(str(folder), "video")
+    preset = select_preset(model, variant="b", steps=2, group="1x1x2")
+    request = tune_request(
+        tmp_path / "kept",
+        request=request_for(model, preset, "waves", width=48, height=32, frames=9, device="cpu", dtype="float32"),
+        prompts=("waves", "a red boat sailing at sunset"),
+        candidates=palette((1, 1, 2)),
+        checked=("snow",),
+        stretches=1,
+    )
+    evidence = tune(request, Unwatched()).evidence
+    assert evidence is not None
+    assert evidence.check is not None
+    assert evidence.tokens == (3, 2, 3)
+    assert evidence.density <= 0.5

@@ -1,0 +1,314 @@
+"""Generation with the bundled model, against stock diffusers; how failures end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import grat_cli
+from grat_cli.demo import DEMO_FLUX
+from grat_cli.errors import BadInput, NumericalFailure, OutOfMemory
+from grat_cli.families.guidance import NEGATIVE_PROMPT_SCALE, choose_guidance
+from grat_cli.generation import pictures
+from grat_cli.generation.pictures import GeneratedImage, ImageRequest, generate_images
+from grat_cli.models.catalogue import choose_model
+from grat_cli.models.loading import LoadedModel, load_model
+from grat_cli.presets import Preset
+from grat_kernels import BackendUnavailable
+
+CPU = torch.device("cpu")
+WIDTH, HEIGHT = 96, 80  # 10 x 12 tokens: ragged groups of 4
+STEPS = 3
+PROMPT = "a red fox in the snow"
+
+
+def preset(variant: str = "x", **sections: Any) -> Preset:
+    return Preset.model_validate(
+        {
+            "name": "test",
+            "model": "demo",
+            "attention": {"variant": variant, "group": [4, 4]},
+            "sampling": {"steps": STEPS, "guidance": 2.0},
+            **sections,
+        }
+    )
+
+
+def request(**changes: Any) -> ImageRequest:
+    demo = choose_model("demo")
+    return replace(ImageRequest(PROMPT, preset(), demo, WIDTH, HEIGHT, seeds=(7,), device="cpu"), **changes)
+
+
+class Progress:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.notes: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self.events.append(name)
+
+    def step(self, done: int, total: int) -> None:
+        self.events.append((done, total))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def generate(progress: Progress | None = None, **changes: Any) -> list[GeneratedImage]:
+    return list(generate_images(request(**changes), progress or Progress()))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    """The bundled pipeline, for calls that have nothing to do with this project."""
+    return load_model(choose_model("demo"), device=CPU, dtype=torch.float32).pipe
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The pipeline that the next generation gets, to be tampered with."""
+    pipe = load_model(choose_model("demo"), device=CPU, dtype=torch.float32).pipe
+    monkeypatch.setattr(pictures, "load_model", lambda *arguments, **options: LoadedModel(pipe, None))
+    return pipe
+
+
+@pytest.mark.parametrize("size", [(96, 80), (208, 144)])
+def test_full_attention_gives_the_stock_picture(stock: Any, size: tuple[int, int]) -> None:
+    width, height = size
+    expected = stock(
+        PROMPT,
+        negative_prompt="",
+        true_cfg_scale=2.0,
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        max_sequence_length=DEMO_FLUX.text_tokens,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    (made,) = generate(preset=preset("full"), width=width, height=height)
+    assert np.abs(pixels(made.image) - pixels(expected)).max() <= 1
+    (sparse,) = generate(preset=preset("b"), width=width, height=height)
+    assert np.abs(pixels(sparse.image) - pixels(expected)).max() > 1
+
+
+def test_install_serves_several_prompts_and_pictures_per_prompt(stock: Any) -> None:
+    arguments = {
+        "prompt": [PROMPT, "a blue boat at night"],
+        "num_images_per_prompt": 2,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": 2,
+        "max_sequence_length": DEMO_FLUX.text_tokens,
+    }
+    expected = stock(**arguments, generator=torch.Generator().manual_seed(7)).images
+    with grat_cli.install(stock, preset("full"), height=HEIGHT, width=WIDTH):
+        made = stock(**arguments, generator=torch.Generator().manual_seed(7)).images
+    assert len(made) == 4
+    for picture, other in zip(made, expected, strict=True):
+        assert np.abs(pixels(picture) - pixels(other)).max() <= 1
+
+
+def test_the_same_request_gives_the_same_pixels_whatever_seeds_came_before() -> None:
+    first, second = generate(seeds=(7, 8))
+    (again,) = generate(seeds=(8,))
+    assert again.image.tobytes() == second.image.tobytes()
+    assert first.image.tobytes() != second.image.tobytes()
+    assert (first.seed, second.seed) == (7, 8)
+
+
+def test_progress_and_what_is_reported() -> None:
+    progress = Progress()
+    first, second = generate(progress, seeds=(7, 8), negative_prompt="a boat")
+    steps = [(done, STEPS) for done in range(1, STEPS + 1)]
+    assert progress.events == ["load", "text", *["denoise", *steps, "decode"] * 2]
+    assert progress.notes == []
+
+    assert first.image.size == (first.width, first.height) == (WIDTH, HEIGHT)
+    assert list(first.phases_ms) == ["load", "text", "denoise", "decode"]
+    assert min(first.phases_ms.values()) > 0
+    assert (second.phases_ms["load"], second.phases_ms["text"]) == (0, 0)
+    for made in (first, second):
+        assert [step.index for step in made.steps] == list(range(STEPS))
+        assert made.steps[0].timestep == 1000
+        assert all(earlier.timestep > later.timestep for earlier, later in pairwise(made.steps))
+        assert sum(step.total_ms for step in made.steps) < made.phases_ms["denoise"]
+        assert all(step.density == pytest.approx(made.schedule.density) for step in made.steps)
+        assert (made.backend, made.device, made.dtype, made.text_tokens) == ("sdpa", "cpu", "float32", 24)
+        assert (made.guidance, made.model_revision) == (2.0, None)
+        assert made.peak_memory_bytes > 50e6
+        assert "process" in made.peak_memory_kind
+    assert first.schedule.grid.shape == (10, 12)
+
+
+def test_a_presets_shift_replaces_the_models() -> None:
+    (own,) = generate()
+    (shifted,) = generate(preset=preset(sampling={"steps": STEPS, "guidance": 2.0, "shift": 6.0}))
+    assert (own.shift, shifted.shift) == (pytest.approx(np.exp(0.477), rel=1e-3), 6.0)
+    # sigma 2/3 of the unshifted second step
+    assert shifted.steps[1].timestep == pytest.approx(1000 * 6 * (2 / 3) / (1 + 5 * 2 / 3))
+    assert own.image.tobytes() != shifted.image.tobytes()
+
+
+@pytest.fixture
+def init_image(tmp_path: Path) -> Path:
+    path = tmp_path / "start.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)).save(path)
+    return path
+
+
+def test_image_to_image_gives_the_stock_picture(init_image: Path) -> None:
+    pipe = load_model(choose_model("demo"), device=CPU, dtype=torch.float32, image_to_image=True).pipe
+    expected = pipe(
+        PROMPT,
+        image=Image.open(init_image),
+        strength=0.5,
+        negative_prompt="",
+        true_cfg_scale=2.0,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=4,
+        max_sequence_length=DEMO_FLUX.text_tokens,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    progress = Progress()
+    four_steps = preset("full", sampling={"steps": 4, "guidance": 2.0})
+    (made,) = generate(progress, preset=four_steps, init_image=init_image, strength=0.5)
+    assert np.abs(pixels(made.image) - pixels(expected)).max() <= 1
+    assert [event for event in progress.events if isinstance(event, tuple)] == [(1, 2), (2, 2)]
+    assert [step.timestep for step in made.steps] == pytest.approx(pipe.scheduler.timesteps[2:].tolist())
+
+
+def test_a_picture_to_start_from_is_cut_to_shape(init_image: Path) -> None:
+    progress = Progress()
+    (made,) = generate(progress, init_image=init_image, width=64, height=64)
+    assert made.image.size == (64, 64)
+    assert progress.notes == ["start.png is 96x80: its middle is cut out in the shape of 64x64"]
+
+
+def test_a_picture_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "notes.png"
+    text.write_text("not a picture")
+    for path, says in [(text, "cannot be read as a picture"), (tmp_path / "none.png", "there is no picture")]:
+        with pytest.raises(BadInput, match=says):
+            generate(init_image=path)
+    with pytest.raises(BadInput, match="strength must lie above 0"):
+        generate(init_image=text, strength=0.0)
+
+
+def test_words_that_the_demo_does_not_know_are_named() -> None:
+    progress = Progress()
+    generate(progress, prompt="A red Zebra, in the snow with a quokka; zebra!", preset=preset(sampling={"steps": 1}))
+    (note,) = progress.notes
+    assert note.startswith("the demo model does not know zebra, quokka; it draws fox")
+
+
+def test_large_pictures_from_noise_are_announced(loaded: Any) -> None:
+    progress = Progress()
+    from_noise = preset(highres={"mode": "off"})
+    generate(progress, preset=from_noise, model=replace(choose_model("demo"), family="flux", native_side=32))
+    assert "trained at about 32x32" in progress.notes[0]
+
+
+@pytest.mark.parametrize("size", [(100, 80), (96, 0)])
+def test_sizes_that_do_not_fit_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(BadInput, match=r"multiples of 16, not .*: the nearest is 96x(80|16)"):
+        generate(width=size[0], height=size[1])
+
+
+def test_the_first_step_that_is_not_finite_is_named(loaded: Any) -> None:
+    calls = []
+
+    def spoil(module: Any, args: Any, output: Any) -> Any:
+        calls.append(module)
+        return (output[0] * float("nan"),) if len(calls) == 3 else output  # two calls per step
+
+    loaded.transformer.register_forward_hook(spoil)
+    with pytest.raises(NumericalFailure, match="NaN or infinite at step 2 of 3"):
+        generate()
+
+
+def last_convolution(pipe: Any) -> torch.nn.Conv2d:
+    return [module for module in pipe.vae.decoder.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+
+
+def test_an_empty_picture_is_a_failure(loaded: Any) -> None:
+    layer = last_convolution(loaded)
+    torch.nn.init.zeros_(layer.weight)
+    with pytest.raises(NumericalFailure, match="one flat colour"):
+        generate()
+    torch.nn.init.constant_(layer.weight, float("nan"))
+    with pytest.raises(NumericalFailure, match="NaN after decoding"):
+        generate()
+
+
+def test_running_out_of_memory_says_what_helps(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
+    def too_large(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+
+    monkeypatch.setattr(loaded.vae, "decode", too_large)
+    with pytest.raises(OutOfMemory, match=r"too little memory for 96x80 with demo: try a smaller --res such as 48x32$"):
+        generate()
+    monkeypatch.setattr(pictures, "load_model", too_large)
+    monkeypatch.setattr(pictures, "choose_device", lambda name: SimpleNamespace(type="mps"))
+    with pytest.raises(OutOfMemory, match="--offload sequential") as caught:
+        generate(offload="model", dtype="float32")
+    assert "--offload model" not in str(caught.value)
+
+
+def test_other_errors_pass_unchanged(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(loaded.vae, "decode", wrong)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        generate()
+
+
+def test_a_backend_that_fails_at_the_call_is_bad_input(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
+    from grat_cli.families import flux
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise BackendUnavailable("the flex backend cannot run here: too long")
+
+    monkeypatch.setattr(flux, "span_attention", refuse)
+    with pytest.raises(BadInput, match="too long; use --backend auto"):
+        generate()
+
+
+def guidance_for(model: str, scale: float | None, negative: str | None, embeds: bool) -> Any:
+    pipe = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(guidance_embeds=embeds)))
+    return choose_guidance(pipe, choose_model(model), preset(sampling={"guidance": scale}), negative)
+
+
+def test_guidance_of_each_model() -> None:
+    demo = guidance_for("demo", None, None, embeds=False)
+    assert (demo.arguments, demo.negative_prompt) == ({"true_cfg_scale": DEMO_FLUX.guidance}, "")
+    assert guidance_for("demo", 3.0, "a boat", embeds=False).negative_prompt == "a boat"
+    off = guidance_for("demo", 1.0, "a boat", embeds=False)
+    assert (off.scale, off.negative_prompt, len(off.notes)) == (None, None, 1)
+
+    assert guidance_for("flux-dev", None, None, embeds=True).arguments == {"guidance_scale": 3.5}
+    steered = guidance_for("flux-dev", 2.5, "blur", embeds=True)
+    assert steered.arguments == {"guidance_scale": 2.5, "true_cfg_scale": NEGATIVE_PROMPT_SCALE}
+    assert (steered.negative_prompt, len(steered.notes)) == ("blur", 1)
+
+    schnell = guidance_for("flux-schnell", None, None, embeds=False)
+    assert (schnell.scale, schnell.arguments, schnell.notes) == (None, {"guidance_scale": 0.0}, ())
+    given = guidance_for("flux-schnell", 3.5, None, embeds=False)
+    assert given.notes == ("flux-schnell takes no guidance: 3.5 is not used",)
+    steered = guidance_for("flux-schnell", None, "blur", embeds=False)
+    assert steered.arguments == {"true_cfg_scale": NEGATIVE_PROMPT_SCALE}

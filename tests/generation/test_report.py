@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import io
+import json
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from grat_cli.estimates.planning import architecture_for, schedule_for
+from grat_cli.generation import report
+from grat_cli.generation.image_request import ImageRequest
+from grat_cli.generation.pictures import GeneratedImage
+from grat_cli.generation.selection import select_preset
+from grat_cli.generation.timing import StepTiming
+from grat_cli.models.catalogue import choose_model
+from grat_cli.models.resolution import Resolution
+from grat_cli.presets import Preset
+
+WHEN = datetime(2025, 1, 31, 14, 25, 1, 999, tzinfo=timezone.utc)
+
+
+def build(steps: int = 20) -> dict[str, Any]:
+    model = choose_model("demo")
+    preset = select_preset(model, preset="demo-x", steps=steps)
+    schedule = schedule_for(preset, architecture_for(model), Resolution(128, 64))
+    request = ImageRequest("a fox", preset, model, 128, 64, seeds=(7,), negative_prompt="a cat")
+    generated = GeneratedImage(
+        image=Image.new("RGB", (128, 64)),
+        seed=7,
+        width=128,
+        height=64,
+        phases_ms={"load": 1234.5678, "text": 9.5, "denoise": 5000.0, "decode": 80.0},
+        steps=[StepTiming(i, 1000.0 - i, 100.0 + i, 60.0, 40.0 + i, schedule.density_of_step(i)) for i in range(steps)],
+        peak_memory_bytes=3 * 2**30,
+        peak_memory_kind="resident memory of the process",
+        backend="sdpa",
+        backend_reason="the fastest on cpu",
+        preparation="stock modules: as it was",
+        device="cpu",
+        device_name="A processor",
+        dtype="float32",
+        autoencoder_dtype="float32",
+        threads=2,
+        guidance=2.0,
+        shift=1.88,
+        model_revision=None,
+        schedule=schedule,
+        text_tokens=24,
+    )
+    return report.build_report(request, generated, "grat image 'a fox'", WHEN)
+
+
+def shown(renderable: Any, columns: int) -> str:
+    file = io.StringIO()
+    Console(file=file, width=columns).print(renderable)
+    return file.getvalue()
+
+
+def test_a_report_says_what_made_the_picture() -> None:
+    made = build()
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    assert made["schema"] == "grat.report/1"
+    assert made["created"] == "2025-01-31T14:25:01+00:00"
+    assert (made["prompt"], made["negative_prompt"], made["seed"]) == ("a fox", "a cat", 7)
+    assert (made["width"], made["height"], made["grid"]) == (128, 64, [8, 16])
+    assert made["tokens"] == {"image": 128, "text": 24, "total": 152}
+    assert made["ideal_speedup"] == 1 / made["density"]
+    assert made["backend"] == {
+        "requested": "auto",
+        "used": "sdpa",
+        "reason": "the fastest on cpu",
+        "preparation": "stock modules: as it was",
+    }
+    offloading = made["device"]["offload"], made["device"]["offload_reason"], made["device"]["quantize"]
+    assert offloading == ("none", "chosen by name", "none")
+    assert made["phases"]["load"] == 1234.568
+    assert made["steps"][3] == {
+        "index": 3,
+        "timestep": 997.0,
+        "total_ms": 103.0,
+        "attention_ms": 60.0,
+        "other_ms": 43.0,
+        "density": pytest.approx(made["density"], abs=1e-6),
+        "stage": 0,
+    }
+    assert {"python", "grat", "torch", "diffusers"} <= set(made["versions"])
+
+
+def test_the_preset_in_a_report_is_whole() -> None:
+    made = build()
+    assert Preset.model_validate(made["preset"]) == select_preset(choose_model("demo"), preset="demo-x")
+
+
+def test_what_the_run_cost_stays_out_of_the_picture() -> None:
+    made = build()
+    inside = report.provenance(made)
+    assert {"phases", "steps", "peak_memory_bytes", "peak_memory_kind"} == set(made) - set(inside)
+    assert inside["preset"] == made["preset"]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_table_shows_first_median_last_and_sum_whole(columns: int) -> None:
+    rows = [line.split() for line in shown(report.timing_table(build()), columns).splitlines() if line.strip()]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["step"] == ["time", "attention", "share", "density"]
+    density = table["first"][-1]
+    assert table["first"] == ["100", "ms", "60", "ms", "60%", density]
+    assert table["median"][:2] == ["110", "ms"]
+    assert table["last"] == ["119", "ms", "60", "ms", "50%", density]
+    assert table["all"] == ["20", "2.19", "s", "1.20", "s", "55%", density]
+
+
+def test_few_steps_are_all_shown_and_pictures_get_a_line_each() -> None:
+    labels = [line.split()[0] for line in shown(report.timing_table(build(3)), 80).splitlines() if line.strip()]
+    assert [label for label in labels if label.isalnum()] == ["step", "1", "2", "3", "all"]
+    pictures = shown(report.pictures_table([build(3), build(3)]), 40)
+    assert pictures.count("303 ms") == 2
+
+
+def test_phases_and_times_for_people() -> None:
+    assert report.phases_line(build()) == "load 1.23 s, text 9.5 ms, denoise 5.00 s, decode 80 ms"
+    assert [report.milliseconds_text(value) for value in (0.04, 9.96, 999.4, 12_345)] == [
+        "0.0 ms",
+        "10.0 ms",
+        "999 ms",
+        "12.3 s",
+    ]
