@@ -1,1 +1,32 @@
-"""What is known of each model family, one file each."""
+"""What is known of each model family, one file each; `base` says what a family is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grat_cli.families.base import Family, Medium, ModelChoice
+from grat_cli.families.flux import Flux
+from grat_cli.families.hunyuan import Hunyuan
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (Flux(), Hunyuan())}
+
+
+def family_of(model: ModelChoice) -> Family:
+    """The family that a model belongs to."""
+    return FAMILIES[model.family]
+
+
+def family_of_pipeline(class_name: Any) -> Family | None:
+    """The family that supports a pipeline class; None where none does."""
+    return next((family for family in FAMILIES.values() if class_name in family.pipelines), None)
+
+
+def families_of(medium: Medium) -> tuple[Family, ...]:
+    """The families that make pictures, or videos."""
+    return tuple(family for family in FAMILIES.values() if family.medium == medium)
+
+
+def preset_axes() -> Mapping[str, int]:
+    """Axes of the token grid of each kind of models that presets can be made for."""
+    return {name: family.axes for family in FAMILIES.values() for name in family.presets}

@@ -1,0 +1,309 @@
+"""What a model family is: all that the rest of grat asks of one.
+
+A family is one file beside this one, listed in `grat_cli.families`. Facts are read without torch; methods that take a
+pipeline import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from grat_cli.errors import BadInput
+from grat_kernels import Grid
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+Medium = Literal["image", "video"]
+Classes = Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class VideoTraits:
+    """What videos a model was trained on.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        frames: of a video.
+        fps: frames per second.
+        frames_per_latent: frames that a frame of latents stands for; videos have `k * frames_per_latent + 1` frames.
+    """
+
+    width: int
+    height: int
+    frames: int
+    fps: int
+    frames_per_latent: int = 4
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model, and the settings it was trained for.
+
+    Attributes:
+        name: as typed, or as chosen where nothing was typed.
+        source: hub id, folder, or file of a transformer alone.
+        kind: which of these three.
+        family: name of the family that it belongs to.
+        presets: which presets are made for it; the name that they give as their `model`.
+        reason: why this model.
+        native_side: height and width in pixels that it was trained at; for videos, the side of a square as large.
+        token_side: pixels per side of an image token.
+        size_multiple: heights and widths must be multiples of it.
+        text_tokens: length that prompts are padded or cut to.
+        default_steps: denoising steps that suit it.
+        default_guidance: guidance that suits it, None where it takes none.
+        default_shift: time shift that suits it, None for that of its scheduler.
+        true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
+        video: what videos it makes; None for a model of images.
+        is_demo: whether it is a bundled model, which knows a few hundred words.
+    """
+
+    name: str
+    source: str
+    kind: Literal["hub", "folder", "file"]
+    family: str
+    presets: str
+    reason: str = "chosen by name"
+    native_side: int = 1024
+    token_side: int = 16
+    size_multiple: int = 16
+    text_tokens: int = 512
+    default_steps: int = 28
+    default_guidance: float | None = 3.5
+    default_shift: float | None = None
+    true_guidance: bool = False
+    video: VideoTraits | None = None
+    is_demo: bool = False
+
+    @property
+    def medium(self) -> Medium:
+        """What it makes."""
+        return "video" if self.video else "image"
+
+    def grid(self, width: int, height: int, frames: int | None = None) -> Grid:
+        """Image tokens of a picture, or of a video of so many frames.
+
+        Raises:
+            BadInput: if the model makes the other medium.
+        """
+        sides = height // self.token_side, width // self.token_side
+        if frames is None:
+            return Grid(sides)
+        return Grid(((frames - 1) // self.require_video().frames_per_latent + 1, *sides))
+
+    def require_video(self) -> VideoTraits:
+        """What videos it makes.
+
+        Raises:
+            BadInput: if it makes pictures.
+        """
+        if not self.video:
+            raise BadInput(f"{self.name} makes images: give --model a model of videos, such as hunyuan or demo")
+        return self.video
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a pipeline, for latents.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        frames: of a video; None for a picture.
+        steps: of the sampling, of which those before `strength` are left out.
+        arguments: text and guidance, as the pipeline takes them.
+        generator: of the noise, on the CPU, so that a seed gives the same one on every device.
+        callback: the pipeline's `callback_on_step_end`.
+        start: latents `[1, C, h, w]` to start from; None for noise.
+        strength: share of the steps that are run on `start`.
+        begun: latents as the callback has had them after `first_step` steps of this call; None from its beginning.
+        first_step: steps of this call that are done.
+    """
+
+    width: int
+    height: int
+    frames: int | None
+    steps: int
+    arguments: Mapping[str, Any]
+    generator: torch.Generator
+    callback: Callable[..., dict[str, Any]] | None = None
+    start: torch.Tensor | None = None
+    strength: float | None = None
+    begun: torch.Tensor | None = None
+    first_step: int = 0
+
+
+class Family(ABC):
+    """All that is known of a model family.
+
+    Attributes:
+        name: of the family.
+        title: for people.
+        medium: what it makes.
+        axes: of the token grid.
+        pipelines: names of the pipeline classes of diffusers that are supported, the one from text first.
+        transformer: name of the transformer's class.
+        refused: pipelines that may be taken for supported ones, and why they are not.
+        classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
+        models: that are known by name; the first is the one for machines with a CUDA device.
+        presets: variants of the presets that come with grat, by the name that presets give as their `model`.
+        base: hub id of a pipeline whose other parts suit a file of a transformer alone.
+        text_first: whether text comes before the image tokens in the joint sequence.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    medium: ClassVar[Medium]
+    axes: ClassVar[int]
+    pipelines: ClassVar[tuple[str, ...]]
+    transformer: ClassVar[str]
+    refused: ClassVar[Mapping[str, str]]
+    classes: ClassVar[Classes]
+    models: ClassVar[tuple[ModelChoice, ...]]
+    presets: ClassVar[Mapping[str, tuple[str, ...]]]
+    base: ClassVar[str]
+    text_first: ClassVar[bool]
+
+    # ---- Which model
+
+    @abstractmethod
+    def kin(self, name: str) -> ModelChoice:
+        """The known model that another checkpoint, of which nothing but a name is known, is most likely kin to."""
+
+    @abstractmethod
+    def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
+        """The known model that a folder's is kin to, with what its configurations say of tokens and guidance."""
+
+    def matching_base(self, embeds_guidance: bool) -> str:
+        """What to give as `--base` for a file with or without embedded guidance."""
+        return f"try --base {self.base}" if embeds_guidance else "give --base what it was made from"
+
+    @abstractmethod
+    def vocabulary(self) -> Mapping[str, list[str]]:
+        """The words that its bundled demo knows, by kind; those of `subjects` are what it shows."""
+
+    # ---- Loading
+
+    @abstractmethod
+    def pipeline_class(self, *, from_picture: bool = False) -> Any:
+        """The pipeline class of diffusers."""
+
+    @abstractmethod
+    def transformer_class(self) -> Any:
+        """The transformer class of diffusers."""
+
+    def dtypes(self, parts: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The dtype of each part of a pipeline that runs in `dtype`."""
+        return dict.fromkeys(parts, dtype)
+
+    def prepare(self, pipe: Any, tile: int | None = None) -> None:
+        """Sets a loaded pipeline up, once.
+
+        Args:
+            pipe: the pipeline.
+            tile: side in pixels of what the autoencoder decodes at once, None for its own.
+        """
+
+    # ---- Making
+
+    @abstractmethod
+    def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
+        """A prompt as the pipeline takes it, padded or cut to so many tokens, by the names of its arguments."""
+
+    def encode_text(self, pipe: Any, model: ModelChoice, prompt: str, negative: str | None) -> dict[str, torch.Tensor]:
+        """Prompt and negative prompt as the pipeline takes them.
+
+        Args:
+            pipe: a pipeline of the family.
+            model: whose text length is taken.
+            prompt: what is shown.
+            negative: of `guidance.Guidance`: None where the transformer is called once per step.
+        """
+        import torch
+
+        with torch.no_grad():
+            text = self.encode_prompt(pipe, prompt, model.text_tokens)
+            if negative is not None:
+                more = self.encode_prompt(pipe, negative, model.text_tokens)
+                text |= {f"negative_{name}": tensor for name, tensor in more.items()}
+        return text
+
+    @abstractmethod
+    def text_lens(self, text: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+        """Text tokens in the joint sequence of each transformer call of a step."""
+
+    def pipeline_for(self, pipe: Any, *, from_picture: bool) -> Any:
+        """The pipeline that starts from noise, or from a picture; it shares the components of `pipe`, hooks included.
+
+        Raises:
+            BadInput: if the family makes nothing from pictures.
+        """
+        if from_picture:
+            raise BadInput(f"{self.title} starts from no picture: leave out --init-image")
+        return pipe
+
+    @abstractmethod
+    def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
+        """Latents of one output as `spatial` gives them, made by a pipeline of `pipeline_for`."""
+
+    @abstractmethod
+    def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
+        """Latents as a callback has them, as `[1, C, (T,) h, w]`."""
+
+    @abstractmethod
+    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+        """Pixels `[1, 3, T, H, W]` from about -1 to 1 of spatial latents; a picture has one frame.
+
+        Args:
+            pipe: a pipeline, or what is left of one that has an autoencoder.
+            latents: as the pipeline denoises them.
+            tile: side in pixels of what is decoded at once; None for the family's own.
+
+        Raises:
+            NumericalFailure: if there are NaN or infinite pixels, where that is told tile by tile.
+        """
+
+    def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
+        """Latents `[1, C, h, w]` of a picture, scaled as the pipeline denoises them.
+
+        Raises:
+            BadInput: if the family makes nothing from pictures.
+        """
+        raise BadInput(f"{self.title} starts from no picture: leave out --init-image")
+
+
+@contextmanager
+def beginning_at(pipe: Any, step: int, latents: torch.Tensor | None = None) -> Iterator[None]:
+    """While inside, calls of a pipeline begin at a later step than their first.
+
+    Args:
+        pipe: a pipeline whose scheduler counts in sigmas.
+        step: of the schedule; those before it are left out.
+        latents: that `prepare_latents` returns in place of its own; None leaves it as it is.
+    """
+    scheduler = pipe.scheduler
+    stock = scheduler.set_timesteps
+
+    @functools.wraps(stock)  # pipelines look at its signature
+    def set_timesteps(*arguments: Any, **options: Any) -> None:
+        stock(*arguments, **options)
+        scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[step:], scheduler.sigmas[step:]
+        scheduler.num_inference_steps = len(scheduler.timesteps)
+
+    with contextlib.ExitStack() as stack:
+        if step:
+            scheduler.set_timesteps = set_timesteps
+            stack.callback(delattr, scheduler, "set_timesteps")
+        if latents is not None:
+            pipe.prepare_latents = lambda *arguments, **options: latents
+            stack.callback(delattr, pipe, "prepare_latents")
+        yield
