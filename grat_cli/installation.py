@@ -8,23 +8,23 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
+from grat_cli.families import FAMILIES, family_of_transformer
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
-from grat_cli.models.catalogue import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
 from grat_cli.presets import Preset, load_preset
-from grat_cli.presets.schema import AXES, BACKENDS, SMALLEST_CHUNK, ChunkTokens, Memory
+from grat_cli.presets.schema import BACKENDS, SMALLEST_CHUNK, Memory
 
 if TYPE_CHECKING:
-    from grat_cli.attention.adapter import Adapter, CallObserver
+    from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.guard import RecallGuard
+    from grat_cli.attention.layer import CallObserver
     from grat_cli.attention.schedule import AttentionSchedule
+    from grat_cli.families.base import Family
     from grat_kernels import Backend, Grid
-
-SUPPORTED_PIPELINES = tuple(name for classes in PIPELINES_OF_MEDIUM.values() for name in classes)
 
 
 class Installation:
-    """What is installed; an `adapters.base.Run`.
+    """What is installed; an `attention.adapter.Run`.
 
     Attributes:
         grid: image tokens of the calls to come.
@@ -119,11 +119,12 @@ def install(
     pixels. The padding of HunyuanVideo's text is cut off; it changes no prediction.
 
     Args:
-        pipe: a diffusers `FluxPipeline`, `FluxImg2ImgPipeline` or `HunyuanVideoPipeline`.
+        pipe: a diffusers pipeline around a transformer that GRAT knows, such as a `FluxPipeline`, `FluxInpaintPipeline`
+            or `HunyuanVideoPipeline`.
         preset: a preset, its name, or the path of its file.
         height: of the images or videos to come, in pixels; calls of another size are refused.
         width: likewise.
-        num_frames: likewise, for a `HunyuanVideoPipeline` alone, which needs it.
+        num_frames: likewise, for pipelines of videos alone, which need it.
         steps: that the preset's fractions refer to; by default as many as each call runs, which is fewer than
             `num_inference_steps` for image-to-image. Steps are counted from the first one that is run.
         first_step: number of the first step that a call runs, where it goes on with a run that had been broken off:
@@ -132,7 +133,7 @@ def install(
         chunk_tokens: feed-forward and modulation run on at most so many tokens at once, None for all of them; `auto`
             leaves it to the preset. It changes no result on a CPU.
         observer: told of transformer calls and attentions, for example a `timing.StepRecorder`.
-        extrapolation: how rotary positions and scores of Flux are fitted to pictures larger than it was trained at;
+        extrapolation: how rotary positions and scores are fitted to pictures larger than Flux was trained at;
             None leaves them as they are. The preset's own `highres` section is not applied.
         guard: overrides the preset's: share of full attention that a layer has to keep, such as 0.9; those that keep
             less go wider while the run goes on. 0 for none. `Installation.guard` tells what it did.
@@ -149,22 +150,21 @@ def install(
         preset = _with_chunks(preset, chunk_tokens)
     if guard is not None:
         preset = _with_guard(preset, guard)
-    if len(preset.attention.group) != AXES[family]:
+    if len(preset.attention.group) != family.axes:
         raise BadInput(
             f"preset {preset.name} is for {preset.model} models, the pipeline is a {type(pipe).__name__}: "
-            f"use one of grat presets {family}"
+            f"use one of grat presets {family.name}"
         )
     if first_step < 0 or (steps is not None and first_step >= steps):
         raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
-    grid = _grid(pipe, family, height, width, num_frames)
+    grid = family.grid(pipe, height, width, num_frames)
     if not hasattr(pipe.scheduler, "step_index") or not hasattr(pipe.scheduler, "begin_index"):
         raise BadInput(
             f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
             "use FlowMatchEulerDiscreteScheduler"
         )
-    if extrapolation is not None and family != "flux":
-        raise BadInput(f"positions of a {type(pipe).__name__} are not fitted: leave out extrapolation")
-    adapter = _adapter(pipe, family, grid, extrapolation, preset.memory.chunk_tokens)
+    chunk_tokens = preset.memory.chunk_tokens
+    adapter = family.adapter(pipe.transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
     installation = Installation(pipe, preset, grid, first_step, steps, adapter)
     warning = extrapolated_shift(pipe.scheduler, grid.tokens)
     if warning:
@@ -216,72 +216,25 @@ def _observers(guard: RecallGuard | None, observer: CallObserver | None) -> Call
     return Observers(guard, observer)
 
 
-def _family(pipe: Any) -> Literal["flux", "hunyuan"]:
-    """Which presets a pipeline takes.
+def _family(pipe: Any) -> Family:
+    """The family of a pipeline's transformer, whatever else the pipeline does.
 
     Raises:
         BadInput: if it is not supported, with the reason.
     """
-    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
-
-    if isinstance(pipe, HunyuanVideoPipeline):
-        return "hunyuan"
-    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-    from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
-
-    if isinstance(pipe, (FluxPipeline, FluxImg2ImgPipeline)):
-        return "flux"
-    name = type(pipe).__name__
-    reason = f" ({UNSUPPORTED_PIPELINES[name]})" if name in UNSUPPORTED_PIPELINES else ""
-    raise BadInput(f"{name} is not supported{reason}: use one of {', '.join(SUPPORTED_PIPELINES)} of diffusers")
-
-
-def _grid(pipe: Any, family: str, height: int, width: int, num_frames: int | None) -> Grid:
-    """The image tokens of calls of a size.
-
-    Raises:
-        BadInput: if the pipeline cannot make that size.
-    """
-    from grat_kernels import Grid
-
-    if family == "flux":
-        if num_frames is not None:
-            raise BadInput(f"a {type(pipe).__name__} makes images: leave out num_frames")
-        # Latents are packed two by two into tokens.
-        side = pipe.vae_scale_factor * 2
-    else:
-        side = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
-    if height % side or width % side:
-        raise BadInput(
-            f"height and width must be multiples of {side} for this model, not {height} and {width}: "
-            f"the nearest are {_nearest_multiple(height, side)} and {_nearest_multiple(width, side)}"
-        )
-    sides = height // side, width // side
-    if family == "flux":
-        return Grid(sides)
-    if num_frames is None:
-        raise BadInput(f"a {type(pipe).__name__} makes videos: give num_frames, such as num_frames=129")
-    unit = pipe.vae_scale_factor_temporal
-    if num_frames < 1 or (num_frames - 1) % unit:
-        fewer = max(0, num_frames - 1) // unit * unit + 1
-        raise BadInput(f"num_frames must be {unit}k+1 for this model, not {num_frames}: use {fewer} or {fewer + unit}")
-    return Grid(((num_frames - 1) // unit // pipe.transformer.config.patch_size_t + 1, *sides))
-
-
-def _adapter(
-    pipe: Any, family: str, grid: Grid, extrapolation: Extrapolation | None, chunk_tokens: ChunkTokens
-) -> Adapter:
-    if family == "flux":
-        from grat_cli.families.flux import FluxAdapter
-
-        return FluxAdapter(pipe.transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
-    from grat_cli.families.hunyuan import HunyuanAdapter
-
-    return HunyuanAdapter(pipe.transformer, grid, chunk_tokens=chunk_tokens)
-
-
-def _nearest_multiple(size: int, unit: int) -> int:
-    return max(unit, round(size / unit) * unit)
+    kinds = [kind.__name__ for kind in type(pipe).__mro__]
+    reasons = [family.refused[kind] for kind in kinds for family in FAMILIES.values() if kind in family.refused]
+    transformer = getattr(pipe, "transformer", None)
+    family = family_of_transformer(transformer)
+    if family is not None and not reasons:
+        return family
+    supported = (
+        f"use one of {', '.join(name for family in FAMILIES.values() for name in family.pipelines)} of diffusers"
+    )
+    if reasons or transformer is None:
+        raise BadInput(f"{kinds[0]} is not supported{f' ({reasons[0]})' if reasons else ''}: {supported}")
+    known = " and ".join(family.transformer for family in FAMILIES.values())
+    raise BadInput(f"the transformer is a {type(transformer).__name__}, and GRAT knows {known}: {supported}")
 
 
 def _resolve_backend(pipe: Any, name: str, tokens: int) -> tuple[Backend, str]:

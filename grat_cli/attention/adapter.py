@@ -1,15 +1,33 @@
-"""What an adapter is: the one place that knows how a model family's transformer is put together."""
+"""What an adapter is: a transformer's blocks run on tokens in group order, and their attention goes over spans.
+
+Everything in a transformer but attention acts on each token alone. So image tokens and their positions are put in
+group order once, before its blocks, and the prediction is put back in raster order once, after them. How a family's
+transformer is put together is told by its own adapter, in the file of the family.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from grat_cli.attention.layer import Attend, AttentionInputs, CallObserver, LayerAttention, Text, over_spans
+from grat_cli.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
 
+    from grat_cli.attention.chunking import Forward
+    from grat_cli.attention.extrapolation import Extrapolation
+    from grat_cli.attention.processor import SpanAttentionProcessor
     from grat_cli.attention.schedule import AttentionSchedule
-    from grat_kernels import Backend, HeadPlan, Plan
+    from grat_cli.presets.schema import ChunkTokens
+    from grat_kernels import Backend, Grid
+
+__all__ = ["Adapter", "AttentionInputs", "CallObserver", "ProcessorAdapter", "Run"]
 
 
 class Run(Protocol):
@@ -24,71 +42,127 @@ class Run(Protocol):
         ...
 
 
-class AttentionInputs(NamedTuple):
-    """What one span attention is computed from.
+class Adapter(ABC):
+    """Runs a transformer on tokens in group order with span attention, and undoes it.
 
     Attributes:
-        layer: of the transformer, counted from 0, double blocks first.
-        query: `[B, N, H, D]`, normalised, rotated, image tokens in the plan's order.
-        key: likewise.
-        value: likewise.
-        plan: what attends what.
-        scale: factor on the scores.
-        text_valid: valid text tokens of each sample, `[B]`, or None for all.
-        summaries: means of keys and values for the far field, `[B, R, H, D]` each, where they are made already.
+        text_first: whether text tokens come before image tokens in the joint sequence.
+        model: the transformer, without what `torch.compile` put around it.
+        grid: image tokens of the calls to come.
+        blocks: whose attention takes a plan, in order.
+        order: raster index of each image token in the order of the call under way, on its device.
+        inverse: what undoes it.
+        preparation: what normalises, rotates and joins queries and keys, and why; None before the first call.
+        chunking: how many tokens at most run through feed-forward and modulation at once, None for all; and why.
     """
 
-    layer: int
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    plan: Plan | HeadPlan
-    scale: float
-    text_valid: torch.Tensor | None = None
-    summaries: tuple[torch.Tensor, torch.Tensor] | None = None
+    text_first: ClassVar[bool]
+    order: torch.Tensor
+    inverse: torch.Tensor
+    preparation: str | None = None
+    chunking: tuple[int | None, str] = None, "not attached yet"
 
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        grid: Grid,
+        *,
+        extrapolation: Extrapolation | None = None,
+        chunk_tokens: ChunkTokens = "auto",
+        attend: Attend | None = None,
+    ) -> None:
+        """Prepares, and changes nothing yet.
 
-class CallObserver(Protocol):
-    """Told of every transformer call and every attention inside it, so that timing stays outside the model."""
+        Args:
+            transformer: the model, or what `torch.compile` made of it.
+            grid: image tokens of the calls to come.
+            extrapolation: how positions and scores are fitted to the grid; None leaves them as they are.
+            chunk_tokens: see `presets.schema.Memory`. `chunking` tells.
+            attend: computes attention in place of span attention by a backend.
+        """
+        # Hooks go on the outermost module, so that a compiled model runs them outside its graph.
+        self._called = transformer
+        self.model: Any = getattr(transformer, "_orig_mod", transformer)
+        self.grid = grid
+        self.blocks: list[Any] = self.blocks_of(self.model)
+        self.extrapolation = extrapolation
+        self._chunk_tokens: ChunkTokens = chunk_tokens
+        self._attend = attend
+        self._parameters = tuple(inspect.signature(type(self.model).forward).parameters)[1:]
 
-    def begin_call(self, step: int, density: float) -> None:
-        """A transformer call of denoising step `step` begins; `density` is the mean over its layers."""
-        ...
+    # ---- What a family tells
 
-    def end_call(self) -> None:
-        """The transformer call has been issued."""
-        ...
+    @abstractmethod
+    def blocks_of(self, model: Any) -> list[Any]:
+        """The blocks of a transformer whose attention takes a plan, in order."""
 
-    def attention(self, inputs: AttentionInputs | None = None) -> AbstractContextManager[None]:
-        """Surrounds one attention; `inputs` are None where it is not span attention."""
-        ...
+    @abstractmethod
+    def chunked_blocks(self) -> Mapping[type, Forward]:
+        """How blocks of each class run in chunks of tokens; see `chunking`."""
 
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Heads of each layer."""
 
-class Adapter(Protocol):
-    """One model family: runs its transformer on permuted tokens with span attention, and undoes it."""
+    def obstacle(self) -> str | None:
+        """Why a transformer of this kind is not supported, and what to do; None where it is."""
+        return None
 
-    text_first: bool
-    """Whether text tokens come before image tokens in the joint sequence."""
+    @abstractmethod
+    def read(self, call: dict[str, Any]) -> Text:
+        """The text of a call, given by the names of its arguments; cuts off its padding.
 
-    preparation: str | None
-    """What normalises, rotates and joins queries and keys, and why; None before the first call."""
+        Raises:
+            BadInput: if the call does not fit.
+        """
 
-    chunking: tuple[int | None, str]
-    """How many tokens at most run through feed-forward and modulation at once, None for all; and why."""
+    def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
+        """A call with its tokens in group order, where that is not done inside the transformer."""
+        return call
+
+    def leave(self, output: Any) -> Any:
+        """What a call returns in raster order; likewise."""
+        return output
+
+    def hooks(self) -> Sequence[tuple[torch.nn.Module, Callable[..., Any]]]:
+        """Forward hooks inside the transformer, such as `grouped` and `restored`."""
+        return ()
+
+    @abstractmethod
+    def attending(self, layers: Sequence[LayerAttention]) -> AbstractContextManager[Any]:
+        """While inside, attention of each block goes to the layer of its number.
+
+        Raises:
+            BadInput: if the blocks' attention is not as diffusers made it.
+        """
+
+    def prepare(self, tokens: torch.Tensor) -> None:
+        """Chooses what prepares attention in a call with these latents, and says so in `preparation`."""
+        self.preparation = "stock modules"
+
+    # ---- What all do
 
     @property
     def layers(self) -> int:
         """Number of attention layers that take a plan."""
-        ...
+        return len(self.blocks)
 
     @property
-    def heads(self) -> int:
-        """Heads of each."""
-        ...
+    def is_compiled(self) -> bool:
+        """Whether `torch.compile` made something of the transformer or its blocks."""
+        return self._called is not self.model or any(map(_in_place, (self.model, *self.blocks)))
 
-    def attached(
-        self, run: Run, backend: Backend, observer: CallObserver | None = None
-    ) -> AbstractContextManager[None]:
+    def grouped(self, dim: int) -> Callable[..., Any]:
+        """A forward hook that puts a module's output, a tensor or several, in group order along an axis."""
+        return lambda module, args, output: _ordered(output, dim, self.order)
+
+    def restored(self, dim: int) -> Callable[..., Any]:
+        """A forward hook that puts it back in raster order."""
+        return lambda module, args, output: _ordered(output, dim, self.inverse)
+
+    @contextmanager
+    def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
         """While inside, the transformer attends over spans; leaving restores it exactly, also after an exception.
 
         Args:
@@ -99,4 +173,156 @@ class Adapter(Protocol):
         Raises:
             BadInput: if the transformer is in a state that is not supported, with the reason.
         """
-        ...
+        from grat_cli.attention import chunking
+
+        if (reason := self.obstacle()) is not None:
+            raise BadInput(reason)
+        if observer and self.is_compiled:
+            raise BadInput(
+                "attention inside a compiled transformer cannot be observed: install without an observer and a guard"
+            )
+        forwards = self.chunked_blocks()
+        self.chunking = chunking.choose(
+            self._chunk_tokens, self.grid.tokens, self.blocks, forwards, compiled=self.is_compiled
+        )
+        attend = self._attend or over_spans(backend)
+        layers = [LayerAttention(layer, attend, observer) for layer in range(self.layers)]
+        with ExitStack() as stack:
+            stack.enter_context(self.attending(layers))
+            before, after = self._around(run, observer, layers)
+            handles = [self._called.register_forward_pre_hook(before, with_kwargs=True)]
+            handles += [module.register_forward_hook(hook) for module, hook in self.hooks()]
+            handles.append(self._called.register_forward_hook(after))
+            for handle in handles:
+                stack.callback(handle.remove)
+            stack.enter_context(chunking.in_chunks(self.blocks, forwards, self.chunking[0]))
+            yield
+
+    def _around(
+        self, run: Run, observer: CallObserver | None, layers: Sequence[LayerAttention]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Hooks before and after a transformer call."""
+        trained = None
+        if self.extrapolation is not None and self.extrapolation.proportional_attention:
+            trained = math.prod(self.extrapolation.trained_grid)
+
+        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            call = dict(zip(self._parameters, args, strict=False)) | kwargs
+            text = self.read(call)
+            step = run.current_step()
+            schedule = run.schedule(text.longest)
+            tokens = call["hidden_states"]
+            self.prepare(tokens)
+            if observer:
+                observer.begin_call(step, schedule.density_of_step(step))
+            for number, layer in enumerate(layers):
+                layer.plan, layer.text_valid = schedule.plan(step, number), text.valid
+                if trained is not None:
+                    from grat_cli.attention.extrapolation import proportional_scaling
+
+                    layer.scaling = proportional_scaling(layer.plan, trained, tokens.device)
+            # All plans of a schedule share one token order.
+            self.order, self.inverse, _ = layers[0].plan.tensors(tokens.device)
+            return (), self.enter(call, step)
+
+        def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            output = self.leave(output)
+            if observer:
+                observer.end_call()
+            return output
+
+        if not _in_place(self.model):
+            return before, after
+        # Hooks of such a module are compiled with it, and these are no tensor code.
+        import torch
+
+        return torch.compiler.disable(before), torch.compiler.disable(after)
+
+
+class ProcessorAdapter(Adapter):
+    """An adapter of blocks with joint attention, `block.attn`, whose processors are replaced.
+
+    Attributes:
+        contiguous: whether stock processors make text and image contiguous before the output projections.
+    """
+
+    contiguous: ClassVar[bool]
+
+    def __init__(self, transformer: torch.nn.Module, grid: Grid, *, fused: bool | None = None, **options: Any) -> None:
+        """As for `Adapter`, and whether norms, rotation and joining before attention are one kernel, so that calls that
+        it cannot serve are refused; by default, wherever it can run on a GPU. `preparation` tells.
+        """
+        super().__init__(transformer, grid, **options)
+        self._fused = fused
+        self._attentions: list[Any] = [block.attn for block in self.blocks]
+        self._processors: list[SpanAttentionProcessor] = []
+
+    @property
+    def heads(self) -> int:
+        """Heads of each layer."""
+        return self._attentions[0].heads
+
+    @abstractmethod
+    def stock_processor(self) -> type:
+        """The class of the processors that diffusers makes."""
+
+    @contextmanager
+    def attending(self, layers: Sequence[LayerAttention]) -> Iterator[None]:
+        """See `Adapter.attending`."""
+        from grat_cli.attention.processor import SpanAttentionProcessor
+
+        stock = [attention.processor for attention in self._attentions]
+        for processor in stock:
+            self._refuse_replaced(processor)
+        self._processors = [SpanAttentionProcessor(layer, self.contiguous) for layer in layers]
+        try:
+            for attention, processor in zip(self._attentions, self._processors, strict=True):
+                attention.set_processor(processor)
+            yield
+        finally:
+            for attention, processor in zip(self._attentions, stock, strict=True):
+                attention.set_processor(processor)
+
+    def prepare(self, tokens: torch.Tensor) -> None:
+        """See `Adapter.prepare`.
+
+        Raises:
+            BadInput: if processors were replaced, or the fused kernel was asked for and cannot run.
+        """
+        from grat_cli.attention import preparation
+
+        for attention, processor in zip(self._attentions, self._processors, strict=True):
+            if attention.processor is not processor:
+                raise BadInput(
+                    "attention processors were replaced inside `with grat_cli.install(...)`: do that outside"
+                )
+        fused, self.preparation = preparation.choose(self._fused, self._attentions, tokens)
+        for processor in self._processors:
+            processor.fused = fused
+
+    def _refuse_replaced(self, processor: Any) -> None:
+        """Raises BadInput unless attention is as diffusers made it."""
+        from grat_cli.attention.processor import SpanAttentionProcessor
+
+        if isinstance(processor, SpanAttentionProcessor):
+            raise BadInput(
+                "GRAT is already installed on this transformer: leave the other `with grat_cli.install(...)` first"
+            )
+        if type(processor) is not self.stock_processor():
+            raise BadInput(
+                f"the transformer's attention was replaced by {type(processor).__name__} (IP-Adapter, or another "
+                "tool), which GRAT does not combine with: undo that first"
+            )
+        if processor._parallel_config is not None:
+            raise BadInput("the transformer splits its sequence over several devices, which GRAT does not support")
+
+
+def _in_place(module: Any) -> bool:
+    """Whether `module.compile()` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _ordered(output: Any, dim: int, order: torch.Tensor) -> Any:
+    if isinstance(output, tuple):
+        return tuple(part.index_select(dim, order) for part in output)
+    return output.index_select(dim, order)

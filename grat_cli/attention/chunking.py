@@ -3,8 +3,7 @@
 Everything in a block but attention acts on each token alone. Feed-forward layers are four times as wide as the tokens,
 and single blocks join them with the attention's output: 15,360 channels in Flux, 8 GB at 8192x8192 in bf16. Here only
 tokens, the input of attention and its output exist for all tokens; modulation, feed-forward and projections are done
-chunk by chunk, by the modules of the block (read against diffusers 0.42.1, `transformer_flux.py` and
-`transformer_hunyuan_video.py`). What comes before and after the blocks is no larger than they are.
+chunk by chunk, by the modules of the block. What comes before and after the blocks is no larger than they are.
 
 Chunks change no bit of the result on a CPU: each row of a matrix product is the same for any number of rows but one,
 which another routine computes (torch 2.13 with MKL and oneDNN, fp32 and bf16, widths of Flux; 8 to 1,536 rows). On
@@ -13,32 +12,34 @@ CUDA devices the library may take another kernel for another number of rows, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from diffusers.models.transformers.transformer_hunyuan_video import (
-    HunyuanVideoSingleTransformerBlock,
-    HunyuanVideoTransformerBlock,
-)
 
 from grat_cli.errors import BadInput
 from grat_cli.presets.schema import ChunkTokens, chunk_for
 
 _LARGEST_FP16 = 65504
 
+# Makes the forward of a block in chunks of at most so many tokens.
+Forward: TypeAlias = Callable[[Any, int], Callable[..., tuple[torch.Tensor, torch.Tensor]]]
 
-def choose(wanted: ChunkTokens, tokens: int, blocks: Sequence[Any], compiled: bool) -> tuple[int | None, str]:
+
+def choose(
+    wanted: ChunkTokens, tokens: int, blocks: Sequence[Any], forwards: Mapping[type, Forward], *, compiled: bool
+) -> tuple[int | None, str]:
     """How many tokens a chunk has at most, None for all at once; and in words why.
 
     Args:
         wanted: so many, None for all at once, or `auto` for chunks where there are many tokens and blocks allow it.
         tokens: image tokens of the calls to come.
         blocks: of the transformer.
+        forwards: by class of block, those that can run in chunks.
         compiled: whether `torch.compile` made something of them.
 
     Raises:
@@ -47,7 +48,8 @@ def choose(wanted: ChunkTokens, tokens: int, blocks: Sequence[Any], compiled: bo
     chunk = chunk_for(wanted, tokens)
     if chunk is None:
         return None, "not wanted" if wanted is None else f"{tokens:,} tokens are few"
-    obstacle = "the transformer is compiled" if compiled else next(filter(None, map(_obstacle, blocks)), None)
+    obstacle = "the transformer is compiled" if compiled else None
+    obstacle = obstacle or next(filter(None, (_obstacle(block, forwards) for block in blocks)), None)
     if obstacle is None:
         return chunk, "chosen by number" if wanted != "auto" else f"{tokens:,} tokens are many"
     if wanted != "auto":
@@ -56,11 +58,12 @@ def choose(wanted: ChunkTokens, tokens: int, blocks: Sequence[Any], compiled: bo
 
 
 @contextmanager
-def in_chunks(blocks: Sequence[Any], chunk: int | None) -> Iterator[None]:
+def in_chunks(blocks: Sequence[Any], forwards: Mapping[type, Forward], chunk: int | None) -> Iterator[None]:
     """While inside, blocks run in chunks of at most so many tokens; leaving restores them exactly.
 
     Args:
         blocks: that `choose` found fit.
+        forwards: likewise.
         chunk: None changes nothing.
     """
     replaced: list[tuple[Any, str, Any]] = []
@@ -69,7 +72,7 @@ def in_chunks(blocks: Sequence[Any], chunk: int | None) -> Iterator[None]:
             for block in blocks:
                 holder, name = _own_forward(block)
                 replaced.append((holder, name, vars(holder).get(name)))
-                setattr(holder, name, _FORWARDS[type(block)](block, chunk))
+                setattr(holder, name, forwards[type(block)](block, chunk))
         yield
     finally:
         for holder, name, stock in reversed(replaced):
@@ -87,10 +90,10 @@ def _own_forward(block: Any) -> tuple[Any, str]:
     return block, "_old_forward" if "_old_forward" in vars(block) else "forward"
 
 
-def _obstacle(block: Any) -> str | None:
+def _obstacle(block: Any, forwards: Mapping[type, Forward]) -> str | None:
     """Why a block cannot run in chunks, or None."""
     kind = type(block)
-    if kind not in _FORWARDS:
+    if kind not in forwards:
         return f"it has blocks of {kind.__name__}"
     holder, name = _own_forward(block)
     if getattr(getattr(holder, name), "__func__", None) is not kind.forward:
@@ -205,108 +208,52 @@ def _modulated(norm: Any, shift: torch.Tensor, scale: torch.Tensor) -> Callable[
     return lambda tokens: norm(tokens) * (1 + scale) + shift
 
 
-def _clipped(tokens: torch.Tensor) -> torch.Tensor:
-    """As at the end of Flux's blocks."""
-    return tokens.clip(-_LARGEST_FP16, _LARGEST_FP16) if tokens.dtype == torch.float16 else tokens
+def joint_block(
+    handed_on: Callable[[Mapping[str, Any]], dict[str, Any]], *, text_first: bool, joined: bool, clipped: bool
+) -> Forward:
+    """What makes forwards of double and single blocks with joint attention.
 
+    Args:
+        handed_on: arguments of attention beside tokens, from those that the block is given by name.
+        text_first: whether text comes first in the joint tokens of single blocks, and in what all blocks return.
+        joined: whether attention of single blocks takes and returns joint tokens, rather than image and text apart.
+        clipped: whether text of double blocks and tokens of single ones end within the range of fp16.
+    """
 
-def _flux_double(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    def forward(
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        image_rotary_emb: Any = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        def attend(image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return block.attn(
-                hidden_states=image,
-                encoder_hidden_states=text,
-                image_rotary_emb=image_rotary_emb,
-                **(joint_attention_kwargs or {}),
-            )
+    def pair(image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (text, image) if text_first else (image, text)
 
-        image, text = _double(block, chunk, hidden_states, encoder_hidden_states, temb, attend)
-        return _clipped(text), image
+    def clip(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.clip(-_LARGEST_FP16, _LARGEST_FP16) if clipped and tokens.dtype == torch.float16 else tokens
 
-    return forward
+    def make(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        signature = inspect.signature(type(block).forward)
+        is_double = hasattr(block, "norm1")
 
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            given = signature.bind(block, *args, **kwargs).arguments
+            image, text, temb = (given[name] for name in ("hidden_states", "encoder_hidden_states", "temb"))
+            others = handed_on(given)
 
-def _flux_single(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    def forward(
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        image_rotary_emb: Any = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        def attend(tokens: torch.Tensor) -> torch.Tensor:
-            return block.attn(hidden_states=tokens, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+            def attend(image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return block.attn(hidden_states=image, encoder_hidden_states=text, **others)
 
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        tokens = _clipped(_single(block, chunk, tokens, temb, attend))
-        text = encoder_hidden_states.shape[1]
-        return tokens[:, :text], tokens[:, text:]
+            if is_double:
+                image, text = _double(block, chunk, image, text, temb, attend)
+                return pair(image, clip(text))
 
-    return forward
+            parts = pair(image, text)
+            first = parts[0].shape[1]
 
+            def attend_joint(tokens: torch.Tensor) -> torch.Tensor:
+                if joined:
+                    return block.attn(hidden_states=tokens, **others)
+                image, text = pair(tokens[:, :first], tokens[:, first:])
+                return torch.cat(pair(*attend(image, text)), dim=1)
 
-def _hunyuan_double(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    def forward(
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        freqs_cis: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        def attend(video: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return block.attn(
-                hidden_states=video,
-                encoder_hidden_states=text,
-                attention_mask=attention_mask,
-                image_rotary_emb=freqs_cis,
-            )
+            tokens = clip(_single(block, chunk, torch.cat(parts, dim=1), temb, attend_joint))
+            return tokens[:, :first], tokens[:, first:]
 
-        return _double(block, chunk, hidden_states, encoder_hidden_states, temb, attend)
+        return forward
 
-    return forward
-
-
-def _hunyuan_single(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    def forward(
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        video = hidden_states.shape[1]
-
-        def attend(tokens: torch.Tensor) -> torch.Tensor:
-            return torch.cat(
-                block.attn(
-                    hidden_states=tokens[:, :video],
-                    encoder_hidden_states=tokens[:, video:],
-                    attention_mask=attention_mask,
-                    image_rotary_emb=image_rotary_emb,
-                ),
-                dim=1,
-            )
-
-        tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        tokens = _single(block, chunk, tokens, temb, attend)
-        return tokens[:, :video], tokens[:, video:]
-
-    return forward
-
-
-_FORWARDS: dict[type, Callable[[Any, int], Callable[..., tuple[torch.Tensor, torch.Tensor]]]] = {
-    FluxTransformerBlock: _flux_double,
-    FluxSingleTransformerBlock: _flux_single,
-    HunyuanVideoTransformerBlock: _hunyuan_double,
-    HunyuanVideoSingleTransformerBlock: _hunyuan_single,
-}
+    return make

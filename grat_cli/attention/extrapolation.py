@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from grat_cli.attention.layer import Scaling
 from grat_cli.presets import PositionsName
-from grat_kernels import Plan
+from grat_kernels import HeadPlan, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -114,3 +115,19 @@ def query_scale(plan: Plan, trained_tokens: int) -> npt.NDArray[np.float64]:
     for run in plan.query_runs:
         factors[run.start : run.start + run.length] = of_list[run.span_list]
     return factors
+
+
+def proportional_scaling(plan: Plan | HeadPlan, trained_image_tokens: int, device: torch.device) -> Scaling:
+    """`query_scale` as a layer takes it, for a model trained on so many image tokens; made once a plan and device."""
+    trained = trained_image_tokens + plan.text_len
+
+    def build() -> Scaling:
+        import torch
+
+        of_class = np.stack([query_scale(member, trained) for member in plan.classes], axis=1)
+        factors = of_class[:, plan.class_of_head] if isinstance(plan, HeadPlan) else of_class
+        if (factors == factors[0, 0]).all():
+            return Scaling(float(factors[0, 0]))
+        return Scaling(1.0, torch.from_numpy(factors).float().to(device)[:, :, None])
+
+    return plan.cached(("scaling", trained, device), build)

@@ -28,7 +28,7 @@ from grat_cli.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
-    from grat_cli.attention.adapter import AttentionInputs
+    from grat_cli.attention.layer import AttentionInputs
     from grat_cli.attention.online_recall import SampledRows
     from grat_kernels import HeadPlan, Plan
 
@@ -91,7 +91,7 @@ class Widening:
 
 
 class RecallGuard:
-    """Watches the layers of one run and widens them; an `adapters.base.CallObserver`.
+    """Watches the layers of one run and widens them; an `layer.CallObserver`.
 
     It starts anew where the steps begin anew, so that a pipeline may be called again.
 

@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grat_cli.attention.adapter import AttentionInputs, CallObserver
+    from grat_cli.attention.layer import AttentionInputs, CallObserver
 
 
 class Observers:
-    """Tells each of several observers, in order; an `adapters.base.CallObserver`.
+    """Tells each of several observers, in order; an `layer.CallObserver`.
 
     Around an attention the last one is innermost, so that a stopwatch there does not count what the others do.
     """

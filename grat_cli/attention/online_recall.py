@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from grat_cli.attention.adapter import AttentionInputs
+from grat_cli.attention.layer import AttentionInputs
 from grat_cli.attention.recall import sample_positions
 from grat_kernels import HeadPlan, Plan
 from grat_kernels.summaries import summary_pair

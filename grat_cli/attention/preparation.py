@@ -1,30 +1,32 @@
 """Who makes what span attention takes out of projections: one fused kernel, or a model's own norms and functions.
 
-Shared by the adapters. Attention modules of diffusers name their norms alike: `norm_q` and `norm_k`, and where text has
+Attention modules of diffusers name their norms alike: `norm_q` and `norm_k`, and where text has
 weights of its own, `norm_added_q` and `norm_added_k`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
 
 from grat_cli.errors import BadInput
 from grat_kernels import HeadPlan, Plan, rope_norm
 from grat_kernels.rope_norm import Joined, Norms, Projections
 
+# Both are weights and an eps; what stock rounds in between is another matter.
+_RMS_NORMS = (torch.nn.RMSNorm, RMSNorm)
 
-def choose(
-    wanted: bool | None, attentions: Sequence[Any], norm_class: type[torch.nn.Module], tokens: torch.Tensor
-) -> tuple[bool, str]:
+
+def choose(wanted: bool | None, attentions: Sequence[Any], tokens: torch.Tensor) -> tuple[bool, str]:
     """Whether the fused kernel prepares the attention of a call, and in words what does and why.
 
     Args:
         wanted: whether by the fused kernel; None for wherever it can run on a GPU.
         attentions: attention modules of the transformer.
-        norm_class: of their norms as stock has them, an RMS norm.
         tokens: of the call, for their device and dtype.
 
     Raises:
@@ -33,7 +35,7 @@ def choose(
     if wanted is False:
         return False, "stock modules: the fused kernel was not wanted"
     device, dtype, head_dim = tokens.device, tokens.dtype, attentions[0].inner_dim // attentions[0].heads
-    obstacle = next(filter(None, (_norm_obstacle(attention, norm_class) for attention in attentions)), None)
+    obstacle = next(filter(None, map(_norm_obstacle, attentions)), None)
     if obstacle is None and wanted:
         obstacle = rope_norm.obstacle(device, dtype, head_dim)
     elif obstacle is None:
@@ -64,18 +66,51 @@ def at_once(
     return rope_norm.rope_norm(image, norms, rotation, plan, text=text, text_norms=text_norms, fused=True)
 
 
+def as_stock(
+    attention: Any, image: Projections, text: Projections | None, rotation: Any, plan: Plan | HeadPlan
+) -> Joined:
+    """The joint sequence, normalised and rotated by the modules and functions of stock attention; as `at_once`."""
+    query, key, value = _normed(attention.norm_q, image.query), _normed(attention.norm_k, image.key), image.value
+    # Positions of the image alone, or of all tokens.
+    of_image = rotation is not None and rotation[0].shape[0] == query.shape[1]
+    if of_image:
+        query, key = _rotated(query, rotation), _rotated(key, rotation)
+    if text is not None:
+        has_own = attention.added_kv_proj_dim is not None
+        norms = (attention.norm_added_q, attention.norm_added_k) if has_own else (attention.norm_q, attention.norm_k)
+        query = _joined(query, _normed(norms[0], text.query), plan)
+        key = _joined(key, _normed(norms[1], text.key), plan)
+        value = _joined(value, text.value, plan)
+    if rotation is not None and not of_image:
+        query, key = _rotated(query, rotation), _rotated(key, rotation)
+    return Joined(query, key, value, None)
+
+
+def _joined(image: torch.Tensor, text: torch.Tensor, plan: Plan | HeadPlan) -> torch.Tensor:
+    return torch.cat([text, image] if plan.text_first else [image, text], dim=1)
+
+
+def _normed(norm: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens if norm is None else norm(tokens)
+
+
+def _rotated(tokens: torch.Tensor, rotation: Any) -> torch.Tensor:
+    """Queries or keys `[B, N, H, D]` with their positions rotated in."""
+    return cast(torch.Tensor, apply_rotary_emb(tokens, rotation, sequence_dim=1))
+
+
 def _weights(query_norm: Any, key_norm: Any) -> Norms:
     return Norms(query_norm.weight, key_norm.weight, query_norm.eps)
 
 
-def _norm_obstacle(attention: Any, norm_class: type[torch.nn.Module]) -> str | None:
+def _norm_obstacle(attention: Any) -> str | None:
     """Why the norms of an attention must run as modules, or None where their weights are all there is to them."""
     names = ["norm_q", "norm_k"]
     if attention.added_kv_proj_dim is not None:
         names += ["norm_added_q", "norm_added_k"]
     norms = [getattr(attention, name) for name in names]
     for name, norm in zip(names, norms, strict=True):
-        if type(norm) is not norm_class or not norm.eps or getattr(norm, "bias", None) is not None:
+        if type(norm) not in _RMS_NORMS or not norm.eps or getattr(norm, "bias", None) is not None:
             return f"{name} is not the RMS norm of the stock model"
         # Offloading and the like work by hooks, or replace a module's forward: weights may be elsewhere before.
         if "forward" in norm.__dict__ or norm._forward_pre_hooks or norm._forward_hooks:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grat_cli.attention.adapter import AttentionInputs
+from grat_cli.attention.layer import AttentionInputs
 from grat_cli.attention.recall import query_maps
 from grat_kernels import Grid
 from grat_kernels.geometry import Cell, cell_counts
@@ -60,7 +60,7 @@ class QueryRecord:
 
 
 class QueryRecorder:
-    """Records maps of chosen queries at each recorded step; an `adapters.base.CallObserver`.
+    """Records maps of chosen queries at each recorded step; an `layer.CallObserver`.
 
     With true guidance a step has two transformer calls; the first one, with the prompt, is looked at.
 
@@ -145,7 +145,7 @@ def _added_up(maps: np.ndarray, factor: int) -> np.ndarray:
 
 
 class CallCounter:
-    """Counts transformer calls, and the text tokens of the longest; an `adapters.base.CallObserver`."""
+    """Counts transformer calls, and the text tokens of the longest; an `layer.CallObserver`."""
 
     def __init__(self) -> None:
         self.calls, self.text_tokens = 0, 0

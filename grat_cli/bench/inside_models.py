@@ -23,7 +23,9 @@ from grat_kernels import Backend, Full, Grid, Grouping, Plan, build_plan, can_ru
 from grat_kernels.attention import choose_backend
 
 if TYPE_CHECKING:
-    from grat_cli.attention.adapter import Adapter, CallObserver
+    from grat_cli.attention.adapter import Adapter
+    from grat_cli.attention.layer import Attend, AttentionInputs, CallObserver
+    from grat_cli.families.base import Family
 
 Attach = Callable[["CallObserver", Callable[[], int]], AbstractContextManager[None]]
 
@@ -68,7 +70,7 @@ class Host:
 
     Attributes:
         transformer: of diffusers, with stock attention processors.
-        family: `flux` or `hunyuan`.
+        family: that it belongs to.
         text_len: text tokens of the calls that density is told of; others may have fewer or more.
         backend: of span attention, never `AUTO`.
         device: where it computes.
@@ -77,22 +79,16 @@ class Host:
     """
 
     transformer: Any
-    family: str
+    family: Family
     text_len: int
     backend: Backend
     device: torch.device
     dtype: torch.dtype
     steps: int = 1
 
-    def adapter(self, grid: Grid) -> Adapter:
-        """The adapter of the family, for a grid of image tokens."""
-        if self.family == "flux":
-            from grat_cli.families.flux import FluxAdapter
-
-            return FluxAdapter(self.transformer, grid)
-        from grat_cli.families.hunyuan import HunyuanAdapter
-
-        return HunyuanAdapter(self.transformer, grid)
+    def adapter(self, grid: Grid, attend: Attend | None = None) -> Adapter:
+        """The adapter of the family, for a grid of image tokens; with another attention than over spans in it."""
+        return self.family.adapter(self.transformer, grid, attend=attend)
 
     def inside(self, variant: Variant, dense: DenseKernel | None = None) -> Inside:
         """What a variant is inside this transformer.
@@ -136,7 +132,7 @@ class Host:
         windows = _Windows(self, variant, adapter.text_first)
         return Inside(
             windows.of(self.text_len).kernel,
-            lambda observer, step: self._window(adapter, windows, density, observer, step),
+            lambda observer, step: self._window(windows, density, observer, step),
             pairs,
             density,
         )
@@ -175,19 +171,23 @@ class Host:
         )
 
     def _window(
-        self, adapter: Adapter, windows: _Windows, density: float, observer: CallObserver, step: Callable[[], int]
+        self, windows: _Windows, density: float, observer: CallObserver, step: Callable[[], int]
     ) -> AbstractContextManager[None]:
         grouping = windows.of(self.text_len).grouping
-        # Stock HunyuanVideo would hand padding to a kernel that takes no mask; its adapter cuts the padding off.
-        if grouping is None and self.family == "flux":
+        # Stock attention would hand padding to a kernel that takes no mask; the adapter cuts the padding off.
+        if grouping is None and not self.family.masks_text:
             return stock_attention(self.transformer, observer, step, density, windows.attention)
         grouping = grouping or Grouping(windows.grid, windows.grid.shape)  # one group is raster order
 
         def plan_of(text_len: int) -> Plan:
-            return build_plan(grouping, Full(), text_len, adapter.text_first)
+            return build_plan(grouping, Full(), text_len, self.family.text_first)
+
+        def attend(inputs: AttentionInputs) -> torch.Tensor:
+            return windows.attention(inputs.query, inputs.key, inputs.value)
 
         # The adapter takes no more from these plans than the order of tokens.
-        return _adapter_with(adapter, windows.attention, fixed_run(plan_of, step, density), observer)
+        adapter = self.adapter(windows.grid, attend)
+        return adapter.attached(fixed_run(plan_of, step, density), self.backend, observer)
 
 
 class _Windows:
@@ -212,7 +212,7 @@ class _Windows:
 
 
 class Steps:
-    """A run whose steps somebody else counts; an `adapters.base.Run`."""
+    """A run whose steps somebody else counts; an `attention.adapter.Run`."""
 
     def __init__(self, schedule_of: Callable[[int], Any], step: Callable[[], int]) -> None:
         """Tells what the adapter will ask for.
@@ -224,11 +224,11 @@ class Steps:
         self._schedule_of, self._step = schedule_of, step
 
     def current_step(self) -> int:
-        """See `adapters.base.Run`."""
+        """See `attention.adapter.Run`."""
         return self._step()
 
     def schedule(self, text_len: int) -> Any:
-        """See `adapters.base.Run`."""
+        """See `attention.adapter.Run`."""
         return self._schedule_of(text_len)
 
 
@@ -305,20 +305,3 @@ def stock_attention(
         module.dispatch_attention_fn = stock
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _adapter_with(adapter: Adapter, attend: Attention, run: Steps, observer: CallObserver) -> Iterator[None]:
-    """An adapter, for its token order, with another attention than span attention in it."""
-    module: Any = sys.modules[type(adapter).__module__]
-    stock = module.span_attention
-
-    def instead(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return attend(query, key, value)
-
-    module.span_attention = instead
-    try:
-        with adapter.attached(run, Backend.SDPA, observer):
-            yield
-    finally:
-        module.span_attention = stock

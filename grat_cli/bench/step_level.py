@@ -38,6 +38,7 @@ from grat_cli.bench.random_weights import (
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.errors import BadInput, OutOfMemory
+from grat_cli.families import FAMILIES
 from grat_cli.fidelity.variants import Request, Variant, size_text, variant_for
 from grat_cli.generation.timing import StepRecorder
 from grat_cli.models.devices import choose_device, choose_dtype
@@ -112,7 +113,7 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
         if weights == "random"
         else own_transformer(model, device, dtype)
     )
-    bench = _Steps(model, config, Host(transformer, model.family, text_len, backend, device, dtype), settings)
+    bench = _Steps(model, config, Host(transformer, FAMILIES[model.family], text_len, backend, device, dtype), settings)
     rate = None
     if settings.max_seconds is not None:
         rate = _RATE_MARGIN * dense_rate(device, dtype, config["num_attention_heads"], config["attention_head_dim"])
@@ -157,7 +158,7 @@ def _notes(model: StepModel, device: torch.device) -> tuple[str, ...]:
     if model.name == "demo":
         notes.append("With guidance the demo makes two such calls a step.")
     notes.append("Full attention is stock diffusers; its attention is timed as that of the variants is.")
-    if model.family == "hunyuan":
+    if FAMILIES[model.family].masks_text:
         notes.append(
             "All text is valid, and full attention runs without the padding mask of stock diffusers, "
             "which would keep torch from its fastest kernels."

@@ -20,6 +20,7 @@ from grat_cli.bench.measure import CannotRun, PeakMemory, Progress, Unwatched, m
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Fidelity, Level, Row
 from grat_cli.errors import BadInput, NumericalFailure
+from grat_cli.families import FAMILIES
 from grat_cli.families.guidance import Guidance, choose_guidance
 from grat_cli.families.time_shift import shift_of, time_shift
 from grat_cli.fidelity import perceptual
@@ -176,7 +177,7 @@ def compare_runs(
     head_dim = model.pipe.transformer.config.attention_head_dim
     backend, why = backend_for(settings.backend, device, dtype, head_dim, tokens)
     steps = request.preset.sampling.steps
-    host = Host(model.pipe.transformer, maker.family, studio.text_len, backend, device, dtype, steps)
+    host = Host(model.pipe.transformer, FAMILIES[maker.family], studio.text_len, backend, device, dtype, steps)
     entries = [_Entry.of(variant, _host_of(variant, host, settings.backend, tokens)) for variant in variants]
     entries.append(_Entry.of(*noise_floor(host, grid, settings.noise_backend, head_dim, tokens)))
     full, *others = entries

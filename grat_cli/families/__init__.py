@@ -22,6 +22,12 @@ def family_of_pipeline(class_name: Any) -> Family | None:
     return next((family for family in FAMILIES.values() if class_name in family.pipelines), None)
 
 
+def family_of_transformer(transformer: Any) -> Family | None:
+    """The family that a transformer, or what `torch.compile` made of one, belongs to; None where none knows it."""
+    kinds = type(getattr(transformer, "_orig_mod", transformer)).__mro__
+    return next((family for kind in kinds for family in FAMILIES.values() if family.transformer == kind.__name__), None)
+
+
 def families_of(medium: Medium) -> tuple[Family, ...]:
     """The families that make pictures, or videos."""
     return tuple(family for family in FAMILIES.values() if family.medium == medium)

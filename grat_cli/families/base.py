@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from grat_cli.attention.adapter import Adapter
+    from grat_cli.attention.extrapolation import Extrapolation
+    from grat_cli.attention.layer import Attend
+    from grat_cli.presets.schema import ChunkTokens
+
 Medium = Literal["image", "video"]
 Classes = Mapping[str, Mapping[str, str]]
 
@@ -158,6 +163,7 @@ class Family(ABC):
         presets: variants of the presets that come with grat, by the name that presets give as their `model`.
         base: hub id of a pipeline whose other parts suit a file of a transformer alone.
         text_first: whether text comes before the image tokens in the joint sequence.
+        masks_text: whether stock attention runs over padded text under a mask.
     """
 
     name: ClassVar[str]
@@ -172,6 +178,7 @@ class Family(ABC):
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
     base: ClassVar[str]
     text_first: ClassVar[bool]
+    masks_text: ClassVar[bool] = False
 
     # ---- Which model
 
@@ -279,6 +286,62 @@ class Family(ABC):
             BadInput: if the family makes nothing from pictures.
         """
         raise BadInput(f"{self.title} starts from no picture: leave out --init-image")
+
+    # ---- Attention
+
+    @abstractmethod
+    def grid(self, pipe: Any, height: int, width: int, num_frames: int | None = None) -> Grid:
+        """The image tokens of a pipeline's calls of a size in pixels.
+
+        Raises:
+            BadInput: if the pipeline cannot make that size.
+        """
+
+    @abstractmethod
+    def adapter(
+        self,
+        transformer: torch.nn.Module,
+        grid: Grid,
+        *,
+        extrapolation: Extrapolation | None = None,
+        chunk_tokens: ChunkTokens = "auto",
+        fused: bool | None = None,
+        attend: Attend | None = None,
+    ) -> Adapter:
+        """What runs a transformer on image tokens in group order; see `attention.adapter` for the options.
+
+        Raises:
+            BadInput: if positions are to be fitted and cannot be.
+        """
+
+
+def token_sides(height: int, width: int, side: int) -> tuple[int, int]:
+    """Rows and columns of image tokens of so many pixels a side.
+
+    Raises:
+        BadInput: if they do not fill the picture.
+    """
+    if height % side or width % side:
+        nearest = (max(side, round(size / side) * side) for size in (height, width))
+        raise BadInput(
+            f"height and width must be multiples of {side} for this model, not {height} and {width}: "
+            f"the nearest are {' and '.join(map(str, nearest))}"
+        )
+    return height // side, width // side
+
+
+def latent_frames(pipe: Any, num_frames: int | None, unit: int) -> int:
+    """Frames of latents, each of which but the first stands for so many frames of a video.
+
+    Raises:
+        BadInput: if no number of frames is given, or one that does not fit.
+    """
+    if num_frames is None:
+        raise BadInput(f"a {type(pipe).__name__} makes videos: give num_frames, such as num_frames=129")
+    if num_frames < 1 or (num_frames - 1) % unit:
+        fewer = max(0, num_frames - 1) // unit * unit + 1
+        raise BadInput(f"num_frames must be {unit}k+1 for this model, not {num_frames}: use {fewer} or {fewer + unit}")
+    return (num_frames - 1) // unit + 1
 
 
 @contextmanager

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from grat_cli.attention.adapter import ProcessorAdapter
+from grat_cli.attention.layer import Text
 from grat_cli.demo import DEMO_FLUX
+from grat_cli.errors import BadInput
 from grat_cli.families import picture_coding
-from grat_cli.families.base import Call, Family, Medium, ModelChoice, beginning_at
+from grat_cli.families.base import Call, Family, Medium, ModelChoice, beginning_at, token_sides
+from grat_kernels import Grid
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from grat_cli.attention.adapter import Run
+    from grat_cli.attention.chunking import Forward
+    from grat_cli.attention.fitted_positions import FittedPositions
+    from grat_cli.attention.layer import CallObserver
+    from grat_kernels import Backend
 
 _DEMO = ModelChoice(
     name="demo",
@@ -144,7 +154,127 @@ class Flux(Family):
     def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
         return picture_coding.encode(pipe, picture)
 
+    # ---- Attention
+
+    def grid(self, pipe: Any, height: int, width: int, num_frames: int | None = None) -> Grid:
+        if num_frames is not None:
+            raise BadInput(f"a {type(pipe).__name__} makes images: leave out num_frames")
+        return Grid(token_sides(height, width, pipe.vae_scale_factor * 2))  # latents are packed two by two into tokens
+
+    def adapter(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> FluxAdapter:
+        return FluxAdapter(transformer, grid, **options)
+
 
 def len_of_run(steps: int, strength: float) -> int:
     """Steps that are run at a strength, as diffusers counts them (`FluxImg2ImgPipeline.get_timesteps`)."""
     return steps - int(max(steps - steps * strength, 0))
+
+
+# ---- Attention
+
+
+class FluxAdapter(ProcessorAdapter):
+    """Image tokens and their positions are put in order outside the transformer, so that it may be compiled whole."""
+
+    text_first = Flux.text_first
+    contiguous = True
+
+    def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
+        """See `ProcessorAdapter`."""
+        super().__init__(transformer, grid, **options)
+        self._positions: FittedPositions | None = None
+        self._ids: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def blocks_of(self, model: Any) -> list[Any]:
+        return [*model.transformer_blocks, *model.single_transformer_blocks]
+
+    def stock_processor(self) -> type:
+        from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+        return FluxAttnProcessor
+
+    def chunked_blocks(self) -> Mapping[type, Forward]:
+        from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+
+        from grat_cli.attention.chunking import joint_block
+
+        def handed_on(given: Mapping[str, Any]) -> dict[str, Any]:
+            return {"image_rotary_emb": given.get("image_rotary_emb"), **(given.get("joint_attention_kwargs") or {})}
+
+        forward = joint_block(handed_on, text_first=True, joined=True, clipped=True)
+        return {FluxTransformerBlock: forward, FluxSingleTransformerBlock: forward}
+
+    @contextlib.contextmanager
+    def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
+        rows, columns = self.grid.shape
+        stock = self.model.pos_embed
+        if self.extrapolation is not None and self.extrapolation.moves((rows, columns)):
+            from grat_cli.attention.fitted_positions import FittedPositions
+
+            self._positions = FittedPositions(stock, self.extrapolation, self.grid)
+            self.model.pos_embed = self._positions
+        try:
+            with super().attached(run, backend, observer):
+                yield
+        finally:
+            self.model.pos_embed, self._positions, self._ids = stock, None, None
+
+    def read(self, call: dict[str, Any]) -> Text:
+        _refuse_extras(call)
+        if self._ids is None or self._ids[0] is not call["img_ids"]:
+            self._ids = call["img_ids"], self._exact_ids(call["hidden_states"], call["img_ids"])
+        return Text(call["encoder_hidden_states"].shape[1])
+
+    def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
+        assert self._ids is not None
+        if self._positions is not None:
+            self._positions.prepare(self.order, call["encoder_hidden_states"].shape[1], call["timestep"], step)
+        tokens = call["hidden_states"].index_select(1, self.order)
+        return call | {"hidden_states": tokens, "img_ids": self._ids[1][self.order]}
+
+    def leave(self, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0].index_select(1, self.inverse), *output[1:])
+        return replace(output, sample=output.sample.index_select(1, self.inverse))
+
+    def _exact_ids(self, hidden_states: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
+        """Raster positions `[tokens, 3]` (0, row, column) in fp32, checked against those of the call.
+
+        Pipelines make positions in the model's dtype, and bf16 holds integers up to 256 only: beyond 4096 pixels
+        a side, neighbouring columns would share a position. The comparison waits for the device, but a pipeline
+        makes one tensor of positions for all of its steps, and each tensor is compared once.
+
+        Raises:
+            BadInput: if they are not those of the grid.
+        """
+        import torch
+
+        rows, columns = self.grid.shape
+        count = image_ids.shape[-2]
+        if count != self.grid.tokens or hidden_states.shape[1] != self.grid.tokens:
+            raise BadInput(
+                f"GRAT was installed for {rows}x{columns} = {self.grid.tokens} image tokens, the call has "
+                f"{hidden_states.shape[1]}: give the pipeline call the height and width of the install "
+                "(image tokens of references or controls, as in Kontext, are not supported)"
+            )
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        exact = torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float().to(image_ids.device)
+        given = image_ids[0] if image_ids.dim() == 3 else image_ids
+        if not torch.equal(given, exact.to(given.dtype)):
+            raise BadInput(
+                f"the call's image positions are not those of the {rows}x{columns} grid that GRAT was installed for: "
+                "give the pipeline call the height and width of the install, in this order"
+            )
+        return exact
+
+
+def _refuse_extras(call: Mapping[str, Any]) -> None:
+    """Raises BadInput for inputs that carry image tokens in an order of their own."""
+    if call.get("controlnet_block_samples") is not None or call.get("controlnet_single_block_samples") is not None:
+        raise BadInput("ControlNet is not supported: its residuals are in raster order, the tokens are in group order")
+    # `scale` is LoRA's, and changes no token order.
+    extras = sorted(set(call.get("joint_attention_kwargs") or {}) - {"scale"})
+    if extras:
+        raise BadInput(
+            f"attention arguments {', '.join(extras)} are not supported (IP-Adapter among them): leave them out"
+        )

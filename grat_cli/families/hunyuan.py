@@ -5,15 +5,31 @@ Read against diffusers 0.42.1, `pipelines/hunyuan_video`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from grat_cli.attention.adapter import ProcessorAdapter
 from grat_cli.demo import DEMO_HUNYUAN
-from grat_cli.families.base import Call, Family, Medium, ModelChoice, VideoTraits, beginning_at
+from grat_cli.errors import BadInput
+from grat_cli.families.base import (
+    Call,
+    Family,
+    Medium,
+    ModelChoice,
+    VideoTraits,
+    beginning_at,
+    latent_frames,
+    token_sides,
+)
+from grat_kernels import Grid
 
 if TYPE_CHECKING:
     import torch
+
+    from grat_cli.attention.chunking import Forward
+    from grat_cli.attention.extrapolation import Extrapolation
+    from grat_cli.attention.layer import Text
 
 _TEXT_CHANNELS = 4096  # of the Llama that HunyuanVideo was trained with
 # As in Tencent's own sample script: 50 steps, embedded guidance 6, shift 7, prompts of up to 256 tokens.
@@ -66,6 +82,7 @@ class Hunyuan(Family):
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"hunyuan": ("full", "b", "planes", "lines", "bx", "far", "sta")}
     base = "hunyuanvideo-community/HunyuanVideo"
     text_first = False
+    masks_text = True
 
     # ---- Which model
 
@@ -174,3 +191,92 @@ class Hunyuan(Family):
         with torch.no_grad():
             scaled = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
             return pipe.vae.decode(scaled, return_dict=False)[0]
+
+    # ---- Attention
+
+    def grid(self, pipe: Any, height: int, width: int, num_frames: int | None = None) -> Grid:
+        config = pipe.transformer.config
+        sides = token_sides(height, width, pipe.vae_scale_factor_spatial * config.patch_size)
+        latents = latent_frames(pipe, num_frames, pipe.vae_scale_factor_temporal)
+        return Grid(((latents - 1) // config.patch_size_t + 1, *sides))
+
+    def adapter(
+        self,
+        transformer: torch.nn.Module,
+        grid: Grid,
+        *,
+        extrapolation: Extrapolation | None = None,
+        **options: Any,
+    ) -> HunyuanAdapter:
+        if extrapolation is not None:
+            raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
+        return HunyuanAdapter(transformer, grid, **options)
+
+
+# ---- Attention
+
+
+class HunyuanAdapter(ProcessorAdapter):
+    """Tokens are put in order where they leave the patch embedding, and back where they leave the output projection.
+
+    The refiner, which sees text alone, stays as it is.
+    """
+
+    text_first = Hunyuan.text_first
+    contiguous = False
+
+    def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
+        """See `ProcessorAdapter`."""
+        from grat_cli.attention.padded_text import PaddedTexts
+
+        super().__init__(transformer, grid, **options)
+        self._texts = PaddedTexts()
+
+    def blocks_of(self, model: Any) -> list[Any]:
+        return [*model.transformer_blocks, *model.single_transformer_blocks]
+
+    def stock_processor(self) -> type:
+        from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+
+        return HunyuanVideoAttnProcessor2_0
+
+    def chunked_blocks(self) -> Mapping[type, Forward]:
+        from diffusers.models.transformers import transformer_hunyuan_video as stock
+
+        from grat_cli.attention.chunking import joint_block
+
+        def handed_on(given: Mapping[str, Any]) -> dict[str, Any]:
+            positions = given.get("freqs_cis", given.get("image_rotary_emb"))
+            return {"attention_mask": given.get("attention_mask"), "image_rotary_emb": positions}
+
+        forward = joint_block(handed_on, text_first=False, joined=False, clipped=False)
+        return {stock.HunyuanVideoTransformerBlock: forward, stock.HunyuanVideoSingleTransformerBlock: forward}
+
+    def obstacle(self) -> str | None:
+        if self.is_compiled:
+            return "GRAT inside a compiled HunyuanVideo transformer is not supported: leave torch.compile out"
+        if self.model.config.image_condition_type == "token_replace":
+            return (
+                "image-to-video by token replacement treats the first frame's tokens apart, "
+                "which GRAT does not support: use a model with latent_concat, or text-to-video"
+            )
+        return None
+
+    def hooks(self) -> Sequence[tuple[torch.nn.Module, Callable[..., Any]]]:
+        model = self.model
+        return (model.rope, self.grouped(0)), (model.x_embedder, self.grouped(1)), (model.proj_out, self.restored(1))
+
+    def read(self, call: dict[str, Any]) -> Text:
+        config = self.model.config
+        patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        shape = tuple(size // side for size, side in zip(call["hidden_states"].shape[2:], patch, strict=True))
+        if shape != self.grid.shape:
+            installed, given = ("x".join(map(str, sizes)) for sizes in (self.grid.shape, shape))
+            raise BadInput(
+                f"GRAT was installed for {installed} video tokens (frames x rows x columns), the call has {given}: "
+                "give the pipeline call the frames, height and width of the install"
+            )
+        text = self._texts.of(call["encoder_attention_mask"])
+        for name in ("encoder_hidden_states", "encoder_attention_mask"):
+            call[name] = call[name][:, : text.longest]
+        return text

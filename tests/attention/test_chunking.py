@@ -17,10 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grat_cli
 from grat_cli.attention.chunking import choose, in_chunks, spans
 from grat_cli.errors import BadInput
+from grat_cli.families.flux import FluxAdapter
+from grat_cli.families.hunyuan import HunyuanAdapter
 from grat_cli.presets import load_preset, resolve_preset
 from grat_cli.presets.schema import chunk_for
+from grat_kernels import Grid
 
 CHUNK = 256
+FORWARDS = {
+    **FluxAdapter(tiny_flux.transformer(), Grid((1, 1))).chunked_blocks(),
+    **HunyuanAdapter(tiny_hunyuan.transformer(), Grid((1, 1, 1))).chunked_blocks(),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +61,7 @@ def test_flux_in_chunks_is_the_same_bit_by_bit(dtype: torch.dtype, batch: int) -
     model.to(dtype)
     inputs = flux_inputs(dtype, batch)
     stock = model(**inputs)[0]
-    with in_chunks(blocks_of(model), CHUNK):
+    with in_chunks(blocks_of(model), FORWARDS, CHUNK):
         assert torch.equal(model(**inputs)[0], stock)
 
 
@@ -67,7 +74,7 @@ def test_hunyuan_in_chunks_is_the_same_bit_by_bit(dtype: torch.dtype) -> None:
         for name, value in tiny_hunyuan.inputs((3, 12, 17)).items()
     }
     stock = model(**inputs)[0]
-    with in_chunks(blocks_of(model), CHUNK):
+    with in_chunks(blocks_of(model), FORWARDS, CHUNK):
         assert torch.equal(model(**inputs)[0], stock)
 
 
@@ -111,7 +118,7 @@ def test_nothing_wider_than_a_token_exists_for_all_tokens() -> None:
     tokens = 775 + tiny_flux.TEXT_TOKENS
     with _LargestResult() as stock:
         model(**inputs)
-    with in_chunks(blocks, CHUNK), _LargestResult() as chunked:
+    with in_chunks(blocks, FORWARDS, CHUNK), _LargestResult() as chunked:
         model(**inputs)
     assert stock.numbers == tokens * 5 * model.inner_dim
     longest = max(cut.stop - cut.start for cut in spans(tokens, CHUNK))
@@ -143,7 +150,7 @@ def test_hooks_of_offloading_go_on_around_chunks(offload: Callable[[Any], Callab
         for hook in registry.hooks.values() if registry else ():
             hook.group.onload_ = lambda block=block: called.append(block)
     before = [dict(vars(block)) for block in blocks_of(model)]
-    with in_chunks(blocks_of(model), CHUNK):
+    with in_chunks(blocks_of(model), FORWARDS, CHUNK):
         assert torch.equal(model(**inputs)[0], stock)
     assert [dict(vars(block)) for block in blocks_of(model)] == before
     if hasattr(model.transformer_blocks[0], "_diffusers_hook"):
@@ -183,7 +190,7 @@ def test_leaving_restores_the_blocks_also_after_an_exception() -> None:
     before = [dict(vars(block)) for block in blocks_of(model)]
 
     def fail() -> None:
-        with in_chunks(blocks_of(model), CHUNK):
+        with in_chunks(blocks_of(model), FORWARDS, CHUNK):
             assert all("forward" in vars(block) for block in blocks_of(model))
             raise RuntimeError("inside")
 
@@ -194,26 +201,26 @@ def test_leaving_restores_the_blocks_also_after_an_exception() -> None:
 
 def test_chunks_come_by_themselves_where_there_are_many_tokens() -> None:
     blocks = blocks_of(tiny_flux.transformer())
-    assert choose("auto", 32_768, blocks, compiled=False) == (None, "32,768 tokens are few")
-    assert choose("auto", 32_769, blocks, compiled=False) == (16_384, "32,769 tokens are many")
-    assert choose("auto", 40_000, blocks, compiled=True) == (None, "the transformer is compiled")
-    assert choose(None, 40_000, blocks, compiled=False) == (None, "not wanted")
+    assert choose("auto", 32_768, blocks, FORWARDS, compiled=False) == (None, "32,768 tokens are few")
+    assert choose("auto", 32_769, blocks, FORWARDS, compiled=False) == (16_384, "32,769 tokens are many")
+    assert choose("auto", 40_000, blocks, FORWARDS, compiled=True) == (None, "the transformer is compiled")
+    assert choose(None, 40_000, blocks, FORWARDS, compiled=False) == (None, "not wanted")
     assert chunk_for("auto", 262_144) == 16_384
 
 
 def test_what_cannot_run_in_chunks_is_refused() -> None:
     blocks = blocks_of(tiny_flux.transformer())
     with pytest.raises(BadInput, match=r"is compiled; set memory\.chunk_tokens=null"):
-        choose(CHUNK, 100, blocks, compiled=True)
+        choose(CHUNK, 100, blocks, FORWARDS, compiled=True)
     with pytest.raises(BadInput, match="it has blocks of Linear"):
-        choose(CHUNK, 100, [torch.nn.Linear(2, 2)], compiled=False)
+        choose(CHUNK, 100, [torch.nn.Linear(2, 2)], FORWARDS, compiled=False)
     blocks[0].norm1.norm = torch.nn.Identity()
     blocks[0].norm1 = torch.nn.Identity()
     with pytest.raises(BadInput, match="replaced a norm of its FluxTransformerBlock"):
-        choose(CHUNK, 100, blocks, compiled=False)
+        choose(CHUNK, 100, blocks, FORWARDS, compiled=False)
     blocks[2].forward = lambda *args, **kwargs: None
     with pytest.raises(BadInput, match="replaced the forward of its FluxSingleTransformerBlock"):
-        choose(CHUNK, 100, blocks[1:], compiled=False)
+        choose(CHUNK, 100, blocks[1:], FORWARDS, compiled=False)
     pipe = tiny_flux.pipeline()
     installed = grat_cli.install(pipe, "demo-x", height=64, width=64, chunk_tokens=12)
     with pytest.raises(BadInput, match="chunk_tokens 12: expected 256 or more"), installed:

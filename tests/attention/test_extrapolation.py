@@ -210,7 +210,7 @@ def test_proportional_attention_equals_stock_attention_with_scaled_queries(
     factors = (mask.sum(1).double().log() / math.log(trained)).sqrt().float()
     with scaled_queries(model, factors[:, None]):
         expected = model(**inputs, joint_attention_kwargs={"attention_mask": mask})[0]
-    adapter = FluxAdapter(model, LARGE, fused, Extrapolation(TRAINED, proportional_attention=True))
+    adapter = FluxAdapter(model, LARGE, fused=fused, extrapolation=Extrapolation(TRAINED, proportional_attention=True))
     with adapter.attached(run_with(LARGE, pattern), Backend.SDPA):
         result = model(**inputs)[0]
     assert relative_difference(result, expected) < RELATIVE
@@ -229,7 +229,7 @@ def test_proportional_attention_counts_the_keys_of_each_head(model: Any) -> None
     factors = (masks.sum(2).double().log() / math.log(trained)).sqrt().float().T  # [N, H]
     with scaled_queries(model, factors):
         expected = model(**inputs, joint_attention_kwargs={"attention_mask": masks[None]})[0]
-    adapter = FluxAdapter(model, LARGE, False, Extrapolation(TRAINED, proportional_attention=True))
+    adapter = FluxAdapter(model, LARGE, fused=False, extrapolation=Extrapolation(TRAINED, proportional_attention=True))
     with adapter.attached(Run(lambda step, layer: plan), Backend.SDPA):
         result = model(**inputs)[0]
     assert relative_difference(result, expected) < RELATIVE

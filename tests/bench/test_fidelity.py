@@ -21,6 +21,7 @@ from grat_cli.bench.results import BenchResult, Fidelity, Row
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput, NumericalFailure
+from grat_cli.families import FAMILIES
 from grat_cli.fidelity.variants import Request, parse_variants, variant_for
 from grat_cli.models.catalogue import choose_model
 from grat_cli.presets import Attention, Preset, load_preset
@@ -164,7 +165,7 @@ def test_steps_are_spread_and_sizes_that_do_not_nest_apart() -> None:
 
 def test_a_trial_runs_every_plan_of_a_preset_once() -> None:
     pipe: Any = load_pipeline(DEMO_FLUX.path)
-    host = Host(pipe.transformer, "flux", 24, Backend.SDPA, torch.device("cpu"), torch.float32, steps=10)
+    host = Host(pipe.transformer, FAMILIES["flux"], 24, Backend.SDPA, torch.device("cpu"), torch.float32, steps=10)
     chosen = preset("p", NEAR, {"steps": "0.4-0.7", "layers": "2", "variant": "x"}, dense_steps=2)
     inside = host.inside(variant_for(request(chosen), GRID))
     assert inside.trial_steps == (0, 2, 4)

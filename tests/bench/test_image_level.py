@@ -20,6 +20,7 @@ from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures, noise_floor
 from grat_cli.demo import DEMO_FLUX, unknown_words, vocabulary
 from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput
+from grat_cli.families import FAMILIES
 from grat_cli.fidelity.quality import compare
 from grat_cli.fidelity.variants import Variant, parse_variants
 from grat_cli.models.catalogue import choose_model
@@ -199,7 +200,7 @@ def test_a_row_that_fails_is_skipped_and_the_others_go_on(what: str, monkeypatch
 
 
 def test_without_a_second_backend_there_is_no_noise_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = Host(None, "flux", 24, Backend.SDPA, torch.device("cpu"), torch.float32)
+    host = Host(None, FAMILIES["flux"], 24, Backend.SDPA, torch.device("cpu"), torch.float32)
     large = Grid((512, 512))
     _, reason = noise_floor(host, large, None, 64, large.tokens)
     assert isinstance(reason, str)

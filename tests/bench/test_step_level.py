@@ -20,6 +20,7 @@ from grat_cli.bench.measure import CannotRun
 from grat_cli.bench.results import BenchResult, Row
 from grat_cli.bench.step_level import StepSettings, run_step_level
 from grat_cli.errors import BadInput, OutOfMemory
+from grat_cli.families import FAMILIES
 from grat_cli.fidelity.variants import parse_variants, variant_for
 from grat_cli.generation.timing import StepRecorder
 from grat_kernels import Backend, Grid
@@ -212,7 +213,7 @@ def test_windows_inside_flux_equal_stock_attention_under_a_mask(
     inputs = tiny_flux.inputs(*grid.shape)
     mask = torch.from_numpy(flux_mask(grid, name.partition(":")[0], window, tiny_flux.TEXT_TOKENS))
     expected = model(**inputs, joint_attention_kwargs={"attention_mask": mask})[0]
-    host = Host(model, "flux", tiny_flux.TEXT_TOKENS, Backend.SDPA, CPU, torch.float32)
+    host = Host(model, FAMILIES["flux"], tiny_flux.TEXT_TOKENS, Backend.SDPA, CPU, torch.float32)
     inside = host.inside(variant_for(parse_variants(name)[0], grid))
     assert inside.density == pytest.approx(mask.float().mean().item())
     recorder = StepRecorder()
@@ -239,7 +240,7 @@ def test_neighbourhoods_inside_hunyuan_leave_out_what_is_far(
     model: Any = tiny_hunyuan.transformer()
     grid = Grid((3, 6, 8))
     inputs = tiny_hunyuan.inputs(grid.shape, (valid,))
-    host = Host(model, "hunyuan", tiny_hunyuan.TEXT_TOKENS, Backend.SDPA, CPU, torch.float32)
+    host = Host(model, FAMILIES["hunyuan"], tiny_hunyuan.TEXT_TOKENS, Backend.SDPA, CPU, torch.float32)
     stock = model(**inputs)[0]
     for name, equal in (("na:window=9", True), ("na:window=3", False), ("b:radius=9", True), ("b:radius=0", False)):
         with host.inside(variant_for(parse_variants(name)[0], grid)).attach(StepRecorder(), lambda: 0):
@@ -259,7 +260,7 @@ def test_watching_stock_attention_changes_nothing(family: str) -> None:
     before = module.dispatch_attention_fn  # type: ignore[attr-defined]
     expected = model(**inputs)[0]
     recorder = StepRecorder()
-    host = Host(model, family, text, Backend.SDPA, CPU, torch.float32)
+    host = Host(model, FAMILIES[family], text, Backend.SDPA, CPU, torch.float32)
     full = host.inside(variant_for(parse_variants("full")[0], grid))
     with full.attach(recorder, lambda: 4):
         result = model(**inputs)[0]
@@ -274,7 +275,7 @@ def test_watching_stock_attention_changes_nothing(family: str) -> None:
 
 
 def test_what_does_not_exist_cannot_run() -> None:
-    host = Host(tiny_hunyuan.transformer(), "hunyuan", 7, Backend.SDPA, CPU, torch.float32)
+    host = Host(tiny_hunyuan.transformer(), FAMILIES["hunyuan"], 7, Backend.SDPA, CPU, torch.float32)
     with pytest.raises(CannotRun, match="two axes"):
         host.inside(variant_for(parse_variants("clear")[0], Grid((2, 4, 6))))
 

@@ -13,8 +13,9 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from operator_names import record_operators
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grat_cli.attention.processor import SpanAttentionProcessor
 from grat_cli.errors import BadInput
-from grat_cli.families.flux import FluxAdapter, SpanAttentionProcessor
+from grat_cli.families.flux import FluxAdapter
 from grat_cli.generation.timing import StepRecorder
 from grat_kernels import (
     Backend,

@@ -14,8 +14,9 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from operator_names import record_operators
 
+from grat_cli.attention.processor import SpanAttentionProcessor
 from grat_cli.errors import BadInput
-from grat_cli.families.hunyuan import HunyuanAdapter, SpanAttentionProcessor
+from grat_cli.families.hunyuan import HunyuanAdapter
 from grat_cli.generation.timing import StepRecorder
 from grat_kernels import Backend, Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Union, build_plan
 
@@ -238,7 +239,7 @@ def test_transformers_that_do_not_fit_are_refused(model: Any) -> None:
         assert isinstance(attentions(model)[0].processor, SpanAttentionProcessor)
         stock = attentions(model)[0].processor
         attentions(model)[0].set_processor(HunyuanVideoAttnProcessor2_0())
-        with pytest.raises(BadInput, match="replaced while"):
+        with pytest.raises(BadInput, match="replaced inside"):
             model(**tiny_hunyuan.inputs(GRID.shape))
         attentions(model)[0].set_processor(stock)
 
