@@ -222,19 +222,19 @@ def _family(pipe: Any) -> Family:
     Raises:
         BadInput: if it is not supported, with the reason.
     """
-    kinds = [kind.__name__ for kind in type(pipe).__mro__]
-    reasons = [family.refused[kind] for kind in kinds for family in FAMILIES.values() if kind in family.refused]
+    families = FAMILIES.values()
+    refused = {name: reason for family in families for name, reason in family.refused.items()}
+    reason = next((refused[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in refused), None)
     transformer = getattr(pipe, "transformer", None)
     family = family_of_transformer(transformer)
-    if family is not None and not reasons:
+    if family is not None and reason is None:
         return family
-    supported = (
-        f"use one of {', '.join(name for family in FAMILIES.values() for name in family.pipelines)} of diffusers"
-    )
-    if reasons or transformer is None:
-        raise BadInput(f"{kinds[0]} is not supported{f' ({reasons[0]})' if reasons else ''}: {supported}")
-    known = " and ".join(family.transformer for family in FAMILIES.values())
-    raise BadInput(f"the transformer is a {type(transformer).__name__}, and GRAT knows {known}: {supported}")
+    instead = f"use one of {', '.join(name for family in families for name in family.pipelines)} of diffusers"
+    if reason or transformer is None:
+        because = f" ({reason})" if reason else ""
+        raise BadInput(f"{type(pipe).__name__} is not supported{because}: {instead}")
+    known = " and ".join(family.transformer for family in families)
+    raise BadInput(f"the transformer is a {type(transformer).__name__}, and GRAT knows {known}: {instead}")
 
 
 def _resolve_backend(pipe: Any, name: str, tokens: int) -> tuple[Backend, str]:

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 import tiny_flux
 import torch
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+from diffusers.pipelines.flux.pipeline_flux_controlnet import FluxControlNetPipeline
 from diffusers.pipelines.flux.pipeline_flux_fill import FluxFillPipeline
+from diffusers.pipelines.flux.pipeline_flux_inpaint import FluxInpaintPipeline
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from test_flux import NoHostReads, raster_mask, relative_difference, snapshot
@@ -91,6 +95,57 @@ def test_full_attention_equals_stock_image_to_image_and_guidance_embedding() -> 
     expected = call(pipe, **arguments)
     with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
         assert relative_difference(call(pipe, **arguments), expected) < RELATIVE
+
+
+class OwnPipeline(tiny_flux.FluxPipeline):
+    """Of somebody else."""
+
+
+def mask_image() -> Image.Image:
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[HEIGHT // 4 : -HEIGHT // 4, WIDTH // 3 :] = 255
+    return Image.fromarray(mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "inputs"),
+    [
+        (OwnPipeline, 16, {}),
+        (FluxInpaintPipeline, 16, {"image": init_image(), "mask_image": mask_image(), "strength": 0.7}),
+        # A picture that comes as further channels, 16 of its own and 64 pixels of the mask.
+        (FluxFillPipeline, 96, {"image": init_image(), "mask_image": mask_image()}),
+        (FluxKontextPipeline, 16, {"max_area": HEIGHT * WIDTH}),
+    ],
+)
+def test_full_attention_equals_other_stock_pipelines_around_flux(
+    kind: type[Any], channels: int, inputs: dict[str, Any]
+) -> None:
+    pipe = tiny_flux.pipeline(kind, transformer=tiny_flux.transformer(in_channels=channels, out_channels=16))
+    expected = call(pipe, **inputs)
+    with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
+        assert relative_difference(call(pipe, **inputs), expected) < RELATIVE
+    with grat_cli.install(pipe, preset("b"), height=HEIGHT, width=WIDTH):
+        assert relative_difference(call(pipe, **inputs), expected) > 0.01
+    assert torch.equal(call(pipe, **inputs), expected)
+
+
+def test_pictures_that_come_as_tokens_are_refused() -> None:
+    reference = {"image": init_image(), "max_area": HEIGHT * WIDTH, "_auto_resize": False}
+    with pytest.raises(BadInput, match=r"call has 936: .* as in Kontext, are not supported"):
+        enter(tiny_flux.pipeline(FluxKontextPipeline), preset(), called_with=reference)
+    controlnet = FluxControlNetModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=0,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 6, 6],
+    )
+    pipe = tiny_flux.pipeline(FluxControlNetPipeline, controlnet=controlnet)
+    with pytest.raises(BadInput, match="ControlNet is not supported"):
+        enter(pipe, preset(), called_with={"control_image": init_image()})
 
 
 @pytest.mark.parametrize(("variant", "radius", "cross"), [("b", 1, False), ("x", None, True), ("bx", 1, True)])
@@ -204,9 +259,11 @@ def test_a_second_install_is_refused_and_leaves_the_first(pipe: Any) -> None:
         assert relative_difference(call(pipe), expected) < RELATIVE
 
 
-def enter(pipe: Any, chosen: Any, height: int = HEIGHT, width: int = WIDTH, **options: Any) -> None:
+def enter(
+    pipe: Any, chosen: Any, height: int = HEIGHT, width: int = WIDTH, called_with: Any = None, **options: Any
+) -> None:
     with grat_cli.install(pipe, chosen, height=height, width=width, **options):
-        call(pipe)
+        call(pipe, **(called_with or {}))
 
 
 def test_what_does_not_fit_is_refused_in_words(pipe: Any) -> None:
@@ -218,8 +275,6 @@ def test_what_does_not_fit_is_refused_in_words(pipe: Any) -> None:
         enter(pipe, preset(), 145)
     with pytest.raises(BadInput, match="DiffusionPipeline is not supported: use one of FluxPipeline"):
         enter(type("DiffusionPipeline", (), {})(), preset())
-    with pytest.raises(BadInput, match="FluxFillPipeline is not supported"):
-        enter(FluxFillPipeline.__new__(FluxFillPipeline), preset())
     with pytest.raises(BadInput, match="no-such-preset"):
         enter(pipe, "no-such-preset")
     with pytest.raises(BadInput, match="unknown backend 'tritn': did you mean 'triton'"):
