@@ -158,6 +158,7 @@ class Family(ABC):
         presets: variants of the presets that come with grat, by the name that presets give as their `model`.
         base: hub id of a pipeline whose other parts suit a file of a transformer alone.
         text_first: whether text comes before the image tokens in the joint sequence.
+        stages: whether outputs that are much larger than those it was trained on come about in stages.
     """
 
     name: ClassVar[str]
@@ -172,6 +173,7 @@ class Family(ABC):
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
     base: ClassVar[str]
     text_first: ClassVar[bool]
+    stages: ClassVar[bool] = False
 
     # ---- Which model
 
@@ -205,7 +207,7 @@ class Family(ABC):
         """The dtype of each part of a pipeline that runs in `dtype`."""
         return dict.fromkeys(parts, dtype)
 
-    def prepare(self, pipe: Any, tile: int | None = None) -> None:
+    def prepare(self, pipe: Any, tile: int | None = None) -> None:  # noqa: B027 most families need nothing
         """Sets a loaded pipeline up, once.
 
         Args:
@@ -258,6 +260,10 @@ class Family(ABC):
     @abstractmethod
     def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         """Latents as a callback has them, as `[1, C, (T,) h, w]`."""
+
+    def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Spatial latents as a callback has them: undoes `spatial`."""
+        return latents
 
     @abstractmethod
     def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from grat_cli.errors import BadInput
 from grat_cli.files.outputs import report_path, write_text
-from grat_cli.files.prompts import PromptEntry
-from grat_cli.generation.seeds import LARGEST_SEED
+from grat_cli.files.prompts import LARGEST_SEED, PromptEntry
 from grat_cli.models.catalogue import Medium
 
 REPORTS = "reports"
