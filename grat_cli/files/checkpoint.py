@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
 from grat_cli.files.tensors import read_tensors, write_tensors
-from grat_cli.files.whole import discard_leftovers
+from grat_cli.files.whole import remove
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,8 @@ class CheckpointStore:
         generator_state: torch.Tensor | None,
         about: Mapping[str, Any],
         step_timings: Sequence[Any] = (),
+        *,
+        overwrite: bool = False,
     ) -> None:
         """Replaces the checkpoint; on return it is on the disk.
 
@@ -70,6 +72,7 @@ class CheckpointStore:
             generator_state: uint8 `[bytes]`, of `torch.Generator.get_state()`.
             about: JSON data: the whole request; `schema`, `steps_done` and `step_timings` are set here.
             step_timings: JSON data of each step done, so that the report at the end has them all.
+            overwrite: whether a checkpoint of another process may be replaced.
 
         Raises:
             CannotWrite: if it cannot be written; the checkpoint before is still there.
@@ -78,7 +81,7 @@ class CheckpointStore:
         if generator_state is not None:
             tensors["generator_state"] = generator_state
         state = {"schema": SCHEMA, _STEPS_DONE: step, _STEP_TIMINGS: list(step_timings)}
-        write_tensors(self.path, tensors, {**about, **state})
+        write_tensors(self.path, tensors, {**about, **state}, overwrite=overwrite)
 
     def read(self, shape: Sequence[int] | None = None) -> RunCheckpoint:
         """The checkpoint.
@@ -108,7 +111,6 @@ class CheckpointStore:
             )
         return RunCheckpoint(step, latents, generator_state, about)
 
-    def remove(self) -> None:
-        """Removes the checkpoint, and what killed processes left of theirs; nothing where there is none."""
-        discard_leftovers(self.path)
-        self.path.unlink(missing_ok=True)
+    def remove(self, *, overwrite: bool = False) -> None:
+        """Removes the checkpoint, and what killed processes left of theirs; one of another process only if told."""
+        remove(self.path, overwrite=overwrite)

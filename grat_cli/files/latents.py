@@ -30,13 +30,14 @@ class LatentsFile:
     about: dict[str, Any]
 
 
-def save_latents(path: Path, latents: torch.Tensor, about: Mapping[str, Any]) -> None:
+def save_latents(path: Path, latents: torch.Tensor, about: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Writes latents of one video bit for bit, whole or not at all.
 
     Args:
         path: the file.
         latents: `[1, C, T, H, W]`, float32, or bfloat16 or float16, which float32 holds exactly.
         about: JSON data: the request or report; `schema` is set here.
+        overwrite: whether files that this process has not written may be replaced.
 
     Raises:
         CannotWrite: if it cannot be written.
@@ -48,7 +49,7 @@ def save_latents(path: Path, latents: torch.Tensor, about: Mapping[str, Any]) ->
         raise ValueError(f"expected latents [1, C, T, H, W], got {list(latents.shape)}")
     if latents.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"expected latents that float32 holds exactly, got {latents.dtype}")
-    write_tensors(path, {"latents": latents.float()}, {**about, "schema": SCHEMA})
+    write_tensors(path, {"latents": latents.float()}, {**about, "schema": SCHEMA}, overwrite=overwrite)
 
 
 def load_latents(path: Path) -> LatentsFile:

@@ -9,7 +9,6 @@ size costs the same.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.errors import NumericalFailure
 from grat_cli.families import picture_coding
 from grat_cli.files.pictures import FORMATS, write_picture
+from grat_cli.files.whole import remove
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,16 +34,17 @@ class Preview:
         path: the file, replaced by each preview.
         every: steps from one preview to the next.
         trained_side: pixels a side that the model was trained at.
+        overwrite: whether a file that is no preview of this run may be replaced.
     """
 
     path: Path
     every: int
     trained_side: int
+    overwrite: bool = False
 
     def remove(self) -> None:
-        """Removes the file, if there is one: the picture itself is there."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        """Removes the preview, if there is one: the picture itself is there."""
+        remove(self.path)
 
 
 class PreviewedSteps:
@@ -84,7 +85,7 @@ class PreviewedSteps:
             # What comes of it is told at the end of the run; an early estimate may be flat.
             return
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        write_picture(picture, self._preview.path, FORMATS["png"], None)
+        write_picture(picture, self._preview.path, FORMATS["png"], None, overwrite=self._preview.overwrite)
 
     def _scaled_down(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         """Latents `[1, C, h, w]` in fp32 of `[1, image tokens, channels]`, no longer than those of the trained size."""

@@ -133,11 +133,12 @@ def finish_video(
             crf=request.crf,
             format=request.format,
             provenance=report.provenance(run.report) if request.metadata else None,
+            overwrite=request.overwrite,
         )
     for note in check.finish():
         progress.note(note)
     made = report.measured(run.report, phases.phases_ms, phases.memory_bytes)
-    outputs.write_json(made, outputs.report_path(output))
+    outputs.write_json(made, outputs.report_path(output), overwrite=request.overwrite)
     return MadeVideo(output, made)
 
 

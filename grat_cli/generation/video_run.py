@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from grat_cli.errors import BadInput
 from grat_cli.files.checkpoint import CheckpointStore
 from grat_cli.files.latents import load_latents, save_latents
 from grat_cli.files.outputs import checkpoint_path, latents_path, report_path
-from grat_cli.files.whole import discard_leftovers
+from grat_cli.files.tensors import read_about
+from grat_cli.files.whole import discard_leftovers, remove
 from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.timing import StepTiming
-from grat_cli.generation.video_request import VideoRequest, request_data, request_from_data
+from grat_cli.generation.video_request import MOST_STEPS, Seed, VideoRequest, request_data, request_from_data, stored_as
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +41,7 @@ class VideoRun:
             the first step.
         report: what there is to report so far; empty before the first step.
         guard: of `guard.RecallGuard.state`; None without a guard, and before the first step.
+        kept: the file that it was taken up from; None of one that is begun here.
     """
 
     seed: int
@@ -48,6 +52,7 @@ class VideoRun:
     random_state: torch.Tensor | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
     guard: Mapping[str, Any] | None = None
+    kept: Path | None = None
 
     @property
     def done(self) -> int:
@@ -74,23 +79,54 @@ def write_run(run: VideoRun, request: VideoRequest, output: Path) -> Path:
     about = {**run.report, "request": request_data(request)}
     if run.done == request.preset.sampling.steps:
         path = latents_path(output)
-        save_latents(path, run.latents, about)
+        save_latents(path, run.latents, about, overwrite=request.overwrite)
         CheckpointStore(checkpoint_path(output)).remove()  # they have all that it had
     else:
         path = checkpoint_path(output)
         steps = [asdict(step) for step in run.steps]
         about["guard_state"] = run.guard
-        CheckpointStore(path).write(run.done, run.latents, run.random_state, about, steps)
+        CheckpointStore(path).write(run.done, run.latents, run.random_state, about, steps, overwrite=request.overwrite)
     return path
 
 
-def discard_run(output: Path, *, latents: bool = True) -> None:
-    """Removes what was kept of a run beside its output, or begun and left; the latents only if that is said."""
-    CheckpointStore(checkpoint_path(output)).remove()
+def discard_run(output: Path, *, latents: bool = True, overwrite: bool = False) -> None:
+    """Removes what was kept of a run beside its output, or begun and left.
+
+    Args:
+        output: of the run.
+        latents: whether they go too.
+        overwrite: whether that of another process goes too.
+    """
+    remove(checkpoint_path(output), overwrite=overwrite)
     for begun in (output, latents_path(output), report_path(output)):
         discard_leftovers(begun)
     if latents:
-        latents_path(output).unlink(missing_ok=True)
+        remove(latents_path(output), overwrite=overwrite)
+
+
+def files_of(run: VideoRun) -> list[Path]:
+    """The file that a run was taken up from, and the checkpoint beside its latents that a killed process left of it."""
+    if run.kept is None:
+        return []
+    checkpoint = checkpoint_path(run.kept.with_name(run.kept.name.removesuffix(LATENTS_ENDING)))
+    try:
+        both = [read_about(path) or {} for path in (run.kept, checkpoint)]
+    except BadInput:
+        return [run.kept]
+    asked = [({**about.get("request", {}), "seeds": None}, about.get("seed")) for about in both]
+    return [run.kept, checkpoint] if asked[0] == asked[1] else [run.kept]
+
+
+def place_of(kept: Path) -> Path:
+    """Where the video of a file of a run goes: beside it, by its name; without a suffix.
+
+    Raises:
+        BadInput: if its name has nothing before the ending.
+    """
+    name = kept.name.removesuffix(LATENTS_ENDING).removesuffix(CHECKPOINT_ENDING)
+    if not name.strip("."):
+        raise BadInput(f"{kept} has no name before its ending: rename it")
+    return kept.with_name(name)
 
 
 def find_run(path: Path) -> Path:
@@ -110,11 +146,30 @@ def find_run(path: Path) -> Path:
     raise BadInput(f"there is no checkpoint and there are no latents of {path}: there is nothing to go on with")
 
 
-def read_run(path: Path) -> tuple[VideoRun, VideoRequest]:
-    """A run that was kept, and what was asked of it.
+class _StoredRun(BaseModel):
+    """What a file says of a run besides its request."""
+
+    model_config = ConfigDict(strict=True)
+
+    seed: Seed
+    steps: Annotated[tuple[StepTiming, ...], Field(min_length=1, max_length=MOST_STEPS)]
+    phases: dict[Annotated[str, Field(max_length=80)], Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    memory: dict[Annotated[str, Field(max_length=80)], Annotated[int, Field(ge=0)]]
+    peak_memory_kind: Annotated[str, Field(max_length=200)]
+    request: dict[str, Any]
+    guard_state: dict[str, Any] | None = None
+
+
+def read_run(path: Path, model: str | None = None) -> tuple[VideoRun, VideoRequest]:
+    """A run that was kept, and what was asked of it; its outputs go beside the file, by its name.
+
+    Args:
+        path: of a checkpoint or of latents.
+        model: in place of the stored one, as typed.
 
     Raises:
         BadInput: if it cannot be read, or is not whole.
+        ModelUnavailable: if its model is not here.
     """
     if path.name.endswith(LATENTS_ENDING):
         file = load_latents(path)
@@ -122,22 +177,33 @@ def read_run(path: Path) -> tuple[VideoRun, VideoRequest]:
     else:
         checkpoint = CheckpointStore(path).read()
         latents, random_state, about = checkpoint.latents, checkpoint.generator_state, checkpoint.about
+    place = place_of(path)
     try:
-        request = request_from_data(about["request"], path.parent)
-        report: dict[str, Any] = {name: value for name, value in about.items() if name not in _OF_THE_FILE}
-        report["schema"] = SCHEMA
-        run = VideoRun(
-            seed=report["seed"],
-            latents=latents,
-            steps=tuple(StepTiming(**step) for step in report["steps"]),
-            phases_ms=report["phases"],
-            memory_bytes=report["memory"],
-            random_state=random_state,
-            report=report,
-            guard=about.get("guard_state"),
-        )
-        if run.seed not in request.seeds or not 0 < run.done <= request.preset.sampling.steps:
-            raise ValueError("report and request contradict one another")
-    except (KeyError, TypeError, ValueError, AttributeError, BadInput) as error:
-        raise BadInput(f"{path} cannot be gone on with: it is damaged, or of another version of grat") from error
+        stored = stored_as(_StoredRun, about)
+        request = request_from_data(stored.request, place, stored.seed, model)
+        _require_fit(latents, len(stored.steps), request)
+    except (ValueError, BadInput) as error:
+        reason = str(error) if isinstance(error, BadInput) else f"it is damaged, or of another version of grat: {error}"
+        raise BadInput(f"{path} cannot be gone on with: {reason}") from error
+    report = {name: value for name, value in about.items() if name not in _OF_THE_FILE}
+    run = VideoRun(
+        seed=stored.seed,
+        latents=latents,
+        steps=stored.steps,
+        phases_ms=stored.phases,
+        memory_bytes=stored.memory,
+        random_state=random_state,
+        report={**report, "schema": SCHEMA},
+        guard=stored.guard_state,
+        kept=path,
+    )
     return run, request
+
+
+def _require_fit(latents: torch.Tensor, done: int, request: VideoRequest) -> None:
+    """Raises ValueError unless latents are of a request's shape, and no more steps are done than it has."""
+    rows, columns = latents.shape[3:] if latents.ndim == 5 else (0, 0)
+    if not rows or latents.shape[2] != request.latent_frames or rows * request.width != columns * request.height:
+        raise ValueError(f"its latents are {list(latents.shape)}, of {request.size} they are not")
+    if done > request.preset.sampling.steps:
+        raise ValueError(f"{done} steps are done of {request.preset.sampling.steps}")

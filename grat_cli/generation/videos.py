@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grat_cli.errors import CannotWrite, GratError, Interrupted
+from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted
 from grat_cli.families.guidance import Guidance, choose_guidance
 from grat_cli.families.time_shift import time_shift
 from grat_cli.files.outputs import checkpoint_path, latents_path
+from grat_cli.files.whole import adopt, remove
 from grat_cli.generation import report
 from grat_cli.generation.denoising import GenerationRecord, StepWatch, explained_backend_failures, memory_advice
 from grat_cli.generation.request import Progress
@@ -32,7 +32,7 @@ from grat_cli.generation.video_decoding import (
     use_tiles,
 )
 from grat_cli.generation.video_request import VideoRequest, check_video, note_expectations
-from grat_cli.generation.video_run import VideoRun, discard_run, write_run
+from grat_cli.generation.video_run import VideoRun, discard_run, files_of, write_run
 from grat_cli.installation import install
 from grat_cli.models.devices import choose_device, choose_dtype, cpu_threads, device_name, peak_memory
 from grat_cli.models.loading import LoadedModel, load_model
@@ -62,12 +62,14 @@ def generate_videos(request: VideoRequest, progress: Progress, begun: VideoRun |
     device = choose_device(request.device)
     jobs = list(zip(request.seeds, request.outputs, strict=True))
     if begun is not None:
+        for kept in files_of(begun):
+            adopt(kept)
         take_threads(begun, device, progress)
         jobs = jobs[request.seeds.index(begun.seed) :]
         if begun.done == request.preset.sampling.steps:
             _, output = jobs.pop(0)
-            yield decode_run(begun, latents_path(output), request, output, progress)
-            tidy_up(begun, request, output, latents_path(output))
+            yield decode_run(begun, begun.kept or latents_path(output), request, output, progress)
+            tidy_up(begun, request, output, None)
             begun = None
     if not jobs:
         return
@@ -179,7 +181,8 @@ class VideoGenerator:
 
         # 4. Denoise with GRAT attention installed; a checkpoint now and then.
         if not run.done:
-            discard_run(output)  # of an earlier run, which would be taken for this one's
+            # Of an earlier run, which would be taken for this one's.
+            discard_run(output, overwrite=request.overwrite)
         if run.done < request.preset.sampling.steps:
             self._progress.phase("denoise")
             with memory_advice(request, self._device, request.size):
@@ -341,7 +344,8 @@ def denoise(
                 )
         except KeyboardInterrupt:
             callback.keep_last()
-            kept = [path for path in (latents_path(output), checkpoint_path(output)) if path.is_file()]
+            places = (latents_path(output), checkpoint_path(output), *([run.kept] if run.kept else []))
+            kept = [path for path in places if path.is_file()]
             if not kept:
                 raise
             raise Interrupted(
@@ -435,7 +439,7 @@ def take_threads(run: VideoRun, device: torch.device, progress: Progress) -> Non
         torch.set_num_threads(threads)
 
 
-@contextmanager
+@contextlib.contextmanager
 def taken_up(pipe: Any, run: VideoRun, device: torch.device) -> Iterator[None]:
     """While inside, the pipeline begins with the latents of a run that has begun.
 
@@ -461,13 +465,15 @@ def random_state(device: torch.device) -> torch.Tensor:
 
 
 def restore_random_state(state: torch.Tensor | None, device: torch.device) -> None:
-    """Sets a device's generator to a state of `random_state`, if there is one."""
+    """Sets a device's generator to a state of `random_state`, if there is one; BadInput if it is none."""
     import torch
 
-    if state is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif state is not None:
-        torch.set_rng_state(state)
+    if state is None:
+        return
+    try:
+        torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise BadInput("the random state of the run is damaged: start the run anew") from error
 
 
 def keep_latents(run: VideoRun, request: VideoRequest, output: Path, progress: Progress) -> Path | None:
@@ -499,5 +505,7 @@ def tidy_up(run: VideoRun, request: VideoRequest, output: Path, kept: Path | Non
     discard_run(output, latents=not request.save_latents)
     if request.save_latents and not latents_path(output).is_file():  # there may be room now
         write_run(run, request, output)
-    if kept is not None and kept.parent != output.parent:
-        shutil.rmtree(kept.parent, ignore_errors=True)
+    if kept is not None and kept.parent != output.parent:  # in a folder of temporary files
+        remove(kept)
+        with contextlib.suppress(OSError):
+            kept.parent.rmdir()
