@@ -5,27 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from grat_cli.commands import options
+from grat_cli.commands.parameters import argument
 from grat_cli.console.output import Mode, Output, bytes_text, fact_table
 
 
 def info(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="A picture or video by grat, its latents or checkpoint, or the report."),
-    ],
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    file: Annotated[Path, argument("FILE", "A picture or video by grat, its latents or checkpoint, or the report.")],
+    terminal: options.TerminalOptions,
 ) -> None:
     """Show what made a picture or video: prompt, seed, model, preset, size, versions."""
     from grat_cli.errors import BadInput
     from grat_cli.files import outputs
     from grat_cli.generation import report
 
-    output = Output(as_json=as_json, quiet=quiet)
+    output = terminal.output()
     found = outputs.read_provenance(file)
     output.data(found)
     try:
@@ -34,7 +28,7 @@ def info(
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{file} is not a whole report of this version of grat: --json shows it as it is") from error
     output.show(fact_table(facts), *timings)
-    if quiet:
+    if terminal.quiet:
         output.line(str(found["command"]))
 
 

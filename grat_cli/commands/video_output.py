@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.console.output import Output, bytes_text
 from grat_cli.errors import BadInput
-from grat_cli.files import outputs
+from grat_cli.files import outputs as media
+from grat_cli.files.whole import claimed
 from grat_cli.generation import report
 from grat_cli.generation.video_request import VideoRequest
 from grat_cli.generation.video_run import VideoRun
@@ -36,16 +38,21 @@ def checkpoint_interval(planned_s: float, steps: int) -> int:
     return max(1, int(BETWEEN_CHECKPOINTS_S / (planned_s / steps)))
 
 
-def refuse_unwritable(paths: Sequence[Path], *, overwrite: bool) -> None:
+def refuse_unwritable(paths: Sequence[Path], *, overwrite: bool, own: Sequence[Path] = ()) -> None:
     """Makes sure, before any work is done, that videos and what lies beside them can be written.
+
+    Args:
+        paths: of the videos.
+        overwrite: whether files that are there may be replaced.
+        own: files of the run itself, which goes on.
 
     Raises:
         BadInput: if something exists that may not be overwritten, or cannot be written.
     """
-    outputs.refuse_unwritable([*paths, *map(outputs.report_path, paths)], overwrite=overwrite)
+    media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
     for path in paths:
-        for kept in (outputs.checkpoint_path(path), outputs.latents_path(path)):
-            if kept.exists() and not overwrite:
+        for kept in (media.checkpoint_path(path), media.latents_path(path)):
+            if os.path.lexists(kept) and kept not in own and not overwrite:
                 raise BadInput(f"{kept} of another run exists: go on with it (grat resume {kept}), or use --overwrite")
 
 
@@ -54,7 +61,7 @@ def make_videos(request: VideoRequest, output: Output, begun: VideoRun | None = 
     from grat_cli.generation.videos import generate_videos
 
     videos: list[MadeVideo] = []
-    with output.progress() as progress:
+    with claimed(request.outputs), output.progress() as progress:
         for video in generate_videos(request, progress, begun):
             videos.append(video)
             output.line(str(video.path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,15 +24,15 @@ from grat_cli.files.outputs import (
     write_json,
 )
 from grat_cli.files.pictures import PictureFormat, write_picture
-from grat_cli.files.whole import cannot_write
+from grat_cli.files.whole import adopt, cannot_write, claimed, discard, place, remove
 from grat_cli.generation import report
-from grat_cli.generation.batch_layout import Layout, Sample, metadata_text, write_metadata
+from grat_cli.generation.batch_layout import Layout, Sample, has_metadata, write_metadata
 from grat_cli.generation.image_request import ImageRequest
 from grat_cli.generation.pictures import ImageGenerator, ImageText
 from grat_cli.generation.timing import Phases
 from grat_cli.generation.video_decoding import phases_of
 from grat_cli.generation.video_request import VideoRequest, request_data
-from grat_cli.generation.video_run import VideoRun, discard_run, read_run
+from grat_cli.generation.video_run import VideoRun, discard_run, files_of, read_run
 from grat_cli.generation.videos import VideoGenerator, VideoText, take_threads
 from grat_cli.models.devices import choose_device
 
@@ -58,6 +57,7 @@ class Batch:
         picture_format: of pictures, None for videos, whose template has it.
         quality: of jpg and webp, None for the format's own.
         embed: whether outputs hold how they were made.
+        overwrite: whether outputs of other requests may be replaced.
     """
 
     file: Path
@@ -69,6 +69,7 @@ class Batch:
     picture_format: PictureFormat | None = None
     quality: int | None = None
     embed: bool = True
+    overwrite: bool = False
 
     def told(self, sample: Sample) -> dict[str, Any]:
         """What the report of a sample says of the batch: its place in the file, and all that stands there."""
@@ -89,14 +90,13 @@ class Failure:
     reason: str
 
 
-def missing(batch: Batch, *, overwrite: bool) -> list[Sample]:
+def missing(batch: Batch) -> list[Sample]:
     """The samples that are not there whole; makes sure that they can be written, and makes the folders for them.
 
     Of the plain layout, whose names hold a time, an output is there if a report in the folder says the same request.
 
     Args:
         batch: with all samples.
-        overwrite: whether outputs of other requests may be replaced.
 
     Raises:
         BadInput: if something else is in the way, or cannot be written.
@@ -104,15 +104,16 @@ def missing(batch: Batch, *, overwrite: bool) -> list[Sample]:
     if batch.layout.name == "plain":
         left = _not_told_of(batch)
     else:
-        left = [sample for sample in batch.samples if not _is_there(batch, sample, overwrite)]
+        left = [sample for sample in batch.samples if not _is_there(batch, sample)]
     _make_folder(batch.out)
     for sample in left:
         for path in (sample.output, sample.report):
             _make_folder(path.parent)
         # A report of the same that lacks its output is what a killed process left.
-        same = _facts_found(sample.report) == _facts_asked(batch.template, sample)
-        refuse_unwritable([sample.output], overwrite=overwrite)
-        refuse_unwritable([sample.report], overwrite=overwrite or same)
+        if same := _facts_found(sample.report) == _facts_asked(batch.template, sample):
+            adopt(sample.report)
+        refuse_unwritable([sample.output], overwrite=batch.overwrite)
+        refuse_unwritable([sample.report], overwrite=batch.overwrite or same)
     return left
 
 
@@ -140,7 +141,7 @@ def make_samples(
     try:
         # 1. What evaluators read beside the samples.
         for sample in {sample.metadata: sample for sample in samples}.values():
-            write_metadata(sample)
+            write_metadata(sample, overwrite=batch.overwrite)
 
         # 2. Load the model, once.
         said = _SaidOnce(progress)
@@ -201,18 +202,19 @@ class _PictureWorker:
         made["batch"] = batch.told(sample)
         self._progress.phase("save")
         began = perf_counter()
-        write_json(made, sample.report)
+        write_json(made, sample.report, overwrite=batch.overwrite)
         inside = report.provenance(made) if batch.embed else None
         write_picture(
             generated.image,
             sample.output,
             batch.picture_format,
             inside,
+            overwrite=batch.overwrite,
             quality=batch.quality,
             written=self._progress.written,
         )
         made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
-        write_json(made, sample.report)
+        write_json(made, sample.report, overwrite=batch.overwrite)
         return made
 
 
@@ -240,16 +242,18 @@ class _VideoWorker:
         _make_folder(unfinished)
         request = _request(self._template, sample)
         work = unfinished / _work_name(request)
+        # What lies there under that name was made of this very request.
         request = replace(request, outputs=(work,), overwrite=True)
-        made = _finished(work)
-        if made is None:
-            made = self._finish(request, work, sample, is_last)
+        with claimed([work]):
+            made = _finished(work)
+            if made is None:
+                made = self._finish(request, work, sample, is_last)
 
-        # 2. Move the report, then the video: one that is there has its report.
-        told = {**made, "batch": self._batch.told(sample)}
-        write_json(told, sample.report)
-        _move(work, sample.output)
-        report_path(work).unlink()
+            # 2. Move the report, then the video: one that is there has its report.
+            told = {**made, "batch": self._batch.told(sample)}
+            write_json(told, sample.report, overwrite=self._batch.overwrite)
+            _move(work, sample.output, overwrite=self._batch.overwrite)
+            remove(report_path(work), overwrite=True)
         return told
 
     def _finish(self, request: VideoRequest, work: Path, sample: Sample, is_last: bool) -> Mapping[str, Any]:
@@ -266,7 +270,7 @@ class _VideoWorker:
         try:
             return self._generator.make(request, run, work, self._texts[prompts], phases, is_last=is_last).report
         except NumericalFailure:
-            discard_run(work)  # going on with it would fail again
+            discard_run(work, overwrite=True)  # going on with it would fail again
             raise
 
     def _begun(self, work: Path, seed: int) -> VideoRun:
@@ -280,6 +284,8 @@ class _VideoWorker:
             except BadInput as error:
                 self._progress.note(f"{error}: {work.stem} is begun anew")
                 continue
+            for path in files_of(run):
+                adopt(path)
             self._progress.note(f"{work.stem} goes on after step {run.done}")
             take_threads(run, self._device, self._progress)
             return run
@@ -329,14 +335,14 @@ def _work_name(request: VideoRequest) -> str:
     return f"{slug(request.prompt)}-s{request.seeds[0]}-{digest}{request.outputs[0].suffix}"
 
 
-def _is_there(batch: Batch, sample: Sample, overwrite: bool) -> bool:
+def _is_there(batch: Batch, sample: Sample) -> bool:
     """Whether a sample is at its place, whole, and of the same request.
 
     Raises:
         BadInput: if something else is, and may not be overwritten.
     """
-    metadata = sample.metadata
-    if metadata is not None and not overwrite and metadata.is_file() and metadata.read_text() != metadata_text(sample):
+    metadata, overwrite = sample.metadata, batch.overwrite
+    if metadata is not None and not overwrite and os.path.lexists(metadata) and not has_metadata(sample):
         raise BadInput(
             f"{metadata} is of another prompt than {sample.entry.place} of {batch.file}: "
             "use another --out, or --overwrite"
@@ -419,22 +425,20 @@ def _finished(work: Path) -> Mapping[str, Any] | None:
     """The report of a video that is written, and was not moved because the process ended just then."""
     if not report_path(work).is_file():
         if work.is_dir():  # of frames, which nothing takes the place of
-            shutil.rmtree(work)
+            discard(work)
         return None
-    discard_run(work)
+    discard_run(work, overwrite=True)
     return read_provenance(report_path(work)) if work.exists() else None
 
 
-def _move(work: Path, output: Path) -> None:
+def _move(work: Path, output: Path, *, overwrite: bool) -> None:
     """Puts what is whole in its place.
 
     Raises:
-        CannotWrite: if it cannot be put there.
+        CannotWrite: if it cannot be put there, or something is there that may not be replaced.
     """
     try:
-        if output.is_dir():
-            shutil.rmtree(output)  # of frames, with --overwrite
-        os.replace(work, output)
+        place(work, output, overwrite=overwrite)
     except OSError as error:
         raise cannot_write(output, error) from error
 

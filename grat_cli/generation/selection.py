@@ -124,15 +124,10 @@ def guard_note(preset: Preset, *, dense: bool) -> str | None:
     return f"guard {preset.guard:g}: layers that keep less of full attention go wider, which takes longer"
 
 
-def require_choice(option: str, word: str, known: Sequence[str]) -> str:
-    """The word, if it is one of the known ones.
-
-    Raises:
-        BadInput: naming the nearest.
-    """
-    if word not in known:
+def require_choice(option: str, word: str | None, known: Sequence[str]) -> None:
+    """Raises BadInput, naming the nearest, unless a word is a known one; None stands for an option not given."""
+    if word is not None and word not in known:
         raise BadInput(f"{option} {word}: {choices(word, known)}")
-    return word
 
 
 def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> None:
@@ -161,15 +156,10 @@ def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: i
         )
 
 
-def require_device(name: str) -> str:
-    """The name of a device, if it is one; whether it exists here is for torch to say.
-
-    Raises:
-        BadInput: naming the nearest.
-    """
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", name, re.ASCII):
+def require_device(name: str | None) -> None:
+    """Raises BadInput unless a name is that of a device, or None; whether it exists here is for torch to say."""
+    if name is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", name, re.ASCII):
         raise BadInput(f"--device {name}: {choices(name, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps'))}")
-    return name
 
 
 def _sizes(option: str, text: str | None, example: str) -> int | tuple[int, ...] | None:
