@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +12,9 @@ import typer
 
 from grat_cli.commands import options
 from grat_cli.commands.parameters import argument, changed, only, option
-from grat_cli.console.output import Output
 
 if TYPE_CHECKING:
-    from grat_cli.files.pictures import PictureFormat
-    from grat_cli.generation.image_request import ImageRequest
-    from grat_cli.generation.video_request import VideoRequest
-    from grat_cli.models.catalogue import Medium, ModelChoice
-    from grat_cli.presets import Preset
+    from grat_cli.models.catalogue import Medium
 
 _FAILURES_NAMED = 3
 
@@ -77,21 +72,23 @@ def batch(
     ),
     quality: int | None = options.QUALITY,
     crf: int | None = options.CRF,
-    checkpoint_every: int | None = options.CHECKPOINT_EVERY,
+    keeping: Annotated[options.KeepingOptions, only("checkpoint_every")],
     overwrite: bool = options.OVERWRITE,
     no_metadata: bool = options.NO_METADATA,
     terminal: options.TerminalOptions,
 ) -> None:
     """Make pictures or videos of many prompts; typed again, it goes on with what is missing."""
+    from grat_cli.commands import making
+    from grat_cli.console.progress import duration
     from grat_cli.errors import BadInput, NumericalFailure
-    from grat_cli.files import outputs as media
-    from grat_cli.files.pictures import choose_picture_format
-    from grat_cli.files.prompts import read_prompts
+    from grat_cli.estimates.time import planned_seconds
+    from grat_cli.files import outputs
+    from grat_cli.files.formats import choose_format
+    from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS, read_prompts
     from grat_cli.generation.batch import Batch, Failure, make_samples, missing
     from grat_cli.generation.batch_layout import LAYOUTS, lay_out
-    from grat_cli.generation.seeds import LARGEST_SEED, MOST_PICTURES
+    from grat_cli.generation.request import note_expectations
     from grat_cli.generation.selection import mismatch_note, require_choice, variant_word
-    from grat_cli.generation.video_request import VideoRequest
     from grat_cli.models.catalogue import choose_model
     from grat_cli.presets import HIGHRES_MODES
 
@@ -103,9 +100,9 @@ def batch(
     model.check()
     if not 0 <= seed <= LARGEST_SEED:
         raise BadInput(f"--seed {seed}: seeds go from 0 to {LARGEST_SEED}")
-    if n is not None and not 1 <= n <= MOST_PICTURES:
-        raise BadInput(f"--n {n}: expected 1 to {MOST_PICTURES} samples")
-    if out is not None and (out.is_file() or out.suffix.lower() in media.OUTPUT_SUFFIXES):
+    if n is not None and not 1 <= n <= MOST_OUTPUTS:
+        raise BadInput(f"--n {n}: expected 1 to {MOST_OUTPUTS} samples")
+    if out is not None and (out.is_file() or out.suffix.lower() in outputs.OUTPUT_SUFFIXES):
         raise BadInput(f"--out {out}: a batch goes into a folder: use --out {out.with_suffix('')}")
     require_choice("--highres", highres, HIGHRES_MODES)
     entries = read_prompts(file)
@@ -113,7 +110,7 @@ def batch(
     # 2. Model, preset, size; whether they fit one another and this machine.
     of_pictures = {"--highres": highres, "--quality": quality}
     of_videos = {f"--{name}": value for name, value in vars(extent).items() if name != "res"}
-    of_videos |= {"--crf": crf, "--checkpoint-every": checkpoint_every}
+    of_videos |= {"--crf": crf}
     medium = _medium(chosen_layout.medium, chosen_layout.name, model.model, of_pictures, of_videos)
     choice = choose_model(model.model, medium)
     chosen = attention.preset_for(choice, sampling, highres)
@@ -121,20 +118,26 @@ def batch(
     output.hint(mismatch_note(chosen, choice))
     if format is not None and chosen_layout.formats and format not in chosen_layout.formats:
         raise BadInput(f"--layout {layout} takes {' or '.join(chosen_layout.formats)} files, not {format}")
-    command = options.command_line(context)
-    if medium == "image":
-        picture_format = choose_picture_format(None, format)
-        suffix = picture_format.suffixes[0]
-        template = _picture_template(choice, chosen, extent, model, output, format=picture_format, quality=quality)
-    else:
-        picture_format = None
-        template, suffix = _video_template(
-            choice, chosen, extent, model, output, format=format, crf=crf, every=checkpoint_every, command=command
-        )
+    chosen_format, suffix = choose_format(medium, None, format)
+    size = extent.size_for(choice)
+    template, runs = making.planned_request(
+        choice,
+        chosen,
+        size,
+        model,
+        format=chosen_format,
+        quality=crf if quality is None else quality,
+        checkpoint_every=keeping.checkpoint_every,
+    )
+    making.refuse_unfit(template, size)
+    template = replace(template, metadata=not no_metadata, overwrite=overwrite, command=options.command_line(context))
+    output.hint(*getattr(size, "notes", ()))
+    stages = ", ".join(f"{run.size} ({run.schedule.steps} steps)" for run in runs)
+    planned = f": about {duration(planned_seconds(runs[0], model.device, model.dtype))} each" if template.fps else ""
+    output.hint(f"{'stages: ' if len(runs) > 1 else ''}{stages}{planned}")
 
     # 3. Where everything goes, and what is there already.
     now, word = datetime.now().astimezone(), variant_word(chosen)
-    title = template.size if isinstance(template, VideoRequest) else f"{template.width}x{template.height}"
     folder = out or (Path() if chosen_layout.name == "plain" else Path(f"{file.stem}-{chosen_layout.name}"))
     samples = lay_out(
         entries,
@@ -144,20 +147,9 @@ def batch(
         first_seed=seed,
         samples=n,
         negative=sampling.negative,
-        plain_name=lambda prompt, seed: media.default_name(now, prompt, title, word, seed, suffix),
+        plain_name=lambda prompt, seed: outputs.default_name(now, prompt, template.size, word, seed, suffix),
     )
-    whole = Batch(
-        file,
-        chosen_layout,
-        folder,
-        samples,
-        template,
-        command,
-        picture_format=picture_format,
-        quality=quality,
-        embed=not no_metadata,
-        overwrite=overwrite,
-    )
+    whole = Batch(file, chosen_layout, folder, samples, template)
     left = missing(whole)
     there = len(samples) - len(left)
     skipped = f", {there} of them are there already" if there else ""
@@ -169,7 +161,8 @@ def batch(
     made, failures = [], []
     with output.progress() as progress:
         if left:
-            _note_expectations(template, [sample.entry.prompt for sample in left], progress)
+            words = " ".join(dict.fromkeys(" ".join(sample.entry.prompt for sample in left).split()))
+            note_expectations(replace(template, prompt=words), progress)
         for result in make_samples(whole, left, progress):
             if isinstance(result, Failure):
                 failures.append(result)
@@ -226,130 +219,6 @@ def _medium(
         other = "pictures" if medium == "video" else "videos"
         raise BadInput(f"{given[0]} is for {other}, and these are {medium}s: leave it out")
     return medium
-
-
-def _picture_template(
-    choice: ModelChoice,
-    chosen: Preset,
-    extent: options.SizeOptions,
-    model: options.ModelOptions,
-    output: Output,
-    *,
-    format: PictureFormat,
-    quality: int | None,
-) -> ImageRequest:
-    """What is made of each prompt.
-
-    Raises:
-        BadInput, OutOfMemory: if it cannot be made here.
-    """
-    from grat_cli.estimates.fitting import refuse_unfit_here
-    from grat_cli.estimates.planning import architecture_for, run_forecasts, schedule_for_stage
-    from grat_cli.estimates.stages import stages_of
-    from grat_cli.families.architectures import ARCHITECTURES
-    from grat_cli.files.pictures import require_writable
-    from grat_cli.generation.image_request import ImageRequest
-    from grat_cli.generation.selection import require_backend
-
-    size = extent.picture_size(choice)
-    require_writable(format, size.width, size.height, quality)
-    stages = stages_of(chosen, choice, size.width, size.height)
-    if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
-        architecture = architecture_for(choice)
-        tokens = schedule_for_stage(stages[-1], architecture).plans[0].tokens
-        require_backend(chosen.kernel.backend, model.device, model.dtype, architecture.head_dim, tokens)
-
-    refuse_unfit_here(choice, partial(run_forecasts, chosen, choice), size, **model.machine)
-    if len(stages) == 1:
-        output.hint(f"{size}, {stages[0].steps} steps")
-    else:
-        output.hint(f"stages: {', '.join(f'{stage.size} ({stage.steps} steps)' for stage in stages)}")
-    return ImageRequest("", chosen, choice, size.width, size.height, (), **model.machine, base=model.base)
-
-
-def _video_template(
-    choice: ModelChoice,
-    chosen: Preset,
-    extent: options.SizeOptions,
-    model: options.ModelOptions,
-    output: Output,
-    *,
-    format: str | None,
-    crf: int | None,
-    every: int | None,
-    command: str,
-) -> tuple[VideoRequest, str]:
-    """What is made of each prompt, and the suffix of the files.
-
-    Args:
-        choice: the model.
-        chosen: the preset.
-        extent: its size as typed.
-        model: on what and how it runs.
-        output: told the size and the planned time.
-        format: `--format`.
-        crf: `--crf`.
-        every: `--checkpoint-every`.
-        command: the command line as typed.
-
-    Raises:
-        BadInput, OutOfMemory: if it cannot be made here.
-    """
-    from grat_cli.commands import video_output
-    from grat_cli.console.progress import duration
-    from grat_cli.errors import BadInput
-    from grat_cli.estimates.fitting import refuse_unfit_here
-    from grat_cli.estimates.planning import run_forecasts
-    from grat_cli.estimates.time import planned_seconds
-    from grat_cli.files.videos import SUFFIXES, choose_video_format, require_encodable
-    from grat_cli.generation.selection import require_backend
-    from grat_cli.generation.video_request import VideoRequest
-
-    if every is not None and every < 0:
-        raise BadInput(f"--checkpoint-every {every}: expected steps, 0 for none")
-    video_format = choose_video_format(None, format)
-    size = extent.video_size(choice)
-    (expected,) = run_forecasts(chosen, choice, size, model.dtype)
-    head_dim, tokens = expected.architecture.head_dim, expected.main_plan.tokens
-    require_backend(chosen.kernel.backend, model.device, model.dtype, head_dim, tokens)
-    require_encodable(video_format, fps=size.fps, crf=crf)
-    refuse_unfit_here(choice, partial(run_forecasts, chosen, choice), size, **model.machine)
-    output.hint(*size.notes)
-    planned = planned_seconds(expected, model.device, model.dtype)
-    steps = chosen.sampling.steps
-    output.hint(f"{size}, {size.fps} frames per second, {steps} steps: about {duration(planned)} each, as planned")
-    request = VideoRequest(
-        "",
-        chosen,
-        choice,
-        size.width,
-        size.height,
-        (),
-        **model.machine,
-        base=model.base,
-        frames=size.frames,
-        fps=size.fps,
-        outputs=(),
-        format=video_format,
-        crf=crf,
-        checkpoint_every=video_output.checkpoint_interval(planned, steps) if every is None else every,
-        command=command,
-    )
-    return request, SUFFIXES[video_format]
-
-
-def _note_expectations(template: ImageRequest | VideoRequest, prompts: list[str], progress: Any) -> None:
-    """Says beforehand what the model cannot make of any prompt."""
-    from dataclasses import replace
-
-    from grat_cli.generation import image_request, video_request
-    from grat_cli.generation.video_request import VideoRequest
-
-    words = " ".join(dict.fromkeys(" ".join(prompts).split()))
-    if isinstance(template, VideoRequest):
-        video_request.note_expectations(replace(template, prompt=words), progress)
-    else:
-        image_request.note_expectations(replace(template, prompt=words), progress)
 
 
 def _sample_data(sample: Any) -> dict[str, Any]:

@@ -15,16 +15,16 @@ def info(
     terminal: options.TerminalOptions,
 ) -> None:
     """Show what made a picture or video: prompt, seed, model, preset, size, versions."""
+    from grat_cli.console import run_tables
     from grat_cli.errors import BadInput
     from grat_cli.files import outputs
-    from grat_cli.generation import report
 
     output = terminal.output()
     found = outputs.read_provenance(file)
     output.data(found)
     try:
         facts = _facts(found) | _file_facts(file, output)
-        timings = [report.timing_table(found), report.phases_line(found)] if "steps" in found else []
+        timings = [run_tables.timing_table(found), run_tables.phases_line(found)] if "steps" in found else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{file} is not a whole report of this version of grat: --json shows it as it is") from error
     output.show(fact_table(facts), *timings)
@@ -33,7 +33,7 @@ def info(
 
 
 def _facts(found: dict[str, Any]) -> dict[str, str]:
-    from grat_cli.generation import report
+    from grat_cli.console import run_tables
     from grat_cli.presets import Preset
 
     preset = Preset.model_validate(found["preset"])
@@ -49,8 +49,8 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "preset": preset.name,
         "attention": preset.attention.summary,
         "density": f"{found['density']:.3f} ({found['ideal_speedup']:.1f}x less attention work)",
-        "guard": (report.guard_text(found) or "").removeprefix("guard ") or None,
-        "went wider": report.widenings_text(found),
+        "guard": (run_tables.guard_text(found) or "").removeprefix("guard ") or None,
+        "went wider": run_tables.widenings_text(found),
         "steps": _steps(found),
         "guidance": None if sampling["guidance"] is None else f"{sampling['guidance']:g}",
         "time shift": f"{sampling['shift']:.3g}",

@@ -298,6 +298,18 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class KeepingOptions:
+    """What is kept beside an output."""
+
+    save_latents: bool = switch("Keep the latents beside the output, for grat decode.", OUTPUT)
+    checkpoint_every: int | None = option(
+        "STEPS",
+        "Keep what is done beside the output, for grat resume; 0 for never. Default: about every two minutes.",
+        OUTPUT,
+    )
+
+
+@dataclass(frozen=True)
 class TerminalOptions:
     """What is printed."""
 
@@ -340,11 +352,5 @@ VIDEO_FORMAT = option(
 )
 QUALITY = option("NUMBER", "Of jpg and webp: 1 (smallest) to 100 (best). Default: 95, 90 for webp.", OUTPUT)
 CRF = option("NUMBER", "Quality of mp4 and webm; smaller is better and larger. Default: 18, 24 for webm.", OUTPUT)
-CHECKPOINT_EVERY = option(
-    "STEPS",
-    "Keep what is done beside the video, for grat resume; 0 for never. "
-    "Default: about every two minutes of runs planned over five.",
-    OUTPUT,
-)
 OVERWRITE = switch("Replace existing files.", OUTPUT)
 NO_METADATA = switch("Keep prompt and settings out of the file itself.", OUTPUT)

@@ -15,6 +15,44 @@ SUFFIXES: Mapping[str, str] = {name: format.suffixes[0] for name, format in pict
 """Usual ending by name of the format; empty for a folder of frames."""
 
 
+def choose_format(medium: str, out: Path | None, name: str | None) -> tuple[str, str]:
+    """The format of the outputs of a run, and the ending of their names.
+
+    Args:
+        medium: `image` or `video`.
+        out: `--out`: a file, a folder, or None.
+        name: `--format`, None where it was not given.
+
+    Raises:
+        BadInput: if there is no such format, or name and ending contradict each other.
+    """
+    choose = {"image": pictures.choose_picture_format, "video": videos.choose_video_format}[medium]
+    chosen = choose(out, name)
+    if isinstance(chosen, pictures.PictureFormat):
+        return chosen.name, chosen.suffix_of(out)
+    return chosen, SUFFIXES[chosen]
+
+
+def require_writable(format: str, width: int, height: int, *, fps: int | None, quality: int | None) -> None:
+    """Makes sure, before any work is done, that an output can be written in a format.
+
+    Args:
+        format: one of `SUFFIXES`.
+        width: in pixels.
+        height: in pixels.
+        fps: frames per second of a video.
+        quality: of the encoder.
+
+    Raises:
+        BadInput: if it is too large for the format, or a setting does not suit it, or the encoder is not here.
+    """
+    if format in videos.FORMATS:
+        assert fps is not None, "a video has frames per second"
+        videos.require_encodable(format, fps=fps, crf=quality)
+    else:
+        pictures.require_writable(pictures.FORMATS[format], width, height, quality)
+
+
 def write_output(
     frames: Iterable[np.ndarray],
     path: Path,

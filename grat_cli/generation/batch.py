@@ -6,11 +6,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from grat_cli.console.progress import ProgressDisplay
 from grat_cli.errors import BadInput, Interrupted, NumericalFailure
@@ -23,24 +21,18 @@ from grat_cli.files.outputs import (
     slug,
     write_json,
 )
-from grat_cli.files.pictures import PictureFormat, write_picture
 from grat_cli.files.whole import adopt, cannot_write, claimed, discard, place, remove
-from grat_cli.generation import report
 from grat_cli.generation.batch_layout import Layout, Sample, has_metadata, write_metadata
-from grat_cli.generation.image_request import ImageRequest
-from grat_cli.generation.pictures import ImageGenerator, ImageText
-from grat_cli.generation.timing import Phases
-from grat_cli.generation.video_decoding import phases_of
-from grat_cli.generation.video_request import VideoRequest, request_data
-from grat_cli.generation.video_run import VideoRun, discard_run, files_of, read_run
-from grat_cli.generation.videos import VideoGenerator, VideoText, take_threads
+from grat_cli.generation.checkpoint import Run, discard_run, read_run, request_data
+from grat_cli.generation.request import Request
+from grat_cli.generation.run import Generator, Text, take_up
 from grat_cli.models.devices import choose_device
 
-# Videos are made here, with all that is kept of one until it is written, and moved to their place whole.
+# Outputs are made here, with all that is kept of one until it is written, and moved to their place whole.
 UNFINISHED = "unfinished"
 _NOT_SHOWN_OF_PRESETS = ("name", "description", "model", "kernel", "evidence")
-# What says how a video is kept and told of, not what it shows.
-_NOT_OF_THE_VIDEO = ("command", "overwrite", "checkpoint_every", "outputs", "save_latents")
+# What says how an output is kept and told of, not what it shows.
+_NOT_OF_THE_OUTPUT = ("command", "checkpoint_every", "preview_every", "save_latents")
 
 
 @dataclass(frozen=True)
@@ -52,24 +44,20 @@ class Batch:
         layout: of its outputs.
         out: their folder.
         samples: all of them, those that are there already included.
-        template: what is made of each prompt; prompt, negative prompt and seeds are replaced.
-        command: the command line as typed, for the reports.
-        picture_format: of pictures, None for videos, whose template has it.
-        quality: of jpg and webp, None for the format's own.
-        embed: whether outputs hold how they were made.
-        overwrite: whether outputs of other requests may be replaced.
+        template: what is made of each prompt; prompt, negative prompt, seeds and outputs are replaced. Its `overwrite`
+            says whether outputs of other requests may be replaced.
     """
 
     file: Path
     layout: Layout
     out: Path
     samples: Sequence[Sample]
-    template: ImageRequest | VideoRequest
-    command: str
-    picture_format: PictureFormat | None = None
-    quality: int | None = None
-    embed: bool = True
-    overwrite: bool = False
+    template: Request
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether outputs of other requests may be replaced."""
+        return self.template.overwrite
 
     def told(self, sample: Sample) -> dict[str, Any]:
         """What the report of a sample says of the batch: its place in the file, and all that stands there."""
@@ -131,7 +119,7 @@ def make_samples(
         Each sample and its report, or its numerical failure, after which the others go on.
 
     Raises:
-        BadInput, ModelUnavailable, OutOfMemory: as for `generate_images` and `generate_videos`.
+        BadInput, ModelUnavailable, OutOfMemory: as for `generate`.
         CannotWrite: if there is no room; what was made before is still there.
         Interrupted: by Ctrl-C, with how to go on.
     """
@@ -145,7 +133,7 @@ def make_samples(
 
         # 2. Load the model, once.
         said = _SaidOnce(progress)
-        worker = _worker(batch, samples, said)
+        worker = _Worker(batch, samples, said)
 
         # 3. Make one sample after another.
         progress.outputs(0, len(samples))
@@ -165,115 +153,51 @@ def make_samples(
         _discard_if_empty(batch.out / UNFINISHED)
 
 
-class _Worker(Protocol):
-    """A loaded model that makes the samples of a batch."""
+class _Worker:
+    """A loaded model that makes the samples of a batch, each in a folder of its own until it is whole.
 
-    def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
-        """Makes and writes one, and returns its report."""
-        ...
+    All prompts are encoded first: afterwards the memory of the text encoders is free.
+    """
 
-
-def _worker(batch: Batch, samples: Sequence[Sample], progress: _SaidOnce) -> _Worker:
-    if isinstance(batch.template, VideoRequest):
-        return _VideoWorker(batch, batch.template, samples, progress)
-    return _PictureWorker(batch, batch.template, samples, progress)
-
-
-class _PictureWorker:
-    """Makes pictures."""
-
-    def __init__(self, batch: Batch, template: ImageRequest, samples: Sequence[Sample], progress: _SaidOnce) -> None:
-        self._batch, self._template, self._progress = batch, template, progress
-        self._generator = ImageGenerator(_request(template, samples[0]), progress)
-        self._text: tuple[tuple[str, str | None], ImageText] | None = None
-
-    def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
-        # 1. Encode the prompt, once for its samples; denoise; decode.
-        request = _request(self._template, sample)
-        prompts = request.prompt, request.negative_prompt
-        if self._text is None or self._text[0] != prompts:
-            self._text = prompts, self._generator.encode(request)
-        generated = self._generator.make(request, self._text[1], sample.seed)
-
-        # 2. Write the report, then the picture: one that is there has its report.
-        batch = self._batch
-        assert batch.picture_format is not None, "pictures have a format"
-        made = report.build_report(request, generated, batch.command, datetime.now().astimezone())
-        made["batch"] = batch.told(sample)
-        self._progress.phase("save")
-        began = perf_counter()
-        write_json(made, sample.report, overwrite=batch.overwrite)
-        inside = report.provenance(made) if batch.embed else None
-        write_picture(
-            generated.image,
-            sample.output,
-            batch.picture_format,
-            inside,
-            overwrite=batch.overwrite,
-            quality=batch.quality,
-            written=self._progress.written,
-        )
-        made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
-        write_json(made, sample.report, overwrite=batch.overwrite)
-        return made
-
-
-class _VideoWorker:
-    """Makes videos. All prompts are encoded first: afterwards the memory of the text encoders is free."""
-
-    def __init__(self, batch: Batch, template: VideoRequest, samples: Sequence[Sample], progress: _SaidOnce) -> None:
-        self._batch, self._template, self._progress = batch, template, progress
-        self._device = choose_device(template.device)
-        self._loading = phases_of(VideoRun(seed=0), self._device)
-        self._generator = VideoGenerator(_request(template, samples[0]), self._loading, progress)
-        self._texts: dict[tuple[str, str | None], VideoText] = {}
-        self._reading: dict[tuple[str, str | None], Phases] = {}
+    def __init__(self, batch: Batch, samples: Sequence[Sample], progress: _SaidOnce) -> None:
+        self._batch, self._progress = batch, progress
+        self._generator = Generator(_request(batch.template, samples[0]), progress)
+        self._texts: dict[tuple[str, str | None], Text] = {}
         for sample in samples:
-            prompts = sample.entry.prompt, sample.negative
+            request = _request(batch.template, sample)
+            prompts = request.prompt, request.negative_prompt
             if prompts not in self._texts:
-                phases = phases_of(VideoRun(seed=0), self._device)
-                self._texts[prompts] = self._generator.encode(_request(template, sample), phases)
-                self._reading[prompts] = phases
+                self._texts[prompts] = self._generator.encode(request)
         self._generator.release_text_encoders()
 
     def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
+        """Makes and writes one, and returns its report."""
         # 1. Make it, but for what an earlier process has done of it.
-        unfinished = self._batch.out / UNFINISHED
+        batch, unfinished = self._batch, self._batch.out / UNFINISHED
         _make_folder(unfinished)
-        request = _request(self._template, sample)
+        request = _request(batch.template, sample)
         work = unfinished / _work_name(request)
         # What lies there under that name was made of this very request.
         request = replace(request, outputs=(work,), overwrite=True)
         with claimed([work]):
             made = _finished(work)
             if made is None:
-                made = self._finish(request, work, sample, is_last)
+                text = self._texts[request.prompt, request.negative_prompt]
+                try:
+                    made = self._generator.make(request, self._begun(work, sample.seed), work, text, is_last=is_last)
+                except NumericalFailure:
+                    discard_run(work, overwrite=True)  # going on with it would fail again
+                    raise
+                made = made.report
 
-            # 2. Move the report, then the video: one that is there has its report.
-            told = {**made, "batch": self._batch.told(sample)}
-            write_json(told, sample.report, overwrite=self._batch.overwrite)
-            _move(work, sample.output, overwrite=self._batch.overwrite)
+            # 2. Move the report, then the output: one that is there has its report.
+            told = {**made, "batch": batch.told(sample)}
+            write_json(told, sample.report, overwrite=batch.overwrite)
+            _move(work, sample.output, overwrite=batch.overwrite)
             remove(report_path(work), overwrite=True)
         return told
 
-    def _finish(self, request: VideoRequest, work: Path, sample: Sample, is_last: bool) -> Mapping[str, Any]:
-        """Makes a video, or what is left to do of it, and returns its report."""
-        prompts = request.prompt, request.negative_prompt
-        run = self._begun(work, sample.seed)
-        phases = phases_of(run, self._device)
-        # Loading is counted with the first video, reading a prompt with the first of its samples.
-        for part, name in ((self._loading, "load"), (self._reading[prompts], "text")):
-            phases.phases_ms[name] = phases.phases_ms.get(name, 0.0) + part.phases_ms.pop(name, 0.0)
-            if peak := part.memory_bytes.pop(name, 0):
-                phases.memory_bytes[name] = max(phases.memory_bytes.get(name, 0), peak)
-        run = replace(run, phases_ms=phases.phases_ms, memory_bytes=phases.memory_bytes)
-        try:
-            return self._generator.make(request, run, work, self._texts[prompts], phases, is_last=is_last).report
-        except NumericalFailure:
-            discard_run(work, overwrite=True)  # going on with it would fail again
-            raise
-
-    def _begun(self, work: Path, seed: int) -> VideoRun:
+    def _begun(self, work: Path, seed: int) -> Run:
         """The run that an earlier process has left, else a new one."""
         for kept in (latents_path(work), checkpoint_path(work)):
             if not kept.is_file():
@@ -284,12 +208,10 @@ class _VideoWorker:
             except BadInput as error:
                 self._progress.note(f"{error}: {work.stem} is begun anew")
                 continue
-            for path in files_of(run):
-                adopt(path)
             self._progress.note(f"{work.stem} goes on after step {run.done}")
-            take_threads(run, self._device, self._progress)
+            take_up(run, choose_device(self._batch.template.device), self._progress)
             return run
-        return VideoRun(seed=seed)
+        return self._generator.new_run(seed)
 
 
 class _SaidOnce:
@@ -321,16 +243,15 @@ class _SaidOnce:
         self._notes.add(text)
 
 
-def _request(template: Any, sample: Sample) -> Any:
-    """The request of one sample, a picture's or a video's as the template is."""
+def _request(template: Request, sample: Sample) -> Request:
+    """The request of one sample."""
     prompt, negative, seed = sample.asked
-    changes = {"outputs": (sample.output,)} if isinstance(template, VideoRequest) else {}
-    return replace(template, prompt=prompt, negative_prompt=negative, seeds=(seed,), **changes)
+    return replace(template, prompt=prompt, negative_prompt=negative, seeds=(seed,), outputs=(sample.output,))
 
 
-def _work_name(request: VideoRequest) -> str:
-    """A name that a video has while it is made, the same whenever the same is asked for."""
-    data = {name: value for name, value in request_data(request).items() if name not in _NOT_OF_THE_VIDEO}
+def _work_name(request: Request) -> str:
+    """A name that an output has while it is made, the same whenever the same is asked for."""
+    data = {name: value for name, value in request_data(request).items() if name not in _NOT_OF_THE_OUTPUT}
     digest = sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
     return f"{slug(request.prompt)}-s{request.seeds[0]}-{digest}{request.outputs[0].suffix}"
 
@@ -378,7 +299,7 @@ def _not_told_of(batch: Batch) -> list[Sample]:
     return left
 
 
-def _facts_asked(template: ImageRequest | VideoRequest, sample: Sample) -> str:
+def _facts_asked(template: Request, sample: Sample) -> str:
     """All that decides what a sample shows, as JSON; device, dtype and kernels do not, but for rounding."""
     request = _request(template, sample)
     facts = {
@@ -390,7 +311,7 @@ def _facts_asked(template: ImageRequest | VideoRequest, sample: Sample) -> str:
         "quantization": request.quantize,
         **_facts_of_preset(request.preset.model_dump(mode="json")),
     }
-    if isinstance(request, VideoRequest):
+    if request.frames:
         facts["size"] += [request.frames]
         facts["frame rate"] = request.fps
     return json.dumps(facts)

@@ -345,7 +345,7 @@ class _StoredRequest(BaseModel):
     quantize: _one_of(*QUANTIZATIONS)
     format: _one_of(*formats.SUFFIXES)
     quality: Annotated[int, Field(ge=0, le=100)] | None
-    checkpoint_every: Annotated[int, Field(ge=0)]
+    checkpoint_every: Annotated[int, Field(ge=0)] | None
     preview_every: Annotated[int, Field(ge=0)]
     save_latents: bool
     metadata: bool

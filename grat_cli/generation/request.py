@@ -51,7 +51,7 @@ class Request:
         quality: of the encoder, by the format's own scale; None for its own choice.
         metadata: whether an output says how it was made.
         save_latents: whether the latents are kept beside the output.
-        checkpoint_every: steps between checkpoints; 0 for none.
+        checkpoint_every: steps between checkpoints; 0 for none, None for one about every two minutes.
         preview_every: steps between previews; 0 for none.
         command: the command line as typed, for the report.
     """
@@ -78,7 +78,7 @@ class Request:
     quality: int | None = None
     metadata: bool = True
     save_latents: bool = False
-    checkpoint_every: int = 0
+    checkpoint_every: int | None = None
     preview_every: int = 0
     command: str = ""
 
@@ -171,7 +171,7 @@ def check(request: Request) -> None:
         raise BadInput(f"strength must lie above 0 and at most at 1, not {request.strength}")
     if request.outputs and len(request.outputs) != len(request.seeds):
         raise BadInput(f"{len(request.seeds)} seeds need as many outputs, not {len(request.outputs)}")
-    if request.checkpoint_every < 0:
+    if (request.checkpoint_every or 0) < 0:
         raise BadInput(f"steps between checkpoints must be 0 or more, not {request.checkpoint_every}")
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted, OutOfMemory
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+BETWEEN_CHECKPOINTS_S = 120.0
 SMALLEST_TILE, OWN_TILE = 64, 256  # side in pixels; the latter is that of video autoencoders
 
 
@@ -393,7 +395,7 @@ class _Making:
         """From a stage that is done to the start of the next; what there is to go on from is kept first."""
         run = self._run
         assert run.latents is not None, "a stage that is done has latents"
-        if self._request.checkpoint_every:
+        if self._request.checkpoint_every != 0:
             self._keep(run)
         upscale: Image.Image | torch.Tensor = run.latents
         if before.decoded:
@@ -437,27 +439,33 @@ class StepKeeper:
     """
 
     def __init__(
-        self, watch: Callable[..., Any], first_step: int, every: int, keep: Callable[[int, torch.Tensor], None]
+        self, watch: Callable[..., Any], first_step: int, every: int | None, keep: Callable[[int, torch.Tensor], None]
     ) -> None:
         """Counts from a step on.
 
         Args:
             watch: called first.
             first_step: where this process begins.
-            every: steps between two checkpoints, 0 for none.
+            every: steps between two checkpoints, 0 for none; None for one about every two minutes.
             keep: writes one, of steps done and latents.
         """
         self._watch, self._first_step, self._every, self._keep = watch, first_step, every, keep
         self.latents: torch.Tensor | None = None
-        self.done = first_step
+        self.done, self._kept_at = first_step, monotonic()
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         self.done, self.latents = self._first_step + step + 1, tensors["latents"]
         self._watch(pipe, step, timestep, tensors)
         # After the last step the latents are kept as such.
-        if self._every and self.done % self._every == 0 and step + 1 < pipe.num_timesteps:
+        if self._is_due() and step + 1 < pipe.num_timesteps:
             self._keep(self.done, self.latents)
+            self._kept_at = monotonic()
         return {}
+
+    def _is_due(self) -> bool:
+        if self._every is None:
+            return monotonic() - self._kept_at >= BETWEEN_CHECKPOINTS_S
+        return self._every > 0 and self.done % self._every == 0
 
 
 # ---- The end of the path
