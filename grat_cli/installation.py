@@ -272,10 +272,10 @@ def _adapter(
     pipe: Any, family: str, grid: Grid, extrapolation: Extrapolation | None, chunk_tokens: ChunkTokens
 ) -> Adapter:
     if family == "flux":
-        from grat_cli.families.flux import FluxAdapter
+        from grat_cli.families.flux_attention import FluxAdapter
 
         return FluxAdapter(pipe.transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
-    from grat_cli.families.hunyuan import HunyuanAdapter
+    from grat_cli.families.hunyuan_attention import HunyuanAdapter
 
     return HunyuanAdapter(pipe.transformer, grid, chunk_tokens=chunk_tokens)
 

@@ -87,10 +87,10 @@ class Host:
     def adapter(self, grid: Grid) -> Adapter:
         """The adapter of the family, for a grid of image tokens."""
         if self.family == "flux":
-            from grat_cli.families.flux import FluxAdapter
+            from grat_cli.families.flux_attention import FluxAdapter
 
             return FluxAdapter(self.transformer, grid)
-        from grat_cli.families.hunyuan import HunyuanAdapter
+        from grat_cli.families.hunyuan_attention import HunyuanAdapter
 
         return HunyuanAdapter(self.transformer, grid)
 

@@ -93,7 +93,7 @@ def architecture_for(choice: ModelChoice) -> Architecture:
         ModelUnavailable: if the folder lacks the configuration of a part, or that is damaged.
     """
     architecture = replace(
-        architecture_of(choice.name, choice.family),
+        architecture_of(choice.name, choice.presets),
         text_tokens=choice.text_tokens,
         token_side=choice.token_side,
         native_side=choice.native_side,

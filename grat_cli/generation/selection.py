@@ -45,22 +45,22 @@ def select_preset(
     Raises:
         BadInput: naming the option that does not fit.
     """
-    variants = PRESET_VARIANTS[model.family]
+    variants = PRESET_VARIANTS[model.presets]
     if preset is None:
         if variant == "x" and variant not in variants:
             variant = "lines" if share == 2 else "planes"
         if variant is not None and variant not in variants:
             raise BadInput(f"there is no variant {variant!r}: {choices(variant, variants)}")
-        base = load_preset(f"{model.family}-{variant or RECOMMENDED}")
+        base = load_preset(f"{model.presets}-{variant or RECOMMENDED}")
         variant = None
     else:
         base = load_preset(preset)
         if variant is not None and variant not in VARIANTS and variant in variants:
             raise BadInput(
-                f"--variant {variant} is short for the preset {model.family}-{variant}: leave out --preset, "
+                f"--variant {variant} is short for the preset {model.presets}-{variant}: leave out --preset, "
                 f"or choose from {', '.join(VARIANTS)}"
             )
-    if AXES[base.model] != AXES[model.family]:
+    if AXES[base.model] != AXES[model.presets]:
         raise BadInput(f"preset {base.name} is for {base.model} models, {model.name} is not one: see grat presets")
     if base.name in preset_names():
         shift = model.default_shift if base.sampling.shift is None else base.sampling.shift
@@ -105,9 +105,9 @@ def variant_word(preset: Preset) -> str:
 
 def mismatch_note(preset: Preset, model: ModelChoice) -> str | None:
     """A sentence where a preset is used on another family than it was made for; it may be meant, so it is no error."""
-    if preset.model == model.family:
+    if preset.model == model.presets:
         return None
-    return f"{preset.name} was made for {preset.model} models; grat presets {model.family} lists those for {model.name}"
+    return f"{preset.name} was made for {preset.model} models; grat presets {model.presets} lists those for {model.name}"
 
 
 def guard_note(preset: Preset, *, dense: bool) -> str | None:
