@@ -72,6 +72,7 @@ def attend(
     from grat_cli.estimates.planning import architecture_for, forecast, grid_for
     from grat_cli.fidelity import attend as watching
     from grat_cli.files import outputs
+    from grat_cli.files.formats import require_writable
     from grat_cli.generation.selection import mismatch_note
 
     output = terminal.output()
@@ -90,7 +91,7 @@ def attend(
     size = extent.size_for(choice)
     architecture = architecture_for(choice)
     grid = grid_for(architecture, size)
-    candidates = watching.candidates_for(patterns, chosen, choice.family, grid)
+    candidates = watching.candidates_for(patterns, chosen, choice.presets, grid)
     recorded = watching.recorded_steps(at, chosen.sampling.steps)
     queries = watching.queries_for(query or (), grid)
     watched = watching.watched_preset(chosen, candidates)
@@ -104,10 +105,8 @@ def attend(
         outputs.refuse_unwritable(paths_in(folder, choice.medium, seeds, len(queries)), overwrite=overwrite)
     else:
         outputs.refuse_unwritable([folder], overwrite=False)
-    if choice.medium == "video":
-        from grat_cli.files.videos import require_encodable
-
-        require_encodable("mp4", fps=size.fps, crf=None)
+    fps = getattr(size, "fps", None)
+    require_writable("mp4" if fps else "png", size.width, size.height, fps=fps, quality=None)
 
     def forecasts(size: Any, in_dtype: str) -> list[Forecast]:
         """Without the stages of large pictures."""
@@ -119,7 +118,8 @@ def attend(
     from dataclasses import replace
 
     from grat_cli.estimates.stages import FAIR_AREA
-    from grat_cli.generation.makers import maker_for, request_for
+    from grat_cli.families import family_of
+    from grat_cli.generation.request import request_for
 
     output.hint(f"{choice.name} ({choice.reason}), {size}, {chosen.sampling.steps} steps with full attention")
     output.hint(f"recorded: steps {', '.join(map(str, recorded))} (counted from 0), {rows} queries a call")
@@ -128,19 +128,21 @@ def attend(
         output.hint(f"the schedule of {chosen.name} is left aside: every pattern is judged at all recorded steps")
     output.hint(*getattr(size, "notes", ()))
     output.hint(mismatch_note(chosen, choice))
-    if choice.medium == "image" and size.width * size.height > FAIR_AREA * choice.native_side**2:
+    if family_of(choice).stages and size.width * size.height > FAIR_AREA * choice.native_side**2:
         output.hint(
             f"{choice.name} was trained at about {choice.native_side}x{choice.native_side}: attention at {size} from "
             "noise is not that of a large picture that is made in stages"
         )
     of_size = {"width": size.width, "height": size.height}
     request = request_for(choice, chosen, prompt, **of_size, frames=getattr(size, "frames", None))
-    maker = maker_for(replace(request, **model.machine))
+    request = replace(request, **model.machine)
     with output.progress() as progress:
-        attended = watching.attend(maker, candidates, progress, seeds=seeds, steps=recorded, queries=queries, rows=rows)
+        attended = watching.attend(
+            request, candidates, progress, seeds=seeds, steps=recorded, queries=queries, rows=rows
+        )
         progress.phase("save")
         command = options.command_line(context)
-        data = write(attended, maker, folder, command, created, overwrite=overwrite)
+        data = write(attended, request, folder, command, created, overwrite=overwrite)
 
     # 5. What it shows.
     from grat_cli.fidelity.figures import density_hint, pattern_figures, table

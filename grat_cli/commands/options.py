@@ -13,8 +13,6 @@ from grat_cli.console.output import Output
 
 if TYPE_CHECKING:
     from grat_cli.models.catalogue import ModelChoice
-    from grat_cli.models.resolution import Resolution
-    from grat_cli.models.video_size import VideoSize
     from grat_cli.presets import Preset
 
 PICTURE, VIDEO, ATTENTION, MODEL, OUTPUT = "Picture", "Video", "Attention", "Model", "Output"
@@ -110,29 +108,15 @@ class SizeOptions:
         """Whether any is given that only videos have."""
         return any(value is not None for value in (self.aspect, self.seconds, self.frames, self.fps))
 
-    def picture_size(self, choice: ModelChoice) -> Resolution:
-        """Of a model of pictures.
-
-        Raises:
-            BadInput: as `parse_resolution`.
-        """
-        from grat_cli.models.resolution import parse_resolution
-
-        return parse_resolution(self.res, choice.native_side, choice.size_multiple)
-
-    def video_size(self, choice: ModelChoice) -> VideoSize:
-        """Of a model of videos.
-
-        Raises:
-            BadInput: as `parse_video_size`.
-        """
-        from grat_cli.models.video_size import parse_video_size
-
-        return parse_video_size(self.res, self.aspect, self.seconds, self.frames, self.fps, choice)
-
     def size_for(self, choice: ModelChoice) -> Any:
-        """Of what the model makes: a `Resolution` or a `VideoSize`."""
-        return self.picture_size(choice) if choice.medium == "image" else self.video_size(choice)
+        """Of what the model makes: a `Resolution` or a `VideoSize`.
+
+        Raises:
+            BadInput: as `parse_size`.
+        """
+        from grat_cli.models.video_size import parse_size
+
+        return parse_size(choice, self.res, self.aspect, self.seconds, self.frames, self.fps)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def tune(
     """Fit a preset to a model: the pattern of each layer, head and stretch of steps, for a density or recall."""
     from grat_cli.errors import BadInput
     from grat_cli.fidelity.palette import palette
-    from grat_cli.fidelity.prompts import chosen_prompts
+    from grat_cli.fidelity.prompts import built_in_prompts, chosen_prompts
     from grat_cli.files import outputs
     from grat_cli.presets import preset_yaml
 
@@ -93,16 +93,16 @@ def tune(
     chosen = replace(attention, variant=None if attention.preset else "b").preset_for(choice, sampling)
     size = extent.size_for(choice)
     target = f"d{target_density:g}" if target_density is not None else f"r{target_recall:g}"
-    file = out or Path(f"{choice.family}-tuned-{target}.yaml")
+    file = out or Path(f"{choice.presets}-tuned-{target}.yaml")
     if file.suffix not in (".yaml", ".yml"):
         raise BadInput(f"--out {file}: presets are YAML files: use {file.with_suffix('.yaml')}")
     outputs.refuse_unwritable([file], overwrite=overwrite)
 
     # 3. Observe, choose, check.
     from grat_cli.fidelity.tuning import TuneRequest, tune
-    from grat_cli.generation.makers import request_for
+    from grat_cli.generation.request import request_for
 
-    built_in = _built_in(choice.medium)
+    built_in = built_in_prompts(choice.medium)
     observed = chosen_prompts(prompts, built_in, "prompts")
     fresh = [prompt for prompt in built_in if prompt not in observed] if prompts.isdigit() else []
     frames_asked = getattr(size, "frames", None)
@@ -142,16 +142,6 @@ def tune(
     output.show(_patterns(evidence), "", _sentence(evidence))
     output.hint(f"{request.folder} keeps what was observed: another target takes no new runs; remove it when done")
     output.line(str(file))
-
-
-def _built_in(medium: str) -> tuple[str, ...]:
-    if medium == "video":
-        from grat_cli.bench import video_level
-
-        return video_level.PROMPTS
-    from grat_cli.bench import image_level
-
-    return image_level.PROMPTS
 
 
 def _patterns(evidence: Evidence) -> RenderableType:

@@ -69,7 +69,7 @@ def video(
     # 2. Model, preset, size; whether they fit one another.
     choice = choose_model(model.model, medium="video")
     chosen = attention.preset_for(choice, sampling)
-    size = extent.video_size(choice)
+    size = extent.size_for(choice)
     request, (expected,) = making.planned_request(
         choice, chosen, size, model, format=chosen_format, quality=crf, checkpoint_every=keeping.checkpoint_every
     )

@@ -217,6 +217,10 @@ class Family(ABC):
 
     # ---- Making
 
+    def about_stock(self, model: ModelChoice) -> str:
+        """What to know of full attention by stock diffusers where it is compared with others, in a sentence."""
+        return "Full attention is stock diffusers."
+
     @abstractmethod
     def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
         """A prompt as the pipeline takes it, padded or cut to so many tokens, by the names of its arguments."""

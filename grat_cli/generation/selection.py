@@ -107,7 +107,9 @@ def mismatch_note(preset: Preset, model: ModelChoice) -> str | None:
     """A sentence where a preset is used on another family than it was made for; it may be meant, so it is no error."""
     if preset.model == model.presets:
         return None
-    return f"{preset.name} was made for {preset.model} models; grat presets {model.presets} lists those for {model.name}"
+    return (
+        f"{preset.name} was made for {preset.model} models; grat presets {model.presets} lists those for {model.name}"
+    )
 
 
 def guard_note(preset: Preset, *, dense: bool) -> str | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from grat_cli.demo import DEMO_FLUX, DEMO_HUNYUAN
 from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
 from grat_cli.models.parts import read_index, read_json, validation_problem
 
@@ -38,8 +37,11 @@ _SINGLE_FILE_SUFFIXES = (".safetensors", ".sft")
 
 
 from grat_cli.families import FAMILIES
-from grat_cli.families.base import ModelChoice, VideoTraits
-KNOWN_MODELS = {m: {c.name: c for f in FAMILIES.values() if f.medium == m for c in f.models} for m in ("image", "video")}
+from grat_cli.families.base import ModelChoice
+
+KNOWN_MODELS = {
+    m: {c.name: c for f in FAMILIES.values() if f.medium == m for c in f.models} for m in ("image", "video")
+}
 _DEMO, _FLUX_DEV, _FLUX_SCHNELL = (KNOWN_MODELS["image"][n] for n in ("demo", "flux-dev", "flux-schnell"))
 _DEMO_HUNYUAN, _HUNYUAN = (KNOWN_MODELS["video"][n] for n in ("demo", "hunyuan"))
 
