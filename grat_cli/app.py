@@ -17,6 +17,7 @@ from grat_cli.commands.decode import decode
 from grat_cli.commands.env import env
 from grat_cli.commands.image import image
 from grat_cli.commands.info import info
+from grat_cli.commands.parameters import with_options
 from grat_cli.commands.plan import plan
 from grat_cli.commands.presets import presets
 from grat_cli.commands.resume import resume
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (image, video, batch, resume, decode, plan, attend, tune, bench, compare, presets, env, info):
-    app.command()(command)
+    app.command()(with_options(command))
 
 
 def _print_version(wanted: bool) -> None:

@@ -51,6 +51,19 @@ class Interrupted(GratError):
     exit_code = INTERRUPTED
 
 
+def printable(text: str) -> str:
+    """Text from a file as it may be shown: what would steer a terminal is written out, such as `\\x1b`."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, at most one line of it; it may repeat what stands in a file."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0])[:160] if lines else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` is most likely a slip of, or None where nothing is close."""
 

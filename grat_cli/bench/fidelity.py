@@ -23,7 +23,8 @@ from grat_cli.bench.measure import Progress, Unwatched
 from grat_cli.bench.results import Fidelity
 from grat_cli.fidelity.quality import half_interval
 from grat_cli.fidelity.variants import Variant
-from grat_cli.generation.makers import Maker, run_installed
+from grat_cli.generation.request import Request
+from grat_cli.generation.single import latents_of
 from grat_cli.presets import Attention
 from grat_kernels import Full, HeadPlan, Plan
 from grat_kernels.geometry import cell_counts, nests
@@ -55,7 +56,7 @@ class Found:
 
 def measure_fidelity(
     pipe: Any,
-    maker: Maker,
+    request: Request,
     host: Host,
     variants: Sequence[Variant],
     orders: Sequence[tuple[str, int]],
@@ -64,8 +65,8 @@ def measure_fidelity(
     """Runs full attention and judges variants by it.
 
     Args:
-        pipe: a loaded pipeline, which `maker.prepare` has seen.
-        maker: of the medium; its request's preset says how runs are sampled.
+        pipe: a loaded pipeline, which the family has prepared.
+        request: of the outputs; its preset says how runs are sampled.
         host: the pipeline's transformer.
         variants: to be judged.
         orders: prompts with their seeds; the first `PROMPTS` of different prompts are looked at.
@@ -90,17 +91,17 @@ def measure_fidelity(
     chosen = tuple({prompt: (prompt, seed) for prompt, seed in reversed(orders)}.values())[::-1][:PROMPTS]
     passes = nesting_passes(attentions)
     records: dict[Attention, list[_Kept]] = {attention: [] for attention in attentions}
-    adapter = host.adapter(maker.grid)
+    adapter = host.adapter(request.grid)
     done, total = 0, len(passes) * len(chosen)
     for candidates in passes:
-        preset = maker.request.preset
+        preset = request.preset
         own = Attention(variant="full", group=candidates[0].group)
         watched = observation_preset(preset.model_copy(update={"attention": own}), candidates)
         for prompt, seed in chosen:
             recorder = AttentionRecorder(
                 candidates, host.steps, adapter.layers, adapter.heads, rows=QUERIES, recorded=recorded, seed=seed
             )
-            run_installed(pipe, maker, watched, prompt, seed, Unwatched(), recorder)
+            latents_of(pipe, request, watched, prompt, seed, Unwatched(), recorder)
             record = recorder.record()
             for number, attention in enumerate(candidates):
                 records[attention].append(_Kept.of(record, number, recorded))

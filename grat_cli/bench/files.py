@@ -32,7 +32,7 @@ def result_paths(out: Path | None, level: str) -> dict[str, Path]:
 
 
 def write_results(
-    result: BenchResult, sheet: Image.Image | None, paths: Mapping[str, Path]
+    result: BenchResult, sheet: Image.Image | None, paths: Mapping[str, Path], *, overwrite: bool = False
 ) -> tuple[BenchResult, list[Path]]:
     """Writes everything; gives the result with the name of its contact sheet, and what was written.
 
@@ -40,16 +40,17 @@ def write_results(
         result: what was measured.
         sheet: the contact sheet, None where there is none.
         paths: of `result_paths`.
+        overwrite: whether files that are there may be replaced.
     """
     from grat_cli.bench.markdown import as_markdown
     from grat_cli.bench.page import as_html
 
     picture = None
     if sheet is not None:
-        outputs.write_png(sheet, paths["png"], None)
+        outputs.write_png(sheet, paths["png"], None, overwrite=overwrite)
         picture = paths["png"].read_bytes()
         result = replace(result, contact_sheet=paths["png"].name)
-    outputs.write_json(result.as_dict(), paths["json"])
-    outputs.write_text(as_markdown(result), paths["md"])
-    outputs.write_text(as_html(result, picture), paths["html"])
+    outputs.write_json(result.as_dict(), paths["json"], overwrite=overwrite)
+    outputs.write_text(as_markdown(result), paths["md"], overwrite=overwrite)
+    outputs.write_text(as_html(result, picture), paths["html"], overwrite=overwrite)
     return result, [path for kind, path in paths.items() if kind != "png" or sheet is not None]

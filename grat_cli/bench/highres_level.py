@@ -7,10 +7,13 @@ pictures repeat and blur.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from grat_cli.bench.image_level import PROMPTS
+import numpy as np
+import torch
+from PIL import Image
+
 from grat_cli.bench.measure import Progress, Unwatched
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Row
@@ -20,16 +23,14 @@ from grat_cli.estimates.stages import Stage, stages_of, uses_highres
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.fidelity.quality import Likeness, likeness, summary
 from grat_cli.fidelity.variants import MODES
-from grat_cli.generation.image_request import ImageRequest
-from grat_cli.generation.pictures import encode_text
-from grat_cli.generation.stage_run import StageRecord, Studio
+from grat_cli.generation.request import request_for
+from grat_cli.generation.single import call_for, frames_of
+from grat_cli.generation.stage import StepWatch, installed, upscaled
+from grat_cli.generation.timing import StepRecorder
 from grat_cli.models.catalogue import ModelChoice
 from grat_cli.models.devices import choose_device, choose_dtype
 from grat_cli.models.loading import load_model
 from grat_cli.presets import HighResolution, Preset
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 BASE = "base"
 
@@ -54,8 +55,8 @@ class HighresSettings:
     preset: Preset
     width: int
     height: int
+    prompts: tuple[str, ...]
     compare: tuple[str, ...] = tuple(MODES)
-    prompts: tuple[str, ...] = PROMPTS[:4]
     device: str = "auto"
     dtype: str = "auto"
     command: str = ""
@@ -105,19 +106,18 @@ def run_highres_level(settings: HighresSettings, progress: Progress | None = Non
     # 2. The model.
     progress.phase("loading the model")
     loaded = load_model(settings.model, device=device, dtype=dtype)
-    studio = Studio(loaded.pipe, device, Unwatched())
 
     # 3. All pictures of one prompt, then all of the next.
     progress.phase("making pictures")
     done, total = 0, len(entries) * len(settings.prompts)
     for seed, prompt in enumerate(settings.prompts):
         for entry in entries:
-            _make(entry, studio, settings, prompt, seed)
+            _make(entry, loaded.pipe, device, settings, prompt, seed)
             done += 1
             progress.step(done, total)
         base = entries[0].pictures[-1]
         for entry in entries[1:]:
-            entry.found.append(likeness(base, _scaled_down(entry.pictures[-1], base)))
+            entry.found.append(likeness([np.asarray(base)], [_scaled_down(entry.pictures[-1], base)]))
 
     # 4. What came out.
     last = entries[-1].stages[-1]
@@ -172,27 +172,37 @@ def _entries(settings: HighresSettings) -> list[_Entry]:
     return [_Entry(BASE, base), *entries]
 
 
-def _make(entry: _Entry, studio: Studio, settings: HighresSettings, prompt: str, seed: int) -> None:
-    """One picture of an entry, as `generation.generate_images` makes it."""
-    import torch
-
-    request = ImageRequest(prompt, settings.preset, settings.model, settings.width, settings.height, (seed,))
+def _make(entry: _Entry, pipe: Any, device: torch.device, settings: HighresSettings, prompt: str, seed: int) -> None:
+    """One picture of an entry, stage by stage, as `generation.run` makes it."""
+    request = request_for(settings.model, settings.preset, prompt, width=settings.width, height=settings.height)
     generator = torch.Generator("cpu").manual_seed(seed)
     before: Any = None
-    records: list[StageRecord] = []
+    spent = 0.0
     for stage in entry.stages:
-        guidance = choose_guidance(studio.pipe, settings.model, stage.preset, None)
-        text = encode_text(studio.pipe, request, guidance.negative_prompt)
-        latents, record = studio.run(stage, text, guidance, before, generator)
-        before = studio.decode(latents, record) if stage.decoded else latents
-        records.append(record)
+        guidance = choose_guidance(pipe, settings.model, stage.preset, None)
+        text = request.family.encode_text(pipe, settings.model, prompt, guidance.negative_prompt)
+        start = None if before is None else upscaled(pipe, request, before, stage)
+        recorder, watch = StepRecorder(device), StepWatch(Unwatched())
+        with installed(pipe, request, stage, start=start, observer=recorder) as inside:
+            call = replace(
+                call_for(request, seed, text | guidance.arguments, watch, stage.preset.sampling.steps),
+                width=stage.width,
+                height=stage.height,
+                generator=generator,
+                start=start,
+                strength=stage.strength,
+            )
+            before = request.family.denoise(inside.pipe, call)
+            timed = recorder.steps([0.0] * stage.steps)
+        watch.raise_if_not_finite()
+        spent += sum(step.total_ms for step in timed)
+        if stage.decoded:
+            before = Image.fromarray(frames_of(pipe, request, before)[0])
     entry.pictures.append(before)
-    entry.times_ms.append(sum(step.total_ms for record in records for step in record.steps))
-    entry.density = records[-1].installation.last_schedule.density
-    entry.kernel = records[-1].installation.backend.value
+    entry.times_ms.append(spent)
+    entry.density = inside.installation.last_schedule.density
+    entry.kernel = inside.installation.backend.value
 
 
-def _scaled_down(picture: Image.Image, base: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    return picture.resize(base.size, Image.Resampling.LANCZOS)
+def _scaled_down(picture: Image.Image, base: Image.Image) -> np.ndarray:
+    return np.asarray(picture.resize(base.size, Image.Resampling.LANCZOS))

@@ -9,13 +9,14 @@ from grat_cli.bench.request import BenchRequest
 from grat_cli.bench.sizes import grid_sizes, picture_sizes
 from grat_cli.console.output import Output
 from grat_cli.errors import BadInput
-from grat_cli.fidelity.prompts import chosen_prompts
+from grat_cli.fidelity.prompts import built_in_prompts, chosen_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from grat_cli.bench.results import BenchResult
     from grat_cli.bench.whole_runs import Pictures
+    from grat_cli.families import Medium
 
 # Shows the effect in a minute on two CPU cores; on a GPU, Flux at 4096x4096.
 _CPU_GRID, _CPU_HEADS, _CPU_HEAD_DIM, _CPU_REPETITIONS = "128x128", 4, 64, 5
@@ -31,7 +32,7 @@ def run_level(request: BenchRequest, output: Output) -> tuple[BenchResult, Image
         ModelUnavailable: if the model is missing, gated or damaged.
         OutOfMemory: if a model's weights alone do not fit.
     """
-    return {"attention": _attention, "step": _step, "image": _image, "video": _video, "highres": _highres}[
+    return {"attention": _attention, "step": _step, "image": _whole, "video": _whole, "highres": _highres}[
         request.level
     ](request, output)
 
@@ -95,60 +96,35 @@ def _step(request: BenchRequest, output: Output) -> tuple[BenchResult, None]:
         return run_step_level(settings, progress), None
 
 
-def _image(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
-    from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
+def _whole(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
+    from grat_cli.bench.whole_runs import RunSettings, compare_runs
     from grat_cli.models.catalogue import choose_model
-    from grat_cli.models.resolution import parse_resolution
+    from grat_cli.models.video_size import parse_size
 
-    model = choose_model(request.model)
-    _refuse_several_sizes(request, "pictures")
-    resolution = parse_resolution(request.res, model.native_side, model.size_multiple)
-    settings = ImageSettings(
+    medium: Medium = "video" if request.level == "video" else "image"
+    model = choose_model(request.model, medium)
+    _refuse_several_sizes(request, f"{medium}s" if model.video else "pictures")
+    size = parse_size(model, request.res, frames=request.frames)
+    settings = RunSettings(
         model=model,
         compare=request.variants_beside_full,
-        width=resolution.width,
-        height=resolution.height,
-        steps=request.steps,
-        recall=not request.no_recall,
-        **_prompts(request, PROMPTS),
-        **_common(request),
-    )
-    output.hint(f"{model.name} ({model.reason}), {resolution}")
-    with output.progress() as progress:
-        result, pictures = run_image_level(settings, progress)
-    return result, _contact_sheet(pictures)
-
-
-def _video(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
-    from grat_cli.bench.video_level import PROMPTS, VideoSettings, run_video_level
-    from grat_cli.models.catalogue import choose_model
-    from grat_cli.models.video_size import parse_video_size
-
-    model = choose_model(request.model, "video")
-    _refuse_several_sizes(request, "videos")
-    size = parse_video_size(request.res, None, None, request.frames, None, model)
-    settings = VideoSettings(
-        model=model,
-        compare=request.variants_beside_full,
+        prompts=_prompts(request, medium, 3 if model.video else 4),
         width=size.width,
         height=size.height,
-        frames=size.frames,
+        frames=getattr(size, "frames", None),
         steps=request.steps,
         recall=not request.no_recall,
-        **_prompts(request, PROMPTS),
         **_common(request),
     )
     output.hint(f"{model.name} ({model.reason}), {size}")
-    for note in size.notes:
-        output.hint(note)
+    output.hint(*getattr(size, "notes", ()))
     with output.progress() as progress:
-        result, pictures = run_video_level(settings, progress)
+        result, pictures = compare_runs(settings, progress)
     return result, _contact_sheet(pictures)
 
 
 def _highres(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
     from grat_cli.bench.highres_level import HighresSettings, run_highres_level
-    from grat_cli.bench.image_level import PROMPTS
     from grat_cli.generation.selection import select_preset
     from grat_cli.models.catalogue import choose_model
     from grat_cli.models.resolution import parse_resolution
@@ -158,7 +134,7 @@ def _highres(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.
     model = choose_model(request.model)
     _refuse_several_sizes(request, "pictures")
     resolution = parse_resolution(request.res or str(4 * model.native_side), model.native_side, model.size_multiple)
-    name = request.preset or f"{model.family}-{_HIGHRES_PRESET[model.family]}"
+    name = request.preset or f"{model.presets}-{_HIGHRES_PRESET[model.presets]}"
     preset = select_preset(model, preset=name, steps=request.steps)
     preset = preset.model_copy(update={"kernel": preset.kernel.model_copy(update={"backend": request.backend})})
     settings = HighresSettings(
@@ -170,7 +146,7 @@ def _highres(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.
         device=request.device,
         dtype=request.dtype,
         command=request.command,
-        **_prompts(request, PROMPTS),
+        prompts=_prompts(request, "image", 4),
     )
     output.hint(f"{model.name} ({model.reason}), {resolution}, {preset.name}")
     with output.progress() as progress:
@@ -189,9 +165,10 @@ def _common(request: BenchRequest) -> dict[str, Any]:
     }
 
 
-def _prompts(request: BenchRequest, built_in: tuple[str, ...]) -> dict[str, Any]:
-    """The setting, or nothing where it keeps its default."""
-    return {} if request.prompts is None else {"prompts": chosen_prompts(request.prompts, built_in)}
+def _prompts(request: BenchRequest, medium: Medium, usual: int) -> tuple[str, ...]:
+    """Those of `--prompts`, else so many of the built-in ones."""
+    built_in = built_in_prompts(medium)
+    return built_in[:usual] if request.prompts is None else chosen_prompts(request.prompts, built_in)
 
 
 def _refuse_several_sizes(request: BenchRequest, what: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from grat_cli.bench.markdown import readme_table
 from grat_cli.bench.results import BenchResult
+from grat_cli.files import outputs
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.check:
         return int(before != after)
-    options.readme.write_text(after, encoding="utf-8")
+    outputs.write_text(after, options.readme, overwrite=True)
     return 0
 
 

@@ -1,5 +1,4 @@
-"""What `--level image` and `--level video` share: whole runs, compared with those of full attention from the same
-prompts and seeds.
+"""`--level image` and `--level video`: whole runs, compared with those of full attention, prompt by prompt.
 
 Two computations of the same attention already give outputs that differ. Full attention on a second backend shows by
 how much: the noise floor, beyond which no pattern can come closer.
@@ -8,10 +7,10 @@ how much: the noise floor, beyond which no pattern can come closer.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from grat_cli.bench.fidelity import Found, measure_fidelity
 from grat_cli.bench.figures import OUTPUTS
@@ -20,29 +19,30 @@ from grat_cli.bench.measure import CannotRun, PeakMemory, Progress, Unwatched, m
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Fidelity, Level, Row
 from grat_cli.errors import BadInput, NumericalFailure
-from grat_cli.families import FAMILIES
 from grat_cli.families.guidance import Guidance, choose_guidance
 from grat_cli.families.time_shift import shift_of, time_shift
 from grat_cli.fidelity import perceptual
-from grat_cli.fidelity.quality import Likeness, summary
+from grat_cli.fidelity.quality import Likeness, likeness, summary
 from grat_cli.fidelity.variants import Request, Variant, default_group, size_text, variant_for
-from grat_cli.generation.denoising import StepWatch
-from grat_cli.generation.makers import Maker
-from grat_cli.generation.request import GenerationRequest
+from grat_cli.generation.request import Request as Asked
+from grat_cli.generation.request import note_expectations, request_for
 from grat_cli.generation.selection import select_preset
+from grat_cli.generation.single import call_for, frames_of
+from grat_cli.generation.stage import StepWatch, explained_backend_failures
 from grat_cli.generation.timing import StepRecorder, StepTiming
 from grat_cli.installation import step_under_way
 from grat_cli.models.catalogue import ModelChoice
 from grat_cli.models.devices import choose_device, choose_dtype, is_out_of_memory, wait_for
 from grat_cli.models.loading import load_model
-from grat_cli.presets import Preset, resolve_preset
 from grat_kernels import Backend, Full, Grid, Grouping, can_run
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from PIL import Image
 
 NOISE_FLOOR = "noise floor"
+VIDEOS_SHOWN, FRAMES_SHOWN = 2, 4
 _SCHEDULES = (
     "Of a preset, attention, schedule and backend are taken; sampling is the same for all rows. Its density is the "
     "mean over steps, layers and heads."
@@ -61,6 +61,7 @@ class RunSettings:
         seeds_per_prompt: outputs of each prompt; the n-th output of all has seed n.
         width: in pixels; None for what the model was trained at.
         height: likewise.
+        frames: of each video, likewise.
         steps: denoising steps; None for the model's own number.
         guidance: None for the model's own.
         device: as in `--device`.
@@ -79,6 +80,7 @@ class RunSettings:
     seeds_per_prompt: int = 1
     width: int | None = None
     height: int | None = None
+    frames: int | None = None
     steps: int | None = None
     guidance: float | None = None
     device: str = "auto"
@@ -94,16 +96,19 @@ class RunSettings:
         """Prompt and seed of each output."""
         return [(prompt, seed) for seed, prompt in enumerate(self.prompts * self.seeds_per_prompt)]
 
-    def preset(self) -> Preset:
-        """Sampling of all runs.
+    def asked(self) -> Asked:
+        """What is asked of each run: full attention, whose sampling is that of all runs.
 
         Raises:
-            BadInput: if steps or guidance do not fit the model, or there is nothing to make.
+            BadInput: if size, steps or guidance do not fit the model, or there is nothing to make.
         """
         if not self.prompts or self.seeds_per_prompt < 1:
             noun = OUTPUTS[self.model.medium]
             raise BadInput(f"there is no {noun} to compare: give at least one prompt and one seed")
-        return select_preset(self.model, variant="full", steps=self.steps, guidance=self.guidance)
+        preset = select_preset(self.model, variant="full", steps=self.steps, guidance=self.guidance)
+        return request_for(
+            self.model, preset, self.prompts[0], width=self.width, height=self.height, frames=self.frames
+        )
 
 
 @dataclass(frozen=True)
@@ -119,33 +124,7 @@ class Pictures:
     column_titles: list[str]
 
 
-class ComparedMaker(Maker, Protocol):
-    """Makes outputs that are compared.
-
-    Attributes:
-        recorded: what else of the request belongs in the record.
-        notes: what readers of the figures must know.
-    """
-
-    recorded: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-    def likeness(self, reference: Any, made: Any) -> Likeness:
-        """How close an output comes to that of full attention."""
-        ...
-
-    def shown(self, number: int, made: Any) -> list[Image.Image]:
-        """What the contact sheet shows of the n-th output."""
-        ...
-
-    def titles(self, number: int, prompt: str, seed: int) -> list[str]:
-        """Of `shown`."""
-        ...
-
-
-def compare_runs(
-    settings: RunSettings, maker: ComparedMaker, progress: Progress | None = None
-) -> tuple[BenchResult, Pictures]:
+def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tuple[BenchResult, Pictures]:
     """Makes every output with every variant, interleaved, and compares them.
 
     Raises:
@@ -153,7 +132,8 @@ def compare_runs(
         ModelUnavailable: if the model is missing, gated or damaged.
     """
     progress = progress or Unwatched()
-    request, grid = maker.request, maker.grid
+    request = settings.asked()
+    grid = request.grid
     level: Level = request.model.medium
 
     # 1. What can be refused before a model is loaded.
@@ -170,14 +150,14 @@ def compare_runs(
     # 2. The model, and the prompts as it reads them.
     progress.phase("loading the model")
     model = load_model(request.model, device=device, dtype=dtype)
-    studio = _Studio(model.pipe, maker, settings, device, progress)
+    studio = _Studio(model.pipe, request, settings, device, progress)
 
     # 3. What computes each row.
     tokens = grid.tokens + studio.text_len
     head_dim = model.pipe.transformer.config.attention_head_dim
     backend, why = backend_for(settings.backend, device, dtype, head_dim, tokens)
     steps = request.preset.sampling.steps
-    host = Host(model.pipe.transformer, FAMILIES[maker.family], studio.text_len, backend, device, dtype, steps)
+    host = Host(model.pipe.transformer, request.family, studio.text_len, backend, device, dtype, steps)
     entries = [_Entry.of(variant, _host_of(variant, host, settings.backend, tokens)) for variant in variants]
     entries.append(_Entry.of(*noise_floor(host, grid, settings.noise_backend, head_dim, tokens)))
     full, *others = entries
@@ -200,14 +180,19 @@ def compare_runs(
     kept = None
     if settings.recall and full.skipped is None:
         kept = _fidelity(
-            model.pipe, maker, host, [entry for entry in others if entry.skipped is None], studio, progress
+            model.pipe, request, host, [entry for entry in others if entry.skipped is None], studio, progress
         )
 
     # 6. What came out.
+    noun, by = f"{OUTPUTS[level]}s", "frame by frame " if request.frames else ""
+    compared = (
+        f"{noun.capitalize()} are compared {by}with its {noun} of the same prompts and seeds: "
+        f"mean and 95 % interval by Student's t over the {noun}."
+    )
     rows = [full.row(full), *(entry.row(full) for entry in others)]
     result = bench_result(
         level,
-        [Case(maker.title, grid.shape, studio.text_len, tuple(rows))],
+        [Case(request.title, grid.shape, studio.text_len, tuple(rows))],
         device=device,
         dtype=dtype,
         settings={
@@ -218,7 +203,9 @@ def compare_runs(
             "steps": steps,
             "guidance": studio.guidance.scale,
             "shift": shift_of(model.pipe.scheduler, grid.tokens, request.preset.sampling.shift),
-            **maker.recorded,
+            "width": request.width,
+            "height": request.height,
+            **({"frames": request.frames, "fps": request.fps} if request.frames else {}),
             "layers": host.adapter(grid).layers,
             "backend": backend.value,
             "backend_reason": why,
@@ -228,7 +215,7 @@ def compare_runs(
         command=settings.command,
         notes=(
             f"Times are of the whole denoising of a {OUTPUTS[level]}; text encoders and autoencoder are left out.",
-            *maker.notes,
+            f"{request.family.about_stock(request.model)} {compared}",
             "The noise floor is full attention on another backend: differences no larger than its own mean nothing.",
             *([_SCHEDULES] if any(variant.preset for variant in variants) else []),
             *(kept.notes if kept else []),
@@ -237,7 +224,9 @@ def compare_runs(
         ),
     )
     titles = [
-        title for number, (prompt, seed) in enumerate(studio.orders) for title in maker.titles(number, prompt, seed)
+        title
+        for number, (prompt, seed) in enumerate(studio.orders)
+        for title in titles_of(number, request.frames or 1, prompt, seed)
     ]
     made = [(entry.variant.name, entry.shown) for entry in entries if entry.skipped is None]
     return result, Pictures(made, titles)
@@ -257,7 +246,7 @@ def _host_of(variant: Variant, host: Host, backend: str, tokens: int) -> Host:
 
 
 def _fidelity(
-    pipe: Any, maker: ComparedMaker, host: Host, entries: Sequence[_Entry], studio: _Studio, progress: Progress
+    pipe: Any, request: Asked, host: Host, entries: Sequence[_Entry], studio: _Studio, progress: Progress
 ) -> Found | None:
     """Gives entries their fidelity; None where there is nothing to measure, or where measuring failed."""
     variants = [entry.variant for entry in entries if entry.variant.role != "noise floor"]
@@ -265,7 +254,7 @@ def _fidelity(
         return None
     progress.phase("measuring recall")
     try:
-        found = measure_fidelity(pipe, maker, host, variants, studio.orders, progress)
+        found = measure_fidelity(pipe, request, host, variants, studio.orders, progress)
     except Exception as error:
         if not isinstance(error, NumericalFailure) and not is_out_of_memory(error):
             raise
@@ -368,6 +357,32 @@ def noise_floor(host: Host, grid: Grid, name: str | None, head_dim: int, tokens:
     return variant, f"there is no second backend ({'; '.join(reasons)})"
 
 
+def frames_shown(number: int, count: int) -> list[int]:
+    """Frames of the n-th output that the contact sheet shows: of a picture its only one, of a video some, evenly spread
+    over its time; none of those that the sheet has no room for."""
+    if count > 1 and number >= VIDEOS_SHOWN:
+        return []
+    shown = min(FRAMES_SHOWN, count)
+    return [round(place * (count - 1) / max(1, shown - 1)) for place in range(shown)]
+
+
+def pictures_of(number: int, frames: Sequence[np.ndarray]) -> list[Image.Image]:
+    """What the contact sheet shows of the n-th output."""
+    from PIL import Image
+
+    return [Image.fromarray(frames[place]) for place in frames_shown(number, len(frames))]
+
+
+def titles_of(number: int, count: int, prompt: str, seed: int) -> list[str]:
+    """Of `pictures_of`, for an output of so many frames."""
+    own = f"{prompt}, seed {seed}"
+    if count == 1:
+        return [own]
+    return [
+        f"{own}, frame {place + 1}" if place == 0 else f"frame {place + 1}" for place in frames_shown(number, count)
+    ]
+
+
 class _Studio:
     """A pipeline, and what it is to make.
 
@@ -378,20 +393,19 @@ class _Studio:
     """
 
     def __init__(
-        self, pipe: Any, maker: ComparedMaker, settings: RunSettings, device: torch.device, progress: Progress
+        self, pipe: Any, request: Asked, settings: RunSettings, device: torch.device, progress: Progress
     ) -> None:
-        self._pipe, self._maker = pipe, maker
+        self._pipe, self._request = pipe, request
         self._device, self._progress, self._max_seconds = device, progress, settings.max_seconds
-        self._noun = OUTPUTS[maker.request.model.medium]
-        maker.prepare(pipe)
-        self.guidance: Guidance = choose_guidance(pipe, maker.request.model, maker.request.preset, None)
+        self._noun = OUTPUTS[request.model.medium]
+        request.family.prepare(pipe)
+        self.guidance: Guidance = choose_guidance(pipe, request.model, request.preset, None)
         self._texts: dict[str, dict[str, Any]] = {}
         for prompt in dict.fromkeys(settings.prompts):
-            asked = self._asked(prompt)
-            maker.note_expectations(asked, progress)
-            self._texts[prompt] = maker.encode_text(pipe, asked, self.guidance)
+            note_expectations(replace(request, prompt=prompt), progress)
+            self._texts[prompt] = request.family.encode_text(pipe, request.model, prompt, self.guidance.negative_prompt)
         self.orders = settings.orders
-        lengths = {prompt: maker.text_lens(text) for prompt, text in self._texts.items()}
+        lengths = {prompt: request.family.text_lens(text) for prompt, text in self._texts.items()}
         self.text_len: int = max(max(found) for found in lengths.values())
         # Kernels are compiled, and plans are made, for each length of text.
         firsts = {lengths[prompt]: number for number, (prompt, _) in reversed(list(enumerate(self.orders)))}
@@ -416,7 +430,7 @@ class _Studio:
                 return
             _, trial_ms, _ = self._denoised(entry, 0, trial_steps)
             spent = time.monotonic() - began
-            steps = self._maker.request.preset.sampling.steps
+            steps = self._request.preset.sampling.steps
             seconds = spent + trial_ms / 1000 / len(trial_steps) * steps * len(self.orders)
             if seconds > self._max_seconds:
                 count = len(self.orders)
@@ -432,8 +446,8 @@ class _Studio:
 
         def attempt() -> None:
             latents, milliseconds, steps = self._denoised(entry, number)
-            entry.output = self._maker.decode(self._pipe, latents)
-            entry.shown += self._maker.shown(number, entry.output)
+            entry.output = frames_of(self._pipe, self._request, latents)
+            entry.shown += pictures_of(number, entry.output)
             entry.times_ms.append(milliseconds)
             entry.steps.append(steps)
 
@@ -444,7 +458,7 @@ class _Studio:
         """Compares the outputs of one prompt and seed, and lets go of them: videos are large."""
         for entry in entries:
             if entry is not full and entry.skipped is None and full.skipped is None:
-                entry.found.append(self._maker.likeness(full.output, entry.output))
+                entry.found.append(likeness(full.output, entry.output))
         for entry in entries:
             entry.output = None
 
@@ -484,23 +498,19 @@ class _Studio:
             under_way = step_under_way(pipe.scheduler)
             return under_way if trial_steps is None else trial_steps[under_way]
 
-        asked = self._asked(prompt, None if trial_steps is None else len(trial_steps))
+        steps = None if trial_steps is None else len(trial_steps)
+        call = call_for(self._request, seed, arguments, watch, steps)
         with (
-            time_shift(pipe, self._maker.grid.tokens, self._maker.request.preset.sampling.shift),
+            time_shift(pipe, self._request.grid.tokens, self._request.preset.sampling.shift),
             entry.inside.attach(recorder, step),
         ):
             wait_for(device)
             began = time.perf_counter()
-            latents = self._maker.denoise(pipe, asked, arguments, seed, watch)
+            with explained_backend_failures():
+                latents = self._request.family.denoise(pipe, call)
             wait_for(device)
             milliseconds = (time.perf_counter() - began) * 1000
             timesteps = pipe.scheduler.timesteps.tolist()
         watch.raise_if_not_finite()
         # Those of a trial bear numbers of the whole run.
         return latents, milliseconds, recorder.steps(timesteps) if trial_steps is None else []
-
-    def _asked(self, prompt: str, steps: int | None = None) -> GenerationRequest:
-        """The request of one output, with fewer steps for a trial."""
-        request = self._maker.request
-        preset = request.preset if steps is None else resolve_preset(request.preset, steps=steps)
-        return replace(request, prompt=prompt, preset=preset)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from grat_cli.commands import options
-from grat_cli.console.output import Output
+from grat_cli.commands.parameters import argument, option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,21 +19,12 @@ _LONGEST_SIDE = 512
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A picture, a video, or a folder of them: the reference.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it; of a folder, equal names.")],
-    sheet: Annotated[
-        Path | None,
-        typer.Option(
-            "--sheet",
-            metavar="FILE.png",
-            help="Also draw A, B and their difference, four times as strong, side by side.",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    first: Annotated[Path, argument("A", "A picture, a video, or a folder of them: the reference.")],
+    second: Annotated[Path, argument("B", "What is compared with it; of a folder, equal names.")],
+    *,
+    sheet: Path | None = option("FILE.png", "Also draw A, B and their difference, four times as strong, side by side."),
+    overwrite: bool = options.OVERWRITE,
+    terminal: options.TerminalOptions,
 ) -> None:
     """Compare pictures or videos: SSIM, PSNR, LPIPS where its weights are; each, and the mean with its interval."""
     from grat_cli.errors import BadInput
@@ -45,7 +34,7 @@ def compare(
     from grat_cli.files import outputs
     from grat_cli.pages import contact_sheet
 
-    output = Output(as_json=as_json, quiet=quiet)
+    output = terminal.output()
     pairs, left_out = pairs_of(first, second)
     if sheet is not None:
         if sheet.suffix.lower() != ".png":
@@ -80,12 +69,13 @@ def compare(
             [],
             [text for one, said in zip(found, similarities, strict=True) for text in (said, *blanks(one))],
         ]
-        outputs.write_png(contact_sheet.draw(rows, titles, captions, longest_side=_LONGEST_SIDE), sheet, None)
+        drawn = contact_sheet.draw(rows, titles, captions, longest_side=_LONGEST_SIDE)
+        outputs.write_png(drawn, sheet, None, overwrite=overwrite)
     output.data(_data(found, mean))
     output.show(_table(found, mean))
     if sheet is not None:
         output.line(str(sheet))
-    elif quiet:
+    elif terminal.quiet:
         output.line(f"{mean.ssim:.6f}")
 
 

@@ -1,8 +1,7 @@
-"""`grat decode`: a video from latents."""
+"""`grat decode`: a picture or video from latents."""
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,89 +9,97 @@ from typing import Annotated
 import typer
 
 from grat_cli.commands import options
-from grat_cli.console.output import Output
+from grat_cli.commands.parameters import argument, only, option
 
 
 def decode(
     context: typer.Context,
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="Latents that grat video kept, or the video that lies beside them.", show_default=False
+    file: Annotated[Path, argument("FILE", "Latents that were kept, or the output that lies beside them.")],
+    *,
+    tile: int | None = option(
+        "PIXELS",
+        "Side of the tiles that are decoded one by one; smaller ones take less memory. Default: the model's own.",
+        options.MODEL,
+    ),
+    extent: Annotated[options.SizeOptions, only("fps")],
+    model: Annotated[
+        options.ModelOptions,
+        only(
+            "base",
+            model=option(
+                "NAME",
+                "The model whose autoencoder decodes. Default: the one that made the latents.",
+                options.MODEL,
+                complete=options.complete_any_model,
+            ),
+            device=option("NAME", "auto, cpu, cuda, cuda:1 or mps. Default: as for the latents.", options.MODEL),
+            dtype=option("NAME", "auto, float32, bfloat16 or float16. Default: as for the latents.", options.MODEL),
         ),
     ],
-    tile: options.Tile = None,
-    fps: options.Fps = None,
-    model: options.DecodeModelName = None,
-    base: options.Base = None,
-    device: options.DecodeDevice = None,
-    dtype: options.DecodeDtype = None,
-    out: options.Out = None,
-    format: options.Format = None,
-    crf: options.Crf = None,
-    overwrite: options.Overwrite = False,
-    no_metadata: options.NoMetadata = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    out: Path | None = options.OUT_BESIDE,
+    format: str | None = option(
+        "NAME", "As for grat image and grat video. Default: as --out ends, else as for the latents.", options.OUTPUT
+    ),
+    quality: int | None = options.QUALITY,
+    crf: int | None = options.CRF,
+    overwrite: bool = options.OVERWRITE,
+    no_metadata: bool = options.NO_METADATA,
+    terminal: options.TerminalOptions,
 ) -> None:
-    """Make a video from latents that were kept: after memory ran out, or in another format."""
-    from grat_cli.commands import video_output
+    """Make a picture or video from latents that were kept: after memory ran out, or in another format."""
+    from grat_cli.commands import making
     from grat_cli.errors import BadInput
-    from grat_cli.files import outputs as media
-    from grat_cli.files.videos import SUFFIXES, choose_video_format, require_encodable
-    from grat_cli.generation.selection import DTYPES, require_choice, require_device
-    from grat_cli.generation.video_decoding import decode_run
-    from grat_cli.generation.video_run import LATENTS_ENDING, find_run, read_run
-    from grat_cli.models.catalogue import choose_model
+    from grat_cli.files import outputs
+    from grat_cli.files.formats import choose_format, require_writable
+    from grat_cli.files.whole import claimed
+    from grat_cli.generation.checkpoint import find_run, place_of, read_run
+    from grat_cli.generation.run import decode_run
 
-    output = Output(as_json=as_json, quiet=quiet)
+    output = terminal.output()
 
     # 1. What can be refused without reading the latents.
-    if device is not None:
-        require_device(device)
-    if dtype is not None:
-        require_choice("--dtype", dtype, DTYPES)
+    model.check()
     if tile is not None and (tile < 64 or tile % 16):
         raise BadInput(f"--tile {tile}: expected a multiple of 16 from 64 up")
 
     # 2. What made them, with what is to be different now.
     kept = find_run(file)
-    run, request = read_run(kept)
-    if run.done < request.preset.sampling.steps:
-        raise BadInput(
-            f"{kept} has done {run.done} of {request.preset.sampling.steps} steps: grat resume does the rest"
-        )
-    named = format is not None or (out is not None and out.suffix and not out.is_dir())
-    chosen_format = choose_video_format(out, format) if named else request.format
-    chosen_crf = crf if crf is not None or chosen_format != request.format else request.crf
+    run, request = read_run(kept, model.model)
+    if not run.finished:
+        raise BadInput(f"{kept} has done {run.done} of {run.total} steps: grat resume does the rest")
+    of_videos, of_pictures = {"--fps": extent.fps, "--crf": crf}, {"--quality": quality}
+    for flag, value in (of_pictures if request.frames else of_videos).items():
+        if value is not None:
+            noun = "pictures" if request.frames else "videos"
+            raise BadInput(f"{flag} is for {noun}, and {kept} is none of one: leave it out")
+    by_name = out is not None and bool(out.suffix) and not out.is_dir()
+    chosen_format, suffix = choose_format(
+        request.model.medium, out, request.format if format is None and not by_name else format
+    )
+    encoding = crf if quality is None else quality
     request = replace(
         request,
-        model=request.model if model is None else choose_model(model, medium="video"),
-        base=request.base if base is None else base,
-        device=request.device if device is None else device,
-        dtype=request.dtype if dtype is None else dtype,
-        fps=request.fps if fps is None else fps,
+        base=request.base if model.base is None else model.base,
+        device=model.device or request.device,
+        dtype=model.dtype or request.dtype,
+        fps=request.fps if extent.fps is None else extent.fps,
         format=chosen_format,
-        crf=chosen_crf,
+        quality=encoding if encoding is not None or chosen_format != request.format else request.quality,
         metadata=request.metadata and not no_metadata,
+        overwrite=overwrite,
     )
-    require_encodable(request.format, fps=request.fps, crf=request.crf)
+    require_writable(request.format, request.width, request.height, fps=request.fps, quality=request.quality)
 
-    # 3. Where the video goes: without --out, where it was to go in the first place.
-    asked = request.outputs[request.seeds.index(run.seed)]
-    name = media.latents_path(asked).name.removesuffix(LATENTS_ENDING) + SUFFIXES[request.format]
-    path = (
-        kept.with_name(name)
-        if out is None
-        else media.output_paths(out, [name], [run.seed], SUFFIXES[request.format])[0]
-    )
-    media.refuse_unwritable([path, media.report_path(path)], overwrite=overwrite)
+    # 3. Where the output goes.
+    place = place_of(kept)
+    path = place.with_name(place.name + suffix)
+    if out is not None:
+        (path,) = outputs.output_paths(out, [path.name], [run.seed], suffix)
+    outputs.refuse_unwritable([path, outputs.report_path(path)], overwrite=overwrite)
 
     # 4. Make it.
     output.hint(f"{kept.name}: {request.model.name}, {request.size}, seed {run.seed}")
-    command = shlex.join(["grat", *(context.find_root().obj or ())])
-    with output.progress() as progress:
-        video = decode_run(run, kept, request, path, progress, tile, command)
-        output.line(str(video.path))
-    video_output.show_videos([video], output)
+    with claimed([path]), output.progress() as progress:
+        made = decode_run(run, request, path, progress, tile, options.command_line(context))
+        output.line(str(made.path))
+    making.show([made], request, output)

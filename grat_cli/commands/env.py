@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from grat_cli.commands import options
-from grat_cli.console.output import Output, bytes_text, fact_table
+from grat_cli.console.output import bytes_text, fact_table
 
 
-def env(
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
-) -> None:
+def env(terminal: options.TerminalOptions) -> None:
     """Show versions, devices, and what each attention backend can run here and why not."""
     from grat_cli.models import environment
 
-    output = Output(as_json=as_json, quiet=quiet)
+    output = terminal.output()
     found = environment.describe()
     output.data(found)
     facts = {"system": found["system"]}
@@ -30,7 +26,7 @@ def env(
     # auto always runs; what it stands for here is the news.
     answers["auto"] = answers["auto"].removeprefix("yes: ")
     output.show(fact_table(answers))
-    if quiet:
+    if terminal.quiet:
         for backend in found["backends"]:
             if backend["able"]:
                 output.line(backend["name"])

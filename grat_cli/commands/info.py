@@ -5,41 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from grat_cli.commands import options
+from grat_cli.commands.parameters import argument
 from grat_cli.console.output import Mode, Output, bytes_text, fact_table
 
 
 def info(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="A picture or video by grat, its latents or checkpoint, or the report."),
-    ],
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    file: Annotated[Path, argument("FILE", "A picture or video by grat, its latents or checkpoint, or the report.")],
+    terminal: options.TerminalOptions,
 ) -> None:
     """Show what made a picture or video: prompt, seed, model, preset, size, versions."""
+    from grat_cli.console import run_tables
     from grat_cli.errors import BadInput
     from grat_cli.files import outputs
-    from grat_cli.generation import report
 
-    output = Output(as_json=as_json, quiet=quiet)
+    output = terminal.output()
     found = outputs.read_provenance(file)
     output.data(found)
     try:
         facts = _facts(found) | _file_facts(file, output)
-        timings = [report.timing_table(found), report.phases_line(found)] if "steps" in found else []
+        timings = [run_tables.timing_table(found), run_tables.phases_line(found)] if "steps" in found else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{file} is not a whole report of this version of grat: --json shows it as it is") from error
     output.show(fact_table(facts), *timings)
-    if quiet:
+    if terminal.quiet:
         output.line(str(found["command"]))
 
 
 def _facts(found: dict[str, Any]) -> dict[str, str]:
-    from grat_cli.generation import report
+    from grat_cli.console import run_tables
     from grat_cli.presets import Preset
 
     preset = Preset.model_validate(found["preset"])
@@ -55,8 +49,8 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "preset": preset.name,
         "attention": preset.attention.summary,
         "density": f"{found['density']:.3f} ({found['ideal_speedup']:.1f}x less attention work)",
-        "guard": (report.guard_text(found) or "").removeprefix("guard ") or None,
-        "went wider": report.widenings_text(found),
+        "guard": (run_tables.guard_text(found) or "").removeprefix("guard ") or None,
+        "went wider": run_tables.widenings_text(found),
         "steps": _steps(found),
         "guidance": None if sampling["guidance"] is None else f"{sampling['guidance']:g}",
         "time shift": f"{sampling['shift']:.3g}",

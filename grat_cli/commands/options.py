@@ -1,33 +1,26 @@
-"""Options that commands share, as `Annotated` types."""
+"""Options that commands share, in groups, with what every command does with them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from grat_cli.errors import BadInput
+from grat_cli.commands.parameters import option, switch
+from grat_cli.console.output import Output
 
-_PICTURE, _VIDEO, _ATTENTION, _MODEL, _OUTPUT = "Picture", "Video", "Attention", "Model", "Output"
+if TYPE_CHECKING:
+    from grat_cli.models.catalogue import ModelChoice
+    from grat_cli.presets import Preset
+
+PICTURE, VIDEO, ATTENTION, MODEL, OUTPUT = "Picture", "Video", "Attention", "Model", "Output"
 
 
-def number(option: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """A parser of numbers whose complaint names the option; Typer's own words are longer and say less."""
-
-    def parse(text: str) -> int | float:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            expected = "a whole number" if kind is int else "a number"
-            raise BadInput(f"{option} {text}: expected {expected}")
-        return number
-
-    return parse
+def command_line(context: typer.Context) -> str:
+    """The command as typed, for the record."""
+    return shlex.join(["grat", *(context.find_root().obj or ())])
 
 
 def complete_preset() -> list[str]:
@@ -98,462 +91,250 @@ def complete_picture_format() -> list[str]:
     return list(FORMATS)
 
 
-# Picture
-Res = Annotated[
-    str | None,
-    typer.Option(
-        "--res",
-        metavar="SIZE",
-        help="1024, 1536x1024, 4k, 4mp, 16:9 or 16:9@4mp, in multiples of 16. Default: the model's own size.",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-    ),
-]
-Aspect = Annotated[
-    str | None,
-    typer.Option(
-        "--aspect",
-        metavar="W:H",
-        help="Shape of a video: 16:9, 9:16, 1:1, 4:3. Default: the model's own.",
-        show_default=False,
-        rich_help_panel=_VIDEO,
-    ),
-]
-Seconds = Annotated[
-    float | None,
-    typer.Option(
-        "--seconds",
-        parser=number("--seconds", float),
-        metavar="SECONDS",
-        help="Length of a video. Default: the model's own.",
-        show_default=False,
-        rich_help_panel=_VIDEO,
-    ),
-]
-Frames = Annotated[
-    int | None,
-    typer.Option(
-        "--frames",
-        parser=number("--frames", int),
-        metavar="COUNT",
-        help="Length of a video in frames, in place of --seconds; rounded up to 4k+1.",
-        show_default=False,
-        rich_help_panel=_VIDEO,
-    ),
-]
-Fps = Annotated[
-    int | None,
-    typer.Option(
-        "--fps",
-        parser=number("--fps", int),
-        metavar="COUNT",
-        help="Frames per second. Default: the model's own.",
-        show_default=False,
-        rich_help_panel=_VIDEO,
-    ),
-]
-VideoRes = Annotated[
-    str | None,
-    typer.Option(
-        "--res",
-        metavar="SIZE",
-        help="720p, 540p, 480p or 1280x720, in multiples of 16. Default: the model's own size.",
-        show_default=False,
-        rich_help_panel=_VIDEO,
-    ),
-]
-Seed = Annotated[
-    str | None,
-    typer.Option(
-        "--seed",
-        metavar="SEED,...",
-        help="One seed or several: one picture or video each. Default: random.",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-    ),
-]
-Count = Annotated[
-    int | None,
-    typer.Option(
-        "--n",
-        parser=number("--n", int),
-        metavar="COUNT",
-        help="So many pictures or videos, with consecutive seeds.",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-    ),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps",
-        parser=number("--steps", int),
-        metavar="COUNT",
-        help="Denoising steps. Default: the preset's.",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-    ),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance",
-        parser=number("--guidance", float),
-        metavar="SCALE",
-        help="How closely to follow the prompt. Default: the preset's.",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-    ),
-]
-Negative = Annotated[
-    str | None,
-    typer.Option(
-        "--negative",
-        metavar="PROMPT",
-        help="What to keep out of the picture or video.",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-    ),
-]
-InitImage = Annotated[
-    Path | None,
-    typer.Option(
-        "--init-image",
-        metavar="FILE",
-        help="A picture to start from (image-to-image).",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-    ),
-]
-Strength = Annotated[
-    float | None,
-    typer.Option(
-        "--strength",
-        parser=number("--strength", float),
-        metavar="SHARE",
-        help="How much of --init-image to redo, 0 to 1. Default: 0.7, of large pictures as the preset says.",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-    ),
-]
-Highres = Annotated[
-    str | None,
-    typer.Option(
-        "--highres",
-        metavar="HOW",
-        help="Of pictures larger than the model was trained at: cascade (a small one, redone at growing sizes), "
-        "direct (from noise, with positions and attention fitted) or off. Default: the preset's, else cascade.",
-        show_default=False,
-        rich_help_panel=_PICTURE,
-        autocompletion=complete_highres,
-    ),
-]
+@dataclass(frozen=True)
+class SizeOptions:
+    """Size of a picture or video."""
 
-# Attention
-PresetName = Annotated[
-    str | None,
-    typer.Option(
-        "--preset",
-        metavar="NAME",
-        help="A preset by name or from a YAML file. Default: the recommended one (see grat presets).",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
-        autocompletion=complete_preset,
-    ),
-]
-VariantName = Annotated[
-    str | None,
-    typer.Option(
-        "--variant",
-        metavar="NAME",
-        help="full, b, b-wide, x, bx, far, sta, or for videos planes and lines: the model's preset of that name. "
+    res: str | None = option("SIZE", "As for grat image and grat video. Default: the model's own size.", PICTURE)
+    aspect: str | None = option("W:H", "Shape of a video: 16:9, 9:16, 1:1, 4:3. Default: the model's own.", VIDEO)
+    seconds: float | None = option("SECONDS", "Length of a video. Default: the model's own.", VIDEO)
+    frames: int | None = option(
+        "COUNT", "Length of a video in frames, in place of --seconds; rounded up to 4k+1.", VIDEO
+    )
+    fps: int | None = option("COUNT", "Frames per second. Default: the model's own.", VIDEO)
+
+    @property
+    def of_video(self) -> bool:
+        """Whether any is given that only videos have."""
+        return any(value is not None for value in (self.aspect, self.seconds, self.frames, self.fps))
+
+    def size_for(self, choice: ModelChoice) -> Any:
+        """Of what the model makes: a `Resolution` or a `VideoSize`.
+
+        Raises:
+            BadInput: as `parse_size`.
+        """
+        from grat_cli.models.video_size import parse_size
+
+        return parse_size(choice, self.res, self.aspect, self.seconds, self.frames, self.fps)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How denoising runs, and how often."""
+
+    seed: str | None = option("SEED,...", "One seed or several: one picture or video each. Default: random.", PICTURE)
+    n: int | None = option("COUNT", "So many pictures or videos, with consecutive seeds.", PICTURE)
+    steps: int | None = option("COUNT", "Denoising steps. Default: the preset's.", PICTURE)
+    guidance: float | None = option("SCALE", "How closely to follow the prompt. Default: the preset's.", PICTURE)
+    negative: str | None = option("PROMPT", "What to keep out of the picture or video.", PICTURE)
+
+    def seeds(self) -> tuple[int, ...]:
+        """One for each output.
+
+        Raises:
+            BadInput: as `resolve_seeds`.
+        """
+        from grat_cli.generation.seeds import resolve_seeds
+
+        return resolve_seeds(self.seed, self.n)
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What is attended, and by what."""
+
+    preset: str | None = option(
+        "NAME",
+        "A preset by name or from a YAML file. Default: the recommended one (see grat presets).",
+        ATTENTION,
+        complete=complete_preset,
+    )
+    variant: str | None = option(
+        "NAME",
+        "full, b, b-wide, x, bx, far, sta, or for videos planes and lines: the model's preset of that name. "
         "With --preset: its variant instead.",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
-        autocompletion=complete_variant,
-    ),
-]
-Group = Annotated[
-    str | None,
-    typer.Option(
-        "--group",
-        metavar="SIZE",
-        help="Tokens per group, such as 16x16, or 4x8x8 for videos.",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
-    ),
-]
-Radius = Annotated[
-    str | None,
-    typer.Option(
-        "--radius",
-        metavar="GROUPS",
-        help="For b and bx: how many groups away is attended, such as 2, 1x2 or 1x2x2.",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
-    ),
-]
-Share = Annotated[
-    int | None,
-    typer.Option(
-        "--share",
-        parser=number("--share", int),
-        metavar="COUNT",
-        help="For x and bx: how many group coordinates must be equal.",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
-    ),
-]
-SetItems = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Any value of the preset, such as schedule.dense_steps=0.1; may be repeated.",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
-    ),
-]
-Guard = Annotated[
-    float | None,
-    typer.Option(
-        "--guard",
-        parser=number("--guard", float),
-        metavar="SHARE",
-        help="How much of full attention each layer has to keep, such as 0.9: those that are measured to keep less "
+        ATTENTION,
+        complete=complete_variant,
+    )
+    group: str | None = option("SIZE", "Tokens per group, such as 16x16, or 4x8x8 for videos.", ATTENTION)
+    radius: str | None = option(
+        "GROUPS", "For b and bx: how many groups away is attended, such as 2, 1x2 or 1x2x2.", ATTENTION
+    )
+    share: int | None = option("COUNT", "For x and bx: how many group coordinates must be equal.", ATTENTION)
+    guard: float | None = option(
+        "SHARE",
+        "How much of full attention each layer has to keep, such as 0.9: those that are measured to keep less "
         "go wider while the run goes on. 0 for none. Default: the preset's.",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
-    ),
-]
-BackendChoice = Annotated[
-    str | None,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        help="auto, reference, sdpa, flex, triton, triton-ws or gluon. "
+        ATTENTION,
+    )
+    set_items: list[str] | None = option(
+        "KEY=VALUE",
+        "Any value of the preset, such as schedule.dense_steps=0.1; may be repeated.",
+        ATTENTION,
+        flag="--set",
+    )
+    backend: str | None = option(
+        "NAME",
+        "auto, reference, sdpa, flex, triton, triton-ws or gluon. "
         "One that is named runs or says why not (see grat env).",
-        show_default=False,
-        rich_help_panel=_ATTENTION,
-        autocompletion=complete_backend,
-    ),
-]
+        ATTENTION,
+        complete=complete_backend,
+    )
 
-# Model
-ModelName = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME",
-        help="demo, flux-dev, flux-schnell, a Hub id, a folder or a .safetensors file. "
+    def preset_for(self, choice: ModelChoice, sampling: SamplingOptions, highres: str | None = None) -> Preset:
+        """The resolved preset of a run.
+
+        Args:
+            choice: the model.
+            sampling: gives steps and guidance.
+            highres: `--highres`.
+
+        Raises:
+            BadInput: as `select_preset`.
+        """
+        from grat_cli.generation.selection import select_preset
+
+        return select_preset(
+            choice,
+            preset=self.preset,
+            variant=self.variant,
+            group=self.group,
+            radius=self.radius,
+            share=self.share,
+            backend=self.backend,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            highres=highres,
+            guard=self.guard,
+            set_items=self.set_items or (),
+        )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and on what and how it runs."""
+
+    model: str | None = option(
+        "NAME",
+        "demo, flux-dev, flux-schnell, a Hub id, a folder or a .safetensors file. "
         "Default: flux-dev with a CUDA device, else demo.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-        autocompletion=complete_model,
-    ),
-]
-VideoModelName = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME",
-        help="demo, hunyuan, a Hub id, a folder or a .safetensors file. "
-        "Default: hunyuan with a CUDA device, else demo.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-        autocompletion=complete_video_model,
-    ),
-]
-DecodeModelName = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME",
-        help="The model whose autoencoder decodes. Default: the one that made the latents.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-        autocompletion=complete_video_model,
-    ),
-]
-DecodeDevice = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:1 or mps. Default: as for the latents.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
-DecodeDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="NAME",
-        help="auto, float32, bfloat16 or float16. Default: as for the latents.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        "--base",
-        metavar="MODEL",
-        help="Folder or Hub id with the text encoders and autoencoder for a .safetensors --model.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
-DeviceName = Annotated[
-    str,
-    typer.Option(
-        "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", show_default=False, rich_help_panel=_MODEL
-    ),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype",
-        metavar="NAME",
-        help="auto, float32, bfloat16 or float16.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
-Offload = Annotated[
-    str,
-    typer.Option(
-        "--offload",
-        metavar="HOW",
-        help="none, model, group or sequential: which weights wait in main memory until they are needed; "
+        MODEL,
+        complete=complete_model,
+    )
+    base: str | None = option(
+        "MODEL", "Folder or Hub id with the text encoders and autoencoder for a .safetensors --model.", MODEL
+    )
+    device: str = option("NAME", "auto, cpu, cuda, cuda:1 or mps.", MODEL, "auto")
+    dtype: str = option("NAME", "auto, float32, bfloat16 or float16.", MODEL, "auto")
+    offload: str = option(
+        "HOW",
+        "none, model, group or sequential: which weights wait in main memory until they are needed; "
         "auto: the fastest that fits.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
-Quantize = Annotated[
-    str,
-    typer.Option(
-        "--quantize",
-        metavar="HOW",
-        help="none, int8, fp8 (with torchao) or nf4 (with bitsandbytes): fewer bits for weights of transformer and "
+        MODEL,
+        "none",
+    )
+    quantize: str = option(
+        "HOW",
+        "none, int8, fp8 (with torchao) or nf4 (with bitsandbytes): fewer bits for weights of transformer and "
         "large text encoder, on CUDA devices.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
-Gpu = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu",
-        metavar="NAME",
-        help="Plan for h200, h100, a100-80, a100-40, 5090, 4090, l40s and others, or cpu, which is measured. "
-        "Default: the GPU of this machine.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
+        MODEL,
+        "none",
+    )
 
-# Output
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="PATH",
-        help="File or folder to write to. Default: a telling name in the current folder.",
-        show_default=False,
-        rich_help_panel=_OUTPUT,
-    ),
-]
-Format = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        metavar="NAME",
-        help="mp4, gif, webm or frames (a folder of PNG files). Default: as --out ends, else mp4.",
-        show_default=False,
-        rich_help_panel=_OUTPUT,
-        autocompletion=complete_format,
-    ),
-]
-PictureFormat = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        metavar="NAME",
-        help="png, jpg, webp or tiff. Default: as --out ends, else png.",
-        show_default=False,
-        rich_help_panel=_OUTPUT,
-        autocompletion=complete_picture_format,
-    ),
-]
-PreviewEvery = Annotated[
-    int | None,
-    typer.Option(
-        "--preview",
-        parser=number("--preview", int),
-        metavar="STEPS",
-        help="Every so many steps, write a small picture of where it is to NAME.preview.png; removed at the end.",
-        show_default=False,
-        rich_help_panel=_OUTPUT,
-    ),
-]
-Quality = Annotated[
-    int | None,
-    typer.Option(
-        "--quality",
-        parser=number("--quality", int),
-        metavar="NUMBER",
-        help="Of jpg and webp: 1 (smallest) to 100 (best). Default: 95, 90 for webp.",
-        show_default=False,
-        rich_help_panel=_OUTPUT,
-    ),
-]
-Crf = Annotated[
-    int | None,
-    typer.Option(
-        "--crf",
-        parser=number("--crf", int),
-        metavar="NUMBER",
-        help="Quality of mp4 and webm; smaller is better and larger. Default: 18, 24 for webm.",
-        show_default=False,
-        rich_help_panel=_OUTPUT,
-    ),
-]
-SaveLatents = Annotated[
-    bool,
-    typer.Option("--save-latents", help="Keep the latents beside the video, for grat decode.", rich_help_panel=_OUTPUT),
-]
-CheckpointEvery = Annotated[
-    int | None,
-    typer.Option(
-        "--checkpoint-every",
-        parser=number("--checkpoint-every", int),
-        metavar="STEPS",
-        help="Keep what is done beside the video, for grat resume; 0 for never. "
-        "Default: about every two minutes of runs planned over five.",
-        show_default=False,
-        rich_help_panel=_OUTPUT,
-    ),
-]
-Tile = Annotated[
-    int | None,
-    typer.Option(
-        "--tile",
-        parser=number("--tile", int),
-        metavar="PIXELS",
-        help="Side of the tiles that are decoded one by one; smaller ones take less memory. Default: 256.",
-        show_default=False,
-        rich_help_panel=_MODEL,
-    ),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)]
-NoMetadata = Annotated[
-    bool,
-    typer.Option("--no-metadata", help="Keep prompt and settings out of the file itself.", rich_help_panel=_OUTPUT),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_OUTPUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but the result's names.", rich_help_panel=_OUTPUT)]
-# Read by app.run, because a mistake among the other options must already obey it.
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.", rich_help_panel=_OUTPUT)]
+    def check(self) -> None:
+        """Refuses what is wrong whatever the model.
+
+        Raises:
+            BadInput: naming the option.
+        """
+        from grat_cli.generation.selection import DTYPES, require_choice, require_device
+        from grat_cli.models.offloading import OFFLOADS
+        from grat_cli.models.quantization import QUANTIZATIONS
+
+        require_device(self.device)
+        require_choice("--dtype", self.dtype, DTYPES)
+        require_choice("--offload", self.offload, OFFLOADS)
+        require_choice("--quantize", self.quantize, QUANTIZATIONS)
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """On what and how it runs, as requests and `refuse_unfit_here` take it."""
+        return {"device": self.device, "dtype": self.dtype, "offload": self.offload, "quantize": self.quantize}
+
+    def choice_for(self, preset: str | None, extent: SizeOptions) -> ModelChoice:
+        """The model of a command that makes pictures and videos.
+
+        Args:
+            preset: `--preset`, which says what its family makes.
+            extent: whose options may be those of videos.
+
+        Raises:
+            BadInput, ModelUnavailable: as `load_preset` and `choose_model`.
+        """
+        from grat_cli.generation.selection import choose_medium
+        from grat_cli.models.catalogue import choose_model
+        from grat_cli.presets import load_preset
+
+        family = load_preset(preset).model if preset is not None else None
+        medium = choose_medium(self.model, family, extent.of_video)
+        return choose_model("demo" if self.model is None and family == "demo" else self.model, medium)
+
+
+@dataclass(frozen=True)
+class KeepingOptions:
+    """What is kept beside an output."""
+
+    save_latents: bool = switch("Keep the latents beside the output, for grat decode.", OUTPUT)
+    checkpoint_every: int | None = option(
+        "STEPS",
+        "Keep what is done beside the output, for grat resume; 0 for never. Default: about every two minutes.",
+        OUTPUT,
+    )
+
+
+@dataclass(frozen=True)
+class TerminalOptions:
+    """What is printed."""
+
+    as_json: bool = switch("Print the result as JSON.", OUTPUT, flag="--json")
+    quiet: bool = switch("Print nothing but the result's names.", OUTPUT)
+    # Read by app.run, because a mistake among the other options must already obey it.
+    debug: bool = switch("Show a traceback with errors.", OUTPUT)
+
+    def output(self) -> Output:
+        """Where results and hints go.
+
+        Raises:
+            BadInput: as `Output`.
+        """
+        return Output(as_json=self.as_json, quiet=self.quiet)
+
+
+# Those that stand alone
+HIGHRES = option(
+    "HOW",
+    "Of pictures larger than the model was trained at: cascade (a small one, redone at growing sizes), "
+    "direct (from noise, with positions and attention fitted) or off. Default: the preset's, else cascade.",
+    PICTURE,
+    complete=complete_highres,
+)
+EITHER_MODEL = option(
+    "NAME",
+    "As for grat image and grat video; demo with --frames or --seconds makes a video. "
+    "Default: flux-dev with a CUDA device, else demo.",
+    MODEL,
+    complete=complete_any_model,
+)
+OUT = option("PATH", "File or folder to write to. Default: a telling name in the current folder.", OUTPUT)
+OUT_BESIDE = option("PATH", "File or folder to write to. Default: beside FILE, by its name.", OUTPUT)
+VIDEO_FORMAT = option(
+    "NAME",
+    "mp4, gif, webm or frames (a folder of PNG files). Default: as --out ends, else mp4.",
+    OUTPUT,
+    complete=complete_format,
+)
+QUALITY = option("NUMBER", "Of jpg and webp: 1 (smallest) to 100 (best). Default: 95, 90 for webp.", OUTPUT)
+CRF = option("NUMBER", "Quality of mp4 and webm; smaller is better and larger. Default: 18, 24 for webm.", OUTPUT)
+OVERWRITE = switch("Replace existing files.", OUTPUT)
+NO_METADATA = switch("Keep prompt and settings out of the file itself.", OUTPUT)

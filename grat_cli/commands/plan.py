@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from grat_cli.commands import options
-from grat_cli.console.output import Mode, Output, bytes_text, fact_table
+from grat_cli.commands.parameters import argument, changed, only, option
+from grat_cli.console.output import Mode, bytes_text, fact_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,66 +24,43 @@ _FEW_PATTERNS = 6  # are listed one by one
 def plan(
     preset_name: Annotated[
         str | None,
-        typer.Argument(
-            metavar="PRESET",
-            help="A preset by name or from a YAML file. Default: the model's recommended one.",
-            show_default=False,
-            autocompletion=options.complete_preset,
+        argument(
+            "PRESET",
+            "A preset by name or from a YAML file. Default: the model's recommended one.",
+            options.complete_preset,
         ),
     ] = None,
-    res: Annotated[
-        str | None,
-        typer.Option(
-            "--res",
-            metavar="SIZE",
-            help="As for grat image; of a video 720p, 540p, 480p or 1280x720. Default: the model's own size.",
-            show_default=False,
-            rich_help_panel="Picture",
-        ),
-    ] = None,
-    aspect: options.Aspect = None,
-    seconds: options.Seconds = None,
-    frames: options.Frames = None,
-    fps: options.Fps = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    highres: options.Highres = None,
-    preset: options.PresetName = None,
-    variant: options.VariantName = None,
-    group: options.Group = None,
-    radius: options.Radius = None,
-    share: options.Share = None,
-    set_items: options.SetItems = None,
+    *,
+    extent: Annotated[
+        options.SizeOptions,
+        changed(res="As for grat image; of a video 720p, 540p, 480p or 1280x720. Default: the model's own size."),
+    ],
+    sampling: Annotated[options.SamplingOptions, only("steps", "guidance")],
+    highres: str | None = options.HIGHRES,
+    attention: Annotated[options.AttentionOptions, only("preset", "variant", "group", "radius", "share", "set_items")],
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="NAME",
-            help="As for grat image and grat video. Default: what the preset is for, else flux-dev; "
-            "hunyuan with options of videos.",
-            show_default=False,
-            rich_help_panel="Model",
-            autocompletion=options.complete_any_model,
+        options.ModelOptions,
+        only(
+            "dtype",
+            model=option(
+                "NAME",
+                "As for grat image and grat video. Default: what the preset is for, else flux-dev; "
+                "hunyuan with options of videos.",
+                options.MODEL,
+                complete=options.complete_any_model,
+            ),
         ),
-    ] = None,
-    dtype: options.Dtype = "auto",
-    gpu: options.Gpu = None,
-    offload: options.Offload = "none",
-    quantize: options.Quantize = "none",
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            "--picture",
-            metavar="FILE.png",
-            help="Draw the pattern into a file instead of the terminal.",
-            show_default=False,
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    ],
+    gpu: str | None = option(
+        "NAME",
+        "Plan for h200, h100, a100-80, a100-40, 5090, 4090, l40s and others, or cpu, which is measured. "
+        "Default: the GPU of this machine.",
+        options.MODEL,
+    ),
+    weights: Annotated[options.ModelOptions, only("offload", "quantize")],
+    picture: Path | None = option("FILE.png", "Draw the pattern into a file instead of the terminal.", options.OUTPUT),
+    overwrite: bool = options.OVERWRITE,
+    terminal: options.TerminalOptions,
 ) -> None:
     """Show tokens, density, attention work, memory and the pattern of a run, without loading a model."""
     from grat_cli.console.pattern import text_picture
@@ -91,92 +68,64 @@ def plan(
     from grat_cli.estimates.components import components_of
     from grat_cli.estimates.fitting import judge, refuse_unfit, what_fits
     from grat_cli.estimates.hardware import GPUS, device_named, present_cpu, present_gpu
-    from grat_cli.estimates.planning import architecture_for, forecast, stage_forecasts
+    from grat_cli.estimates.planning import run_forecasts
     from grat_cli.estimates.stages import stage_data, stages_of
     from grat_cli.estimates.time import phase_seconds
     from grat_cli.files import outputs
-    from grat_cli.generation.selection import DTYPES, choose_medium, mismatch_note, require_choice, select_preset
+    from grat_cli.generation.selection import choose_medium, mismatch_note, require_choice
     from grat_cli.models.catalogue import choose_model
-    from grat_cli.models.offloading import OFFLOADS
-    from grat_cli.models.quantization import QUANTIZATIONS
-    from grat_cli.models.resolution import Resolution, parse_resolution
-    from grat_cli.models.video_size import parse_video_size
+    from grat_cli.models.resolution import Resolution
     from grat_cli.presets import HIGHRES_MODES, load_preset
 
-    output = Output(as_json=as_json, quiet=quiet)
-    require_choice("--offload", offload, OFFLOADS)
-    require_choice("--quantize", quantize, QUANTIZATIONS)
-    if preset_name and preset:
-        raise BadInput(f"two presets are given, {preset_name} and {preset}: leave one out")
-    require_choice("--dtype", dtype, DTYPES)
-    if highres is not None:
-        require_choice("--highres", highres, HIGHRES_MODES)
-    preset = preset or preset_name
+    output = terminal.output()
+    weights.check()
+    if preset_name and attention.preset:
+        raise BadInput(f"two presets are given, {preset_name} and {attention.preset}: leave one out")
+    model.check()
+    require_choice("--highres", highres, HIGHRES_MODES)
+    attention = replace(attention, preset=attention.preset or preset_name)
 
     # 1. A preset says which family it is for; without one, options and names tell images from videos.
-    family = load_preset(preset).model if preset is not None else None
-    of_video = any(option is not None for option in (aspect, seconds, frames, fps))
-    of_video = of_video or (family is None and variant in _VARIANTS_OF_VIDEOS)
-    medium = choose_medium(model, family, of_video)
-    if model is None:  # Flux is what large pictures need
-        model = "hunyuan" if medium == "video" else "demo" if family == "demo" else "flux-dev"
-    choice = choose_model(model, medium)
-    chosen = select_preset(
-        choice,
-        preset=preset,
-        variant=variant,
-        group=group,
-        radius=radius,
-        share=share,
-        steps=steps,
-        guidance=guidance,
-        highres=highres,
-        set_items=set_items or (),
-    )
+    family = load_preset(attention.preset).model if attention.preset is not None else None
+    of_video = extent.of_video or (family is None and attention.variant in _VARIANTS_OF_VIDEOS)
+    medium = choose_medium(model.model, family, of_video)
+    # Flux is what large pictures need.
+    usual = "hunyuan" if medium == "video" else "demo" if family == "demo" else "flux-dev"
+    choice = choose_model(usual if model.model is None else model.model, medium)
+    chosen = attention.preset_for(choice, sampling, highres)
 
     # 2. The size, and everything that follows from it.
-    if medium == "video":
-        size = parse_video_size(res, aspect, seconds, frames, fps, choice)
-        for note in size.notes:
-            output.hint(note)
-    else:
-        size = parse_resolution(res, choice.native_side, choice.size_multiple)
+    size = extent.size_for(choice)
+    output.hint(*getattr(size, "notes", ()))
     if picture is not None:
         if picture.suffix.lower() != ".png":
             raise BadInput(f"--picture {picture}: pictures are PNG files: use {picture.with_suffix('.png')}")
         outputs.refuse_unwritable([picture], overwrite=overwrite)
     device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
-    if device is not None and device.kind == "cpu" and dtype == "auto":
-        dtype = "float32"
-    architecture = architecture_for(choice)
+    dtype = "float32" if device is not None and device.kind == "cpu" and model.dtype == "auto" else model.dtype
     stages: list[dict[str, Any]] = []
 
     def forecasts(size: Any) -> list[Forecast]:
-        """Of each stage; of the last one costs most."""
-        if isinstance(size, Resolution):
-            return stage_forecasts(stages_of(chosen, choice, size.width, size.height), choice.name, architecture, dtype)
-        return [forecast(chosen, choice.name, architecture, size, dtype)]
+        return run_forecasts(chosen, choice, size, dtype)
 
     runs = forecasts(size)
-    result = runs[-1]
+    result = runs[-1]  # the last stage costs most
     if isinstance(size, Resolution):
         parts = zip(stages_of(chosen, choice, size.width, size.height), runs, strict=True)
         stages = [stage_data(stage, made.schedule) for stage, made in parts]
 
     # 3. Memory and time by phase, on the device that is meant.
     components = components_of(choice)
-    if device is not None and device.kind == "cpu" and (offload, quantize) != ("none", "none"):
+    if device is not None and device.kind == "cpu" and weights != options.ModelOptions():
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
-    verdict = judge(
-        runs, components, choice, device or GPUS["h200"], offload=offload, quantize=quantize, at_size=forecasts
-    )
+    how = {"offload": weights.offload, "quantize": weights.quantize}
+    verdict = judge(runs, components, choice, device or GPUS["h200"], **how, at_size=forecasts)
     # Measuring a CPU takes seconds, and loads torch: only where it is asked for.
     timed = device is not None and (device.kind == "cuda" or gpu is not None)
     took = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
 
     # 4. Show it.
-    if note := mismatch_note(chosen, choice):
-        output.hint(note)
+    output.hint(mismatch_note(chosen, choice))
     output.data(
         {
             **result.as_dict(),
@@ -194,7 +143,7 @@ def plan(
             ],
             "load_seconds": took.get("load"),
             "offload": verdict.execution.offload,
-            "quantize": quantize,
+            "quantize": weights.quantize,
             "verdict": verdict.as_dict() if device else None,
         }
     )
@@ -205,13 +154,13 @@ def plan(
     if took and verdict.device.kind == "cuda":
         output.show("Times are estimates from data sheets, not measured.")
     if device is None:
-        output.show(what_fits(runs, components, choice, offload=offload, quantize=quantize))
+        output.show(what_fits(runs, components, choice, **how))
     elif verdict.fits:
         output.show(verdict.sentence)
     if picture is not None:
         from grat_cli.estimates.pattern_figure import pattern_figure
 
-        outputs.write_png(pattern_figure(result.schedule, result.preset), picture, None)
+        outputs.write_png(pattern_figure(result.schedule, result.preset), picture, None, overwrite=overwrite)
         output.line(str(picture))
     elif output.mode is Mode.HUMAN:
         output.show("", text_picture(result.main_plan, min(output.console.width, 80)))

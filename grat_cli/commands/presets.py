@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-
 from grat_cli.commands import options
+from grat_cli.commands.parameters import argument, only
 from grat_cli.console.output import Mode, Output
 
 
 def presets(
     name: Annotated[
         str | None,
-        typer.Argument(
-            metavar="NAME",
-            help="A preset to show, a YAML file to check, or flux, demo or hunyuan to list what there is for it.",
-            show_default=False,
-            autocompletion=options.complete_preset,
+        argument(
+            "NAME",
+            "A preset to show, a YAML file to check, or flux, demo or hunyuan to list what there is for it.",
+            options.complete_preset,
         ),
     ] = None,
-    set_items: options.SetItems = None,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    *,
+    attention: Annotated[options.AttentionOptions, only("set_items")],
+    terminal: options.TerminalOptions,
 ) -> None:
     """List the presets, show one resolved, or check a preset file."""
     from grat_cli.presets import load_preset, preset_names, preset_yaml, resolve_preset
 
-    output = Output(as_json=as_json, quiet=quiet)
+    output = terminal.output()
     shipped = [load_preset(shipped_name) for shipped_name in preset_names()]
     if name is not None and name not in {preset.model for preset in shipped}:
-        preset = resolve_preset(load_preset(name), set_items=set_items or ())
+        preset = resolve_preset(load_preset(name), set_items=attention.set_items or ())
         output.data(preset.model_dump(mode="json"))
         if output.mode is Mode.QUIET:
             output.line(preset.name)

@@ -1,4 +1,4 @@
-"""`grat resume`: goes on with a video that was interrupted."""
+"""`grat resume`: goes on with a picture or video that was interrupted."""
 
 from __future__ import annotations
 
@@ -6,38 +6,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from grat_cli.commands import options
-from grat_cli.console.output import Output
+from grat_cli.commands.parameters import argument
 
 
 def resume(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="The checkpoint, or the video that it is to become.", show_default=False),
-    ],
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    file: Annotated[Path, argument("FILE", "The checkpoint, or the output that it is to become.")],
+    *,
+    out: Path | None = options.OUT_BESIDE,
+    overwrite: bool = options.OVERWRITE,
+    terminal: options.TerminalOptions,
 ) -> None:
-    """Go on with a video that was interrupted, to the same result; everything else is as it was asked for."""
-    from grat_cli.commands import video_output
-    from grat_cli.files import outputs as media
-    from grat_cli.generation.video_run import find_run, read_run
+    """Go on with an output that was interrupted, to the same result; it lies beside FILE, by its name, or at --out."""
+    from grat_cli.commands import making
+    from grat_cli.files import outputs
+    from grat_cli.files.formats import SUFFIXES
+    from grat_cli.generation.checkpoint import files_of, find_run, read_run
 
-    output = Output(as_json=as_json, quiet=quiet)
+    output = terminal.output()
 
     # 1. Where it stands.
     kept = find_run(file)
     run, request = read_run(kept)
-    request = replace(request, overwrite=overwrite or request.overwrite)
     left = request.seeds[request.seeds.index(run.seed) :]
-    outputs = request.outputs[-len(left) :]
-    media.refuse_unwritable([*outputs, *map(media.report_path, outputs)], overwrite=request.overwrite)
+    paths = list(request.outputs[-len(left) :])
+    if out is not None:
+        paths = outputs.output_paths(out, [path.name for path in paths], left, SUFFIXES[request.format])
+    request = replace(request, seeds=left, outputs=tuple(paths), overwrite=overwrite)
+    making.refuse_unwritable(paths, overwrite=overwrite, own=files_of(run), previews=request.preview_every > 0)
     output.hint(f"{kept.name}: {request.model.name}, {request.size}, {request.preset.name}")
-    output.hint(f"seed {', '.join(map(str, left))}: step {run.done} of {request.preset.sampling.steps} is done")
+    output.hint(f"seed {', '.join(map(str, left))}: step {run.done} of {run.total} is done")
 
     # 2. The rest.
-    video_output.make_videos(request, output, run)
+    making.make(request, output, run)

@@ -67,10 +67,11 @@ class Output:
         if self.mode is Mode.JSON:
             print(json.dumps(data, ensure_ascii=False, indent=2), flush=True)
 
-    def hint(self, text: str) -> None:
-        """Something worth knowing that is not the result."""
-        if self.mode is not Mode.QUIET:
-            self.error_console.print(text, style="dim", markup=False, soft_wrap=not self.error_console.is_terminal)
+    def hint(self, *texts: str | None) -> None:
+        """Things worth knowing that are not the result, a line each; None is left out."""
+        for text in texts if self.mode is not Mode.QUIET else ():
+            if text is not None:
+                self.error_console.print(text, style="dim", markup=False, soft_wrap=not self.error_console.is_terminal)
 
     def progress(self) -> ProgressDisplay:
         """A progress display, live on a terminal, a line now and then elsewhere, silent with `--quiet`."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from grat_cli.errors import ModelUnavailable
+from grat_cli.errors import ModelUnavailable, first_line
+from grat_cli.files.tensors import LONGEST_HEADER
 from grat_cli.models.catalogue import ModelChoice
+from grat_cli.models.parts import read_json
 
 
 @dataclass(frozen=True)
@@ -195,12 +198,12 @@ def components_of(choice: ModelChoice) -> Components:
     folder = Path(choice.source)
     try:
         encoders = [_text_encoder(part, choice) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
-        return Components(
-            tuple(encoders), transformer_shape(_config(folder / "transformer")), _autoencoder(folder / "vae")
-        )
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        transformer = transformer_shape(read_json(folder / "transformer" / "config.json"))
+        return Components(tuple(encoders), transformer, _autoencoder(folder / "vae"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelUnavailable(
-            f"{choice.name} is incomplete: in {folder} a configuration or weights are missing or damaged ({error})\n"
+            f"{choice.name} is incomplete: in {folder} a configuration or weights are missing or damaged "
+            f"({first_line(error)})\n"
             + ("install grat again, or choose another --model" if choice.name == "demo" else "get the folder again")
         ) from error
 
@@ -225,7 +228,7 @@ def transformer_shape(config: Mapping[str, Any]) -> TransformerShape:
 
 
 def _autoencoder(folder: Path) -> AutoencoderShape:
-    config = _config(folder)
+    config = read_json(folder / "config.json")
     kind = _KINDS[config["_class_name"]]
     parameters, latent_channels = stored_parameters(folder), int(config["latent_channels"])
     if kind == "tiny":
@@ -240,7 +243,7 @@ def _autoencoder(folder: Path) -> AutoencoderShape:
 
 
 def _text_encoder(folder: Path, choice: ModelChoice) -> TextEncoderShape:
-    config = _config(folder)
+    config = read_json(folder / "config.json")
 
     def value(*names: str) -> int:
         return next(int(config[name]) for name in names if name in config)
@@ -274,11 +277,8 @@ def _elements(path: Path) -> int:
     """Numbers in a file: its first 8 bytes are the length of a JSON header (huggingface/safetensors, README)."""
     with open(path, "rb") as file:
         start = file.read(8)
-        if len(start) < 8:
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
             raise ValueError(f"{path} is cut off")
-        header = json.loads(file.read(struct.unpack("<Q", start)[0]))
+        header = json.loads(file.read(length))
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    return json.loads((folder / "config.json").read_text())

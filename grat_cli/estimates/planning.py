@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from grat_cli.attention.schedule import AttentionSchedule
-from grat_cli.errors import ModelUnavailable
-from grat_cli.estimates.stages import Stage
+from grat_cli.errors import ModelUnavailable, first_line
+from grat_cli.estimates.stages import Stage, stages_of
 from grat_cli.families.architectures import Architecture, VideoDecoder, architecture_of
 from grat_cli.models.catalogue import ModelChoice
+from grat_cli.models.parts import read_json
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize
 from grat_cli.presets import Preset
@@ -94,7 +93,7 @@ def architecture_for(choice: ModelChoice) -> Architecture:
         ModelUnavailable: if the folder lacks the configuration of a part, or that is damaged.
     """
     architecture = replace(
-        architecture_of(choice.name, choice.family),
+        architecture_of(choice.name, choice.presets),
         text_tokens=choice.text_tokens,
         token_side=choice.token_side,
         native_side=choice.native_side,
@@ -105,9 +104,9 @@ def architecture_for(choice: ModelChoice) -> Architecture:
         return architecture
     folder = Path(choice.source)
     try:
-        config = json.loads((folder / "transformer" / "config.json").read_text())
+        config = read_json(folder / "transformer" / "config.json")
         if architecture.decoder is not None:
-            autoencoder = json.loads((folder / "vae" / "config.json").read_text())
+            autoencoder = read_json(folder / "vae" / "config.json")
             channels = tuple(int(channels) for channels in autoencoder["block_out_channels"])
             architecture = replace(architecture, decoder=VideoDecoder(channels, int(autoencoder["layers_per_block"])))
         return replace(
@@ -116,9 +115,9 @@ def architecture_for(choice: ModelChoice) -> Architecture:
             head_dim=int(config["attention_head_dim"]),
             layers=int(config["num_layers"]) + int(config["num_single_layers"]),
         )
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise ModelUnavailable(
-            f"{choice.name} is incomplete: in {folder} a configuration is missing or damaged ({error})\n"
+            f"{choice.name} is incomplete: in {folder} a configuration is missing or damaged ({first_line(error)})\n"
             + ("install grat again, or choose another --model" if choice.name == "demo" else "get the folder again")
         ) from error
 
@@ -208,11 +207,14 @@ def forecast(
     )
 
 
-def stage_forecasts(
-    stages: Sequence[Stage], model: str, architecture: Architecture, dtype: str = "auto"
+def run_forecasts(
+    preset: Preset, choice: ModelChoice, size: Resolution | VideoSize, dtype: str = "auto"
 ) -> list[Forecast]:
-    """Lays out the stages of a picture; see `forecast`."""
+    """Lays out a whole run: each stage of a picture, the last of which costs most, or a video; see `forecast`."""
+    architecture = architecture_for(choice)
+    if isinstance(size, VideoSize):
+        return [forecast(preset, choice.name, architecture, size, dtype)]
     return [
-        forecast(stage.preset, model, architecture, Resolution(stage.width, stage.height), dtype, stage.steps)
-        for stage in stages
+        forecast(stage.preset, choice.name, architecture, Resolution(stage.width, stage.height), dtype, stage.steps)
+        for stage in stages_of(preset, choice, size.width, size.height)
     ]

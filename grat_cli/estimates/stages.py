@@ -14,7 +14,7 @@ from typing import Any
 
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.errors import BadInput
-from grat_cli.models.catalogue import ModelChoice
+from grat_cli.families import ModelChoice, family_of
 from grat_cli.models.resolution import Resolution
 from grat_cli.presets import HighResolution, PositionsName, Preset
 
@@ -82,6 +82,8 @@ def stage_data(stage: Stage, schedule: AttentionSchedule) -> dict[str, Any]:
 
 def uses_highres(preset: Preset, model: ModelChoice, width: int, height: int) -> bool:
     """Whether a picture of a size is made by the high-resolution path: above what the model makes as it is."""
+    if not family_of(model).stages:
+        return False
     return _settings(preset).mode != "off" and width * height > FAIR_AREA * model.native_side**2
 
 

@@ -164,6 +164,7 @@ class Family(ABC):
         base: hub id of a pipeline whose other parts suit a file of a transformer alone.
         text_first: whether text comes before the image tokens in the joint sequence.
         masks_text: whether stock attention runs over padded text under a mask.
+        stages: whether outputs that are much larger than those it was trained on come about in stages.
     """
 
     name: ClassVar[str]
@@ -179,6 +180,7 @@ class Family(ABC):
     base: ClassVar[str]
     text_first: ClassVar[bool]
     masks_text: ClassVar[bool] = False
+    stages: ClassVar[bool] = False
 
     # ---- Which model
 
@@ -212,7 +214,7 @@ class Family(ABC):
         """The dtype of each part of a pipeline that runs in `dtype`."""
         return dict.fromkeys(parts, dtype)
 
-    def prepare(self, pipe: Any, tile: int | None = None) -> None:
+    def prepare(self, pipe: Any, tile: int | None = None) -> None:  # noqa: B027 most families need nothing
         """Sets a loaded pipeline up, once.
 
         Args:
@@ -221,6 +223,10 @@ class Family(ABC):
         """
 
     # ---- Making
+
+    def about_stock(self, model: ModelChoice) -> str:
+        """What to know of full attention by stock diffusers where it is compared with others, in a sentence."""
+        return "Full attention is stock diffusers."
 
     @abstractmethod
     def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
@@ -265,6 +271,10 @@ class Family(ABC):
     @abstractmethod
     def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         """Latents as a callback has them, as `[1, C, (T,) h, w]`."""
+
+    def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Spatial latents as a callback has them: undoes `spatial`."""
+        return latents
 
     @abstractmethod
     def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:

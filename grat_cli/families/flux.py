@@ -1,4 +1,7 @@
-"""Flux: pictures, with a joint sequence of [text, image] on two axes (read against diffusers 0.42.1, `pipelines/flux`)."""
+"""Flux: pictures, with a joint sequence of [text, image] on two axes.
+
+Read against diffusers 0.42.1, `pipelines/flux`.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ class Flux(Family):
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux": _VARIANTS, "demo": _VARIANTS}
     base = "black-forest-labs/FLUX.1-dev"
     text_first = True
+    stages = True
 
     # ---- Which model
 
@@ -77,10 +81,8 @@ class Flux(Family):
         # AutoencoderTiny does not store its own block_out_channels.
         blocks = autoencoder.get("block_out_channels") or autoencoder.get("decoder_block_out_channels") or [0] * 4
         token_side = 2 ** (len(blocks) - 1) * 2
-        if token_side == _DEMO.token_side:
-            template = _DEMO
-        else:
-            template = _DEV if transformer.get("guidance_embeds") else _SCHNELL
+        full_size = _DEV if transformer.get("guidance_embeds") else _SCHNELL
+        template = _DEMO if token_side == _DEMO.token_side else full_size
         return replace(template, token_side=token_side, size_multiple=max(template.size_multiple, token_side))
 
     def matching_base(self, embeds_guidance: bool) -> str:
@@ -145,7 +147,7 @@ class Flux(Family):
     def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
 
-    def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipe._pack_latents(latents, *latents.shape)
 
     def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:

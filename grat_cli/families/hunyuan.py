@@ -156,6 +156,12 @@ class Hunyuan(Family):
 
     # ---- Making
 
+    def about_stock(self, model: ModelChoice) -> str:
+        return (
+            f"Full attention is stock diffusers: it attends the padding of the text, to {model.text_tokens} tokens, "
+            "under a mask, which the others cut off; full-list is full attention without it."
+        )
+
     def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
         embeddings, pooled, mask = pipe.encode_prompt(prompt=prompt, max_sequence_length=tokens)
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled, "prompt_attention_mask": mask}

@@ -27,7 +27,6 @@ TILE = 1024  # side in pixels, the sample size of Flux's autoencoder, which its 
 # as across the lines around it, across the fade of a quarter 1.13 times, and in the untiled picture 1.18 times (random
 # weights of 4 levels, 768x768 pixels in tiles of 256).
 _OVERLAP = 1 / 4
-_BAND = 1024  # rows of pixels that are turned into a picture at once
 
 
 def decode(pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
@@ -102,24 +101,6 @@ def encode(pipe: Any, picture: torch.Tensor | Image.Image, tile: int | None = No
         _run_in_tiles(encode_tile, pixels, latents, pieces(rows, tiling), pieces(columns, tiling), scale, 1)
     pipe.maybe_free_model_hooks()
     return latents
-
-
-def to_picture(pipe: Any, pixels: torch.Tensor) -> Image.Image:
-    """The picture of pixels `[1, 3, H, W]` from -1 to 1, as at the end of the pipelines, band by band.
-
-    Raises:
-        NumericalFailure: if it is of one flat colour.
-    """
-    from PIL import Image
-
-    picture = Image.new("RGB", (pixels.shape[3], pixels.shape[2]))
-    for top in range(0, pixels.shape[2], _BAND):
-        band = pipe.image_processor.postprocess(pixels[:, :, top : top + _BAND], output_type="pil")[0]
-        picture.paste(band, (0, top))
-    extrema: Any = picture.getextrema()
-    if all(low == high for low, high in extrema):
-        raise NumericalFailure("the picture is one flat colour: try another --seed, --dtype float32, or more --steps")
-    return picture
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -19,12 +19,10 @@ from grat_kernels import Grid, Grouping, build_plan
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
     from grat_cli.attention.query_record import QueryRecord
     from grat_cli.attention.record import AttentionRecord
-    from grat_cli.generation.makers import PictureMaker, VideoMaker
-    from grat_cli.generation.request import Progress
+    from grat_cli.generation.request import Progress, Request
 
 _NUMBER = re.compile(r"\d{1,6}|\d?\.\d{1,9}|\d\.", re.ASCII)
 # Patterns of groups by their short names.
@@ -54,12 +52,12 @@ class Seen:
 
     Attributes:
         seed: of its noise.
-        output: the picture, or frames uint8 `[H, W, 3]`.
+        output: frames uint8 `[H, W, 3]`; of a picture one.
         queries: where chosen queries look.
     """
 
     seed: int
-    output: Image.Image | list[np.ndarray]
+    output: list[np.ndarray]
     queries: QueryRecord
 
 
@@ -255,7 +253,7 @@ def _place(numbers: Sequence[int | float], grid: Grid) -> tuple[int, ...]:
 
 
 def attend(
-    maker: PictureMaker | VideoMaker,
+    request: Request,
     candidates: Sequence[Candidate],
     progress: Progress,
     *,
@@ -267,7 +265,7 @@ def attend(
     """Runs a prompt with full attention, and records it.
 
     Args:
-        maker: of the medium; its request gives prompt, preset, model and device.
+        request: prompt, preset, model, size and device.
         candidates: patterns to judge.
         progress: told of phases and steps.
         seeds: one output each.
@@ -285,18 +283,19 @@ def attend(
     from grat_cli.attention.observers import Observers
     from grat_cli.attention.query_record import CallCounter, QueryRecorder
     from grat_cli.attention.record import AttentionRecorder
-    from grat_cli.generation.denoising import memory_advice
-    from grat_cli.generation.makers import run_installed
+    from grat_cli.generation.request import note_expectations
+    from grat_cli.generation.run import memory_advice
+    from grat_cli.generation.single import frames_of, latents_of
     from grat_cli.models.devices import choose_device, choose_dtype
     from grat_cli.models.loading import load_model
 
-    request = maker.request
+    grid = request.grid
     phases: dict[str, float] = dict.fromkeys(("load", "denoise", "decode"), 0.0)
     watched = watched_preset(request.preset, candidates)
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     seen, calls = [], CallCounter()
-    with memory_advice(request, device, maker.title), torch.no_grad():
+    with memory_advice(request, device), torch.no_grad():
         progress.phase("load")
         began = time.perf_counter()
         model = load_model(
@@ -304,13 +303,12 @@ def attend(
             device=device,
             dtype=dtype,
             offload=request.offload,
-            tokens=maker.grid.tokens,
+            tokens=grid.tokens,
             base=request.base,
         )
-        maker.prepare(model.pipe)
+        request.family.prepare(model.pipe)
         phases["load"] = 1000 * (time.perf_counter() - began)
-        note: Any = maker.note_expectations
-        note(request, progress)
+        note_expectations(request, progress)
         config = model.pipe.transformer.config
         layers, heads = config.num_layers + config.num_single_layers, config.num_attention_heads
         recorder = AttentionRecorder(
@@ -323,22 +321,22 @@ def attend(
         )
         backend = ""
         for seed in seeds:
-            maps = QueryRecorder(queries, maker.grid, steps, layers, heads)
+            maps = QueryRecorder(queries, grid, steps, layers, heads)
             progress.phase("denoise")
             began = time.perf_counter()
-            latents, installation = run_installed(
-                model.pipe, maker, watched, request.prompt, seed, progress, Observers(recorder, maps, calls)
+            latents, installation = latents_of(
+                model.pipe, request, watched, request.prompt, seed, progress, Observers(recorder, maps, calls)
             )
             phases["denoise"] += 1000 * (time.perf_counter() - began)
             backend = installation.backend.value
             progress.phase("decode")
             began = time.perf_counter()
-            seen.append(Seen(seed, maker.decode(model.pipe, latents), maps.record()))
+            seen.append(Seen(seed, frames_of(model.pipe, request, latents), maps.record()))
             phases["decode"] += 1000 * (time.perf_counter() - began)
     return Attended(
         tuple(candidates),
         tuple(steps),
-        min(rows, maker.grid.tokens),
+        min(rows, grid.tokens),
         recorder.record(),
         tuple(seen),
         calls.text_tokens,

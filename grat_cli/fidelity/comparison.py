@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grat_cli.errors import BadInput
-from grat_cli.fidelity.quality import Likeness, likeness_of_videos
+from grat_cli.fidelity.quality import Likeness, likeness
 from grat_cli.files import pictures, videos
 from grat_cli.files.outputs import FIRST_FRAME
 from grat_cli.files.pictures import read_picture
@@ -109,8 +109,7 @@ def compare_pair(pair: Pair) -> Compared:
         raise BadInput(
             f"{pair.first} has {len(first)} frames and {pair.second} has {len(second)}: compare as many of each"
         )
-    likeness = likeness_of_videos(first, second)
-    return Compared(pair, likeness, len(first), _shown(first, second))
+    return Compared(pair, likeness(first, second), len(first), _shown(first, second))
 
 
 def _frames(path: Path) -> Iterator[np.ndarray]:

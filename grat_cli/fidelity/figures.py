@@ -13,7 +13,7 @@ import numpy as np
 from grat_cli.attention.recall import BINS, diagonal, even_distances
 from grat_cli.bench.figures import density_text
 from grat_cli.fidelity.attend import Attended
-from grat_cli.generation.request import GenerationRequest
+from grat_cli.generation.request import Request
 from grat_cli.models.environment import versions
 from grat_cli.presets import Attention
 from grat_kernels import Grid
@@ -224,7 +224,7 @@ def with_interval(estimate: Estimate) -> str:
 
 def as_data(
     attended: Attended,
-    request: GenerationRequest,
+    request: Request,
     grid: Grid,
     *,
     command: str,
@@ -244,7 +244,7 @@ def as_data(
         files: what was written beside it, by kind.
     """
     record, steps = attended.record, list(attended.steps)
-    of_video = {name: getattr(request, name) for name in ("frames", "fps") if hasattr(request, name)}
+    of_video = {name: getattr(request, name) for name in ("frames", "fps") if getattr(request, name) is not None}
     return {
         "schema": SCHEMA,
         "created": created.isoformat(timespec="seconds"),
@@ -258,7 +258,7 @@ def as_data(
         "model": {
             "name": request.model.name,
             "source": request.model.source,
-            "family": request.model.family,
+            "family": request.model.presets,
             "revision": attended.revision,
             "reason": request.model.reason,
         },

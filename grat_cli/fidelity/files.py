@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grat_cli.families import Medium
 from grat_cli.fidelity.attend import Attended, Seen
 from grat_cli.fidelity.figures import as_data
 from grat_cli.fidelity.overlays import frames_of, marked, sheets
 from grat_cli.fidelity.page import Shown, alone, as_html, plots
 from grat_cli.files import outputs as media
+from grat_cli.files.formats import SUFFIXES, write_output
 from grat_cli.files.whole import write_whole
-from grat_cli.models.catalogue import Medium
 
 if TYPE_CHECKING:
-    from grat_cli.generation.makers import PictureMaker, VideoMaker
+    from grat_cli.generation.request import Request
 
 DATA, PAGE = "attend.json", "index.html"
 PLOTS = ("distance", "recall-by-step", "error-by-step", "recall-by-layer", "error-by-layer", "heads")
 _SHEETS = ("layers", "heads")
 _MARKED_SIDE = 720
+_OUTPUTS: Mapping[Medium, tuple[str, str]] = {"image": ("picture", "png"), "video": ("video", "mp4")}
 # What the picture or video itself says of how it was made.
 _PROVENANCE = ("schema", "created", "command", "prompt", "seeds", "preset", "model", "device", "versions")
 
@@ -46,22 +48,28 @@ def paths_in(folder: Path, medium: Medium, seeds: Sequence[int], queries: int) -
 
 
 def write(
-    attended: Attended, maker: PictureMaker | VideoMaker, folder: Path, command: str, created: datetime
+    attended: Attended,
+    request: Request,
+    folder: Path,
+    command: str,
+    created: datetime,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes everything, and returns what stands in the data file.
 
     Args:
         attended: the result.
-        maker: that made it.
+        request: that it was made of.
         folder: that it goes to; made where it is missing.
         command: the command line as typed.
         created: when the run began.
+        overwrite: whether files that are there may be replaced.
 
     Raises:
         CannotWrite: if a file cannot be written.
     """
-    request, grid = maker.request, maker.grid
-    video = request.model.video
+    grid, video = request.grid, request.model.video
     several = len(attended.seen) > 1
     drawn = plots(attended, grid)
     outputs = [_output_name(request.model.medium, _suffix(seen.seed, several)) for seen in attended.seen]
@@ -78,22 +86,29 @@ def write(
     for seen, name in zip(attended.seen, outputs, strict=True):
         suffix = _suffix(seen.seed, several)
         provenance = {key: data[key] for key in _PROVENANCE} | {"seed": seen.seed}
-        _write_output(seen, folder / name, getattr(request, "fps", None), provenance)
-        _write_maps(seen, folder / f"maps{suffix}.npz")
+        write_output(
+            seen.output,
+            folder / name,
+            _OUTPUTS[request.model.medium][1],
+            fps=request.fps,
+            provenance=provenance,
+            overwrite=overwrite,
+        )
+        _write_maps(seen, folder / f"maps{suffix}.npz", overwrite)
         frames = frames_of(seen, grid, None if video is None else video.frames_per_latent)
         places = seen.queries.queries
         # Of a video the frame of the first query; all are marked where they stand in their own.
         own = places[0][0] if grid.axes == 3 else 0
         picture = marked(frames[own], grid, places, _MARKED_SIDE)
-        media.write_png(picture, folder / f"queries{suffix}.png", None)
+        media.write_png(picture, folder / f"queries{suffix}.png", None, overwrite=overwrite)
         of_queries = [sheets(seen, grid, frames, number, suffix) for number in range(len(places))]
         for sheet in (sheet for of_query in of_queries for sheet in of_query):
-            media.write_png(sheet.draw(), folder / f"{sheet.name}.png", None)
+            media.write_png(sheet.draw(), folder / f"{sheet.name}.png", None, overwrite=overwrite)
         shown.append(Shown(seen.seed, picture, of_queries))
     for name, plot in drawn.items():
-        media.write_text(alone(plot), folder / f"{name}.svg")
-    media.write_text(as_html(attended, grid, data, drawn, shown), folder / PAGE)
-    media.write_json(data, folder / DATA)
+        media.write_text(alone(plot), folder / f"{name}.svg", overwrite=overwrite)
+    media.write_text(as_html(attended, grid, data, drawn, shown), folder / PAGE, overwrite=overwrite)
+    media.write_json(data, folder / DATA, overwrite=overwrite)
     return data
 
 
@@ -102,20 +117,10 @@ def _suffix(seed: int, several: bool) -> str:
 
 
 def _output_name(medium: Medium, suffix: str) -> str:
-    return f"video{suffix}.mp4" if medium == "video" else f"picture{suffix}.png"
+    return f"{_OUTPUTS[medium][0]}{suffix}{SUFFIXES[_OUTPUTS[medium][1]]}"
 
 
-def _write_output(seen: Seen, path: Path, fps: int | None, provenance: Mapping[str, Any]) -> None:
-    if isinstance(seen.output, list):
-        from grat_cli.files.videos import write_video
-
-        assert fps is not None, "videos have a rate"
-        write_video(seen.output, path, fps=fps, provenance=provenance)
-    else:
-        media.write_png(seen.output, path, provenance)
-
-
-def _write_maps(seen: Seen, path: Path) -> None:
+def _write_maps(seen: Seen, path: Path, overwrite: bool) -> None:
     """The maps as NumPy keeps arrays; their names are those of `query_record.QueryRecord`."""
     record = seen.queries
     arrays = {
@@ -128,4 +133,4 @@ def _write_maps(seen: Seen, path: Path) -> None:
         "head_maps": record.head_maps,
         "head_text": record.head_text.astype(np.float32),
     }
-    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays), overwrite=overwrite)

@@ -77,11 +77,10 @@ def frames_of(seen: Seen, grid: Grid, frames_per_latent: int | None) -> list[Ima
         frames_per_latent: frames of the video that a frame of tokens after the first stands for; the middle one of
             them is taken. None for a picture.
     """
-    if not isinstance(seen.output, list):
-        return [seen.output]
     from PIL import Image
 
-    assert frames_per_latent is not None
+    if frames_per_latent is None:
+        return [Image.fromarray(seen.output[0])]
     places = [max(0, frames_per_latent * (frame - 1) + 1 + frames_per_latent // 2) for frame in range(grid.shape[0])]
     places[0] = 0
     return [Image.fromarray(seen.output[min(place, len(seen.output) - 1)]) for place in places]

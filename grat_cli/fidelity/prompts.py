@@ -1,10 +1,40 @@
-"""Prompts of a benchmark or of tuning, as they are given on the command line."""
+"""Prompts of a benchmark or of tuning: built in, or as they are given on the command line."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from grat_cli.errors import BadInput
+from grat_cli.families import Medium
+
+
+def built_in_prompts(medium: Medium) -> tuple[str, ...]:
+    """What the demo models can show: the prompts of their sample sheets, other subjects first, and some more."""
+    from grat_cli.demo.evaluation import SHEET_PROMPTS
+    from grat_cli.demo.moving.evaluation import SAMPLE_PROMPTS
+
+    of_medium: Mapping[Medium, tuple[str, ...]] = {
+        "image": (
+            *SHEET_PROMPTS[:-1],
+            "a red car in the desert",
+            "a white house at night",
+            "a brown fox at dusk",
+            "a green boat at sea",
+            "a yellow flower in the snow",
+        ),
+        "video": (
+            *SAMPLE_PROMPTS[::2],
+            *SAMPLE_PROMPTS[1::2],
+            "waves rolling at sunset",
+            "an orange boat sailing across the sea",
+            "a purple boat on the sea at night",
+            "a green ball bouncing on the grass",
+            "a red ball bouncing at night",
+            "snow falling at sunset",
+        ),
+    }
+    return of_medium[medium]
 
 
 def chosen_prompts(text: str, built_in: tuple[str, ...], option: str = "--prompts") -> tuple[str, ...]:

@@ -42,29 +42,25 @@ def compare(references: Sequence[Image.Image], pictures: Sequence[Image.Image]) 
         references: pictures of full attention.
         pictures: pictures of the same prompts and seeds, in the same order.
     """
-    return summary([likeness(reference, picture) for reference, picture in zip(references, pictures, strict=True)])
-
-
-def likeness(reference: Image.Image, picture: Image.Image) -> Likeness:
-    """How close a picture comes to another of its size."""
     import numpy as np
 
-    return _likeness(np.asarray(reference.convert("RGB")), np.asarray(picture.convert("RGB")))
+    pairs = [[[np.asarray(one.convert("RGB"))] for one in pair] for pair in zip(references, pictures, strict=True)]
+    return summary([likeness(*pair) for pair in pairs])
 
 
-def likeness_of_videos(reference: Sequence[np.ndarray], video: Sequence[np.ndarray]) -> Likeness:
-    """How close a video comes to another, frame by frame.
+def likeness(reference: Sequence[np.ndarray], output: Sequence[np.ndarray]) -> Likeness:
+    """How close a picture or video comes to another, frame by frame.
 
     Args:
-        reference: frames of the video of full attention, uint8 `[H, W, 3]`.
-        video: as many frames of the same size.
+        reference: frames of the output of full attention, uint8 `[H, W, 3]`; of a picture one.
+        output: as many frames of the same size.
     """
-    frames = [_likeness(first, second) for first, second in zip(reference, video, strict=True)]
+    frames = [_likeness(first, second) for first, second in zip(reference, output, strict=True)]
     movement = _movement(reference)
     return Likeness(
         ssim=statistics.mean(frame.ssim for frame in frames),
         psnr_db=statistics.mean(frame.psnr_db for frame in frames),
-        motion=_movement(video) / movement if movement else None,
+        motion=_movement(output) / movement if movement else None,
         lpips=mean_of_known([frame.lpips for frame in frames]),
     )
 

@@ -23,12 +23,10 @@ from grat_cli.attention.record import AttentionRecorder, observation_preset
 from grat_cli.errors import BadInput
 from grat_cli.fidelity.fitted_preset import schedule_of, stretches_of
 from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
-from grat_cli.fidelity.quality import Likeness, likeness, likeness_of_videos, summary
+from grat_cli.fidelity.quality import Likeness, likeness, summary
 from grat_cli.files.tensors import read_tensors, write_tensors
-from grat_cli.generation.image_request import ImageRequest
-from grat_cli.generation.makers import PictureMaker, VideoMaker, maker_for, run_installed
-from grat_cli.generation.request import Progress
-from grat_cli.generation.video_request import VideoRequest
+from grat_cli.generation.request import Progress, Request
+from grat_cli.generation.single import frames_of, latents_of
 from grat_cli.models.devices import choose_device, choose_dtype
 from grat_cli.models.loading import load_model
 from grat_cli.presets import Attention, CheckEvidence, Evidence, PatternEvidence, Preset, ranges
@@ -54,7 +52,7 @@ class TuneRequest:
         name: of the preset.
     """
 
-    request: ImageRequest | VideoRequest
+    request: Request
     prompts: tuple[str, ...]
     candidates: tuple[Attention, ...]
     density: float | None = None
@@ -127,8 +125,7 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         NumericalFailure: if latents turn NaN or infinite.
     """
     # 1. What can be refused before anything is loaded.
-    maker = maker_for(request.request)
-    base = request.request.preset
+    asked, base = request.request, request.request.preset
     observing = observation_preset(base, request.candidates)
     request.steps_observed()
     device = choose_device(request.request.device)
@@ -136,14 +133,14 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
     # 2. Runs with full attention, one per prompt; those that are on file are not repeated.
     progress.phase("load")
     model = load_model(request.request.model, device=device, dtype=choose_dtype(request.request.dtype, device))
-    maker.prepare(model.pipe)
+    asked.family.prepare(model.pipe)
     parts = []
     for number, prompt in enumerate(request.prompts):
         about = _about(request, model.revision, prompt, number)
         path = request.folder / f"observed-{number:03d}.safetensors"
         if not path.exists():
             progress.phase(f"observing {number + 1} of {len(request.prompts)}: {prompt}")
-            found, text_tokens = _observed(model.pipe, maker, request, observing, prompt, number, progress)
+            found, text_tokens = _observed(model.pipe, request, observing, prompt, number, progress)
             _write(path, found, about | {"text_tokens": text_tokens})
         parts.append(_read(path, about))
     observations = Observations.merged([part for part, _ in parts])
@@ -156,7 +153,7 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         base.model_dump()
         | {
             "name": request.name,
-            "description": f"Fitted to {request.request.model.name} at {maker.title} for a {_target(request)}: "
+            "description": f"Fitted to {asked.model.name} at {asked.title} for a {_target(request)}: "
             f"{len(schedule.palette)} patterns by layer, head and stretch of steps.",
             "attention": own.model_dump(),
             "schedule": schedule.model_dump(),
@@ -172,15 +169,13 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         progress.phase(f"checking {number + 1} of {len(request.checked)}: {prompt}")
         outputs = []
         for used in (full, preset):
-            latents, installation = run_installed(
-                model.pipe, maker, used, prompt, len(request.prompts) + number, progress
-            )
-            outputs.append(maker.decode(model.pipe, latents))
+            latents, installation = latents_of(model.pipe, asked, used, prompt, len(request.prompts) + number, progress)
+            outputs.append(frames_of(model.pipe, asked, latents))
             density = installation.last_schedule.density
-        likenesses.append(_likeness(*outputs))
+        likenesses.append(likeness(*outputs))
 
     # 5. The evidence.
-    evidence = _evidence(request, maker, model.revision, observations, choice, text_tokens, density, likenesses)
+    evidence = _evidence(request, model.revision, observations, choice, text_tokens, density, likenesses)
     return preset.model_copy(update={"evidence": evidence})
 
 
@@ -228,7 +223,7 @@ def _about(request: TuneRequest, revision: str | None, prompt: str, seed: int) -
     return {
         "model": asked.model.name,
         "revision": revision,
-        "size": asked.size if isinstance(asked, VideoRequest) else f"{asked.width}x{asked.height}",
+        "size": asked.size,
         "sampling": asked.preset.sampling.model_dump(),
         "steps": request.steps_observed(),
         "rows": request.rows,
@@ -256,7 +251,6 @@ class _Recorder(AttentionRecorder):
 
 def _observed(
     pipe: Any,
-    maker: PictureMaker | VideoMaker,
     request: TuneRequest,
     observing: Preset,
     prompt: str,
@@ -275,7 +269,7 @@ def _observed(
         recorded=request.steps_observed(),
         seed=seed,
     )
-    run_installed(pipe, maker, observing, prompt, seed, progress, recorder)
+    latents_of(pipe, request.request, observing, prompt, seed, progress, recorder)
     record = recorder.record()
     assert recorder.text_len is not None, "something was recorded"
     return Observations(record.densities, record.queries, record.recall, record.error, record.loss), recorder.text_len
@@ -311,13 +305,8 @@ def _read(path: Path, about: Mapping[str, Any]) -> tuple[Observations, int]:
         raise BadInput(f"{path} is damaged: remove it") from error
 
 
-def _likeness(reference: Any, output: Any) -> Likeness:
-    return likeness_of_videos(reference, output) if isinstance(reference, list) else likeness(reference, output)
-
-
 def _evidence(
     request: TuneRequest,
-    maker: PictureMaker | VideoMaker,
     revision: str | None,
     observations: Observations,
     choice: Choice,
@@ -344,8 +333,8 @@ def _evidence(
     return Evidence(
         model=request.request.model.name,
         revision=revision,
-        size=maker.title,
-        tokens=maker.grid.shape,
+        size=request.request.title,
+        tokens=request.request.grid.shape,
         text_tokens=text_tokens,
         steps=request.request.preset.sampling.steps,
         prompts=request.prompts,

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from grat_cli.errors import BadInput, CannotWrite
+from grat_cli.errors import BadInput, CannotWrite, printable
 
 _ESCAPED = re.compile(r"([=;#\\\n\r])")
 _HEADER = ";FFMETADATA1"
 _LINES_KEPT = 50
+# Of videos that people give: none of these demuxers opens a second file, as those of playlists and sequences do.
+_VIDEO_FORMATS = "mov,matroska,gif"
+UNKNOWN_FORMAT = "Format not on whitelist"
 _PATIENCE_S = 10
 _SAYS_NOTHING = ("Conversion failed!", "frame=")
 _REASONS = (
@@ -74,7 +77,7 @@ def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
     """
     try:
         return subprocess.run(
-            [executable(), "-hide_banner", "-nostdin", *arguments],
+            _command(arguments),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             restore_signals=False,  # as in FrameSink
@@ -83,9 +86,56 @@ def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
         raise _does_not_start(error) from error
 
 
-def url(path: Path) -> str:
-    """A path as ffmpeg takes it, whatever characters it has: neither an option nor another protocol."""
-    return f"file:{path}"
+def read_raw(path: Path, size_bytes: int) -> Iterator[bytes]:
+    """The frames of a video file, each once whatever its time stamp, as far as they can be decoded.
+
+    Args:
+        path: of the file.
+        size_bytes: of a frame in RGB, 8 bits per channel.
+
+    Raises:
+        BadInput: if ffmpeg is missing or does not start.
+    """
+    # A gif's delays would otherwise drop or repeat frames.
+    raw = ["-map", "0:v:0", "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    try:
+        process = subprocess.Popen(
+            _command(["-loglevel", "error", *source(path), *raw]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # as in FrameSink
+        )
+    except OSError as error:
+        raise _does_not_start(error) from error
+    with process:
+        assert process.stdout is not None
+        try:
+            while len(frame := process.stdout.read(size_bytes)) == size_bytes:
+                yield frame
+        finally:
+            process.kill()
+
+
+def source(path: Path, format: str | None = None) -> list[str]:
+    """Arguments for reading a file, that file alone, whatever it is called and whatever is in it.
+
+    Args:
+        path: of the file; `file:` takes every character of it as it is.
+        format: ffmpeg's name of what is in it, for files of our own; None for a video that was given.
+    """
+    kind = ["-format_whitelist", _VIDEO_FORMATS] if format is None else ["-f", format]
+    return ["-protocol_whitelist", "file", *kind, "-i", f"file:{path}"]
+
+
+def target(path: Path, format: str) -> list[str]:
+    """Arguments for writing a file, whatever it is called; `format` is ffmpeg's name of what will be in it."""
+    return ["-f", format, f"file:{path}"]
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    """A command line of ffmpeg, which leaves the terminal alone."""
+    return [executable(), "-hide_banner", "-nostdin", *arguments]
 
 
 class FrameSink:
@@ -94,7 +144,7 @@ class FrameSink:
     Leaving the `with` block normally waits until the file is complete; leaving it by an exception ends ffmpeg at once.
 
     Args:
-        arguments: everything after `ffmpeg`; the frames come as `-i pipe:0`.
+        arguments: what the first input, the frames at `-i pipe:0`, is like; other inputs of `source`; a `target`.
         output: the file that the user knows, for messages.
 
     Raises:
@@ -106,7 +156,7 @@ class FrameSink:
         self._output = output
         try:
             self._process = subprocess.Popen(
-                [executable(), "-hide_banner", "-nostats", "-loglevel", "error", "-y", *arguments],
+                _command(["-nostats", "-loglevel", "error", "-y", "-protocol_whitelist", "pipe", *arguments]),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -199,7 +249,7 @@ def failure(output: Path, code: int, log: bytes) -> CannotWrite:
 def last_line(log: bytes) -> str:
     """The last line of ffmpeg's log that says what is wrong, without the part of the program that says it."""
     lines = [re.sub(r"^(\[[^\]]*\] )+", "", line).strip() for line in log.decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line and not line.startswith(_SAYS_NOTHING)), "")
+    return printable(next((line for line in reversed(lines) if line and not line.startswith(_SAYS_NOTHING)), ""))
 
 
 def metadata_text(tags: Mapping[str, str]) -> str:
@@ -244,7 +294,7 @@ def read_tags(path: Path) -> dict[str, str]:
     Raises:
         BadInput: if ffmpeg is missing.
     """
-    found = run(["-loglevel", "error", "-i", url(path), "-f", "ffmetadata", "-"])
+    found = run(["-loglevel", "error", *source(path), "-f", "ffmetadata", "pipe:1"])
     return {key.lower(): value for key, value in tags_of(found.stdout.decode(errors="replace")).items()}
 
 

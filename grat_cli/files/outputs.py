@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.errors import BadInput
 from grat_cli.files import ffmpeg, pictures, tensors
 from grat_cli.files.gif_comment import read_comments
-from grat_cli.files.whole import part_path, write_whole
+from grat_cli.files.whole import part_of, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,37 +122,35 @@ def _refuse_unwritable(path: Path, overwrite: bool) -> None:
         raise BadInput(f"{path} is a folder: use another --out")
     if os.path.lexists(path) and not overwrite:
         raise BadInput(f"{path} exists: use --overwrite, or another --out")
-    probe = part_path(path)
-    with open(probe, "xb"):
+    with part_of(path):
         pass
-    probe.unlink()
 
 
-def write_png(image: Image, path: Path, provenance: Mapping[str, Any] | None) -> None:
+def write_png(image: Image, path: Path, provenance: Mapping[str, Any] | None, *, overwrite: bool = False) -> None:
     """Writes a PNG, whole or not at all, with its provenance in an iTXt chunk named `grat`.
 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    pictures.write_picture(image, path, pictures.FORMATS["png"], provenance)
+    pictures.write_picture(image, path, pictures.FORMATS["png"], provenance, overwrite=overwrite)
 
 
-def write_json(data: Mapping[str, Any], path: Path) -> None:
+def write_json(data: Mapping[str, Any], path: Path, *, overwrite: bool = False) -> None:
     """Writes JSON, whole or not at all.
 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    write_text(pictures.json_text(data, indent=2) + "\n", path)
+    write_text(pictures.json_text(data, indent=2) + "\n", path, overwrite=overwrite)
 
 
-def write_text(text: str, path: Path) -> None:
+def write_text(text: str, path: Path, *, overwrite: bool = False) -> None:
     """Writes text, whole or not at all.
 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()), overwrite=overwrite)
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

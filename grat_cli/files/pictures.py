@@ -143,10 +143,11 @@ def write_picture(
     format: PictureFormat,
     provenance: Mapping[str, Any] | None,
     *,
+    overwrite: bool = False,
     quality: int | None = None,
     written: Callable[[int], None] | None = None,
 ) -> bool:
-    """Writes a picture, whole or not at all; arguments and result as for `save_picture`.
+    """Writes a picture, whole or not at all; `overwrite` as for `write_whole`, all else as for `save_picture`.
 
     Raises:
         CannotWrite: if it cannot be written.
@@ -157,7 +158,7 @@ def write_picture(
         nonlocal inside
         inside = save_picture(image, file, format, provenance, quality=quality, written=written)
 
-    write_whole(path, write)
+    write_whole(path, write, overwrite=overwrite)
     return inside
 
 

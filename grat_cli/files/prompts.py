@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from grat_cli.errors import BadInput
-from grat_cli.generation.seeds import LARGEST_SEED, MOST_PICTURES
 
+LARGEST_SEED = 2**63 - 1
+MOST_OUTPUTS = 1000  # of a prompt
 SUFFIXES = (".txt", ".jsonl", ".json")
 # VBench's VBench_full_info.json (github.com/Vchitect/VBench) calls the prompt so.
 _PROMPT_NAMES = ("prompt", "prompt_en")
@@ -116,7 +117,7 @@ def _entry(item: Any, place: str, path: Path) -> PromptEntry:
         item,
         negative,
         _whole_number(item.get("seed"), 0, LARGEST_SEED, f"{where}: seed"),
-        _whole_number(item.get("n"), 1, MOST_PICTURES, f"{where}: n"),
+        _whole_number(item.get("n"), 1, MOST_OUTPUTS, f"{where}: n"),
     )
 
 

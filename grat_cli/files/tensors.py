@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 KEY = "grat"
 # The limit of the safetensors library itself.
-_LONGEST_HEADER = 100_000_000
+LONGEST_HEADER = 100_000_000
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any], *, overwrite: bool = False
+) -> None:
     """Writes tensors bit for bit, whole or not at all, and waits until they are on the disk.
 
     Args:
         path: the file.
         tensors: by name, of any shape, dtype and device.
         about: what they are: JSON data with the key `schema`.
+        overwrite: whether files that this process has not written may be replaced.
 
     Raises:
         CannotWrite: if it cannot be written.
@@ -39,7 +42,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mappin
 
     text = json.dumps(about, allow_nan=False)
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {KEY: text})
-    write_whole(path, lambda file: file.write(content), durable=True)
+    write_whole(path, lambda file: file.write(content), overwrite=overwrite, durable=True)
 
 
 def read_tensors(path: Path, schema: str, what: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -77,7 +80,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
         with open(path, "rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 0 < length <= min(_LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
+            if not 0 < length <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
                 raise BadInput(damaged)
             header = json.loads(file.read(length))
             text = header["__metadata__"][KEY] if KEY in header.get("__metadata__", {}) else None

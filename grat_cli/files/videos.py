@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.errors import BadInput, CannotWrite, choices
 from grat_cli.files import ffmpeg, outputs, pictures
 from grat_cli.files.gif_comment import append_comment
-from grat_cli.files.whole import cannot_write, discard, part_path
+from grat_cli.files.whole import cannot_write, part_of, place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,19 +29,19 @@ DEFAULT_CRF = {"mp4": 18, "webm": 24}
 
 _CRF_RANGES = {"mp4": (1, 51), "webm": (0, 63)}  # 0 of H.264 is lossless, in a profile that browsers do not play
 _ENCODERS = {"mp4": ("libx264",), "webm": ("libvpx-vp9",), "gif": ("libx264rgb", "gif")}
-_FASTEST_GIF = 50
+FASTEST, _FASTEST_GIF = 240, 50
 # Frames are sRGB; without a word of the matrix, players guess it from the height of the video.
 _COLOURS = (
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p"),
     *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "iec61966-2-1", "-color_range", "tv"),
 )
 _ENCODING = {
-    "mp4": (*_COLOURS, "-c:v", "libx264", "-movflags", "+faststart+use_metadata_tags", "-f", "mp4"),
-    "webm": (*_COLOURS, "-c:v", "libvpx-vp9", "-b:v", "0", "-row-mt", "1", "-cpu-used", "2", "-f", "webm"),
+    "mp4": (*_COLOURS, "-c:v", "libx264", "-movflags", "+faststart+use_metadata_tags"),
+    "webm": (*_COLOURS, "-c:v", "libvpx-vp9", "-b:v", "0", "-row-mt", "1", "-cpu-used", "2"),
 }
 
 
-_LOSSLESS = ("-c:v", "libx264rgb", "-preset", "ultrafast", "-qp", "0", "-f", "matroska")
+_LOSSLESS = ("-c:v", "libx264rgb", "-preset", "ultrafast", "-qp", "0")
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,8 @@ def require_encodable(format: str, *, fps: float, crf: int | None) -> None:
     Raises:
         BadInput: if ffmpeg is missing or lacks the encoder, or a setting does not suit the format.
     """
-    if not (math.isfinite(fps) and 0 < fps <= 240):
-        raise BadInput(f"--fps {fps:g}: expected more than 0 and at most 240")
+    if not (math.isfinite(fps) and 0 < fps <= FASTEST):
+        raise BadInput(f"--fps {fps:g}: expected more than 0 and at most {FASTEST}")
     if format == "gif" and fps > _FASTEST_GIF:
         raise BadInput(f"--fps {fps:g}: players show a gif with at most {_FASTEST_GIF} frames per second")
     if crf is not None:
@@ -129,6 +128,7 @@ def write_video(
     crf: int | None = None,
     format: str = "mp4",
     provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Writes a video, whole or not at all, as its frames come.
 
@@ -143,6 +143,7 @@ def write_video(
         format: one of `FORMATS`.
         provenance: what made the video, as JSON data, put into the file's metadata: into each frame of a folder. Its
             `prompt` becomes the title and comment that players show.
+        overwrite: whether a file that this process has not written may be replaced.
 
     Returns:
         how many frames were written.
@@ -153,11 +154,20 @@ def write_video(
         ValueError: if there are no frames, or they are not uint8 `[H, W, 3]` of one size.
     """
     checked = _checked(frames)
-    if format == "frames":
-        return _write_folder(checked, path, provenance)
-    if format == "gif":
-        return _write_gif(checked, path, fps, provenance)
-    return _write_encoded(checked, path, fps, crf, format, provenance)
+    if format == "frames" and os.path.lexists(path):
+        raise CannotWrite(f"cannot write {path}: it exists, and folders are not overwritten: use another --out")
+    try:
+        with part_of(path, folder=format == "frames") as part:
+            if format == "frames":
+                count = _write_folder(checked, part, provenance)
+            elif format == "gif":
+                count = _write_gif(checked, path, part, fps, provenance)
+            else:
+                count = _write_encoded(checked, path, part, fps, crf, format, provenance)
+            place(part, path, overwrite=overwrite)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return count
 
 
 def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -178,66 +188,45 @@ def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def _write_encoded(
     frames: Iterator[np.ndarray],
     path: Path,
+    part: Path,
     fps: float,
     crf: int | None,
     format: str,
     provenance: Mapping[str, Any] | None,
 ) -> int:
-    part, tags = part_path(path), part_path(path, ".tags")
     # A file, since tags may be longer than a command line.
-    arguments = ["-f", "ffmetadata", "-i", ffmpeg.url(tags), "-map", "0:v", "-map_metadata", "1"]
-    arguments += ["-crf", str(DEFAULT_CRF[format] if crf is None else crf), *_ENCODING[format], ffmpeg.url(part)]
-    try:
+    with part_of(path, ".tags") as tags:
         tags.write_text(ffmpeg.metadata_text(_tags(provenance)), encoding="utf-8", newline="\n")
-        count = _encode(frames, fps, arguments, path, even=format == "mp4")
-        os.replace(part, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        discard(part)
-        discard(tags)
-    return count
+        arguments = [*ffmpeg.source(tags, "ffmetadata"), "-map", "0:v", "-map_metadata", "1"]
+        arguments += ["-crf", str(DEFAULT_CRF[format] if crf is None else crf), *_ENCODING[format]]
+        arguments += ffmpeg.target(part, format)
+        return _encode(frames, fps, arguments, path, even=format == "mp4")
 
 
-def _write_gif(frames: Iterator[np.ndarray], path: Path, fps: float, provenance: Mapping[str, Any] | None) -> int:
+def _write_gif(
+    frames: Iterator[np.ndarray], path: Path, part: Path, fps: float, provenance: Mapping[str, Any] | None
+) -> int:
     """Two passes over a lossless file beside the output: one palette for the whole video, without holding it."""
-    lossless, part = part_path(path, ".lossless"), part_path(path)
-    try:
-        count = _encode(frames, fps, [*_LOSSLESS, ffmpeg.url(lossless)], path, even=False)
-        twice = ("-i", ffmpeg.url(lossless), "-i", ffmpeg.url(lossless))
+    with part_of(path, ".lossless") as lossless:
+        count = _encode(frames, fps, [*_LOSSLESS, *ffmpeg.target(lossless, "matroska")], path, even=False)
+        twice = 2 * ffmpeg.source(lossless, "matroska")
         palette = "[0:v]palettegen[palette];[1:v][palette]paletteuse"
-        done = ffmpeg.run(["-loglevel", "error", *twice, "-lavfi", palette, "-f", "gif", ffmpeg.url(part)])
+        done = ffmpeg.run(["-loglevel", "error", "-y", *twice, "-lavfi", palette, *ffmpeg.target(part, "gif")])
         if done.returncode:
             raise ffmpeg.failure(path, done.returncode, done.stderr)
         if provenance is not None:
             with open(part, "r+b") as file:
                 append_comment(file, outputs.GIF_COMMENT_PREFIX + json.dumps(provenance, allow_nan=False).encode())
-        os.replace(part, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        discard(part)
-        discard(lossless)
     return count
 
 
-def _write_folder(frames: Iterator[np.ndarray], path: Path, provenance: Mapping[str, Any] | None) -> int:
+def _write_folder(frames: Iterator[np.ndarray], part: Path, provenance: Mapping[str, Any] | None) -> int:
     from PIL import Image
 
-    part = part_path(path)
     count = 0
-    try:
-        if os.path.lexists(path):
-            raise CannotWrite(f"cannot write {path}: it exists, and folders are not overwritten: use another --out")
-        part.mkdir()
-        for count, frame in enumerate(frames, 1):
-            with open(part / frame_name(count), "xb") as file:
-                pictures.save_picture(Image.fromarray(frame), file, pictures.FORMATS["png"], provenance)
-        os.rename(part, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    for count, frame in enumerate(frames, 1):
+        with open(part / frame_name(count), "xb") as file:
+            pictures.save_picture(Image.fromarray(frame), file, pictures.FORMATS["png"], provenance)
     return count
 
 
@@ -299,7 +288,7 @@ def probe_video(path: Path) -> VideoFacts:
         return _probe_folder(path)
     if not path.is_file():
         raise BadInput(f"cannot read {path}: no such file")
-    arguments = ["-i", ffmpeg.url(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "null", os.devnull]
+    arguments = [*ffmpeg.source(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "null", "-"]
     done = ffmpeg.run(["-xerror", "-nostats", "-progress", "pipe:1", *arguments])
     log = done.stderr.decode(errors="replace")
     about_input = log.partition("\nOutput #")[0]
@@ -308,6 +297,8 @@ def probe_video(path: Path) -> VideoFacts:
         _DURATION.search(about_input),
         _FRAMES.findall(done.stdout.decode()),
     )
+    if ffmpeg.UNKNOWN_FORMAT in log:
+        raise BadInput(f"{path} is not a video: give an mp4, webm or gif file")
     if stream is None or duration is None:
         raise BadInput(f"{path} is not a video: {ffmpeg.last_line(done.stderr) or 'ffmpeg cannot read it'}")
     if done.returncode or not counted:
@@ -336,15 +327,10 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
         from PIL import Image
 
         for number in range(1, facts.frames + 1):
-            with Image.open(path / frame_name(number)) as frame:
+            with Image.open(path / frame_name(number), formats=["PNG"]) as frame:
                 yield np.asarray(frame.convert("RGB"))
         return
-    import imageio_ffmpeg
-
-    # Every frame once, whatever its time stamp: a gif's delays would otherwise drop or repeat some.
-    frames = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24", output_params=["-fps_mode", "passthrough"])
-    next(frames)  # what the library says of the file
-    for frame in frames:
+    for frame in ffmpeg.read_raw(path, facts.height * facts.width * 3):
         yield np.frombuffer(frame, np.uint8).reshape(facts.height, facts.width, 3)
 
 
@@ -357,7 +343,7 @@ def _probe_folder(path: Path) -> VideoFacts:
     if not count:
         raise BadInput(f"{path} is no folder of frames: there is no {frame_name(1)} in it")
     try:
-        with Image.open(path / frame_name(1)) as first:
+        with Image.open(path / frame_name(1), formats=["PNG"]) as first:
             width, height = first.size
     except OSError as error:
         raise BadInput(f"cannot read {path / frame_name(1)}: {(error.strerror or str(error)).lower()}") from error

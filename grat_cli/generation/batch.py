@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from grat_cli.console.progress import ProgressDisplay
 from grat_cli.errors import BadInput, Interrupted, NumericalFailure
@@ -24,24 +21,18 @@ from grat_cli.files.outputs import (
     slug,
     write_json,
 )
-from grat_cli.files.pictures import PictureFormat, write_picture
-from grat_cli.files.whole import cannot_write
-from grat_cli.generation import report
-from grat_cli.generation.batch_layout import Layout, Sample, metadata_text, write_metadata
-from grat_cli.generation.image_request import ImageRequest
-from grat_cli.generation.pictures import ImageGenerator, ImageText
-from grat_cli.generation.timing import Phases
-from grat_cli.generation.video_decoding import phases_of
-from grat_cli.generation.video_request import VideoRequest, request_data
-from grat_cli.generation.video_run import VideoRun, discard_run, read_run
-from grat_cli.generation.videos import VideoGenerator, VideoText, take_threads
+from grat_cli.files.whole import adopt, cannot_write, claimed, discard, place, remove
+from grat_cli.generation.batch_layout import Layout, Sample, has_metadata, write_metadata
+from grat_cli.generation.checkpoint import Run, discard_run, read_run, request_data
+from grat_cli.generation.request import Request
+from grat_cli.generation.run import Generator, Text, take_up
 from grat_cli.models.devices import choose_device
 
-# Videos are made here, with all that is kept of one until it is written, and moved to their place whole.
+# Outputs are made here, with all that is kept of one until it is written, and moved to their place whole.
 UNFINISHED = "unfinished"
 _NOT_SHOWN_OF_PRESETS = ("name", "description", "model", "kernel", "evidence")
-# What says how a video is kept and told of, not what it shows.
-_NOT_OF_THE_VIDEO = ("command", "overwrite", "checkpoint_every", "outputs", "save_latents")
+# What says how an output is kept and told of, not what it shows.
+_NOT_OF_THE_OUTPUT = ("command", "checkpoint_every", "preview_every", "save_latents")
 
 
 @dataclass(frozen=True)
@@ -53,22 +44,20 @@ class Batch:
         layout: of its outputs.
         out: their folder.
         samples: all of them, those that are there already included.
-        template: what is made of each prompt; prompt, negative prompt and seeds are replaced.
-        command: the command line as typed, for the reports.
-        picture_format: of pictures, None for videos, whose template has it.
-        quality: of jpg and webp, None for the format's own.
-        embed: whether outputs hold how they were made.
+        template: what is made of each prompt; prompt, negative prompt, seeds and outputs are replaced. Its `overwrite`
+            says whether outputs of other requests may be replaced.
     """
 
     file: Path
     layout: Layout
     out: Path
     samples: Sequence[Sample]
-    template: ImageRequest | VideoRequest
-    command: str
-    picture_format: PictureFormat | None = None
-    quality: int | None = None
-    embed: bool = True
+    template: Request
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether outputs of other requests may be replaced."""
+        return self.template.overwrite
 
     def told(self, sample: Sample) -> dict[str, Any]:
         """What the report of a sample says of the batch: its place in the file, and all that stands there."""
@@ -89,14 +78,13 @@ class Failure:
     reason: str
 
 
-def missing(batch: Batch, *, overwrite: bool) -> list[Sample]:
+def missing(batch: Batch) -> list[Sample]:
     """The samples that are not there whole; makes sure that they can be written, and makes the folders for them.
 
     Of the plain layout, whose names hold a time, an output is there if a report in the folder says the same request.
 
     Args:
         batch: with all samples.
-        overwrite: whether outputs of other requests may be replaced.
 
     Raises:
         BadInput: if something else is in the way, or cannot be written.
@@ -104,15 +92,16 @@ def missing(batch: Batch, *, overwrite: bool) -> list[Sample]:
     if batch.layout.name == "plain":
         left = _not_told_of(batch)
     else:
-        left = [sample for sample in batch.samples if not _is_there(batch, sample, overwrite)]
+        left = [sample for sample in batch.samples if not _is_there(batch, sample)]
     _make_folder(batch.out)
     for sample in left:
         for path in (sample.output, sample.report):
             _make_folder(path.parent)
         # A report of the same that lacks its output is what a killed process left.
-        same = _facts_found(sample.report) == _facts_asked(batch.template, sample)
-        refuse_unwritable([sample.output], overwrite=overwrite)
-        refuse_unwritable([sample.report], overwrite=overwrite or same)
+        if same := _facts_found(sample.report) == _facts_asked(batch.template, sample):
+            adopt(sample.report)
+        refuse_unwritable([sample.output], overwrite=batch.overwrite)
+        refuse_unwritable([sample.report], overwrite=batch.overwrite or same)
     return left
 
 
@@ -130,7 +119,7 @@ def make_samples(
         Each sample and its report, or its numerical failure, after which the others go on.
 
     Raises:
-        BadInput, ModelUnavailable, OutOfMemory: as for `generate_images` and `generate_videos`.
+        BadInput, ModelUnavailable, OutOfMemory: as for `generate`.
         CannotWrite: if there is no room; what was made before is still there.
         Interrupted: by Ctrl-C, with how to go on.
     """
@@ -140,11 +129,11 @@ def make_samples(
     try:
         # 1. What evaluators read beside the samples.
         for sample in {sample.metadata: sample for sample in samples}.values():
-            write_metadata(sample)
+            write_metadata(sample, overwrite=batch.overwrite)
 
         # 2. Load the model, once.
         said = _SaidOnce(progress)
-        worker = _worker(batch, samples, said)
+        worker = _Worker(batch, samples, said)
 
         # 3. Make one sample after another.
         progress.outputs(0, len(samples))
@@ -164,112 +153,51 @@ def make_samples(
         _discard_if_empty(batch.out / UNFINISHED)
 
 
-class _Worker(Protocol):
-    """A loaded model that makes the samples of a batch."""
+class _Worker:
+    """A loaded model that makes the samples of a batch, each in a folder of its own until it is whole.
 
-    def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
-        """Makes and writes one, and returns its report."""
-        ...
+    All prompts are encoded first: afterwards the memory of the text encoders is free.
+    """
 
-
-def _worker(batch: Batch, samples: Sequence[Sample], progress: _SaidOnce) -> _Worker:
-    if isinstance(batch.template, VideoRequest):
-        return _VideoWorker(batch, batch.template, samples, progress)
-    return _PictureWorker(batch, batch.template, samples, progress)
-
-
-class _PictureWorker:
-    """Makes pictures."""
-
-    def __init__(self, batch: Batch, template: ImageRequest, samples: Sequence[Sample], progress: _SaidOnce) -> None:
-        self._batch, self._template, self._progress = batch, template, progress
-        self._generator = ImageGenerator(_request(template, samples[0]), progress)
-        self._text: tuple[tuple[str, str | None], ImageText] | None = None
-
-    def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
-        # 1. Encode the prompt, once for its samples; denoise; decode.
-        request = _request(self._template, sample)
-        prompts = request.prompt, request.negative_prompt
-        if self._text is None or self._text[0] != prompts:
-            self._text = prompts, self._generator.encode(request)
-        generated = self._generator.make(request, self._text[1], sample.seed)
-
-        # 2. Write the report, then the picture: one that is there has its report.
-        batch = self._batch
-        assert batch.picture_format is not None, "pictures have a format"
-        made = report.build_report(request, generated, batch.command, datetime.now().astimezone())
-        made["batch"] = batch.told(sample)
-        self._progress.phase("save")
-        began = perf_counter()
-        write_json(made, sample.report)
-        inside = report.provenance(made) if batch.embed else None
-        write_picture(
-            generated.image,
-            sample.output,
-            batch.picture_format,
-            inside,
-            quality=batch.quality,
-            written=self._progress.written,
-        )
-        made["phases"]["save"] = round((perf_counter() - began) * 1000, 3)
-        write_json(made, sample.report)
-        return made
-
-
-class _VideoWorker:
-    """Makes videos. All prompts are encoded first: afterwards the memory of the text encoders is free."""
-
-    def __init__(self, batch: Batch, template: VideoRequest, samples: Sequence[Sample], progress: _SaidOnce) -> None:
-        self._batch, self._template, self._progress = batch, template, progress
-        self._device = choose_device(template.device)
-        self._loading = phases_of(VideoRun(seed=0), self._device)
-        self._generator = VideoGenerator(_request(template, samples[0]), self._loading, progress)
-        self._texts: dict[tuple[str, str | None], VideoText] = {}
-        self._reading: dict[tuple[str, str | None], Phases] = {}
+    def __init__(self, batch: Batch, samples: Sequence[Sample], progress: _SaidOnce) -> None:
+        self._batch, self._progress = batch, progress
+        self._generator = Generator(_request(batch.template, samples[0]), progress)
+        self._texts: dict[tuple[str, str | None], Text] = {}
         for sample in samples:
-            prompts = sample.entry.prompt, sample.negative
+            request = _request(batch.template, sample)
+            prompts = request.prompt, request.negative_prompt
             if prompts not in self._texts:
-                phases = phases_of(VideoRun(seed=0), self._device)
-                self._texts[prompts] = self._generator.encode(_request(template, sample), phases)
-                self._reading[prompts] = phases
+                self._texts[prompts] = self._generator.encode(request)
         self._generator.release_text_encoders()
 
     def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
+        """Makes and writes one, and returns its report."""
         # 1. Make it, but for what an earlier process has done of it.
-        unfinished = self._batch.out / UNFINISHED
+        batch, unfinished = self._batch, self._batch.out / UNFINISHED
         _make_folder(unfinished)
-        request = _request(self._template, sample)
+        request = _request(batch.template, sample)
         work = unfinished / _work_name(request)
+        # What lies there under that name was made of this very request.
         request = replace(request, outputs=(work,), overwrite=True)
-        made = _finished(work)
-        if made is None:
-            made = self._finish(request, work, sample, is_last)
+        with claimed([work]):
+            made = _finished(work)
+            if made is None:
+                text = self._texts[request.prompt, request.negative_prompt]
+                try:
+                    made = self._generator.make(request, self._begun(work, sample.seed), work, text, is_last=is_last)
+                except NumericalFailure:
+                    discard_run(work, overwrite=True)  # going on with it would fail again
+                    raise
+                made = made.report
 
-        # 2. Move the report, then the video: one that is there has its report.
-        told = {**made, "batch": self._batch.told(sample)}
-        write_json(told, sample.report)
-        _move(work, sample.output)
-        report_path(work).unlink()
+            # 2. Move the report, then the output: one that is there has its report.
+            told = {**made, "batch": batch.told(sample)}
+            write_json(told, sample.report, overwrite=batch.overwrite)
+            _move(work, sample.output, overwrite=batch.overwrite)
+            remove(report_path(work), overwrite=True)
         return told
 
-    def _finish(self, request: VideoRequest, work: Path, sample: Sample, is_last: bool) -> Mapping[str, Any]:
-        """Makes a video, or what is left to do of it, and returns its report."""
-        prompts = request.prompt, request.negative_prompt
-        run = self._begun(work, sample.seed)
-        phases = phases_of(run, self._device)
-        # Loading is counted with the first video, reading a prompt with the first of its samples.
-        for part, name in ((self._loading, "load"), (self._reading[prompts], "text")):
-            phases.phases_ms[name] = phases.phases_ms.get(name, 0.0) + part.phases_ms.pop(name, 0.0)
-            if peak := part.memory_bytes.pop(name, 0):
-                phases.memory_bytes[name] = max(phases.memory_bytes.get(name, 0), peak)
-        run = replace(run, phases_ms=phases.phases_ms, memory_bytes=phases.memory_bytes)
-        try:
-            return self._generator.make(request, run, work, self._texts[prompts], phases, is_last=is_last).report
-        except NumericalFailure:
-            discard_run(work)  # going on with it would fail again
-            raise
-
-    def _begun(self, work: Path, seed: int) -> VideoRun:
+    def _begun(self, work: Path, seed: int) -> Run:
         """The run that an earlier process has left, else a new one."""
         for kept in (latents_path(work), checkpoint_path(work)):
             if not kept.is_file():
@@ -281,9 +209,9 @@ class _VideoWorker:
                 self._progress.note(f"{error}: {work.stem} is begun anew")
                 continue
             self._progress.note(f"{work.stem} goes on after step {run.done}")
-            take_threads(run, self._device, self._progress)
+            take_up(run, choose_device(self._batch.template.device), self._progress)
             return run
-        return VideoRun(seed=seed)
+        return self._generator.new_run(seed)
 
 
 class _SaidOnce:
@@ -315,28 +243,27 @@ class _SaidOnce:
         self._notes.add(text)
 
 
-def _request(template: Any, sample: Sample) -> Any:
-    """The request of one sample, a picture's or a video's as the template is."""
+def _request(template: Request, sample: Sample) -> Request:
+    """The request of one sample."""
     prompt, negative, seed = sample.asked
-    changes = {"outputs": (sample.output,)} if isinstance(template, VideoRequest) else {}
-    return replace(template, prompt=prompt, negative_prompt=negative, seeds=(seed,), **changes)
+    return replace(template, prompt=prompt, negative_prompt=negative, seeds=(seed,), outputs=(sample.output,))
 
 
-def _work_name(request: VideoRequest) -> str:
-    """A name that a video has while it is made, the same whenever the same is asked for."""
-    data = {name: value for name, value in request_data(request).items() if name not in _NOT_OF_THE_VIDEO}
+def _work_name(request: Request) -> str:
+    """A name that an output has while it is made, the same whenever the same is asked for."""
+    data = {name: value for name, value in request_data(request).items() if name not in _NOT_OF_THE_OUTPUT}
     digest = sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
     return f"{slug(request.prompt)}-s{request.seeds[0]}-{digest}{request.outputs[0].suffix}"
 
 
-def _is_there(batch: Batch, sample: Sample, overwrite: bool) -> bool:
+def _is_there(batch: Batch, sample: Sample) -> bool:
     """Whether a sample is at its place, whole, and of the same request.
 
     Raises:
         BadInput: if something else is, and may not be overwritten.
     """
-    metadata = sample.metadata
-    if metadata is not None and not overwrite and metadata.is_file() and metadata.read_text() != metadata_text(sample):
+    metadata, overwrite = sample.metadata, batch.overwrite
+    if metadata is not None and not overwrite and os.path.lexists(metadata) and not has_metadata(sample):
         raise BadInput(
             f"{metadata} is of another prompt than {sample.entry.place} of {batch.file}: "
             "use another --out, or --overwrite"
@@ -372,7 +299,7 @@ def _not_told_of(batch: Batch) -> list[Sample]:
     return left
 
 
-def _facts_asked(template: ImageRequest | VideoRequest, sample: Sample) -> str:
+def _facts_asked(template: Request, sample: Sample) -> str:
     """All that decides what a sample shows, as JSON; device, dtype and kernels do not, but for rounding."""
     request = _request(template, sample)
     facts = {
@@ -384,7 +311,7 @@ def _facts_asked(template: ImageRequest | VideoRequest, sample: Sample) -> str:
         "quantization": request.quantize,
         **_facts_of_preset(request.preset.model_dump(mode="json")),
     }
-    if isinstance(request, VideoRequest):
+    if request.frames:
         facts["size"] += [request.frames]
         facts["frame rate"] = request.fps
     return json.dumps(facts)
@@ -419,22 +346,20 @@ def _finished(work: Path) -> Mapping[str, Any] | None:
     """The report of a video that is written, and was not moved because the process ended just then."""
     if not report_path(work).is_file():
         if work.is_dir():  # of frames, which nothing takes the place of
-            shutil.rmtree(work)
+            discard(work)
         return None
-    discard_run(work)
+    discard_run(work, overwrite=True)
     return read_provenance(report_path(work)) if work.exists() else None
 
 
-def _move(work: Path, output: Path) -> None:
+def _move(work: Path, output: Path, *, overwrite: bool) -> None:
     """Puts what is whole in its place.
 
     Raises:
-        CannotWrite: if it cannot be put there.
+        CannotWrite: if it cannot be put there, or something is there that may not be replaced.
     """
     try:
-        if output.is_dir():
-            shutil.rmtree(output)  # of frames, with --overwrite
-        os.replace(work, output)
+        place(work, output, overwrite=overwrite)
     except OSError as error:
         raise cannot_write(output, error) from error
 

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from grat_cli.errors import BadInput
 from grat_cli.files.outputs import report_path, write_text
-from grat_cli.files.prompts import PromptEntry
-from grat_cli.generation.seeds import LARGEST_SEED
+from grat_cli.files.prompts import LARGEST_SEED, PromptEntry
 from grat_cli.models.catalogue import Medium
 
 REPORTS = "reports"
@@ -128,14 +127,20 @@ def lay_out(
     return _without_repetitions(drafts)
 
 
-def write_metadata(sample: Sample) -> None:
-    """Writes the object of a sample's prompt, where its layout wants that.
+def write_metadata(sample: Sample, *, overwrite: bool = False) -> None:
+    """Writes the object of a sample's prompt, where its layout wants that and it is not there.
 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    if sample.metadata is not None:
-        write_text(metadata_text(sample), sample.metadata)
+    if sample.metadata is not None and not has_metadata(sample):
+        write_text(metadata_text(sample), sample.metadata, overwrite=overwrite)
+
+
+def has_metadata(sample: Sample) -> bool:
+    """Whether the object of a sample's prompt is where its layout wants it."""
+    path = sample.metadata
+    return path is not None and path.is_file() and path.read_bytes() == metadata_text(sample).encode()
 
 
 def metadata_text(sample: Sample) -> str:

@@ -1,4 +1,4 @@
-"""Decoded video: from tensors to frames of 8 bits, one by one, and whether they can be a video at all."""
+"""From decoded pixels to frames of 8 bits, one by one, and whether they can be a video, or a picture, at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from grat_cli.errors import NumericalFailure
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+_BAND = 1024  # rows of pixels that are turned into bytes at once
 
 
 class FrameCheck:
@@ -56,8 +58,9 @@ class FrameCheck:
             NumericalFailure: if every frame is one flat colour.
         """
         if self.frames and len(self._flat) == self.frames:
+            every = "every frame of the video is one flat colour, from frame 1 on"
             raise NumericalFailure(
-                "every frame of the video is one flat colour, from frame 1 on: "
+                f"{'the picture is one flat colour' if self.frames == 1 else every}: "
                 "try another --seed, --dtype float32, or more --steps"
             )
         notes = []
@@ -71,9 +74,9 @@ class FrameCheck:
 
 
 def frames_of(pixels: torch.Tensor, check: FrameCheck | None = None) -> Iterator[np.ndarray]:
-    """The frames of a decoded video, or of a part of it, equal bit for bit to those of diffusers' `VideoProcessor`.
+    """The frames of a decoded video, or of a part of it, equal bit for bit to those of diffusers' processors.
 
-    Only one frame at a time is held besides the tensor.
+    Only one frame at a time is held besides the tensor, and a band of it in floating point. A picture has one frame.
 
     Args:
         pixels: `[1, 3, T, H, W]`, about -1 to 1, as the VAE returns it; any float dtype and device.
@@ -85,6 +88,7 @@ def frames_of(pixels: torch.Tensor, check: FrameCheck | None = None) -> Iterator
     Raises:
         NumericalFailure: if a frame has NaN or infinity and there is a check.
     """
+    import numpy as np
     import torch
 
     if pixels.ndim != 5 or pixels.shape[:2] != (1, 3):
@@ -93,9 +97,11 @@ def frames_of(pixels: torch.Tensor, check: FrameCheck | None = None) -> Iterator
         picture = pixels[0, :, index].detach()
         if check is not None:
             check.require_finite(picture)
-        # As VaeImageProcessor: `denormalize` in the VAE's own dtype, then float32, then `numpy_to_pil`'s rounding.
-        unit = (picture * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
-        frame = unit.mul_(255).round_().to(torch.uint8).contiguous().cpu().numpy()
+        frame = np.empty((*picture.shape[1:], 3), np.uint8)
+        for top in range(0, len(frame), _BAND):
+            # As VaeImageProcessor: `denormalize` in the VAE's own dtype, then float32, then `numpy_to_pil`'s rounding.
+            unit = (picture[:, top : top + _BAND] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
+            frame[top : top + _BAND] = unit.mul_(255).round_().to(torch.uint8).cpu().numpy()
         if check is not None:
             check.see(frame)
         yield frame

@@ -16,17 +16,20 @@ from grat_cli.installation import step_under_way
 if TYPE_CHECKING:
     import torch
 
+    from grat_cli.families import Family
+
 
 @contextmanager
 def low_resolution_guidance(
-    pipe: Any, reference: torch.Tensor, trained: tuple[int, int], weight: float
+    family: Family, pipe: Any, reference: torch.Tensor, trained: tuple[int, int], weight: float
 ) -> Iterator[None]:
     """While inside, the pipeline's scheduler is told a velocity that leads towards `reference`.
 
     That is linear in the velocity, so it comes to the same before and after classifier-free guidance.
 
     Args:
-        pipe: a pipeline of Flux, with the scheduler that it will run with.
+        family: of the model.
+        pipe: a pipeline of it, with the scheduler that it will run with.
         reference: latents `[1, C, h, w]` of the upscaled picture.
         trained: rows and columns of latents at the trained size.
         weight: 0 leaves the prediction alone, 1 replaces its low frequencies.
@@ -39,10 +42,11 @@ def low_resolution_guidance(
     def step(velocity: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Indexed by a plain integer, so nothing waits for the device.
         sigma = scheduler.sigmas[(scheduler.begin_index or 0) + step_under_way(scheduler)]
-        predicted = pipe._unpack_latents(sample - sigma * velocity, rows * scale, columns * scale, scale)
+        predicted = family.spatial(pipe, sample - sigma * velocity, columns * scale, rows * scale)
         missing = low_frequencies(reference.to(predicted) - predicted, trained)
-        packed = pipe._pack_latents(missing, *missing.shape)
-        return stock_step(velocity - weight / sigma * packed, timestep, sample, *args, **kwargs)
+        return stock_step(
+            velocity - weight / sigma * family.as_called(pipe, missing), timestep, sample, *args, **kwargs
+        )
 
     scheduler.step = step
     try:

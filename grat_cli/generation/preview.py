@@ -9,14 +9,15 @@ size costs the same.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import NumericalFailure
-from grat_cli.families import picture_coding
+from grat_cli.families import Family
 from grat_cli.files.pictures import FORMATS, write_picture
+from grat_cli.files.whole import remove
+from grat_cli.generation.frames import FrameCheck, checked_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,16 +35,19 @@ class Preview:
         path: the file, replaced by each preview.
         every: steps from one preview to the next.
         trained_side: pixels a side that the model was trained at.
+        family: of the model.
+        overwrite: whether a file that is no preview of this run may be replaced.
     """
 
     path: Path
     every: int
     trained_side: int
+    family: Family
+    overwrite: bool = False
 
     def remove(self) -> None:
-        """Removes the file, if there is one: the picture itself is there."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        """Removes the preview, if there is one: the picture itself is there."""
+        remove(self.path)
 
 
 class PreviewedSteps:
@@ -74,23 +78,27 @@ class PreviewedSteps:
         return result
 
     def _write(self, pipe: Any, before: torch.Tensor, latents: torch.Tensor) -> None:
+        from PIL import Image
+
         scheduler = pipe.scheduler
         earlier, now = (float(scheduler.sigmas[scheduler.step_index - back]) for back in (1, 0))
         noisier, noisy = (self._scaled_down(pipe, tensor) for tensor in (before, latents))
         clean = noisy - now * (noisy - noisier) / (now - earlier)
         try:
-            picture = picture_coding.to_picture(pipe, picture_coding.decode(pipe, clean.to(latents.dtype)))
+            pixels = self._preview.family.decode(pipe, clean.to(latents.dtype))
+            (frame,) = checked_frames([pixels], FrameCheck())
         except NumericalFailure:
             # What comes of it is told at the end of the run; an early estimate may be flat.
             return
+        picture = Image.fromarray(frame)
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        write_picture(picture, self._preview.path, FORMATS["png"], None)
+        write_picture(picture, self._preview.path, FORMATS["png"], None, overwrite=self._preview.overwrite)
 
     def _scaled_down(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         """Latents `[1, C, h, w]` in fp32 of `[1, image tokens, channels]`, no longer than those of the trained size."""
         from torch.nn import functional
 
-        unpacked = pipe._unpack_latents(latents, self._height, self._width, pipe.vae_scale_factor)
+        unpacked = self._preview.family.spatial(pipe, latents, self._width, self._height)
         longest = self._preview.trained_side // pipe.vae_scale_factor
         scale = min(1.0, longest / max(unpacked.shape[2:]))
         size = [max(1, round(extent * scale)) for extent in unpacked.shape[2:]]

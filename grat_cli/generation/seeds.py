@@ -5,9 +5,7 @@ from __future__ import annotations
 import secrets
 
 from grat_cli.errors import BadInput
-
-LARGEST_SEED = 2**63 - 1
-MOST_PICTURES = 1000
+from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
 
 
 def resolve_seeds(text: str | None, count: int | None) -> tuple[int, ...]:
@@ -20,8 +18,8 @@ def resolve_seeds(text: str | None, count: int | None) -> tuple[int, ...]:
     Raises:
         BadInput: if a seed is not a number in range, is repeated, or several seeds meet a count.
     """
-    if count is not None and not 1 <= count <= MOST_PICTURES:
-        raise BadInput(f"--n {count}: expected 1 to {MOST_PICTURES} pictures")
+    if count is not None and not 1 <= count <= MOST_OUTPUTS:
+        raise BadInput(f"--n {count}: expected 1 to {MOST_OUTPUTS} pictures")
     # Random seeds stay short enough to be typed again.
     given: list[int] = [secrets.randbelow(2**32)] if text is None else [_parsed(text, part) for part in text.split(",")]
     if len(given) > 1 and count not in (None, len(given)):

@@ -45,22 +45,22 @@ def select_preset(
     Raises:
         BadInput: naming the option that does not fit.
     """
-    variants = PRESET_VARIANTS[model.family]
+    variants = PRESET_VARIANTS[model.presets]
     if preset is None:
         if variant == "x" and variant not in variants:
             variant = "lines" if share == 2 else "planes"
         if variant is not None and variant not in variants:
             raise BadInput(f"there is no variant {variant!r}: {choices(variant, variants)}")
-        base = load_preset(f"{model.family}-{variant or RECOMMENDED}")
+        base = load_preset(f"{model.presets}-{variant or RECOMMENDED}")
         variant = None
     else:
         base = load_preset(preset)
         if variant is not None and variant not in VARIANTS and variant in variants:
             raise BadInput(
-                f"--variant {variant} is short for the preset {model.family}-{variant}: leave out --preset, "
+                f"--variant {variant} is short for the preset {model.presets}-{variant}: leave out --preset, "
                 f"or choose from {', '.join(VARIANTS)}"
             )
-    if AXES[base.model] != AXES[model.family]:
+    if AXES[base.model] != AXES[model.presets]:
         raise BadInput(f"preset {base.name} is for {base.model} models, {model.name} is not one: see grat presets")
     if base.name in preset_names():
         shift = model.default_shift if base.sampling.shift is None else base.sampling.shift
@@ -105,9 +105,11 @@ def variant_word(preset: Preset) -> str:
 
 def mismatch_note(preset: Preset, model: ModelChoice) -> str | None:
     """A sentence where a preset is used on another family than it was made for; it may be meant, so it is no error."""
-    if preset.model == model.family:
+    if preset.model == model.presets:
         return None
-    return f"{preset.name} was made for {preset.model} models; grat presets {model.family} lists those for {model.name}"
+    return (
+        f"{preset.name} was made for {preset.model} models; grat presets {model.presets} lists those for {model.name}"
+    )
 
 
 def guard_note(preset: Preset, *, dense: bool) -> str | None:
@@ -124,15 +126,10 @@ def guard_note(preset: Preset, *, dense: bool) -> str | None:
     return f"guard {preset.guard:g}: layers that keep less of full attention go wider, which takes longer"
 
 
-def require_choice(option: str, word: str, known: Sequence[str]) -> str:
-    """The word, if it is one of the known ones.
-
-    Raises:
-        BadInput: naming the nearest.
-    """
-    if word not in known:
+def require_choice(option: str, word: str | None, known: Sequence[str]) -> None:
+    """Raises BadInput, naming the nearest, unless a word is a known one; None stands for an option not given."""
+    if word is not None and word not in known:
         raise BadInput(f"{option} {word}: {choices(word, known)}")
-    return word
 
 
 def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> None:
@@ -161,15 +158,10 @@ def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: i
         )
 
 
-def require_device(name: str) -> str:
-    """The name of a device, if it is one; whether it exists here is for torch to say.
-
-    Raises:
-        BadInput: naming the nearest.
-    """
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", name, re.ASCII):
+def require_device(name: str | None) -> None:
+    """Raises BadInput unless a name is that of a device, or None; whether it exists here is for torch to say."""
+    if name is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", name, re.ASCII):
         raise BadInput(f"--device {name}: {choices(name, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps'))}")
-    return name
 
 
 def _sizes(option: str, text: str | None, example: str) -> int | tuple[int, ...] | None:

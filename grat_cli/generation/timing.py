@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,14 @@ class Phases:
         finally:
             self._running = None
 
+    def take(self, other: Phases) -> None:
+        """Adds what other phases have, and leaves them nothing."""
+        for name, milliseconds in other.phases_ms.items():
+            self.phases_ms[name] = self.phases_ms.get(name, 0.0) + milliseconds
+        for name, peak in other.memory_bytes.items():
+            self.memory_bytes[name] = max(self.memory_bytes.get(name, 0), peak)
+        other.phases_ms, other.memory_bytes = dict.fromkeys(other.phases_ms, 0.0), {}
+
     def so_far(self) -> tuple[dict[str, float], dict[str, int]]:
         """`phases_ms` and `memory_bytes` with what the running phase, if any, has taken until now."""
         phases_ms, memory_bytes = dict(self.phases_ms), dict(self.memory_bytes)
@@ -174,3 +182,28 @@ class Phases:
             phases_ms[name] = phases_ms.get(name, 0.0) + (time.perf_counter() - began) * 1000
             memory_bytes[name] = max(memory_bytes.get(name, 0), self._peak_bytes())
         return phases_ms, memory_bytes
+
+
+def phase_of(name: str, stage: int) -> str:
+    """The name of a phase of one stage, as `Phases` keeps it."""
+    return f"{name} {stage}"
+
+
+def by_name(phases: Mapping[str, Any], combine: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """Figures of phases with those of all stages in one, in order of first entry.
+
+    Args:
+        phases: of `Phases`.
+        combine: of two figures one: `operator.add` for times, `max` for memory.
+    """
+    combined: dict[str, Any] = {}
+    for phase, figure in phases.items():
+        name = phase.partition(" ")[0]
+        combined[name] = combine(combined[name], figure) if name in combined else figure
+    return combined
+
+
+def of_stage(phases: Mapping[str, Any], stage: int) -> dict[str, Any]:
+    """Figures of the phases of one stage, by name."""
+    ending = f" {stage}"
+    return {phase.removesuffix(ending): figure for phase, figure in phases.items() if phase.endswith(ending)}

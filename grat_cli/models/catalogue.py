@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from grat_cli.demo import DEMO_FLUX, DEMO_HUNYUAN
-from grat_cli.errors import BadInput, ModelUnavailable, nearest
+from pydantic import BaseModel, Field, ValidationError
+
+from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
+from grat_cli.models.parts import read_index, read_json, validation_problem
 
 Medium = Literal["image", "video"]
 
@@ -29,131 +30,20 @@ UNSUPPORTED_PIPELINES: Mapping[str, str] = {
 DEMO_TOKEN_SIDE = 8
 FLUX_TOKEN_SIDE = 16
 HUNYUAN_TEXT_CHANNELS = 4096  # of the Llama that HunyuanVideo was trained with
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_Blocks = Annotated[list[int] | None, Field(max_length=8)]
+_Scale = Annotated[int, Field(ge=1, le=64)]
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".sft")
 
 
-@dataclass(frozen=True)
-class VideoTraits:
-    """What videos a model was trained on.
+from grat_cli.families import FAMILIES
+from grat_cli.families.base import ModelChoice
 
-    Attributes:
-        width: in pixels.
-        height: in pixels.
-        frames: of a video.
-        fps: frames per second.
-        frames_per_latent: frames that a frame of latents stands for; videos have `k * frames_per_latent + 1` frames.
-    """
-
-    width: int
-    height: int
-    frames: int
-    fps: int
-    frames_per_latent: int = 4
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """A model, and the settings it was trained for.
-
-    Attributes:
-        name: as typed, or as chosen where nothing was typed.
-        source: hub id, folder, or file of a transformer alone.
-        kind: which of these three.
-        family: which presets are made for it.
-        reason: why this model.
-        native_side: height and width in pixels that it was trained at; for videos, the side of a square as large.
-        token_side: pixels per side of an image token.
-        size_multiple: heights and widths must be multiples of it.
-        text_tokens: length that prompts are padded or cut to.
-        default_steps: denoising steps that suit it.
-        default_guidance: guidance that suits it, None where it takes none.
-        default_shift: time shift that suits it, None for that of its scheduler.
-        true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
-        video: what videos it makes; None for a model of images.
-        is_demo: whether it is a bundled model, which knows a few hundred words.
-    """
-
-    name: str
-    source: str
-    kind: Literal["hub", "folder", "file"]
-    family: Literal["flux", "demo", "hunyuan"]
-    reason: str
-    native_side: int = 1024
-    token_side: int = FLUX_TOKEN_SIDE
-    size_multiple: int = 16
-    text_tokens: int = 512
-    default_steps: int = 28
-    default_guidance: float | None = 3.5
-    default_shift: float | None = None
-    true_guidance: bool = False
-    video: VideoTraits | None = None
-    is_demo: bool = False
-
-    @property
-    def medium(self) -> Medium:
-        """What it makes."""
-        return "image" if self.video is None else "video"
-
-
-_DEMO = ModelChoice(
-    name="demo",
-    source=str(DEMO_FLUX.path),
-    kind="folder",
-    family="demo",
-    reason="chosen by name",
-    native_side=DEMO_FLUX.native_side,
-    token_side=DEMO_TOKEN_SIDE,
-    text_tokens=DEMO_FLUX.text_tokens,
-    default_steps=DEMO_FLUX.steps,
-    default_guidance=DEMO_FLUX.guidance,
-    true_guidance=True,
-    is_demo=True,
-)
-_FLUX_DEV = ModelChoice("flux-dev", "black-forest-labs/FLUX.1-dev", "hub", "flux", "chosen by name")
-# Distilled to four steps without guidance; its reference code cuts prompts at 256 tokens.
-_FLUX_SCHNELL = ModelChoice(
-    "flux-schnell",
-    "black-forest-labs/FLUX.1-schnell",
-    "hub",
-    "flux",
-    "chosen by name",
-    text_tokens=256,
-    default_steps=4,
-    default_guidance=None,
-)
-# As in Tencent's own sample script: 50 steps, embedded guidance 6, shift 7, prompts of up to 256 tokens.
-_HUNYUAN = ModelChoice(
-    "hunyuan",
-    "hunyuanvideo-community/HunyuanVideo",
-    "hub",
-    "hunyuan",
-    "chosen by name",
-    native_side=960,
-    text_tokens=256,
-    default_steps=50,
-    default_guidance=6.0,
-    default_shift=7.0,
-    video=VideoTraits(width=1280, height=720, frames=129, fps=24),
-)
-_DEMO_HUNYUAN = ModelChoice(
-    name="demo",
-    source=str(DEMO_HUNYUAN.path),
-    kind="folder",
-    family="hunyuan",
-    reason="chosen by name",
-    native_side=192,
-    text_tokens=DEMO_HUNYUAN.text_tokens,
-    default_steps=DEMO_HUNYUAN.steps,
-    default_guidance=DEMO_HUNYUAN.guidance,
-    true_guidance=True,
-    video=VideoTraits(DEMO_HUNYUAN.width, DEMO_HUNYUAN.height, DEMO_HUNYUAN.frames, DEMO_HUNYUAN.fps),
-    is_demo=True,
-)
-KNOWN_MODELS: Mapping[Medium, Mapping[str, ModelChoice]] = {
-    "image": {choice.name: choice for choice in (_DEMO, _FLUX_DEV, _FLUX_SCHNELL)},
-    "video": {choice.name: choice for choice in (_DEMO_HUNYUAN, _HUNYUAN)},
+KNOWN_MODELS = {
+    m: {c.name: c for f in FAMILIES.values() if f.medium == m for c in f.models} for m in ("image", "video")
 }
+_DEMO, _FLUX_DEV, _FLUX_SCHNELL = (KNOWN_MODELS["image"][n] for n in ("demo", "flux-dev", "flux-schnell"))
+_DEMO_HUNYUAN, _HUNYUAN = (KNOWN_MODELS["video"][n] for n in ("demo", "hunyuan"))
 
 
 def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
@@ -186,7 +76,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
         return _choose_folder(name, path, medium)
     if path.suffix in _SINGLE_FILE_SUFFIXES or path.is_file():
         return _choose_file(name, path, medium)
-    if _HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         return replace(_template(name, medium), name=name, source=name, reason="hub id")
     closest = nearest(name, known)
     hint = f"did you mean {closest}? " if closest else ""
@@ -202,9 +92,7 @@ def medium_of_name(name: str) -> Medium | None:
     if media:
         return media[0] if len(media) == 1 else None
     index = Path(name).expanduser() / "model_index.json"
-    if not index.is_file():
-        return None
-    return medium_of_pipeline(_read_json(index, name).get("_class_name"))
+    return medium_of_pipeline(read_index(index).class_name) if index.is_file() else None
 
 
 def medium_of_pipeline(class_name: Any) -> Medium | None:
@@ -250,53 +138,60 @@ def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
 
 def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
     """A pipeline folder; the files in it tell how large its tokens are and how it takes guidance."""
-    pipeline = _read_json(path / "model_index.json", name, medium).get("_class_name")
-    if pipeline not in PIPELINES_OF_MEDIUM[medium]:
-        raise refusal_of_pipeline(name, pipeline, medium)
-    transformer = _read_json(path / "transformer" / "config.json", name, medium)
-    autoencoder = _read_json(path / "vae" / "config.json", name, medium)
+    try:
+        index = read_index(path / "model_index.json")
+        if index.class_name not in PIPELINES_OF_MEDIUM[medium]:
+            raise refusal_of_pipeline(name, index.class_name, medium)
+        index.classes(name, medium)
+        transformer, autoencoder = (
+            _Traits.model_validate(read_json(path / part / "config.json")) for part in ("transformer", "vae")
+        )
+    except FileNotFoundError as error:
+        raise ModelUnavailable(
+            f"{name} is not a pipeline folder: {first_line(error)}\n"
+            f"give a folder that a {PIPELINES_OF_MEDIUM[medium][0]} was saved to, or use --model demo"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = validation_problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise ModelUnavailable(
+            f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
+        ) from error
     choice = _video_folder(transformer, autoencoder) if medium == "video" else _flux_folder(transformer, autoencoder)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 
-def _flux_folder(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
+class _Traits(BaseModel):
+    """What the configuration of a transformer or an autoencoder tells of tokens. Defaults are those of diffusers."""
+
     # AutoencoderTiny does not store its own block_out_channels.
-    blocks = autoencoder.get("block_out_channels") or autoencoder.get("decoder_block_out_channels") or [0] * 4
+    block_out_channels: _Blocks = None
+    decoder_block_out_channels: _Blocks = None
+    guidance_embeds: bool | None = None
+    text_embed_dim: int = HUNYUAN_TEXT_CHANNELS
+    spatial_compression_ratio: _Scale = 8
+    temporal_compression_ratio: _Scale = 4
+    patch_size: _Scale = 2
+
+
+def _flux_folder(transformer: _Traits, autoencoder: _Traits) -> ModelChoice:
+    blocks = autoencoder.block_out_channels or autoencoder.decoder_block_out_channels or [0] * 4
     token_side = 2 ** (len(blocks) - 1) * 2
-    if token_side == DEMO_TOKEN_SIDE:
-        template = _DEMO
-    else:
-        template = _FLUX_DEV if transformer.get("guidance_embeds") else _FLUX_SCHNELL
+    template = _DEMO if token_side == DEMO_TOKEN_SIDE else _FLUX_DEV if transformer.guidance_embeds else _FLUX_SCHNELL
     return replace(template, token_side=token_side, size_multiple=max(template.size_multiple, token_side))
 
 
-def _video_folder(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
-    """A pipeline with a small text encoder is taken for kin of the demo. Defaults are those of diffusers' classes."""
-    like_hunyuan = transformer.get("text_embed_dim", HUNYUAN_TEXT_CHANNELS) == HUNYUAN_TEXT_CHANNELS
+def _video_folder(transformer: _Traits, autoencoder: _Traits) -> ModelChoice:
+    """A pipeline with a small text encoder is taken for kin of the demo."""
+    like_hunyuan = transformer.text_embed_dim == HUNYUAN_TEXT_CHANNELS
     # Its own scheduler's shift: a fine-tune may have another than HunyuanVideo.
     template = replace(_HUNYUAN, default_shift=None) if like_hunyuan else _DEMO_HUNYUAN
     assert template.video is not None
-    token_side = autoencoder.get("spatial_compression_ratio", 8) * transformer.get("patch_size", 2)
-    frames_per_latent = autoencoder.get("temporal_compression_ratio", 4)
+    token_side = autoencoder.spatial_compression_ratio * transformer.patch_size
+    frames_per_latent = autoencoder.temporal_compression_ratio
     return replace(
         template,
         token_side=token_side,
         size_multiple=max(template.size_multiple, token_side),
-        true_guidance=not transformer.get("guidance_embeds", True),
+        true_guidance=transformer.guidance_embeds is False,
         video=replace(template.video, frames_per_latent=frames_per_latent),
     )
-
-
-def _read_json(path: Path, name: str, medium: Medium = "image") -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelUnavailable(
-            f"{name} is not a pipeline folder: {path} is missing\n"
-            f"give a folder that a {PIPELINES_OF_MEDIUM[medium][0]} was saved to, or use --model demo"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelUnavailable(f"{path} cannot be read ({error}): get the folder again, or use --model demo") from error
-    if not isinstance(content, dict):
-        raise ModelUnavailable(f"{path} is damaged: get the folder again, or use --model demo")
-    return content

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grat_cli.errors import GratError, ModelUnavailable
+from grat_cli.errors import GratError, ModelUnavailable, first_line
 from grat_cli.models.catalogue import PIPELINES_OF_MEDIUM, Medium, refusal_of_pipeline
+from grat_cli.models.parts import read_index
 
 _OR_DEMO = "or use --model demo"
 BASES: Mapping[Medium, str] = {
@@ -28,7 +28,7 @@ def download_pipeline(pipeline: Any, hub_id: str, medium: Medium, leave_out: str
         leave_out: a part that is not needed.
 
     Raises:
-        ModelUnavailable: if it is missing, gated, of another class or out of reach.
+        ModelUnavailable: if it is missing, gated, of other classes or out of reach.
         BadInput: if it makes the other medium.
     """
     import huggingface_hub
@@ -43,9 +43,10 @@ def download_pipeline(pipeline: Any, hub_id: str, medium: Medium, leave_out: str
     try:
         # A few bytes tell whether gigabytes are worth it.
         index_file = huggingface_hub.hf_hub_download(hub_id, "model_index.json", local_files_only=obstacle is not None)
-        index = json.loads(Path(index_file).read_text())
-        if index.get("_class_name") not in PIPELINES_OF_MEDIUM[medium]:
-            raise refusal_of_pipeline(hub_id, index.get("_class_name"), medium)
+        index = read_index(Path(index_file))
+        if index.class_name not in PIPELINES_OF_MEDIUM[medium]:
+            raise refusal_of_pipeline(hub_id, index.class_name, medium)
+        index.classes(hub_id, medium)
         return Path(pipeline.download(hub_id, **({leave_out: None} if leave_out else {})))
     except GratError:
         raise
@@ -61,12 +62,6 @@ def revision_of(folder: Path) -> str | None:
 def root_cause(error: BaseException) -> BaseException:
     """The first exception of a chain: libraries wrap the one that says what happened."""
     return _chain(error)[-1]
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, at most one line of it."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.errors import BadInput, ModelUnavailable
+from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.models.catalogue import Medium, ModelChoice, medium_of_name
 from grat_cli.models.devices import is_out_of_memory, video_autoencoder_dtype
-from grat_cli.models.hub import BASES, download_pipeline, first_line, revision_of, root_cause
+from grat_cli.models.hub import BASES, download_pipeline, revision_of, root_cause
 from grat_cli.models.offloading import offload as offload_pipeline
 from grat_cli.models.offloading import require_offload, resolve_offload
+from grat_cli.models.parts import (
+    NOT_LOADED,
+    PARTS,
+    TOKENIZER_PATHS,
+    load_class,
+    read_index,
+    require_plain_config,
+    require_plain_part,
+)
 from grat_cli.models.quantization import configurations, require_quantization
 
 if TYPE_CHECKING:
@@ -90,9 +97,9 @@ def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.
         folder = _folder_of_parts(choice, pipeline, base)
         dtypes = dtypes_of_parts(choice, device, dtype)
         with _damage_of(f"vae of {choice.name}", choice.medium), _without_bars():
-            library, class_name = json.loads((folder / "model_index.json").read_text())["vae"]
-            loader = getattr(import_module(library), class_name)
-            return _load_part(loader, folder / "vae", dtypes["vae"]).to(device)
+            kind = read_index(folder / "model_index.json").classes(choice.name, choice.medium)["vae"]
+            require_plain_part(folder / "vae", f"vae of {choice.name}")
+            return _load_part(load_class(*kind), folder / "vae", dtypes["vae"]).to(device)
 
 
 def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -168,25 +175,18 @@ def _pipeline_class(medium: Medium, image_to_image: bool) -> Any:
     return FluxImg2ImgPipeline if image_to_image else FluxPipeline
 
 
-def _transformer_class(medium: Medium) -> Any:
-    if medium == "video":
-        from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
-
-        return HunyuanVideoTransformer3DModel
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-    return FluxTransformer2DModel
-
-
 def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: Any = None) -> Any:
     """A transformer from a file in diffusers' or the original layout, with the configuration of `base`."""
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
-    model = _transformer_class(choice.medium)
+    [(class_name, library)] = PARTS[choice.medium]["transformer"].items()
+    model = load_class(library, class_name)
     with _damage_of(choice.name, choice.medium), _without_bars():
-        with safe_open(choice.source, "pt") as file:
-            embeds_guidance = any("guidance" in key for key in file.keys())  # noqa: SIM118
+        # Read here: by themselves the libraries take a file of another suffix for a pickle.
+        weights = load_file(choice.source)
+        embeds_guidance = any("guidance" in key for key in weights)
         config: Any = model.load_config(base, subfolder="transformer")
+        require_plain_config(config, f"transformer of {base}")
         # Else weights would be left out without a word.
         if embeds_guidance != config["guidance_embeds"]:
             raise ModelUnavailable(
@@ -194,9 +194,7 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
                 f"{_matching_base(choice.medium, embeds_guidance)}"
             )
         options = {} if quantized is None else {"quantization_config": quantized}
-        transformer = model.from_single_file(
-            choice.source, config=base, subfolder="transformer", dtype=dtype, **options
-        )
+        transformer = model.from_single_file(weights, config=base, subfolder="transformer", dtype=dtype, **options)
         lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
@@ -219,30 +217,34 @@ def _load_folder(
     quantized: Mapping[str, Any],
     **given: Any,
 ) -> Any:
-    """A pipeline from a folder, strictly.
+    """A pipeline from a folder, strictly, part by part: the pipeline's own loader imports what the index names.
 
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
     with _damage_of(name, medium), _without_bars():
-        index = json.loads((folder / "model_index.json").read_text())
-        parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
-        for part in parts.keys() - given.keys():
+        kinds = read_index(folder / "model_index.json").classes(name, medium)
+        wanted = [part for part in PARTS[medium] if part not in (*NOT_LOADED, *given)]
+        for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
-            if not needed.exists():
-                raise FileNotFoundError(f"{needed} is missing")
-        for part in [part for part in _NEURAL_PARTS if part in parts and part not in given]:
-            library, class_name = parts[part]
+            if part not in kinds or not needed.exists():
+                raise FileNotFoundError(f"{needed if part in kinds else part} is missing")
+            require_plain_part(folder / part, f"{part} of {name}")
+        for part in wanted:
+            loader = load_class(*kinds[part])
             with _damage_of(f"{part} of {name}", medium):
-                loader = getattr(import_module(library), class_name)
-                given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
-        return pipeline.from_pretrained(folder, **given)
+                if part in _NEURAL_PARTS:
+                    given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
+                else:
+                    paths = dict.fromkeys(TOKENIZER_PATHS) if part.startswith("tokenizer") else {}
+                    given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)
+        return pipeline(**given)
 
 
 def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = None) -> Any:
     """A text encoder, transformer or autoencoder with every one of its weights."""
     options = {} if quantized is None else {"quantization_config": quantized}
     part, report = loader.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     # Encoders are often parts of larger checkpoints; of a transformer everything is used.
@@ -274,8 +276,6 @@ def _damage_of(name: str, medium: Medium) -> Iterator[None]:
 def _without_pointless_warnings() -> Iterator[None]:
     """Holds back warnings that are beside the point here; all others pass."""
     pointless = (
-        # FluxPipeline is annotated with AutoencoderKL, and runs with AutoencoderTiny as well.
-        ("diffusers.pipelines.pipeline_utils", "Expected types for vae"),
         # Either the cache has the model, or an error says that the hub is out of reach.
         ("diffusers.pipelines.pipeline_utils", "Couldn't connect to the Hub"),
         # What is missing is an error here, and says so itself.

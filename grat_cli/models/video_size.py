@@ -86,6 +86,20 @@ def parse_video_size(
     return replace(size, notes=(*size.notes, *_expectations(size, model, traits)))
 
 
+def parse_size(
+    model: ModelChoice,
+    res: str | None,
+    aspect: str | None = None,
+    seconds: float | None = None,
+    frames: int | None = None,
+    fps: int | None = None,
+) -> Resolution | VideoSize:
+    """The size of what a model makes; see `parse_resolution` and `parse_video_size`."""
+    if model.video:
+        return parse_video_size(res, aspect, seconds, frames, fps, model)
+    return parse_resolution(res, model.native_side, model.size_multiple)
+
+
 def _resolution(
     res: str | None, aspect: str | None, traits: VideoTraits, multiple: int
 ) -> tuple[Resolution, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from grat_cli.errors import NumericalFailure, OutOfMemory
 from grat_cli.estimates.planning import architecture_for, schedule_for
+from grat_cli.files.whole import write_whole
 from grat_cli.generation import report
 from grat_cli.generation.pictures import GeneratedImage
 from grat_cli.generation.timing import StepTiming
@@ -337,7 +338,7 @@ def test_previews_are_beside_the_output_until_it_is_there(painter: Painter, tmp_
         for seed, preview in request.previews.items():
             assert preview.path == Path(f"fox-s{seed}.preview.png")
             assert preview.every == 2
-            preview.path.write_bytes(b"so far")
+            write_whole(preview.path, lambda file: file.write(b"so far"))
         yield from painter(request, progress)
 
     painter.fails_at_seed[5] = NumericalFailure("NaN")
@@ -347,3 +348,25 @@ def test_previews_are_beside_the_output_until_it_is_there(painter: Painter, tmp_
     assert names(tmp_path) == {"fox-s3.png", "fox-s3.json", "fox-s5.preview.png"}
     grat(*FOX, "--res", "64", "--seed", "3", "--out", "other.png")
     assert painter.requests[-1].previews == {}
+
+
+def test_a_preview_takes_the_place_of_nothing(painter: Painter, tmp_path: Path) -> None:
+    mine = tmp_path / "fox.preview.png"
+    mine.write_bytes(b"precious")
+    arguments = (*FOX, "--res", "64", "--seed", "3", "--preview", "2", "--out", "fox.png")
+    assert "fox.preview.png exists: use --overwrite" in refusal(*arguments)
+    assert (mine.read_bytes(), painter.requests) == (b"precious", [])
+    assert grat(*arguments, "--overwrite").code == 0
+
+
+def test_what_came_while_a_picture_was_made_stays(painter: Painter, tmp_path: Path) -> None:
+    def paint(request: Any, progress: Any) -> Iterator[GeneratedImage]:
+        for generated in painter(request, progress):
+            (tmp_path / "fox.png").write_bytes(b"of another process")
+            yield generated
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grat_cli.generation.pictures.generate_images", paint)
+        assert "cannot write fox.png: it exists" in grat(*FOX, "--res", "64", "--out", "fox.png").err
+    assert names(tmp_path) == {"fox.png"}
+    assert (tmp_path / "fox.png").read_bytes() == b"of another process"

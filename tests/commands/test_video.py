@@ -21,6 +21,7 @@ import tiny_hunyuan
 import torch
 from command_line import Result, grat, refusal
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from grat_cli.commands import video_output
 from grat_cli.files.videos import probe_video
@@ -342,6 +343,102 @@ def test_ctrl_c_says_how_to_go_on(model: Path) -> None:
     shown = grat("info", "killed.checkpoint.safetensors").out
     assert f"{match[1]} of 12 are done" in shown
     assert "grat resume does the rest" in refusal("decode", "killed.checkpoint.safetensors")
+
+
+def interrupted_run(waves: tuple[object, ...], out: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Leaves a checkpoint of the third step beside an output, and returns what it says."""
+    from grat_cli.files.tensors import read_about
+
+    def step(self: Any, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grat_cli.console.progress.LogProgress.step", step)
+        assert grat(*waves, "--seed", "7", "--out", out).code == 130
+    about = read_about(Path(out).with_suffix(".checkpoint.safetensors"))
+    assert about is not None
+    return about
+
+
+def tampered(path: Path, about: dict[str, Any], **request: Any) -> None:
+    """Makes a checkpoint say something else."""
+    tensors = load_file(path)
+    path.unlink()
+    save_file(tensors, path, {"grat": json.dumps({**about, "request": {**about["request"], **request}})})
+
+
+def test_a_checkpoint_does_not_say_what_is_replaced(waves: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    about = interrupted_run(waves, "a.mp4", monkeypatch)
+    kept, precious = Path("a.checkpoint.safetensors"), {".bashrc": "alias", "a.json": "mine", ".json": "mine"}
+    tampered(kept, about, outputs=[".bashrc"], overwrite=True)
+    for name, content in precious.items():
+        Path(name).write_text(content)
+    assert "a.json exists: use --overwrite, or another --out" in refusal("resume", kept)
+    Path("a.json").rename("b.txt")
+    result = grat("resume", kept, "--quiet")
+    assert (result.code, result.out) == (0, "a.mp4\n"), result.err
+    assert names() == [".bashrc", ".json", "a.json", "a.mp4", "b.txt"]
+    assert (Path(".bashrc").read_text(), Path(".json").read_text()) == ("alias", "mine")
+
+
+def test_a_run_goes_on_where_it_is_told(waves: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_run(waves, "a.mp4", monkeypatch)
+    Path("b.mp4").write_text("precious")
+    assert "b.mp4 exists: use --overwrite, or another --out" in refusal("resume", "a.mp4", "--out", "b.mp4")
+    assert "these videos are mp4 files" in refusal("resume", "a.mp4", "--out", "b.webm")
+    assert Path("b.mp4").read_text() == "precious"
+    assert grat("resume", "a.mp4", "--out", "b.mp4", "--overwrite", "--quiet").out == "b.mp4\n"
+    assert names() == ["a.checkpoint.safetensors", "b.json", "b.mp4"]
+    Path("c.checkpoint.safetensors").write_bytes(Path("a.checkpoint.safetensors").read_bytes())
+    Path("c.latents.safetensors").write_text("of another run")
+    assert "c.latents.safetensors of another run exists" in refusal("resume", "c.checkpoint.safetensors")
+    Path("c.latents.safetensors").unlink()
+    assert grat("resume", "c.checkpoint.safetensors", "--quiet").out == "c.mp4\n"
+    assert names() == ["a.checkpoint.safetensors", "b.json", "b.mp4", "c.json", "c.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        ({"format": "exe"}, "format: "),
+        ({"frames": 10**12}, "frames: "),
+        ({"device": "cuda:0; rm"}, "device: "),
+        ({"model": {"name": "m", "source": "models/m", "kind": "folder"}}, "model.source: not an absolute path"),
+    ],
+    ids=str,
+)
+def test_checkpoints_that_ask_for_what_cannot_be_typed_are_refused(
+    waves: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, request_: dict[str, Any], says: str
+) -> None:
+    kept = Path("a.checkpoint.safetensors")
+    tampered(kept, interrupted_run(waves, "a.mp4", monkeypatch), **request_)
+    message = refusal("resume", kept)
+    assert message.startswith(f"{kept} cannot be gone on with: ")
+    assert says in message
+    assert len(message.splitlines()) == 1
+    assert says in refusal("decode", kept)
+
+
+def test_the_model_of_a_checkpoint_is_not_looked_for_elsewhere(
+    waves: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, gone = Path("a.checkpoint.safetensors"), Path("gone").resolve()
+    tampered(
+        kept, interrupted_run(waves, "a.mp4", monkeypatch), model={"name": "m", "source": str(gone), "kind": "folder"}
+    )
+    assert f"no model, folder or file is named '{gone}'" in refusal("resume", kept, code=3)
+
+
+def test_two_runs_of_one_name_do_not_meet(model: Path) -> None:
+    run = begin(long_run(model, "killed"))
+    wait_for_step(run, 1)
+    assert "of another run exists" in refusal(*long_run(model, "killed"))
+    second = grat(*long_run(model, "killed"), "--overwrite")
+    assert (second.code, "another grat is making killed: wait for it" in second.err) == (2, True)
+    out, _ = run.communicate(timeout=300)
+    assert (run.returncode, out.splitlines()[0]) == (0, "killed")
+    assert names() == ["killed", "killed.json"]
 
 
 def test_the_model_that_is_chosen_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

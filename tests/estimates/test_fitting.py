@@ -14,8 +14,7 @@ from grat_cli.estimates.components import components_of
 from grat_cli.estimates.fitting import Verdict, judge, refuse_unfit
 from grat_cli.estimates.hardware import GPUS, Device, cuda_device, device_named, free_main_memory
 from grat_cli.estimates.memory import Pixels
-from grat_cli.estimates.planning import Forecast, architecture_for, stage_forecasts
-from grat_cli.estimates.stages import stages_of
+from grat_cli.estimates.planning import Forecast, run_forecasts
 from grat_cli.estimates.time import estimate_for, picture_decode_flop, picture_encode_flop
 from grat_cli.generation.selection import select_preset
 from grat_cli.models.catalogue import KNOWN_MODELS, choose_model
@@ -26,8 +25,7 @@ COMPONENTS = components_of(FLUX)
 
 
 def forecasts(size: Resolution, variant: str = "x") -> list[Forecast]:
-    stages = stages_of(select_preset(FLUX, variant=variant), FLUX, size.width, size.height)
-    return stage_forecasts(stages, FLUX.name, architecture_for(FLUX))
+    return run_forecasts(select_preset(FLUX, variant=variant), FLUX, size)
 
 
 def verdict_of(side: int, device: Device, **flags: Any) -> Verdict:

@@ -63,16 +63,13 @@ def test_the_newest_one_is_kept_and_removed_at_the_end(store: CheckpointStore) -
     found = store.read()
     assert (found.step, found.generator_state, found.step_timings) == (2, None, [])
     assert outputs.read_provenance(store.path)["steps_done"] == 2
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    leftover = store.path.with_name(f".{store.path.name}.{dead.pid}.part")
-    leftover.write_bytes(b"half")
-    other = store.path.with_name(f".other.checkpoint.safetensors.{dead.pid}.part")
-    other.write_bytes(b"half")
-    of_a_running_process = store.path.with_name(f".{store.path.name}.{os.getpid()}.part")
-    of_a_running_process.write_bytes(b"half")
-    store.remove()
-    assert sorted(os.listdir(store.path.parent)) == sorted([other.name, of_a_running_process.name])
+    leftover = store.path.with_name(f".{store.path.name}.{'0a' * 8}.part")
+    other = store.path.with_name(f".other.checkpoint.safetensors.{'0a' * 8}.part")
+    for part in (leftover, other):
+        part.write_bytes(b"half")
+    with whole_files.part_of(store.path) as being_written:
+        store.remove()
+        assert sorted(os.listdir(store.path.parent)) == sorted([other.name, being_written.name])
     store.remove()
     with pytest.raises(BadInput, match="no such file"):
         store.read()
@@ -93,16 +90,17 @@ def test_other_files_and_versions_are_refused(store: CheckpointStore) -> None:
         (whole, about(step_timings=None), "not a whole checkpoint"),
         (whole | {"generator_state": torch.zeros(3)}, about(), "not a whole checkpoint"),
     ):
+        store.path.unlink(missing_ok=True)
         save_file(tensors, store.path, metadata)
         with pytest.raises(BadInput, match=message):
             store.read()
-    save_latents(store.path, latents_of(1), ABOUT)
+    save_latents(store.path, latents_of(1), ABOUT, overwrite=True)
     with pytest.raises(BadInput, match="is not a checkpoint of grat: it says"):
         store.read()
     store.path.write_text("text")
     with pytest.raises(BadInput, match="not a safetensors file, or it is damaged"):
         store.read()
-    store.write(1, latents_of(1), None, ABOUT)
+    store.write(1, latents_of(1), None, ABOUT, overwrite=True)
     with pytest.raises(
         BadInput, match=r"of another run: its latents are \[1, 4, 3, 6, 6\], this run's are \[1, 4, 3, 6, 8\]"
     ):
@@ -135,7 +133,7 @@ for line in sys.stdin:
     writer = os.fork()
     while not writer:
         step += 1
-        store.write(step, latents_of(step, 160), random_state(step), ABOUT, list(range(step)))
+        store.write(step, latents_of(step, 160), random_state(step), ABOUT, list(range(step)), overwrite=True)
         os.write(1, b"%d\\n" % step)
     print("writer", writer, flush=True)
     os.waitpid(writer, 0)
@@ -177,7 +175,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(store: CheckpointStore) 
             assert found.step_timings == list(range(found.step))
             step = found.step
     store.remove()
-    assert os.listdir(store.path.parent) == []
+    assert os.listdir(store.path.parent) == [store.path.name]  # another process wrote it
 
 
 _FULL_DISK = """
@@ -210,7 +208,7 @@ def test_content_and_name_are_on_the_disk_before_it_returns(
 ) -> None:
     """The content first, then the name, then the folder that has it."""
     calls: list[str] = []
-    sync, replace = os.fsync, os.replace
+    sync, replace, link = os.fsync, os.replace, os.link
 
     def fsync(descriptor: int) -> None:
         calls.append("sync folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "sync file")
@@ -220,10 +218,16 @@ def test_content_and_name_are_on_the_disk_before_it_returns(
         calls.append("replace")
         replace(source, target)
 
+    def name(source: Path, target: Path) -> None:
+        calls.append("link")
+        link(source, target)
+
     monkeypatch.setattr(whole_files.os, "fsync", fsync)
     monkeypatch.setattr(whole_files.os, "replace", rename)
+    monkeypatch.setattr(whole_files.os, "link", name)
     store.write(1, latents_of(1), None, ABOUT)
-    assert calls == ["sync file", "replace", "sync folder"]
+    store.write(2, latents_of(2), None, ABOUT)
+    assert calls == ["sync file", "link", "sync folder", "sync file", "replace", "sync folder"]
 
 
 def test_a_failing_disk_keeps_the_old_one(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ def test_a_folder_of_other_options_is_not_gone_on_with(loads: list[str]) -> None
     result = grat(*arguments, "--overwrite", "--json")  # the other one is as it should be
     assert (len(result.data["made"]), result.data["skipped"]) == (1, 1)
     changed = {name for name, when in files("g").items() if when != before[name]}
-    assert changed == {"00000/metadata.jsonl", "00000/samples/0000.png", "reports/00000-0000.json"}
+    assert changed == {"00000/samples/0000.png", "reports/00000-0000.json"}
 
 
 def test_a_report_without_its_picture_is_written_again(loads: list[str]) -> None:
@@ -392,7 +392,7 @@ def test_a_video_that_is_written_but_not_in_its_place_is_not_made_again(
     arguments: tuple[object, ...] = ("batch", "p.txt", "--model", video_model, *SMALL_VIDEO, "--steps", "2")
     arguments = (*arguments, "--out", "v", "--format", format_name)
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

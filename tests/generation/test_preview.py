@@ -93,7 +93,7 @@ def test_nothing_is_kept_but_for_the_step_before_a_preview(tmp_path: Path) -> No
 
 def test_a_run_makes_the_same_picture_with_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Image.Image] = []
-    monkeypatch.setattr(preview, "write_picture", lambda picture, *_: written.append(picture))
+    monkeypatch.setattr(preview, "write_picture", lambda picture, *_, **__: written.append(picture))
     path = tmp_path / "fox.preview.png"
     changes: dict[str, Any] = {"preset": preset(sampling={"steps": 4, "guidance": 2.0})}
     (without,) = generate(**changes)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,13 @@ import numpy as np
 import pytest
 import tiny_hunyuan
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from grat_cli.errors import BadInput, CannotWrite, Interrupted, NumericalFailure, OutOfMemory
 from grat_cli.files import outputs as media
 from grat_cli.files import whole as whole_files
+from grat_cli.files.checkpoint import CheckpointStore
 from grat_cli.generation import video_decoding, video_run
 from grat_cli.generation import videos as video_generation
 from grat_cli.generation.video_decoding import MadeVideo
@@ -212,7 +214,7 @@ def test_a_run_that_is_taken_up_ends_as_if_it_had_not_been_broken_off(
 ) -> None:
     """In bf16 the pipeline's timesteps are rounded as well, from the second step on."""
     loaded.to(getattr(torch, dtype))
-    asked = request(model, tmp_path / "a.mp4", tmp_path / "b.mp4", checkpoint_every=every, dtype=dtype)
+    asked = request(model, tmp_path / "a-s7.mp4", tmp_path / "a-s8.mp4", checkpoint_every=every, dtype=dtype)
     if guard is not None:
         attention = {"variant": "b", "group": [1, 1, 2], "radius": 0}
         asked = replace(asked, preset=preset(guard=guard, schedule={}, attention=attention))
@@ -226,7 +228,7 @@ def test_a_run_that_is_taken_up_ends_as_if_it_had_not_been_broken_off(
         with pytest.raises(Interrupted, match=f"interrupted after step {after} of {STEPS}; go on with grat resume "):
             generate(asked, Progress(break_off_after=after))
         (kept,) = tmp_path.iterdir()
-        for named in (kept, tmp_path / "a.mp4"):
+        for named in (kept, tmp_path / "a-s7.mp4"):
             assert find_run(named) == kept
         run, restored = read_run(kept)
         assert restored == asked
@@ -239,7 +241,7 @@ def test_a_run_that_is_taken_up_ends_as_if_it_had_not_been_broken_off(
         for name, frames in whole.items():
             np.testing.assert_array_equal(written[name], frames)
         assert [untimed(video.report) for video in made] == [untimed(video.report) for video in expected]
-        assert names(tmp_path) == ["a.json", "a.mp4", "b.json", "b.mp4"]
+        assert names(tmp_path) == ["a-s7.json", "a-s7.mp4", "a-s8.json", "a-s8.mp4"]
 
 
 @pytest.mark.parametrize("after", [1, STEPS])
@@ -266,12 +268,10 @@ def test_a_run_that_is_taken_up_computes_on_its_own_number_of_threads(
 def test_what_killed_processes_left_beside_a_video_goes_with_the_end(
     loaded: Any, written: dict[str, np.ndarray], model: ModelChoice, tmp_path: Path
 ) -> None:
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
     for name in ("a.mp4", "a.json", "a.latents.safetensors"):
-        (tmp_path / f".{name}.{killed.pid}.part").write_bytes(b"half")
-    (tmp_path / f".a.mp4.{killed.pid}.lossless").write_bytes(b"half")
-    (tmp_path / f".b.mp4.{killed.pid}.part").write_bytes(b"of another video")
+        (tmp_path / f".{name}.{'0a' * 8}.part").write_bytes(b"half")
+    (tmp_path / f".a.mp4.{'0a' * 8}.lossless").write_bytes(b"half")
+    (tmp_path / f".b.mp4.{'0a' * 8}.part").write_bytes(b"of another video")
     generate(request(model, tmp_path / "a.mp4"))
     assert ".b.mp4" in names(tmp_path)[0]
     assert names(tmp_path)[1:] == ["a.json", "a.mp4"]
@@ -323,13 +323,13 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(loaded: Any, model: ModelCh
 def test_ctrl_c_after_the_last_step_keeps_the_latents(
     loaded: Any, written: dict[str, np.ndarray], model: ModelChoice, tmp_path: Path, phase: str
 ) -> None:
-    asked = request(model, tmp_path / "a.mp4", tmp_path / "b.mp4")
+    asked = request(model, tmp_path / "a.mp4", tmp_path / "a-s8.mp4")
     expected = generate(replace(asked, outputs=(tmp_path / "c.mp4", tmp_path / "d.mp4")))
     with pytest.raises(Interrupted, match=r"grat resume .*a\.latents\.safetensors"):
         generate(asked, Progress(at_phase=phase))
     run, restored = read_run(find_run(tmp_path / "a.mp4"))
     made = generate(restored, Progress(), run)
-    for name, other in (("a.mp4", "c.mp4"), ("b.mp4", "d.mp4")):
+    for name, other in (("a.mp4", "c.mp4"), ("a-s8.mp4", "d.mp4")):
         np.testing.assert_array_equal(written[name], written[other])
     assert [untimed(video.report) for video in made] == [untimed(video.report) for video in expected]
     assert not list(tmp_path.glob("*.safetensors"))
@@ -564,14 +564,126 @@ def test_other_weights_are_refused(
 
 def test_requests_come_back_from_data(model: ModelChoice, tmp_path: Path) -> None:
     asked = request(model, tmp_path / "a.mp4", tmp_path / "b.mp4", crf=20, format="mp4", negative_prompt="a boat")
-    moved = request_from_data(request_data(asked), tmp_path / "elsewhere")
-    outputs = (tmp_path / "elsewhere" / "a.mp4", tmp_path / "elsewhere" / "b.mp4")
+    place = tmp_path / "elsewhere" / "c-s8"
+    moved = request_from_data(request_data(asked), place, 8)
+    outputs = (tmp_path / "elsewhere" / "c-s7.mp4", tmp_path / "elsewhere" / "c-s8.mp4")
     assert moved == replace(asked, outputs=outputs)
-    outside = request_data(asked) | {"outputs": ["../../a.mp4", "/etc/b.mp4"]}
-    assert request_from_data(outside, tmp_path).outputs == (tmp_path / "a.mp4", tmp_path / "b.mp4")
-    for damage in ({"model": None}, {"seeds": "x"}, {"frames": "nine"}, {"preset": {}}, {"unknown": 1}):
-        with pytest.raises(BadInput, match="the request is damaged"):
-            request_from_data(request_data(asked) | damage, tmp_path)
+    # Former versions wrote where outputs go, and what they may replace: a file does not decide that.
+    former = request_data(replace(asked, overwrite=True)) | {"outputs": ["../.bashrc", "/etc/b"], "overwrite": True}
+    assert request_from_data(former, place, 8) == moved
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"model": None}, "model: "),
+        ({"model": {"name": "x", "source": "x/../y", "kind": "folder"}}, "model.source: not an absolute path"),
+        ({"model": {"name": "x", "source": "owner/name", "kind": "file"}}, "model.source: not an absolute path"),
+        ({"model": {"name": "demo", "source": "owner/name", "kind": "hub"}}, "was a hub and is a folder here"),
+        ({"base": "../parts"}, "base: neither an absolute path"),
+        ({"seeds": "x"}, "seeds: "),
+        ({"seeds": [7, 7]}, "seeds: one is missing, or there twice"),
+        ({"seeds": [9]}, "seeds: one is missing"),
+        ({"seeds": [7, 2**63]}, "seeds.1: "),
+        ({"frames": "nine"}, "frames: "),
+        ({"frames": 10**9 + 1}, "frames: "),
+        ({"width": 2**40}, "width: "),
+        ({"fps": 0}, "fps: "),
+        ({"preset": {}}, "preset.name: "),
+        ({"format": "exe"}, "format: "),
+        ({"device": "gpu\x1b[31m"}, "device: "),
+        ({"dtype": "float8"}, "dtype: "),
+        ({"offload": "all"}, "offload: "),
+        ({"metadata": "no"}, "metadata: "),
+        ({"prompt": "x" * 2**21}, "prompt: "),
+        ({"unknown\n\x1b": 1}, r"unknown\\n\\x1b: "),
+    ],
+)
+def test_stored_requests_are_held_to_what_may_be_typed(
+    model: ModelChoice, tmp_path: Path, damage: dict[str, Any], says: str
+) -> None:
+    data = request_data(request(model, tmp_path / "a.mp4")) | damage
+    with pytest.raises(BadInput, match=f"^the request is damaged, or of another version of grat: .*{says}") as caught:
+        request_from_data(data, tmp_path / "a", 7)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"seed": -1},
+        {"steps": []},
+        {"steps": [{"index": 0}]},
+        {"phases": {"load": float("nan")}},
+        {"phases": {"load": "long"}},
+        {"memory": {"load": -1}},
+        {"peak_memory_kind": 5},
+        {"guard_state": [1]},
+        {"request": None},
+    ],
+    ids=str,
+)
+def test_stored_runs_are_held_to_what_a_run_writes(
+    loaded: Any, model: ModelChoice, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    with pytest.raises(Interrupted):
+        generate(request(model, tmp_path / "a.mp4"), Progress(break_off_after=2))
+    store = CheckpointStore(tmp_path / "a.checkpoint.safetensors")
+    found = store.read()
+    damaged = json.dumps({**found.about, **damage})
+    with safe_open(store.path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    store.path.unlink()
+    save_file(tensors, store.path, {"grat": damaged})
+    with pytest.raises(BadInput, match="cannot be gone on with: ") as caught:
+        read_run(store.path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_latents_of_another_shape_than_the_request_are_refused(loaded: Any, model: ModelChoice, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        generate(request(model, tmp_path / "a.mp4"), Progress(break_off_after=2))
+    store = CheckpointStore(tmp_path / "a.checkpoint.safetensors")
+    found = store.read()
+    for latents in (found.latents[:, :, :2], found.latents[..., :4], found.latents[0]):
+        store.write(2, latents, found.generator_state, found.about, found.step_timings)
+        with pytest.raises(BadInput, match=r"of another version of grat: its latents are \["):
+            read_run(store.path)
+    store.write(2, found.latents, torch.zeros(3, dtype=torch.uint8), found.about, found.step_timings)
+    run, asked = read_run(store.path)
+    with pytest.raises(BadInput, match="the random state of the run is damaged"):
+        generate(asked, begun=run)
+
+
+def test_what_another_run_kept_stays_without_overwrite(
+    loaded: Any, written: dict[str, np.ndarray], model: ModelChoice, tmp_path: Path
+) -> None:
+    kept = [tmp_path / f"a.{what}.safetensors" for what in ("latents", "checkpoint")]
+    for path in kept:
+        path.write_bytes(b"precious")
+    generate(request(model, tmp_path / "a.mp4", checkpoint_every=2))
+    assert [path.read_bytes() for path in kept] == [b"precious"] * 2
+    assert (tmp_path / "a.mp4").is_file()
+    generate(request(model, tmp_path / "a.mp4", overwrite=True))
+    assert names(tmp_path) == ["a.json", "a.mp4"]
+
+
+def test_a_run_that_goes_on_elsewhere_leaves_its_checkpoint(
+    loaded: Any, written: dict[str, np.ndarray], model: ModelChoice, tmp_path: Path
+) -> None:
+    for after in (2, STEPS):
+        with pytest.raises(Interrupted):
+            generate(request(model, tmp_path / "a.mp4"), Progress(break_off_after=after))
+        run, asked = read_run(find_run(tmp_path / "a.mp4"))
+        folder = tmp_path / f"b{after}"
+        folder.mkdir()
+        (made,) = generate(replace(asked, outputs=(folder / "b.mp4",)), begun=run)
+        assert made.path == folder / "b.mp4"
+        assert names(folder) == ["b.json", "b.mp4"]
+        assert run.kept is not None
+        assert run.kept.is_file()
+        run.kept.unlink()
 
 
 @pytest.mark.parametrize(
@@ -602,6 +714,6 @@ def test_files_that_are_no_runs_are_refused(
     kept = media.latents_path(tmp_path / "a.mp4")
     run, _ = read_run(kept)
     assert run.latents is not None
-    video_run.save_latents(kept, run.latents, {"prompt": PROMPT})
+    video_run.save_latents(kept, run.latents, {"prompt": PROMPT}, overwrite=True)
     with pytest.raises(BadInput, match="it is damaged, or of another version of grat"):
         read_run(kept)

@@ -1,0 +1,145 @@
+"""Options that are declared once, in groups, as parameters of commands.
+
+A group is a frozen dataclass whose fields are made by `option` or `switch`. A command takes whole groups, and by
+keyword, so that they stand in the order of its help text:
+
+    def plan(*, size: SizeOptions, sampling: Annotated[SamplingOptions, only("steps")], gpu: str | None = option(...)):
+
+`with_options`, which `app` applies to each command, puts the fields of the groups in their place; those that `only`
+leaves out keep their defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from grat_cli.errors import BadInput
+
+
+def option(
+    metavar: str,
+    help: str,
+    panel: str | None = None,
+    default: Any = None,
+    *,
+    flag: str | None = None,
+    complete: Callable[..., list[str]] | None = None,
+    show_default: bool = False,
+) -> Any:
+    """A field of a group, or the default of a command's parameter, that is an option with a value.
+
+    Args:
+        metavar: what its value is called in the help text.
+        help: what it does.
+        panel: of the help text.
+        default: where it is not given.
+        flag: as typed; None for the name of the field or parameter.
+        complete: for shell completion.
+        show_default: whether the help text gives the default, which it otherwise says in words.
+    """
+    settings = {"help": help, "rich_help_panel": panel, "metavar": metavar, "show_default": show_default}
+    return field(default=default, metadata={"flag": flag, **settings, "autocompletion": complete})
+
+
+def switch(help: str, panel: str | None = None, *, flag: str | None = None) -> Any:
+    """Likewise an option without a value."""
+    return field(default=False, metadata={"flag": flag, "help": help, "rich_help_panel": panel})
+
+
+def argument(metavar: str, help: str, complete: Callable[..., list[str]] | None = None) -> Any:
+    """In `Annotated`: a parameter of a command that is no option; the help text says its default in words."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Which fields of a group a command has: all, or those of these names; and those that differ for it."""
+
+    names: tuple[str, ...] | None
+    instead: Mapping[str, Any]
+
+    def of(self, group: Any) -> dict[str, Field[Any]]:
+        """By name, in the group's order."""
+        return {
+            each.name: _reworded(each, self.instead.get(each.name, each))
+            for each in fields(group)
+            if self.names is None or each.name in self.names or each.name in self.instead
+        }
+
+
+def _reworded(declared: Field[Any], instead: Field[Any] | str) -> Field[Any]:
+    if not isinstance(instead, str):
+        return instead
+    default: Any = declared.default
+    return field(default=default, metadata={**declared.metadata, "help": instead})
+
+
+def only(*names: str, **instead: Any) -> _Shown:
+    """In `Annotated[Group, only(...)]`: the command has these fields alone, some with another help text or anew."""
+    return _Shown(names, instead)
+
+
+def changed(**instead: Any) -> _Shown:
+    """In `Annotated[Group, changed(...)]`: the command has all fields, these with another help text or anew."""
+    return _Shown(None, instead)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer reads it: with the fields of its groups in place of these."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        hint = hints[name]
+        group, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if is_dataclass(group):
+            shown = next((note for note in notes if isinstance(note, _Shown)), changed()).of(group)
+            groups[name] = group, tuple(shown)
+            types = get_type_hints(group)
+            parameters += [_parameter(each, types[each], declared) for each, declared in shown.items()]
+        elif isinstance(parameter.default, Field):
+            parameters.append(_parameter(name, hint, parameter.default))
+        else:
+            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        built = {name: group(**{each: values.pop(each) for each in names}) for name, (group, names) in groups.items()}
+        command(**values, **built)
+
+    setattr(call, "__signature__", inspect.Signature(parameters))  # noqa: B010
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _parameter(name: str, hint: Any, declared: Field[Any]) -> inspect.Parameter:
+    settings = dict(declared.metadata)
+    flag = settings.pop("flag") or f"--{name.replace('_', '-')}"
+    for kind in (int, float):
+        if kind in (hint, *get_args(hint)):
+            settings["parser"] = _number(flag, kind)
+    annotation = Annotated[hint, typer.Option(flag, **settings)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation)
+
+
+def _number(flag: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A parser of numbers whose complaint names the option; Typer's own words are longer and say less."""
+
+    def parse(text: str) -> int | float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            expected = "a whole number" if kind is int else "a number"
+            raise BadInput(f"{flag} {text}: expected {expected}")
+        return number
+
+    return parse

@@ -1,0 +1,173 @@
+"""One stage of an output: from noise, an upscaled picture, or what is done of it, to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.attention.extrapolation import Extrapolation
+from grat_cli.errors import BadInput, NumericalFailure
+from grat_cli.estimates.stages import Stage, stages_of
+from grat_cli.families.time_shift import time_shift
+from grat_cli.generation.low_resolution_guidance import low_resolution_guidance
+from grat_cli.generation.request import Progress, Request
+from grat_cli.installation import Installation, install
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from grat_cli.attention.adapter import CallObserver
+    from grat_cli.models.resolution import Resolution
+
+
+def stages_for(request: Request, start: Resolution | None = None) -> tuple[Stage, ...]:
+    """The stages of a request's outputs; `start` is the size of the picture that they start from."""
+    return stages_of(
+        request.preset, request.model, request.width, request.height, start=start, strength=request.strength
+    )
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A pipeline that is ready for a stage.
+
+    Attributes:
+        pipe: that starts from noise, or from a picture, as the stage does.
+        shift: effective time shift, a factor.
+        installation: what runs inside it.
+    """
+
+    pipe: Any
+    shift: float
+    installation: Installation
+
+
+@contextmanager
+def installed(
+    pipe: Any,
+    request: Request,
+    stage: Stage,
+    *,
+    start: torch.Tensor | None = None,
+    first_step: int = 0,
+    observer: CallObserver | None = None,
+) -> Iterator[Installed]:
+    """While inside, a pipeline runs a stage with its attention, time shift and guidance.
+
+    Args:
+        pipe: a loaded pipeline.
+        request: of the output.
+        stage: to be run.
+        start: latents that it starts from; None for noise.
+        first_step: steps of it that are done.
+        observer: told of transformer calls and attentions.
+
+    Raises:
+        BadInput: if attention or schedule do not fit the stage, or its backend cannot run.
+        NumericalFailure: if a kernel computes wrong results on this machine.
+    """
+    family = request.family
+    pipe = family.pipeline_for(pipe, from_picture=start is not None)
+    size = request.installed_size | {"height": stage.height, "width": stage.width}
+    tokens = request.model.grid(stage.width, stage.height, request.frames).tokens
+    with (
+        time_shift(pipe, tokens, stage.preset.sampling.shift) as shift,
+        _guided(pipe, request, stage, start),
+        install(
+            pipe,
+            stage.preset,
+            **size,
+            steps=stage.steps,
+            first_step=first_step,
+            observer=observer,
+            extrapolation=_extrapolation(request, stage),
+        ) as installation,
+        explained_backend_failures(),
+    ):
+        yield Installed(pipe, shift, installation)
+
+
+def _guided(pipe: Any, request: Request, stage: Stage, start: torch.Tensor | None) -> AbstractContextManager[None]:
+    """Low-resolution guidance of a stage that has it."""
+    if start is None or not stage.low_resolution_guidance:
+        return nullcontext()
+    scale = stage.width // start.shape[-1]  # pixels per latent
+    trained = stage.trained.height // scale, stage.trained.width // scale
+    return low_resolution_guidance(request.family, pipe, start, trained, stage.low_resolution_guidance)
+
+
+def _extrapolation(request: Request, stage: Stage) -> Extrapolation | None:
+    """How positions and scores are fitted to a stage; None where they stay as they are."""
+    if stage.positions == "none" and not stage.proportional_attention:
+        return None
+    trained = request.model.grid(stage.trained.width, stage.trained.height).shape
+    return Extrapolation((trained[0], trained[1]), stage.positions, stage.proportional_attention)
+
+
+@contextmanager
+def explained_backend_failures() -> Iterator[None]:
+    """Around a pipeline call: what a backend refuses is bad input, what it computes wrongly a numerical failure."""
+    from grat_kernels import BackendUnavailable, KernelMismatch
+
+    try:
+        yield
+    except BackendUnavailable as error:
+        raise BadInput(f"{error}; use --backend auto") from error
+    except KernelMismatch as error:
+        raise NumericalFailure(str(error)) from error
+
+
+def upscaled(pipe: Any, request: Request, before: Image.Image | torch.Tensor, stage: Stage) -> torch.Tensor:
+    """Latents `[1, C, h, w]` of the size of a stage.
+
+    Args:
+        pipe: a loaded pipeline.
+        request: of the output.
+        before: picture or latents of any size.
+        stage: that starts from them.
+    """
+    from PIL import Image
+
+    if isinstance(before, Image.Image):
+        resized = before.resize((stage.width, stage.height), Image.Resampling.LANCZOS)
+        return request.family.encode(pipe, resized)
+    from torch.nn import functional
+
+    scale = pipe.vae_scale_factor
+    size = stage.height // scale, stage.width // scale
+    return functional.interpolate(before.float(), size, mode="bicubic", antialias=True).to(before.dtype)
+
+
+class StepWatch:
+    """The pipeline's callback after every step: tells progress, and collects without waiting whether all is finite.
+
+    Args:
+        progress: to be told.
+        first_step: where the stage begins; later than 0 where an interrupted one is resumed.
+    """
+
+    def __init__(self, progress: Progress, first_step: int = 0) -> None:
+        self._progress = progress
+        self._first_step, self._steps = first_step, first_step
+        self._finite: list[torch.Tensor] = []
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        self._finite.append(tensors["latents"].isfinite().all())
+        self._steps = self._first_step + pipe.num_timesteps
+        self._progress.step(self._first_step + step + 1, self._steps)
+        return {}
+
+    def raise_if_not_finite(self) -> None:
+        """Raises NumericalFailure with the first step whose latents were not finite; waits for the device."""
+        import torch
+
+        finite = torch.stack(self._finite).tolist() if self._finite else []
+        if not all(finite):
+            first = self._first_step + finite.index(False) + 1
+            raise NumericalFailure(
+                f"latents turned NaN or infinite at step {first} of {self._steps}: "
+                "try --dtype float32 or bfloat16, or another --backend"
+            )

@@ -1,0 +1,215 @@
+"""What a pipeline's files may ask for: classes from a table, weights beside them, and no code of their own.
+
+A model's folder is data from a stranger. Its `model_index.json` names a class for each part, and loaders of diffusers
+and transformers follow more keys than that: to modules, kernels on the hub, files elsewhere, pickles. Here all of them
+are read, bounded, and either known or refused, before a library sees the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+
+from grat_cli.errors import ModelUnavailable, first_line, printable
+from grat_cli.models.quantization import PACKAGES
+
+Parts = Mapping[str, Mapping[str, str]]
+"""Of each part of a pipeline: the classes that it may be of, and the library of each."""
+
+_ANY_TOKENIZER = dict.fromkeys(("TokenizersBackend", "PreTrainedTokenizerFast"), "transformers")
+_CLIP_TOKENIZER = {"CLIPTokenizer": "transformers", "CLIPTokenizerFast": "transformers", **_ANY_TOKENIZER}
+_SCHEDULER = {"FlowMatchEulerDiscreteScheduler": "diffusers"}
+# As FluxPipeline, FluxImg2ImgPipeline and HunyuanVideoPipeline of diffusers are annotated, with the two generic
+# tokenizers that transformers 5 saves any other as, and the autoencoder that also fits Flux.
+FLUX_PARTS: Parts = {
+    "text_encoder": {"CLIPTextModel": "transformers"},
+    "text_encoder_2": {"T5EncoderModel": "transformers"},
+    "tokenizer": _CLIP_TOKENIZER,
+    "tokenizer_2": {"T5Tokenizer": "transformers", "T5TokenizerFast": "transformers", **_ANY_TOKENIZER},
+    "transformer": {"FluxTransformer2DModel": "diffusers"},
+    "vae": {"AutoencoderKL": "diffusers", "AutoencoderTiny": "diffusers"},
+    "scheduler": _SCHEDULER,
+    "image_encoder": {"CLIPVisionModelWithProjection": "transformers"},
+    "feature_extractor": {"CLIPImageProcessor": "transformers"},
+}
+HUNYUAN_PARTS: Parts = {
+    "text_encoder": {"LlamaModel": "transformers"},
+    "text_encoder_2": {"CLIPTextModel": "transformers"},
+    "tokenizer": {"LlamaTokenizer": "transformers", "LlamaTokenizerFast": "transformers", **_ANY_TOKENIZER},
+    "tokenizer_2": _CLIP_TOKENIZER,
+    "transformer": {"HunyuanVideoTransformer3DModel": "diffusers"},
+    "vae": {"AutoencoderKLHunyuanVideo": "diffusers"},
+    "scheduler": _SCHEDULER,
+}
+PARTS: Mapping[str, Parts] = {"image": FLUX_PARTS, "video": HUNYUAN_PARTS}
+NOT_LOADED = ("image_encoder", "feature_extractor")
+"""Parts that serve image prompts, which are not used here."""
+
+_LONGEST_JSON_BYTES = 1 << 23
+_GET_AGAIN = "get the folder again, or use --model demo"
+# Keys that make a loader run a module, or read files of any name.
+_REACHING_OUT = (
+    *("auto_map", "custom_pipelines", "transformers_weights", "configuration_files"),
+    *("fast_tokenizer_files", "init_inputs"),
+)
+# Anything else may be a kernel on the hub, which is code.
+_ATTENTIONS = (None, "eager", "sdpa")
+# What a tokenizer's configuration may set to the path of any file; files beside it are found without.
+TOKENIZER_PATHS = ("vocab_file", "merges_file", "vocab", "merges", "gguf_file", "tokenizer_object")
+
+# So that a name can be shown as it is.
+_Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,79}$")]
+
+
+class PipelineIndex(BaseModel):
+    """A `model_index.json`.
+
+    Attributes:
+        class_name: of the pipeline; None where it is not said.
+        parts: library and class of each part; None where the pipeline does without it.
+    """
+
+    class_name: _Name | None
+    parts: dict[_Name, tuple[_Name | None, _Name | None]] = Field(max_length=32)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sorted_out(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        parts = {key: value for key, value in content.items() if isinstance(value, list) and not key.startswith("_")}
+        return {"class_name": content.get("_class_name"), "parts": parts}
+
+    def classes(self, name: str, medium: str) -> dict[str, tuple[str, str]]:
+        """Library and class of each part that the pipeline has.
+
+        Args:
+            name: the model, for messages.
+            medium: what it makes.
+
+        Raises:
+            ModelUnavailable: if one is not in the table.
+        """
+        found = {part: (library, kind) for part, (library, kind) in self.parts.items() if library and kind}
+        for part, (library, kind) in found.items():
+            known = PARTS[medium].get(part, {})
+            if known.get(kind) != library:
+                wanted = f"only {' or '.join(known)} can be" if known else "there is no part of that name"
+                raise ModelUnavailable(
+                    f"{part} of {name} is a {kind} of {library}, which is not supported: {wanted}; {_GET_AGAIN}"
+                )
+        return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read.
+        ValueError: if it holds no such object, is too long, or nested too deeply.
+    """
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise FileNotFoundError(f"{path} is missing")
+    with open(path, "rb") as file:
+        text = file.read(_LONGEST_JSON_BYTES + 1)
+    if len(text) > _LONGEST_JSON_BYTES:
+        raise ValueError(f"{path.name} is longer than {_LONGEST_JSON_BYTES >> 20} MiB")
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return content
+
+
+def read_index(path: Path) -> PipelineIndex:
+    """A `model_index.json`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ModelUnavailable: if it cannot be read, or is none.
+    """
+    try:
+        return PipelineIndex.model_validate(read_json(path))
+    except FileNotFoundError:
+        raise
+    except ValidationError as error:
+        raise ModelUnavailable(f"{path} is damaged ({validation_problem(error)}): {_GET_AGAIN}") from error
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(f"{path} cannot be read ({first_line(error)}): {_GET_AGAIN}") from error
+
+
+def validation_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with a file's content, without that content."""
+    problem = error.errors(include_input=False, include_url=False)[0]
+    return printable(".".join(str(key) for key in problem["loc"] if key != "[key]"))[:80] + f": {problem['msg']}"
+
+
+def load_class(library: str, kind: str) -> Any:
+    """A class of `PipelineIndex.classes`, or of a table."""
+    return getattr(import_module(library), kind)
+
+
+def require_plain_part(folder: Path, what: str) -> None:
+    """Makes sure that loading a part of a pipeline runs no code and reads nothing but safetensors beside it.
+
+    Args:
+        folder: of the part.
+        what: it is, for messages.
+
+    Raises:
+        ModelUnavailable: if its files ask for more.
+        OSError: if they cannot be read.
+        ValueError: if they are damaged.
+    """
+    for path in sorted(folder.glob("*.json")):
+        if path.name == "adapter_config.json":
+            raise _reaches_out(what, path.name, "an adapter, which is loaded from anywhere")
+        if path.name.endswith(".index.json"):
+            names = set(map(str, read_json(path)["weight_map"].values()))
+            strange = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
+            if strange:
+                raise _reaches_out(what, path.name, f"{printable(strange[0])[:80]}, no .safetensors beside it")
+        elif path.name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+            require_plain_config(read_json(path), what, path.name)
+
+
+def require_plain_config(config: Mapping[str, Any], what: str, file: str = "config.json") -> None:
+    """The same of a configuration alone; arguments and errors are those of `require_plain_part`."""
+    for entries in _objects(config):
+        for key in _REACHING_OUT:
+            if entries.get(key):
+                raise _reaches_out(what, file, f"{key}, which runs or reads what is no part of the model")
+        for key in ("attn_implementation", "_attn_implementation"):
+            if entries.get(key) not in _ATTENTIONS:
+                raise _reaches_out(what, file, f"{key}, which may run code from the hub")
+        quantization = entries.get("quantization_config")
+        method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else None
+        if method is not None and method not in PACKAGES.values():
+            raise _reaches_out(what, file, f"weights quantized by none of {', '.join(sorted(set(PACKAGES.values())))}")
+        # Libraries repeat some in warnings. A tokenizer's may hold control characters: they are its tokens.
+        texts = (text for pair in entries.items() for text in pair if isinstance(text, str))
+        if file != "tokenizer_config.json" and not all(text.isprintable() for text in texts):
+            raise ValueError(f"{file} holds control characters")
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object inside JSON data: libraries look into some that are nested."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+        waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+
+
+def _reaches_out(what: str, file: str, asked: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"{what} is not loaded: its {file} asks for {asked}\n"
+        "get the model from its makers, in diffusers' own layout with .safetensors, or use --model demo"
+    )
