@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
+from grat_cli.families import FAMILIES
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
-from grat_cli.models.catalogue import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
 from grat_cli.presets import Preset, load_preset
-from grat_cli.presets.schema import AXES, BACKENDS, SMALLEST_CHUNK, ChunkTokens, Memory
+from grat_cli.presets.schema import BACKENDS, SMALLEST_CHUNK, ChunkTokens, Memory
 
 if TYPE_CHECKING:
     from grat_cli.attention.adapter import Adapter, CallObserver
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.schedule import AttentionSchedule
     from grat_kernels import Backend, Grid
 
-SUPPORTED_PIPELINES = tuple(name for classes in PIPELINES_OF_MEDIUM.values() for name in classes)
+SUPPORTED_PIPELINES = tuple(name for family in FAMILIES.values() for name in family.pipelines)
 
 
 class Installation:
@@ -149,7 +149,7 @@ def install(
         preset = _with_chunks(preset, chunk_tokens)
     if guard is not None:
         preset = _with_guard(preset, guard)
-    if len(preset.attention.group) != AXES[family]:
+    if len(preset.attention.group) != FAMILIES[family].axes:
         raise BadInput(
             f"preset {preset.name} is for {preset.model} models, the pipeline is a {type(pipe).__name__}: "
             f"use one of grat presets {family}"
@@ -232,7 +232,8 @@ def _family(pipe: Any) -> Literal["flux", "hunyuan"]:
     if isinstance(pipe, (FluxPipeline, FluxImg2ImgPipeline)):
         return "flux"
     name = type(pipe).__name__
-    reason = f" ({UNSUPPORTED_PIPELINES[name]})" if name in UNSUPPORTED_PIPELINES else ""
+    refused = {name: reason for family in FAMILIES.values() for name, reason in family.refused.items()}
+    reason = f" ({refused[name]})" if name in refused else ""
     raise BadInput(f"{name} is not supported{reason}: use one of {', '.join(SUPPORTED_PIPELINES)} of diffusers")
 
 

@@ -10,7 +10,6 @@ from grat_cli.bench.measure import Progress
 from grat_cli.bench.results import BenchResult
 from grat_cli.bench.whole_runs import Pictures, RunSettings, compare_runs
 from grat_cli.demo.moving.evaluation import SAMPLE_PROMPTS
-from grat_cli.errors import BadInput
 from grat_cli.fidelity.quality import Likeness, likeness_of_videos
 from grat_cli.generation.makers import VideoMaker, request_for
 from grat_cli.generation.video_request import VideoRequest
@@ -60,8 +59,7 @@ class ComparedVideos(VideoMaker):
 
     def __init__(self, settings: VideoSettings) -> None:
         preset, model = settings.preset(), settings.model
-        if model.video is None:
-            raise BadInput(f"{model.name} makes images: use --level image, or --model demo or hunyuan")
+        model.require_video()
         request = request_for(
             model,
             preset,

@@ -349,16 +349,16 @@ def _picture_template(
     from grat_cli.estimates.fitting import refuse_unfit_here
     from grat_cli.estimates.planning import architecture_for, schedule_for_stage, stage_forecasts
     from grat_cli.estimates.stages import stages_of
-    from grat_cli.families.architectures import ARCHITECTURES
     from grat_cli.files.pictures import require_writable
     from grat_cli.generation.image_request import ImageRequest
     from grat_cli.generation.selection import require_backend
+    from grat_cli.models.catalogue import is_known
     from grat_cli.models.resolution import parse_resolution
 
     size = parse_resolution(res, choice.native_side, choice.size_multiple)
     require_writable(format, size.width, size.height, quality)
     stages = stages_of(chosen, choice, size.width, size.height)
-    if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
+    if is_known(choice):  # of other models only the checkpoint knows the layers
         architecture = architecture_for(choice)
         tokens = schedule_for_stage(stages[-1], architecture).plans[0].tokens
         require_backend(chosen.kernel.backend, machine.device, machine.dtype, architecture.head_dim, tokens)

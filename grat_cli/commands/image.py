@@ -57,7 +57,6 @@ def image(
     from grat_cli.estimates.fitting import refuse_unfit_here
     from grat_cli.estimates.planning import architecture_for, schedule_for_stage, stage_forecasts
     from grat_cli.estimates.stages import stages_of, uses_highres
-    from grat_cli.families.architectures import ARCHITECTURES
     from grat_cli.files import outputs
     from grat_cli.files.pictures import choose_picture_format, require_writable, write_picture
     from grat_cli.generation import report
@@ -73,7 +72,7 @@ def image(
         select_preset,
         variant_word,
     )
-    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.catalogue import choose_model, is_known
     from grat_cli.models.offloading import OFFLOADS
     from grat_cli.models.quantization import QUANTIZATIONS
     from grat_cli.models.resolution import parse_resolution
@@ -120,7 +119,7 @@ def image(
     resolution = parse_resolution(res, choice.native_side, choice.size_multiple)
     require_writable(chosen_format, resolution.width, resolution.height, quality)
     stages = stages_of(chosen, choice, resolution.width, resolution.height)
-    if choice.name in ARCHITECTURES:  # of other models only the checkpoint knows the layers
+    if is_known(choice):  # of other models only the checkpoint knows the layers
         architecture = architecture_for(choice)
         schedules = [schedule_for_stage(stage, architecture) for stage in stages]
         tokens = schedules[-1].plans[0].tokens
@@ -161,7 +160,7 @@ def image(
     if len(stages) > 1 and init_image is None:
         output.hint(f"stages: {', '.join(f'{stage.size} ({stage.steps} steps)' for stage in stages)}")
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
-    if note := guard_note(chosen, dense=choice.name in ARCHITECTURES and all(one.density == 1 for one in schedules)):
+    if note := guard_note(chosen, dense=is_known(choice) and all(one.density == 1 for one in schedules)):
         output.hint(note)
     output.hint(f"seed {', '.join(map(str, seeds))}")
     if note := mismatch_note(chosen, choice):

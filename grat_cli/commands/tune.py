@@ -195,7 +195,7 @@ def tune(
         else parse_video_size(res, aspect, seconds, frames, None, choice)
     )
     target = f"d{target_density:g}" if target_density is not None else f"r{target_recall:g}"
-    file = out or Path(f"{choice.family}-tuned-{target}.yaml")
+    file = out or Path(f"{choice.presets}-tuned-{target}.yaml")
     if file.suffix not in (".yaml", ".yml"):
         raise BadInput(f"--out {file}: presets are YAML files: use {file.with_suffix('.yaml')}")
     outputs.refuse_unwritable([file], overwrite=overwrite)

@@ -258,7 +258,7 @@ def as_data(
         "model": {
             "name": request.model.name,
             "source": request.model.source,
-            "family": request.model.family,
+            "family": request.model.presets,
             "revision": attended.revision,
             "reason": request.model.reason,
         },

@@ -65,7 +65,7 @@ def note_expectations(request: ImageRequest, progress: Progress) -> None:
     """Says beforehand what a model cannot do."""
     preset = request.preset
     from_noise = preset.highres is not None and preset.highres.mode != "cascade"
-    if request.model.family == "demo":
+    if request.model.is_demo:
         from grat_cli.demo import unknown_words, vocabulary
 
         known = vocabulary()

@@ -116,7 +116,6 @@ class ImageGenerator:
                     dtype=self._dtype,
                     offload=request.offload,
                     quantize=request.quantize,
-                    tokens=(request.width // request.model.token_side) * (request.height // request.model.token_side),
                     image_to_image=self._init_image is not None,
                     base=request.base,
                 )

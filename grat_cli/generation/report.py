@@ -108,7 +108,7 @@ def _report(
         "model": {
             "name": request.model.name,
             "source": request.model.source,
-            "family": request.model.family,
+            "family": request.model.presets,
             "revision": made.model_revision,
             "base": request.base,
             "reason": request.model.reason,

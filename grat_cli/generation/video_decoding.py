@@ -71,7 +71,7 @@ def decode_run(
     with kept_latents(kept, request, output, progress, tile):
         progress.phase("load")
         with phases("load"):
-            autoencoder = load_autoencoder(request.model, device=device, dtype=dtype, base=request.base)
+            autoencoder = load_autoencoder(request.model, device=device, dtype=dtype, base=request.base).vae
         use_tiles(autoencoder, tile)
         if command:
             run = replace(run, report={**run.report, **_decoded(request, tile, command)})

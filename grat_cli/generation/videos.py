@@ -129,7 +129,6 @@ class VideoGenerator:
                     dtype=choose_dtype(request.dtype, self._device),
                     offload=request.offload,
                     quantize=request.quantize,
-                    tokens=request.video_tokens,
                     base=request.base,
                 )
             if request.offload == "auto":

@@ -5,162 +5,37 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
-from grat_cli.demo import DEMO_FLUX, DEMO_HUNYUAN
 from grat_cli.errors import BadInput, ModelUnavailable, nearest
+from grat_cli.families import FAMILIES, families_of, family_of_pipeline
+from grat_cli.families.base import Medium, ModelChoice
 
-Medium = Literal["image", "video"]
-
-PIPELINES_OF_MEDIUM: Mapping[Medium, tuple[str, ...]] = {
-    "image": ("FluxPipeline", "FluxImg2ImgPipeline"),
-    "video": ("HunyuanVideoPipeline",),
-}
-# Pipelines of diffusers that may be taken for supported ones, and why they are not.
-UNSUPPORTED_PIPELINES: Mapping[str, str] = {
-    "HunyuanVideoImageToVideoPipeline": "it starts from a picture, whose tokens it treats apart",
-    "HunyuanSkyreelsImageToVideoPipeline": "it starts from a picture, which it adds to the channels of the latents",
-    "HunyuanVideoFramepackPipeline": "it adds tokens of earlier frames to those of the video",
-    "HunyuanVideo15Pipeline": "HunyuanVideo 1.5 has another transformer",
-    "HunyuanVideo15ImageToVideoPipeline": "HunyuanVideo 1.5 has another transformer",
-}
-DEMO_TOKEN_SIDE = 8
-FLUX_TOKEN_SIDE = 16
-HUNYUAN_TEXT_CHANNELS = 4096  # of the Llama that HunyuanVideo was trained with
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".sft")
 
 
-@dataclass(frozen=True)
-class VideoTraits:
-    """What videos a model was trained on.
-
-    Attributes:
-        width: in pixels.
-        height: in pixels.
-        frames: of a video.
-        fps: frames per second.
-        frames_per_latent: frames that a frame of latents stands for; videos have `k * frames_per_latent + 1` frames.
-    """
-
-    width: int
-    height: int
-    frames: int
-    fps: int
-    frames_per_latent: int = 4
+def _known(medium: Medium) -> dict[str, ModelChoice]:
+    """Bundled models first."""
+    models = [model for family in families_of(medium) for model in family.models]
+    return {model.name: model for model in sorted(models, key=lambda model: not model.is_demo)}
 
 
-@dataclass(frozen=True)
-class ModelChoice:
-    """A model, and the settings it was trained for.
-
-    Attributes:
-        name: as typed, or as chosen where nothing was typed.
-        source: hub id, folder, or file of a transformer alone.
-        kind: which of these three.
-        family: which presets are made for it.
-        reason: why this model.
-        native_side: height and width in pixels that it was trained at; for videos, the side of a square as large.
-        token_side: pixels per side of an image token.
-        size_multiple: heights and widths must be multiples of it.
-        text_tokens: length that prompts are padded or cut to.
-        default_steps: denoising steps that suit it.
-        default_guidance: guidance that suits it, None where it takes none.
-        default_shift: time shift that suits it, None for that of its scheduler.
-        true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
-        video: what videos it makes; None for a model of images.
-        is_demo: whether it is a bundled model, which knows a few hundred words.
-    """
-
-    name: str
-    source: str
-    kind: Literal["hub", "folder", "file"]
-    family: Literal["flux", "demo", "hunyuan"]
-    reason: str
-    native_side: int = 1024
-    token_side: int = FLUX_TOKEN_SIDE
-    size_multiple: int = 16
-    text_tokens: int = 512
-    default_steps: int = 28
-    default_guidance: float | None = 3.5
-    default_shift: float | None = None
-    true_guidance: bool = False
-    video: VideoTraits | None = None
-    is_demo: bool = False
-
-    @property
-    def medium(self) -> Medium:
-        """What it makes."""
-        return "image" if self.video is None else "video"
+KNOWN_MODELS: Mapping[Medium, Mapping[str, ModelChoice]] = {medium: _known(medium) for medium in get_args(Medium)}
 
 
-_DEMO = ModelChoice(
-    name="demo",
-    source=str(DEMO_FLUX.path),
-    kind="folder",
-    family="demo",
-    reason="chosen by name",
-    native_side=DEMO_FLUX.native_side,
-    token_side=DEMO_TOKEN_SIDE,
-    text_tokens=DEMO_FLUX.text_tokens,
-    default_steps=DEMO_FLUX.steps,
-    default_guidance=DEMO_FLUX.guidance,
-    true_guidance=True,
-    is_demo=True,
-)
-_FLUX_DEV = ModelChoice("flux-dev", "black-forest-labs/FLUX.1-dev", "hub", "flux", "chosen by name")
-# Distilled to four steps without guidance; its reference code cuts prompts at 256 tokens.
-_FLUX_SCHNELL = ModelChoice(
-    "flux-schnell",
-    "black-forest-labs/FLUX.1-schnell",
-    "hub",
-    "flux",
-    "chosen by name",
-    text_tokens=256,
-    default_steps=4,
-    default_guidance=None,
-)
-# As in Tencent's own sample script: 50 steps, embedded guidance 6, shift 7, prompts of up to 256 tokens.
-_HUNYUAN = ModelChoice(
-    "hunyuan",
-    "hunyuanvideo-community/HunyuanVideo",
-    "hub",
-    "hunyuan",
-    "chosen by name",
-    native_side=960,
-    text_tokens=256,
-    default_steps=50,
-    default_guidance=6.0,
-    default_shift=7.0,
-    video=VideoTraits(width=1280, height=720, frames=129, fps=24),
-)
-_DEMO_HUNYUAN = ModelChoice(
-    name="demo",
-    source=str(DEMO_HUNYUAN.path),
-    kind="folder",
-    family="hunyuan",
-    reason="chosen by name",
-    native_side=192,
-    text_tokens=DEMO_HUNYUAN.text_tokens,
-    default_steps=DEMO_HUNYUAN.steps,
-    default_guidance=DEMO_HUNYUAN.guidance,
-    true_guidance=True,
-    video=VideoTraits(DEMO_HUNYUAN.width, DEMO_HUNYUAN.height, DEMO_HUNYUAN.frames, DEMO_HUNYUAN.fps),
-    is_demo=True,
-)
-KNOWN_MODELS: Mapping[Medium, Mapping[str, ModelChoice]] = {
-    "image": {choice.name: choice for choice in (_DEMO, _FLUX_DEV, _FLUX_SCHNELL)},
-    "video": {choice.name: choice for choice in (_DEMO_HUNYUAN, _HUNYUAN)},
-}
+def is_known(model: ModelChoice) -> bool:
+    """Whether a model is one of those that go by names of their own, so that all of it is known before it is loaded."""
+    return model.name in KNOWN_MODELS[model.medium]
 
 
 def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     """The model that a name means: a known name, a folder, a `.safetensors` file, or a hub id `owner/name`.
 
-    Without a name it is `flux-dev`, or `hunyuan` for videos, where a CUDA device is present, else `demo`; only then
-    torch is imported.
+    Without a name it is the first of the medium's first family where a CUDA device is present, else the bundled one;
+    only then torch is imported.
 
     Args:
         name: as typed, or None.
@@ -175,8 +50,9 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
         import torch
 
         if torch.cuda.is_available():
-            return replace(_FLUX_DEV if medium == "image" else _HUNYUAN, reason="a CUDA device is present")
-        return replace(known["demo"], reason="no CUDA device is present")
+            return replace(families_of(medium)[0].models[0], reason="a CUDA device is present")
+        bundled = next(model for model in known.values() if model.is_demo)
+        return replace(bundled, reason="no CUDA device is present")
     if name in known:
         return known[name]
     if medium_of_name(name) not in (None, medium):
@@ -187,7 +63,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     if path.suffix in _SINGLE_FILE_SUFFIXES or path.is_file():
         return _choose_file(name, path, medium)
     if _HUB_ID.fullmatch(name):
-        return replace(_template(name, medium), name=name, source=name, reason="hub id")
+        return replace(_kin(name, medium), name=name, source=name, reason="hub id")
     closest = nearest(name, known)
     hint = f"did you mean {closest}? " if closest else ""
     raise ModelUnavailable(
@@ -209,34 +85,36 @@ def medium_of_name(name: str) -> Medium | None:
 
 def medium_of_pipeline(class_name: Any) -> Medium | None:
     """What a pipeline class makes; None for one that is not supported."""
-    return next((medium for medium, classes in PIPELINES_OF_MEDIUM.items() if class_name in classes), None)
+    family = family_of_pipeline(class_name)
+    return family.medium if family else None
 
 
 def refusal_of_pipeline(name: str, class_name: Any, medium: Medium) -> BadInput | ModelUnavailable:
     """What to raise for a model whose pipeline is none of those for `medium`."""
-    if medium_of_pipeline(class_name):
+    if medium_of_pipeline(class_name) not in (None, medium):
         return wrong_medium(name, medium)
-    if reason := UNSUPPORTED_PIPELINES.get(class_name):
-        return ModelUnavailable(
-            f"{name} is a {class_name}, which is not supported: {reason}\n"
-            "give a HunyuanVideoPipeline, which makes videos from text alone"
-        )
-    wanted = " or ".join(PIPELINES_OF_MEDIUM[medium])
+    for family in FAMILIES.values():
+        if class_name in family.refused:
+            return ModelUnavailable(
+                f"{name} is a {class_name}, which is not supported: {family.refused[class_name]}\n"
+                f"give a {family.pipelines[0]}, which makes {family.medium}s from text alone"
+            )
+    wanted = " or ".join(pipeline for family in families_of(medium) for pipeline in family.pipelines)
     return ModelUnavailable(f"{name} is a {class_name}, which is not supported: give a folder or hub id of {wanted}")
 
 
 def wrong_medium(name: str, medium: Medium) -> BadInput:
     """What to raise for a model that makes the other medium than `medium`."""
-    other: Medium = "video" if medium == "image" else "image"
+    (other,) = KNOWN_MODELS.keys() - {medium}
     names = ", ".join(KNOWN_MODELS[medium])
     return BadInput(f"{name} makes {other}s: use it with grat {other}; for {medium}s give --model one of {names}")
 
 
-def _template(name: str, medium: Medium) -> ModelChoice:
+def _kin(name: str, medium: Medium) -> ModelChoice:
     """The known model that another checkpoint is most likely kin to."""
-    if medium == "video":
-        return _HUNYUAN
-    return _FLUX_SCHNELL if "schnell" in name.lower() else _FLUX_DEV
+    families = families_of(medium)
+    named = [family for family in families if family.name in name.lower()]
+    return (named or families)[0].kin(name)
 
 
 def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
@@ -244,47 +122,19 @@ def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(f"{name} is not a .safetensors file: other formats are not supported")
     if not path.is_file():
         raise ModelUnavailable(f"there is no file {name}: check the path, or use --model demo")
-    template = _template(path.stem, medium)
-    return replace(template, name=name, source=str(path), kind="file", reason="a file of that name")
+    return replace(_kin(path.stem, medium), name=name, source=str(path), kind="file", reason="a file of that name")
 
 
 def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
     """A pipeline folder; the files in it tell how large its tokens are and how it takes guidance."""
     pipeline = _read_json(path / "model_index.json", name, medium).get("_class_name")
-    if pipeline not in PIPELINES_OF_MEDIUM[medium]:
+    family = family_of_pipeline(pipeline)
+    if family not in families_of(medium):
         raise refusal_of_pipeline(name, pipeline, medium)
     transformer = _read_json(path / "transformer" / "config.json", name, medium)
     autoencoder = _read_json(path / "vae" / "config.json", name, medium)
-    choice = _video_folder(transformer, autoencoder) if medium == "video" else _flux_folder(transformer, autoencoder)
+    choice = family.of_folder(transformer, autoencoder)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
-
-
-def _flux_folder(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
-    # AutoencoderTiny does not store its own block_out_channels.
-    blocks = autoencoder.get("block_out_channels") or autoencoder.get("decoder_block_out_channels") or [0] * 4
-    token_side = 2 ** (len(blocks) - 1) * 2
-    if token_side == DEMO_TOKEN_SIDE:
-        template = _DEMO
-    else:
-        template = _FLUX_DEV if transformer.get("guidance_embeds") else _FLUX_SCHNELL
-    return replace(template, token_side=token_side, size_multiple=max(template.size_multiple, token_side))
-
-
-def _video_folder(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
-    """A pipeline with a small text encoder is taken for kin of the demo. Defaults are those of diffusers' classes."""
-    like_hunyuan = transformer.get("text_embed_dim", HUNYUAN_TEXT_CHANNELS) == HUNYUAN_TEXT_CHANNELS
-    # Its own scheduler's shift: a fine-tune may have another than HunyuanVideo.
-    template = replace(_HUNYUAN, default_shift=None) if like_hunyuan else _DEMO_HUNYUAN
-    assert template.video is not None
-    token_side = autoencoder.get("spatial_compression_ratio", 8) * transformer.get("patch_size", 2)
-    frames_per_latent = autoencoder.get("temporal_compression_ratio", 4)
-    return replace(
-        template,
-        token_side=token_side,
-        size_multiple=max(template.size_multiple, token_side),
-        true_guidance=not transformer.get("guidance_embeds", True),
-        video=replace(template.video, frames_per_latent=frames_per_latent),
-    )
 
 
 def _read_json(path: Path, name: str, medium: Medium = "image") -> dict[str, Any]:
@@ -293,7 +143,7 @@ def _read_json(path: Path, name: str, medium: Medium = "image") -> dict[str, Any
     except FileNotFoundError:
         raise ModelUnavailable(
             f"{name} is not a pipeline folder: {path} is missing\n"
-            f"give a folder that a {PIPELINES_OF_MEDIUM[medium][0]} was saved to, or use --model demo"
+            f"give a folder that a {families_of(medium)[0].pipelines[0]} was saved to, or use --model demo"
         ) from None
     except (OSError, ValueError) as error:
         raise ModelUnavailable(f"{path} cannot be read ({error}): get the folder again, or use --model demo") from error
