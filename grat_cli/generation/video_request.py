@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from grat_cli.errors import BadInput
+from grat_cli.families.base import ModelChoice, VideoTraits
 from grat_cli.generation.request import GenerationRequest, Progress, check_size
-from grat_cli.models.catalogue import ModelChoice, VideoTraits
 from grat_cli.presets import Preset
 
 

@@ -184,8 +184,9 @@ def test_operations_of_coding_a_picture_are_those_that_torch_counts(model: str) 
 
 
 def test_auto_offload_is_the_fastest_kind_that_the_estimate_says_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tiny_flux
     import torch
+
+    from grat_cli.models.loading import load_model
 
     device: Any = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
@@ -197,4 +198,5 @@ def test_auto_offload_is_the_fastest_kind_that_the_estimate_says_fits(monkeypatc
     assert [chosen(free * 10**9, FLUX)[0] for free in (80, 30, 20, 1)] == ["none", "model", "group", "sequential"]
     assert chosen(10**9, FLUX)[1].startswith("needs least, about ")
     # What its name does not tell, the pipeline does: it is far smaller than what its kin are.
-    assert chosen(20 * 10**9, replace(FLUX, name="someone/tuned"), tiny_flux.pipeline())[0] == "none"
+    small = load_model(choose_model("demo"), device=torch.device("cpu"), dtype=torch.float32).pipe
+    assert chosen(20 * 10**9, replace(FLUX, name="someone/tuned"), small)[0] == "none"
