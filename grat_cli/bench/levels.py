@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # Shows the effect in a minute on two CPU cores; on a GPU, Flux at 4096x4096.
 _CPU_GRID, _CPU_HEADS, _CPU_HEAD_DIM, _CPU_REPETITIONS = "128x128", 4, 64, 5
 _GPU_RES, _GPU_HEADS, _GPU_HEAD_DIM, _GPU_REPETITIONS = "4096", 24, 128, 20
-_HIGHRES_PRESET = {"demo": "4x", "flux": "4k"}  # of a family, for pictures four times the trained side
 
 
 def run_level(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
@@ -80,12 +79,12 @@ def _step(request: BenchRequest, output: Output) -> tuple[BenchResult, None]:
             raise BadInput(f"--layers {request.layers}: expected double and single blocks, such as 2,4")
         double, single = map(int, request.layers.split(","))
         blocks = double, single
-    if request.res is not None and model.axes != 2:
+    if request.res is not None and model.video:
         raise BadInput(f"--res is for pictures; give {model.name} tokens, such as --grid 33x45x80")
     settings = StepSettings(
         model=model.name,
         compare=request.variants_beside_full,
-        grids=tuple(size.grid.shape for size in request.sizes(model.pixels_per_token[-1])),
+        grids=tuple(size.grid.shape for size in request.sizes(model.token_side)),
         layers=blocks,
         weights=request.weights,
         text_len=request.text,
@@ -125,6 +124,7 @@ def _whole(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Im
 
 def _highres(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Image | None]:
     from grat_cli.bench.highres_level import HighresSettings, run_highres_level
+    from grat_cli.families import family_of
     from grat_cli.generation.selection import select_preset
     from grat_cli.models.catalogue import choose_model
     from grat_cli.models.resolution import parse_resolution
@@ -134,7 +134,7 @@ def _highres(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.
     model = choose_model(request.model)
     _refuse_several_sizes(request, "pictures")
     resolution = parse_resolution(request.res or str(4 * model.native_side), model.native_side, model.size_multiple)
-    name = request.preset or f"{model.presets}-{_HIGHRES_PRESET[model.presets]}"
+    name = request.preset or family_of(model).larger[model.presets]
     preset = select_preset(model, preset=name, steps=request.steps)
     preset = preset.model_copy(update={"kernel": preset.kernel.model_copy(update={"backend": request.backend})})
     settings = HighresSettings(

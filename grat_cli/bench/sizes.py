@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from grat_cli.errors import BadInput
+from grat_cli.families import FAMILIES
+from grat_cli.families.base import Family
 from grat_cli.models.resolution import parse_resolution
 from grat_kernels import Grid
 
-# Flux: a token stands for 16x16 pixels, and 512 come from the text. HunyuanVideo, on three axes, takes up to 256.
-TOKEN_SIDE = 16
-_NATIVE_SIDE = 1024
-_TEXT_TOKENS: Mapping[int, int] = {2: 512, 3: 256}
+# By the axes of its tokens the family that a case is taken from: its first model says how long a text is.
+_OF_AXES: Mapping[int, Family] = {family.axes: family for family in reversed([*FAMILIES.values()])}
+_PICTURES = _OF_AXES[2].models[0]
+TOKEN_SIDE = _PICTURES.token_side
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Size:
 
     @property
     def text_first(self) -> bool:
-        """As in Flux; the joint sequence of HunyuanVideo, on three axes, ends with the text."""
-        return self.grid.axes < 3
+        """Whether text comes before the image tokens in the joint sequence."""
+        return _OF_AXES[self.grid.axes].text_first
 
     @property
     def tokens(self) -> int:
@@ -46,7 +48,7 @@ def picture_sizes(res: str | None, text_len: int | None, token_side: int = TOKEN
 
     Args:
         res: as typed, None where it was not given.
-        text_len: text tokens; None for those of Flux.
+        text_len: text tokens; None for those of pictures.
         token_side: pixels that a token stands for along each axis.
 
     Raises:
@@ -54,9 +56,9 @@ def picture_sizes(res: str | None, text_len: int | None, token_side: int = TOKEN
     """
     sizes = []
     for item in res.split(",") if res is not None else ():
-        resolution = parse_resolution(item, _NATIVE_SIDE, TOKEN_SIDE)
+        resolution = parse_resolution(item, _PICTURES.native_side, TOKEN_SIDE)
         grid = Grid((resolution.height // token_side, resolution.width // token_side))
-        sizes.append(Size(f"{resolution} pixels", grid, _TEXT_TOKENS[2] if text_len is None else text_len))
+        sizes.append(Size(f"{resolution} pixels", grid, _PICTURES.text_tokens if text_len is None else text_len))
     return sizes
 
 
@@ -65,7 +67,7 @@ def grid_sizes(grid: str | None, text_len: int | None) -> list[Size]:
 
     Args:
         grid: as typed, None where it was not given.
-        text_len: text tokens; None for those of Flux or, on three axes, of HunyuanVideo.
+        text_len: text tokens; None for those of pictures or, on three axes, of videos.
 
     Raises:
         BadInput: if one is not two or three positive numbers.
@@ -76,5 +78,7 @@ def grid_sizes(grid: str | None, text_len: int | None) -> list[Size]:
             raise BadInput(f"--grid {item}: expected image tokens per axis, such as 128x128 or 33x45x80")
         shape = tuple(map(int, item.strip().split("x")))
         title = f"{item.strip()} tokens"
-        sizes.append(Size(title, Grid(shape), _TEXT_TOKENS[len(shape)] if text_len is None else text_len))
+        sizes.append(
+            Size(title, Grid(shape), _OF_AXES[len(shape)].models[0].text_tokens if text_len is None else text_len)
+        )
     return sizes

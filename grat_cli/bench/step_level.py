@@ -27,9 +27,7 @@ from grat_cli.bench.measure import (
     memory_words,
 )
 from grat_cli.bench.random_weights import (
-    StepModel,
     own_transformer,
-    parameter_count,
     random_transformer,
     step_inputs,
     step_model,
@@ -38,7 +36,9 @@ from grat_cli.bench.random_weights import (
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.errors import BadInput, OutOfMemory
-from grat_cli.families import FAMILIES
+from grat_cli.families import family_of
+from grat_cli.families.base import ModelChoice
+from grat_cli.families.shapes import TransformerShape
 from grat_cli.fidelity.variants import Request, Variant, size_text, variant_for
 from grat_cli.generation.timing import StepRecorder
 from grat_cli.models.devices import choose_device, choose_dtype
@@ -95,16 +95,17 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
 
     # 1. What can be refused before a model is made.
     model = step_model(settings.model)
-    weights = settings.weights or ("own" if model.bundled and settings.layers is None else "random")
+    weights = settings.weights or ("own" if model.is_demo and settings.layers is None else "random")
     config = transformer_config(model, settings.layers, weights)
+    shape = family_of(model).transformer_shape(config)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     text_len = model.text_tokens if settings.text_len is None else settings.text_len
-    grids = [Grid(shape) for shape in settings.grids or model.default_grids]
+    grids = [Grid(sides) for sides in settings.grids] or list(family_of(model).step_grids(model))
     cases = [(grid, _variants(settings.compare, model, grid)) for grid in grids]
     most_tokens = max(grid.tokens for grid in grids) + text_len
-    backend, why = backend_for(settings.backend, device, dtype, config["attention_head_dim"], most_tokens)
-    _refuse_large(model, config, dtype, device)
+    backend, why = backend_for(settings.backend, device, dtype, shape.head_dim, most_tokens)
+    _refuse_large(model, shape, dtype, device)
 
     # 2. The transformer.
     progress.phase(f"making {model.name}")
@@ -113,10 +114,11 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
         if weights == "random"
         else own_transformer(model, device, dtype)
     )
-    bench = _Steps(model, config, Host(transformer, FAMILIES[model.family], text_len, backend, device, dtype), settings)
+    host = Host(transformer, family_of(model), text_len, backend, device, dtype)
+    bench = _Steps(model, config, shape, host, settings)
     rate = None
     if settings.max_seconds is not None:
-        rate = _RATE_MARGIN * dense_rate(device, dtype, config["num_attention_heads"], config["attention_head_dim"])
+        rate = _RATE_MARGIN * dense_rate(device, dtype, shape.heads, shape.head_dim)
 
     # 3. Its steps.
     found = []
@@ -132,11 +134,11 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
         settings={
             "model": model.name,
             "weights": weights,
-            "double_blocks": config["num_layers"],
-            "single_blocks": config["num_single_layers"],
-            "heads": config["num_attention_heads"],
-            "head_dim": config["attention_head_dim"],
-            "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+            "double_blocks": shape.double_blocks,
+            "single_blocks": shape.single_blocks,
+            "heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "parameters": shape.parameters,
             "text_tokens": text_len,
             "batch": 1,
             "backend": backend.value,
@@ -151,35 +153,33 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
     )
 
 
-def _notes(model: StepModel, device: torch.device) -> tuple[str, ...]:
+def _notes(model: ModelChoice, device: torch.device) -> tuple[str, ...]:
     notes = ["A step is one transformer call of one sample: everything but text encoders and autoencoder."]
     if device.type == "cuda":
         notes.append("Summaries are made by the kernel that normalises and rotates: they count in the rest of a step.")
-    if model.name == "demo":
+    if model.is_demo and model.true_guidance:
         notes.append("With guidance the demo makes two such calls a step.")
     notes.append("Full attention is stock diffusers; its attention is timed as that of the variants is.")
-    if FAMILIES[model.family].masks_text:
-        notes.append(
-            "All text is valid, and full attention runs without the padding mask of stock diffusers, "
-            "which would keep torch from its fastest kernels."
-        )
+    if note := family_of(model).full_note:
+        notes.append(note)
     return (*notes, memory_words(device))
 
 
-def _variants(compare: Sequence[Request], model: StepModel, grid: Grid) -> list[Variant]:
+def _variants(compare: Sequence[Request], model: ModelChoice, grid: Grid) -> list[Variant]:
     """Full attention, then what else was asked for."""
-    if grid.axes != model.axes:
+    family = family_of(model)
+    if grid.axes != family.axes:
         raise BadInput(
-            f"{model.name} has tokens on {model.axes} axes, --grid {size_text(grid.shape)} has {grid.axes}: "
-            f"try --grid {size_text(model.default_grids[0])}"
+            f"{model.name} has tokens on {family.axes} axes, --grid {size_text(grid.shape)} has {grid.axes}: "
+            f"try --grid {size_text(family.step_grids(model)[0].shape)}"
         )
     others = [variant_for(request, grid) for request in compare if request.kind != "full"]
     return [variant_for(Request("full", "full", {}), grid), *others]
 
 
-def _refuse_large(model: StepModel, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+def _refuse_large(model: ModelChoice, shape: TransformerShape, dtype: torch.dtype, device: torch.device) -> None:
     """Raises OutOfMemory if the weights do not fit on the device."""
-    needed, available = parameter_count(config) * dtype.itemsize, available_memory(device)
+    needed, available = shape.parameters * dtype.itemsize, available_memory(device)
     if available is not None and needed > available:
         raise OutOfMemory(
             f"the weights of {model.name} take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, "
@@ -190,8 +190,15 @@ def _refuse_large(model: StepModel, config: Mapping[str, Any], dtype: torch.dtyp
 class _Steps:
     """A transformer, and what its steps run on."""
 
-    def __init__(self, model: StepModel, config: Mapping[str, Any], host: Host, settings: StepSettings) -> None:
-        self._model, self._config, self._host, self._settings = model, config, host, settings
+    def __init__(
+        self,
+        model: ModelChoice,
+        config: Mapping[str, Any],
+        shape: TransformerShape,
+        host: Host,
+        settings: StepSettings,
+    ) -> None:
+        self._model, self._config, self._shape, self._host, self._settings = model, config, shape, host, settings
 
     def case(self, grid: Grid, variants: Sequence[Variant], rate: float | None, progress: Progress) -> Case:
         """Measures the rows of one size, interleaved.
@@ -259,39 +266,30 @@ class _Steps:
         if len(candidates) == 1:  # no need of tensors to find out
             [(name, attention)] = candidates.items()
             return DenseKernel(name, attention, {})
-        heads, head_dim = self._config["num_attention_heads"], self._config["attention_head_dim"]
-        shape = (1, grid.tokens + self._host.text_len, heads, head_dim)
+        shape = (1, grid.tokens + self._host.text_len, self._shape.heads, self._shape.head_dim)
         if reason := memory_obstacle(4 * math.prod(shape) * dtype.itemsize, device):
             raise CannotRun(reason)
         query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
         return fastest_dense(query, key, value, max_seconds=self._settings.max_seconds, flop_per_second=rate)
 
     def _flop(self, grid: Grid, pairs: float) -> float:
-        """Floating-point operations of a step, roughly: an image token passes half the weights of a double block."""
-        doubles, singles = (
-            sum(parameter.numel() for parameter in blocks.parameters())
-            for blocks in (self._host.transformer.transformer_blocks, self._host.transformer.single_transformer_blocks)
-        )
-        tokens = grid.tokens + self._host.text_len
-        layers = self._config["num_layers"] + self._config["num_single_layers"]
-        return 2.0 * tokens * (doubles / 2 + singles) + 4.0 * pairs * self._width * layers
+        """Floating-point operations of a step, roughly."""
+        attention = 4.0 * pairs * self._shape.width * self._shape.layers
+        return self._shape.linear_flop(grid.tokens + self._host.text_len) + attention
 
     def _activation_bytes(self, grid: Grid) -> int:
         """Memory of a step's activations, roughly: at the widest point a single block holds the joint sequence in
         about 15 times its width: itself, its norm, query, key, value, output, and 4 times as much for feed-forward,
         twice."""
-        return 15 * (grid.tokens + self._host.text_len) * self._width * self._host.dtype.itemsize
-
-    @property
-    def _width(self) -> int:
-        return self._config["num_attention_heads"] * self._config["attention_head_dim"]
+        return 15 * (grid.tokens + self._host.text_len) * self._shape.width * self._host.dtype.itemsize
 
     def _title(self, grid: Grid) -> str:
-        pixels = [tokens * size for tokens, size in zip(grid.shape, self._model.pixels_per_token, strict=True)]
-        *frames, height, width = pixels
+        *frames, rows, columns = grid.shape
+        side = self._model.token_side
         # A video's first frame has a latent of its own.
-        video = f"{frames[0] - self._model.pixels_per_token[0] + 1} frames of " if frames else ""
-        return f"{size_text(grid.shape)} tokens, {video}{width}x{height} pixels"
+        unit = self._model.video.frames_per_latent if self._model.video else 1
+        video = f"{(frames[0] - 1) * unit + 1} frames of " if frames else ""
+        return f"{size_text(grid.shape)} tokens, {video}{columns * side}x{rows * side} pixels"
 
 
 class _Watched:

@@ -69,7 +69,7 @@ def attend(
     """Run a prompt with full attention and show how far it looks, and what patterns would keep of that."""
     from grat_cli.errors import BadInput
     from grat_cli.estimates.fitting import refuse_unfit_here
-    from grat_cli.estimates.planning import architecture_for, forecast, grid_for
+    from grat_cli.estimates.planning import architecture_for, forecast
     from grat_cli.fidelity import attend as watching
     from grat_cli.files import outputs
     from grat_cli.files.formats import require_writable
@@ -90,7 +90,7 @@ def attend(
     chosen = attention.preset_for(choice, sampling)
     size = extent.size_for(choice)
     architecture = architecture_for(choice)
-    grid = grid_for(architecture, size)
+    grid = choice.grid(size.width, size.height, size.frames)
     candidates = watching.candidates_for(patterns, chosen, choice.presets, grid)
     recorded = watching.recorded_steps(at, chosen.sampling.steps)
     queries = watching.queries_for(query or (), grid)

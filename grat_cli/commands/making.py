@@ -131,9 +131,10 @@ def refuse_unwritable(
     """
     beside = [*map(outputs.report_path, paths), *(map(outputs.preview_path, paths) if previews else ())]
     outputs.refuse_unwritable([*paths, *beside], overwrite=overwrite)
+    goes_on = set(map(os.path.abspath, own))
     for path in paths:
         for kept in (outputs.checkpoint_path(path), outputs.latents_path(path)):
-            if os.path.lexists(kept) and kept not in own and not overwrite:
+            if os.path.lexists(kept) and os.path.abspath(kept) not in goes_on and not overwrite:
                 raise BadInput(f"{kept} of another run exists: go on with it (grat resume {kept}), or use --overwrite")
 
 

@@ -32,9 +32,9 @@ def complete_preset() -> list[str]:
 
 def complete_variant() -> list[str]:
     """Names of variants, for shell completion."""
-    from grat_cli.generation.selection import PRESET_VARIANTS
+    from grat_cli.families import preset_variants
 
-    return sorted({variant for variants in PRESET_VARIANTS.values() for variant in variants})
+    return sorted({variant for variants in preset_variants().values() for variant in variants})
 
 
 def complete_model() -> list[str]:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grat_cli.console.output import bytes_text
 from grat_cli.errors import GratError, ModelUnavailable, OutOfMemory
-from grat_cli.estimates.components import Components, components_of
+from grat_cli.estimates.components import components_of, components_of_pipeline
 from grat_cli.estimates.hardware import GPUS, Device, cuda_device, present_cpu
-from grat_cli.estimates.memory import OFFLOAD_KINDS, PHASES, Execution, PhaseMemory, Pixels, RunMemory, run_memory
+from grat_cli.estimates.memory import OFFLOAD_KINDS, PHASES, Execution, PhaseMemory, RunMemory, run_memory
 from grat_cli.estimates.planning import Forecast
-from grat_cli.models.catalogue import KNOWN_MODELS, ModelChoice
+from grat_cli.families import family_of
+from grat_cli.families.autoencoders import Pixels
+from grat_cli.families.base import ModelChoice
+from grat_cli.families.shapes import Components
+from grat_cli.models.catalogue import is_known
+from grat_cli.models.offloading import choose_offload
 from grat_cli.models.resolution import Resolution
+
+if TYPE_CHECKING:
+    import torch
 
 # Feed-forward in chunks of so many tokens where the usual ones are too large.
 _SMALL_CHUNK = 4096
@@ -79,6 +87,7 @@ def needs(runs: Sequence[Forecast], components: Components, execution: Execution
             execution,
             guided_twice=stage.architecture.calls_per_step(stage.preset.sampling.guidance) == 2,
             encodes=number > 0,
+            lets_go=family_of(stage.architecture.model).lets_go,
         )
         offloaded = memory.offloaded
         for phase in memory.phases:
@@ -122,6 +131,30 @@ def judge(
     if verdict.fits or at_size is None:
         return verdict
     return replace(verdict, advice=_advice(runs, components, verdict.execution, device, at_size))
+
+
+def offload_for(
+    pipe: Any, choice: ModelChoice, runs: Sequence[Forecast], device: torch.device, *, quantize: str = "none"
+) -> tuple[str, str]:
+    """The fastest kind of offload with which a run fits a CUDA device, and why; what `--offload auto` stands for.
+
+    Args:
+        pipe: the loaded pipeline, which knows its parts where the model's name does not tell them.
+        choice: of the model.
+        runs: forecasts of its stages.
+        device: where it is to run.
+        quantize: `--quantize`.
+    """
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0]
+    there = cuda_device(torch.cuda.get_device_name(device), free)
+    components = components_of(choice) if is_known(choice) else components_of_pipeline(pipe, choice)
+    needed = {}
+    for kind in OFFLOAD_KINDS:
+        execution = execution_of(choice, runs[-1], there, offload=kind, quantize=quantize)
+        needed[kind] = there.with_overhead(needs(runs, components, execution).peak)
+    return choose_offload(needed, free)
 
 
 def what_fits(
@@ -174,7 +207,7 @@ def refuse_unfit_here(
 
     from grat_cli.models.devices import choose_device, choose_dtype
 
-    if choice.kind != "folder" and choice.name not in KNOWN_MODELS[choice.medium]:
+    if choice.kind != "folder" and not is_known(choice):
         return
     chosen = choose_device(device)
     if chosen.type == "cuda":
@@ -269,7 +302,7 @@ def _alternatives(execution: Execution) -> Iterator[tuple[str, Execution]]:
 
 def _smaller(expected: Forecast) -> Iterator[Any]:
     """The same shape at three quarters, half, three eighths and so on of its side."""
-    unit = max(16, expected.architecture.token_side)
+    unit = max(16, expected.architecture.model.token_side)
     size = expected.size
     for eighths in (6, 4, 3, 2, 1):
         width, height = (side * eighths // (8 * unit) * unit for side in (size.width, size.height))
@@ -297,7 +330,7 @@ def execution_of(
         quantize: `--quantize`.
     """
     half = device.kind == "cuda" and expected.dtype != "float32"
-    beside = "float16" if choice.medium == "video" and half else None
+    beside = family_of(choice).half_beside if half else None
     return Execution(
         dtype=expected.dtype,
         on_cpu=device.kind == "cpu",

@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from grat_cli.attention.schedule import AttentionSchedule
-from grat_cli.errors import ModelUnavailable, first_line
+from grat_cli.estimates.components import denoising_shapes
 from grat_cli.estimates.stages import Stage, stages_of
-from grat_cli.families.architectures import Architecture, VideoDecoder, architecture_of
-from grat_cli.models.catalogue import ModelChoice
-from grat_cli.models.parts import read_json
+from grat_cli.families import family_of
+from grat_cli.families.autoencoders import AutoencoderShape
+from grat_cli.families.base import ModelChoice
+from grat_cli.families.shapes import TransformerShape
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize
 from grat_cli.presets import Preset
-from grat_kernels import Grid, Plan
+from grat_kernels import Plan
 
 SCHEMA = "grat.plan/1"
 _BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TILE = 128
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, and the shapes of what makes its outputs.
+
+    Attributes:
+        model: which.
+        transformer: its shape.
+        autoencoder: likewise.
+    """
+
+    model: ModelChoice
+    transformer: TransformerShape
+    autoencoder: AutoencoderShape
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.transformer.head_dim
+
+    def calls_per_step(self, guidance: float | None) -> int:
+        """Transformer calls per denoising step."""
+        return 2 if self.model.true_guidance and guidance is not None and guidance > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -92,43 +116,7 @@ def architecture_for(choice: ModelChoice) -> Architecture:
     Raises:
         ModelUnavailable: if the folder lacks the configuration of a part, or that is damaged.
     """
-    architecture = replace(
-        architecture_of(choice.name, choice.presets),
-        text_tokens=choice.text_tokens,
-        token_side=choice.token_side,
-        native_side=choice.native_side,
-        runs_twice=choice.true_guidance,
-        frames_per_latent=None if choice.video is None else choice.video.frames_per_latent,
-    )
-    if choice.kind != "folder":
-        return architecture
-    folder = Path(choice.source)
-    try:
-        config = read_json(folder / "transformer" / "config.json")
-        if architecture.decoder is not None:
-            autoencoder = read_json(folder / "vae" / "config.json")
-            channels = tuple(int(channels) for channels in autoencoder["block_out_channels"])
-            architecture = replace(architecture, decoder=VideoDecoder(channels, int(autoencoder["layers_per_block"])))
-        return replace(
-            architecture,
-            heads=int(config["num_attention_heads"]),
-            head_dim=int(config["attention_head_dim"]),
-            layers=int(config["num_layers"]) + int(config["num_single_layers"]),
-        )
-    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
-        raise ModelUnavailable(
-            f"{choice.name} is incomplete: in {folder} a configuration is missing or damaged ({first_line(error)})\n"
-            + ("install grat again, or choose another --model" if choice.name == "demo" else "get the folder again")
-        ) from error
-
-
-def grid_for(architecture: Architecture, size: Resolution | VideoSize) -> Grid:
-    """The image tokens of a picture or video."""
-    sides = size.height // architecture.token_side, size.width // architecture.token_side
-    if not isinstance(size, VideoSize):
-        return Grid(sides)
-    assert architecture.frames_per_latent is not None, "the model makes images"
-    return Grid(((size.frames - 1) // architecture.frames_per_latent + 1, *sides))
+    return Architecture(choice, *denoising_shapes(choice))
 
 
 def schedule_for(
@@ -145,14 +133,15 @@ def schedule_for(
     Raises:
         BadInput: if the preset does not fit its tokens, or its rules not the steps, layers and heads.
     """
+    model = architecture.model
     return AttentionSchedule(
         preset,
-        grid_for(architecture, size),
-        architecture.text_tokens,
-        architecture.text_first,
+        model.grid(size.width, size.height, size.frames),
+        model.text_tokens,
+        family_of(model).text_first,
         steps=preset.sampling.steps if steps is None else steps,
-        layers=architecture.layers,
-        heads=architecture.heads,
+        layers=architecture.transformer.layers,
+        heads=architecture.transformer.heads,
     )
 
 
@@ -180,20 +169,20 @@ def forecast(
         model: name of the model.
         architecture: its shape.
         size: of the picture or video.
-        dtype: of query, key and value; `auto` is bfloat16, float32 for the demo.
+        dtype: of query, key and value; `auto` is bfloat16, float32 for bundled models.
         steps: that are run; None for all of the preset's.
 
     Raises:
         BadInput: if the preset does not fit the picture or video.
     """
     if dtype == "auto":
-        dtype = "float32" if model == "demo" else "bfloat16"
+        dtype = "float32" if architecture.model.is_demo else "bfloat16"
     schedule = schedule_for(preset, architecture, size, steps)
     main_plan = max(schedule.shares, key=lambda plan: schedule.shares[plan])
-    width = architecture.heads * architecture.head_dim
+    width = architecture.transformer.width
     # Two products of tokens x width x tokens, a multiplication and an addition each.
     per_call = 4 * main_plan.tokens**2 * width
-    calls = architecture.layers * architecture.calls_per_step(preset.sampling.guidance)
+    calls = architecture.transformer.layers * architecture.calls_per_step(preset.sampling.guidance)
     return Forecast(
         preset=preset,
         model=model,
@@ -212,9 +201,14 @@ def run_forecasts(
 ) -> list[Forecast]:
     """Lays out a whole run: each stage of a picture, the last of which costs most, or a video; see `forecast`."""
     architecture = architecture_for(choice)
-    if isinstance(size, VideoSize):
-        return [forecast(preset, choice.name, architecture, size, dtype)]
     return [
-        forecast(stage.preset, choice.name, architecture, Resolution(stage.width, stage.height), dtype, stage.steps)
+        forecast(
+            stage.preset,
+            choice.name,
+            architecture,
+            replace(size, width=stage.width, height=stage.height),
+            dtype,
+            stage.steps,
+        )
         for stage in stages_of(preset, choice, size.width, size.height)
     ]

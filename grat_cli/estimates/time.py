@@ -15,25 +15,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.estimates.components import AutoencoderShape, Components
 from grat_cli.estimates.hardware import Device
-from grat_cli.estimates.memory import PICTURE_TILE, Execution, Pixels, component_weights
+from grat_cli.estimates.memory import Execution, component_weights
 from grat_cli.estimates.planning import Forecast
-from grat_cli.families.architectures import Architecture
-from grat_cli.models.devices import choose_device, choose_dtype, video_autoencoder_dtype, wait_for
-from grat_cli.models.video_size import VideoSize
+from grat_cli.families import family_of
+from grat_cli.families.autoencoders import Pixels
+from grat_cli.families.shapes import Components
+from grat_cli.models.devices import choose_device, choose_dtype, wait_for
 
 if TYPE_CHECKING:
     import torch
 
-# Sides and steps of the tiles that AutoencoderKLHunyuanVideo decodes, in pixels and in frames of latents (diffusers
-# 0.42.1): tiles overlap, and each window of frames but the first decodes one more than it keeps.
-_TILE, _TILE_STEP, _WINDOW, _WINDOW_STEP = 256, 192, 5, 3
-
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of the two long phases of a video."""
+    """Seconds of the two long phases of a run in one stage."""
 
     denoise: float
     decode: float
@@ -60,15 +56,15 @@ class Rates:
 
 
 def planned_seconds(forecast: Forecast, device: str = "auto", dtype: str = "auto") -> float:
-    """Seconds that a video will take, approximately; see `estimate`."""
+    """Seconds that a run will take, approximately; see `estimate`."""
     return estimate(forecast, device, dtype).total
 
 
 def estimate(forecast: Forecast, device: str = "auto", dtype: str = "auto") -> TimeEstimate:
-    """How long denoising and decoding of a video will take on a device, approximately.
+    """How long denoising and decoding will take on a device, approximately.
 
     Args:
-        forecast: of a video.
+        forecast: of a run in one stage.
         device: as for `devices.choose_device`.
         dtype: as for `devices.choose_dtype`.
 
@@ -81,17 +77,16 @@ def estimate(forecast: Forecast, device: str = "auto", dtype: str = "auto") -> T
 
 def estimate_at(forecast: Forecast, rates: Rates) -> TimeEstimate:
     """How long denoising and decoding take at known rates."""
-    architecture, schedule = forecast.architecture, forecast.schedule
-    assert isinstance(forecast.size, VideoSize), "the forecast is of an image"
-    denoise = schedule.steps * step_seconds(forecast, rates)
-    return TimeEstimate(denoise, decode_flop(architecture, forecast.size) / rates.convolution)
+    denoise = forecast.schedule.steps * step_seconds(forecast, rates)
+    decoding = forecast.architecture.autoencoder.decode_flop(Pixels.of(forecast.size))
+    return TimeEstimate(denoise, decoding / rates.convolution)
 
 
 def step_seconds(forecast: Forecast, rates: Rates) -> float:
     """Seconds of a denoising step at known rates, mean over the run."""
     architecture = forecast.architecture
     calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
-    linear_flop = calls * architecture.linear_flop(forecast.main_plan.tokens)
+    linear_flop = calls * architecture.transformer.linear_flop(forecast.main_plan.tokens)
     return forecast.planned_flop_per_step / rates.attention + linear_flop / rates.linear
 
 
@@ -125,8 +120,8 @@ def estimate_for(
 
     hidden = main.tokens * components.transformer.width * execution.element
     compute = forecast.planned_flop_per_step / main.tile_efficiency() / (ATTENTION_SHARE * peak) + calls * (
-        architecture.linear_flop(main.tokens) / (LINEAR_SHARE * peak)
-        + (_PASSES_OF_BLOCK * architecture.layers * hidden + weights["transformer"]) / device.bandwidth
+        architecture.transformer.linear_flop(main.tokens) / (LINEAR_SHARE * peak)
+        + (_PASSES_OF_BLOCK * architecture.transformer.layers * hidden + weights["transformer"]) / device.bandwidth
     )
     # Weights that come anew with every call: by group while the block before is at work, by layer before each.
     moving = calls * weights["transformer"] / device.link
@@ -135,22 +130,15 @@ def estimate_for(
 
     tokens = max(encoder.tokens for encoder in components.text_encoders)
     prompts = calls
-    size = Pixels.of(forecast.size)
-    encoding = {}
-    if isinstance(forecast.size, VideoSize):
-        convolutions = decode_flop(architecture, forecast.size)
-    else:
-        convolutions = picture_decode_flop(components.autoencoder, size, execution.tile)
-        encoding["encode"] = picture_encode_flop(components.autoencoder, size, execution.tile) / (
-            CONVOLUTION_SHARE * peak
-        )
+    coding = Pixels.of(forecast.size), execution.tile
     total = sum(weights.values())
-    return encoding | {
+    return {
+        "encode": components.autoencoder.encode_flop(*coding) / (CONVOLUTION_SHARE * peak),
         "load": total / _DISK + (total / device.link if execution.offload == "none" else 0),
         "text": prompts * 2 * components.text_parameters * tokens / (LINEAR_SHARE * peak)
         + (weights["text"] / device.link if execution.offload != "none" else weights["text"] / device.bandwidth),
         "denoise": forecast.schedule.steps * step + (moving / calls if execution.offload == "model" else 0),
-        "decode": convolutions / (CONVOLUTION_SHARE * peak),
+        "decode": components.autoencoder.decode_flop(*coding) / (CONVOLUTION_SHARE * peak),
     }
 
 
@@ -179,96 +167,26 @@ def phase_seconds(
 
 
 def _at_rates(stage: Forecast, components: Components, execution: Execution, rates: Rates) -> dict[str, float]:
-    if isinstance(stage.size, VideoSize):
-        found = estimate_at(stage, rates)
-        return {"denoise": found.denoise, "decode": found.decode}
-    coding = components.autoencoder, Pixels.of(stage.size), execution.tile
+    coding = Pixels.of(stage.size), execution.tile
     return {
-        "encode": picture_encode_flop(*coding) / rates.convolution,
+        "encode": components.autoencoder.encode_flop(*coding) / rates.convolution,
         "denoise": stage.schedule.steps * step_seconds(stage, rates),
-        "decode": picture_decode_flop(*coding) / rates.convolution,
+        "decode": components.autoencoder.decode_flop(*coding) / rates.convolution,
     }
-
-
-def picture_decode_flop(shape: AutoencoderShape, size: Pixels, tile: int | None = None) -> float:
-    """Floating-point operations to decode a picture; of convolutions alone, which are nearly all of it."""
-    places = _pixels_in_tiles(shape, size, tile) / shape.scale**2
-    previous, total = shape.channels[-1], 0.0
-    if shape.kind == "kl":
-        total += 5 * previous**2 * places  # the middle
-    for level, channels in enumerate(reversed(shape.channels)):
-        at = places * 4**level
-        blocks = list(reversed(shape.layers))[level]
-        if shape.kind == "tiny":
-            total += (3 * blocks + 1) * channels**2 * at  # a convolution without a change of channels closes a level
-        else:
-            total += (previous + (2 * blocks - 1) * channels) * channels * at
-        if level + 1 < len(shape.channels):
-            total += (4 * channels**2 * at) * (shape.kind == "kl")
-        previous = channels
-    return 2 * 9 * total
-
-
-def picture_encode_flop(shape: AutoencoderShape, size: Pixels, tile: int | None = None) -> float:
-    """Likewise to encode one. The encoder of an AutoencoderKL has a block less at each level."""
-    pixels = _pixels_in_tiles(shape, size, tile)
-    previous, total = shape.channels[0], 0.0
-    for level, (channels, layers) in enumerate(zip(shape.channels, shape.layers, strict=True)):
-        at = pixels / 4**level
-        if shape.kind == "tiny":
-            total += 3 * layers * channels**2 * at
-        else:
-            total += (previous + (2 * (layers - 1) - 1) * channels) * channels * at
-        if level + 1 < len(shape.channels):
-            total += channels**2 * at / 4
-        previous = channels
-    if shape.kind == "kl":
-        total += 5 * previous**2 * pixels / shape.scale**2  # the middle
-    return 2 * 9 * total
-
-
-def _pixels_in_tiles(shape: AutoencoderShape, size: Pixels, tile: int | None) -> float:
-    """Pixels that convolutions see, those that tiles have in common more than once."""
-    pixels = float(size.width * size.height)
-    if pixels > (tile or PICTURE_TILE) ** 2 and shape.kind == "kl":
-        pixels *= (4 / 3) ** 2  # a quarter of each tile is its neighbours'
-    return pixels
-
-
-def decode_flop(architecture: Architecture, size: VideoSize) -> float:
-    """Floating-point operations to decode a video in overlapping tiles, a few frames at a time."""
-    assert architecture.decoder is not None
-    assert architecture.frames_per_latent is not None
-    # Two by two latents make a token.
-    pixels = architecture.token_side // 2
-    latent_frames = (size.frames - 1) // architecture.frames_per_latent + 1
-    windows = [latent_frames]
-    if latent_frames > _WINDOW - 1:
-        windows = _parts(latent_frames, _WINDOW, _WINDOW_STEP)
-    rows, columns = [size.height // pixels], [size.width // pixels]
-    if max(size.height, size.width) > _TILE:
-        rows, columns = (_parts(whole, _TILE // pixels, _TILE_STEP // pixels) for whole in (rows[0], columns[0]))
-    return sum(architecture.decoder.flop(frames, high, wide) for frames in windows for high in rows for wide in columns)
-
-
-def _parts(whole: int, size: int, step: int) -> list[int]:
-    """Lengths of the overlapping parts of something."""
-    return [min(size, whole - start) for start in range(0, whole, step)]
 
 
 def measured_rates(forecast: Forecast, device: torch.device, dtype: torch.dtype) -> Rates:
     """Rates of this machine, on samples of a run's own kind."""
     import torch
 
-    of_video = isinstance(forecast.size, VideoSize)
+    architecture = forecast.architecture
+    autoencoder_dtype = family_of(architecture.model).dtypes(("vae",), device, dtype)["vae"]
     with torch.no_grad():
+        sample = architecture.autoencoder.sample(device, autoencoder_dtype)
         return Rates(
             _attention_rate(forecast, device, dtype),
-            _linear_rate(forecast.architecture, device, dtype),
-            # Autoencoders of pictures keep the dtype of the run.
-            _convolution_rate(
-                forecast.architecture, device, video_autoencoder_dtype(device, dtype) if of_video else dtype
-            ),
+            _linear_rate(architecture.transformer.width, device, dtype),
+            sample.flop / _seconds(sample.run, device, sample.repeats),
         )
 
 
@@ -290,22 +208,21 @@ def _attention_rate(forecast: Forecast, device: torch.device, dtype: torch.dtype
     plan = build_plan(
         Grouping(grid, main.grouping.group, main.grouping.cells), main.pattern, main.text_len, main.text_first
     )
-    architecture = forecast.architecture
+    transformer = forecast.architecture.transformer
     # Heads do not change the rate of a CPU.
-    heads = min(architecture.heads, 2) if device.type == "cpu" else architecture.heads
-    shape = (1, plan.tokens, heads, architecture.head_dim)
+    heads = min(transformer.heads, 2) if device.type == "cpu" else transformer.heads
+    shape = (1, plan.tokens, heads, transformer.head_dim)
     query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
     backend = forecast.preset.kernel.backend
     seconds = _seconds(lambda: span_attention(query, key, value, plan, backend=backend), device)
-    return 4 * plan.density * plan.tokens**2 * heads * architecture.head_dim / seconds
+    return 4 * plan.density * plan.tokens**2 * heads * transformer.head_dim / seconds
 
 
-def _linear_rate(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> float:
+def _linear_rate(width: int, device: torch.device, dtype: torch.dtype) -> float:
     """Of a feed-forward layer with its norm and activation."""
     import torch
     from torch.nn import functional
 
-    width = architecture.heads * architecture.head_dim
     tokens = max(256, int((2e9 if device.type == "cpu" else 1e12) / (16 * width**2)))
     hidden = torch.randn(tokens, width, device=device, dtype=dtype)
     wide = torch.randn(4 * width, width, device=device, dtype=dtype) / width**0.5
@@ -316,46 +233,6 @@ def _linear_rate(architecture: Architecture, device: torch.device, dtype: torch.
         return functional.linear(functional.gelu(inner, approximate="tanh"), narrow)
 
     return 16 * tokens * width**2 / _seconds(feed_forward, device)
-
-
-def _convolution_rate(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> float:
-    """Of a decoder of the model's shape with random weights, on a few latents."""
-    import torch
-    from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoDecoder3D
-
-    shape = architecture.decoder
-    if shape is None:
-        return _picture_convolution_rate(device, dtype)
-    side = 32
-    while side > 4 and shape.flop(3, side, side) > (4e10 if device.type == "cpu" else 1e13):
-        side //= 2
-    with torch.device("meta"):
-        decoder = HunyuanVideoDecoder3D(
-            in_channels=shape.channels[-1],
-            block_out_channels=shape.channels,
-            layers_per_block=shape.layers,
-            norm_num_groups=1,
-            mid_block_add_attention=False,
-        )
-    decoder = decoder.to_empty(device=device).to(dtype)
-    for weight in decoder.parameters():
-        weight.fill_(0.01)  # memory as it was found may hold numbers that a CPU is slow with
-    latents = torch.randn(1, shape.channels[-1], 3, side, side, device=device, dtype=dtype)
-    # Large enough on a CPU that neither its first call nor a pause of the machine weighs much.
-    repeats = 0 if device.type == "cpu" else 2
-    return shape.flop(3, side, side) / _seconds(lambda: decoder(latents), device, repeats)
-
-
-def _picture_convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Of a convolution with its activation, of 32 channels as at the finest level of the demo's decoder."""
-    import torch
-    from torch.nn import functional
-
-    channels, side = 32, 256 if device.type == "cpu" else 1024
-    planes = torch.randn(1, channels, side, side, device=device, dtype=dtype)
-    kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype) / (3 * channels**0.5)
-    seconds = _seconds(lambda: functional.relu(functional.conv2d(planes, kernel, padding=1)), device)
-    return 2 * 9 * channels**2 * side**2 / seconds
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:

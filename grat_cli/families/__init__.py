@@ -33,6 +33,20 @@ def families_of(medium: Medium) -> tuple[Family, ...]:
     return tuple(family for family in FAMILIES.values() if family.medium == medium)
 
 
-def preset_axes() -> Mapping[str, int]:
-    """Axes of the token grid of each kind of models that presets can be made for."""
-    return {name: family.axes for family in FAMILIES.values() for name in family.presets}
+def family_of_class(class_name: str) -> Family:
+    """The family that a transformer class belongs to.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    return {family.transformer: family for family in FAMILIES.values()}[class_name]
+
+
+def family_of_presets(model: str) -> Family:
+    """The family that presets with this name as their `model` are made for."""
+    return {name: family for family in FAMILIES.values() for name in family.presets}[model]
+
+
+def preset_variants() -> Mapping[str, tuple[str, ...]]:
+    """Variants of the presets that come with grat, by the name that they give as their `model`."""
+    return {model: variants for family in FAMILIES.values() for model, variants in family.presets.items()}

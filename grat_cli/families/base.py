@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grat_cli.errors import BadInput
+from grat_cli.families.autoencoders import AutoencoderShape
+from grat_cli.families.shapes import TextEncoderShape, TransformerShape
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -28,6 +32,12 @@ if TYPE_CHECKING:
 
 Medium = Literal["image", "video"]
 Classes = Mapping[str, Mapping[str, str]]
+"""Of each part of a pipeline: the classes that it may be of, and the library of each."""
+
+# The generic tokenizers that transformers 5 saves any other as.
+ANY_TOKENIZER = dict.fromkeys(("TokenizersBackend", "PreTrainedTokenizerFast"), "transformers")
+CLIP_TOKENIZER = {"CLIPTokenizer": "transformers", "CLIPTokenizerFast": "transformers", **ANY_TOKENIZER}
+SCHEDULER = {"FlowMatchEulerDiscreteScheduler": "diffusers"}
 
 
 @dataclass(frozen=True)
@@ -161,8 +171,16 @@ class Family(ABC):
         classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
         models: that are known by name; the first is the one for machines with a CUDA device.
         presets: variants of the presets that come with grat, by the name that presets give as their `model`.
+        larger: likewise the preset for outputs four times as large as those that a model was trained on.
         base: hub id of a pipeline whose other parts suit a file of a transformer alone.
         text_first: whether text comes before the image tokens in the joint sequence.
+        text_encoders: of the known models that are not bundled.
+        autoencoder: likewise.
+        large_encoder: the part, beside the transformer, that is large enough to be quantized.
+        half_beside: dtype of the parts beside the transformer where that is in half precision on a CUDA device; None
+            for the transformer's own.
+        lets_go: whether parts are let go of once a run is done with them.
+        full_note: what to know of full attention when it is measured.
         masks_text: whether stock attention runs over padded text under a mask.
         stages: whether outputs that are much larger than those it was trained on come about in stages.
     """
@@ -177,8 +195,15 @@ class Family(ABC):
     classes: ClassVar[Classes]
     models: ClassVar[tuple[ModelChoice, ...]]
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
+    larger: ClassVar[Mapping[str, str]] = {}
     base: ClassVar[str]
     text_first: ClassVar[bool]
+    text_encoders: ClassVar[tuple[TextEncoderShape, ...]]
+    autoencoder: ClassVar[AutoencoderShape]
+    large_encoder: ClassVar[str]
+    half_beside: ClassVar[str | None] = None
+    lets_go: ClassVar[bool] = False
+    full_note: ClassVar[str] = ""
     masks_text: ClassVar[bool] = False
     stages: ClassVar[bool] = False
 
@@ -199,6 +224,50 @@ class Family(ABC):
     @abstractmethod
     def vocabulary(self) -> Mapping[str, list[str]]:
         """The words that its bundled demo knows, by kind; those of `subjects` are what it shows."""
+
+    # ---- Shapes
+
+    def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
+        """The configuration of a model's transformer: its folder's own, else that of the known model it is kin to.
+
+        Raises:
+            OSError, ValueError: if it is missing or damaged.
+        """
+        if model.kind == "folder":
+            return json.loads((Path(model.source) / "transformer" / "config.json").read_text())
+        known = [one for one in self.models if one.kind == "hub"]
+        guided = model.default_guidance is not None
+        kin = next((one for one in known if (one.default_guidance is not None) == guided), known[0])
+        return json.loads((Path(__file__).parent / "configs" / f"{kin.name}.json").read_text())
+
+    def with_blocks(self, config: Mapping[str, Any], double: int, single: int) -> dict[str, Any]:
+        """A transformer's configuration with other numbers of blocks."""
+        return {**config, "num_layers": double, "num_single_layers": single}
+
+    @abstractmethod
+    def transformer_shape(self, config: Mapping[str, Any]) -> TransformerShape:
+        """The shape of a transformer, from its configuration.
+
+        Raises:
+            LookupError, ValueError, TypeError: if a field is missing or damaged.
+        """
+
+    @abstractmethod
+    def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
+        """Image tokens at which a step of a model is measured where no size is asked for."""
+
+    @abstractmethod
+    def step_inputs(
+        self, config: Mapping[str, Any], grid: Grid, text_len: int, normal: Callable[..., torch.Tensor]
+    ) -> dict[str, Any]:
+        """Keyword arguments of one transformer call of one sample, with latents and text drawn at random.
+
+        Args:
+            config: of the transformer.
+            grid: image tokens.
+            text_len: text tokens, all of them valid.
+            normal: numbers of a normal distribution, in the dtype of latents and text, of a shape.
+        """
 
     # ---- Loading
 

@@ -6,7 +6,7 @@ Read against diffusers 0.42.1, `pipelines/flux`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,20 @@ from grat_cli.attention.layer import Text
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput
 from grat_cli.families import picture_coding
-from grat_cli.families.base import Call, Family, Medium, ModelChoice, beginning_at, token_sides
+from grat_cli.families.autoencoders import KlAutoencoder
+from grat_cli.families.base import (
+    ANY_TOKENIZER,
+    CLIP_TOKENIZER,
+    SCHEDULER,
+    Call,
+    Classes,
+    Family,
+    Medium,
+    ModelChoice,
+    beginning_at,
+    token_sides,
+)
+from grat_cli.families.shapes import CLIP_L, TextEncoderShape, TransformerCall, TransformerShape
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -26,7 +39,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.fitted_positions import FittedPositions
     from grat_cli.attention.layer import CallObserver
-    from grat_kernels import Backend
+    from grat_kernels import Backend, Plan
 
 _DEMO = ModelChoice(
     name="demo",
@@ -53,6 +66,33 @@ _SCHNELL = replace(
     default_guidance=None,
 )
 _VARIANTS = ("full", "b", "b-wide", "x", "bx", "far", "sta")
+# black-forest-labs/FLUX.1-dev and FLUX.1-schnell, files {text_encoder_2,vae}/config.json; numbers of weights are those
+# of the classes with these configurations.
+_T5_XXL = TextEncoderShape(4_762_310_656, 24, 4096, 10240, 64, 512)
+_AUTOENCODER = KlAutoencoder((128, 256, 512, 512), (3, 3, 3, 3), 16, 83_819_683)
+
+
+class FluxShape(TransformerShape):
+    """A `FluxTransformer2DModel`."""
+
+    rotates_text = True
+    joins_in_single = False
+
+    @property
+    def token_channels(self) -> int:
+        return self.in_channels
+
+    def pipeline_bytes(self, plan: Plan, element: int) -> float:
+        """Positions of three numbers: the pipeline's, and in fp32 in group order, with text, and of the rotation."""
+        return plan.image_tokens * 3 * (element + 4) + 2 * plan.tokens * 3 * 4
+
+    def feed_forward_bytes(self, call: TransformerCall) -> float:
+        # Hidden states, what attention put out, gated and not, the sum, its norm; then twice the inner layer.
+        return 2 * call.joint + 3 * call.image + 8 * call.image
+
+    def projection_bytes(self, call: TransformerCall) -> float:
+        # What attention put out, it and the inner layer side by side, the projection of these, gated and not.
+        return (1 + 5 + 1 + 1) * call.joint
 
 
 class Flux(Family):
@@ -64,11 +104,26 @@ class Flux(Family):
     axes = 2
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     transformer = "FluxTransformer2DModel"
+    classes: ClassVar[Classes] = {
+        "text_encoder": {"CLIPTextModel": "transformers"},
+        "text_encoder_2": {"T5EncoderModel": "transformers"},
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": {"T5Tokenizer": "transformers", "T5TokenizerFast": "transformers", **ANY_TOKENIZER},
+        "transformer": {"FluxTransformer2DModel": "diffusers"},
+        "vae": {"AutoencoderKL": "diffusers", "AutoencoderTiny": "diffusers"},
+        "scheduler": SCHEDULER,
+        "image_encoder": {"CLIPVisionModelWithProjection": "transformers"},
+        "feature_extractor": {"CLIPImageProcessor": "transformers"},
+    }
     refused: ClassVar[Mapping[str, str]] = {}
     models = (_DEV, _SCHNELL, _DEMO)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux": _VARIANTS, "demo": _VARIANTS}
-    base = "black-forest-labs/FLUX.1-dev"
+    larger: ClassVar[Mapping[str, str]] = {"flux": "flux-4k", "demo": "demo-4x"}
+    base = _DEV.source
     text_first = True
+    text_encoders = (CLIP_L, _T5_XXL)
+    autoencoder = _AUTOENCODER
+    large_encoder = "text_encoder_2"
     stages = True
 
     # ---- Which model
@@ -92,6 +147,34 @@ class Flux(Family):
         from grat_cli.demo import vocabulary
 
         return vocabulary()
+
+    # ---- Shapes
+
+    def transformer_shape(self, config: Mapping[str, Any]) -> FluxShape:
+        return FluxShape.of(config, "joint_attention_dim")
+
+    def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
+        """Of large pictures: of twice and four times the side that it was trained at."""
+        return tuple(model.grid(times * model.native_side, times * model.native_side) for times in (2, 4))
+
+    def step_inputs(
+        self, config: Mapping[str, Any], grid: Grid, text_len: int, normal: Callable[..., torch.Tensor]
+    ) -> dict[str, Any]:
+        import torch
+
+        pooled = normal(1, config["pooled_projection_dim"])
+        row, column = torch.meshgrid(*(torch.arange(side) for side in grid.shape), indexing="ij")
+        positions = torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float()
+        inputs = {
+            "hidden_states": normal(1, grid.tokens, config["in_channels"]),
+            "encoder_hidden_states": normal(1, text_len, config["joint_attention_dim"]),
+            "pooled_projections": pooled,
+            "timestep": torch.full_like(pooled[:, 0], 0.7),
+            "img_ids": positions.to(pooled.device),
+            "txt_ids": torch.zeros(text_len, 3, device=pooled.device),
+        }
+        # The transformer multiplies the scale by 1000 itself.
+        return inputs | ({"guidance": torch.full_like(pooled[:, 0], 3.5)} if config["guidance_embeds"] else {})
 
     # ---- Loading
 

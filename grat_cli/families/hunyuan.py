@@ -6,14 +6,19 @@ Read against diffusers 0.42.1, `pipelines/hunyuan_video`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grat_cli.attention.adapter import ProcessorAdapter
 from grat_cli.demo import DEMO_HUNYUAN
 from grat_cli.errors import BadInput
+from grat_cli.families.autoencoders import HunyuanVideoAutoencoder
 from grat_cli.families.base import (
+    ANY_TOKENIZER,
+    CLIP_TOKENIZER,
+    SCHEDULER,
     Call,
+    Classes,
     Family,
     Medium,
     ModelChoice,
@@ -22,6 +27,7 @@ from grat_cli.families.base import (
     latent_frames,
     token_sides,
 )
+from grat_cli.families.shapes import CLIP_L, TextEncoderShape, TransformerCall, TransformerShape
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.layer import Text
+    from grat_kernels import Plan
 
 _TEXT_CHANNELS = 4096  # of the Llama that HunyuanVideo was trained with
 # As in Tencent's own sample script: 50 steps, embedded guidance 6, shift 7, prompts of up to 256 tokens.
@@ -60,6 +67,48 @@ _DEMO = ModelChoice(
     video=VideoTraits(DEMO_HUNYUAN.width, DEMO_HUNYUAN.height, DEMO_HUNYUAN.frames, DEMO_HUNYUAN.fps),
     is_demo=True,
 )
+# hunyuanvideo-community/HunyuanVideo, files {text_encoder,vae}/config.json; numbers of weights are those of the classes
+# with these configurations.
+_LLAMA_8B = TextEncoderShape(7_505_186_816, 32, 4096, 14336, 32, 351)
+_AUTOENCODER = HunyuanVideoAutoencoder((128, 256, 512, 512), (3, 3, 3, 3), 16, 246_478_803)
+
+
+@dataclass(frozen=True)
+class HunyuanShape(TransformerShape):
+    """A `HunyuanVideoTransformer3DModel`.
+
+    Attributes:
+        refiner_blocks: blocks that see text alone.
+    """
+
+    refiner_blocks: int = 0
+
+    rotates_text = False
+    joins_in_single = True
+
+    @property
+    def token_channels(self) -> int:
+        return 4 * self.in_channels
+
+    @property
+    def other_parameters(self) -> int:
+        """With those of the refiner."""
+        width = self.width
+        refiner = self.embedder_parameters + self.text_channels * width + width + width**2 + width
+        return super().other_parameters + refiner + self.refiner_blocks * (14 * width**2 + 15 * width)
+
+    def pipeline_bytes(self, plan: Plan, element: int) -> float:
+        """The pipeline's own latents, which are fp32 where the transformer is not."""
+        return plan.image_tokens * self.token_channels * element
+
+    def feed_forward_bytes(self, call: TransformerCall) -> float:
+        # Hidden states, what attention put out, the sum, its norm; then twice the inner layer.
+        return 4 * call.joint + 8 * call.image
+
+    def projection_bytes(self, call: TransformerCall) -> float:
+        # What attention put out, joined from video and text, it and the inner layer side by side, the projection of
+        # these, gated and not.
+        return (1 + 1 + 5 + 1 + 1) * call.joint
 
 
 class Hunyuan(Family):
@@ -71,6 +120,15 @@ class Hunyuan(Family):
     axes = 3
     pipelines = ("HunyuanVideoPipeline",)
     transformer = "HunyuanVideoTransformer3DModel"
+    classes: ClassVar[Classes] = {
+        "text_encoder": {"LlamaModel": "transformers"},
+        "text_encoder_2": {"CLIPTextModel": "transformers"},
+        "tokenizer": {"LlamaTokenizer": "transformers", "LlamaTokenizerFast": "transformers", **ANY_TOKENIZER},
+        "tokenizer_2": CLIP_TOKENIZER,
+        "transformer": {"HunyuanVideoTransformer3DModel": "diffusers"},
+        "vae": {"AutoencoderKLHunyuanVideo": "diffusers"},
+        "scheduler": SCHEDULER,
+    }
     refused: ClassVar[Mapping[str, str]] = {
         "HunyuanVideoImageToVideoPipeline": "it starts from a picture, whose tokens it treats apart",
         "HunyuanSkyreelsImageToVideoPipeline": "it starts from a picture, which it adds to the channels of the latents",
@@ -80,8 +138,17 @@ class Hunyuan(Family):
     }
     models = (_HUNYUAN, _DEMO)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"hunyuan": ("full", "b", "planes", "lines", "bx", "far", "sta")}
-    base = "hunyuanvideo-community/HunyuanVideo"
+    base = _HUNYUAN.source
     text_first = False
+    text_encoders = (_LLAMA_8B, CLIP_L)
+    autoencoder = _AUTOENCODER
+    large_encoder = "text_encoder"
+    half_beside = "float16"  # as in its own example, in diffusers and on its model card
+    lets_go = True
+    full_note = (
+        "All text is valid, and full attention runs without the padding mask of stock diffusers, "
+        "which would keep torch from its fastest kernels."
+    )
     masks_text = True
 
     # ---- Which model
@@ -110,6 +177,33 @@ class Hunyuan(Family):
 
         return video_vocabulary()
 
+    # ---- Shapes
+
+    def transformer_shape(self, config: Mapping[str, Any]) -> HunyuanShape:
+        return HunyuanShape.of(config, "text_embed_dim", refiner_blocks=int(config["num_refiner_layers"]))
+
+    def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
+        video = model.require_video()
+        return (model.grid(video.width, video.height, video.frames),)
+
+    def step_inputs(
+        self, config: Mapping[str, Any], grid: Grid, text_len: int, normal: Callable[..., torch.Tensor]
+    ) -> dict[str, Any]:
+        import torch
+
+        pooled = normal(1, config["pooled_projection_dim"])
+        patch = config["patch_size_t"], config["patch_size"], config["patch_size"]
+        latents = [tokens * size for tokens, size in zip(grid.shape, patch, strict=True)]
+        inputs = {
+            "hidden_states": normal(1, config["in_channels"], *latents),
+            "encoder_hidden_states": normal(1, text_len, config["text_embed_dim"]),
+            "encoder_attention_mask": torch.ones(1, text_len, device=pooled.device, dtype=torch.bool),
+            "pooled_projections": pooled,
+            "timestep": torch.full((1,), 700, device=pooled.device),
+        }
+        # The pipeline multiplies the scale by 1000.
+        return inputs | ({"guidance": torch.full_like(pooled[:, 0], 6000.0)} if config["guidance_embeds"] else {})
+
     # ---- Loading
 
     def pipeline_class(self, *, from_picture: bool = False) -> Any:
@@ -123,7 +217,7 @@ class Hunyuan(Family):
         return HunyuanVideoTransformer3DModel
 
     def dtypes(self, parts: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """On CUDA devices the transformer alone runs in bf16, all else in fp16, as in HunyuanVideo's own example.
+        """On a CUDA device see `half_beside`.
 
         On a CPU that multiplies bf16 the autoencoder does: 3-D convolutions are four to seven times as fast, and
         pixels are rounded to 8 bits anyway.

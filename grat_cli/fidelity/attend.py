@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from grat_cli.errors import BadInput, choices
+from grat_cli.families import preset_variants
 from grat_cli.fidelity.variants import NAMES, SHORT_NAMES, parse_variants, variant_for
-from grat_cli.generation.selection import PRESET_VARIANTS
-from grat_cli.presets import AXES, Attention, Preset, load_preset, preset_names, ranges
+from grat_cli.presets import Attention, Preset, load_preset, preset_names, ranges
 from grat_cli.presets.problems import problem_of
 from grat_kernels import Grid, Grouping, build_plan
 
@@ -111,7 +111,7 @@ def candidates_for(text: str | None, preset: Preset, family: str, grid: Grid) ->
     if text is None:
         found = [
             Candidate(name, load_preset(name).attention)
-            for name in (f"{family}-{variant}" for variant in PRESET_VARIANTS[family])
+            for name in (f"{family}-{variant}" for variant in preset_variants()[family])
             if name != f"{family}-full"
         ]
         if preset.attention not in [one.attention for one in found] and preset.attention.variant != "full":
@@ -135,13 +135,13 @@ def _candidate(name: str, family: str, grid: Grid) -> Candidate:
     word = name.partition(":")[0]
     if name in preset_names() or name.endswith((".yaml", ".yml")):
         preset = load_preset(name)
-        if AXES[preset.model] != grid.axes:
+        if len(preset.attention.group) != grid.axes:
             raise BadInput(f"--patterns {name}: it is for {preset.model} models, whose tokens have other axes")
         if preset.attention.variant == "full":
             raise _is_full(name)
         return Candidate(preset.name, preset.attention)
     if word not in (*NAMES, *SHORT_NAMES):
-        known = (*_GROUPED, *(f"{family}-{variant}" for variant in PRESET_VARIANTS[family] if variant != "full"))
+        known = (*_GROUPED, *(f"{family}-{variant}" for variant in preset_variants()[family] if variant != "full"))
         raise BadInput(f"--patterns {name}: {choices(name, known)}" if name else "--patterns: a name is empty")
     (request,) = parse_variants(name, option="--patterns")
     variant = variant_for(request, grid, "--patterns")
@@ -284,7 +284,7 @@ def attend(
     from grat_cli.attention.query_record import CallCounter, QueryRecorder
     from grat_cli.attention.record import AttentionRecorder
     from grat_cli.generation.request import note_expectations
-    from grat_cli.generation.run import memory_advice
+    from grat_cli.generation.run import memory_advice, offload_chooser
     from grat_cli.generation.single import frames_of, latents_of
     from grat_cli.models.devices import choose_device, choose_dtype
     from grat_cli.models.loading import load_model
@@ -303,7 +303,7 @@ def attend(
             device=device,
             dtype=dtype,
             offload=request.offload,
-            tokens=grid.tokens,
+            choose_offload=offload_chooser(request, device),
             base=request.base,
         )
         request.family.prepare(model.pipe)

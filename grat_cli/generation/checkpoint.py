@@ -7,7 +7,7 @@ what may be typed, and decides neither where an output goes nor what it may repl
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -161,9 +161,10 @@ def files_of(run: Run) -> list[Path]:
     checkpoint = outputs.checkpoint_path(run.kept.with_name(run.kept.name.removesuffix(LATENTS_ENDING)))
     try:
         both = [tensors.read_about(path) or {} for path in (run.kept, checkpoint)]
-    except BadInput:
+        # A run that has been taken up keeps only the seeds that are left.
+        asked = [{**about["request"], "seeds": about["seed"]} for about in both]
+    except (BadInput, KeyError, TypeError):
         return [run.kept]
-    asked = [({**about.get("request", {}), "seeds": None}, about.get("seed")) for about in both]
     return [run.kept, checkpoint] if asked[0] == asked[1] else [run.kept]
 
 
@@ -211,7 +212,7 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
     held, about = tensors.read_tensors(path, *_SCHEMAS[ending])
     place = place_of(path)
     try:
-        seed = stored_as(_StoredSeed, {"seed": about.get("seed")}).seed
+        seed = stored_as(_StoredReport, about).seed
         state: _StoredState = stored_as(_StoredState, about.get("state"))
         request = request_from_data(about.get("request"), place, seed, model)
         run = Run(
@@ -276,13 +277,13 @@ def _require_fit(run: Run, request: Request, *, latents_alone: bool) -> None:
 # ---- What files say
 
 
-def _one_of(*known: str) -> Any:
+def _one_of(known: Iterable[str]) -> AfterValidator:
     def check(word: str) -> str:
         if word not in known:
-            raise ValueError(choices(word, known))
+            raise ValueError(choices(word, tuple(known)))
         return word
 
-    return Annotated[str, AfterValidator(check)]
+    return AfterValidator(check)
 
 
 Text = Annotated[str, Field(max_length=1_000_000)]
@@ -292,10 +293,27 @@ Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
-class _StoredSeed(BaseModel):
+class _StoredDevice(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    threads: Annotated[int, Field(ge=1, le=4096)] | None
+
+
+class _StoredWeights(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    revision: Annotated[str, Field(max_length=200)] | None
+
+
+class _StoredReport(BaseModel):
+    """What of a report decides how a run goes on."""
+
     model_config = ConfigDict(strict=True)
 
     seed: Seed
+    device: _StoredDevice
+    model: _StoredWeights
+    peak_memory_kind: Annotated[str, Field(max_length=200)]
 
 
 class _StoredState(BaseModel):
@@ -341,9 +359,9 @@ class _StoredRequest(BaseModel):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=MOST_OUTPUTS)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    offload: _one_of(*OFFLOADS)
-    quantize: _one_of(*QUANTIZATIONS)
-    format: _one_of(*formats.SUFFIXES)
+    offload: Annotated[str, _one_of(OFFLOADS)]
+    quantize: Annotated[str, _one_of(QUANTIZATIONS)]
+    format: Annotated[str, _one_of(formats.SUFFIXES)]
     quality: Annotated[int, Field(ge=0, le=100)] | None
     checkpoint_every: Annotated[int, Field(ge=0)] | None
     preview_every: Annotated[int, Field(ge=0)]

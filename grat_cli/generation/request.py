@@ -121,12 +121,16 @@ class Progress(Protocol):
         """So many denoising steps have been issued; those of an earlier process count."""
         ...
 
-    def written(self, count: int) -> None:
-        """So many bytes of the output are written."""
-        ...
-
     def note(self, text: str) -> None:
         """Something worth knowing, in one sentence."""
+        ...
+
+
+class WritingProgress(Progress, Protocol):
+    """Told of files as well."""
+
+    def written(self, count: int) -> None:
+        """So many bytes of the output are written."""
         ...
 
 

@@ -24,7 +24,7 @@ from grat_cli.generation import report
 from grat_cli.generation.checkpoint import LATENTS_ENDING, Run, discard_run, files_of, write_run
 from grat_cli.generation.frames import FrameCheck, checked_frames
 from grat_cli.generation.preview import Preview, PreviewedSteps
-from grat_cli.generation.request import Progress, Request, check, note_expectations
+from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
 from grat_cli.generation.stage import Installed, StepWatch, installed, stages_for, upscaled
 from grat_cli.generation.timing import Phases, StepRecorder, phase_of
 from grat_cli.models.devices import (
@@ -39,6 +39,7 @@ from grat_cli.models.devices import (
 )
 from grat_cli.models.loading import LoadedModel, load_autoencoder, load_model
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.video_size import VideoSize
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ class Text:
     lengths: tuple[int, ...]
 
 
-def generate(request: Request, progress: Progress, begun: Run | None = None) -> Iterator[Made]:
+def generate(request: Request, progress: WritingProgress, begun: Run | None = None) -> Iterator[Made]:
     """Makes one output per seed and writes it with its report; the model is loaded once.
 
     Args:
@@ -122,7 +123,7 @@ class Generator:
         stages: of every output.
     """
 
-    def __init__(self, request: Request, progress: Progress, begun: Run | None = None) -> None:
+    def __init__(self, request: Request, progress: WritingProgress, begun: Run | None = None) -> None:
         """Loads the model.
 
         Args:
@@ -146,7 +147,7 @@ class Generator:
                     dtype=choose_dtype(request.dtype, self._device),
                     offload=request.offload,
                     quantize=request.quantize,
-                    tokens=request.grid.tokens,
+                    choose_offload=offload_chooser(request, self._device),
                     image_to_image=self._start is not None,
                     base=request.base,
                 )
@@ -157,6 +158,10 @@ class Generator:
         self._surroundings = surroundings(self._model, self._device)
         if begun is not None:
             begun.refuse_other_weights(self._model.revision)
+
+    @property
+    def _lets_go(self) -> bool:
+        return self._family.lets_go and self._model.offload == "none"
 
     @property
     def revision(self) -> str | None:
@@ -187,7 +192,7 @@ class Generator:
 
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
-        if self._model.offload == "none":
+        if self._lets_go:
             release(self._pipe, "text_encoder", "text_encoder_2")
 
     def make(self, request: Request, run: Run, output: Path, text: Text, *, is_last: bool) -> Made:
@@ -210,7 +215,7 @@ class Generator:
 
         # 4. Denoise in stages, with GRAT attention installed; a checkpoint now and then.
         run = making.denoised()
-        if self._model.offload == "none" and is_last:
+        if self._lets_go and is_last:
             release(self._pipe, "transformer")
 
         # 5. Keep the latents until the output is written: decoding is where memory runs out.
@@ -472,7 +477,7 @@ class StepKeeper:
 
 
 def decode_run(
-    run: Run, request: Request, output: Path, progress: Progress, tile: int | None = None, command: str = ""
+    run: Run, request: Request, output: Path, progress: WritingProgress, tile: int | None = None, command: str = ""
 ) -> Made:
     """Makes the output of latents; of the model only the autoencoder is loaded.
 
@@ -526,7 +531,7 @@ def finish(
     request: Request,
     output: Path,
     phases: Phases,
-    progress: Progress,
+    progress: WritingProgress,
     tile: int | None = None,
 ) -> Made:
     """Decodes latents, writes the output and its report.
@@ -577,7 +582,7 @@ def finish(
     return Made(output, made)
 
 
-def keep_latents(run: Run, request: Request, output: Path, progress: Progress) -> Path | None:
+def keep_latents(run: Run, request: Request, output: Path, progress: WritingProgress) -> Path | None:
     """Writes the latents of a run beside its output, in place of the checkpoint.
 
     Where there is no room, they go to a folder of temporary files, and that is said.
@@ -603,7 +608,7 @@ def keep_latents(run: Run, request: Request, output: Path, progress: Progress) -
 
 @contextmanager
 def kept_latents(
-    kept: Path | None, request: Request, output: Path, progress: Progress, tile: int | None = None
+    kept: Path | None, request: Request, output: Path, progress: WritingProgress, tile: int | None = None
 ) -> Iterator[None]:
     """Makes whatever goes wrong between denoising and the end say how to go on from what is kept.
 
@@ -718,6 +723,23 @@ def surroundings(model: LoadedModel, device: torch.device) -> report.Surrounding
         revision=model.revision,
         memory_kind=peak_memory(device)[1],
     )
+
+
+def offload_chooser(request: Request, device: torch.device) -> Callable[[Any], tuple[str, str]]:
+    """What `--offload auto` stands for with a loaded pipeline: by the memory that the run is foretold to need."""
+
+    def choose(pipe: Any) -> tuple[str, str]:
+        from grat_cli.estimates.fitting import offload_for
+        from grat_cli.estimates.planning import run_forecasts
+
+        size: Resolution | VideoSize = Resolution(request.width, request.height)
+        if request.frames and request.fps:
+            size = VideoSize(request.width, request.height, request.frames, request.fps)
+        dtype = str(choose_dtype(request.dtype, device)).removeprefix("torch.")
+        runs = run_forecasts(request.preset, request.model, size, dtype)
+        return offload_for(pipe, request.model, runs, device, quantize=request.quantize)
+
+    return choose
 
 
 def release(pipe: Any, *parts: str) -> None:

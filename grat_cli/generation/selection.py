@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from grat_cli.errors import BadInput, choices
-from grat_cli.models.catalogue import Medium, ModelChoice, medium_of_name
-from grat_cli.presets import AXES, VARIANTS, Preset, Sampling, load_preset, preset_names, resolve_preset
+from grat_cli.families import family_of, family_of_presets
+from grat_cli.families.base import Medium, ModelChoice
+from grat_cli.models.catalogue import medium_of_name
+from grat_cli.presets import VARIANTS, Preset, Sampling, load_preset, preset_names, resolve_preset
 
-# The presets that come with grat are named after the family and one of these; `far` is the recommended one.
-_OF_IMAGES = ("full", "b", "b-wide", "x", "bx", "far", "sta")
-PRESET_VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "flux": _OF_IMAGES,
-    "demo": _OF_IMAGES,
-    "hunyuan": ("full", "b", "planes", "lines", "bx", "far", "sta"),
-}
 RECOMMENDED = "far"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -45,7 +40,7 @@ def select_preset(
     Raises:
         BadInput: naming the option that does not fit.
     """
-    variants = PRESET_VARIANTS[model.presets]
+    variants = family_of(model).presets[model.presets]
     if preset is None:
         if variant == "x" and variant not in variants:
             variant = "lines" if share == 2 else "planes"
@@ -60,7 +55,7 @@ def select_preset(
                 f"--variant {variant} is short for the preset {model.presets}-{variant}: leave out --preset, "
                 f"or choose from {', '.join(VARIANTS)}"
             )
-    if AXES[base.model] != AXES[model.presets]:
+    if len(base.attention.group) != family_of(model).axes:
         raise BadInput(f"preset {base.name} is for {base.model} models, {model.name} is not one: see grat presets")
     if base.name in preset_names():
         shift = model.default_shift if base.sampling.shift is None else base.sampling.shift
@@ -81,24 +76,23 @@ def select_preset(
     )
 
 
-def choose_medium(model: str | None, family: str | None, of_video: bool) -> Medium:
+def choose_medium(model: str | None, made_for: str | None, of_video: bool) -> Medium:
     """What a command is to make that makes either.
 
     Args:
         model: `--model`, None where it was not given.
-        family: that a given preset is for, None without one.
+        made_for: `model` of a given preset, None without one.
         of_video: whether other options are those of videos.
     """
-    if of_video or family == "hunyuan":
-        return "video"
-    return (medium_of_name(model) if model else None) or "image"
+    media = (made_for and family_of_presets(made_for).medium, model and medium_of_name(model))
+    return "video" if of_video or "video" in media else "image"
 
 
 def variant_word(preset: Preset) -> str:
     """The variant in a file's name: `b`, `planes`, or `b-far` with a far field."""
     attention = preset.attention
     word: str = attention.variant
-    if word == "x" and AXES[preset.model] == 3:
+    if word == "x" and len(attention.group) == 3:
         word = {1: "planes", 2: "lines"}.get(attention.share or 1, word)
     return word + ("-far" if attention.far else "")
 

@@ -6,51 +6,40 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
+from grat_cli.families import FAMILIES, families_of, family_of_pipeline
+from grat_cli.families.base import Medium, ModelChoice
 from grat_cli.models.parts import read_index, read_json, validation_problem
 
-Medium = Literal["image", "video"]
-
-PIPELINES_OF_MEDIUM: Mapping[Medium, tuple[str, ...]] = {
-    "image": ("FluxPipeline", "FluxImg2ImgPipeline"),
-    "video": ("HunyuanVideoPipeline",),
-}
-# Pipelines of diffusers that may be taken for supported ones, and why they are not.
-UNSUPPORTED_PIPELINES: Mapping[str, str] = {
-    "HunyuanVideoImageToVideoPipeline": "it starts from a picture, whose tokens it treats apart",
-    "HunyuanSkyreelsImageToVideoPipeline": "it starts from a picture, which it adds to the channels of the latents",
-    "HunyuanVideoFramepackPipeline": "it adds tokens of earlier frames to those of the video",
-    "HunyuanVideo15Pipeline": "HunyuanVideo 1.5 has another transformer",
-    "HunyuanVideo15ImageToVideoPipeline": "HunyuanVideo 1.5 has another transformer",
-}
-DEMO_TOKEN_SIDE = 8
-FLUX_TOKEN_SIDE = 16
-HUNYUAN_TEXT_CHANNELS = 4096  # of the Llama that HunyuanVideo was trained with
 _Blocks = Annotated[list[int] | None, Field(max_length=8)]
 _Scale = Annotated[int, Field(ge=1, le=64)]
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".sft")
 
 
-from grat_cli.families import FAMILIES
-from grat_cli.families.base import ModelChoice
+def _known(medium: Medium) -> dict[str, ModelChoice]:
+    """Bundled models first."""
+    models = [model for family in families_of(medium) for model in family.models]
+    return {model.name: model for model in sorted(models, key=lambda model: not model.is_demo)}
 
-KNOWN_MODELS = {
-    m: {c.name: c for f in FAMILIES.values() if f.medium == m for c in f.models} for m in ("image", "video")
-}
-_DEMO, _FLUX_DEV, _FLUX_SCHNELL = (KNOWN_MODELS["image"][n] for n in ("demo", "flux-dev", "flux-schnell"))
-_DEMO_HUNYUAN, _HUNYUAN = (KNOWN_MODELS["video"][n] for n in ("demo", "hunyuan"))
+
+KNOWN_MODELS: Mapping[Medium, Mapping[str, ModelChoice]] = {medium: _known(medium) for medium in get_args(Medium)}
+
+
+def is_known(model: ModelChoice) -> bool:
+    """Whether a model is one of those that go by names of their own, so that all of it is known before it is loaded."""
+    return model.name in KNOWN_MODELS[model.medium]
 
 
 def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     """The model that a name means: a known name, a folder, a `.safetensors` file, or a hub id `owner/name`.
 
-    Without a name it is `flux-dev`, or `hunyuan` for videos, where a CUDA device is present, else `demo`; only then
-    torch is imported.
+    Without a name it is the first of the medium's first family where a CUDA device is present, else the bundled one;
+    only then torch is imported.
 
     Args:
         name: as typed, or None.
@@ -65,8 +54,9 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
         import torch
 
         if torch.cuda.is_available():
-            return replace(_FLUX_DEV if medium == "image" else _HUNYUAN, reason="a CUDA device is present")
-        return replace(known["demo"], reason="no CUDA device is present")
+            return replace(families_of(medium)[0].models[0], reason="a CUDA device is present")
+        bundled = next(model for model in known.values() if model.is_demo)
+        return replace(bundled, reason="no CUDA device is present")
     if name in known:
         return known[name]
     if medium_of_name(name) not in (None, medium):
@@ -77,7 +67,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     if path.suffix in _SINGLE_FILE_SUFFIXES or path.is_file():
         return _choose_file(name, path, medium)
     if HUB_ID.fullmatch(name):
-        return replace(_template(name, medium), name=name, source=name, reason="hub id")
+        return replace(_kin(name, medium), name=name, source=name, reason="hub id")
     closest = nearest(name, known)
     hint = f"did you mean {closest}? " if closest else ""
     raise ModelUnavailable(
@@ -97,34 +87,36 @@ def medium_of_name(name: str) -> Medium | None:
 
 def medium_of_pipeline(class_name: Any) -> Medium | None:
     """What a pipeline class makes; None for one that is not supported."""
-    return next((medium for medium, classes in PIPELINES_OF_MEDIUM.items() if class_name in classes), None)
+    family = family_of_pipeline(class_name)
+    return family.medium if family else None
 
 
 def refusal_of_pipeline(name: str, class_name: Any, medium: Medium) -> BadInput | ModelUnavailable:
     """What to raise for a model whose pipeline is none of those for `medium`."""
-    if medium_of_pipeline(class_name):
+    if medium_of_pipeline(class_name) not in (None, medium):
         return wrong_medium(name, medium)
-    if reason := UNSUPPORTED_PIPELINES.get(class_name):
-        return ModelUnavailable(
-            f"{name} is a {class_name}, which is not supported: {reason}\n"
-            "give a HunyuanVideoPipeline, which makes videos from text alone"
-        )
-    wanted = " or ".join(PIPELINES_OF_MEDIUM[medium])
+    for family in FAMILIES.values():
+        if class_name in family.refused:
+            return ModelUnavailable(
+                f"{name} is a {class_name}, which is not supported: {family.refused[class_name]}\n"
+                f"give a {family.pipelines[0]}, which makes {family.medium}s from text alone"
+            )
+    wanted = " or ".join(pipeline for family in families_of(medium) for pipeline in family.pipelines)
     return ModelUnavailable(f"{name} is a {class_name}, which is not supported: give a folder or hub id of {wanted}")
 
 
 def wrong_medium(name: str, medium: Medium) -> BadInput:
     """What to raise for a model that makes the other medium than `medium`."""
-    other: Medium = "video" if medium == "image" else "image"
+    (other,) = KNOWN_MODELS.keys() - {medium}
     names = ", ".join(KNOWN_MODELS[medium])
     return BadInput(f"{name} makes {other}s: use it with grat {other}; for {medium}s give --model one of {names}")
 
 
-def _template(name: str, medium: Medium) -> ModelChoice:
+def _kin(name: str, medium: Medium) -> ModelChoice:
     """The known model that another checkpoint is most likely kin to."""
-    if medium == "video":
-        return _HUNYUAN
-    return _FLUX_SCHNELL if "schnell" in name.lower() else _FLUX_DEV
+    families = families_of(medium)
+    named = [family for family in families if family.name in name.lower()]
+    return (named or families)[0].kin(name)
 
 
 def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
@@ -132,66 +124,44 @@ def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(f"{name} is not a .safetensors file: other formats are not supported")
     if not path.is_file():
         raise ModelUnavailable(f"there is no file {name}: check the path, or use --model demo")
-    template = _template(path.stem, medium)
-    return replace(template, name=name, source=str(path), kind="file", reason="a file of that name")
+    return replace(_kin(path.stem, medium), name=name, source=str(path), kind="file", reason="a file of that name")
 
 
 def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
     """A pipeline folder; the files in it tell how large its tokens are and how it takes guidance."""
     try:
         index = read_index(path / "model_index.json")
-        if index.class_name not in PIPELINES_OF_MEDIUM[medium]:
+        family = family_of_pipeline(index.class_name)
+        if family is None or family not in families_of(medium):
             raise refusal_of_pipeline(name, index.class_name, medium)
-        index.classes(name, medium)
+        index.classes(name, family.classes)
         transformer, autoencoder = (
-            _Traits.model_validate(read_json(path / part / "config.json")) for part in ("transformer", "vae")
+            _Traits.model_validate(read_json(path / part / "config.json")).model_dump(exclude_none=True)
+            for part in ("transformer", "vae")
         )
     except FileNotFoundError as error:
         raise ModelUnavailable(
             f"{name} is not a pipeline folder: {first_line(error)}\n"
-            f"give a folder that a {PIPELINES_OF_MEDIUM[medium][0]} was saved to, or use --model demo"
+            f"give a folder that a {families_of(medium)[0].pipelines[0]} was saved to, or use --model demo"
         ) from None
     except (OSError, ValueError) as error:
         reason = validation_problem(error) if isinstance(error, ValidationError) else first_line(error)
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = _video_folder(transformer, autoencoder) if medium == "video" else _flux_folder(transformer, autoencoder)
+    choice = family.of_folder(transformer, autoencoder)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 
 class _Traits(BaseModel):
-    """What the configuration of a transformer or an autoencoder tells of tokens. Defaults are those of diffusers."""
+    """What the configuration of a transformer or an autoencoder tells of tokens, held to what can be."""
 
-    # AutoencoderTiny does not store its own block_out_channels.
+    model_config = ConfigDict(extra="ignore")
+
     block_out_channels: _Blocks = None
     decoder_block_out_channels: _Blocks = None
     guidance_embeds: bool | None = None
-    text_embed_dim: int = HUNYUAN_TEXT_CHANNELS
-    spatial_compression_ratio: _Scale = 8
-    temporal_compression_ratio: _Scale = 4
-    patch_size: _Scale = 2
-
-
-def _flux_folder(transformer: _Traits, autoencoder: _Traits) -> ModelChoice:
-    blocks = autoencoder.block_out_channels or autoencoder.decoder_block_out_channels or [0] * 4
-    token_side = 2 ** (len(blocks) - 1) * 2
-    template = _DEMO if token_side == DEMO_TOKEN_SIDE else _FLUX_DEV if transformer.guidance_embeds else _FLUX_SCHNELL
-    return replace(template, token_side=token_side, size_multiple=max(template.size_multiple, token_side))
-
-
-def _video_folder(transformer: _Traits, autoencoder: _Traits) -> ModelChoice:
-    """A pipeline with a small text encoder is taken for kin of the demo."""
-    like_hunyuan = transformer.text_embed_dim == HUNYUAN_TEXT_CHANNELS
-    # Its own scheduler's shift: a fine-tune may have another than HunyuanVideo.
-    template = replace(_HUNYUAN, default_shift=None) if like_hunyuan else _DEMO_HUNYUAN
-    assert template.video is not None
-    token_side = autoencoder.spatial_compression_ratio * transformer.patch_size
-    frames_per_latent = autoencoder.temporal_compression_ratio
-    return replace(
-        template,
-        token_side=token_side,
-        size_multiple=max(template.size_multiple, token_side),
-        true_guidance=transformer.guidance_embeds is False,
-        video=replace(template.video, frames_per_latent=frames_per_latent),
-    )
+    text_embed_dim: int | None = None
+    spatial_compression_ratio: _Scale | None = None
+    temporal_compression_ratio: _Scale | None = None
+    patch_size: _Scale | None = None

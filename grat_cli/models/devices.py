@@ -61,24 +61,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def video_autoencoder_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a video autoencoder beside a transformer in `dtype`.
-
-    On CUDA fp16 where the transformer is in half precision, as in HunyuanVideo's own example (diffusers, its model
-    card). On a CPU that multiplies bf16 it is bf16: 3-D convolutions are four to seven times as fast, and pixels are
-    rounded to 8 bits anyway.
-    """
-    import torch
-
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return torch.float16
-    if device.type == "cpu" and dtype == torch.float32:
-        abilities = getattr(torch.cpu, "get_capabilities", dict)()
-        if abilities.get("avx512_bf16") or abilities.get("amx_bf16"):
-            return torch.bfloat16
-    return dtype
-
-
 def device_name(device: torch.device) -> str:
     """What the device is called, for reports."""
     if device.type == "cuda":

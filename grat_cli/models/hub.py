@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grat_cli.errors import GratError, ModelUnavailable, first_line
-from grat_cli.models.catalogue import PIPELINES_OF_MEDIUM, Medium, refusal_of_pipeline
+from grat_cli.families.base import Family
+from grat_cli.models.catalogue import refusal_of_pipeline
 from grat_cli.models.parts import read_index
 
 _OR_DEMO = "or use --model demo"
-BASES: Mapping[Medium, str] = {
-    "image": "black-forest-labs/FLUX.1-dev",
-    "video": "hunyuanvideo-community/HunyuanVideo",
-}
 
 
-def download_pipeline(pipeline: Any, hub_id: str, medium: Medium, leave_out: str | None = None) -> Path:
+def download_pipeline(pipeline: Any, hub_id: str, family: Family, leave_out: str | None = None) -> Path:
     """The snapshot folder of a pipeline, downloaded where it is not in the cache.
 
     Args:
         pipeline: the pipeline class.
         hub_id: `owner/name`.
-        medium: what it is to make.
+        family: that it is to be of.
         leave_out: a part that is not needed.
 
     Raises:
@@ -44,14 +40,14 @@ def download_pipeline(pipeline: Any, hub_id: str, medium: Medium, leave_out: str
         # A few bytes tell whether gigabytes are worth it.
         index_file = huggingface_hub.hf_hub_download(hub_id, "model_index.json", local_files_only=obstacle is not None)
         index = read_index(Path(index_file))
-        if index.class_name not in PIPELINES_OF_MEDIUM[medium]:
-            raise refusal_of_pipeline(hub_id, index.class_name, medium)
-        index.classes(hub_id, medium)
+        if index.class_name not in family.pipelines:
+            raise refusal_of_pipeline(hub_id, index.class_name, family.medium)
+        index.classes(hub_id, family.classes)
         return Path(pipeline.download(hub_id, **({leave_out: None} if leave_out else {})))
     except GratError:
         raise
     except Exception as error:
-        raise ModelUnavailable(_why_not(obstacle or error, hub_id, medium)) from (obstacle or error)
+        raise ModelUnavailable(_why_not(obstacle or error, hub_id, family)) from (obstacle or error)
 
 
 def revision_of(folder: Path) -> str | None:
@@ -73,7 +69,7 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _why_not(error: BaseException, hub_id: str, medium: Medium) -> str:
+def _why_not(error: BaseException, hub_id: str, family: Family) -> str:
     """What to do about a failed download."""
     from huggingface_hub import errors
 
@@ -97,7 +93,7 @@ def _why_not(error: BaseException, hub_id: str, medium: Medium) -> str:
     if caused_by(errors.RemoteEntryNotFoundError):
         return (
             f"{hub_id} is not a diffusers pipeline: it has no model_index.json; of a repository of single files, "
-            f"download one and give it with --model FILE --base {BASES[medium]}"
+            f"download one and give it with --model FILE --base {family.base}"
         )
     if caused_by(PermissionError) or any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
         return f"{hub_id} cannot be stored ({first_line(error)}): set HF_HOME to a folder with room, {_OR_DEMO}"

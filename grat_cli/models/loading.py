@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, ModelUnavailable, first_line
-from grat_cli.models.catalogue import Medium, ModelChoice, medium_of_name
-from grat_cli.models.devices import is_out_of_memory, video_autoencoder_dtype
-from grat_cli.models.hub import BASES, download_pipeline, revision_of, root_cause
+from grat_cli.families import family_of
+from grat_cli.families.base import Family, ModelChoice
+from grat_cli.models.catalogue import is_known, medium_of_name
+from grat_cli.models.devices import is_out_of_memory
+from grat_cli.models.hub import download_pipeline, revision_of, root_cause
 from grat_cli.models.offloading import offload as offload_pipeline
-from grat_cli.models.offloading import require_offload, resolve_offload
+from grat_cli.models.offloading import require_offload
 from grat_cli.models.parts import (
     NOT_LOADED,
-    PARTS,
     TOKENIZER_PATHS,
     load_class,
     read_index,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 _NEURAL_PARTS: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
-_TITLES: Mapping[Medium, str] = {"image": "Flux", "video": "HunyuanVideo"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def load_model(
     dtype: torch.dtype,
     offload: str = "none",
     quantize: str = "none",
-    tokens: int = 0,
+    choose_offload: Callable[[Any], tuple[str, str]] | None = None,
     image_to_image: bool = False,
     base: str | None = None,
 ) -> LoadedModel:
@@ -66,11 +67,11 @@ def load_model(
     Args:
         choice: which model.
         device: where it runs.
-        dtype: of weights and activations; see `dtypes_of_parts` for where it is not that of all parts.
-        offload: see `offloading`; `auto` is the fastest kind that fits.
+        dtype: of weights and activations; see `Family.dtypes` for where it is not that of all parts.
+        offload: see `offloading`; `auto` leaves it to `choose_offload` on a CUDA device, and is `none` elsewhere.
         quantize: see `quantization`.
-        tokens: image tokens of the calls to come, at most; for `auto`.
-        image_to_image: a `FluxImg2ImgPipeline` in place of a `FluxPipeline`; of no meaning for videos.
+        choose_offload: the kind for a pipeline that is still on the CPU, and why; `auto` needs it.
+        image_to_image: the pipeline that starts from a picture, where the family has one.
         base: folder or hub id with the other parts of a pipeline, for a file that holds a transformer alone.
 
     Raises:
@@ -79,45 +80,34 @@ def load_model(
     """
     require_offload(offload, device)
     require_quantization(quantize, device, offload=offload, is_demo=choice.is_demo)
-    quantized = configurations(quantize, choice.medium, dtype)
+    quantized = configurations(quantize, family_of(choice).large_encoder, dtype)
+    dtypes = family_of(choice).dtypes(_NEURAL_PARTS, device, dtype)
     with _without_pointless_warnings():
-        pipe, folder = _load(choice, dtypes_of_parts(choice, device, dtype), image_to_image, base, quantized)
+        pipe, folder = _load(choice, dtypes, image_to_image, base, quantized)
     pipe.set_progress_bar_config(disable=True)
-    kind, reason = resolve_offload(offload, pipe, device, tokens)
+    kind, reason = offload, "chosen by name"
     if offload == "auto":
+        kind, reason = "none", f"the run is on {device.type}"
+        if device.type == "cuda":
+            assert choose_offload is not None, "nobody knows what the run will need"
+            kind, reason = choose_offload(pipe)
         require_quantization(quantize, device, offload=kind)
     offload_pipeline(pipe, kind, device)
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason)
 
 
 def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None) -> Any:
-    """Loads a model's autoencoder alone, and puts it on a device; arguments and errors are those of `load_model`."""
+    """A pipeline of nothing but its autoencoder, on a device; arguments and errors are those of `load_model`."""
+    family = family_of(choice)
     with _without_pointless_warnings():
-        pipeline = _pipeline_class(choice.medium, image_to_image=False)
+        pipeline = family.pipeline_class()
         folder = _folder_of_parts(choice, pipeline, base)
-        dtypes = dtypes_of_parts(choice, device, dtype)
-        with _damage_of(f"vae of {choice.name}", choice.medium), _without_bars():
-            kind = read_index(folder / "model_index.json").classes(choice.name, choice.medium)["vae"]
+        with _damage_of(f"vae of {choice.name}", family), _without_bars():
+            kind = read_index(folder / "model_index.json").classes(choice.name, family.classes)["vae"]
             require_plain_part(folder / "vae", f"vae of {choice.name}")
-            return _load_part(load_class(*kind), folder / "vae", dtypes["vae"]).to(device)
-
-
-def dtypes_of_parts(choice: ModelChoice, device: torch.device, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of each part of a pipeline.
-
-    Those of a video model differ: HunyuanVideo's own example, in diffusers and on its model card, runs the transformer
-    in bf16 and all else in fp16. That is done on CUDA devices wherever the transformer is in half precision; for the
-    autoencoder see `devices.video_autoencoder_dtype`.
-    """
-    import torch
-
-    dtypes: dict[str, torch.dtype] = dict.fromkeys(_NEURAL_PARTS, dtype)
-    if choice.medium != "video":
-        return dtypes
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        dtypes |= {part: torch.float16 for part in _NEURAL_PARTS if part != "transformer"}
-    dtypes["vae"] = video_autoencoder_dtype(device, dtype)
-    return dtypes
+            autoencoder = _load_part(load_class(*kind), folder / "vae", family.dtypes(("vae",), device, dtype)["vae"])
+        parts = dict.fromkeys(signature(pipeline).parameters)
+        return pipeline(**parts | {"vae": autoencoder.to(device)})
 
 
 def _load(
@@ -128,60 +118,52 @@ def _load(
     quantized: Mapping[str, Any],
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
-    pipeline = _pipeline_class(choice.medium, image_to_image)
+    family = family_of(choice)
+    pipeline = family.pipeline_class(from_picture=image_to_image)
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
-        return _load_folder(pipeline, folder, choice.name, choice.medium, dtypes, quantized), folder
+        return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
     assert base is not None, "a file has a base, or is refused"
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
-    return _load_folder(pipeline, folder, base, choice.medium, dtypes, quantized, transformer=transformer), folder
+    return _load_folder(pipeline, folder, base, family, dtypes, quantized, transformer=transformer), folder
 
 
 def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
     """Where a pipeline lies, or the other parts of one for a file of a transformer; downloaded where it is not here."""
+    family = family_of(choice)
     if choice.kind == "folder":
         folder = Path(choice.source)
-        if choice.name == "demo" and not folder.is_dir():
+        if is_known(choice) and not folder.is_dir():
             raise ModelUnavailable(
-                f"the demo of {choice.medium}s is not part of this installation: {folder} is missing\n"
+                f"the {choice.name} of {choice.medium}s is not part of this installation: {folder} is missing\n"
                 "install grat again, or choose another --model"
             )
         return folder
     if choice.kind == "hub":
-        return download_pipeline(pipeline, choice.source, choice.medium)
+        return download_pipeline(pipeline, choice.source, family)
 
     if base is None:
         raise ModelUnavailable(
             f"{choice.name} holds a transformer alone: give the other parts of the pipeline with --base, "
-            f"a folder or a hub id such as --base {BASES[choice.medium]}"
+            f"a folder or a hub id such as --base {family.base}"
         )
     folder = Path(base).expanduser()
     if not folder.is_dir():
-        return download_pipeline(pipeline, base, choice.medium, leave_out="transformer")
+        return download_pipeline(pipeline, base, family, leave_out="transformer")
     if medium_of_name(str(folder)) not in (None, choice.medium):
-        raise BadInput(f"--base {base} is of no model of {choice.medium}s: try --base {BASES[choice.medium]}")
+        raise BadInput(f"--base {base} is of no model of {choice.medium}s: try --base {family.base}")
     return folder
-
-
-def _pipeline_class(medium: Medium, image_to_image: bool) -> Any:
-    if medium == "video":
-        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
-
-        return HunyuanVideoPipeline
-    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-    from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
-
-    return FluxImg2ImgPipeline if image_to_image else FluxPipeline
 
 
 def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: Any = None) -> Any:
     """A transformer from a file in diffusers' or the original layout, with the configuration of `base`."""
     from safetensors.torch import load_file
 
-    [(class_name, library)] = PARTS[choice.medium]["transformer"].items()
+    family = family_of(choice)
+    [(class_name, library)] = family.classes["transformer"].items()
     model = load_class(library, class_name)
-    with _damage_of(choice.name, choice.medium), _without_bars():
+    with _damage_of(choice.name, family), _without_bars():
         # Read here: by themselves the libraries take a file of another suffix for a pickle.
         weights = load_file(choice.source)
         embeds_guidance = any("guidance" in key for key in weights)
@@ -191,7 +173,7 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
         if embeds_guidance != config["guidance_embeds"]:
             raise ModelUnavailable(
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
-                f"{_matching_base(choice.medium, embeds_guidance)}"
+                f"{family.matching_base(embeds_guidance)}"
             )
         options = {} if quantized is None else {"quantization_config": quantized}
         transformer = model.from_single_file(weights, config=base, subfolder="transformer", dtype=dtype, **options)
@@ -201,18 +183,11 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
     return transformer
 
 
-def _matching_base(medium: Medium, embeds_guidance: bool) -> str:
-    """What to give for a file with or without embedded guidance."""
-    if embeds_guidance:
-        return f"try --base {BASES[medium]}"
-    return "try --base black-forest-labs/FLUX.1-schnell" if medium == "image" else "give --base what it was made from"
-
-
 def _load_folder(
     pipeline: Any,
     folder: Path,
     name: str,
-    medium: Medium,
+    family: Family,
     dtypes: Mapping[str, torch.dtype],
     quantized: Mapping[str, Any],
     **given: Any,
@@ -221,9 +196,9 @@ def _load_folder(
 
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
-    with _damage_of(name, medium), _without_bars():
-        kinds = read_index(folder / "model_index.json").classes(name, medium)
-        wanted = [part for part in PARTS[medium] if part not in (*NOT_LOADED, *given)]
+    with _damage_of(name, family), _without_bars():
+        kinds = read_index(folder / "model_index.json").classes(name, family.classes)
+        wanted = [part for part in family.classes if part not in (*NOT_LOADED, *given)]
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
             if part not in kinds or not needed.exists():
@@ -231,7 +206,7 @@ def _load_folder(
             require_plain_part(folder / part, f"{part} of {name}")
         for part in wanted:
             loader = load_class(*kinds[part])
-            with _damage_of(f"{part} of {name}", medium):
+            with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:
                     given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
                 else:
@@ -257,7 +232,7 @@ def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = N
 
 
 @contextmanager
-def _damage_of(name: str, medium: Medium) -> Iterator[None]:
+def _damage_of(name: str, family: Family) -> Iterator[None]:
     """Turns what loaders raise for missing, cut off and unfitting files into ModelUnavailable."""
     from safetensors import SafetensorError
 
@@ -267,7 +242,7 @@ def _damage_of(name: str, medium: Medium) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise ModelUnavailable(
-            f"{name} is damaged, incomplete or not {_TITLES[medium]}'s ({first_line(root_cause(error))}): "
+            f"{name} is damaged, incomplete or not {family.title}'s ({first_line(root_cause(error))}): "
             "get its files again, or use --model demo"
         ) from error
 

@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 KINDS = ("none", "model", "group", "sequential")  # fastest first
 OFFLOADS = (*KINDS, "auto")
 
-# Of what all tokens take, `[tokens, C]`: measured by tracking allocations of a Flux of real widths, one block of each
-# kind, in chunks, with stock attention.
-_TENSORS_OF_TOKENS = 13.2
-# Tensors of all pixels of a tile of 1024x1024 in 256 channels that an autoencoder holds at once.
-_TILE_BYTES = 3 * 1024**2 * 256
-
 
 def require_offload(kind: str, device: torch.device) -> None:
     """Raises BadInput unless weights can be offloaded like that from a device."""
@@ -36,7 +30,7 @@ def require_offload(kind: str, device: torch.device) -> None:
         raise BadInput("--offload moves parts of the model off a GPU, and the run is on the CPU: leave it out")
 
 
-def choose_offload(needed_bytes: Mapping[str, int], free_bytes: int) -> tuple[str, str]:
+def choose_offload(needed_bytes: Mapping[str, float], free_bytes: int) -> tuple[str, str]:
     """The fastest kind of offload that fits, and why.
 
     Args:
@@ -53,52 +47,6 @@ def choose_offload(needed_bytes: Mapping[str, int], free_bytes: int) -> tuple[st
     least = min(KINDS, key=lambda kind: needed_bytes[kind])
     needed = _gigabytes(needed_bytes[least])
     return least, f"needs least, about {needed}, which is more than the {_gigabytes(free_bytes)} that are free"
-
-
-def resolve_offload(kind: str, pipe: Any, device: torch.device, tokens: int) -> tuple[str, str]:
-    """What a kind stands for, and why.
-
-    Args:
-        kind: one of `OFFLOADS`.
-        pipe: a pipeline, still on the CPU.
-        device: where it is to run.
-        tokens: image tokens of its calls, the most that there are.
-    """
-    if kind != "auto":
-        return kind, "chosen by name"
-    if device.type != "cuda":
-        return "none", f"the run is on {device.type}"
-    import torch
-
-    return choose_offload(needed_bytes(pipe, tokens), torch.cuda.mem_get_info(device)[0])
-
-
-def needed_bytes(pipe: Any, tokens: int) -> dict[str, int]:
-    """What a run needs on the device with each kind of offload: weights as they are, activations by rule of thumb.
-
-    Args:
-        pipe: a pipeline.
-        tokens: image tokens of its calls.
-    """
-    import torch
-
-    parts: dict[str, Any] = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    transformer = parts["transformer"]
-    element = torch.empty((), dtype=transformer.dtype).element_size()
-    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    working = {name: 0 for name in parts} | {
-        "transformer": int(_TENSORS_OF_TOKENS * tokens * width * element),
-        "vae": _TILE_BYTES * torch.empty((), dtype=parts["vae"].dtype).element_size(),
-    }
-    weights = {name: _bytes(part) for name, part in parts.items()}
-    groups = {name: _bytes(part) if name == "vae" else _group_bytes(part) for name, part in parts.items()}
-    layers = {name: max(map(_own_bytes, part.modules())) for name, part in parts.items()}
-    return {
-        "none": sum(weights.values()) + max(working.values()),
-        "model": max(weights[name] + working[name] for name in parts),
-        "group": groups["vae"] + max(working[name] + (groups[name] if name != "vae" else 0) for name in parts),
-        "sequential": max(layers[name] + working[name] for name in parts),
-    }
 
 
 def offload(pipe: Any, kind: str, device: torch.device) -> None:
@@ -127,24 +75,5 @@ def offload(pipe: Any, kind: str, device: torch.device) -> None:
         pipe.to(device)
 
 
-def _own_bytes(module: Any) -> int:
-    """Of the weights that a module holds itself."""
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters(recurse=False))
-
-
-def _bytes(module: Any) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
-
-
-def _group_bytes(part: Any) -> int:
-    """Of a part in groups of one block: two blocks, and all that is in none (diffusers' block_level offloading)."""
-    import torch
-
-    lists = [module for module in part.modules() if isinstance(module, torch.nn.ModuleList)]
-    inner = {id(nested) for outer in lists for nested in outer.modules() if nested is not outer}
-    blocks = sorted(_bytes(block) for outer in lists if id(outer) not in inner for block in outer)
-    return _bytes(part) - sum(blocks) + sum(blocks[-2:])
-
-
-def _gigabytes(count: int) -> str:
+def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB"

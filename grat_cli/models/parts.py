@@ -16,37 +16,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from grat_cli.errors import ModelUnavailable, first_line, printable
+from grat_cli.families.base import Classes
 from grat_cli.models.quantization import PACKAGES
 
-Parts = Mapping[str, Mapping[str, str]]
-"""Of each part of a pipeline: the classes that it may be of, and the library of each."""
-
-_ANY_TOKENIZER = dict.fromkeys(("TokenizersBackend", "PreTrainedTokenizerFast"), "transformers")
-_CLIP_TOKENIZER = {"CLIPTokenizer": "transformers", "CLIPTokenizerFast": "transformers", **_ANY_TOKENIZER}
-_SCHEDULER = {"FlowMatchEulerDiscreteScheduler": "diffusers"}
-# As FluxPipeline, FluxImg2ImgPipeline and HunyuanVideoPipeline of diffusers are annotated, with the two generic
-# tokenizers that transformers 5 saves any other as, and the autoencoder that also fits Flux.
-FLUX_PARTS: Parts = {
-    "text_encoder": {"CLIPTextModel": "transformers"},
-    "text_encoder_2": {"T5EncoderModel": "transformers"},
-    "tokenizer": _CLIP_TOKENIZER,
-    "tokenizer_2": {"T5Tokenizer": "transformers", "T5TokenizerFast": "transformers", **_ANY_TOKENIZER},
-    "transformer": {"FluxTransformer2DModel": "diffusers"},
-    "vae": {"AutoencoderKL": "diffusers", "AutoencoderTiny": "diffusers"},
-    "scheduler": _SCHEDULER,
-    "image_encoder": {"CLIPVisionModelWithProjection": "transformers"},
-    "feature_extractor": {"CLIPImageProcessor": "transformers"},
-}
-HUNYUAN_PARTS: Parts = {
-    "text_encoder": {"LlamaModel": "transformers"},
-    "text_encoder_2": {"CLIPTextModel": "transformers"},
-    "tokenizer": {"LlamaTokenizer": "transformers", "LlamaTokenizerFast": "transformers", **_ANY_TOKENIZER},
-    "tokenizer_2": _CLIP_TOKENIZER,
-    "transformer": {"HunyuanVideoTransformer3DModel": "diffusers"},
-    "vae": {"AutoencoderKLHunyuanVideo": "diffusers"},
-    "scheduler": _SCHEDULER,
-}
-PARTS: Mapping[str, Parts] = {"image": FLUX_PARTS, "video": HUNYUAN_PARTS}
 NOT_LOADED = ("image_encoder", "feature_extractor")
 """Parts that serve image prompts, which are not used here."""
 
@@ -83,19 +55,19 @@ class PipelineIndex(BaseModel):
         parts = {key: value for key, value in content.items() if isinstance(value, list) and not key.startswith("_")}
         return {"class_name": content.get("_class_name"), "parts": parts}
 
-    def classes(self, name: str, medium: str) -> dict[str, tuple[str, str]]:
+    def classes(self, name: str, permitted: Classes) -> dict[str, tuple[str, str]]:
         """Library and class of each part that the pipeline has.
 
         Args:
             name: the model, for messages.
-            medium: what it makes.
+            permitted: of each part the classes that it may be of, and their library.
 
         Raises:
             ModelUnavailable: if one is not in the table.
         """
         found = {part: (library, kind) for part, (library, kind) in self.parts.items() if library and kind}
         for part, (library, kind) in found.items():
-            known = PARTS[medium].get(part, {})
+            known = permitted.get(part, {})
             if known.get(kind) != library:
                 wanted = f"only {' or '.join(known)} can be" if known else "there is no part of that name"
                 raise ModelUnavailable(

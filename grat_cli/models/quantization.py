@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 # What quantizes each; bits per weight.
 PACKAGES: Mapping[str, str] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 QUANTIZATIONS = ("none", *PACKAGES)
-# T5 of Flux, Llama of HunyuanVideo: of the parts beside the transformer the only ones above a billion weights.
-LARGE_ENCODER: Mapping[str, str] = {"image": "text_encoder_2", "video": "text_encoder"}
 
 
 def require_quantization(kind: str, device: torch.device, *, offload: str = "none", is_demo: bool = False) -> None:
@@ -72,12 +70,12 @@ def installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def configurations(kind: str, medium: str, dtype: torch.dtype) -> dict[str, Any]:
+def configurations(kind: str, large_encoder: str, dtype: torch.dtype) -> dict[str, Any]:
     """What `from_pretrained` of each part that is quantized takes as `quantization_config`.
 
     Args:
         kind: one of `QUANTIZATIONS`.
-        medium: `image` or `video`.
+        large_encoder: the part that is quantized beside the transformer.
         dtype: of products.
     """
     if kind == "none":
@@ -97,4 +95,4 @@ def configurations(kind: str, medium: str, dtype: torch.dtype) -> dict[str, Any]
 
         weights = quantization.Int8WeightOnlyConfig if kind == "int8" else quantization.Float8WeightOnlyConfig
         transformer, encoder = of_diffusers.TorchAoConfig(weights()), of_transformers.TorchAoConfig(weights())
-    return {"transformer": transformer, LARGE_ENCODER[medium]: encoder}
+    return {"transformer": transformer, large_encoder: encoder}

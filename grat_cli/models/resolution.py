@@ -29,6 +29,10 @@ class Resolution:
     height: int
     computed: bool = False
 
+    @property
+    def frames(self) -> None:
+        """A picture has no time axis."""
+
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from grat_cli.errors import BadInput
-from grat_cli.models.catalogue import ModelChoice, VideoTraits
+from grat_cli.families.base import ModelChoice, VideoTraits
 from grat_cli.models.resolution import LARGEST_SIDE, Resolution, parse_resolution
 
 MOST_FRAMES = 9999
@@ -74,9 +74,7 @@ def parse_video_size(
     Raises:
         BadInput: if they do not fit one another or the model, with what to type instead.
     """
-    traits = model.video
-    if traits is None:
-        raise BadInput(f"{model.name} makes images: give --model a model of videos, such as hunyuan or demo")
+    traits = model.require_video()
     resolution, notes = _resolution(res, aspect, traits, model.size_multiple)
     if fps is not None and not 1 <= fps <= 240:
         raise BadInput(f"--fps {fps}: frames per second go from 1 to 240")

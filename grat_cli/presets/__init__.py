@@ -18,9 +18,7 @@ from pydantic import ValidationError
 from grat_cli.errors import BadInput, nearest
 from grat_cli.presets.problems import Problem, problem_of, shape_text
 from grat_cli.presets.schema import (
-    AXES,
     BACKENDS,
-    FAMILIES,
     FIELDS_OF_VARIANT,
     HIGHRES_MODES,
     VARIANTS,
@@ -44,9 +42,7 @@ from grat_cli.presets.schema import (
 from grat_cli.presets.yaml_source import YamlSource, read_file, read_text
 
 __all__ = [
-    "AXES",
     "BACKENDS",
-    "FAMILIES",
     "HIGHRES_MODES",
     "VARIANTS",
     "Attention",
@@ -152,7 +148,7 @@ def resolve_preset(base: Preset, *, set_items: Sequence[str] = (), **flags: Any)
         if value is not None:
             origins[path] = f"--{name} {shape_text(value) if isinstance(value, int | tuple) else value}"
             if name == "group":
-                value = _on_all_axes(value, AXES[base.model], origins[path])
+                value = _on_all_axes(value, len(base.attention.group), origins[path])
             _place(data, path, value, name)
     if not origins:
         return base

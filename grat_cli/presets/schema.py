@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.resources import files
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -31,19 +34,16 @@ from grat_kernels.geometry import nests
 
 Variant = Literal["full", "b", "x", "bx", "sta"]
 BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
-Family = Literal["flux", "demo", "hunyuan"]
 HighresMode = Literal["off", "cascade", "direct"]
 PositionsName = Literal["none", "ntk", "yarn", "dype"]
 
 VARIANTS: tuple[str, ...] = get_args(Variant)
 BACKENDS: tuple[str, ...] = get_args(BackendName)
-FAMILIES: tuple[str, ...] = get_args(Family)
 HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
 SMALLEST_CHUNK = 256
 # Above so many image tokens (2,896 pixels a side with Flux) wide results take more memory than attention; chunks of
 # the second size keep any device busy.
 _MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
-AXES: Mapping[str, int] = {"flux": 2, "demo": 2, "hunyuan": 3}
 
 # The fields that say something to each variant, with the value that stands where none is given.
 FIELDS_OF_VARIANT: Mapping[str, Mapping[str, int | None]] = {
@@ -53,6 +53,23 @@ FIELDS_OF_VARIANT: Mapping[str, Mapping[str, int | None]] = {
     "bx": {"radius": 1, "share": 1, "far": None},
     "sta": {"window": 3, "far": None},
 }
+
+
+@cache
+def axes_by_model() -> Mapping[str, int]:
+    """Axes of the token grid by what presets may be made for: as in the `full` preset that comes with grat for it."""
+    found = {}
+    for file in sorted(files("grat_presets").iterdir(), key=lambda file: file.name):
+        if file.name.endswith("-full.yaml"):
+            preset = yaml.safe_load(file.read_text(encoding="utf-8"))
+            found[preset["model"]] = len(preset["attention"]["group"])
+    return found
+
+
+def _known_model(value: str) -> str:
+    if value not in axes_by_model():
+        raise ValueError(f"unknown value {shown(value)}: {choices(value, axes_by_model())}")
+    return value
 
 
 def _whole_numbers(value: Any, least: int, example: str) -> tuple[int, ...]:
@@ -486,7 +503,7 @@ class Preset(Section):
     """A resolved preset.
 
     Attributes:
-        model: the family of models that it is made for.
+        model: which models it is made for; see `axes_by_model`.
         highres: how large pictures come about; None takes the defaults of the section.
         guard: share of full attention that each layer has to keep: those that keep less, by what is measured while the
             run goes on, go wider (`grat_cli.attention.guard`), in every stage; 0 or None for no guard.
@@ -495,7 +512,7 @@ class Preset(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
-    model: Family
+    model: Annotated[str, AfterValidator(_known_model)]
     attention: Attention
     schedule: Schedule = Schedule()
     kernel: Kernel = Kernel()
@@ -507,7 +524,7 @@ class Preset(Section):
 
     @model_validator(mode="after")
     def _check_axes_and_nesting(self) -> Preset:
-        axes = AXES[self.model]
+        axes = axes_by_model()[self.model]
         if len(self.attention.group) != axes:
             raise invalid(
                 f"expected {axes} sizes for {self.model}, not {shown(self.attention.group)}", "attention", "group"
@@ -541,8 +558,8 @@ class Preset(Section):
     def _check_stages(self) -> Preset:
         if self.highres is None:
             return self
-        if axes := AXES[self.model] - 2:
-            raise invalid(f"{self.model} models make videos, which have {axes + 2} axes: leave it out", "highres")
+        if (axes := len(self.attention.group)) > 2:
+            raise invalid(f"{self.model} models make videos, which have {axes} axes: leave it out", "highres")
         for index in range(len(self.highres.stages)):
             self.of_stage(index)
         return self

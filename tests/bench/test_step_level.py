@@ -20,6 +20,7 @@ from grat_cli.bench.measure import CannotRun
 from grat_cli.bench.results import BenchResult, Row
 from grat_cli.bench.step_level import StepSettings, run_step_level
 from grat_cli.errors import BadInput, OutOfMemory
+from grat_cli.estimates.planning import architecture_for
 from grat_cli.families import FAMILIES
 from grat_cli.fidelity.variants import parse_variants, variant_for
 from grat_cli.generation.timing import StepRecorder
@@ -45,14 +46,15 @@ def _small_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None
     rope = {"axes_dims_rope": [4, 6, 6], "rope_axes_dim": [4, 6, 6]}
     for name in ("flux-dev", "hunyuan"):
         model = random_weights.STEP_MODELS[name]
-        config = json.loads(model.config.read_text())
+        config = random_weights.transformer_config(model)
         config |= {key: value for key, value in (narrow | text | rope).items() if key in config}
-        path = tmp_path / f"{name}.json"
+        path = tmp_path / name / "transformer" / "config.json"
+        path.parent.mkdir(parents=True)
         path.write_text(json.dumps(config | {"num_layers": 2, "num_single_layers": 3}))
         monkeypatch.setitem(
             random_weights.STEP_MODELS,  # type: ignore[arg-type]
             name,
-            replace(model, config=path, text_tokens=7),
+            replace(model, kind="folder", source=str(tmp_path / name), text_tokens=7),
         )
 
 
@@ -142,7 +144,7 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(monkeypatch: pytest
     ):
         step_level._refuse_large(
             random_weights.STEP_MODELS["flux-schnell"],
-            random_weights.transformer_config(random_weights.STEP_MODELS["flux-schnell"]),
+            architecture_for(random_weights.STEP_MODELS["flux-schnell"]).transformer,
             torch.float32,
             CPU,
         )

@@ -22,11 +22,11 @@ from grat_cli.bench.video_level import FRAMES_SHOWN, PROMPTS, VIDEOS_SHOWN, Vide
 from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures
 from grat_cli.demo import unknown_words, video_vocabulary
 from grat_cli.errors import BadInput
+from grat_cli.families import family_of
 from grat_cli.fidelity import quality
 from grat_cli.fidelity.quality import Likeness
 from grat_cli.fidelity.variants import parse_variants
 from grat_cli.models.catalogue import choose_model
-from grat_cli.models.devices import video_autoencoder_dtype
 from grat_kernels import Grid
 
 WIDTH, HEIGHT, FRAMES, STEPS = 48, 32, 9, 2
@@ -117,7 +117,7 @@ def test_videos_of_full_attention_are_those_of_stock_diffusers(run: Any, compare
     model = choose_model(str(folder), "video")
     pipe: Any = tiny_hunyuan.HunyuanVideoPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.to(video_autoencoder_dtype(torch.device("cpu"), torch.float32))
+    pipe.vae.to(family_of(model).dtypes(("vae",), torch.device("cpu"), torch.float32)["vae"])
     references = [reference for reference, _, _ in compared[:: len(NAMES) + 1]]
     assert len(references) == len(TEXTS)
     for seed, (text, made) in enumerate(zip(TEXTS, references, strict=True)):

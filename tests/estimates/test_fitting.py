@@ -11,11 +11,12 @@ from command_line import grat, refusal
 from grat_cli.errors import BadInput, OutOfMemory
 from grat_cli.estimates import hardware
 from grat_cli.estimates.components import components_of
-from grat_cli.estimates.fitting import Verdict, judge, refuse_unfit
+from grat_cli.estimates.fitting import Verdict, judge, offload_for, refuse_unfit
 from grat_cli.estimates.hardware import GPUS, Device, cuda_device, device_named, free_main_memory
-from grat_cli.estimates.memory import Pixels
 from grat_cli.estimates.planning import Forecast, run_forecasts
-from grat_cli.estimates.time import estimate_for, picture_decode_flop, picture_encode_flop
+from grat_cli.estimates.time import estimate_for
+from grat_cli.families.autoencoders import Pixels
+from grat_cli.families.base import ModelChoice
 from grat_cli.generation.selection import select_preset
 from grat_cli.models.catalogue import KNOWN_MODELS, choose_model
 from grat_cli.models.resolution import Resolution
@@ -174,7 +175,26 @@ def test_operations_of_coding_a_picture_are_those_that_torch_counts(model: str) 
     side = 32 * shape.scale
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         autoencoder.decode(latents)
-    assert picture_decode_flop(shape, Pixels(side, side)) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert shape.decode_flop(Pixels(side, side)) == pytest.approx(counter.get_total_flops(), rel=0.1)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
         autoencoder.encode(torch.empty(1, 3, side, side))
-    assert picture_encode_flop(shape, Pixels(side, side)) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert shape.encode_flop(Pixels(side, side)) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_auto_offload_is_the_fastest_kind_that_the_estimate_says_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from grat_cli.models.loading import load_model
+
+    device: Any = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+
+    def chosen(free: int, choice: ModelChoice, pipe: Any = None) -> tuple[str, str]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+        return offload_for(pipe, choice, forecasts(Resolution(1024, 1024)), device)
+
+    assert [chosen(free * 10**9, FLUX)[0] for free in (80, 30, 20, 1)] == ["none", "model", "group", "sequential"]
+    assert chosen(10**9, FLUX)[1].startswith("needs least, about ")
+    # What its name does not tell, the pipeline does: it is far smaller than what its kin are.
+    small = load_model(choose_model("demo"), device=torch.device("cpu"), dtype=torch.float32).pipe
+    assert chosen(20 * 10**9, replace(FLUX, name="someone/tuned"), small)[0] == "none"

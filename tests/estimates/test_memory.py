@@ -27,20 +27,16 @@ from grat_cli.bench.random_weights import (
 )
 from grat_cli.console.progress import ProgressDisplay
 from grat_cli.demo import DEMO_HUNYUAN
-from grat_cli.estimates.components import AutoencoderShape, Components, components_of, transformer_shape
-from grat_cli.estimates.memory import (
-    Execution,
-    Pixels,
-    decode_moments,
-    denoise_moments,
-    encode_moments,
-    run_memory,
-)
+from grat_cli.estimates.components import components_of, components_of_pipeline
+from grat_cli.estimates.memory import Execution, denoise_moments, run_memory
 from grat_cli.estimates.planning import architecture_for, forecast
 from grat_cli.estimates.stages import stages_of
+from grat_cli.families import family_of_class
+from grat_cli.families.autoencoders import Coding, KlAutoencoder, Pixels, TinyAutoencoder
 from grat_cli.families.flux import FluxAdapter
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.families.hunyuan import HunyuanAdapter
+from grat_cli.families.shapes import Components
 from grat_cli.generation.image_request import ImageRequest
 from grat_cli.generation.pictures import encode_text
 from grat_cli.generation.selection import select_preset
@@ -53,7 +49,7 @@ from grat_kernels import Backend, Grid
 
 # What grat promises of its memory model.
 TOLERANCE = 0.15
-UNUSED: Any = AutoencoderShape("tiny", (8,), (1,), 4, 0, attention=False)
+UNUSED = TinyAutoencoder((8,), (1,), 4, 0)
 
 
 def compare(predicted: dict[str, float], run: Callable[[], Any]) -> None:
@@ -150,11 +146,9 @@ def test_a_step_of_a_random_transformer(
 ) -> None:
     """Real widths and few layers: memory does not grow with their number, but for weights."""
     config = config_of(name, layers)
-    shape, video = transformer_shape(config), len(grid) == 3
+    shape, video = family_of_class(config["_class_name"]).transformer_shape(config), len(grid) == 3
     text_len = 32 if name == "demo-hunyuan" else STEP_MODELS[name].text_tokens
-    schedule = AttentionSchedule(
-        load_preset(preset), Grid(grid), text_len, not video, 1, shape.double_blocks + shape.single_blocks
-    )
+    schedule = AttentionSchedule(load_preset(preset), Grid(grid), text_len, not video, 1, shape.layers)
     transformer = random_transformer(config, "cpu", dtype)
     inputs = step_inputs(config, grid, text_len, "cpu", dtype)
     adapter: Any = (HunyuanAdapter if video else FluxAdapter)(transformer, Grid(grid), chunk_tokens=chunk)
@@ -166,7 +160,7 @@ def test_a_step_of_a_random_transformer(
         )
 
 
-CPU = Execution("float32", on_cpu=True)
+CPU = Coding(4, on_cpu=True)
 
 
 def whole(predicted: dict[str, float], size: Pixels) -> dict[str, float]:
@@ -179,8 +173,8 @@ def test_coding_of_the_demo(demo: Any, width: int, height: int) -> None:
     shape, size = components_of(choose_model("demo")).autoencoder, Pixels(width, height)
     assert isinstance(demo.vae, AutoencoderTiny)
     latents, pixels = torch.randn(1, 4, height // 4, width // 4), torch.randn(1, 3, height, width)
-    compare(whole(decode_moments(shape, size, CPU), size), lambda: demo.vae.decode(latents))
-    compare(whole(encode_moments(shape, size, CPU), size), lambda: demo.vae.encode(pixels))
+    compare(whole(shape.decode_moments(size, CPU), size), lambda: demo.vae.decode(latents))
+    compare(whole(shape.encode_moments(size, CPU), size), lambda: demo.vae.encode(pixels))
 
 
 @pytest.mark.parametrize(("channels", "side"), [((16, 32, 64, 64), 256), ((64, 128, 256, 256), 128)])
@@ -196,10 +190,10 @@ def test_coding_of_an_autoencoder_like_that_of_flux(channels: tuple[int, ...], s
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
-    shape, size = AutoencoderShape("kl", channels, (3,) * levels, 16, 0, attention=True), Pixels(side, side)
+    shape, size = KlAutoencoder(channels, (3,) * levels, 16, 0), Pixels(side, side)
     latents, pixels = torch.randn(1, 16, side // 8, side // 8), torch.randn(1, 3, side, side)
-    compare(whole(decode_moments(shape, size, CPU), size), lambda: autoencoder.decode(latents))
-    compare(whole(encode_moments(shape, size, CPU), size), lambda: autoencoder.encode(pixels))
+    compare(whole(shape.decode_moments(size, CPU), size), lambda: autoencoder.decode(latents))
+    compare(whole(shape.encode_moments(size, CPU), size), lambda: autoencoder.encode(pixels))
 
 
 @pytest.mark.parametrize(
@@ -215,14 +209,14 @@ def test_decoding_of_videos(frames: int, width: int, height: int, tile: int | No
     autoencoder = loader.from_pretrained(DEMO_HUNYUAN.path / "vae", torch_dtype=torch.float32)
     use_tiles(autoencoder, tile)
     latents = torch.randn(1, shape.latent_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
-    predicted = decode_moments(shape, Pixels(width, height, frames), replace(CPU, tile=tile))
+    predicted = shape.decode_moments(Pixels(width, height, frames), replace(CPU, tile=tile))
     compare(predicted, lambda: autoencoder.decode(latents))
 
 
 @pytest.mark.parametrize("name", STEP_MODELS)
 def test_weights_of_transformers_are_those_of_diffusers(name: str) -> None:
     config = transformer_config(step_model(name))
-    assert transformer_shape(config).parameters == parameter_count(config)
+    assert family_of_class(config["_class_name"]).transformer_shape(config).parameters == parameter_count(config)
 
 
 def test_weights_of_other_parts_are_those_of_their_classes() -> None:
@@ -261,6 +255,7 @@ def test_weights_of_a_folder_are_those_in_its_files(medium: Any) -> None:
     assert [encoder.parameters for encoder in components.text_encoders] == counts[:2]
     assert [components.transformer.parameters, components.autoencoder.parameters] == counts[2:]
     assert components.parameters == sum(counts)
+    assert components_of_pipeline(pipe, choice) == components
 
 
 def test_offloading_leaves_fewer_weights_on_the_device() -> None:

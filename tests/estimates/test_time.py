@@ -12,14 +12,20 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import Autoencod
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from grat_cli.estimates.planning import Forecast, forecast
-from grat_cli.estimates.time import Rates, decode_flop, estimate, estimate_at, planned_seconds
-from grat_cli.families.architectures import ARCHITECTURES, Architecture, VideoDecoder
+from grat_cli.estimates.planning import Architecture, Forecast, architecture_for, forecast
+from grat_cli.estimates.time import Rates, estimate, estimate_at, planned_seconds
+from grat_cli.families.autoencoders import HunyuanVideoAutoencoder, Pixels
+from grat_cli.families.hunyuan import HunyuanShape
 from grat_cli.generation.selection import select_preset
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.video_size import VideoSize
 
-SMALL = Architecture("hunyuan", 2, 64, 3, 32, 16, 192, True, 4, VideoDecoder((8, 16, 16, 16), 1))
+SHAPE = HunyuanShape(2, 64, 1, 2, 4, 32, 24, False)
+SMALL = Architecture(
+    replace(choose_model("demo", "video"), text_tokens=32),
+    SHAPE,
+    HunyuanVideoAutoencoder((8, 16, 16, 16), (2, 2, 2, 2), 4, 0),
+)
 SIZE = VideoSize(256, 144, 33, 24)
 
 
@@ -39,7 +45,7 @@ def test_operations_of_decoding_are_those_that_torch_counts(size: VideoSize, til
         autoencoder.enable_tiling()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         autoencoder.decode(latents)
-    assert decode_flop(SMALL, size) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert SMALL.autoencoder.decode_flop(Pixels.of(size)) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_operations_of_linear_layers_are_those_that_torch_counts() -> None:
@@ -50,7 +56,7 @@ def test_operations_of_linear_layers_are_those_that_torch_counts() -> None:
     counted = counter.get_flop_counts()["Global"]
     linear = sum(flop for operator, flop in counted.items() if str(operator) in ("aten.addmm", "aten.mm"))
     tokens = 4 * 8 * 8 + tiny_hunyuan.TEXT_TOKENS
-    small = replace(SMALL, heads=2, head_dim=16, layers=tiny_hunyuan.LAYERS)
+    small = replace(SHAPE, head_dim=16, double_blocks=0, single_blocks=tiny_hunyuan.LAYERS)
     assert small.linear_flop(tokens) == pytest.approx(linear, rel=0.1)
 
 
@@ -63,7 +69,7 @@ def test_linear_layers_of_hunyuan_are_its_weights() -> None:
         for name, module in model.single_transformer_blocks.named_modules()
         if isinstance(module, torch.nn.Linear) and "norm" not in name
     )
-    assert ARCHITECTURES["hunyuan"].linear_flop(1) == 60 * 2 * single
+    assert architecture_for(choose_model("hunyuan", "video")).transformer.linear_flop(1) == 60 * 2 * single
 
 
 def test_time_follows_from_operations_and_rates() -> None:
@@ -75,8 +81,9 @@ def test_time_follows_from_operations_and_rates() -> None:
     linear = calls * 24 * 128**2 * 3 * tokens / 2e9
     assert estimate_at(full, rates).denoise == pytest.approx(attention + linear)
     assert estimate_at(lines, rates).denoise == pytest.approx(attention * lines.schedule.density + linear)
-    assert estimate_at(full, rates).decode == pytest.approx(decode_flop(SMALL, SIZE) / 5e8)
-    assert estimate_at(full, rates).total == pytest.approx(sum((attention, linear, decode_flop(SMALL, SIZE) / 5e8)))
+    decoding = SMALL.autoencoder.decode_flop(Pixels.of(SIZE)) / 5e8
+    assert estimate_at(full, rates).decode == pytest.approx(decoding)
+    assert estimate_at(full, rates).total == pytest.approx(attention + linear + decoding)
     once = plan_of("full", guidance=1)
     assert estimate_at(once, rates).denoise == pytest.approx((attention + linear) / 2)
     assert estimate_at(plan_of("full", steps=5), rates).denoise == pytest.approx((attention + linear) / 4)

@@ -29,7 +29,7 @@ from grat_cli.generation.stage_run import pipeline_for
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
 from grat_cli.models.resolution import Resolution
-from grat_cli.presets import AXES, Preset, load_preset, preset_names, resolve_preset
+from grat_cli.presets import Preset, load_preset, preset_names, resolve_preset
 
 CPU = torch.device("cpu")
 FLUX, DEMO = choose_model("flux-dev"), choose_model("demo")
@@ -46,7 +46,7 @@ def stages(width: int, height: int, /, chosen: Preset | None = None, **options: 
     return stages_of(chosen or preset(), FLUX, width, height, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if AXES[load_preset(name).model] == 2])
+@pytest.mark.parametrize("name", [name for name in preset_names() if len(load_preset(name).attention.group) == 2])
 def test_presets_of_pictures_say_how_large_ones_come_about(name: str) -> None:
     """One and the same for a family, but where a preset is made for a size."""
     section, usual = load_preset(name).highres, load_preset(f"{name.partition('-')[0]}-full").highres

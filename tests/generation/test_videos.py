@@ -73,7 +73,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
     pipe = tiny_hunyuan.pipeline(guidance_embeds=False)
     monkeypatch.setattr(video_generation, "load_model", lambda *_, **__: LoadedModel(pipe, None))
     monkeypatch.setattr(video_generation, "release", lambda *_: None)
-    monkeypatch.setattr(video_decoding, "load_autoencoder", lambda *_, **__: pipe.vae)
+    monkeypatch.setattr(video_decoding, "load_autoencoder", lambda *_, **__: pipe)
     return pipe
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from grat_cli.estimates.planning import architecture_for, schedule_for
-from grat_cli.generation.selection import PRESET_VARIANTS, select_preset
+from grat_cli.families import preset_variants
+from grat_cli.generation.selection import select_preset
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.video_size import VideoSize
 from grat_kernels import Backend, Plan, span_attention
@@ -158,4 +159,4 @@ def test_dense_variants_list_the_keys_of_the_definition(variant: str) -> None:
 
 
 def test_every_shipped_variant_is_tested_here() -> None:
-    assert set(PRESET_VARIANTS["hunyuan"]) == {"b", "lines", "bx", "sta", "far", "full", "planes"}
+    assert set(preset_variants()["hunyuan"]) == {"b", "lines", "bx", "sta", "far", "full", "planes"}

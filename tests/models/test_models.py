@@ -47,7 +47,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_known_names() -> None:
     demo, dev, schnell = (choose_model(name) for name in ("demo", "flux-dev", "flux-schnell"))
-    assert (demo.family, demo.native_side, demo.token_side, demo.text_tokens) == ("demo", 256, 8, 24)
+    assert (demo.presets, demo.native_side, demo.token_side, demo.text_tokens) == ("demo", 256, 8, 24)
     assert (dev.source, dev.kind, dev.default_steps, dev.default_guidance) == (
         "black-forest-labs/FLUX.1-dev",
         "hub",
@@ -77,9 +77,9 @@ def test_naming_a_model_imports_no_torch() -> None:
 
 def test_a_folder_tells_what_it_is(folder: Path) -> None:
     chosen = choose_model(str(folder))
-    assert (chosen.family, chosen.kind, chosen.token_side, chosen.text_tokens) == ("demo", "folder", 8, 24)
+    assert (chosen.presets, chosen.kind, chosen.token_side, chosen.text_tokens) == ("demo", "folder", 8, 24)
     edit(folder / "vae" / "config.json", block_out_channels=[8, 8, 8, 8])
-    assert (choose_model(str(folder)).family, choose_model(str(folder)).default_steps) == ("flux", 4)
+    assert (choose_model(str(folder)).presets, choose_model(str(folder)).default_steps) == ("flux", 4)
     edit(folder / "transformer" / "config.json", guidance_embeds=True)
     assert (choose_model(str(folder)).token_side, choose_model(str(folder)).default_steps) == (16, 28)
 

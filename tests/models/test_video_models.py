@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput, ModelUnavailable
+from grat_cli.families import FAMILIES
 from grat_cli.models.catalogue import choose_model
-from grat_cli.models.devices import video_autoencoder_dtype
-from grat_cli.models.loading import LoadedModel, dtypes_of_parts, load_model
+from grat_cli.models.loading import LoadedModel, load_autoencoder, load_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -138,17 +138,29 @@ def test_a_folder_loads_without_a_word(saved: Path, capfd: pytest.CaptureFixture
     assert all(torch.equal(weight, expected[name]) for name, weight in pipe.transformer.state_dict().items())
 
 
-def test_parts_have_the_dtypes_of_the_model_card(saved: Path) -> None:
-    choice = choose_model(str(saved), "video")
-    half = {"text_encoder": torch.float16, "text_encoder_2": torch.float16, "vae": torch.float16}
-    assert dtypes_of_parts(choice, CUDA, torch.bfloat16) == {**half, "transformer": torch.bfloat16}
-    assert dtypes_of_parts(choice, CUDA, torch.float16) == {**half, "transformer": torch.float16}
+def test_parts_have_the_dtypes_of_the_model_card() -> None:
+    parts = ("text_encoder", "text_encoder_2", "transformer", "vae")
+    hunyuan, flux = FAMILIES["hunyuan"], FAMILIES["flux"]
+    half = dict.fromkeys(parts, torch.float16)
+    assert hunyuan.dtypes(parts, CUDA, torch.bfloat16) == {**half, "transformer": torch.bfloat16}
+    assert hunyuan.dtypes(parts, CUDA, torch.float16) == half
     for device, dtype in ((CUDA, torch.float32), (CPU, torch.bfloat16)):
-        assert set(dtypes_of_parts(choice, device, dtype).values()) == {dtype}
-    on_cpu = dtypes_of_parts(choice, CPU, torch.float32)
-    assert on_cpu.pop("vae") == video_autoencoder_dtype(CPU, torch.float32)
+        assert set(hunyuan.dtypes(parts, device, dtype).values()) == {dtype}
+    on_cpu = hunyuan.dtypes(parts, CPU, torch.float32)
+    assert on_cpu.pop("vae") in (torch.float32, torch.bfloat16)  # as the CPU can
     assert set(on_cpu.values()) == {torch.float32}
-    assert set(dtypes_of_parts(choose_model("flux-dev"), CUDA, torch.bfloat16).values()) == {torch.bfloat16}
+    assert set(flux.dtypes(parts, CUDA, torch.bfloat16).values()) == {torch.bfloat16}
+
+
+def test_an_autoencoder_alone_is_a_pipeline_that_decodes() -> None:
+    for medium, latents in (("image", torch.randn(1, 4, 8, 8)), ("video", torch.randn(1, 16, 2, 4, 4))):
+        choice = choose_model("demo", medium)
+        whole = load_model(choice, device=CPU, dtype=torch.float32).pipe
+        alone = load_autoencoder(choice, device=CPU, dtype=torch.float32)
+        assert {name for name, part in alone.components.items() if part is not None} == {"vae"}
+        latents = latents[:, : whole.vae.config.latent_channels]
+        decoded = [FAMILIES[choice.family].decode(pipe, latents) for pipe in (whole, alone)]
+        assert torch.equal(*decoded)
 
 
 def test_mixed_dtypes_reach_the_parts(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

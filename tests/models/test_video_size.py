@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from grat_cli.errors import BadInput
-from grat_cli.models.catalogue import VideoTraits, choose_model
+from grat_cli.families.base import VideoTraits
+from grat_cli.models.catalogue import choose_model
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize, parse_video_size
 

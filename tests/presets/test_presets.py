@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.errors import BadInput
 from grat_cli.estimates.planning import architecture_for, schedule_for
-from grat_cli.generation.selection import PRESET_VARIANTS, select_preset
+from grat_cli.families import FAMILIES, preset_variants
+from grat_cli.generation.selection import select_preset
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize
@@ -26,7 +27,7 @@ from grat_cli.presets import (
     preset_yaml,
     resolve_preset,
 )
-from grat_cli.presets.schema import Attention
+from grat_cli.presets.schema import Attention, axes_by_model
 from grat_cli.presets.yaml_source import read_text
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Pattern, SlidingTile, Union
 
@@ -94,10 +95,15 @@ def test_shipped_presets_cost_what_they_say(name: str) -> None:
 def test_every_family_has_every_variant() -> None:
     assert (
         set(preset_names())
-        == {f"{family}-{variant}" for family, variants in PRESET_VARIANTS.items() for variant in variants}
+        == {f"{family}-{variant}" for family, variants in preset_variants().items() for variant in variants}
         | OF_LARGE_PICTURES
         | TUNED
     )
+
+
+def test_presets_have_the_axes_of_their_families() -> None:
+    of_families = {name: family.axes for family in FAMILIES.values() for name in family.presets}
+    assert axes_by_model() == of_families
 
 
 def test_presets_of_the_paper_are_pure() -> None:
@@ -110,7 +116,7 @@ def test_presets_of_the_paper_are_pure() -> None:
 
 def test_patterns() -> None:
     def patterns(family: str) -> dict[str, Pattern]:
-        return {name: load_preset(f"{family}-{name}").attention.pattern() for name in PRESET_VARIANTS[family]}
+        return {name: load_preset(f"{family}-{name}").attention.pattern() for name in preset_variants()[family]}
 
     assert patterns("flux") == {
         "full": Full(),
@@ -365,8 +371,8 @@ def test_the_recommended_preset_and_the_variants_by_name() -> None:
     flux, demo = choose_model("flux-dev"), choose_model("demo")
     assert select_preset(flux).name == "flux-far"
     assert select_preset(demo).name == "demo-far"
-    assert {select_preset(demo, variant=name).name for name in PRESET_VARIANTS["demo"]} == {
-        f"demo-{name}" for name in PRESET_VARIANTS["demo"]
+    assert {select_preset(demo, variant=name).name for name in preset_variants()["demo"]} == {
+        f"demo-{name}" for name in preset_variants()["demo"]
     }
     assert select_preset(flux, preset="flux-b-wide", variant="bx", radius="1x3").attention.radius == (1, 3)
     assert [select_preset(flux, preset="flux-b", variant=variant).attention.variant for variant in VARIANTS] == list(
@@ -377,8 +383,8 @@ def test_the_recommended_preset_and_the_variants_by_name() -> None:
 def test_presets_of_videos_by_variant() -> None:
     hunyuan = choose_model("hunyuan", "video")
     assert select_preset(hunyuan).name == "hunyuan-far"
-    assert {select_preset(hunyuan, variant=name).name for name in PRESET_VARIANTS["hunyuan"]} == {
-        f"hunyuan-{name}" for name in PRESET_VARIANTS["hunyuan"]
+    assert {select_preset(hunyuan, variant=name).name for name in preset_variants()["hunyuan"]} == {
+        f"hunyuan-{name}" for name in preset_variants()["hunyuan"]
     }
     assert select_preset(hunyuan, variant="b", radius="1x2x2").attention.pattern() == Block((1, 2, 2))
     assert select_preset(hunyuan, variant="b", group="2x4x4").attention.group == (2, 4, 4)

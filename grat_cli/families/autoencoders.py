@@ -1,0 +1,407 @@
+"""Autoencoders of diffusers that families share: operations and memory of coding, from shapes alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+# Side in pixels of the tiles that large pictures are decoded in; `picture_coding` makes them.
+PICTURE_TILE = 1024
+# Sides in pixels, and frames of latents and how many of them are new, of the tiles that AutoencoderKLHunyuanVideo
+# decodes: tiles overlap, and each window of frames but the first decodes one more than it keeps.
+VIDEO_TILE, VIDEO_WINDOW, VIDEO_WINDOW_STEP = 256, 5, 3
+# torch convolves fp32 on a CPU by way of columns, 27 numbers for each of a kernel of 3x3x3, where channels x frames x
+# rows are no more than this, and else by oneDNN (ConvParams::use_mkldnn, aten/src/ATen/native/Convolution.cpp).
+_SMALL_CONVOLUTION = 20_480
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Size of what comes out, in pixels and frames."""
+
+    width: int
+    height: int
+    frames: int = 1
+
+    @classmethod
+    def of(cls, size: Any) -> Pixels:
+        """Of a `Resolution` or `VideoSize`."""
+        return cls(size.width, size.height, size.frames or 1)
+
+    @property
+    def count(self) -> int:
+        """Numbers in three channels."""
+        return 3 * self.width * self.height * self.frames
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How an autoencoder runs.
+
+    Attributes:
+        element: bytes of an activation.
+        on_cpu: whether it runs on the CPU.
+        tile: side in pixels of the tiles that are decoded one by one; None for the default.
+    """
+
+    element: int
+    on_cpu: bool = False
+    tile: int | None = None
+
+
+class Sample(NamedTuple):
+    """Work of an autoencoder's own kind, to measure a rate by: floating-point operations, a call, how often."""
+
+    flop: float
+    run: Callable[[], Any]
+    repeats: int
+
+
+@dataclass(frozen=True)
+class AutoencoderShape(ABC):
+    """An autoencoder.
+
+    Attributes:
+        channels: of its levels, finest first.
+        layers: residual blocks of each of the decoder's levels, finest first.
+        latent_channels: of the latents.
+        parameters: all weights.
+    """
+
+    channels: tuple[int, ...]
+    layers: tuple[int, ...]
+    latent_channels: int
+    parameters: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], parameters: int) -> Self:
+        """From a configuration of diffusers, and a number of weights."""
+        channels = tuple(int(count) for count in config["block_out_channels"])
+        layers = (int(config["layers_per_block"]) + 1,) * len(channels)
+        return cls(channels, layers, int(config["latent_channels"]), parameters)
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.channels) - 1)
+
+    @abstractmethod
+    def decode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        """Floating-point operations of decoding; of convolutions alone, which are nearly all of it."""
+
+    def encode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        """Likewise of encoding; 0 where nothing is encoded."""
+        return 0.0
+
+    @abstractmethod
+    def decode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
+        """Bytes besides weights at the moments of decoding that may be its peak."""
+
+    def encode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
+        """Likewise of encoding a picture; nothing where none is encoded."""
+        return {"encoder": 0.0}
+
+    @abstractmethod
+    def sample(self, device: torch.device, dtype: torch.dtype) -> Sample:
+        """Convolutions as when decoding, on a few latents."""
+
+    def _rising(self) -> Iterator[tuple[int, int, int, int]]:
+        """Levels of the decoder: number, blocks, channels of the level before, and its own."""
+        previous = self.channels[-1]
+        for level, (channels, blocks) in enumerate(zip(reversed(self.channels), reversed(self.layers), strict=True)):
+            yield level, blocks, previous, channels
+            previous = channels
+
+
+class PictureAutoencoder(AutoencoderShape):
+    """What autoencoders of pictures have in common."""
+
+    @abstractmethod
+    def _decoder_peak(self, places: int) -> float:
+        """Bytes at the peak of the decoder, where a channel of latents has so many."""
+
+    @abstractmethod
+    def _first_level(self, plane: float) -> float:
+        """Bytes at the peak of the encoder besides its input: its first level is the largest."""
+
+    def decode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
+        high, wide = _tile_of(size, coding)
+        of_tile = self._decoder_peak((high // self.scale) * (wide // self.scale) * coding.element)
+        # Pixels are collected in main memory in fp32.
+        collected = size.count * 4 if coding.on_cpu else 0
+        return {"decoder": of_tile + 2 * self._latents(size, coding) + collected}
+
+    def encode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
+        high, wide = _tile_of(size, coding)
+        plane = high * wide * coding.element * self.channels[0]
+        of_tile = 3 * high * wide * coding.element + self._first_level(plane)
+        pixels = size.count * 4 if coding.on_cpu else 0
+        return {"encoder": of_tile + self._latents(size, coding) + pixels}
+
+    def _latents(self, size: Pixels, coding: Coding) -> int:
+        return size.width * size.height // self.scale**2 * self.latent_channels * coding.element
+
+    def sample(self, device: torch.device, dtype: torch.dtype) -> Sample:
+        """A convolution with its activation, of 32 channels as at the finest level of a small decoder."""
+        import torch
+        from torch.nn import functional
+
+        channels, side = 32, 256 if device.type == "cpu" else 1024
+        planes = torch.randn(1, channels, side, side, device=device, dtype=dtype)
+        kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype) / (3 * channels**0.5)
+        flop = 2.0 * 9 * channels**2 * side**2
+        return Sample(flop, lambda: functional.relu(functional.conv2d(planes, kernel, padding=1)), 3)
+
+
+class KlAutoencoder(PictureAutoencoder):
+    """`AutoencoderKL`."""
+
+    def decode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        places = _pixels_in_tiles(size, tile) / self.scale**2
+        total = 5 * self.channels[-1] ** 2 * places  # the middle
+        for level, blocks, previous, channels in self._rising():
+            at = places * 4**level
+            total += (previous + (2 * blocks - 1) * channels) * channels * at
+            if level + 1 < len(self.channels):
+                total += 4 * channels**2 * at
+        return 2 * 9 * total
+
+    def encode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        """The encoder has a block less at each level."""
+        pixels = _pixels_in_tiles(size, tile)
+        previous, total = self.channels[0], 0.0
+        for level, (channels, layers) in enumerate(zip(self.channels, self.layers, strict=True)):
+            at = pixels / 4**level
+            total += (previous + (2 * (layers - 1) - 1) * channels) * channels * at
+            if level + 1 < len(self.channels):
+                total += channels**2 * at / 4
+            previous = channels
+        return 2 * 9 * (total + 5 * previous**2 * pixels / self.scale**2)  # with the middle
+
+    def _decoder_peak(self, places: int) -> float:
+        peak = 0.0
+        for level, _, previous, channels in self._rising():
+            place = places * 4**level
+            first, plane = previous * place, channels * place  # a level's input is held until it ends
+            peak = max(peak, first + _residual_block(first, plane), first + plane + _residual_block(plane, plane))
+            if level + 1 < len(self.channels):
+                up = 4 * plane
+                peak = max(peak, first + plane + up + _convolution(up, up))
+        return peak
+
+    def _first_level(self, plane: float) -> float:
+        return 2 * plane + _residual_block(plane, plane)
+
+
+class TinyAutoencoder(PictureAutoencoder):
+    """`AutoencoderTiny`."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], parameters: int) -> Self:
+        # Its decoder's lists begin with the coarsest level.
+        channels = tuple(int(count) for count in reversed(config["decoder_block_out_channels"]))
+        layers = tuple(int(count) for count in reversed(config["num_decoder_blocks"]))
+        return cls(channels, layers, int(config["latent_channels"]), parameters)
+
+    def decode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        places, total = size.width * size.height / self.scale**2, 0.0
+        for level, blocks, _, channels in self._rising():
+            # A convolution without a change of channels closes a level.
+            total += (3 * blocks + 1) * channels**2 * (places * 4**level)
+        return 2 * 9 * total
+
+    def encode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        total = 0.0
+        for level, (channels, layers) in enumerate(zip(self.channels, self.layers, strict=True)):
+            at = size.width * size.height / 4**level
+            total += 3 * layers * channels**2 * at
+            if level + 1 < len(self.channels):
+                total += channels**2 * at / 4
+        return 2 * 9 * total
+
+    def _decoder_peak(self, places: int) -> float:
+        peak = 0.0
+        for level, _, _, channels in self._rising():
+            plane = places * 4**level * channels
+            # A block's input, what its first layers made, and a convolution.
+            peak = max(peak, 2 * plane + _convolution(plane, plane))
+            if level + 1 < len(self.channels):
+                peak = max(peak, 4 * plane + _convolution(4 * plane, 4 * plane))
+        return peak
+
+    def _first_level(self, plane: float) -> float:
+        return 2 * plane + _convolution(plane, plane)
+
+
+class HunyuanVideoAutoencoder(AutoencoderShape):
+    """`AutoencoderKLHunyuanVideo`, which decodes in overlapping tiles, a few frames at a time."""
+
+    def decode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        windows, high, wide = self._parts(size, tile)
+        return sum(self._flop(frames, rows, columns) for frames in windows for rows in high for columns in wide)
+
+    def _flop(self, frames: int, rows: int, columns: int) -> float:
+        """Of latents of a size, decoded whole."""
+        # Two operations per weight of a kernel of 3x3x3. In the middle two residual blocks, of two convolutions each.
+        total = 4.0 * frames * rows * columns * self.channels[-1] ** 2
+        for level, blocks, previous, channels in self._rising():
+            total += frames * rows * columns * (previous + (2 * blocks - 1) * channels) * channels
+            if level < 3:
+                frames, rows, columns = _doubled(level, frames, rows, columns)
+                total += frames * rows * columns * channels**2
+        return 2 * 27 * (total + frames * rows * columns * self.channels[0] * 3)
+
+    def decode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
+        windows, high, wide = self._parts(size, coding.tile)
+        latent_frames, rows, columns = (size.frames - 1) // 4 + 1, size.height // self.scale, size.width // self.scale
+        frame = 3 * size.height * size.width * coding.element
+        overlapping = sum(high) * sum(wide) / (rows * columns)
+
+        # Tiles are kept until a window is whole, windows until the video is; both overlap.
+        held = 2.0 * latent_frames * rows * columns * self.latent_channels * coding.element
+        decoding = 0.0
+        for frames in windows:
+            of_tile = max(self._decoder_peak(frames, h, w, coding) for h in set(high) for w in set(wide))
+            decoded = frame * (4 * frames - 3)
+            in_tiles = decoded * overlapping if len(high) * len(wide) > 1 else 0
+            decoding = max(decoding, held + in_tiles + of_tile, held + in_tiles + decoded)
+            held += decoded
+        return {"decoder": decoding, "joining of windows": held + frame * size.frames * (len(windows) > 1)}
+
+    def _parts(self, size: Pixels, tile: int | None) -> tuple[list[int], list[int], list[int]]:
+        """Latents of the overlapping parts along time, height and width."""
+        tile = tile or VIDEO_TILE
+        latent_frames = (size.frames - 1) // 4 + 1
+        windows, high, wide = [latent_frames], [size.height // self.scale], [size.width // self.scale]
+        if latent_frames > VIDEO_WINDOW - 1:
+            windows = _parts(latent_frames, VIDEO_WINDOW, VIDEO_WINDOW_STEP)
+        if max(size.height, size.width) > tile:
+            step = max(1, tile * 3 // 4 // self.scale)
+            high, wide = (_parts(side, tile // self.scale, step) for side in (high[0], wide[0]))
+        return windows, high, wide
+
+    def _decoder_peak(self, frames: int, rows: int, columns: int, coding: Coding) -> float:
+        """Bytes at the peak of the decoder, on latents of a size."""
+        element = coding.element
+        in_columns = coding.on_cpu and element == 4
+
+        def convolution(inputs: int, outputs: int) -> float:
+            """Besides an input of so many channels; it is padded first."""
+            plane = frames * rows * columns * element
+            padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * element
+            if in_columns and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
+                return padded + (27 * inputs + outputs) * plane
+            return padded + max(padded + outputs * plane, 2 * outputs * plane)
+
+        def residual_block(inputs: int, outputs: int) -> float:
+            plane = frames * rows * columns * element
+            return max(
+                2 * inputs * plane,
+                inputs * plane + convolution(inputs, outputs),
+                outputs * plane + convolution(outputs, outputs),
+                (3 if inputs == outputs else 4) * outputs * plane,
+            )
+
+        peak = 0.0
+        for level, _, previous, channels in self._rising():
+            places = frames * rows * columns * element
+            first, plane = previous * places, channels * places  # a level's input is held until it ends
+            own = first + plane + residual_block(channels, channels)
+            peak = max(peak, first + residual_block(previous, channels), own)
+            if level < 3:
+                frames, rows, columns = _doubled(level, frames, rows, columns)
+                up = channels * frames * rows * columns * element
+                later = up * (frames - 1) / frames  # of all frames but the first, which is joined
+                peak = max(peak, first + plane + later + up + convolution(channels, channels))
+        return peak
+
+    def sample(self, device: torch.device, dtype: torch.dtype) -> Sample:
+        """The decoder with random weights."""
+        import torch
+        from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoDecoder3D
+
+        side = 32
+        while side > 4 and self._flop(3, side, side) > (4e10 if device.type == "cpu" else 1e13):
+            side //= 2
+        with torch.device("meta"):
+            decoder = HunyuanVideoDecoder3D(
+                in_channels=self.channels[-1],
+                block_out_channels=self.channels,
+                layers_per_block=self.layers[0] - 1,
+                norm_num_groups=1,
+                mid_block_add_attention=False,
+            )
+        decoder = decoder.to_empty(device=device).to(dtype)
+        for weight in decoder.parameters():
+            weight.fill_(0.01)  # memory as it was found may hold numbers that a CPU is slow with
+        latents = torch.randn(1, self.channels[-1], 3, side, side, device=device, dtype=dtype)
+        # Large enough on a CPU that neither its first call nor a pause of the machine weighs much.
+        return Sample(self._flop(3, side, side), lambda: decoder(latents), 0 if device.type == "cpu" else 2)
+
+
+_CLASSES: Mapping[str, type[AutoencoderShape]] = {
+    "AutoencoderKL": KlAutoencoder,
+    "AutoencoderTiny": TinyAutoencoder,
+    "AutoencoderKLHunyuanVideo": HunyuanVideoAutoencoder,
+}
+
+
+def autoencoder_shape(config: Mapping[str, Any], parameters: int = 0) -> AutoencoderShape:
+    """The shape of an autoencoder of diffusers.
+
+    Args:
+        config: its configuration.
+        parameters: how many weights it has; 0 where that does not matter.
+
+    Raises:
+        KeyError: if its class is not known here, or a field is missing.
+    """
+    return _CLASSES[config["_class_name"]].of(config, parameters)
+
+
+def _doubled(level: int, frames: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """Eight pixels per latent come of three levels; time is doubled at the last two of them."""
+    return (2 * frames - 1 if level > 0 else frames), 2 * rows, 2 * columns
+
+
+def _parts(whole: int, size: int, step: int) -> list[int]:
+    """Lengths of the overlapping parts of something."""
+    return [min(size, whole - start) for start in range(0, whole, step)]
+
+
+def _tile_of(size: Pixels, coding: Coding) -> tuple[int, int]:
+    """Height and width in pixels of what is coded at once."""
+    tile = coding.tile or PICTURE_TILE
+    return (tile, tile) if size.width * size.height > tile**2 else (size.height, size.width)
+
+
+def _pixels_in_tiles(size: Pixels, tile: int | None) -> float:
+    """Pixels that convolutions see, those that tiles have in common more than once."""
+    pixels = float(size.width * size.height)
+    # A quarter of each tile is its neighbours'.
+    return pixels * (4 / 3) ** 2 if pixels > (tile or PICTURE_TILE) ** 2 else pixels
+
+
+def _convolution(inputs: float, outputs: float) -> float:
+    """What a convolution takes besides its input: it, its output, and both once more in the kernel's own layout.
+
+    oneDNN frees the input's copy before the plain output is made. cuDNN's kernels for 16-bit tensors want another
+    layout as well, and copy in their workspace.
+    """
+    return max(inputs + outputs, 2 * outputs)
+
+
+def _residual_block(inputs: float, outputs: float) -> float:
+    """What a residual block of two convolutions takes besides its input."""
+    return max(
+        2 * inputs,
+        inputs + _convolution(inputs, outputs),
+        outputs + _convolution(outputs, outputs),
+        (4 if inputs != outputs else 3) * outputs,
+    )
