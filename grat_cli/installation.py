@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
+from grat_cli.families.base import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
-from grat_cli.models.catalogue import PIPELINES_OF_MEDIUM, UNSUPPORTED_PIPELINES
 from grat_cli.presets import Preset, load_preset
 from grat_cli.presets.schema import AXES, BACKENDS, SMALLEST_CHUNK, ChunkTokens, Memory
 

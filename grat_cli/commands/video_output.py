@@ -50,9 +50,10 @@ def refuse_unwritable(paths: Sequence[Path], *, overwrite: bool, own: Sequence[P
         BadInput: if something exists that may not be overwritten, or cannot be written.
     """
     media.refuse_unwritable([*paths, *map(media.report_path, paths)], overwrite=overwrite)
+    goes_on = set(map(os.path.abspath, own))
     for path in paths:
         for kept in (media.checkpoint_path(path), media.latents_path(path)):
-            if os.path.lexists(kept) and kept not in own and not overwrite:
+            if os.path.lexists(kept) and os.path.abspath(kept) not in goes_on and not overwrite:
                 raise BadInput(f"{kept} of another run exists: go on with it (grat resume {kept}), or use --overwrite")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from grat_cli.models.catalogue import ModelChoice
+from grat_cli.families.base import ModelChoice
 from grat_cli.presets import Preset
 
 # On top of distilled guidance, which steers towards the prompt already, little is needed to steer away from another.

@@ -111,6 +111,6 @@ class CheckpointStore:
             )
         return RunCheckpoint(step, latents, generator_state, about)
 
-    def remove(self, *, overwrite: bool = False) -> None:
-        """Removes the checkpoint, and what killed processes left of theirs; one of another process only if told."""
-        remove(self.path, overwrite=overwrite)
+    def remove(self) -> None:
+        """Removes the checkpoint if it is this process's own, and what killed processes left of theirs."""
+        remove(self.path)

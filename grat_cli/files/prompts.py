@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from grat_cli.errors import BadInput
-from grat_cli.generation.seeds import LARGEST_SEED, MOST_PICTURES
 
+LARGEST_SEED = 2**63 - 1
+MOST_PICTURES = 1000  # of a prompt
 SUFFIXES = (".txt", ".jsonl", ".json")
 # VBench's VBench_full_info.json (github.com/Vchitect/VBench) calls the prompt so.
 _PROMPT_NAMES = ("prompt", "prompt_en")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import secrets
 
 from grat_cli.errors import BadInput
-
-LARGEST_SEED = 2**63 - 1
-MOST_PICTURES = 1000
+from grat_cli.files.prompts import LARGEST_SEED, MOST_PICTURES
 
 
 def resolve_seeds(text: str | None, count: int | None) -> tuple[int, ...]:

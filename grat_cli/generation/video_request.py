@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -98,13 +98,13 @@ def note_expectations(request: VideoRequest, progress: Progress) -> None:
         progress.note(f"the demo model does not know {', '.join(unknown)}; it shows {', '.join(known['subjects'])}")
 
 
-def _one_of(*known: str) -> Any:
+def _one_of(known: Sequence[str]) -> AfterValidator:
     def check(word: str) -> str:
         if word not in known:
             raise ValueError(choices(word, known))
         return word
 
-    return Annotated[str, AfterValidator(check)]
+    return AfterValidator(check)
 
 
 Text = Annotated[str, Field(max_length=1_000_000)]
@@ -140,9 +140,9 @@ class _StoredRequest(BaseModel):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=MOST_PICTURES)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    offload: _one_of(*OFFLOADS)
-    quantize: _one_of(*QUANTIZATIONS)
-    format: _one_of(*FORMATS)
+    offload: Annotated[str, _one_of(OFFLOADS)]
+    quantize: Annotated[str, _one_of(QUANTIZATIONS)]
+    format: Annotated[str, _one_of(FORMATS)]
     crf: Annotated[int, Field(ge=0, le=63)] | None
     checkpoint_every: Annotated[int, Field(ge=0)]
     save_latents: bool

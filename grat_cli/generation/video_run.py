@@ -111,9 +111,10 @@ def files_of(run: VideoRun) -> list[Path]:
     checkpoint = checkpoint_path(run.kept.with_name(run.kept.name.removesuffix(LATENTS_ENDING)))
     try:
         both = [read_about(path) or {} for path in (run.kept, checkpoint)]
-    except BadInput:
+        # A run that has been taken up keeps only the seeds that are left.
+        asked = [{**about["request"], "seeds": about["seed"]} for about in both]
+    except (BadInput, KeyError, TypeError):
         return [run.kept]
-    asked = [({**about.get("request", {}), "seeds": None}, about.get("seed")) for about in both]
     return [run.kept, checkpoint] if asked[0] == asked[1] else [run.kept]
 
 
@@ -146,6 +147,18 @@ def find_run(path: Path) -> Path:
     raise BadInput(f"there is no checkpoint and there are no latents of {path}: there is nothing to go on with")
 
 
+class _StoredDevice(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    threads: Annotated[int, Field(ge=1, le=4096)] | None
+
+
+class _StoredWeights(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    revision: Annotated[str, Field(max_length=200)] | None
+
+
 class _StoredRun(BaseModel):
     """What a file says of a run besides its request."""
 
@@ -156,6 +169,8 @@ class _StoredRun(BaseModel):
     phases: dict[Annotated[str, Field(max_length=80)], Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     memory: dict[Annotated[str, Field(max_length=80)], Annotated[int, Field(ge=0)]]
     peak_memory_kind: Annotated[str, Field(max_length=200)]
+    device: _StoredDevice
+    model: _StoredWeights
     request: dict[str, Any]
     guard_state: dict[str, Any] | None = None
 
