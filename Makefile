@@ -24,6 +24,7 @@ lint: $(LINT_READY) links
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
 
 # Compiles every kernel configuration for every architecture; needs no GPU.
 aot: $(INSTALLED)

@@ -141,7 +141,7 @@ print(*won)
 
 def test_of_processes_that_take_the_same_name_one_gets_it(tmp_path: Path) -> None:
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    racers = [subprocess.Popen([sys.executable, "-c", _RACE, tmp_path, str(n)], **pipes) for n in range(4)]
+    racers: list[Any] = [subprocess.Popen([sys.executable, "-c", _RACE, tmp_path, str(n)], **pipes) for n in range(4)]
     for racer in racers:
         assert racer.stdout.readline() == "ready\n"
     for racer in racers:

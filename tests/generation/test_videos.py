@@ -620,6 +620,8 @@ def test_stored_requests_are_held_to_what_may_be_typed(
         {"memory": {"load": -1}},
         {"peak_memory_kind": 5},
         {"guard_state": [1]},
+        {"device": {"threads": 10**6}},
+        {"model": []},
         {"request": None},
     ],
     ids=str,
