@@ -39,6 +39,7 @@ FLOORS = (
     # Data and measurement
     ("errors", "ranges", "knapsack", "architectures", "timing", "time_shift", "environment", "progress", "peak_rates"),
     (
+        "pages.*",
         "yaml_source",
         "preset_problems",
         "devices",
@@ -166,7 +167,8 @@ def test_imports_point_to_lower_floors(module: str) -> None:
         if imported not in MODULES or imported == module:
             continue
         same_folder = any(
-            module.startswith(folder) and imported.startswith(folder) for folder in ("grat_cli.demo", "grat_cli.bench")
+            module.startswith(folder) and imported.startswith(folder)
+            for folder in ("grat_cli.demo", "grat_cli.bench", "grat_cli.pages")
         )
         # A package's __init__ hands out what lies beside it.
         assert same_folder or floor_of(imported) < own_floor, f"{module} must not import {imported}"
