@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from grat_cli.bench.results import BenchResult, Case, Level, Row
+from grat_cli.pages.html import plain
+from grat_cli.pages.numbers import decimals, density_text, figure
 
 NOTHING = "–"
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]+")
 _SUBJECTS: Mapping[Level, str] = {
     "attention": "Attention",
     "step": "Denoising step",
@@ -58,40 +58,6 @@ class Column:
         return tuple(
             max(behind) - here if cell is not None else 0 for here, cell in zip(behind, self.cells, strict=True)
         )
-
-
-def plain(text: object) -> str:
-    """Text in one line, without characters that steer terminals or that XML forbids."""
-    return _CONTROL.sub(" ", str(text))
-
-
-def shortened(text: str, length: int) -> str:
-    """Text of at most so many characters."""
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
-def figure(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits: `0.0123`, `1.50`, `72.4`, `1,073`, `2.1·10⁻⁵`."""
-    if not math.isfinite(value):
-        return "∞" if value == math.inf else "not finite"
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-3:
-        exponent = math.floor(math.log10(abs(value)))
-        return f"{value / 10**exponent:.{max(0, digits - 2)}f}·10{str(exponent).translate(_SUPERSCRIPT)}"
-    return f"{value:,.{decimals(value, digits)}f}"
-
-
-def decimals(value: float, digits: int = 3) -> int:
-    """Digits after the decimal point that make so many significant ones."""
-    if value == 0 or not math.isfinite(value):
-        return 0
-    return max(0, digits - 1 - math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}")))))
-
-
-def density_text(density: float) -> str:
-    """A density: three significant digits however small, and `1` for everything."""
-    return "1" if density == 1 else f"{density:.{min(6, decimals(density))}f}"
 
 
 def speedup_text(speedup: float) -> str:
@@ -174,8 +140,88 @@ def descriptions(result: BenchResult) -> dict[str, str]:
 
 def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
     """The columns for a case at this level; those without a single figure are left out."""
-    unit = time_unit(case)
-    full = full_of(case)
+    noun = OUTPUTS.get(level, "")
+    reference = f"the {noun}s of full attention with the same seeds"
+    if level == "highres":
+        reference = "the pictures of the trained size with the same seeds, after scaling down to that"
+    frames = " Of a video it is the mean over its frames." if level == "video" else ""
+    cells = _cells(case)
+    made = []
+    for name in _COLUMNS[level]:
+        unit, cell = cells[name]
+        shown = tuple(None if row.skipped is not None else cell(row) for row in rows)
+        if any(text is not None for text in shown):
+            meaning = _MEANINGS[name].format(noun=noun, reference=reference, frames=frames)
+            made.append(Column(name, unit, shown, name in _ESSENTIAL, meaning))
+    return made
+
+
+_OF_RUNS = ("recall", "output error", "SSIM", "PSNR", "LPIPS", "motion", "peak memory")
+_COLUMNS: Mapping[Level, Sequence[str]] = {
+    "attention": (
+        *("density", "1/density", "time", "min–max", "speed-up", "sparse efficiency", "TFLOP/s", "per pair"),
+        *("of peak", "reach", "peak memory", "error", "over rounding"),
+    ),
+    "step": (
+        *("density", "step", "min–max", "attention", "share", "speed-up", "attention speed-up", "1/density"),
+        *("sparse efficiency", "peak memory"),
+    ),
+    "image": ("density", "denoising", "min–max", "speed-up", *_OF_RUNS),
+    "video": ("density", "denoising", "min–max", "attention share", "speed-up", *_OF_RUNS),
+    "highres": ("density", "denoising", "min–max", "speed-up", *_OF_RUNS),
+}
+_ESSENTIAL = {
+    *("density", "time", "step", "denoising", "attention", "speed-up", "sparse efficiency"),
+    *("recall", "output error", "SSIM"),
+}
+_MEANINGS = {
+    "density": "Share of all query–key pairs that is attended, text included.",
+    "1/density": "The speed-up of attention that this density allows at most.",
+    "time": "Median of all repetitions of one attention call.",
+    "step": "Median time of one whole denoising step.",
+    "denoising": "Median time of all denoising steps of a {noun}.",
+    "min–max": "Shortest and longest repetition.",
+    "attention": "The part of the step that is attention.",
+    "share": "Share of the step that is attention.",
+    "attention share": "Share of denoising that is attention.",
+    "speed-up": "Median time of full attention over that of the row.",
+    "attention speed-up": "Speed-up of the attention part alone.",
+    "sparse efficiency": "Speed-up of attention × density: 1 means that every attended pair is computed as fast as by "
+    "the kernel of full attention.",
+    "TFLOP/s": "Floating-point operations on attended pairs alone, per second.",
+    "per pair": "Median time over attended query–key pairs of all heads: it compares rows of unequal density.",
+    "of peak": "That rate over the peak of the device in this dtype.",
+    "reach": "Farthest token on the grid that a query attends exactly.",
+    "peak memory": "Most memory held at once, inputs and outputs included.",
+    "error": "Largest error on sampled rows against the same attention in full precision.",
+    "over rounding": "That error over the error of a plain computation in the dtype of the tensors: what rounding "
+    "alone explains is 1×.",
+    "recall": "Softmax mass of full attention on what the variant attends token by token, text included: mean over "
+    "sampled queries, heads, layers and steps; ± is a 95 % interval of the mean over prompts.",
+    "output error": "Distance of the attention's output from that of full attention, given the same inputs, over the "
+    "length of the latter: root mean square. Unlike recall, it counts what summaries give back.",
+    "SSIM": "Similarity to {reference}, 1 for equal ones; ± is a 95 % interval of the mean.{frames}",
+    "PSNR": "The same comparison as a ratio of signal to noise; in equal ones one value counts as off by 1.",
+    "LPIPS": "Perceptual distance (arXiv 1801.03924, AlexNet), 0 for equal ones.",
+    "motion": "Mean absolute difference of successive frames, over that of full attention's video: 1 is as much "
+    "change. Flicker raises it too.",
+}
+
+
+def _cells(case: Case) -> dict[str, tuple[str | None, Callable[[Row], str | None]]]:
+    """Unit of each column, and how it writes the figure of a row, None where the row has none."""
+    unit, full = time_unit(case), full_of(case)
+
+    def of(name: str, form: Callable[[Any], str]) -> Callable[[Row], str | None]:
+        """A row's figure; `quality.ssim` is one of its parts."""
+
+        def cell(row: Row) -> str | None:
+            value: Any = row
+            for part in name.split("."):
+                value = getattr(value, part, None)
+            return None if value is None else form(value)
+
+        return cell
 
     def of_attention(row: Row) -> str | None:
         """Speed-up of the attention part."""
@@ -183,189 +229,30 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
             return None
         return speedup_text(full.attention_ms / row.attention_ms)
 
-    density = _column(
-        "density",
-        None,
-        lambda row: _text(row.density, density_text),
-        True,
-        "Share of all query–key pairs that is attended, text included.",
-    )
-    ideal = _column(
-        "1/density",
-        None,
-        lambda row: _text(row.ideal_speedup, speedup_text),
-        False,
-        "The speed-up of attention that this density allows at most.",
-    )
-    extent = _column(
-        "min–max",
-        unit.name,
-        lambda row: unit.range(row.times_ms) if row.times_ms else None,
-        False,
-        "Shortest and longest repetition.",
-    )
-    speedup = _column(
-        "speed-up",
-        None,
-        lambda row: _text(row.speedup, speedup_text),
-        True,
-        "Median time of full attention over that of the row.",
-    )
-    share = _column(
-        "share" if level == "step" else "attention share",
-        None,
-        lambda row: _text(row.attention_share, _percent),
-        False,
-        "Share of the step that is attention." if level == "step" else "Share of denoising that is attention.",
-    )
-    efficiency = _column(
-        "sparse efficiency",
-        None,
-        lambda row: _text(row.sparse_efficiency, "{:,.2f}".format),
-        True,
-        "Speed-up of attention × density: 1 means that every attended pair is computed as fast as by the kernel of "
-        "full attention.",
-    )
-    memory = _column(
-        "peak memory",
-        "GiB",
-        lambda row: _text(row.peak_memory_bytes, lambda count: f"{count / 2**30:,.2f}"),
-        False,
-        "Most memory held at once, inputs and outputs included.",
-    )
-    if level == "attention":
-        made = [
-            density,
-            ideal,
-            _column("time", unit.name, _time(unit), True, "Median of all repetitions of one attention call."),
-            extent,
-            speedup,
-            efficiency,
-            _column(
-                "TFLOP/s",
-                None,
-                lambda row: _text(row.tflops, figure),
-                False,
-                "Floating-point operations on attended pairs alone, per second.",
-            ),
-            _column(
-                "per pair",
-                "ns",
-                lambda row: _text(row.pair_ns, figure),
-                False,
-                "Median time over attended query–key pairs of all heads: it compares rows of unequal density.",
-            ),
-            _column(
-                "of peak",
-                None,
-                lambda row: _text(row.peak_share, _percent),
-                False,
-                "That rate over the peak of the device in this dtype.",
-            ),
-            _column(
-                "reach",
-                "tokens",
-                lambda row: _text(row.reach_tokens, "{:,.0f}".format),
-                False,
-                "Farthest token on the grid that a query attends exactly.",
-            ),
-            memory,
-            _column(
-                "error",
-                None,
-                lambda row: _text(row.error, _scientific),
-                False,
-                "Largest error on sampled rows against the same attention in full precision.",
-            ),
-            _column(
-                "over rounding",
-                None,
-                _over_rounding,
-                False,
-                "That error over the error of a plain computation in the dtype of the tensors: what rounding alone "
-                "explains is 1×.",
-            ),
-        ]
-    elif level == "step":
-        made = [
-            density,
-            _column("step", unit.name, _time(unit), True, "Median time of one whole denoising step."),
-            extent,
-            _column(
-                "attention",
-                unit.name,
-                lambda row: _text(row.attention_ms, unit.number),
-                True,
-                "The part of the step that is attention.",
-            ),
-            share,
-            speedup,
-            _column("attention speed-up", None, of_attention, False, "Speed-up of the attention part alone."),
-            ideal,
-            efficiency,
-            memory,
-        ]
-    else:
-        noun = OUTPUTS[level]
-        frames = " Of a video it is the mean over its frames." if level == "video" else ""
-        reference = f"the {noun}s of full attention with the same seeds"
-        if level == "highres":
-            reference = "the pictures of the trained size with the same seeds, after scaling down to that"
-        made = [
-            density,
-            _column("denoising", unit.name, _time(unit), True, f"Median time of all denoising steps of a {noun}."),
-            extent,
-            *([share] if level == "video" else []),
-            speedup,
-            _column(
-                "recall",
-                None,
-                lambda row: row.fidelity and _with_interval(row.fidelity.recall, row.fidelity.recall_interval, 3),
-                True,
-                "Softmax mass of full attention on what the variant attends token by token, text included: mean over "
-                "sampled queries, heads, layers and steps; ± is a 95 % interval of the mean over prompts.",
-            ),
-            _column(
-                "output error",
-                None,
-                lambda row: row.fidelity and figure(row.fidelity.output_error),
-                True,
-                "Distance of the attention's output from that of full attention, given the same inputs, over the "
-                "length of the latter: root mean square. Unlike recall, it counts what summaries give back.",
-            ),
-            _column(
-                "SSIM",
-                None,
-                lambda row: row.quality and _with_interval(row.quality.ssim, row.quality.ssim_interval, 3),
-                True,
-                f"Similarity to {reference}, 1 for equal ones; ± is a 95 % interval of the mean.{frames}",
-            ),
-            _column(
-                "PSNR",
-                "dB",
-                lambda row: row.quality and _with_interval(row.quality.psnr_db, row.quality.psnr_interval_db, 1),
-                False,
-                "The same comparison as a ratio of signal to noise; in equal ones one value counts as off by 1.",
-            ),
-            _column(
-                "LPIPS",
-                None,
-                lambda row: row.quality and _text(row.quality.lpips, "{:.3f}".format),
-                False,
-                "Perceptual distance (arXiv 1801.03924, AlexNet), 0 for equal ones.",
-            ),
-            _column(
-                "motion",
-                None,
-                lambda row: row.quality and _text(row.quality.motion, "{:,.2f}×".format),
-                False,
-                "Mean absolute difference of successive frames, over that of full attention's video: 1 is as much "
-                "change. Flicker raises it too.",
-            ),
-            memory,
-        ]
-    made = [column(rows) for column in made]
-    return [column for column in made if any(cell is not None for cell in column.cells)]
+    return {
+        "density": (None, of("density", density_text)),
+        "1/density": (None, of("ideal_speedup", speedup_text)),
+        **{name: (unit.name, of("median_ms", unit.number)) for name in ("time", "step", "denoising")},
+        "min–max": (unit.name, lambda row: unit.range(row.times_ms) if row.times_ms else None),
+        "attention": (unit.name, of("attention_ms", unit.number)),
+        **{name: (None, of("attention_share", _percent)) for name in ("share", "attention share")},
+        "speed-up": (None, of("speedup", speedup_text)),
+        "attention speed-up": (None, of_attention),
+        "sparse efficiency": (None, of("sparse_efficiency", "{:,.2f}".format)),
+        "TFLOP/s": (None, of("tflops", figure)),
+        "per pair": ("ns", of("pair_ns", figure)),
+        "of peak": (None, of("peak_share", _percent)),
+        "reach": ("tokens", of("reach_tokens", "{:,.0f}".format)),
+        "peak memory": ("GiB", of("peak_memory_bytes", lambda count: f"{count / 2**30:,.2f}")),
+        "error": (None, of("error", _scientific)),
+        "over rounding": (None, _over_rounding),
+        "recall": (None, of("fidelity", lambda made: _with_interval(made.recall, made.recall_interval, 3))),
+        "output error": (None, of("fidelity.output_error", figure)),
+        "SSIM": (None, of("quality", lambda made: _with_interval(made.ssim, made.ssim_interval, 3))),
+        "PSNR": ("dB", of("quality", lambda made: _with_interval(made.psnr_db, made.psnr_interval_db, 1))),
+        "LPIPS": (None, of("quality.lpips", "{:.3f}".format)),
+        "motion": (None, of("quality.motion", "{:,.2f}×".format)),
+    }
 
 
 def title(result: BenchResult) -> str:
@@ -455,24 +342,6 @@ def _coherence(case: Case) -> str:
         if row.quality is not None
     ]
     return f"Scaled down to the trained size, SSIM to the base: {', '.join(shown)}." if shown else "Nothing was made."
-
-
-def _column(
-    title: str, unit: str | None, cell: Callable[[Row], str | None], essential: bool, meaning: str
-) -> Callable[[Sequence[Row]], Column]:
-    def fill(rows: Sequence[Row]) -> Column:
-        cells = tuple(None if row.skipped is not None else cell(row) for row in rows)
-        return Column(title, unit, cells, essential, meaning)
-
-    return fill
-
-
-def _text(value: Any, form: Callable[[Any], str]) -> str | None:
-    return None if value is None else form(value)
-
-
-def _time(unit: TimeUnit) -> Callable[[Row], str | None]:
-    return lambda row: _text(row.median_ms, unit.number)
 
 
 def _percent(share: float) -> str:

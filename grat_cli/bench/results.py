@@ -8,32 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from grat_cli.fidelity.quality import Quality
+from grat_cli.fidelity.variants import Role
+
 SCHEMA = "grat.bench/1"
 
 Level = Literal["attention", "step", "image", "video", "highres"]
 # Levels of whole runs, which are not only timed but whose outputs are compared.
 WHOLE_RUNS: tuple[Level, ...] = ("image", "video", "highres")
-Role = Literal["full", "pattern", "baseline", "peer", "noise floor"]
 Mask = Literal["identical", "equal density"]
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Similarity of pictures or videos to those of full attention with the same seeds: mean and 95 % half-interval.
-
-    At the level of high resolution it is that of scaled-down pictures to those of the trained size.
-
-    A single one has no interval: there it is None. Figures of a video are means over its frames; `motion` is how much
-    successive frames differ, over how much those of full attention do, and None for pictures; `lpips` is None where its
-    weights are not here.
-    """
-
-    ssim: float
-    ssim_interval: float | None
-    psnr_db: float
-    psnr_interval_db: float | None
-    motion: float | None = None
-    lpips: float | None = None
 
 
 @dataclass(frozen=True)

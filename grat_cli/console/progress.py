@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-    from grat_cli.console.output import Output
 
 PHASE_WORDS = {
     "load": "loading",
@@ -20,6 +18,16 @@ PHASE_WORDS = {
     "encode": "writing the video",
     "save": "saving",
 }
+
+
+class Hints(Protocol):
+    """What takes hints: `console.output.Output`."""
+
+    error_console: Any
+
+    def hint(self, *texts: str | None) -> Any:
+        """Shows some."""
+        ...
 
 
 class ProgressDisplay:
@@ -55,7 +63,7 @@ class ProgressDisplay:
 class LogProgress(ProgressDisplay):
     """For files and pipes: a line per phase, and during denoising a line at most every `interval_s` seconds."""
 
-    def __init__(self, output: Output, interval_s: float = 10.0) -> None:
+    def __init__(self, output: Hints, interval_s: float = 10.0) -> None:
         self._output, self._interval_s = output, interval_s
         self._pace, self._last_line = _Pace(), 0.0
         self._batch: _Pace | None = None
@@ -92,7 +100,7 @@ class LogProgress(ProgressDisplay):
 class LiveProgress(ProgressDisplay):
     """For terminals: a bar with steps, time per step and time left; a spinner for other phases."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Hints) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
         self._output = output

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grat_cli.attention.recall import BINS, diagonal, even_distances
-from grat_cli.bench.figures import density_text
 from grat_cli.fidelity.attend import Attended
 from grat_cli.generation.request import Request
 from grat_cli.models.environment import versions
+from grat_cli.pages.numbers import density_text
 from grat_cli.presets import Attention
 from grat_kernels import Grid
 

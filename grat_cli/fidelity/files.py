@@ -13,10 +13,11 @@ from grat_cli.families import Medium
 from grat_cli.fidelity.attend import Attended, Seen
 from grat_cli.fidelity.figures import as_data
 from grat_cli.fidelity.overlays import frames_of, marked, sheets
-from grat_cli.fidelity.page import Shown, alone, as_html, plots
+from grat_cli.fidelity.page import Shown, as_html, plots
 from grat_cli.files import outputs as media
 from grat_cli.files.formats import SUFFIXES, write_output
 from grat_cli.files.whole import write_whole
+from grat_cli.pages.plots import alone
 
 if TYPE_CHECKING:
     from grat_cli.generation.request import Request
@@ -107,7 +108,7 @@ def write(
         shown.append(Shown(seen.seed, picture, of_queries))
     for name, plot in drawn.items():
         media.write_text(alone(plot), folder / f"{name}.svg", overwrite=overwrite)
-    media.write_text(as_html(attended, grid, data, drawn, shown), folder / PAGE, overwrite=overwrite)
+    media.write_text(as_html(attended, data, drawn, shown), folder / PAGE, overwrite=overwrite)
     media.write_json(data, folder / DATA, overwrite=overwrite)
     return data
 

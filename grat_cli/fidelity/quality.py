@@ -9,12 +9,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grat_cli.bench.results import Quality
 from grat_cli.fidelity.perceptual import lpips
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Similarity of pictures or videos to those of full attention with the same seeds: mean and 95 % half-interval.
+
+    At the level of high resolution it is that of scaled-down pictures to those of the trained size.
+
+    A single one has no interval: there it is None. Figures of a video are means over its frames; `motion` is how much
+    successive frames differ, over how much those of full attention do, and None for pictures; `lpips` is None where its
+    weights are not here.
+    """
+
+    ssim: float
+    ssim_interval: float | None
+    psnr_db: float
+    psnr_interval_db: float | None
+    motion: float | None = None
+    lpips: float | None = None
 
 
 @dataclass(frozen=True)

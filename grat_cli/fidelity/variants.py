@@ -14,11 +14,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from grat_cli.bench.results import Role
 from grat_cli.errors import BadInput, choices, nearest
 from grat_kernels import (
     Block,
@@ -39,6 +38,7 @@ from grat_kernels import (
 if TYPE_CHECKING:
     from grat_cli.presets import Preset
 
+Role = Literal["full", "pattern", "baseline", "peer", "noise floor"]
 # The parameters that each name takes.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "full": (),

@@ -1,1 +1,1 @@
-"""What people look at: pages that open offline, plots, contact sheets."""
+"""Results as one HTML page that opens anywhere: Jinja2 templates, and plots that matplotlib draws."""

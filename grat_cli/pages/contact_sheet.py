@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grat_cli.bench.figures import plain
+from grat_cli.pages.html import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image

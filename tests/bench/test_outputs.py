@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from matplotlib.transforms import Bbox
 from PIL import Image
 from rich.console import Console
 from sample_benchmarks import ALL, ATTENTION, EXTREME, IMAGE, NASTY, ONE_ROW, SKIPPED, STEP, VIDEO, attention_row
@@ -25,12 +27,23 @@ from sample_benchmarks import ALL, ATTENTION, EXTREME, IMAGE, NASTY, ONE_ROW, SK
 from grat_cli.bench import figures, readme
 from grat_cli.bench.markdown import as_markdown, readme_table
 from grat_cli.bench.page import as_html
-from grat_cli.bench.page_style import DARK, LIGHT
-from grat_cli.bench.plots import COLOURS, styles
+from grat_cli.bench.plots import looks_of
 from grat_cli.bench.results import Absent, BenchResult, Case, Level, Quality, Row
-from grat_cli.bench.svg import Box, place_labels, spread, text_width
 from grat_cli.bench.tables import bench_tables
+from grat_cli.pages import html
 from grat_cli.pages.contact_sheet import draw
+from grat_cli.pages.plots import (
+    COLOURS,
+    WIDTH,
+    Look,
+    Mark,
+    draw_named_marks,
+    finished,
+    new_axes,
+    settings,
+    spread,
+    text_width,
+)
 
 EACH = pytest.mark.parametrize("result", ALL.values(), ids=list(ALL))
 VOID = {"meta", "br", "img"}
@@ -267,7 +280,11 @@ class Reader(HTMLParser):
 
 def drawings(page: str) -> list[ElementTree.Element]:
     """The plots, which must be well-formed XML."""
-    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if "plot" in svg[:400]]
+    return [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="plot".*?</svg>', page, re.DOTALL)]
+
+
+def of_class(drawing: ElementTree.Element, name: str) -> list[ElementTree.Element]:
+    return [node for node in drawing.iter() if node.attrib.get("class") == name]
 
 
 @EACH
@@ -302,15 +319,46 @@ def test_the_page_needs_nothing_from_elsewhere(result: BenchResult, sheet: bytes
         for name in values.get("aria-labelledby", "").split():  # type: ignore[union-attr]
             assert name in identifiers
     assert "http" not in page.replace("http-equiv", "")
-    assert "url(" not in page
     assert "@import" not in page
+    for reference in re.findall(r"url\((.*?)\)", page):
+        assert reference[0] == "#"
+        assert reference[1:] in identifiers
 
 
 def test_what_people_typed_is_no_markup() -> None:
-    page = as_html(EXTREME)
+    page = as_html(replace(EXTREME, level="step"))
     assert NASTY not in page
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;") >= 6
+    text = "".join(Reader(page).text)
+    assert text.count(NASTY) >= 6
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
+    assert f"{NASTY}: 0.13" in [title.text for drawing in drawings(page) for title in drawing.iter("title")]
+
+
+def test_mathematics_is_text_in_plots() -> None:
+    rows = (
+        attention_row("full", 1.0, 10.0, role="full"),
+        attention_row(r"$\frac{", 0.2, 3.0),
+        attention_row("狐", 0.5, 4.0),
+    )
+    texts = [
+        node.text for node in drawings(as_html(replace(ATTENTION, cases=(Case("", (8, 8), 0, rows),))))[0].iter("text")
+    ]
+    assert {r"$\frac{", "狐"} <= set(texts)
+
+
+def test_the_same_result_gives_the_same_bytes() -> None:
+    import matplotlib
+
+    page = as_html(STEP, None)
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.hashsalt": None}):
+        assert as_html(STEP, None) == page
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_templates_name_only_what_they_are_given() -> None:
+    with pytest.raises(UndefinedError):
+        html.render("base.html")
 
 
 def test_the_contact_sheet_is_embedded_or_beside() -> None:
@@ -360,83 +408,61 @@ def test_plots_describe_themselves(result: BenchResult) -> None:
         assert len(description.text or "") > 10
 
 
-def _positions(node: ElementTree.Element) -> list[tuple[float, float]]:
-    """Corners or centres of what an element draws."""
-    values = node.attrib
-    if node.tag == "circle":
-        return [(float(values["cx"]), float(values["cy"]))]
-    if node.tag in ("polygon", "polyline"):
-        return [tuple(map(float, point.split(","))) for point in values["points"].split()]  # type: ignore[misc]
-    if node.tag == "rect":
-        x, y = float(values["x"]), float(values["y"])
-        return [(x, y), (x + float(values["width"]), y + float(values["height"]))]
-    if node.tag == "path":
-        return [tuple(map(float, part.split())) for part in re.split("[ML]", values["d"])[1:]]  # type: ignore[misc]
-    return []
-
-
 @EACH
 def test_points_lie_within_their_plot(result: BenchResult) -> None:
     for drawing in drawings(as_html(result)):
         _, _, width, height = map(float, drawing.attrib["viewBox"].split())
-        (left, top), (right, bottom) = next(
-            _positions(node) for node in drawing.iter("rect") if node.attrib["class"] == "area"
-        )
-        assert 0 < left < right < width
-        assert 0 < top < bottom < height
-        for node in drawing.iter():
-            kinds = set(node.attrib.get("class", "").split())
-            if kinds & {"point", "run", "whisker", "ideal"} or (node.tag == "rect" and "bar" in kinds and top <= 8):
-                for x, y in _positions(node):
-                    assert left - 8 <= x <= right + 8, (kinds, x, y)
-                    assert top - 8 <= y <= bottom + 8, (kinds, x, y)
+        for node in (found for point in of_class(drawing, "point") for found in point.iter("use")):
+            assert 30 < float(node.attrib["x"]) < width
+            assert 5 < float(node.attrib["y"]) < height - 35
 
 
-def _label_boxes(drawing: ElementTree.Element) -> list[Box]:
-    boxes = []
-    for node in drawing.iter("text"):
-        # Names of rows are shortened to fit, and tied to their row.
-        content = "".join(node.itertext()) if node.find("title") is None else (node.find("title").tail or "")  # type: ignore[union-attr]
-        width = text_width(content)
-        x, y = float(node.attrib["x"]), float(node.attrib["y"])
-        start = x - width * {"end": 1.0, "middle": 0.5}.get(node.attrib.get("text-anchor", "start"), 0.0)
-        boxes.append(Box(start, y - 9, start + width, y + 2))
-    return boxes
+def _box(node: ElementTree.Element) -> Bbox:
+    """What a text takes in the font that plots are measured with."""
+    width = text_width(node.text or "")
+    x, y = float(node.attrib["x"]), float(node.attrib["y"])
+    anchor = re.search(r"text-anchor: (\w+)", node.attrib["style"])
+    left = x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor[1] if anchor else "start"]
+    return Bbox.from_extents(left, y - 9, left + width, y + 2)
 
 
 @EACH
 def test_no_two_texts_of_a_plot_overlap(result: BenchResult) -> None:
     for drawing in drawings(as_html(result)):
-        _, _, width, height = map(float, drawing.attrib["viewBox"].split())
-        boxes = _label_boxes(drawing)
+        height = float(drawing.attrib["viewBox"].split()[3])
+        boxes = [_box(node) for node in drawing.iter("text") if node.text]
         for index, box in enumerate(boxes):
-            assert Box(-6, 0, width + 6, height).holds(box)
-            for other in boxes[index + 1 :]:
-                assert not box.overlaps(other), (box, other)
+            assert box.x0 >= -6 and box.x1 <= WIDTH + 6  # noqa: PT018
+            assert box.y0 >= 0 and box.y1 <= height  # noqa: PT018
+            assert not box.count_overlaps(boxes[index + 1 :])
 
 
 def test_every_point_of_the_samples_has_its_label() -> None:
     for result in (ATTENTION, STEP, IMAGE):
         for drawing in drawings(as_html(result)):
-            if "density" in drawing.attrib["aria-labelledby"] or "quality" in drawing.attrib["aria-labelledby"]:
-                points = [node for node in drawing.iter() if "point" in node.attrib.get("class", "").split()]
-                labels = [node for node in drawing.iter("text") if "label" in node.attrib["class"].split()]
-                assert len(points) == len(labels) > 1
+            if re.search("density|quality", drawing.attrib["aria-labelledby"]):
+                assert len(of_class(drawing, "point")) == len(of_class(drawing, "label")) > 1
 
 
-@given(
-    st.lists(
-        st.tuples(st.floats(20, 430), st.floats(20, 390), st.text("abcdefgh-mW", min_size=1, max_size=16)), max_size=24
-    )
-)
-def test_labels_keep_out_of_each_others_way(points: list[tuple[float, float, str]]) -> None:
-    area = Box(0, 0, 450, 410)
-    labels = [label for label in place_labels(points, area) if label is not None]
-    dots = [Box(x, y, x, y).grown(6) for x, y, _ in points]
+@pytest.mark.parametrize("count", [2, 10, 40])
+@settings()
+def test_labels_keep_out_of_each_others_way(count: int) -> None:
+    random = np.random.default_rng(count)
+    marks = [
+        Mark("m" * random.integers(1, 20), Look("neutral", "circle"), random.random(), random.random(), "")
+        for _ in range(count)
+    ]
+    axes = new_axes("x", "y")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    draw_named_marks(axes, marks)
+    drawing = ElementTree.fromstring(finished(axes, "x", "x", "", "").svg)
+    labels = [_box(node) for label in of_class(drawing, "label") for node in label.iter("text")]
+    points = [node for point in of_class(drawing, "point") for node in point.iter("use")]
+    dots = [Bbox.from_bounds(float(dot.attrib["x"]) - 4, float(dot.attrib["y"]) - 4, 8, 8) for dot in points]
+    assert len(dots) == count
+    assert min(count, 10) <= len(labels) <= count
     for index, label in enumerate(labels):
-        assert area.holds(label.box)
-        assert not any(label.box.overlaps(dot) for dot in dots)
-        assert not any(label.box.overlaps(other.box) for other in labels[index + 1 :])
+        assert not label.count_overlaps([*dots, *labels[index + 1 :]])
 
 
 @given(st.lists(st.floats(-50, 150), min_size=1, max_size=12))
@@ -450,12 +476,12 @@ def test_ends_of_lines_are_spread(positions: list[float]) -> None:
 
 
 def test_a_variant_looks_the_same_everywhere() -> None:
-    looks = styles(STEP)
+    looks = looks_of(STEP)
     assert looks["full"].colour == "neutral"
     assert len({look.colour for look in looks.values()}) == len(looks) <= COLOURS + 1
-    assert [styles(ATTENTION)[name].shape for name in ("grat-b", "na", "flex")] == ["circle", "square", "triangle"]
+    assert [looks_of(ATTENTION)[name].shape for name in ("grat-b", "na", "flex")] == ["circle", "square", "triangle"]
     many = tuple(Row(f"v{number}", "pattern", "") for number in range(30))
-    assert len(styles(replace(ATTENTION, cases=(Case("many", (1, 1), 0, many),)))) == 30
+    assert len(looks_of(replace(ATTENTION, cases=(Case("many", (1, 1), 0, many),)))) == 30
 
 
 def _luminance(colour: str) -> float:
@@ -464,15 +490,19 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
-def test_everything_written_stands_out(colours: dict[str, str]) -> None:
+def test_everything_written_stands_out() -> None:
     """WCAG 2 AA: a contrast of 4.5 for text, also for labels in the colours of their variants."""
-    assert set(colours) == set(LIGHT)
-    for name, colour in colours.items():
-        if name.startswith("colour") or name in ("ink", "soft", "accent", "neutral"):
-            for ground in (colours["ground"], colours["raised"]):
-                low, high = sorted((_luminance(colour), _luminance(ground)))
-                assert (high + 0.05) / (low + 0.05) >= 4.5, name
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6});", rules))
+        for rules in re.findall(r":root \{(.*?)\}", as_html(ONE_ROW), re.DOTALL)
+    )
+    assert set(light) == set(dark)
+    for colours in (light, dark):
+        for name, colour in colours.items():
+            if name.startswith("colour") or name in ("ink", "soft", "accent", "neutral"):
+                for ground in (colours["ground"], colours["raised"]):
+                    low, high = sorted((_luminance(colour), _luminance(ground)))
+                    assert (high + 0.05) / (low + 0.05) >= 4.5, name
 
 
 @pytest.mark.parametrize("count", [0, 1, 40])
@@ -545,6 +575,6 @@ def test_levels_can_write_results_where_only_torch_is_installed() -> None:
         "import sys, grat_cli.bench.figures, grat_cli.bench.markdown, grat_cli.bench.page, grat_cli.bench.readme\n"
         "import grat_cli.bench.tables, grat_cli.pages.contact_sheet\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules} & "
-        "{'rich', 'PIL', 'typer', 'torch', 'pydantic', 'diffusers', 'yaml'}))"
+        "{'rich', 'PIL', 'typer', 'torch', 'pydantic', 'diffusers', 'yaml', 'jinja2', 'matplotlib'}))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,14 +18,13 @@ from scipy.stats import binom
 from grat_cli.attention.adapter import AttentionInputs
 from grat_cli.attention.recall import BINS
 from grat_cli.attention.record import AttentionRecorder
-from grat_cli.bench.charts import WIDTH
-from grat_cli.bench.svg import text_width
 from grat_cli.errors import BadInput
 from grat_cli.fidelity.attend import Attended, Candidate, candidates_for, queries_for, recorded_steps
 from grat_cli.fidelity.figures import Estimate, density_hint, half_distance, pattern_figures, ranked_heads
 from grat_cli.fidelity.overlays import evenly, frames_of, overlay
 from grat_cli.files.outputs import read_provenance
 from grat_cli.files.videos import read_frames
+from grat_cli.pages.plots import WIDTH, text_width
 from grat_cli.presets import Attention, load_preset
 from grat_kernels import Full, Grid, Grouping, build_plan
 
@@ -365,13 +365,15 @@ def test_the_page_shows_all_and_needs_nothing_from_elsewhere(fox: tuple[Result, 
         assert Image.open(fox[1] / "query-1-heads.png").width > 3 * 112
 
 
-def test_names_beside_lines_are_not_cut_off(fox: tuple[Result, Path]) -> None:
+def test_plots_open_by_themselves_and_cut_no_name_off(fox: tuple[Result, Path]) -> None:
     for name in PLOTS:
-        plot = (fox[1] / name).read_text()
-        labels = re.findall(r'<text x="([\d.]+)" [^>]*class="label[^>]*>([^<]+)<', plot)
-        assert labels or name == "heads.svg"
-        for left, label in labels:
-            assert float(left) + text_width(label) <= WIDTH
+        plot = ElementTree.parse(fox[1] / name).getroot()
+        assert plot.tag == "{http://www.w3.org/2000/svg}svg"
+        texts = [node for node in plot.iter("{http://www.w3.org/2000/svg}text") if node.text]
+        assert len(texts) > 8
+        for node in texts:
+            width = text_width(node.text or "")
+            assert float(node.attrib["x"]) + width * ("start" in node.attrib["style"]) <= WIDTH + 3
 
 
 def test_what_was_made_says_how(fox: tuple[Result, Path]) -> None:
