@@ -11,9 +11,8 @@ import torch
 from command_line import grat, refusal
 
 from grat_cli.attention.schedule import AttentionSchedule
-from grat_cli.bench import fidelity, image_level, whole_runs
+from grat_cli.bench import fidelity, whole_runs
 from grat_cli.bench.fidelity import nesting_passes, spread
-from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
 from grat_cli.bench.inside_models import Host
 from grat_cli.bench.measure import Unwatched
 from grat_cli.bench.request import LEVELS
@@ -22,6 +21,7 @@ from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput, NumericalFailure
 from grat_cli.families import FAMILIES
+from grat_cli.fidelity.prompts import built_in_prompts
 from grat_cli.fidelity.variants import Request, parse_variants, variant_for
 from grat_cli.models.catalogue import choose_model
 from grat_cli.presets import Attention, Preset, load_preset
@@ -42,6 +42,7 @@ def request(of: Preset) -> Request:
 
 FULL = {"variant": "full", "group": [4, 4]}
 # The same attention in parts of a run: together they are all of it.
+PROMPTS = built_in_prompts("image")
 PARTS = (
     preset("first-step", FULL, {"steps": "0", **NEAR}),
     preset("some-heads", FULL, {"steps": "1-2", "heads": "0", **NEAR}),
@@ -61,7 +62,8 @@ def run(*requests: Request, **changes: Any) -> BenchResult:
         "device": "cpu",
         "dtype": "float32",
     }
-    result, _ = run_image_level(ImageSettings(**(given | changes)), changes.get("progress") or Unwatched())
+    asked = whole_runs.RunSettings(**(given | changes))
+    result, _ = whole_runs.compare_runs(asked, changes.get("progress") or Unwatched())
     return result
 
 
@@ -214,13 +216,13 @@ def test_mistakes(arguments: tuple[str, ...], words: str) -> None:
 
 def test_the_command_says_whether_to_measure_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    asked: list[ImageSettings] = []
+    asked: list[whole_runs.RunSettings] = []
 
-    def stand_in(settings: ImageSettings, progress: Any) -> Any:
+    def stand_in(settings: whole_runs.RunSettings, progress: Any) -> Any:
         asked.append(settings)
         raise BadInput("enough")
 
-    monkeypatch.setattr(image_level, "run_image_level", stand_in)
+    monkeypatch.setattr(whole_runs, "compare_runs", stand_in)
     image = ("bench", "--level", "image", "--model", "demo", "--compare", "demo-far")
     assert grat(*image).code == grat(*image, "--no-recall").code == 2
     assert [settings.recall for settings in asked] == [True, False]

@@ -12,21 +12,22 @@ import torch
 from command_line import grat
 from PIL import Image
 
-from grat_cli.bench.image_level import PROMPTS, ImageSettings, run_image_level
 from grat_cli.bench.inside_models import Host, stock_attention
 from grat_cli.bench.measure import Unwatched
 from grat_cli.bench.results import BenchResult, Row
-from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures, noise_floor
+from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures, RunSettings, compare_runs, noise_floor
 from grat_cli.demo import DEMO_FLUX, unknown_words, vocabulary
 from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput
 from grat_cli.families import FAMILIES
+from grat_cli.fidelity.prompts import built_in_prompts
 from grat_cli.fidelity.quality import compare
 from grat_cli.fidelity.variants import Variant, parse_variants
 from grat_cli.models.catalogue import choose_model
 from grat_kernels import Backend, Block, Grid, Grouping
 
 WIDTH, HEIGHT, STEPS = 96, 80, 2
+PROMPTS = built_in_prompts("image")
 GRID = Grid((HEIGHT // 8, WIDTH // 8))
 NAMES = ("grat-b:group=4:radius=0", "na:window=5", "clear:window=3")
 
@@ -49,7 +50,7 @@ class Progress(Unwatched):
         self.notes.append(text)
 
 
-def settings(**changes: Any) -> ImageSettings:
+def settings(**changes: Any) -> RunSettings:
     given: dict[str, Any] = {
         "model": choose_model("demo"),
         "compare": parse_variants(",".join(("full", *NAMES))),
@@ -60,7 +61,7 @@ def settings(**changes: Any) -> ImageSettings:
         "device": "cpu",
         "dtype": "float32",
     }
-    return ImageSettings(**(given | changes))
+    return RunSettings(**(given | changes))
 
 
 def rows(result: BenchResult) -> dict[str, Row]:
@@ -70,7 +71,7 @@ def rows(result: BenchResult) -> dict[str, Row]:
 @pytest.fixture(scope="module")
 def run() -> tuple[BenchResult, Pictures, Progress]:
     progress = Progress()
-    return *run_image_level(settings(seeds_per_prompt=2), progress), progress
+    return *compare_runs(settings(seeds_per_prompt=2), progress), progress
 
 
 def test_every_row_has_a_time_and_a_picture_for_every_prompt_and_seed(run: Any) -> None:
@@ -149,7 +150,7 @@ def test_windows_are_judged_as_patterns_are(run: Any) -> None:
 
 def test_variants_may_be_given_ready_made() -> None:
     own = Variant("own", "grat-b", "pattern", "of my own", GRID, Grouping(GRID, (5, 4)), Block(9))
-    result, pictures = run_image_level(settings(compare=(own,), prompts=PROMPTS[:1]))
+    result, pictures = compare_runs(settings(compare=(own,), prompts=PROMPTS[:1]))
     row = rows(result)["own"]
     assert (row.density, row.kernel) == (1.0, "sdpa")
     quality = row.quality
@@ -158,12 +159,12 @@ def test_variants_may_be_given_ready_made() -> None:
     assert quality.ssim_interval is None, "one picture has no interval"
     assert [name for name, _ in pictures.rows] == ["full", "own", NOISE_FLOOR]
     with pytest.raises(BadInput, match="own is for 10x12 tokens, not 4x4"):
-        run_image_level(settings(compare=(own,), width=32, height=32))
+        compare_runs(settings(compare=(own,), width=32, height=32))
 
 
 def test_rows_that_would_take_too_long_are_skipped() -> None:
     progress = Progress()
-    result, pictures = run_image_level(settings(compare=(), max_seconds=1e-3), progress)
+    result, pictures = compare_runs(settings(compare=(), max_seconds=1e-3), progress)
     assert [row.skipped is not None for row in rows(result).values()] == [True, True]
     assert "2 pictures would take about" in str(rows(result)["full"].skipped)
     assert "--max-seconds" in progress.notes[0]
@@ -189,7 +190,7 @@ def test_a_row_that_fails_is_skipped_and_the_others_go_on(what: str, monkeypatch
 
     monkeypatch.setattr(Host, "inside", broken)
     progress = Progress()
-    result, pictures = run_image_level(settings(compare=parse_variants(NAMES[0]), prompts=PROMPTS[:1]), progress)
+    result, pictures = compare_runs(settings(compare=parse_variants(NAMES[0]), prompts=PROMPTS[:1]), progress)
     row = rows(result)[NAMES[0]]
     assert row.skipped is not None
     assert {"not finite": "NaN or infinite", "out of memory": "out of memory"}[what] in row.skipped
@@ -211,11 +212,11 @@ def test_without_a_second_backend_there_is_no_noise_floor(monkeypatch: pytest.Mo
 
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BadInput, match="at least one prompt"):
-        run_image_level(settings(prompts=()))
+        compare_runs(settings(prompts=()))
     with pytest.raises(BadInput, match="multiples of 16"):
-        run_image_level(settings(width=100))
+        compare_runs(settings(width=100))
     with pytest.raises(BadInput, match="triton backend cannot run here"):
-        run_image_level(settings(backend="triton", dtype="bfloat16"))
+        compare_runs(settings(backend="triton", dtype="bfloat16"))
 
 
 def test_the_prompts_are_different_pictures() -> None:

@@ -15,21 +15,22 @@ import torch
 from command_line import grat
 from PIL import Image
 
-from grat_cli.bench import video_level
+from grat_cli.bench import whole_runs
 from grat_cli.bench.measure import Unwatched
 from grat_cli.bench.results import BenchResult, Row
-from grat_cli.bench.video_level import FRAMES_SHOWN, PROMPTS, VIDEOS_SHOWN, VideoSettings, run_video_level
-from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures
+from grat_cli.bench.whole_runs import FRAMES_SHOWN, NOISE_FLOOR, VIDEOS_SHOWN, Pictures, RunSettings, compare_runs
 from grat_cli.demo import unknown_words, video_vocabulary
 from grat_cli.errors import BadInput
 from grat_cli.families import family_of
 from grat_cli.fidelity import quality
+from grat_cli.fidelity.prompts import built_in_prompts
 from grat_cli.fidelity.quality import Likeness
 from grat_cli.fidelity.variants import parse_variants
 from grat_cli.models.catalogue import choose_model
 from grat_kernels import Grid
 
 WIDTH, HEIGHT, FRAMES, STEPS = 48, 32, 9, 2
+PROMPTS = built_in_prompts("video")
 GRID = Grid((3, HEIGHT // 16, WIDTH // 16))
 PATTERNS = ("planes", "lines", "b:radius=0", "bx:radius=0", "sta:window=1")
 EVERYTHING = ("b:radius=2", "na:window=9")  # so wide that they are full attention
@@ -57,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_hunyuan.save(tmp_path_factory.mktemp("models") / "tiny", guidance_embeds=False)
 
 
-def settings(folder: Path, **changes: Any) -> VideoSettings:
+def settings(folder: Path, **changes: Any) -> RunSettings:
     given: dict[str, Any] = {
         "model": choose_model(str(folder), "video"),
         "compare": parse_variants(",".join(("full", *NAMES, "clear"))),
@@ -69,7 +70,7 @@ def settings(folder: Path, **changes: Any) -> VideoSettings:
         "device": "cpu",
         "dtype": "float32",
     }
-    return VideoSettings(**(given | changes))
+    return RunSettings(**(given | changes))
 
 
 def rows(result: BenchResult) -> dict[str, Row]:
@@ -84,7 +85,7 @@ def compared() -> list[tuple[Any, Any, Likeness]]:
 
 @pytest.fixture(scope="module")
 def run(folder: Path, compared: Any) -> Any:
-    stock = quality.likeness_of_videos
+    stock = quality.likeness
 
     def kept(reference: Any, video: Any) -> Likeness:
         compared.append((reference, video, stock(reference, video)))
@@ -92,8 +93,8 @@ def run(folder: Path, compared: Any) -> Any:
 
     progress = Notes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video_level, "likeness_of_videos", kept)
-        result, pictures = run_video_level(settings(folder), progress)
+        patch.setattr(whole_runs, "likeness", kept)
+        result, pictures = compare_runs(settings(folder), progress)
     return result, pictures, progress
 
 
@@ -215,7 +216,7 @@ def test_the_record_says_what_was_made(run: Any) -> None:
 
 def test_a_row_without_time_is_skipped(folder: Path) -> None:
     progress = Notes()
-    result, pictures = run_video_level(settings(folder, compare=(), prompts=TEXTS[:1], max_seconds=1e-3), progress)
+    result, pictures = compare_runs(settings(folder, compare=(), prompts=TEXTS[:1], max_seconds=1e-3), progress)
     assert "1 video would take about" in str(rows(result)["full"].skipped)
     assert pictures.rows == []
     assert progress.notes[0].startswith("full is skipped")
@@ -223,13 +224,13 @@ def test_a_row_without_time_is_skipped(folder: Path) -> None:
 
 def test_settings_that_do_not_fit_are_refused(folder: Path) -> None:
     with pytest.raises(BadInput, match="no video to compare"):
-        run_video_level(settings(folder, prompts=()))
+        compare_runs(settings(folder, prompts=()))
     with pytest.raises(BadInput, match="multiples of 16"):
-        run_video_level(settings(folder, width=100))
+        compare_runs(settings(folder, width=100))
     with pytest.raises(BadInput, match="a multiple of 4 and one more, not 8: use 5 or 9"):
-        run_video_level(settings(folder, frames=8))
+        compare_runs(settings(folder, frames=8))
     with pytest.raises(BadInput, match="demo makes images"):
-        run_video_level(settings(folder, model=choose_model("demo")))
+        compare_runs(settings(folder, model=choose_model("demo")))
 
 
 def test_the_prompts_are_different_and_begin_with_different_subjects() -> None:

@@ -17,10 +17,14 @@ from PIL import Image
 from grat_cli.errors import BadInput
 from grat_cli.fidelity import perceptual
 from grat_cli.fidelity.comparison import AMPLIFIED, FRAMES_SHOWN, compare_pair, pairs_of
-from grat_cli.fidelity.quality import likeness, likeness_of_videos
+from grat_cli.fidelity.quality import Likeness, likeness
 from grat_cli.files.videos import read_frames, write_video
 
 SIDE = 32
+
+
+def of_pictures(reference: Image.Image, picture: Image.Image) -> Likeness:
+    return likeness(*([np.asarray(one.convert("RGB"))] for one in (reference, picture)))
 
 
 def pixels(seed: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
@@ -45,7 +49,7 @@ def test_two_pictures(tmp_path: Path) -> None:
     (pair,), left_out = pairs_of(first, second)
     assert (pair.first, pair.second, left_out) == (first, second, [])
     found = compare_pair(pair)
-    expected = likeness(Image.open(first), Image.open(second))
+    expected = of_pictures(Image.open(first), Image.open(second))
     assert (found.likeness, found.frames) == (expected, 1)
     assert found.likeness.motion is None
     ((shown_first,), (_,), (difference,)) = found.shown
@@ -76,7 +80,7 @@ def test_two_videos(tmp_path: Path) -> None:
         write_video(iter(frames), path, fps=24, crf=None, format="frames", provenance=None)
     (pair,), _ = pairs_of(*paths)
     found = compare_pair(pair)
-    assert found.likeness == likeness_of_videos(*clips)
+    assert found.likeness == likeness(*clips)
     assert found.frames == 7
     assert [len(row) for row in found.shown] == [FRAMES_SHOWN] * 3
     np.testing.assert_array_equal(np.asarray(found.shown[0][-1]), clips[0][-1])
@@ -96,7 +100,7 @@ def test_folders_are_paired_by_name(tmp_path: Path) -> None:
     done = run_grat("compare", str(one), str(two), "--sheet", str(tmp_path / "sheet.png"), "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    expected = [likeness(Image.open(pair.first), Image.open(pair.second)) for pair in pairs]
+    expected = [of_pictures(Image.open(pair.first), Image.open(pair.second)) for pair in pairs]
     assert [pair["ssim"] for pair in found["pairs"]] == [one.ssim for one in expected]
     assert found["mean"]["ssim"] == pytest.approx(np.mean([one.ssim for one in expected]))
     assert found["mean"]["ssim_interval"] > 0
@@ -115,7 +119,7 @@ def test_the_table_and_the_bare_figure(tmp_path: Path) -> None:
     assert "1.000" in done.out
     assert "motion" not in done.out  # nothing moves in a picture
     bare = run_grat("compare", str(first), str(second), "--quiet")
-    assert float(bare.out) == pytest.approx(likeness(Image.open(first), Image.open(second)).ssim, abs=1e-6)
+    assert float(bare.out) == pytest.approx(of_pictures(Image.open(first), Image.open(second)).ssim, abs=1e-6)
     assert bare.err == ""
 
 
@@ -171,22 +175,22 @@ def lpips_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_lpips_is_told_where_its_weights_are(lpips_installed: Path) -> None:
     assert "alexnet-owt-7be5be79.pth into" in str(perceptual.obstacle())
     large, other = (Image.fromarray(pixels(seed, 64, 80)) for seed in (1, 2))
-    assert likeness(large, other).lpips is None
+    assert of_pictures(large, other).lpips is None
     perceptual._distance.cache_clear()
     lpips_installed.mkdir(parents=True)
     (lpips_installed / "alexnet-owt-7be5be79.pth").write_bytes(b"")
     assert perceptual.obstacle() is None
     gap = np.abs(pixels(1, 64, 80).astype(float) - pixels(2, 64, 80)).mean() / 127.5
-    assert likeness(large, other).lpips == pytest.approx(gap, rel=1e-5)
-    assert likeness(large, large).lpips == 0
+    assert of_pictures(large, other).lpips == pytest.approx(gap, rel=1e-5)
+    assert of_pictures(large, large).lpips == 0
     small = Image.fromarray(pixels(1))
-    assert likeness(small, small).lpips is None
+    assert of_pictures(small, small).lpips is None
     frames = [np.asarray(large), np.asarray(other)]
-    assert likeness_of_videos(frames, [frames[0], frames[0]]).lpips == pytest.approx(gap / 2, rel=1e-5)
+    assert likeness(frames, [frames[0], frames[0]]).lpips == pytest.approx(gap / 2, rel=1e-5)
 
 
 def test_without_the_package_there_is_no_lpips() -> None:
     perceptual._distance.cache_clear()
     if perceptual.obstacle() is None:
         return  # it is here, and the test above says how it is used
-    assert likeness(Image.fromarray(pixels(1, 64, 64)), Image.fromarray(pixels(2, 64, 64))).lpips is None
+    assert of_pictures(Image.fromarray(pixels(1, 64, 64)), Image.fromarray(pixels(2, 64, 64))).lpips is None

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grat_cli.fidelity.quality import Likeness, compare, half_interval, likeness, likeness_of_videos, summary
+from grat_cli.fidelity.quality import Likeness, compare, half_interval, likeness, summary
+
+
+def of_pictures(reference: Image.Image, picture: Image.Image) -> Likeness:
+    return likeness(*([np.asarray(one.convert("RGB"))] for one in (reference, picture)))
 
 
 def picture(seed: int, side: int = 32) -> Image.Image:
@@ -67,20 +71,20 @@ def frames(*brightness: int) -> list[np.ndarray]:
 def test_a_video_is_as_close_as_its_frames_are_on_average() -> None:
     full, other = [[np.asarray(picture(seed)) for seed in seeds] for seeds in ((0, 1, 2), (0, 4, 5))]
     each = [
-        likeness(Image.fromarray(first), Image.fromarray(second)) for first, second in zip(full, other, strict=True)
+        of_pictures(Image.fromarray(first), Image.fromarray(second)) for first, second in zip(full, other, strict=True)
     ]
-    found = likeness_of_videos(full, other)
+    found = likeness(full, other)
     assert found.ssim == pytest.approx(np.mean([one.ssim for one in each]))
     assert found.psnr_db == pytest.approx(np.mean([one.psnr_db for one in each]))
     assert found.ssim < 0.5
-    assert likeness_of_videos(full, full).ssim == pytest.approx(1)
+    assert likeness(full, full).ssim == pytest.approx(1)
 
 
 def test_motion_is_the_change_from_frame_to_frame_beside_that_of_the_other_video() -> None:
-    assert likeness_of_videos(frames(100, 110, 90), frames(50, 55, 51)).motion == pytest.approx((5 + 4) / (10 + 20))
-    assert likeness_of_videos(frames(100, 110), frames(7, 7)).motion == 0
-    assert likeness_of_videos(frames(100, 100), frames(7, 9)).motion is None
-    assert likeness_of_videos(frames(100), frames(7)).motion is None
+    assert likeness(frames(100, 110, 90), frames(50, 55, 51)).motion == pytest.approx((5 + 4) / (10 + 20))
+    assert likeness(frames(100, 110), frames(7, 7)).motion == 0
+    assert likeness(frames(100, 100), frames(7, 9)).motion is None
+    assert likeness(frames(100), frames(7)).motion is None
 
 
 def test_a_summary_takes_each_video_as_one() -> None:

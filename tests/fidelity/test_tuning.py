@@ -18,7 +18,7 @@ from grat_cli.errors import BadInput
 from grat_cli.fidelity.fitted_preset import LETTERS, schedule_of, stretches_of
 from grat_cli.fidelity.palette import palette
 from grat_cli.fidelity.tuning import Observations, TuneRequest, choose, tune
-from grat_cli.generation.makers import request_for
+from grat_cli.generation.request import request_for
 from grat_cli.generation.selection import select_preset
 from grat_cli.models.catalogue import choose_model
 from grat_cli.presets import Preset, load_preset, preset_yaml, ranges
