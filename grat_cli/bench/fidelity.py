@@ -25,7 +25,7 @@ from grat_cli.fidelity.quality import half_interval
 from grat_cli.fidelity.variants import Variant
 from grat_cli.generation.request import Request
 from grat_cli.generation.single import latents_of
-from grat_cli.presets import Attention
+from grat_cli.presets import Attention, ranges
 from grat_kernels import Full, HeadPlan, Plan
 from grat_kernels.geometry import cell_counts, nests
 
@@ -77,7 +77,7 @@ def measure_fidelity(
     """
     shares: dict[str, _Shares] = {}
     missing: dict[str, str] = {}
-    recorded = spread(host.steps, STEPS)
+    recorded = ranges.spread(host.steps, STEPS)
     for variant in variants:
         judged = _judged(variant)
         if isinstance(judged, str):
@@ -116,12 +116,6 @@ def measure_fidelity(
         "runs": total,
     }
     return Found({name: _fidelity(of, records, len(chosen)) for name, of in shares.items()}, missing, sampled)
-
-
-def spread(steps: int, count: int) -> tuple[int, ...]:
-    """At most so many of a run's steps: the middle ones of equal stretches."""
-    count = min(count, steps)
-    return tuple((2 * number + 1) * steps // (2 * count) for number in range(count))
 
 
 def nesting_passes(attentions: Sequence[Attention]) -> list[tuple[Attention, ...]]:

@@ -189,10 +189,7 @@ def recorded_steps(text: str | None, steps: int) -> tuple[int, ...]:
             raise BadInput(f"--at {text}: expected 1 step or more")
         if text is not None and count > steps:
             raise BadInput(f"--at {text}: the run has {steps} steps: expected at most so many, or --at all")
-        if count == 1:
-            return (steps // 2,)
-        count = min(count, steps)
-        return tuple(sorted({round(number * (steps - 1) / max(1, count - 1)) for number in range(count)}))
+        return ranges.spread(steps, count)
     if text.strip() == "all":
         return tuple(range(steps))
     found: set[int] = set()

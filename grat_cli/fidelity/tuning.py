@@ -77,8 +77,8 @@ class TuneRequest:
 
     def steps_observed(self) -> list[int]:
         """Steps that are looked at: in each stretch the middles of so many equal parts."""
-        places = [(part + 0.5) / self.observed for part in range(self.observed)]
-        return sorted({steps[int(place * len(steps))] for steps in self.steps_of_stretches() for place in places})
+        stretches = self.steps_of_stretches()
+        return sorted({steps[place] for steps in stretches for place in ranges.spread(len(steps), self.observed)})
 
 
 @dataclass(frozen=True)

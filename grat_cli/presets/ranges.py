@@ -47,3 +47,9 @@ def covered(spec: int | str, count: int) -> range:
 def leading(amount: int | float, count: int) -> int:
     """How many of `count` steps an amount stands for: a whole number counts, a fraction is a share, rounded up."""
     return amount if isinstance(amount, int) else math.ceil(Fraction(repr(amount)) * count)
+
+
+def spread(steps: int, count: int) -> tuple[int, ...]:
+    """At most so many of a run's steps: the middle ones of equal stretches."""
+    count = min(count, steps)
+    return tuple((2 * number + 1) * steps // (2 * count) for number in range(count))
