@@ -12,7 +12,7 @@ from command_line import grat, refusal
 
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.bench import fidelity, whole_runs
-from grat_cli.bench.fidelity import nesting_passes, spread
+from grat_cli.bench.fidelity import nesting_passes
 from grat_cli.bench.inside_models import Host
 from grat_cli.bench.measure import Unwatched
 from grat_cli.bench.request import LEVELS
@@ -25,6 +25,7 @@ from grat_cli.fidelity.prompts import built_in_prompts
 from grat_cli.fidelity.variants import Request, parse_variants, variant_for
 from grat_cli.models.catalogue import choose_model
 from grat_cli.presets import Attention, Preset, load_preset
+from grat_cli.presets.ranges import spread
 from grat_kernels import Backend, Grid
 
 GRID, STEPS = Grid((10, 12)), 3
