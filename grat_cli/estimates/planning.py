@@ -7,7 +7,7 @@ from typing import Any
 
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.estimates.components import denoising_shapes
-from grat_cli.estimates.stages import Stage, stages_of
+from grat_cli.estimates.stages import stages_of
 from grat_cli.families import family_of
 from grat_cli.families.autoencoders import AutoencoderShape
 from grat_cli.families.base import ModelChoice
@@ -143,15 +143,6 @@ def schedule_for(
         layers=architecture.transformer.layers,
         heads=architecture.transformer.heads,
     )
-
-
-def schedule_for_stage(stage: Stage, architecture: Architecture) -> AttentionSchedule:
-    """The schedule of one stage of a picture.
-
-    Raises:
-        BadInput: as for `schedule_for`.
-    """
-    return schedule_for(stage.preset, architecture, Resolution(stage.width, stage.height), stage.steps)
 
 
 def forecast(
