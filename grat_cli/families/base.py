@@ -176,6 +176,7 @@ class Family(ABC):
         text_first: whether text comes before the image tokens in the joint sequence.
         text_encoders: of the known models that are not bundled.
         autoencoder: likewise.
+        tile: side in pixels of what its autoencoder decodes at once, where nothing else is asked for.
         large_encoder: the part, beside the transformer, that is large enough to be quantized.
         half_beside: dtype of the parts beside the transformer where that is in half precision on a CUDA device; None
             for the transformer's own.
@@ -200,6 +201,7 @@ class Family(ABC):
     text_first: ClassVar[bool]
     text_encoders: ClassVar[tuple[TextEncoderShape, ...]]
     autoencoder: ClassVar[AutoencoderShape]
+    tile: ClassVar[int] = 256
     large_encoder: ClassVar[str]
     half_beside: ClassVar[str | None] = None
     lets_go: ClassVar[bool] = False
