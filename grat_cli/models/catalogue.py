@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
 from grat_cli.families import FAMILIES, families_of, family_of_pipeline
 from grat_cli.families.base import Medium, ModelChoice
-from grat_cli.models.parts import read_index, read_json, validation_problem
+from grat_cli.files.json_objects import read_json
+from grat_cli.models.parts import read_index, validation_problem
 
 _Blocks = Annotated[list[int] | None, Field(max_length=8)]
 _Scale = Annotated[int, Field(ge=1, le=64)]

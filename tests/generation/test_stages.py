@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from grat_cli.bench.highres_level import HighresSettings, run_highres_level
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput
 from grat_cli.estimates.stages import Stage, stages_of, uses_highres
-from grat_cli.fidelity.quality import likeness
 from grat_cli.families import family_of
+from grat_cli.fidelity.quality import likeness
 from grat_cli.generation import run as generation
 from grat_cli.generation.low_resolution_guidance import low_frequencies, low_resolution_guidance
 from grat_cli.models.catalogue import choose_model
