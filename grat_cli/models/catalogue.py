@@ -77,6 +77,12 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     )
 
 
+def models_for(presets: str | None, medium: Medium) -> list[ModelChoice]:
+    """The known models that presets with this name as their `model` are made for, else all; the usual one first."""
+    models = [model for family in families_of(medium) for model in family.models]
+    return [model for model in models if model.presets == presets] or models
+
+
 def medium_of_name(name: str) -> Medium | None:
     """What a model makes that is known by name, or by the folder of that name; None where that does not tell."""
     media: list[Medium] = [medium for medium, known in KNOWN_MODELS.items() if name in known]
