@@ -12,10 +12,20 @@ import pytest
 import tiny_flux
 import tiny_hunyuan
 import torch
+from flux_runs import (
+    GRID,
+    GUIDED,
+    HEIGHT,
+    RELATIVE_OF_PIPELINES,
+    WIDTH,
+    NoHostReads,
+    call,
+    preset,
+    raster_mask,
+    relative_difference,
+)
 from small_pictures import generate, generate_staged, sparse_stages
 from small_pictures import preset as demo_preset
-from test_flux import NoHostReads, raster_mask, relative_difference
-from test_install_flux import GRID, GUIDED, HEIGHT, RELATIVE, WIDTH, call, preset
 
 import grat_cli
 from grat_cli.attention import guard as guard_module
@@ -261,7 +271,7 @@ def test_with_a_bar_of_one_every_layer_ends_dense(arguments: dict[str, Any]) -> 
     pipe.transformer.register_forward_pre_hook(hand_mask, with_kwargs=True)
     expected = call(pipe, num_inference_steps=STEPS, **arguments)
     # Twice the steps of the model that this bound was derived for.
-    assert relative_difference(result, expected) < 2 * RELATIVE
+    assert relative_difference(result, expected) < 2 * RELATIVE_OF_PIPELINES
 
     densities = [mask.float().mean().item() for mask in masks]
     assert [step.density for step in recorder.steps([0.0] * STEPS)] == pytest.approx(densities)
