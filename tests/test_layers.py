@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,21 @@ def test_every_wing_says_what_it_is_and_has_its_layer() -> None:
     for folder in (path.parent for path in (ROOT / "grat_cli").glob("*/__init__.py")):
         assert f'"grat_cli.{folder.name}"' in text
         assert (folder / "__init__.py").read_text().startswith('"""')
+
+
+def test_only_families_and_commands_of_one_medium_tell_models_apart() -> None:
+    """A new family is one file: nothing else asks which one it has, or whether that makes pictures or videos."""
+    asking = re.compile(r"family (==|!=)|medium ==|\.video is None|isinstance\(request, VideoRequest")
+    may = ("families/", "demo/", "commands/image.py", "commands/video.py")
+    package = ROOT / "grat_cli"
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for path in sorted(package.rglob("*.py"))
+        if not (name := path.relative_to(package).as_posix()).startswith(may)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if asking.search(line)
+    ]
+    assert found == []
 
 
 # One process for all: each command runs after the others, so whatever one of them loads shows up.

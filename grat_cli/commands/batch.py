@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grat_cli.models.catalogue import Medium
 
 _FAILURES_NAMED = 3
+_OUTPUTS: Mapping[Medium, str] = {"image": "pictures", "video": "videos"}
 
 
 def batch(
@@ -108,10 +109,11 @@ def batch(
     entries = read_prompts(file)
 
     # 2. Model, preset, size; whether they fit one another and this machine.
-    of_pictures = {"--highres": highres, "--quality": quality}
-    of_videos = {f"--{name}": value for name, value in vars(extent).items() if name != "res"}
-    of_videos |= {"--crf": crf}
-    medium = _medium(chosen_layout.medium, chosen_layout.name, model.model, of_pictures, of_videos)
+    of_one: dict[Medium, dict[str, Any]] = {
+        "image": {"--highres": highres, "--quality": quality},
+        "video": {f"--{name}": value for name, value in vars(extent).items() if name != "res"} | {"--crf": crf},
+    }
+    medium = _medium(chosen_layout.medium, chosen_layout.name, model.model, of_one)
     choice = choose_model(model.model, medium)
     chosen = attention.preset_for(choice, sampling, highres)
     output.hint(f"{choice.name} ({choice.reason}), {chosen.name}: {chosen.attention.summary}")
@@ -194,13 +196,15 @@ def batch(
 
 
 def _medium(
-    of_layout: Medium | None,
-    layout: str,
-    model: str | None,
-    of_pictures: Mapping[str, Any],
-    of_videos: Mapping[str, Any],
+    of_layout: Medium | None, layout: str, model: str | None, of_one: Mapping[Medium, Mapping[str, Any]]
 ) -> Medium:
     """Whether pictures or videos are meant: as the layout says, else the model's name, else the options.
+
+    Args:
+        of_layout: what the layout is for, None for either.
+        layout: its name.
+        model: `--model`, None where it was not given.
+        of_one: options that suit one alone, with what was given for them or None.
 
     Raises:
         BadInput: if these contradict one another.
@@ -208,16 +212,14 @@ def _medium(
     from grat_cli.errors import BadInput
     from grat_cli.models.catalogue import medium_of_name
 
-    given = [option for option, value in of_videos.items() if value is not None]
+    given = {one: [option for option, value in own.items() if value is not None] for one, own in of_one.items()}
     named = medium_of_name(model) if model else None
-    medium: Medium = of_layout or named or ("video" if given else "image")
+    medium: Medium = of_layout or named or ("video" if given["video"] else "image")
     if named not in (None, medium):
         raise BadInput(f"--layout {layout} is for {medium}s, and {model} makes {named}s: give another --model")
-    if medium == "video":
-        given = [option for option, value in of_pictures.items() if value is not None]
-    if given:
-        other = "pictures" if medium == "video" else "videos"
-        raise BadInput(f"{given[0]} is for {other}, and these are {medium}s: leave it out")
+    for other, own in given.items():
+        if own and other != medium:
+            raise BadInput(f"{own[0]} is for {_OUTPUTS[other]}, and these are {medium}s: leave it out")
     return medium
 
 

@@ -273,12 +273,14 @@ class ModelOptions:
             BadInput, ModelUnavailable: as `load_preset` and `choose_model`.
         """
         from grat_cli.generation.selection import choose_medium
-        from grat_cli.models.catalogue import choose_model
+        from grat_cli.models.catalogue import choose_model, models_for
         from grat_cli.presets import load_preset
 
-        family = load_preset(preset).model if preset is not None else None
-        medium = choose_medium(self.model, family, extent.of_video)
-        return choose_model("demo" if self.model is None and family == "demo" else self.model, medium)
+        made_for = load_preset(preset).model if preset is not None else None
+        medium = choose_medium(self.model, made_for, extent.of_video)
+        usual = models_for(made_for, medium)
+        bundled_alone = self.model is None and all(model.is_demo for model in usual)
+        return choose_model(usual[0].name if bundled_alone else self.model, medium)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def plan(
     from grat_cli.estimates.time import phase_seconds
     from grat_cli.files import outputs
     from grat_cli.generation.selection import choose_medium, mismatch_note, require_choice
-    from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.catalogue import choose_model, models_for
     from grat_cli.models.resolution import Resolution
     from grat_cli.presets import HIGHRES_MODES, load_preset
 
@@ -86,12 +86,10 @@ def plan(
     attention = replace(attention, preset=attention.preset or preset_name)
 
     # 1. A preset says which family it is for; without one, options and names tell images from videos.
-    family = load_preset(attention.preset).model if attention.preset is not None else None
-    of_video = extent.of_video or (family is None and attention.variant in _VARIANTS_OF_VIDEOS)
-    medium = choose_medium(model.model, family, of_video)
-    # Flux is what large pictures need.
-    usual = "hunyuan" if medium == "video" else "demo" if family == "demo" else "flux-dev"
-    choice = choose_model(usual if model.model is None else model.model, medium)
+    made_for = load_preset(attention.preset).model if attention.preset is not None else None
+    of_video = extent.of_video or (made_for is None and attention.variant in _VARIANTS_OF_VIDEOS)
+    medium = choose_medium(model.model, made_for, of_video)
+    choice = choose_model(models_for(made_for, medium)[0].name if model.model is None else model.model, medium)
     chosen = attention.preset_for(choice, sampling, highres)
 
     # 2. The size, and everything that follows from it.

@@ -17,9 +17,9 @@ from grat_cli.families import family_of
 from grat_cli.families.autoencoders import AutoencoderShape, autoencoder_shape
 from grat_cli.families.base import ModelChoice
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerShape
+from grat_cli.files.json_objects import read_json
 from grat_cli.files.tensors import LONGEST_HEADER
 from grat_cli.models.catalogue import is_known
-from grat_cli.models.parts import read_json
 
 
 def components_of(choice: ModelChoice) -> Components:

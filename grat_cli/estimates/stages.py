@@ -3,7 +3,7 @@
 Flux was trained at about a megapixel; from noise, larger pictures repeat and blur with any attention. So a picture of
 the trained area comes first, with full attention, and fixes what is where. Then it is scaled up and partly redone,
 stage by stage (SDEdit, arXiv 2108.01073; for Flux at these sizes CLEAR, arXiv 2412.16112, section 4). This module only
-says what the stages are; `grat_cli.generation.stage_run` runs them.
+says what the stages are; `grat_cli.generation.run` runs them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from grat_cli.errors import BadInput
 from grat_cli.families.autoencoders import AutoencoderShape
 from grat_cli.families.shapes import TextEncoderShape, TransformerShape
+from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ class Family(ABC):
         text_first: whether text comes before the image tokens in the joint sequence.
         text_encoders: of the known models that are not bundled.
         autoencoder: likewise.
+        tile: side in pixels of what its autoencoder decodes at once, where nothing else is asked for.
         large_encoder: the part, beside the transformer, that is large enough to be quantized.
         half_beside: dtype of the parts beside the transformer where that is in half precision on a CUDA device; None
             for the transformer's own.
@@ -200,6 +201,7 @@ class Family(ABC):
     text_first: ClassVar[bool]
     text_encoders: ClassVar[tuple[TextEncoderShape, ...]]
     autoencoder: ClassVar[AutoencoderShape]
+    tile: ClassVar[int] = 256
     large_encoder: ClassVar[str]
     half_beside: ClassVar[str | None] = None
     lets_go: ClassVar[bool] = False
@@ -234,11 +236,11 @@ class Family(ABC):
             OSError, ValueError: if it is missing or damaged.
         """
         if model.kind == "folder":
-            return json.loads((Path(model.source) / "transformer" / "config.json").read_text())
+            return read_json(Path(model.source) / "transformer" / "config.json")
         known = [one for one in self.models if one.kind == "hub"]
         guided = model.default_guidance is not None
         kin = next((one for one in known if (one.default_guidance is not None) == guided), known[0])
-        return json.loads((Path(__file__).parent / "configs" / f"{kin.name}.json").read_text())
+        return read_json(Path(__file__).parent / "configs" / f"{kin.name}.json")
 
     def with_blocks(self, config: Mapping[str, Any], double: int, single: int) -> dict[str, Any]:
         """A transformer's configuration with other numbers of blocks."""

@@ -123,6 +123,7 @@ class Flux(Family):
     text_first = True
     text_encoders = (CLIP_L, _T5_XXL)
     autoencoder = _AUTOENCODER
+    tile = picture_coding.TILE
     large_encoder = "text_encoder_2"
     stages = True
 

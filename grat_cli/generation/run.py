@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BETWEEN_CHECKPOINTS_S = 120.0
-SMALLEST_TILE, OWN_TILE = 64, 256  # side in pixels; the latter is that of video autoencoders
+SMALLEST_TILE = 64  # side in pixels
 
 
 @dataclass(frozen=True)
@@ -636,7 +636,7 @@ def kept_latents(
             advice = f"its last checkpoint is kept: go on with {command_for('resume', kept)}"
         if is_out_of_memory(error):
             if advice:
-                advice = f"\n{advice} --tile {max(SMALLEST_TILE, (tile or OWN_TILE) // 2)}"
+                advice = f"\n{advice} --tile {max(SMALLEST_TILE, (tile or request.family.tile) // 2)}"
             raise OutOfMemory(
                 f"too little memory to decode {request.size} with {request.model.name}{advice}"
             ) from error

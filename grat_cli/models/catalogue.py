@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
 from grat_cli.families import FAMILIES, families_of, family_of_pipeline
 from grat_cli.families.base import Medium, ModelChoice
-from grat_cli.models.parts import read_index, read_json, validation_problem
+from grat_cli.files.json_objects import read_json
+from grat_cli.models.parts import read_index, validation_problem
 
 _Blocks = Annotated[list[int] | None, Field(max_length=8)]
 _Scale = Annotated[int, Field(ge=1, le=64)]
@@ -74,6 +75,12 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
         f"no model, folder or file is named {name!r}: {hint}"
         f"known are {', '.join(known)}, folders, .safetensors files, and hub ids such as owner/name"
     )
+
+
+def models_for(presets: str | None, medium: Medium) -> list[ModelChoice]:
+    """The known models that presets with this name as their `model` are made for, else all; the usual one first."""
+    models = [model for family in families_of(medium) for model in family.models]
+    return [model for model in models if model.presets == presets] or models
 
 
 def medium_of_name(name: str) -> Medium | None:

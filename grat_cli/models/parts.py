@@ -7,7 +7,6 @@ are read, bounded, and either known or refused, before a library sees the folder
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -17,12 +16,12 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, model
 
 from grat_cli.errors import ModelUnavailable, first_line, printable
 from grat_cli.families.base import Classes
+from grat_cli.files.json_objects import read_json
 from grat_cli.models.quantization import PACKAGES
 
 NOT_LOADED = ("image_encoder", "feature_extractor")
 """Parts that serve image prompts, which are not used here."""
 
-_LONGEST_JSON_BYTES = 1 << 23
 _GET_AGAIN = "get the folder again, or use --model demo"
 # Keys that make a loader run a module, or read files of any name.
 _REACHING_OUT = (
@@ -74,29 +73,6 @@ class PipelineIndex(BaseModel):
                     f"{part} of {name} is a {kind} of {library}, which is not supported: {wanted}; {_GET_AGAIN}"
                 )
         return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        OSError: if it cannot be read.
-        ValueError: if it holds no such object, is too long, or nested too deeply.
-    """
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise FileNotFoundError(f"{path} is missing")
-    with open(path, "rb") as file:
-        text = file.read(_LONGEST_JSON_BYTES + 1)
-    if len(text) > _LONGEST_JSON_BYTES:
-        raise ValueError(f"{path.name} is longer than {_LONGEST_JSON_BYTES >> 20} MiB")
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{path.name} is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return content
 
 
 def read_index(path: Path) -> PipelineIndex:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_flux
 import torch
-from test_flux import RELATIVE, NoHostReads, Run, plan_of, raster_mask, relative_difference, run_with, snapshot
+from flux_runs import RELATIVE, NoHostReads, Run, plan_of, raster_mask, relative_difference, run_with, snapshot
 
 from grat_cli.attention.extrapolation import Extrapolation, frequencies, query_scale
 from grat_cli.families.flux import FluxAdapter

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,20 @@ import pytest
 import tiny_flux
 import tiny_hunyuan
 import torch
-from test_flux import NoHostReads, raster_mask, relative_difference
-from test_install_flux import GRID, GUIDED, HEIGHT, RELATIVE, WIDTH, call, preset
-from test_pictures import generate
-from test_pictures import preset as demo_preset
-from test_pictures import request as demo_request
-from test_stages import generate as generate_stages
-from test_stages import small
+from flux_runs import (
+    GRID,
+    GUIDED,
+    HEIGHT,
+    RELATIVE_OF_PIPELINES,
+    WIDTH,
+    NoHostReads,
+    call,
+    preset,
+    raster_mask,
+    relative_difference,
+)
+from small_pictures import generate, generate_staged, sparse_stages
+from small_pictures import preset as demo_preset
 
 import grat_cli
 from grat_cli.attention import guard as guard_module
@@ -28,6 +34,7 @@ from grat_cli.attention.adapter import AttentionInputs
 from grat_cli.attention.guard import DELAY_STEPS, ROWS, Measured, RecallGuard
 from grat_cli.attention.recall import row_statistics, sample_positions
 from grat_cli.attention.schedule import AttentionSchedule, Width, wider
+from grat_cli.console import run_tables
 from grat_cli.errors import BadInput
 from grat_cli.generation import report
 from grat_cli.generation.timing import StepRecorder
@@ -264,7 +271,7 @@ def test_with_a_bar_of_one_every_layer_ends_dense(arguments: dict[str, Any]) -> 
     pipe.transformer.register_forward_pre_hook(hand_mask, with_kwargs=True)
     expected = call(pipe, num_inference_steps=STEPS, **arguments)
     # Twice the steps of the model that this bound was derived for.
-    assert relative_difference(result, expected) < 2 * RELATIVE
+    assert relative_difference(result, expected) < 2 * RELATIVE_OF_PIPELINES
 
     densities = [mask.float().mean().item() for mask in masks]
     assert [step.density for step in recorder.steps([0.0] * STEPS)] == pytest.approx(densities)
@@ -411,9 +418,7 @@ def test_bars_out_of_range_are_refused() -> None:
 
 def test_the_report_says_when_which_layer_and_why() -> None:
     (made,) = generate(preset=demo_preset("b", guard=1.0, sampling={"steps": 4, "guidance": 2.0}))
-    built = json.loads(
-        json.dumps(report.build_report(demo_request(preset=made.stages[0].stage.preset), made, "grat", datetime.now()))
-    )
+    built = json.loads(json.dumps(made.report))
     guard = built["guard"]
     assert built["stages"][0]["guard"] == report.provenance(built)["guard"] == guard
     assert (guard["bar"], guard["rows"], guard["layers"]) == (1.0, ROWS, 5)
@@ -427,7 +432,7 @@ def test_the_report_says_when_which_layer_and_why() -> None:
     assert built["density"] == pytest.approx(np.mean(densities), abs=1e-6)
     assert built["ideal_speedup"] == 1 / built["density"]
     assert Preset.model_validate(built["preset"]).guard == 1
-    (line,) = report.guard_lines([built])
+    (line,) = run_tables.guard_lines([built])
     lowest = guard["lowest"]
     assert line == (
         f"guard 1: 5 of 5 layers went wider from step 3 on"
@@ -435,21 +440,21 @@ def test_the_report_says_when_which_layer_and_why() -> None:
         f"(least kept {lowest['kept']:.2f} in layer {lowest['layer']} at step {lowest['step'] + 1}); "
         f"density {guard['planned_density']:.3f} became {built['density']:.3f}"
     )
-    assert report.widenings_text(built) == f"step 3: layers 0-4 to {guard['widened'][0]['to']}"
+    assert run_tables.widenings_text(built) == f"step 3: layers 0-4 to {guard['widened'][0]['to']}"
 
 
 def test_each_stage_of_a_large_picture_has_a_guard_of_its_own() -> None:
-    (made,) = generate_stages(resolve_preset(small(strength=1.0), guard=1.0), 128)
-    base, large = (record.as_dict() for record in made.stages)
+    (made,) = generate_staged(resolve_preset(sparse_stages(strength=1.0), guard=1.0))
+    base, large = made.report["stages"]
     assert base["guard"]["lowest"] is None  # the base is full
     assert base["density"] == 1
     assert [one["step"] for one in large["guard"]["widened"]] == [2] * 5
-    assert made.guard == large["guard"]
+    assert made.report["guard"] == large["guard"]
     assert large["density"] > large["guard"]["planned_density"]
-    text = report.guard_text({"guard": made.guard, "stages": [base, large]})
+    text = run_tables.guard_text({"guard": made.report["guard"], "stages": [base, large]})
     assert text is not None
     assert text.startswith("guard 1: 64x64 all attention was full; 128x128 5 of 5 layers went wider from step 3 on")
-    told = report.widenings_text({"guard": made.guard, "stages": [base, large]})
+    told = run_tables.widenings_text({"guard": made.report["guard"], "stages": [base, large]})
     assert told == f"128x128 step 3: layers 0-4 to {large['guard']['widened'][0]['to']}"
 
 
@@ -457,10 +462,10 @@ def test_lines_without_a_guard_or_without_anything_to_widen() -> None:
     lowest = {"step": 4, "layer": 2, "kept": 0.934}
     plain = {"seed": 3, "guard": None, "density": 0.2}
     calm = {"seed": 4, "guard": {"bar": 0.9, "lowest": lowest, "widened": [], "layers": 5}, "density": 0.2}
-    assert report.guard_lines([plain]) == []
-    assert report.guard_lines([plain, calm]) == [
+    assert run_tables.guard_lines([plain]) == []
+    assert run_tables.guard_lines([plain, calm]) == [
         "seed 4: guard 0.9: no layer went wider, the least kept was 0.93 in layer 2 at step 5"
     ]
     few = {"guard": calm["guard"] | {"lowest": None, "planned_density": 0.2}}
-    assert report.guard_text(few) == "guard 0.9: too few steps to judge any layer"
-    assert report.widenings_text(plain) is report.widenings_text(calm) is None
+    assert run_tables.guard_text(few) == "guard 0.9: too few steps to judge any layer"
+    assert run_tables.widenings_text(plain) is run_tables.widenings_text(calm) is None

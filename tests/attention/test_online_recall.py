@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from test_flux import NoHostReads
+from flux_runs import NoHostReads
 from test_recall import FAR, GRIDS, HEADS, TEXT, group, plan_of, tensors
 
 from grat_cli.attention import online_recall

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,17 +31,16 @@ from grat_cli.demo import DEMO_HUNYUAN
 from grat_cli.estimates.components import components_of, components_of_pipeline
 from grat_cli.estimates.memory import Execution, denoise_moments, run_memory
 from grat_cli.estimates.planning import architecture_for, forecast
-from grat_cli.estimates.stages import stages_of
-from grat_cli.families import family_of_class
+from grat_cli.families import family_of, family_of_class
 from grat_cli.families.autoencoders import Coding, KlAutoencoder, Pixels, TinyAutoencoder
 from grat_cli.families.flux import FluxAdapter
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.families.hunyuan import HunyuanAdapter
 from grat_cli.families.shapes import Components
-from grat_cli.generation.image_request import ImageRequest
-from grat_cli.generation.pictures import encode_text
+from grat_cli.generation.request import request_for
 from grat_cli.generation.selection import select_preset
-from grat_cli.generation.stage_run import Studio
+from grat_cli.generation.single import call_for
+from grat_cli.generation.stage import StepWatch, installed, stages_for
 from grat_cli.models.catalogue import KNOWN_MODELS, choose_model
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
@@ -84,9 +84,9 @@ def demo() -> Any:
 def test_denoising_of_the_demo(demo: Any, variant: str, width: int, height: int, guidance: float) -> None:
     choice = choose_model("demo")
     preset = select_preset(choice, variant=variant, steps=1, guidance=guidance)
-    request = ImageRequest(prompt="a red fox", preset=preset, model=choice, width=width, height=height, seeds=(1,))
+    request = request_for(choice, preset, "a red fox", width=width, height=height)
     steering = choose_guidance(demo, choice, preset, None)
-    text = encode_text(demo, request, steering.negative_prompt)
+    text = request.family.encode_text(demo, choice, request.prompt, steering.negative_prompt)
     expected = forecast(preset, "demo", architecture_for(choice), Resolution(width, height), "float32")
     predicted = denoise_moments(
         components_of(choice),
@@ -94,9 +94,14 @@ def test_denoising_of_the_demo(demo: Any, variant: str, width: int, height: int,
         Execution("float32", on_cpu=True),
         steering.negative_prompt is not None,
     )
-    (stage,) = stages_of(preset, choice, width, height)
-    studio = Studio(demo, torch.device("cpu"), ProgressDisplay())
-    compare(predicted, lambda: studio.run(stage, text, steering, None, torch.Generator().manual_seed(1)))
+    (stage,) = stages_for(request)
+    call = call_for(request, 1, text | steering.arguments, StepWatch(ProgressDisplay()))
+
+    def denoise() -> None:
+        with installed(demo, request, stage) as inside:
+            request.family.denoise(inside.pipe, call)
+
+    compare(predicted, denoise)
 
 
 class OneStep:
@@ -202,15 +207,14 @@ def test_coding_of_an_autoencoder_like_that_of_flux(channels: tuple[int, ...], s
 )
 def test_decoding_of_videos(frames: int, width: int, height: int, tile: int | None) -> None:
     """In fp32, whole, in windows of frames, in tiles, and small enough for torch's convolution by columns."""
-    from grat_cli.generation.video_decoding import use_tiles
-
-    shape = components_of(choose_model("demo", "video")).autoencoder
+    choice = choose_model("demo", "video")
+    shape, family = components_of(choice).autoencoder, family_of(choice)
     loader: Any = AutoencoderKLHunyuanVideo
-    autoencoder = loader.from_pretrained(DEMO_HUNYUAN.path / "vae", torch_dtype=torch.float32)
-    use_tiles(autoencoder, tile)
+    pipe = SimpleNamespace(vae=loader.from_pretrained(DEMO_HUNYUAN.path / "vae", torch_dtype=torch.float32))
+    family.prepare(pipe, tile)
     latents = torch.randn(1, shape.latent_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
     predicted = shape.decode_moments(Pixels(width, height, frames), replace(CPU, tile=tile))
-    compare(predicted, lambda: autoencoder.decode(latents))
+    compare(predicted, lambda: pipe.vae.decode(latents))
 
 
 @pytest.mark.parametrize("name", STEP_MODELS)

@@ -10,8 +10,8 @@ import pytest
 import tiny_flux
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from flux_runs import GROUP, RELATIVE, NoHostReads, Run, plan_of, raster_mask, relative_difference, run_with, snapshot
 from operator_names import record_operators
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from grat_cli.attention.processor import SpanAttentionProcessor
 from grat_cli.errors import BadInput
@@ -25,67 +25,10 @@ from grat_kernels import (
     Full,
     Grid,
     Grouping,
-    HeadPlan,
     Pattern,
-    Plan,
     Union,
     build_head_plan,
-    build_plan,
 )
-
-# Two computations of one fp32 forward pass: sums of a few hundred terms in another order, through three layers.
-RELATIVE = 5e-6
-GROUP = (4, 4)
-
-
-class Schedule:
-    """A schedule from a function of step and layer."""
-
-    def __init__(self, plan: Callable[[int, int], Plan | HeadPlan]) -> None:
-        self.plan = plan
-
-    def density_of_step(self, step: int) -> float:
-        return float(np.mean([self.plan(step, layer).density for layer in range(tiny_flux.LAYERS)]))
-
-
-class Run:
-    """A run that stands at one step."""
-
-    def __init__(self, plan: Callable[[int, int], Plan | HeadPlan], step: int = 0) -> None:
-        self.plans, self.step, self.text_lengths = plan, step, []
-
-    def current_step(self) -> int:
-        return self.step
-
-    def schedule(self, text_len: int) -> Any:
-        self.text_lengths.append(text_len)
-        return Schedule(self.plans)
-
-
-def plan_of(grid: Grid, pattern: Pattern, cells: tuple[tuple[int, int], ...] = (GROUP,)) -> Plan:
-    return build_plan(Grouping(grid, GROUP, cells), pattern, tiny_flux.TEXT_TOKENS, text_first=True)
-
-
-def run_with(grid: Grid, pattern: Pattern) -> Any:
-    plan = plan_of(grid, pattern)
-    return Run(lambda step, layer: plan)
-
-
-def raster_mask(grid: Grid, radius: int | None, same_row_or_column: bool) -> torch.Tensor:
-    """What GRAT-B or GRAT-X allows, `[N, N]` in raster order, text first; written without the project's own code."""
-    row, column = np.divmod(np.arange(grid.tokens), grid.shape[1])
-    rows, columns = row // GROUP[0], column // GROUP[1]
-    row_distance = np.abs(rows[:, None] - rows[None, :])
-    column_distance = np.abs(columns[:, None] - columns[None, :])
-    near = np.maximum(row_distance, column_distance) <= (-1 if radius is None else radius)
-    cross = same_row_or_column & ((row_distance == 0) | (column_distance == 0))
-    mask = np.ones((tiny_flux.TEXT_TOKENS + grid.tokens,) * 2, bool)
-    mask[tiny_flux.TEXT_TOKENS :, tiny_flux.TEXT_TOKENS :] = near | cross
-    return torch.from_numpy(mask)
-
-
-def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((result - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -223,21 +166,6 @@ def test_text_length_is_that_of_the_call(model: Any) -> None:
     with FluxAdapter(model, grid).attached(run, Backend.SDPA):
         model(**tiny_flux.inputs(*grid.shape))
     assert run.text_lengths == [tiny_flux.TEXT_TOKENS]
-
-
-def snapshot(model: Any) -> tuple[Any, ...]:
-    """Everything that an adapter may touch."""
-    processors = [block.attn.processor for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
-    hooks = [
-        list(getattr(model, name).items())
-        for name in (
-            "_forward_pre_hooks",
-            "_forward_hooks",
-            "_forward_pre_hooks_with_kwargs",
-            "_forward_hooks_with_kwargs",
-        )
-    ]
-    return [id(processor) for processor in processors], hooks, sorted(model.__dict__), set(vars(type(model)))
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -434,15 +362,6 @@ def test_the_fused_kernel_stays_inside_one_compiled_graph() -> None:
             assert relative_difference(called(**inputs)[0], expected[run.step]) < RELATIVE
     assert all(graph.count("grat.rope_norm") == 2 for graph in graphs)
     torch._dynamo.reset()
-
-
-class NoHostReads(TorchDispatchMode):
-    """Fails on operations that make the host wait for a device."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero"), name
-        return function(*args, **(kwargs or {}))
 
 
 def test_later_calls_of_a_run_never_read_from_the_device(model: Any) -> None:

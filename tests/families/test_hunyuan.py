@@ -12,6 +12,7 @@ import tiny_hunyuan
 import torch
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from flux_runs import relative_difference
 from operator_names import record_operators
 
 from grat_cli.attention.processor import SpanAttentionProcessor
@@ -85,10 +86,6 @@ def under_masks(model: Any, inputs: dict[str, Any], *masks: np.ndarray) -> torch
     finally:
         for attention in attentions(model):
             attention.set_processor(HunyuanVideoAttnProcessor2_0())
-
-
-def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((result - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,49 +15,28 @@ from diffusers.pipelines.flux.pipeline_flux_fill import FluxFillPipeline
 from diffusers.pipelines.flux.pipeline_flux_inpaint import FluxInpaintPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from flux_runs import (
+    GRID,
+    GUIDED,
+    HEIGHT,
+    RELATIVE_OF_PIPELINES,
+    WIDTH,
+    NoHostReads,
+    call,
+    preset,
+    raster_mask,
+    relative_difference,
+    snapshot,
+)
 from PIL import Image
-from test_flux import NoHostReads, raster_mask, relative_difference, snapshot
 
 import grat_cli
 from grat_cli.errors import BadInput
 from grat_cli.families.time_shift import shift_of, time_shift
 from grat_cli.generation.timing import StepRecorder
 from grat_cli.presets import Preset
-from grat_kernels import Grid
 
-HEIGHT, WIDTH = 144, 208  # 18 x 26 tokens: ragged groups of 4
-GRID = Grid((HEIGHT // tiny_flux.PIXELS_PER_TOKEN, WIDTH // tiny_flux.PIXELS_PER_TOKEN))
-# Three steps of a model whose layers differ by a few fp32 roundings.
-RELATIVE = 2e-5
 ONE_GREY_LEVEL = 1 / 255
-
-
-def preset(variant: str = "full", schedule: dict[str, Any] | None = None, **attention: Any) -> Preset:
-    return Preset.model_validate(
-        {
-            "name": "test",
-            "model": "flux",
-            "attention": {"variant": variant, "group": [4, 4], **attention},
-            "schedule": schedule or {},
-            "kernel": {"backend": "sdpa"},
-        }
-    )
-
-
-GUIDED: dict[str, Any] = {**tiny_flux.negative_prompt(), "true_cfg_scale": 2.0}
-
-
-def call(pipe: Any, batch: int = 1, height: int = HEIGHT, width: int = WIDTH, **arguments: Any) -> Any:
-    """What the pipeline returns for seed 5: latents, unless another output is asked for."""
-    defaults = {
-        **tiny_flux.prompt(batch),
-        "height": height,
-        "width": width,
-        "num_inference_steps": 3,
-        "generator": torch.Generator().manual_seed(5),
-        "output_type": "latent",
-    }
-    return pipe(**(defaults | arguments)).images
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +63,7 @@ def test_full_attention_equals_the_stock_pipeline(pipe: Any, arguments: dict[str
     pictures = call(pipe, output_type="np", **arguments)
     size = {"height": arguments.get("height", HEIGHT), "width": arguments.get("width", WIDTH)}
     with grat_cli.install(pipe, preset(), **size):
-        assert relative_difference(call(pipe, **arguments), expected) < RELATIVE
+        assert relative_difference(call(pipe, **arguments), expected) < RELATIVE_OF_PIPELINES
         assert np.abs(call(pipe, output_type="np", **arguments) - pictures).max() < ONE_GREY_LEVEL
     assert torch.equal(call(pipe, **arguments), expected)
 
@@ -94,7 +73,7 @@ def test_full_attention_equals_stock_image_to_image_and_guidance_embedding() -> 
     arguments = {"image": init_image(), "strength": 0.7, "guidance_scale": 4.0}
     expected = call(pipe, **arguments)
     with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
-        assert relative_difference(call(pipe, **arguments), expected) < RELATIVE
+        assert relative_difference(call(pipe, **arguments), expected) < RELATIVE_OF_PIPELINES
 
 
 class OwnPipeline(tiny_flux.FluxPipeline):
@@ -123,7 +102,7 @@ def test_full_attention_equals_other_stock_pipelines_around_flux(
     pipe = tiny_flux.pipeline(kind, transformer=tiny_flux.transformer(in_channels=channels, out_channels=16))
     expected = call(pipe, **inputs)
     with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
-        assert relative_difference(call(pipe, **inputs), expected) < RELATIVE
+        assert relative_difference(call(pipe, **inputs), expected) < RELATIVE_OF_PIPELINES
     with grat_cli.install(pipe, preset("b"), height=HEIGHT, width=WIDTH):
         assert relative_difference(call(pipe, **inputs), expected) > 0.01
     assert torch.equal(call(pipe, **inputs), expected)
@@ -155,7 +134,7 @@ def test_patterns_equal_the_stock_pipeline_under_a_mask(pipe: Any, variant: str,
     expected = call(pipe, **arguments, joint_attention_kwargs={"attention_mask": mask})
     with grat_cli.install(pipe, preset(variant), height=HEIGHT, width=WIDTH):
         result = call(pipe, **arguments)
-    assert relative_difference(result, expected) < RELATIVE
+    assert relative_difference(result, expected) < RELATIVE_OF_PIPELINES
     assert relative_difference(result, call(pipe, **arguments)) > 0.01
 
 
@@ -181,7 +160,7 @@ def test_each_step_takes_its_own_attention(pipe: Any, guided: bool) -> None:
     rules = {"dense_steps": 1, "rules": [{"steps": "2-3", "variant": "b", "radius": 1}]}
     with grat_cli.install(pipe, preset("x", rules), height=HEIGHT, width=WIDTH, observer=recorder) as installation:
         result = call(pipe, **arguments)
-    assert relative_difference(result, expected) < RELATIVE
+    assert relative_difference(result, expected) < RELATIVE_OF_PIPELINES
     densities = [mask.float().mean().item() for mask in masks]
     assert [step.density for step in recorder.steps([1.0, 2.0, 3.0])] == pytest.approx(densities)
     assert installation.last_schedule.density == pytest.approx(np.mean(densities))
@@ -256,7 +235,7 @@ def test_a_second_install_is_refused_and_leaves_the_first(pipe: Any) -> None:
             grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH),
         ):
             pass
-        assert relative_difference(call(pipe), expected) < RELATIVE
+        assert relative_difference(call(pipe), expected) < RELATIVE_OF_PIPELINES
 
 
 def enter(
@@ -302,7 +281,7 @@ def test_a_backend_by_name_runs_or_says_why_not(pipe: Any, monkeypatch: pytest.M
     expected = call(pipe)
     with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH, backend="reference") as installation:
         assert installation.backend.value == "reference"
-        assert relative_difference(call(pipe), expected) < RELATIVE
+        assert relative_difference(call(pipe), expected) < RELATIVE_OF_PIPELINES
     from grat_kernels import triton_backend
 
     monkeypatch.setattr(triton_backend, "obstacle", lambda *arguments: "no GPU in sight")

@@ -10,7 +10,7 @@ import tiny_hunyuan
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video_framepack import HunyuanVideoFramepackTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import HunyuanVideoImageToVideoPipeline
-from test_flux import NoHostReads
+from flux_runs import NoHostReads
 from test_hunyuan import raster_mask, relative_difference, snapshot, under_masks
 
 import grat_cli

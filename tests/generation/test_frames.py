@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from tracked_memory import track
 
 from grat_cli.errors import NumericalFailure
 from grat_cli.files.videos import write_video
@@ -44,6 +47,19 @@ def test_every_value_rounds_as_in_diffusers() -> None:
     near = torch.cat([halves, *(halves * (1 + sign * 2.0**-power) for sign in (-1, 1) for power in (22, 23, 24))])
     pixels = near[: len(near) // 3 * 3].reshape(1, 3, 1, 1, -1)
     np.testing.assert_array_equal(np.stack(list(frames_of(pixels))), by_diffusers(pixels))
+
+
+@pytest.mark.parametrize("rows", [24, 1023, 1024, 1025, 3000])
+def test_a_picture_equals_that_of_diffusers_bit_for_bit(rows: int) -> None:
+    pixels = torch.randn(1, 3, rows, 8, generator=torch.Generator().manual_seed(rows)) * 0.7
+    (frame,) = frames_of(pixels.unsqueeze(2))
+    assert Image.fromarray(frame) == VaeImageProcessor().postprocess(pixels, output_type="pil")[0]
+
+
+def test_no_more_than_a_band_of_a_large_picture_is_held_in_floating_point() -> None:
+    pixels = torch.rand(1, 3, 1, 8192, 64)
+    band = 1024 * 64 * 3 * 4  # bytes
+    assert track(lambda: list(frames_of(pixels))).peak_bytes <= 4 * band < pixels.nbytes
 
 
 @settings(deadline=None, max_examples=30)
@@ -82,7 +98,7 @@ def test_a_video_of_flat_frames_is_a_failure_and_leaves_no_file(tmp_path: Path) 
         with pytest.raises(NumericalFailure, match="every frame of the video is one flat colour"):
             write_video(checked_frames([pixels], FrameCheck()), tmp_path / "waves.mp4", fps=24)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(NumericalFailure):
+    with pytest.raises(NumericalFailure, match="the picture is one flat colour"):
         list(checked_frames([torch.zeros(1, 3, 1, 8, 8)], FrameCheck()))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,77 +11,43 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_pictures import (
+    DEMO,
+    HEIGHT,
+    PROMPT,
+    SMALL_DEMO,
+    STEPS,
+    WIDTH,
+    Progress,
+    generate,
+    pixels,
+    preset,
+    sparse_stages,
+)
 
 import grat_cli
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput, NumericalFailure, OutOfMemory
 from grat_cli.families.guidance import NEGATIVE_PROMPT_SCALE, choose_guidance
-from grat_cli.generation import pictures
-from grat_cli.generation.pictures import GeneratedImage, ImageRequest, generate_images
+from grat_cli.generation import run
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
-from grat_cli.presets import Preset
 from grat_kernels import BackendUnavailable
 
 CPU = torch.device("cpu")
-WIDTH, HEIGHT = 96, 80  # 10 x 12 tokens: ragged groups of 4
-STEPS = 3
-PROMPT = "a red fox in the snow"
-
-
-def preset(variant: str = "x", **sections: Any) -> Preset:
-    return Preset.model_validate(
-        {
-            "name": "test",
-            "model": "demo",
-            "attention": {"variant": variant, "group": [4, 4]},
-            "sampling": {"steps": STEPS, "guidance": 2.0},
-            **sections,
-        }
-    )
-
-
-def request(**changes: Any) -> ImageRequest:
-    demo = choose_model("demo")
-    return replace(ImageRequest(PROMPT, preset(), demo, WIDTH, HEIGHT, seeds=(7,), device="cpu"), **changes)
-
-
-class Progress:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-        self.notes: list[str] = []
-
-    def phase(self, name: str) -> None:
-        self.events.append(name)
-
-    def step(self, done: int, total: int) -> None:
-        self.events.append((done, total))
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def generate(progress: Progress | None = None, **changes: Any) -> list[GeneratedImage]:
-    return list(generate_images(request(**changes), progress or Progress()))
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
 
 
 @pytest.fixture(scope="module")
 def stock() -> Any:
     """The bundled pipeline, for calls that have nothing to do with this project."""
-    return load_model(choose_model("demo"), device=CPU, dtype=torch.float32).pipe
+    return load_model(DEMO, device=CPU, dtype=torch.float32).pipe
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The pipeline that the next generation gets, to be tampered with."""
-    pipe = load_model(choose_model("demo"), device=CPU, dtype=torch.float32).pipe
-    monkeypatch.setattr(pictures, "load_model", lambda *arguments, **options: LoadedModel(pipe, None))
+    pipe = load_model(DEMO, device=CPU, dtype=torch.float32).pipe
+    monkeypatch.setattr(run, "load_model", lambda *arguments, **options: LoadedModel(pipe, None))
     return pipe
 
 
@@ -100,9 +65,9 @@ def test_full_attention_gives_the_stock_picture(stock: Any, size: tuple[int, int
         generator=torch.Generator().manual_seed(7),
     ).images[0]
     (made,) = generate(preset=preset("full"), width=width, height=height)
-    assert np.abs(pixels(made.image) - pixels(expected)).max() <= 1
+    assert np.abs(made.pixels - pixels(expected)).max() <= 1
     (sparse,) = generate(preset=preset("b"), width=width, height=height)
-    assert np.abs(pixels(sparse.image) - pixels(expected)).max() > 1
+    assert np.abs(sparse.pixels - pixels(expected)).max() > 1
 
 
 def test_install_serves_several_prompts_and_pictures_per_prompt(stock: Any) -> None:
@@ -125,42 +90,54 @@ def test_install_serves_several_prompts_and_pictures_per_prompt(stock: Any) -> N
 def test_the_same_request_gives_the_same_pixels_whatever_seeds_came_before() -> None:
     first, second = generate(seeds=(7, 8))
     (again,) = generate(seeds=(8,))
-    assert again.image.tobytes() == second.image.tobytes()
-    assert first.image.tobytes() != second.image.tobytes()
-    assert (first.seed, second.seed) == (7, 8)
+    assert again.bytes == second.bytes
+    assert first.bytes != second.bytes
+    assert (first.report["seed"], second.report["seed"]) == (7, 8)
 
 
 def test_progress_and_what_is_reported() -> None:
     progress = Progress()
     first, second = generate(progress, seeds=(7, 8), negative_prompt="a boat")
     steps = [(done, STEPS) for done in range(1, STEPS + 1)]
-    assert progress.events == ["load", "text", *["denoise", *steps, "decode"] * 2]
+    assert progress.events == ["load", "text", *["denoise", *steps, "decode", "save"] * 2]
     assert progress.notes == []
+    assert sum(progress.bytes_written) > 0
 
-    assert first.image.size == (first.width, first.height) == (WIDTH, HEIGHT)
-    assert list(first.phases_ms) == ["load", "text", "denoise", "decode"]
-    assert min(first.phases_ms.values()) > 0
-    assert (second.phases_ms["load"], second.phases_ms["text"]) == (0, 0)
     for made in (first, second):
-        assert [step.index for step in made.steps] == list(range(STEPS))
-        assert made.steps[0].timestep == 1000
-        assert all(earlier.timestep > later.timestep for earlier, later in pairwise(made.steps))
-        assert sum(step.total_ms for step in made.steps) < made.phases_ms["denoise"]
-        assert all(step.density == pytest.approx(made.schedule.density) for step in made.steps)
-        assert (made.backend, made.device, made.dtype, made.text_tokens) == ("sdpa", "cpu", "float32", 24)
-        assert (made.guidance, made.model_revision) == (2.0, None)
-        assert made.peak_memory_bytes > 50e6
-        assert "process" in made.peak_memory_kind
-    assert first.schedule.grid.shape == (10, 12)
+        report = made.report
+        assert made.image.size == (report["width"], report["height"]) == (WIDTH, HEIGHT)
+        assert report["grid"] == [10, 12]
+        assert list(report["phases"]) == ["load", "text", "denoise", "decode", "save"]
+        assert [step["index"] for step in report["steps"]] == list(range(STEPS))
+        assert report["steps"][0]["timestep"] == 1000
+        assert all(earlier["timestep"] > later["timestep"] for earlier, later in pairwise(report["steps"]))
+        assert sum(step["total_ms"] for step in report["steps"]) < report["phases"]["denoise"]
+        assert all(step["density"] == pytest.approx(report["density"], abs=1e-6) for step in report["steps"])
+        assert (report["backend"]["used"], report["device"]["name"], report["device"]["dtype"]) == (
+            *("sdpa", "cpu"),
+            "float32",
+        )
+        assert (report["tokens"]["text"], report["sampling"]["guidance"], report["model"]["revision"]) == (
+            24,
+            2.0,
+            None,
+        )
+        assert report["peak_memory_bytes"] == max(report["memory"].values()) > 50e6
+        assert "process" in report["peak_memory_kind"]
+    assert min(first.report["phases"].values()) > 0
+    assert list(first.report["memory"]) == list(first.report["phases"])
+    assert list(second.report["memory"]) == ["denoise", "decode", "save"]
+    assert (second.report["phases"]["load"], second.report["phases"]["text"]) == (0, 0)
 
 
 def test_a_presets_shift_replaces_the_models() -> None:
     (own,) = generate()
     (shifted,) = generate(preset=preset(sampling={"steps": STEPS, "guidance": 2.0, "shift": 6.0}))
-    assert (own.shift, shifted.shift) == (pytest.approx(np.exp(0.477), rel=1e-3), 6.0)
+    shifts = [made.report["sampling"]["shift"] for made in (own, shifted)]
+    assert shifts == [pytest.approx(np.exp(0.477), rel=1e-3), 6.0]
     # sigma 2/3 of the unshifted second step
-    assert shifted.steps[1].timestep == pytest.approx(1000 * 6 * (2 / 3) / (1 + 5 * 2 / 3))
-    assert own.image.tobytes() != shifted.image.tobytes()
+    assert shifted.report["steps"][1]["timestep"] == pytest.approx(1000 * 6 * (2 / 3) / (1 + 5 * 2 / 3))
+    assert own.bytes != shifted.bytes
 
 
 @pytest.fixture
@@ -171,7 +148,7 @@ def init_image(tmp_path: Path) -> Path:
 
 
 def test_image_to_image_gives_the_stock_picture(init_image: Path) -> None:
-    pipe = load_model(choose_model("demo"), device=CPU, dtype=torch.float32, image_to_image=True).pipe
+    pipe = load_model(DEMO, device=CPU, dtype=torch.float32, image_to_image=True).pipe
     expected = pipe(
         PROMPT,
         image=Image.open(init_image),
@@ -187,9 +164,9 @@ def test_image_to_image_gives_the_stock_picture(init_image: Path) -> None:
     progress = Progress()
     four_steps = preset("full", sampling={"steps": 4, "guidance": 2.0})
     (made,) = generate(progress, preset=four_steps, init_image=init_image, strength=0.5)
-    assert np.abs(pixels(made.image) - pixels(expected)).max() <= 1
+    assert np.abs(made.pixels - pixels(expected)).max() <= 1
     assert [event for event in progress.events if isinstance(event, tuple)] == [(1, 2), (2, 2)]
-    assert [step.timestep for step in made.steps] == pytest.approx(pipe.scheduler.timesteps[2:].tolist())
+    assert [step["timestep"] for step in made.report["steps"]] == pytest.approx(pipe.scheduler.timesteps[2:].tolist())
 
 
 def test_a_picture_to_start_from_is_cut_to_shape(init_image: Path) -> None:
@@ -219,8 +196,8 @@ def test_words_that_the_demo_does_not_know_are_named() -> None:
 def test_large_pictures_from_noise_are_announced(loaded: Any) -> None:
     progress = Progress()
     from_noise = preset(highres={"mode": "off"})
-    generate(progress, preset=from_noise, model=replace(choose_model("demo"), family="flux", native_side=32))
-    assert "trained at about 32x32" in progress.notes[0]
+    generate(progress, preset=from_noise, model=SMALL_DEMO, width=96, height=96)
+    assert "trained at about 64x64" in progress.notes[0]
 
 
 @pytest.mark.parametrize("size", [(100, 80), (96, 0)])
@@ -260,10 +237,19 @@ def test_running_out_of_memory_says_what_helps(monkeypatch: pytest.MonkeyPatch, 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
 
     monkeypatch.setattr(loaded.vae, "decode", too_large)
+    with pytest.raises(
+        OutOfMemory, match=r"(?s)memory to decode 96x80 with demo.*grat decode .*/7\.latents\.safetensors --tile 512$"
+    ):
+        generate()
+    with pytest.raises(
+        OutOfMemory, match="memory for 64x64 with demo: try a smaller"
+    ):  # of the base, which has to pass
+        generate(preset=sparse_stages(), model=SMALL_DEMO, width=128, height=128)
+    monkeypatch.setattr(loaded.transformer, "forward", too_large)
     with pytest.raises(OutOfMemory, match=r"too little memory for 96x80 with demo: try a smaller --res such as 48x32$"):
         generate()
-    monkeypatch.setattr(pictures, "load_model", too_large)
-    monkeypatch.setattr(pictures, "choose_device", lambda name: SimpleNamespace(type="mps"))
+    monkeypatch.setattr(run, "load_model", too_large)
+    monkeypatch.setattr(run, "choose_device", lambda name: SimpleNamespace(type="mps"))
     with pytest.raises(OutOfMemory, match="--offload sequential") as caught:
         generate(offload="model", dtype="float32")
     assert "--offload model" not in str(caught.value)
@@ -274,17 +260,17 @@ def test_other_errors_pass_unchanged(monkeypatch: pytest.MonkeyPatch, loaded: An
         raise RuntimeError("shape mismatch")
 
     monkeypatch.setattr(loaded.vae, "decode", wrong)
+    progress = Progress()
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        generate()
+        generate(progress)
+    assert progress.notes[0].startswith("its latents are kept: go on with grat decode ")
 
 
 def test_a_backend_that_fails_at_the_call_is_bad_input(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
-    from grat_cli.families import flux
-
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise BackendUnavailable("the flex backend cannot run here: too long")
 
-    monkeypatch.setattr(flux, "span_attention", refuse)
+    monkeypatch.setattr("grat_kernels.span_attention", refuse)
     with pytest.raises(BadInput, match="too long; use --backend auto"):
         generate()
 

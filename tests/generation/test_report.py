@@ -3,54 +3,71 @@ from __future__ import annotations
 import io
 import json
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
-from grat_cli.estimates.planning import architecture_for, schedule_for
+from grat_cli.console import run_tables
+from grat_cli.estimates.planning import run_forecasts
+from grat_cli.estimates.stages import Stage
 from grat_cli.generation import report
-from grat_cli.generation.image_request import ImageRequest
-from grat_cli.generation.pictures import GeneratedImage
+from grat_cli.generation.report import StageRecord, Surroundings
+from grat_cli.generation.request import Request
 from grat_cli.generation.selection import select_preset
 from grat_cli.generation.timing import StepTiming
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.video_size import VideoSize
 from grat_cli.presets import Preset
 
 WHEN = datetime(2025, 1, 31, 14, 25, 1, 999, tzinfo=timezone.utc)
+SIZES: dict[str, dict[str, int]] = {
+    "image": {"width": 128, "height": 64},
+    "video": {"width": 128, "height": 64, "frames": 9, "fps": 8},
+}
 
 
-def build(steps: int = 20) -> dict[str, Any]:
-    model = choose_model("demo")
-    preset = select_preset(model, preset="demo-x", steps=steps)
-    schedule = schedule_for(preset, architecture_for(model), Resolution(128, 64))
-    request = ImageRequest("a fox", preset, model, 128, 64, seeds=(7,), negative_prompt="a cat")
-    generated = GeneratedImage(
-        image=Image.new("RGB", (128, 64)),
-        seed=7,
-        width=128,
-        height=64,
-        phases_ms={"load": 1234.5678, "text": 9.5, "denoise": 5000.0, "decode": 80.0},
-        steps=[StepTiming(i, 1000.0 - i, 100.0 + i, 60.0, 40.0 + i, schedule.density_of_step(i)) for i in range(steps)],
-        peak_memory_bytes=3 * 2**30,
-        peak_memory_kind="resident memory of the process",
-        backend="sdpa",
-        backend_reason="the fastest on cpu",
-        preparation="stock modules: as it was",
+def build(steps: int = 20, medium: Any = "image", **asked: Any) -> dict[str, Any]:
+    model = choose_model("demo", medium)
+    size = (VideoSize if model.video else Resolution)(**SIZES[medium])
+    preset = select_preset(model, variant="x", steps=steps)
+    (planned,) = run_forecasts(preset, model, size, "float32")
+    schedule = planned.schedule
+    request = Request(
+        **({"prompt": "a fox", "negative_prompt": "a cat"} | asked),
+        **({"preset": preset, "model": model, "seeds": (7,), "command": "grat image 'a fox'"} | SIZES[medium]),
+    )
+    surroundings = Surroundings(
         device="cpu",
         device_name="A processor",
         dtype="float32",
         autoencoder_dtype="float32",
         threads=2,
-        guidance=2.0,
-        shift=1.88,
-        model_revision=None,
+        offload="none",
+        offload_reason="chosen by name",
+        revision=None,
+        memory_kind="resident memory of the process",
+    )
+    record = StageRecord(
+        stage=Stage(0, 128, 64, preset, None, Resolution(128, 64)),
         schedule=schedule,
         text_tokens=24,
+        backend="sdpa",
+        backend_reason="the fastest on cpu",
+        preparation="stock modules: as it was",
+        guidance=2.0,
+        shift=1.88,
     )
-    return report.build_report(request, generated, "grat image 'a fox'", WHEN)
+    told = report.build_report(request, 7, surroundings, record, WHEN, 0.6)
+    return report.measured(
+        told,
+        [StepTiming(i, 1000.0 - i, 100.0 + i, 60.0, 40.0 + i, schedule.density_of_step(i)) for i in range(steps)],
+        [record.as_dict()],
+        {"load": 1234.5678, "text": 9.5, "denoise 0": 5000.0, "decode 0": 60.0, "decode 1": 20.0},
+        {"load": 2**30, "denoise 0": 3 * 2**30, "decode 0": 2**29, "decode 1": 2**30},
+    )
 
 
 def shown(renderable: Any, columns: int) -> str:
@@ -76,7 +93,13 @@ def test_a_report_says_what_made_the_picture() -> None:
     }
     offloading = made["device"]["offload"], made["device"]["offload_reason"], made["device"]["quantize"]
     assert offloading == ("none", "chosen by name", "none")
-    assert made["phases"]["load"] == 1234.568
+    assert made["phases"] == {"load": 1234.568, "text": 9.5, "denoise": 5000.0, "decode": 80.0}
+    assert made["memory"] == {"load": 2**30, "denoise": 3 * 2**30, "decode": 2**30}
+    assert made["peak_memory_bytes"] == 3 * 2**30
+    assert made["sampling"] == {"steps": 20, "guidance": 2.0, "shift": 1.88}
+    (stage,) = made["stages"]
+    assert (stage["steps"], stage["density"], stage["guidance"]) == (20, made["density"], 2.0)
+    assert stage["phases"] == {"denoise": 5000.0, "decode": 60.0}
     assert made["steps"][3] == {
         "index": 3,
         "timestep": 997.0,
@@ -89,21 +112,38 @@ def test_a_report_says_what_made_the_picture() -> None:
     assert {"python", "grat", "torch", "diffusers"} <= set(made["versions"])
 
 
-def test_the_preset_in_a_report_is_whole() -> None:
-    made = build()
-    assert Preset.model_validate(made["preset"]) == select_preset(choose_model("demo"), preset="demo-x")
+def test_pictures_and_videos_say_what_only_they_have() -> None:
+    picture, video = build(init_image=Path("a.png")), build(medium="video", format="mp4", quality=20)
+    of_picture, of_video = {"init_image", "strength"}, {"frames", "fps", "seconds", "format", "crf"}
+    assert set(picture) - of_picture == set(video) - of_video
+    assert (picture["init_image"], picture["strength"]) == ("a.png", 0.6)
+    assert (build()["init_image"], build()["strength"]) == (None, None)
+    assert {name: video[name] for name in of_video} == {
+        **{"frames": 9, "fps": 8, "seconds": 1.125},
+        **{"format": "mp4", "crf": 20},
+    }
+    assert (video["grid"], video["tokens"]["image"]) == ([3, 4, 8], 96)
 
 
-def test_what_the_run_cost_stays_out_of_the_picture() -> None:
-    made = build()
+@pytest.mark.parametrize("medium", SIZES)
+def test_the_preset_in_a_report_is_whole(medium: Any) -> None:
+    made = build(medium=medium)
+    expected = select_preset(choose_model("demo", medium), variant="x", steps=20)
+    assert Preset.model_validate(made["preset"]) == expected
+
+
+@pytest.mark.parametrize("medium", SIZES)
+def test_what_the_run_cost_stays_out_of_the_output(medium: Any) -> None:
+    made = build(medium=medium)
     inside = report.provenance(made)
-    assert {"phases", "steps", "peak_memory_bytes", "peak_memory_kind"} == set(made) - set(inside)
+    assert {"phases", "steps", "peak_memory_bytes", "peak_memory_kind", "memory"} == set(made) - set(inside)
+    assert inside["stages"] == [{name: value for name, value in made["stages"][0].items() if name != "phases"}]
     assert inside["preset"] == made["preset"]
 
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_the_table_shows_first_median_last_and_sum_whole(columns: int) -> None:
-    rows = [line.split() for line in shown(report.timing_table(build()), columns).splitlines() if line.strip()]
+    rows = [line.split() for line in shown(run_tables.timing_table(build()), columns).splitlines() if line.strip()]
     table = {row[0]: row[1:] for row in rows}
     assert table["step"] == ["time", "attention", "share", "density"]
     density = table["first"][-1]
@@ -114,15 +154,15 @@ def test_the_table_shows_first_median_last_and_sum_whole(columns: int) -> None:
 
 
 def test_few_steps_are_all_shown_and_pictures_get_a_line_each() -> None:
-    labels = [line.split()[0] for line in shown(report.timing_table(build(3)), 80).splitlines() if line.strip()]
+    labels = [line.split()[0] for line in shown(run_tables.timing_table(build(3)), 80).splitlines() if line.strip()]
     assert [label for label in labels if label.isalnum()] == ["step", "1", "2", "3", "all"]
-    pictures = shown(report.pictures_table([build(3), build(3)]), 40)
+    pictures = shown(run_tables.pictures_table([build(3), build(3)]), 40)
     assert pictures.count("303 ms") == 2
 
 
 def test_phases_and_times_for_people() -> None:
-    assert report.phases_line(build()) == "load 1.23 s, text 9.5 ms, denoise 5.00 s, decode 80 ms"
-    assert [report.milliseconds_text(value) for value in (0.04, 9.96, 999.4, 12_345)] == [
+    assert run_tables.phases_line(build()) == "load 1.23 s, text 9.5 ms, denoise 5.00 s, decode 80 ms"
+    assert [run_tables.milliseconds_text(value) for value in (0.04, 9.96, 999.4, 12_345)] == [
         "0.0 ms",
         "10.0 ms",
         "999 ms",

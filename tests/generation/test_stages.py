@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,27 @@ from command_line import grat, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_pictures import Progress, pixels
+from small_pictures import DEMO, PROMPT, SMALL_DEMO, Progress, pixels
+from small_pictures import generate_staged as generate
+from small_pictures import sparse_stages as small
+from small_pictures import staged as preset
 
 from grat_cli.bench.highres_level import HighresSettings, run_highres_level
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput
 from grat_cli.estimates.stages import Stage, stages_of, uses_highres
+from grat_cli.families import family_of
 from grat_cli.fidelity.quality import likeness
-from grat_cli.generation import pictures as generation
+from grat_cli.generation import run as generation
 from grat_cli.generation.low_resolution_guidance import low_frequencies, low_resolution_guidance
-from grat_cli.generation.pictures import GeneratedImage, ImageRequest, generate_images
-from grat_cli.generation.stage_run import pipeline_for
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
 from grat_cli.models.resolution import Resolution
 from grat_cli.presets import Preset, load_preset, preset_names, resolve_preset
 
 CPU = torch.device("cpu")
-FLUX, DEMO = choose_model("flux-dev"), choose_model("demo")
-SMALL_DEMO = replace(DEMO, native_side=64)  # as if it was trained at 64x64, so that stages are small
-PROMPT = "a red fox in the snow"
-
-
-def preset(name: str = "flux-far", **highres: Any) -> Preset:
-    """A preset that comes with grat, with a `highres` section of its own."""
-    return Preset.model_validate({**load_preset(name).model_dump(), "highres": highres})
+FLUX = choose_model("flux-dev")
+FAMILY = family_of(FLUX)
 
 
 def stages(width: int, height: int, /, chosen: Preset | None = None, **options: Any) -> tuple[Stage, ...]:
@@ -199,21 +194,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def generate(chosen: Preset, side: int = 128, progress: Progress | None = None, **changes: Any) -> list[GeneratedImage]:
-    request = ImageRequest(PROMPT, chosen, SMALL_DEMO, side, side, seeds=(7,), device="cpu")
-    return list(generate_images(replace(request, **changes), progress or Progress()))
-
-
-def small(steps: int = 3, **highres: Any) -> Preset:
-    return resolve_preset(preset("demo-b", **({"dense_below": 0} | highres)), steps=steps)
-
-
 @pytest.mark.parametrize("upscale", ["pixel", "latent"])
 def test_a_cascade_with_nothing_fitted_is_what_stock_pipelines_make(upscale: str) -> None:
     chosen = small(upscale=upscale, strength=0.5, positions="none", proportional_attention=False, dense_below=10**6)
     (made,) = generate(chosen)
 
-    stock = load_model(choose_model("demo"), device=CPU, dtype=torch.float32).pipe
+    stock = load_model(DEMO, device=CPU, dtype=torch.float32).pipe
     generator = torch.Generator().manual_seed(7)
     common = {
         "prompt": PROMPT,
@@ -230,46 +216,50 @@ def test_a_cascade_with_nothing_fitted_is_what_stock_pipelines_make(upscale: str
     else:
         unpacked = stock._unpack_latents(base[None], 64, 64, stock.vae_scale_factor)
         start = torch.nn.functional.interpolate(unpacked, (32, 32), mode="bicubic", antialias=True)
-    from_picture = pipeline_for(stock, from_picture=True)
+    from_picture = FAMILY.pipeline_for(stock, from_picture=True)
     expected = from_picture(**common, image=start, strength=0.5, height=128, width=128).images[0]
-    assert np.abs(pixels(made.image) - pixels(expected)).max() <= 1
+    assert np.abs(made.pixels - pixels(expected)).max() <= 1
 
 
 def test_pipelines_for_noise_and_for_pictures_share_their_parts() -> None:
     pipe = tiny_flux.pipeline()
-    other = pipeline_for(pipe, from_picture=True)
+    other = FAMILY.pipeline_for(pipe, from_picture=True)
     assert type(other).__name__ == "FluxImg2ImgPipeline"
     assert all(other.components[name] is part for name, part in pipe.components.items())
-    assert pipeline_for(other, from_picture=True) is other
-    assert type(pipeline_for(other, from_picture=False)).__name__ == "FluxPipeline"
+    assert FAMILY.pipeline_for(other, from_picture=True) is other
+    assert type(FAMILY.pipeline_for(other, from_picture=False)).__name__ == "FluxPipeline"
 
 
 def test_one_seed_gives_one_picture_whatever_came_before_and_the_model_is_loaded_once(loads: list[Any]) -> None:
     first, second = generate(small(), seeds=(7, 8))
     assert len(loads) == 1
     (again,) = generate(small(), seeds=(8,))
-    assert again.image.tobytes() == second.image.tobytes()
-    assert first.image.tobytes() != second.image.tobytes()
+    assert again.bytes == second.bytes
+    assert first.bytes != second.bytes
 
 
 def test_what_is_reported_of_stages() -> None:
     progress = Progress()
     (made,) = generate(small(strength=0.6), 256, progress)
     assert made.image.size == (256, 256)
-    assert [record.stage.size for record in made.stages] == ["64x64", "128x128", "256x256"]
-    assert [step.stage for step in made.steps] == [0, 0, 0, 1, 1, 2, 2]
-    assert [step.index for step in made.steps] == list(range(7))
+    report = made.report
+    assert [(stage["number"], stage["width"], stage["height"]) for stage in report["stages"]] == [
+        *((0, 64, 64), (1, 128, 128)),
+        (2, 256, 256),
+    ]
+    assert [step["stage"] for step in report["steps"]] == [0, 0, 0, 1, 1, 2, 2]
+    assert [step["index"] for step in report["steps"]] == list(range(7))
+    assert report["sampling"]["steps"] == 7
     assert [event for event in progress.events if isinstance(event, str)] == [
-        *("load", "text", "denoise", "decode", "denoising 128x128", "decode", "denoising 256x256", "decode")
+        *("load", "text", "denoise", "decode", "denoising 128x128", "decode", "denoising 256x256", "decode", "save")
     ]
     for name in ("denoise", "decode", "encode"):
-        assert made.phases_ms[name] == pytest.approx(
-            sum(record.phases.phases_ms.get(name, 0.0) for record in made.stages)
-        )
-    densities = [record.installation.last_schedule.density for record in made.stages]
+        parts = [stage["phases"].get(name, 0.0) for stage in report["stages"]]
+        assert report["phases"][name] == pytest.approx(sum(parts), abs=1e-2)
+    densities = [stage["density"] for stage in report["stages"]]
     assert densities[0] == 1
-    assert densities[0] > densities[1] > densities[2] == made.schedule.density
-    assert made.schedule.grid.shape == (32, 32)
+    assert densities[0] > densities[1] > densities[2] == report["density"]
+    assert report["grid"] == [32, 32]
 
 
 def test_positions_and_scores_of_the_stages_make_a_difference() -> None:
@@ -282,7 +272,7 @@ def test_positions_and_scores_of_the_stages_make_a_difference() -> None:
         {"shift": 3.0},
         {"guidance": 3.0},
     ]
-    made = [generate(small(**changes))[0].image.tobytes() for changes in settings]
+    made = [generate(small(**changes))[0].bytes for changes in settings]
     assert len(set(made)) == len(made)
 
 
@@ -290,9 +280,8 @@ def test_a_picture_to_start_from_skips_the_base(tmp_path: Path) -> None:
     path = tmp_path / "start.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8)).save(path)
     (made,) = generate(small(), 256, init_image=path, strength=0.4)
-    assert [record.stage.size for record in made.stages] == ["128x128", "256x256"]
-    assert [record.stage.strength for record in made.stages] == [0.4, 0.6]
-    assert "encode" in made.phases_ms
+    assert [(stage["width"], stage["strength"]) for stage in made.report["stages"]] == [(128, 0.4), (256, 0.6)]
+    assert "encode" in made.report["phases"]
 
 
 def test_low_resolution_guidance_moves_the_prediction_by_its_weight() -> None:
@@ -307,7 +296,7 @@ def test_low_resolution_guidance_moves_the_prediction_by_its_weight() -> None:
         return pipe._pack_latents(latents, *latents.shape)
 
     sigma, following = pipe.scheduler.sigmas[1], pipe.scheduler.sigmas[2]
-    with low_resolution_guidance(pipe, reference, (6, 10), 0.4):
+    with low_resolution_guidance(FAMILY, pipe, reference, (6, 10), 0.4):
         (made,) = pipe.scheduler.step(pack(velocity), pipe.scheduler.timesteps[1], pack(sample), return_dict=False)
     clean = sample - sigma * velocity
     wanted = clean + 0.4 * low_frequencies(reference - clean, (6, 10))
@@ -374,11 +363,11 @@ def test_the_benchmark_compares_with_the_base() -> None:
     assert [made[0].size[0] for _, made in pictures.rows] == [64, 128, 128, 128]
     for row, (_, (picture,)) in zip(case.rows[1:], pictures.rows[1:], strict=True):
         base = pictures.rows[0][1][0]
-        expected = likeness(base, picture.resize(base.size, Image.Resampling.LANCZOS)).ssim
+        expected = likeness([np.asarray(base)], [np.asarray(picture.resize(base.size, Image.Resampling.LANCZOS))]).ssim
         assert row.quality is not None
         assert row.quality.ssim == pytest.approx(expected)
     (made,) = generate(small(2), seeds=(0,))
-    assert made.image.tobytes() == pictures.rows[3][1][0].tobytes()
+    assert made.bytes == pictures.rows[3][1][0].tobytes()
 
 
 def test_a_large_picture_is_no_blurry_mess() -> None:
@@ -403,6 +392,6 @@ def test_guidance_of_stages_alone_steers_them() -> None:
     (plain,) = generate(unguided)
     section = {**unguided.highres.model_dump(), "guidance": 3.0} if unguided.highres else {}
     (guided,) = generate(Preset.model_validate({**unguided.model_dump(), "highres": section}))
-    assert [record.guidance for record in plain.stages] == [None, None]
-    assert [record.guidance for record in guided.stages] == [None, 3.0]
-    assert plain.image.tobytes() != guided.image.tobytes()
+    assert [stage["guidance"] for stage in plain.report["stages"]] == [None, None]
+    assert [stage["guidance"] for stage in guided.report["stages"]] == [None, 3.0]
+    assert plain.bytes != guided.bytes

@@ -20,9 +20,10 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
+from grat_cli.commands.options import ModelOptions, SizeOptions
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput, ModelUnavailable
-from grat_cli.models.catalogue import choose_model
+from grat_cli.models.catalogue import choose_model, models_for
 from grat_cli.models.devices import choose_device, choose_dtype, device_name, is_out_of_memory, peak_memory
 from grat_cli.models.loading import LoadedModel, load_model
 
@@ -368,3 +369,25 @@ def test_running_out_of_memory_is_recognised() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.parametrize(
+    ("presets", "medium", "expected"),
+    [
+        ("flux", "image", ["flux-dev", "flux-schnell"]),
+        ("demo", "image", ["demo"]),
+        ("hunyuan", "video", ["hunyuan", "demo"]),
+        (None, "image", ["flux-dev", "flux-schnell", "demo"]),
+        ("demo", "video", ["hunyuan", "demo"]),
+    ],
+)
+def test_presets_are_made_for_models(presets: str | None, medium: Any, expected: list[str]) -> None:
+    assert [model.name for model in models_for(presets, medium)] == expected
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_a_preset_for_the_demo_alone_takes_it_on_any_machine(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    chosen = [ModelOptions().choice_for(name, SizeOptions()).name for name in ("demo-far", "flux-far", "hunyuan-far")]
+    assert chosen == (["demo", "flux-dev", "hunyuan"] if present else ["demo"] * 3)
+    assert ModelOptions(model="flux-schnell").choice_for("demo-far", SizeOptions()).name == "flux-schnell"

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from grat_cli.demo import DEMO_FLUX, DEMO_HUNYUAN
 from grat_cli.errors import ModelUnavailable
 from grat_cli.estimates.components import components_of
+from grat_cli.families import FAMILIES
 from grat_cli.models.catalogue import Medium, choose_model
 from grat_cli.models.loading import load_autoencoder, load_model
-from grat_cli.models.parts import PARTS
 
 CPU = torch.device("cpu")
 DEMOS = {"image": DEMO_FLUX, "video": DEMO_HUNYUAN}
 EVIL = "from pathlib import Path\nPath(__file__).with_name('OWNED').touch()\nclass X: pass\n"
-EVERY_PART = [(medium, part) for medium, parts in PARTS.items() for part in parts]
+EVERY_PART = [(family.medium, part) for family in FAMILIES.values() for part in family.classes]
 
 
 @pytest.fixture
