@@ -87,8 +87,8 @@ def _size(found: dict[str, Any]) -> str:
 
 
 def _steps(found: dict[str, Any]) -> str:
-    steps = str(found["sampling"]["steps"])
-    return f"{found['steps_done']} of {steps} are done" if "steps_done" in found else steps
+    done, total = found.get("steps_done"), found.get("steps_total")
+    return str(found["sampling"]["steps"]) if done == total else f"{done} of {total} are done"
 
 
 def _peak_memory(found: dict[str, Any]) -> str | None:

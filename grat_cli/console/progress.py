@@ -15,7 +15,6 @@ PHASE_WORDS = {
     "text": "reading the prompt",
     "denoise": "denoising",
     "decode": "decoding",
-    "encode": "writing the video",
     "save": "saving",
 }
 
@@ -31,7 +30,7 @@ class Hints(Protocol):
 
 
 class ProgressDisplay:
-    """A `generation_request.Progress` that is shown while a `with` block lasts; this one shows nothing."""
+    """A `request.WritingProgress` that is shown while a `with` block lasts; this one shows nothing."""
 
     def __enter__(self) -> ProgressDisplay:
         return self

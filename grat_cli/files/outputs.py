@@ -86,12 +86,12 @@ def preview_path(output: Path) -> Path:
 
 
 def latents_path(output: Path) -> Path:
-    """Where the latents of a video go."""
+    """Where the latents of an output go."""
     return _beside(output, ".latents.safetensors")
 
 
 def checkpoint_path(output: Path) -> Path:
-    """Where the checkpoint of a run that makes a video goes."""
+    """Where the checkpoint of the run that makes an output goes."""
     return _beside(output, ".checkpoint.safetensors")
 
 

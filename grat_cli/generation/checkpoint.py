@@ -38,6 +38,7 @@ _SCHEMAS = {
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
 MOST_STEPS = 100_000
+_COUNTS = ("steps_done", "steps_total")  # for people
 _TENSORS = ("latents", "start", "noise_state", "random_state")
 
 
@@ -132,6 +133,7 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
         "seed": run.seed,
         "request": request_data(request),
         "state": state.model_dump(mode="json"),
+        **dict(zip(_COUNTS, (run.done, run.total), strict=True)),
     }
     tensors.write_tensors(path, held, about, overwrite=request.overwrite)
     if run.finished:
@@ -223,7 +225,7 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             steps=state.steps,
             phases_ms=state.phases,
             memory_bytes=state.memory,
-            report={name: value for name, value in about.items() if name not in ("request", "state")}
+            report={name: value for name, value in about.items() if name not in ("request", "state", *_COUNTS)}
             | {"schema": SCHEMA},
             stages=state.stages,
             guard=state.guard,

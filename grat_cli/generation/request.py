@@ -114,7 +114,7 @@ class Progress(Protocol):
     """Told how a run goes on."""
 
     def phase(self, name: str) -> None:
-        """A phase begins: load, text, encode, denoise, decode or save."""
+        """A phase begins: load, text, denoise, decode or save."""
         ...
 
     def step(self, done: int, total: int) -> None:

@@ -92,7 +92,7 @@ def test_existing_outputs_are_refused_before_anything_is_loaded(tmp_path: Path) 
 
 
 def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grat_cli.generation.pictures.generate_images", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("grat_cli.generation.run.generate", lambda *_: pytest.fail("too late"))
     monkeypatch.setattr("grat_kernels.triton_backend.obstacle", lambda *_: "there is no GPU")
     message = refusal(*IMAGE, "--backend", "triton")
     assert (

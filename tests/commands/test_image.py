@@ -4,78 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from command_line import Result, grat, refusal
+from painter import Painter
 from PIL import Image
 
 from grat_cli.errors import NumericalFailure, OutOfMemory
-from grat_cli.estimates.planning import architecture_for, schedule_for
-from grat_cli.files.whole import write_whole
 from grat_cli.generation import report
-from grat_cli.generation.pictures import GeneratedImage
-from grat_cli.generation.timing import StepTiming
-from grat_cli.models.resolution import Resolution
 
 FOX = ("image", "a red fox in the snow", "--model", "demo")
-
-
-class Painter:
-    """Stands in for the model: plain noise from the seed, everything else as a request says."""
-
-    def __init__(self) -> None:
-        self.requests: list[Any] = []
-        self.fails_at_seed: dict[int, BaseException] = {}
-
-    def __call__(self, request: Any, progress: Any) -> Iterator[GeneratedImage]:
-        self.requests.append(request)
-        schedule = schedule_for(
-            request.preset, architecture_for(request.model), Resolution(request.width, request.height)
-        )
-        steps = request.preset.sampling.steps
-        for seed in request.seeds:
-            progress.phase("denoise")
-            for step in range(steps):
-                progress.step(step + 1, steps)
-            if seed in self.fails_at_seed:
-                raise self.fails_at_seed[seed]
-            progress.note("a word about it")
-            pixels = np.random.default_rng(seed).integers(0, 256, (request.height, request.width, 3), np.uint8)
-            yield GeneratedImage(
-                image=Image.fromarray(pixels),
-                seed=seed,
-                width=request.width,
-                height=request.height,
-                phases_ms={"load": 1.0, "text": 1.0, "denoise": 10.0 * steps, "decode": 1.0},
-                steps=[StepTiming(i, 1.0, 10.0, 5.0, 5.0, schedule.density_of_step(i)) for i in range(steps)],
-                peak_memory_bytes=2**20,
-                peak_memory_kind="memory",
-                backend="sdpa",
-                backend_reason="it paints",
-                preparation="stock modules: as it was",
-                device="cpu",
-                device_name="An easel",
-                dtype="float32",
-                autoencoder_dtype="float32",
-                threads=2,
-                guidance=2.0,
-                shift=1.5,
-                model_revision=None,
-                schedule=schedule,
-                text_tokens=24,
-            )
-
-
-@pytest.fixture
-def painter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Painter:
-    monkeypatch.chdir(tmp_path)
-    painter = Painter()
-    monkeypatch.setattr("grat_cli.generation.pictures.generate_images", painter)
-    return painter
 
 
 def names(folder: Path) -> set[str]:
@@ -164,6 +105,7 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(painter: Painter) -> None:
 def test_random_seeds_are_always_told(painter: Painter) -> None:
     result = grat(*FOX, "--n", "2", "--out", "fox.png")
     (request,) = painter.requests
+    assert (request.save_latents, request.checkpoint_every, request.preview_every) == (False, None, 0)
     assert request.seeds[1] == request.seeds[0] + 1
     assert f"seed {request.seeds[0]}, {request.seeds[1]}" in result.err
     assert result.out.splitlines()[:2] == [f"fox-s{seed}.png" for seed in request.seeds]
@@ -199,13 +141,16 @@ def test_options_reach_the_request_and_the_report(painter: Painter, tmp_path: Pa
         "--device",
         "cpu",
     )
-    rest = ("--dtype", "bfloat16", "--offload", "model", "--init-image", start, "--strength", "0.5", "--out", "o.png")
-    result = grat(*FOX, *options, *more, *rest, "--json")
+    rest = ("--dtype", "bfloat16", "--offload", "model", "--init-image", start, "--strength", "0.5", "--out", "o.webp")
+    last = ("--quality", "80", "--save-latents", "--checkpoint-every", "2", "--preview", "3")
+    result = grat(*FOX, *options, *more, *rest, *last, "--json")
     assert result.code == 0, result.err
     (request,) = painter.requests
     assert (request.width, request.height, request.seeds, request.negative_prompt) == (96, 64, (1,), "a cat")
     assert (request.device, request.dtype, request.offload) == ("cpu", "bfloat16", "model")
     assert (request.init_image, request.strength) == (start, 0.5)
+    assert (request.format, request.quality, request.save_latents) == ("webp", 80, True)
+    assert (request.checkpoint_every, request.preview_every) == (2, 3)
     preset = result.data["images"][0]["preset"]
     assert preset["sampling"] == {"steps": 5, "guidance": 3.0, "shift": None}
     assert (preset["name"], preset["kernel"]["backend"], preset["schedule"]["dense_steps"]) == (
@@ -328,26 +273,28 @@ def test_formats_that_do_not_fit_are_refused_before_the_run(painter: Painter) ->
         (("--format", "jpg", "--quality", "0"), "1 (smallest) to 100"),
         (("--format", "webp", "--res", "16384x64"), "--format png or tiff"),
         (("--preview", "0"), "--preview 5"),
+        (("--checkpoint-every", "-1"), "--checkpoint-every -1: expected steps, 0 for none"),
     ):
         assert advice in refusal(*FOX, *options)
     assert painter.requests == []
 
 
-def test_previews_are_beside_the_output_until_it_is_there(painter: Painter, tmp_path: Path) -> None:
-    def paint(request: Any, progress: Any) -> Iterator[GeneratedImage]:
-        for seed, preview in request.previews.items():
-            assert preview.path == Path(f"fox-s{seed}.preview.png")
-            assert preview.every == 2
-            write_whole(preview.path, lambda file: file.write(b"so far"))
-        yield from painter(request, progress)
+def test_previews_are_beside_the_output_until_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
 
-    painter.fails_at_seed[5] = NumericalFailure("NaN")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grat_cli.generation.pictures.generate_images", paint)
-        assert grat(*FOX, "--res", "64", "--seed", "3,5", "--preview", "2", "--out", "fox.png").code == 5
-    assert names(tmp_path) == {"fox-s3.png", "fox-s3.json", "fox-s5.preview.png"}
-    grat(*FOX, "--res", "64", "--seed", "3", "--out", "other.png")
-    assert painter.requests[-1].previews == {}
+    def step(self: Any, done: int, total: int) -> None:
+        seen.append({name for name in names(tmp_path) if not name.startswith(".grat-claim-")})
+        if len(seen) == 8:
+            raise NumericalFailure("NaN")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("grat_cli.console.progress.LogProgress.step", step)
+    options = ("--res", "64", "--steps", "4", "--seed", "3,5", "--checkpoint-every", "0", "--out", "fox.png")
+    assert grat(*FOX, *options, "--preview", "2").code == 5
+    first = {"fox-s3.png", "fox-s3.json"}
+    assert seen == [set(), set(), *[{"fox-s3.preview.png"}] * 2, first, first, *[first | {"fox-s5.preview.png"}] * 2]
+    with Image.open("fox-s5.preview.png") as image:
+        assert image.size == (64, 64)
 
 
 def test_a_preview_takes_the_place_of_nothing(painter: Painter, tmp_path: Path) -> None:
@@ -359,14 +306,16 @@ def test_a_preview_takes_the_place_of_nothing(painter: Painter, tmp_path: Path) 
     assert grat(*arguments, "--overwrite").code == 0
 
 
-def test_what_came_while_a_picture_was_made_stays(painter: Painter, tmp_path: Path) -> None:
-    def paint(request: Any, progress: Any) -> Iterator[GeneratedImage]:
-        for generated in painter(request, progress):
-            (tmp_path / "fox.png").write_bytes(b"of another process")
-            yield generated
+def test_what_came_while_a_picture_was_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Any, done: int, total: int) -> None:
+        (tmp_path / "fox.png").write_bytes(b"of another process")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grat_cli.generation.pictures.generate_images", paint)
-        assert "cannot write fox.png: it exists" in grat(*FOX, "--res", "64", "--out", "fox.png").err
-    assert names(tmp_path) == {"fox.png"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("grat_cli.console.progress.LogProgress.step", step)
+    told = grat(*FOX, "--res", "64", "--steps", "1", "--out", "fox.png").err.splitlines()
+    assert told[-2:] == [
+        "error: cannot write fox.png: it exists: use --overwrite, or another --out",
+        "its latents are kept: go on with grat decode fox.latents.safetensors",
+    ]
+    assert names(tmp_path) == {"fox.png", "fox.latents.safetensors"}
     assert (tmp_path / "fox.png").read_bytes() == b"of another process"
