@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from flux_runs import NoHostReads
-from test_recall import FAR, GRIDS, HEADS, TEXT, group, plan_of, tensors
+from recall_cases import FAR, GRIDS, HEADS, TEXT, group, plan_of, tensors
 
 from grat_cli.attention import online_recall
 from grat_cli.attention.adapter import AttentionInputs

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_record import STEPS, Keeper, flux_call, hunyuan_call
+from recorded_calls import STEPS, Keeper, flux_call, hunyuan_call
 
 import grat_cli
 from grat_cli.attention import recall

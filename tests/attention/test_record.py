@@ -2,92 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_flux
-import tiny_hunyuan
 import torch
-from test_recall import dense_mask
+from recall_cases import dense_mask
+from recorded_calls import STEPS, Keeper, flux_call, hunyuan_call
 
 import grat_cli
-from grat_cli.attention.adapter import AttentionInputs
 from grat_cli.attention.recall import BINS
 from grat_cli.attention.record import AttentionRecorder, observation_preset
 from grat_cli.errors import BadInput
-from grat_cli.presets import Attention, Preset
 from grat_kernels import Grouping, build_plan
-
-STEPS = 3
-
-
-def preset(model: str, group: list[int]) -> Preset:
-    return Preset.model_validate(
-        {
-            "name": "test",
-            "model": model,
-            "attention": {"variant": "b", "group": group, "radius": 1},
-            "schedule": {"dense_steps": 1},
-            "kernel": {"backend": "sdpa"},
-        }
-    )
-
-
-def candidates(group: list[int], block: list[int]) -> list[Attention]:
-    given = (
-        {"variant": "full"},
-        {"variant": "b", "radius": 0},
-        {"variant": "x"},
-        {"variant": "b", "radius": 0, "far": [{"beyond": 0, "block": block}]},
-    )
-    return [Attention.model_validate({"group": group, **one}) for one in given]
-
-
-class Keeper:
-    """Keeps what each attention was computed from."""
-
-    def __init__(self) -> None:
-        self.step, self.seen = 0, []
-
-    def begin_call(self, step: int, density: float) -> None:
-        self.step = step
-
-    def end_call(self) -> None:
-        pass
-
-    @contextmanager
-    def attention(self, inputs: AttentionInputs | None = None) -> Iterator[None]:
-        assert inputs is not None
-        self.seen.append((self.step, inputs._replace(query=inputs.query.clone())))
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_gradients():
     with torch.no_grad():
         yield
-
-
-def flux_call() -> tuple[Any, dict[str, Any], Preset, list[Attention], dict[str, Any]]:
-    pipe = tiny_flux.pipeline()
-    size = {"height": 10 * tiny_flux.PIXELS_PER_TOKEN, "width": 7 * tiny_flux.PIXELS_PER_TOKEN}
-    call = tiny_flux.prompt() | {"num_inference_steps": STEPS}
-    return pipe, size, preset("flux", [4, 4]), candidates([4, 4], [2, 2]), call
-
-
-def hunyuan_call() -> tuple[Any, dict[str, Any], Preset, list[Attention], dict[str, Any]]:
-    size = {"height": 80, "width": 112, "num_frames": 9}
-    call = {"prompt": ["waves at night", "snow"], "num_inference_steps": STEPS, "max_sequence_length": 16}
-    return (
-        tiny_hunyuan.pipeline(),
-        size,
-        preset("hunyuan", [2, 4, 4]),
-        candidates([2, 4, 4], [1, 2, 2]),
-        call,
-    )
 
 
 @pytest.mark.parametrize("make", [flux_call, hunyuan_call])

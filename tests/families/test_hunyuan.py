@@ -13,6 +13,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from flux_runs import relative_difference
+from hunyuan_runs import GROUP, StockUnderMask, attentions, raster_mask, snapshot, under_masks
 from operator_names import record_operators
 
 from grat_cli.attention.processor import SpanAttentionProcessor
@@ -23,9 +24,13 @@ from grat_kernels import Backend, Block, CrissCross, Far, Full, Grid, Grouping, 
 
 # Two computations of one fp32 forward pass: sums of a few hundred terms in another order, through three layers.
 RELATIVE = 1e-5
-GROUP = (2, 3, 3)
 GRID = Grid((5, 6, 8))
 PADDED = (tiny_hunyuan.TEXT_TOKENS - 4, tiny_hunyuan.TEXT_TOKENS - 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_hunyuan.transformer()
 
 
 class Run:
@@ -49,54 +54,10 @@ class Run:
         return build_plan(Grouping(self.grid, GROUP), pattern, self.text_lengths[-1], text_first=False)
 
 
-def raster_mask(grid: Grid, radius: int | tuple[int, ...] | None, share: int | None) -> np.ndarray:
-    """What GRAT-B or GRAT-X allows between video tokens, `[N, N]` in raster order; without the project's own code."""
-    coordinates = np.stack(np.unravel_index(np.arange(grid.tokens), grid.shape), axis=1) // GROUP
-    apart = np.abs(coordinates[:, None] - coordinates[None, :])
-    if radius is not None:
-        return np.asarray((apart <= radius).all(-1))
-    return np.asarray((apart == 0).sum(-1) >= share)
-
-
-class StockUnderMask:
-    """Stock attention under a mask between video tokens; text as stock has it."""
-
-    def __init__(self, video: np.ndarray) -> None:
-        self.video, self.stock = torch.from_numpy(video), HunyuanVideoAttnProcessor2_0()
-
-    def __call__(
-        self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any, image_rotary_emb: Any
-    ) -> Any:
-        count = len(self.video)
-        mask = attention_mask.expand(-1, -1, attention_mask.shape[-1], -1).clone()
-        mask[:, :, :count, :count] &= self.video
-        return self.stock(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)  # pyright: ignore
-
-
-def attentions(model: Any) -> list[Any]:
-    return [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
-
-
-def under_masks(model: Any, inputs: dict[str, Any], *masks: np.ndarray) -> torch.Tensor:
-    """The stock prediction with a mask a layer."""
-    for layer, attention in enumerate(attentions(model)):
-        attention.set_processor(StockUnderMask(masks[layer % len(masks)]))
-    try:
-        return model(**inputs)[0]
-    finally:
-        for attention in attentions(model):
-            attention.set_processor(HunyuanVideoAttnProcessor2_0())
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _no_gradients():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_hunyuan.transformer()
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 8), (1, 7, 5), (4, 1, 1)])
@@ -168,15 +129,6 @@ def test_a_batch_may_change_between_calls(model: Any) -> None:
         results = [model(**tiny_hunyuan.inputs(GRID.shape, valid))[0] for valid in ((2,), PADDED, (7,))]
     for result, valid in zip(results, ((2,), PADDED, (7,)), strict=True):
         assert relative_difference(result, model(**tiny_hunyuan.inputs(GRID.shape, valid))[0]) < RELATIVE
-
-
-def snapshot(model: Any) -> list[Any]:
-    """Everything that the adapter may touch."""
-    hooks = [
-        (list(module._forward_pre_hooks), list(module._forward_hooks))
-        for module in (model, model.rope, model.x_embedder, model.proj_out)
-    ]
-    return [[id(attention.processor) for attention in attentions(model)], hooks, sorted(model.__dict__)]
 
 
 @pytest.mark.parametrize("fails", [False, True])

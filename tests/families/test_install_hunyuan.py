@@ -10,8 +10,8 @@ import tiny_hunyuan
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video_framepack import HunyuanVideoFramepackTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import HunyuanVideoImageToVideoPipeline
-from flux_runs import NoHostReads
-from test_hunyuan import raster_mask, relative_difference, snapshot, under_masks
+from flux_runs import NoHostReads, relative_difference
+from hunyuan_runs import raster_mask, snapshot, under_masks
 
 import grat_cli
 from grat_cli.errors import BadInput

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Problem, error_bound, problems
 from hypothesis import given, settings
-from test_triton_backend import PLANS, assert_accurate, random_tensors
+from kernel_cases import PLANS, assert_accurate, random_tensors
 
 from grat_kernels import (
     Block,

@@ -1,0 +1,40 @@
+"""What tests of recall share: grids, plans, tensors, masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from grat_kernels import Block, Far, Grid, Grouping, Pattern, Plan, Union, build_plan
+
+HEADS, HEAD_DIM, TEXT = 3, 8, 5
+
+
+GRIDS = [Grid((9, 7)), Grid((3, 5, 6)), Grid((1, 1))]
+
+
+def group(grid: Grid) -> tuple[int, ...]:
+    return (4, 2)[: grid.axes] if grid.axes == 2 else (2, 2, 2)
+
+
+def plan_of(grid: Grid, pattern: Pattern, text_first: bool = True, cells: tuple[tuple[int, ...], ...] = ()) -> Plan:
+    return build_plan(Grouping(grid, group(grid), (group(grid), *cells)), pattern, TEXT, text_first)
+
+
+def tensors(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    # Scores as peaked as learned ones, or every pattern's recall would be its density.
+    query, key, value = (torch.randn(tokens, HEADS, HEAD_DIM, generator=generator) for _ in range(3))
+    return 2 * query, key, value
+
+
+def dense_mask(plan: Plan) -> np.ndarray:
+    """`[image, image]` in the plan's order: which tokens are attended one by one; from groups and pattern alone."""
+    places = np.stack(np.unravel_index(plan.order, plan.grouping.grid.shape), 1) // np.asarray(plan.grouping.group)
+    counts = plan.grouping.counts
+    return np.array(
+        [[plan.pattern.level(tuple(a), tuple(b), counts) == 0 for b in places.tolist()] for a in places.tolist()]
+    )
+
+
+FAR = Union(Block(0), Far([(0, (2, 2))]))
