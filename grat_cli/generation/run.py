@@ -336,8 +336,10 @@ class _Making:
                         ),
                     )
             except KeyboardInterrupt:
-                if callback.latents is not None:
-                    self._run = run_after(callback.done, callback.latents)
+                if (latents := callback.latents) is not None:
+                    if callback.done == stage.steps:
+                        latents = self._family.spatial(inside.pipe, latents, stage.width, stage.height)
+                    self._run = run_after(callback.done, latents)
                 raise
             self._run = run_after(stage.steps, latents)
 
