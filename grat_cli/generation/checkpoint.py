@@ -40,7 +40,7 @@ _SCHEMAS = {
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
 MOST_STEPS = 100_000
-_TENSORS = ("latents", "start", "noise_state", "random_state")
+_TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Run:
         stage: that is under way, counted from 0.
         latents: after the steps that are done, within a stage as the pipeline has them, after its last step spatial;
             None before the stage's first step.
-        start: latents `[1, C, h, w]` that the stage started from; None for noise.
+        picture: latents `[1, C, h, w]` of the picture that the first stage started from; None for noise.
+        start: likewise what a later stage started from; None in the first.
         noise_state: of the generator of the noise, as bytes; None before the first stage has begun.
         random_state: of the device's generator, as bytes, for schedulers that draw noise at every step.
         steps: timing of the steps that are done, of all stages.
@@ -70,6 +71,7 @@ class Run:
     total: int
     stage: int = 0
     latents: torch.Tensor | None = None
+    picture: torch.Tensor | None = None
     start: torch.Tensor | None = None
     noise_state: torch.Tensor | None = None
     random_state: torch.Tensor | None = None
@@ -117,8 +119,10 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
     path = outputs.latents_path(output) if run.finished else outputs.checkpoint_path(output)
     held = {name: tensor for name in _TENSORS if (tensor := getattr(run, name)) is not None}
     if run.finished:
-        assert run.latents is not None, "a run whose steps are done has latents"
-        held = {"latents": run.latents.float()}
+        held["latents"] = held["latents"].float()
+        # The outputs that are left start from the same picture.
+        names = ("latents",) if run.seed == request.seeds[-1] else ("latents", "picture")
+        held = {name: held[name] for name in names if name in held}
     state = _StoredState(
         stage=run.stage,
         steps=tuple(_StoredStep(**asdict(step)) for step in run.steps),
@@ -234,7 +238,7 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             start_size=state.start_size,
             kept=path,
         )
-        _require_fit(run, request, stages[run.stage], latents_alone=ending == LATENTS_ENDING)
+        _require_fit(run, request, stages, latents_alone=ending == LATENTS_ENDING)
     except (ValueError, LookupError, OSError, BadInput) as error:
         reason = str(error) if isinstance(error, BadInput) else f"it is damaged, or of another version of grat: {error}"
         raise BadInput(f"{path} cannot be gone on with: {reason}") from error
@@ -243,9 +247,11 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
 
 def _require_stages(state: _StoredState, stages: Sequence[Stage]) -> None:
     """Raises BadInput unless a state is within the stages of its request, and those before its own are done."""
-    if state.stage >= len(stages) or len(state.stages) not in (state.stage, state.stage + 1):
+    if state.stage >= len(stages):
         raise BadInput(f"it is at stage {state.stage + 1} of {len(stages)}")
     done = Counter(step.stage for step in state.steps)
+    if not state.steps or len(state.stages) != state.stage + bool(done[state.stage]):
+        raise BadInput(f"it is at stage {state.stage + 1}, and tells of {len(state.stages)}")
     for number, steps in sorted(done.items()):
         if number > state.stage or steps > stages[number].steps:
             raise BadInput(f"stage {number + 1} has {steps} steps done, and it is at stage {state.stage + 1}")
@@ -257,31 +263,34 @@ def _require_stages(state: _StoredState, stages: Sequence[Stage]) -> None:
             raise BadInput(f"stage {number + 1} has {done[number]} steps done of {stage.steps}")
 
 
-def _require_fit(run: Run, request: Request, stage: Stage, *, latents_alone: bool) -> None:
+def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents_alone: bool) -> None:
     """Raises ValueError unless a run's tensors are of its request, and of the stage under way."""
     import torch
 
-    grid = request.model.grid(stage.width, stage.height, request.frames)
-    within = run.done_in_stage < stage.steps
-    expected = {
-        "latents": request.family.latents_shape(request.model, grid, called=within),
-        "start": request.family.latents_shape(request.model, grid, called=False),
-    }
-    for name, shape in expected.items():
-        tensor = getattr(run, name)
-        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_floating_point()):
-            raise ValueError(f"its {name} are {list(tensor.shape)}, {tensor.dtype}, and not {list(shape)}")
-    if run.latents is None and (run.done_in_stage or latents_alone):
-        raise ValueError("it has no latents")
-    if run.finished:
-        return
-    if latents_alone:
+    stage = stages[run.stage]
+
+    def shape(stage: Stage, *, called: bool = False) -> tuple[int, ...]:
+        grid = request.model.grid(stage.width, stage.height, request.frames)
+        return request.family.latents_shape(request.model, grid, called=called)
+
+    if latents_alone and not run.finished:
         raise ValueError(f"{run.done} of {run.total} steps are done, and it has no checkpoint")
-    if (run.start is None) != (stage.strength is None):
-        raise ValueError(f"stage {run.stage + 1} starts from latents, or it does not")
+    begun = run.done_in_stage > 0
+    starts = stages[0].strength is not None and not (run.finished and run.seed == request.seeds[-1])
+    expected = {
+        "latents": shape(stage, called=run.done_in_stage < stage.steps) if begun else None,
+        "picture": shape(stages[0]) if starts else None,
+        "start": shape(stage) if run.stage and not run.finished else None,
+    }
+    for name, wanted in expected.items():
+        tensor = getattr(run, name)
+        if tensor is not None and (tuple(tensor.shape) != wanted or not tensor.is_floating_point()):
+            raise ValueError(f"its {name} is {list(tensor.shape)}, {tensor.dtype}, and not {wanted and list(wanted)}")
+        if tensor is None and wanted is not None:
+            raise ValueError(f"it has no {name}")
     for name in ("noise_state", "random_state"):
         tensor = getattr(run, name)
-        if tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        if not run.finished and (tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 1):
             raise ValueError(f"its {name.replace('_', ' ')} is none")
 
 

@@ -1,4 +1,4 @@
-"""Runs of pictures and videos: against stock diffusers, broken off anywhere and taken up again, and how failures end."""
+"""Runs of pictures and videos: against stock diffusers, broken off and taken up again, and how failures end."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def test_progress_and_what_is_reported(written: dict[str, np.ndarray], small: Sm
     first, second = generate(asked, progress)
     steps = [(done, STEPS) for done in range(1, STEPS + 1)]
     assert progress.events == ["load", "text", *["denoise", *steps, "decode", "save"] * 2]
-    assert names(tmp_path) == [f"a{end}" for end in sorted([".json", small.ending])] + [
-        f"b{end}" for end in sorted([".json", small.ending])
-    ]
+    assert names(tmp_path) == sorted(f"{name}{ending}" for name in "ab" for ending in (".json", small.ending))
     assert (written["a"] != written["b"]).any()
     report = first.report
     assert (report["width"], report["height"], report["seed"]) == (asked.width, asked.height, 7)
@@ -107,7 +105,7 @@ def test_the_same_seed_gives_the_same_frames_whatever_came_before(
 def goes_on_as_if_whole(
     asked: Request, written: dict[str, np.ndarray], folder: Path, starts: tuple[Path, ...] = ()
 ) -> None:
-    """Breaks a run of two seeds off after each of the first one's steps and at each phase between them, and takes it up.
+    """Breaks a run of two seeds off after each of the first one's steps and at each phase between, and takes it up.
 
     Args:
         asked: for outputs `a-s7` and `a-s8` in the folder.
@@ -120,8 +118,8 @@ def goes_on_as_if_whole(
     expected = generate(asked, told)
     whole, steps = dict(written), told.steps
     total = len(steps) // 2
-    first = told.events[: told.events.index("save")]
-    phases = [event for event in first[first.index("denoise") + 2 : -1] if isinstance(event, str)]
+    first = told.events[told.events.index(steps[0]) : told.events.index("save") - 1]
+    phases = [event for event in first if isinstance(event, str)]
     stops = [{"after": after} for after in range(1, total + 1)] + [{"at_phase": phase} for phase in phases]
     for stop in stops:
         for path in folder.iterdir():
@@ -149,10 +147,13 @@ def goes_on_as_if_whole(
         assert written.keys() == whole.keys()
         for name, frames in whole.items():
             np.testing.assert_array_equal(written[name], frames)
+        for one, other in zip(made, expected, strict=True):
+            a, b = untimed(one.report), untimed(other.report)
+            if a != b:
+                print(stop, done, {k: (a.get(k), b.get(k)) for k in a.keys() | b.keys() if a.get(k) != b.get(k)})
         assert [untimed(one.report) for one in made] == [untimed(one.report) for one in expected]
-        assert names(folder) == sorted(
-            f"a-s{seed}{end}" for seed in (7, 8) for end in (".json", asked.outputs[0].suffix)
-        )
+        endings = (".json", asked.outputs[0].suffix)
+        assert names(folder) == sorted(f"a-s{seed}{ending}" for seed in (7, 8) for ending in endings)
 
 
 @pytest.mark.parametrize("small", ["picture", "video", "cascade", "cascade of latents"], indirect=True)
@@ -182,7 +183,7 @@ def test_a_run_from_a_picture_goes_on_without_it(
     start, folder = tmp_path / "start.png", tmp_path / "made"
     folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)).save(start)
-    asked = small.of(folder / "a-s7", folder / "a-s8", init_image=start, strength=0.9)
+    asked = small.of(folder / "a-s7", folder / "a-s8", init_image=start, strength=0.6)
     goes_on_as_if_whole(asked, written, folder, starts=(start,))
 
 
@@ -369,7 +370,7 @@ def test_latents_outlive_a_decoder_without_memory(
     def decode_or_fail(latents: torch.Tensor, *args: Any, **options: Any) -> Any:
         sides.append(latents.shape[-1])
         # Between stages it decodes.
-        return decode(latents, *args, **options) if latents.shape[-1] < asked.width // 8 else NoMemory()()
+        return decode(latents, *args, **options) if latents.shape[-1] < asked.width // 4 else NoMemory()()
 
     with monkeypatch.context() as patch:
         patch.setattr(loaded.vae, "decode", decode_or_fail if len(small.stages) > 1 else NoMemory())
@@ -565,7 +566,7 @@ def test_outputs_can_be_decoded_in_smaller_tiles(
 ) -> None:
     generate(small.of(tmp_path / "a", width=160, height=96, save_latents=True))
     run, asked = read_run(tmp_path / "a.latents.safetensors")
-    decode_run(run, asked, tmp_path / f"tiled{small.ending}", Progress(), tile=64)
+    decode_run(run, asked, tmp_path / f"tiled{small.ending}", Progress(), tile=64 if asked.frames else 112)
     whole, tiled = written["a"].astype(float), written["tiled"].astype(float)
     assert whole.shape == tiled.shape
     if not asked.frames:

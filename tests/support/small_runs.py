@@ -122,7 +122,7 @@ def _request(presets: str, group: list[int], format: str, **changes: Any) -> Req
     sections = {name: changes.pop(name) for name in ("sampling", "highres") if name in changes}
     asked = {"model": choose_model("demo", medium="image")} | changes
     preset = Preset.model_validate(chosen | sections)
-    return Request(prompt="a red fox at night", preset=preset, format=format, device="cpu", **asked)
+    return Request(prompt="a red boat at night", preset=preset, format=format, device="cpu", **asked)
 
 
 def generate(asked: Request, progress: Progress | None = None, begun: Run | None = None) -> list[Made]:
