@@ -28,7 +28,7 @@ class Stage:
     """One denoising run of a picture.
 
     Attributes:
-        number: counted from 0, which is the base, or the whole of a run in one stage.
+        number: counted from 0 over those that are run.
         width: in pixels.
         height: likewise.
         preset: attention, schedule, kernel and sampling of this stage.
@@ -221,4 +221,4 @@ def _from_picture(stages: list[Stage], start: Resolution, strength: float | None
     left = [*(stage for stage in earlier if stage.width * stage.height > start.width * start.height), last]
     if strength is not None:
         left[0] = replace(left[0], strength=strength)
-    return tuple(left)
+    return tuple(replace(stage, number=number) for number, stage in enumerate(left))

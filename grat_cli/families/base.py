@@ -343,6 +343,14 @@ class Family(ABC):
     def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         """Latents as a callback has them, as `[1, C, (T,) h, w]`."""
 
+    @abstractmethod
+    def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
+        """Of latents of so many image tokens, as a callback has them if `called`, else as `spatial` gives them.
+
+        Raises:
+            OSError, ValueError, LookupError: as for `transformer_config`, or if a field is missing.
+        """
+
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         """Spatial latents as a callback has them: undoes `spatial`."""
         return latents

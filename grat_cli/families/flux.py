@@ -231,6 +231,10 @@ class Flux(Family):
     def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
 
+    def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
+        channels = self.transformer_config(model)["in_channels"]
+        return (1, grid.tokens, channels) if called else (1, channels // 4, *(2 * side for side in grid.shape))
+
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipe._pack_latents(latents, *latents.shape)
 

@@ -192,10 +192,8 @@ class Hunyuan(Family):
         import torch
 
         pooled = normal(1, config["pooled_projection_dim"])
-        patch = config["patch_size_t"], config["patch_size"], config["patch_size"]
-        latents = [tokens * size for tokens, size in zip(grid.shape, patch, strict=True)]
         inputs = {
-            "hidden_states": normal(1, config["in_channels"], *latents),
+            "hidden_states": normal(*_latents_shape(config, grid)),
             "encoder_hidden_states": normal(1, text_len, config["text_embed_dim"]),
             "encoder_attention_mask": torch.ones(1, text_len, device=pooled.device, dtype=torch.bool),
             "pooled_projections": pooled,
@@ -283,6 +281,9 @@ class Hunyuan(Family):
     def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         return latents
 
+    def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
+        return _latents_shape(self.transformer_config(model), grid)
+
     def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
         import torch
 
@@ -311,6 +312,11 @@ class Hunyuan(Family):
         if extrapolation is not None:
             raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
         return HunyuanAdapter(transformer, grid, **options)
+
+
+def _latents_shape(config: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
+    patch = config["patch_size_t"], config["patch_size"], config["patch_size"]
+    return (1, config["in_channels"], *(tokens * size for tokens, size in zip(grid.shape, patch, strict=True)))
 
 
 # ---- Attention

@@ -85,6 +85,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
             header = json.loads(file.read(length))
             text = header["__metadata__"][KEY] if KEY in header.get("__metadata__", {}) else None
             about = None if text is None else json.loads(text)
+            json.dumps(about, allow_nan=False)  # as it was written
     except OSError as error:
         raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

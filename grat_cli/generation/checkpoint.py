@@ -7,14 +7,16 @@ what may be typed, and decides neither where an output goes nor what it may repl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from grat_cli.errors import BadInput, choices
+from grat_cli.estimates.stages import Stage
 from grat_cli.families import Medium, ModelChoice
 from grat_cli.files import formats, outputs, tensors, videos, whole
 from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
@@ -39,7 +41,7 @@ _SCHEMAS = {
 }
 MOST_STEPS = 100_000
 _COUNTS = ("steps_done", "steps_total")  # for people
-_TENSORS = ("latents", "start", "noise_state", "random_state")
+_TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ class Run:
         stage: that is under way, counted from 0.
         latents: after the steps that are done, within a stage as the pipeline has them, after its last step spatial;
             None before the stage's first step.
-        start: latents `[1, C, h, w]` that the stage started from; None for noise.
+        picture: latents `[1, C, h, w]` of the picture that the first stage started from; None for noise.
+        start: likewise what a later stage started from; None in the first.
         noise_state: of the generator of the noise, as bytes; None before the first stage has begun.
         random_state: of the device's generator, as bytes, for schedulers that draw noise at every step.
         steps: timing of the steps that are done, of all stages.
@@ -69,6 +72,7 @@ class Run:
     total: int
     stage: int = 0
     latents: torch.Tensor | None = None
+    picture: torch.Tensor | None = None
     start: torch.Tensor | None = None
     noise_state: torch.Tensor | None = None
     random_state: torch.Tensor | None = None
@@ -116,11 +120,13 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
     path = outputs.latents_path(output) if run.finished else outputs.checkpoint_path(output)
     held = {name: tensor for name in _TENSORS if (tensor := getattr(run, name)) is not None}
     if run.finished:
-        assert run.latents is not None, "a run whose steps are done has latents"
-        held = {"latents": run.latents.float()}
+        held["latents"] = held["latents"].float()
+        # The outputs that are left start from the same picture.
+        names = ("latents",) if run.seed == request.seeds[-1] else ("latents", "picture")
+        held = {name: held[name] for name in names if name in held}
     state = _StoredState(
         stage=run.stage,
-        steps=run.steps,
+        steps=tuple(_StoredStep(**asdict(step)) for step in run.steps),
         phases=dict(run.phases_ms),
         memory=dict(run.memory_bytes),
         stages=tuple(dict(stage) for stage in run.stages),
@@ -217,12 +223,14 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
         seed = stored_as(_StoredReport, about).seed
         state: _StoredState = stored_as(_StoredState, about.get("state"))
         request = request_from_data(about.get("request"), place, seed, model)
+        stages = stages_for(request, None if state.start_size is None else Resolution(*state.start_size))
+        _require_stages(state, stages)
         run = Run(
             seed=seed,
-            total=_total(request, state),
+            total=sum(stage.steps for stage in stages),
             stage=state.stage,
             **{name: held.get(name) for name in _TENSORS},
-            steps=state.steps,
+            steps=tuple(StepTiming(**dict(step)) for step in state.steps),
             phases_ms=state.phases,
             memory_bytes=state.memory,
             report={name: value for name, value in about.items() if name not in ("request", "state", *_COUNTS)}
@@ -232,48 +240,60 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             start_size=state.start_size,
             kept=path,
         )
-        _require_fit(run, request, latents_alone=ending == LATENTS_ENDING)
-    except (ValueError, BadInput) as error:
+        _require_fit(run, request, stages, latents_alone=ending == LATENTS_ENDING)
+    except (ValueError, LookupError, OSError, BadInput) as error:
         reason = str(error) if isinstance(error, BadInput) else f"it is damaged, or of another version of grat: {error}"
         raise BadInput(f"{path} cannot be gone on with: {reason}") from error
     return run, request
 
 
-def _total(request: Request, state: _StoredState) -> int:
-    """Steps of all stages of a request; BadInput if the state has more stages, or steps of others."""
-    stages = stages_for(request, None if state.start_size is None else Resolution(*state.start_size))
-    if state.stage >= len(stages) or len(state.stages) not in (state.stage, state.stage + 1):
+def _require_stages(state: _StoredState, stages: Sequence[Stage]) -> None:
+    """Raises BadInput unless a state is within the stages of its request, and those before its own are done."""
+    if state.stage >= len(stages):
         raise BadInput(f"it is at stage {state.stage + 1} of {len(stages)}")
-    for number, stage in enumerate(stages):
-        done = sum(step.stage == number for step in state.steps)
-        if done > stage.steps or (done < stage.steps and number < state.stage) or (done and number > state.stage):
-            raise BadInput(f"stage {number + 1} has {done} steps done of {stage.steps}")
-    return sum(stage.steps for stage in stages)
+    done = Counter(step.stage for step in state.steps)
+    if not state.steps or len(state.stages) != state.stage + bool(done[state.stage]):
+        raise BadInput(f"it is at stage {state.stage + 1}, and tells of {len(state.stages)}")
+    for number, steps in sorted(done.items()):
+        if number > state.stage or steps > stages[number].steps:
+            raise BadInput(f"stage {number + 1} has {steps} steps done, and it is at stage {state.stage + 1}")
+    for number, stage in enumerate(stages[: len(state.stages)]):
+        told: _StoredStage = stored_as(_StoredStage, state.stages[number])
+        if (told.number, told.width, told.height, told.steps) != (number, stage.width, stage.height, stage.steps):
+            raise BadInput(f"stage {number + 1} is told to be another one")
+        if number < state.stage and done[number] < stage.steps:
+            raise BadInput(f"stage {number + 1} has {done[number]} steps done of {stage.steps}")
 
 
-def _require_fit(run: Run, request: Request, *, latents_alone: bool) -> None:
-    """Raises ValueError unless a run's tensors are of its request."""
+def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents_alone: bool) -> None:
+    """Raises ValueError unless a run's tensors are of its request, and of the stage under way."""
     import torch
 
+    stage = stages[run.stage]
+
+    def shape(stage: Stage, *, called: bool = False) -> tuple[int, ...]:
+        grid = request.model.grid(stage.width, stage.height, request.frames)
+        return request.family.latents_shape(request.model, grid, called=called)
+
+    if latents_alone and not run.finished:
+        raise ValueError(f"{run.done} of {run.total} steps are done, and it has no checkpoint")
+    begun = run.done_in_stage > 0
+    starts = stages[0].strength is not None and not (run.finished and run.seed == request.seeds[-1])
+    expected = {
+        "latents": shape(stage, called=run.done_in_stage < stage.steps) if begun else None,
+        "picture": shape(stages[0]) if starts else None,
+        "start": shape(stage) if run.stage and not run.finished else None,
+    }
+    for name, wanted in expected.items():
+        tensor = getattr(run, name)
+        if tensor is not None and (tuple(tensor.shape) != wanted or not tensor.is_floating_point()):
+            raise ValueError(f"its {name} is {list(tensor.shape)}, {tensor.dtype}, and not {wanted and list(wanted)}")
+        if tensor is None and wanted is not None:
+            raise ValueError(f"it has no {name}")
     for name in ("noise_state", "random_state"):
-        state = getattr(run, name)
-        if state is not None and (state.dtype != torch.uint8 or state.ndim != 1):
+        tensor = getattr(run, name)
+        if not run.finished and (tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 1):
             raise ValueError(f"its {name.replace('_', ' ')} is none")
-    latents = run.latents
-    if latents is None:
-        if run.done_in_stage or latents_alone or run.start is None:
-            raise ValueError("it has no latents")
-        return
-    if not latents.is_floating_point() or not latents.ndim or latents.shape[0] != 1:
-        raise ValueError(f"its latents are {list(latents.shape)}, {latents.dtype}")
-    if not run.finished:
-        if latents_alone:
-            raise ValueError(f"{run.done} of {run.total} steps are done, and it has no checkpoint")
-        return
-    *time, rows, columns = latents.shape[2:] if latents.ndim >= 4 else (0, 0)
-    expected = list(request.grid.shape[:-2])
-    if not rows or time != expected or rows * request.width != columns * request.height:
-        raise ValueError(f"its latents are {list(latents.shape)}, of {request.size} they are not")
 
 
 # ---- What files say
@@ -293,6 +313,8 @@ PathText = Annotated[str, Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(max_length=80)]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Count = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 
 
 class _StoredDevice(BaseModel):
@@ -307,15 +329,71 @@ class _StoredWeights(BaseModel):
     revision: Annotated[str, Field(max_length=200)] | None
 
 
+class _StoredLowest(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    step: Count
+    layer: Count
+    kept: Number
+
+
+class _StoredWidening(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    step: Count
+    layer: Count
+    to: Text
+
+
+class _StoredGuard(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    bar: Number
+    layers: Count
+    planned_density: Number | None
+    lowest: _StoredLowest | None
+    widened: Annotated[tuple[_StoredWidening, ...], Field(max_length=MOST_STEPS)]
+
+
 class _StoredReport(BaseModel):
-    """What of a report decides how a run goes on."""
+    """What of a report decides how a run goes on, and what of it is shown."""
 
     model_config = ConfigDict(strict=True)
 
     seed: Seed
     device: _StoredDevice
     model: _StoredWeights
+    sampling: dict[str, Any]
+    density: Number
+    guard: _StoredGuard | None
     peak_memory_kind: Annotated[str, Field(max_length=200)]
+
+
+class _StoredStage(BaseModel):
+    """What is shown of a stage that is done."""
+
+    model_config = ConfigDict(strict=True)
+
+    number: Count
+    width: Side
+    height: Side
+    steps: Count
+    density: Number
+    guard: _StoredGuard | None
+
+
+class _StoredStep(BaseModel):
+    """A `StepTiming`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    index: Count
+    timestep: Number
+    total_ms: Number
+    attention_ms: Number
+    other_ms: Number
+    density: Number
+    stage: Annotated[int, Field(ge=0, le=100)]
 
 
 class _StoredState(BaseModel):
@@ -324,9 +402,9 @@ class _StoredState(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     stage: Annotated[int, Field(ge=0, le=100)]
-    steps: Annotated[tuple[StepTiming, ...], Field(max_length=MOST_STEPS)]
-    phases: dict[Name, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
-    memory: dict[Name, Annotated[int, Field(ge=0)]]
+    steps: Annotated[tuple[_StoredStep, ...], Field(max_length=MOST_STEPS)]
+    phases: dict[Name, Annotated[Number, Field(ge=0)]]
+    memory: dict[Name, Annotated[int, Field(ge=0, le=2**63)]]
     stages: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)]
     guard: dict[str, Any] | None
     start_size: tuple[Side, Side] | None

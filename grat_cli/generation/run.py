@@ -99,7 +99,6 @@ def generate(request: Request, progress: WritingProgress, begun: Run | None = No
             _, output = jobs.pop(0)
             yield decode_run(begun, request, output, progress)
             tidy_up(begun, request, output, None)
-            begun = None
     if not jobs:
         return
 
@@ -112,7 +111,7 @@ def generate(request: Request, progress: WritingProgress, begun: Run | None = No
 
     # 4. to 8. Denoise in stages, keep, decode, write, report.
     for number, (seed, output) in enumerate(jobs):
-        run = begun if begun is not None and not number else generator.new_run(seed)
+        run = begun if begun is not None and begun.seed == seed else generator.new_run(seed)
         yield generator.make(request, run, output, text, is_last=number == len(jobs) - 1)
 
 
@@ -132,9 +131,10 @@ class Generator:
             begun: the run that is taken up.
         """
         self._device, self._progress, self._family = choose_device(request.device), progress, request.family
-        self._start = None if begun is not None else read_start(request, progress)
-        start_size = begun.start_size if begun is not None else self._start and self._start.size
-        self.stages = stages_for(request, None if start_size is None else Resolution(*start_size))
+        start = None if begun is not None else read_start(request, progress)
+        self._start_size = begun.start_size if begun is not None else start and start.size
+        self._picture: Image.Image | torch.Tensor | None = begun.picture if begun is not None else start
+        self.stages = stages_for(request, None if self._start_size is None else Resolution(*self._start_size))
         self._common = phases_of(self._device)
 
         # 2. Load.
@@ -148,7 +148,7 @@ class Generator:
                     offload=request.offload,
                     quantize=request.quantize,
                     choose_offload=offload_chooser(request, self._device),
-                    image_to_image=self._start is not None,
+                    image_to_image=self._picture is not None,
                     base=request.base,
                 )
             if request.offload == "auto":
@@ -170,8 +170,16 @@ class Generator:
 
     def new_run(self, seed: int) -> Run:
         """A run of which nothing is done."""
-        start_size = None if self._start is None else self._start.size
-        return Run(seed=seed, total=sum(stage.steps for stage in self.stages), start_size=start_size)
+        return Run(seed=seed, total=sum(stage.steps for stage in self.stages), start_size=self._start_size)
+
+    def picture(self, request: Request) -> torch.Tensor:
+        """Latents `[1, C, h, w]` of the picture that every output starts from, of the size of the first stage."""
+        from PIL import Image
+
+        assert self._picture is not None, "a first stage that is no sampling from noise has a picture"
+        if isinstance(self._picture, Image.Image):
+            self._picture = upscaled(self._pipe, request, self._picture, self.stages[0])
+        return self._picture
 
     def encode(self, request: Request) -> Text:
         """Prompt and negative prompt as the pipeline takes them, for all seeds and stages."""
@@ -281,7 +289,8 @@ class _Making:
                 ) from None
             raise
         except Exception as error:
-            if not isinstance(error, GratError) and (kept := self._kept()):
+            of_this_machine = isinstance(error, OutOfMemory) or not isinstance(error, GratError)
+            if of_this_machine and (kept := self._kept()):
                 self._progress.note(f"the last checkpoint is kept: {command_for('resume', kept)} goes on")
             raise
 
@@ -293,13 +302,14 @@ class _Making:
     def _run_stage(self, stage: Stage) -> None:
         """Runs what is left of a stage's steps."""
         run = self._run
-        if run.stage == 0 and run.start is None and self._generator._start is not None:
+        if run.picture is None and self._stages[0].strength is not None:
             with self._phases(phase_of("encode", 0)):
-                run = replace(run, start=upscaled(self._pipe, self._request, self._generator._start, stage))
+                run = replace(run, picture=self._generator.picture(self._request))
         first_step = run.done_in_stage
         guidance = self._text.guidances[run.stage]
         recorder, watch = StepRecorder(self._device), StepWatch(self._progress, first_step)
-        start = None if run.start is None else run.start.to(self._device)
+        start = run.picture if run.stage == 0 else run.start
+        start = None if start is None else start.to(self._device)
         self._progress.phase("denoise" if stage.number == 0 else f"denoising {stage.size}")
         with installed(
             self._pipe, self._request, stage, start=start, first_step=first_step, observer=recorder
@@ -316,8 +326,8 @@ class _Making:
                 self._request.checkpoint_every,
                 lambda done, latents: self._keep(run_after(done, latents)),
             )
-            try:
-                with self._phases(phase_of("denoise", run.stage)):
+            with self._phases(phase_of("denoise", run.stage)):
+                try:
                     latents = self._family.denoise(
                         inside.pipe,
                         Call(
@@ -335,10 +345,12 @@ class _Making:
                             first_step=first_step,
                         ),
                     )
-            except KeyboardInterrupt:
-                if callback.latents is not None:
-                    self._run = run_after(callback.done, callback.latents)
-                raise
+                except KeyboardInterrupt:
+                    if (latents := callback.latents) is not None:
+                        if callback.done == stage.steps:
+                            latents = self._family.spatial(inside.pipe, latents, stage.width, stage.height)
+                        self._run = run_after(callback.done, latents)
+                    raise
             self._run = run_after(stage.steps, latents)
 
     def _after(
