@@ -195,9 +195,7 @@ def batch(
         )
 
 
-def _medium(
-    of_layout: Medium | None, layout: str, model: str | None, of_one: Mapping[Medium, Mapping[str, Any]]
-) -> Medium:
+def _medium(of_layout: Medium | None, layout: str, model: str | None, of_one: dict[Medium, dict[str, Any]]) -> Medium:
     """Whether pictures or videos are meant: as the layout says, else the model's name, else the options.
 
     Args:
@@ -217,9 +215,9 @@ def _medium(
     medium: Medium = of_layout or named or ("video" if given["video"] else "image")
     if named not in (None, medium):
         raise BadInput(f"--layout {layout} is for {medium}s, and {model} makes {named}s: give another --model")
-    for other, own in given.items():
-        if own and other != medium:
-            raise BadInput(f"{own[0]} is for {_OUTPUTS[other]}, and these are {medium}s: leave it out")
+    for other, outputs in _OUTPUTS.items():
+        if given[other] and other != medium:
+            raise BadInput(f"{given[other][0]} is for {outputs}, and these are {medium}s: leave it out")
     return medium
 
 
