@@ -50,7 +50,7 @@ def decode(pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.T
     config, device = pipe.vae.config, pipe._execution_device
 
     def decode_tile(window: torch.Tensor) -> torch.Tensor:
-        scaled = window.to(device) / config.scaling_factor + config.shift_factor
+        scaled = window.to(device, pipe.vae.dtype) / config.scaling_factor + config.shift_factor
         pixels = pipe.vae.decode(scaled, return_dict=False)[0].float().cpu()
         if not pixels.isfinite().all():
             raise NumericalFailure("the picture has NaN after decoding: try --dtype float32 or bfloat16")
