@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TILE = 1024  # side in pixels, the sample size of Flux's autoencoder, which its group norms were trained at
+_TILE_UNIT = 16  # pixels; sides of tiles are typed in multiples of it
 # Share of a tile of an AutoencoderKL that fades into the next. Across a hard cut pixels change up to 2.9 times as much
 # as across the lines around it, across the fade of a quarter 1.13 times, and in the untiled picture 1.18 times (random
 # weights of 4 levels, 768x768 pixels in tiles of 256).
@@ -193,7 +194,8 @@ def _tiling(vae: Any, part: Literal["encoder", "decoder"], tile: int | None, sca
         overlap = blend = int(side * _OVERLAP)
     smallest = max(overlap + 1, 8)
     if side < smallest:
-        raise BadInput(f"tiles of {tile} pixels are too small for this autoencoder: use {smallest * scale} or more")
+        least = -(-smallest * scale // _TILE_UNIT) * _TILE_UNIT
+        raise BadInput(f"tiles of {tile} pixels are too small for this autoencoder: use {least} or more")
     return Tiling(side, overlap, blend)
 
 

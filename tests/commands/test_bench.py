@@ -14,18 +14,17 @@ import torch
 from command_line import grat, refusal
 from PIL import Image
 
-from grat_cli.bench import attention_level, image_level, step_level, video_level
-from grat_cli.bench.image_level import PROMPTS, ImageSettings
+from grat_cli.bench import attention_level, step_level, whole_runs
 from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.bench.step_level import StepSettings
-from grat_cli.bench.video_level import PROMPTS as VIDEO_PROMPTS
-from grat_cli.bench.video_level import VideoSettings
-from grat_cli.bench.whole_runs import Pictures
+from grat_cli.bench.whole_runs import Pictures, RunSettings
 from grat_cli.commands.bench import complete_compare, complete_peers
+from grat_cli.fidelity.prompts import built_in_prompts
 from grat_cli.fidelity.variants import NAMES, PEERS, SHORT_NAMES
 from grat_cli.presets import preset_names
 from grat_kernels import Block, Grid, Grouping, build_plan
 
+PROMPTS, VIDEO_PROMPTS = built_in_prompts("image"), built_in_prompts("video")
 TINY = ("--grid", "12x14", "--text", 3, "--heads", 1, "--head-dim", 16, "--reps", 2, "--device", "cpu")
 
 
@@ -51,14 +50,12 @@ class Measured(list[Any]):
         self.append(settings)
         return a_result("step")
 
-    def image(self, settings: ImageSettings, progress: Any) -> tuple[BenchResult, Pictures]:
+    def whole(self, settings: RunSettings, progress: Any) -> tuple[BenchResult, Pictures]:
         self.append(settings)
+        if settings.model.medium == "video":
+            return a_result("video"), Pictures([("full", []), ("b", [])], [])
         red = Image.new("RGB", (40, 30), "red")
         return a_result("image"), Pictures([("full", [red]), ("grat-b", [red])], ["a fox, seed 0"])
-
-    def video(self, settings: VideoSettings, progress: Any) -> tuple[BenchResult, Pictures]:
-        self.append(settings)
-        return a_result("video"), Pictures([("full", []), ("b", [])], [])
 
 
 @pytest.fixture
@@ -66,8 +63,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     stand_in = Measured()
     monkeypatch.setattr(attention_level, "run_attention_level", stand_in.attention)
     monkeypatch.setattr(step_level, "run_step_level", stand_in.step)
-    monkeypatch.setattr(image_level, "run_image_level", stand_in.image)
-    monkeypatch.setattr(video_level, "run_video_level", stand_in.video)
+    monkeypatch.setattr(whole_runs, "compare_runs", stand_in.whole)
     return stand_in
 
 

@@ -11,8 +11,7 @@ import torch
 from command_line import grat
 
 from grat_cli.files import outputs
-from grat_cli.files.checkpoint import CheckpointStore
-from grat_cli.files.latents import save_latents
+from grat_cli.files.tensors import write_tensors
 from grat_cli.files.videos import FORMATS, SUFFIXES, write_video
 from grat_cli.presets import load_preset
 
@@ -68,11 +67,16 @@ def test_info_tells_of_a_damaged_video_what_can_be_told(tmp_path: Path) -> None:
     assert f"{path} is not a whole video" in told.err.replace("\n", "")
 
 
-def test_info_reads_latents_and_checkpoints(tmp_path: Path) -> None:
-    video = tmp_path / "waves.mp4"
-    latents = torch.randn(1, 4, 3, 6, 8)
-    save_latents(outputs.latents_path(video), latents, provenance())
-    CheckpointStore(outputs.checkpoint_path(video)).write(12, latents, None, provenance())
-    assert "9 frames" in grat("info", outputs.latents_path(video)).out
-    assert "12 of 20 are done" in grat("info", outputs.checkpoint_path(video)).out
-    assert grat("info", outputs.checkpoint_path(video), "--json").data["schema"] == "grat.checkpoint/1"
+@pytest.mark.parametrize("name", ["waves.mp4", "waves.png"])
+def test_info_reads_latents_and_checkpoints(name: str, tmp_path: Path) -> None:
+    about = provenance() | {"steps_total": 28}
+    if name.endswith("png"):
+        for key in ("frames", "fps", "seconds"):
+            del about[key]
+    kept, checkpoint = outputs.latents_path(tmp_path / name), outputs.checkpoint_path(tmp_path / name)
+    for path, schema, done in ((kept, "grat.latents/2", 28), (checkpoint, "grat.checkpoint/2", 12)):
+        write_tensors(path, {"latents": torch.randn(1, 4, 3, 6, 8)}, about | {"schema": schema, "steps_done": done})
+        assert ("64x48, 9 frames" in grat("info", path).out) == name.endswith("mp4")
+        assert grat("info", path, "--json").data["schema"] == schema
+    assert "12 of 28 are done" in grat("info", checkpoint).out
+    assert "are done" not in grat("info", kept).out

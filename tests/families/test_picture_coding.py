@@ -168,7 +168,7 @@ def test_what_cannot_be_decoded_is_refused() -> None:
     pipe = pipeline(tiny_flux.autoencoder())
     # 8 latents of receptive field on either side, and one that is used.
     assert receptive_field(pipe.vae, "decoder") == 8
-    with pytest.raises(BadInput, match="tiles of 64 pixels are too small for this autoencoder: use 68 or more"):
+    with pytest.raises(BadInput, match="tiles of 64 pixels are too small for this autoencoder: use 80 or more"):
         decode(pipe, noise(4, 64, 64), 64)
     with pytest.raises(NumericalFailure, match="NaN after decoding"):
         decode(pipe, torch.full((1, 4, 8, 8), torch.nan))
