@@ -162,7 +162,7 @@ def test_decode_takes_options_of_the_medium(kind: Kind) -> None:
         assert Path("c.webp").stat().st_size < Path(out).stat().st_size
         with Image.open(out) as image:
             assert (image.format, image.size) == ("WEBP", (64, 64))
-    assert kind.small[1] in grat("info", out).out
+    assert str(kind.small[1]) in grat("info", out).out
 
 
 def dying_ffmpeg(folder: Path) -> Path:

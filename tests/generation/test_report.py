@@ -31,14 +31,13 @@ SIZES: dict[str, dict[str, int]] = {
 
 def build(steps: int = 20, medium: Any = "image", **asked: Any) -> dict[str, Any]:
     model = choose_model("demo", medium)
-    size = (VideoSize if model.video else Resolution)(**SIZES[medium])
+    measures: dict[str, Any] = SIZES[medium]
+    size = (VideoSize if model.video else Resolution)(**measures)
     preset = select_preset(model, variant="x", steps=steps)
     (planned,) = run_forecasts(preset, model, size, "float32")
     schedule = planned.schedule
-    request = Request(
-        **({"prompt": "a fox", "negative_prompt": "a cat"} | asked),
-        **({"preset": preset, "model": model, "seeds": (7,), "command": "grat image 'a fox'"} | SIZES[medium]),
-    )
+    given: dict[str, Any] = {"prompt": "a fox", "negative_prompt": "a cat", **asked, **measures}
+    request = Request(preset=preset, model=model, seeds=(7,), command="grat image 'a fox'", **given)
     surroundings = Surroundings(
         device="cpu",
         device_name="A processor",

@@ -120,7 +120,9 @@ def goes_on_as_if_whole(
     total = len(steps) // 2
     first = told.events[told.events.index(steps[0]) : told.events.index("save") - 1]
     phases = [event for event in first if isinstance(event, str)]
-    stops = [{"after": after} for after in range(1, total + 1)] + [{"at_phase": phase} for phase in phases]
+    stops: list[dict[str, Any]] = [{"after": after} for after in range(1, total + 1)] + [
+        {"at_phase": phase} for phase in phases
+    ]
     for stop in stops:
         for path in folder.iterdir():
             path.unlink()

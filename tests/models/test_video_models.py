@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput, ModelUnavailable
-from grat_cli.families import FAMILIES
+from grat_cli.families import FAMILIES, Medium
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_autoencoder, load_model
 
@@ -153,7 +153,8 @@ def test_parts_have_the_dtypes_of_the_model_card() -> None:
 
 
 def test_an_autoencoder_alone_is_a_pipeline_that_decodes() -> None:
-    for medium, latents in (("image", torch.randn(1, 4, 8, 8)), ("video", torch.randn(1, 16, 2, 4, 4))):
+    of_medium: dict[Medium, torch.Tensor] = {"image": torch.randn(1, 4, 8, 8), "video": torch.randn(1, 16, 2, 4, 4)}
+    for medium, latents in of_medium.items():
         choice = choose_model("demo", medium)
         whole = load_model(choice, device=CPU, dtype=torch.float32).pipe
         alone = load_autoencoder(choice, device=CPU, dtype=torch.float32)
