@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from command_line import grat
 
 import grat_cli
 from grat_cli.app import app
@@ -26,6 +26,7 @@ COMMANDS = [shlex.split(line, comments=True) for line in SHELL if line.startswit
 MAKERS = ("image", "video")
 NEEDS_WEIGHTS = [command for command in COMMANDS if command[1] in MAKERS and {"--offload", "--model"} & set(command)]
 NEEDS_WEIGHTS = [command for command in NEEDS_WEIGHTS if "demo" not in command]
+RESUMED = {command[2] for command in COMMANDS if command[1] == "resume"}
 RUNNABLE = [command for command in COMMANDS if command not in NEEDS_WEIGHTS]
 
 
@@ -66,18 +67,54 @@ def test_the_two_commands_are_make_targets() -> None:
 
 def test_every_command_that_needs_no_weights_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    runner = CliRunner()
     assert len(RUNNABLE) >= 8
-    first = runner.invoke(app, ["image", "a red fox", "--model", "demo", "--steps", "1", "--out", "demo.png"])
-    assert first.exit_code == 0, first.stderr
+    first = grat("image", "a red fox", "--model", "demo", "--steps", "1", "--out", "demo.png")
+    assert first.code == 0, first.err
     for name, text in PROMPT_FILES.items():
         Path(name).write_text(text)
     for command in RUNNABLE:
         quick = QUICK_BENCH[_level(command)] if command[1] == "bench" else QUICK.get(command[1], [])
         quick = [*quick, *(["--frames", "5"] if "vbench" in command else [])]
-        result = runner.invoke(app, [*command[1:], *quick])
-        assert result.exit_code == 0, f"{shlex.join(command)}: {result.stderr}"
-        assert result.stdout.strip()
+        if command[1] in MAKERS and RESUMED & set(command):
+            _break_off([*command[1:], *quick], monkeypatch)
+            continue
+        result = grat(*command[1:], *quick)
+        assert result.code == 0, f"{shlex.join(command)}: {result.err}"
+        assert result.out.strip()
+
+
+def _break_off(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupts what is then resumed after its first step."""
+
+    def step(self: object, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grat_cli.console.progress.LogProgress.step", step)
+        result = grat(*arguments)
+    assert result.code == 130
+    assert "go on with grat resume" in result.err
+
+
+def test_the_wings_are_those_of_the_contract_in_its_order() -> None:
+    items = re.findall(r"^- ((?:`[a-z]+`(?:, )?)+):", README, re.MULTILINE)
+    listed = [name for item in items for name in _quoted(item)]
+    layers = re.findall(r'"grat_cli\.([a-z]+)"', (ROOT / "pyproject.toml").read_text().partition("\nlayers = [")[2])
+    assert listed == sorted(listed, key=layers.index)
+    assert sorted(listed) == sorted(path.parent.name for path in (ROOT / "grat_cli").glob("*/__init__.py"))
+
+
+def test_files_that_developers_are_sent_to_exist() -> None:
+    section = README.partition("## For developers")[2]
+    paths = [name for name in _quoted(section) if "/" in name and "NAME" not in name]
+    assert len(paths) > 15
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
 
 
 @pytest.mark.parametrize("command", NEEDS_WEIGHTS, ids=shlex.join)
