@@ -65,11 +65,13 @@ class Text:
         tensors: embeddings and masks as the pipeline takes them.
         guidances: of each stage.
         lengths: text tokens of the joint sequence in each call of a step, that of the prompt first.
+        phases: what encoding took, until an output is made for which it counts.
     """
 
     tensors: Mapping[str, torch.Tensor]
     guidances: tuple[Guidance, ...]
     lengths: tuple[int, ...]
+    phases: Phases
 
 
 def generate(request: Request, progress: WritingProgress, begun: Run | None = None) -> Iterator[Made]:
@@ -192,11 +194,12 @@ class Generator:
             for note in dict.fromkeys(note for guidance in guidances for note in guidance.notes):
                 self._progress.note(note)
             self._progress.phase("text")
-            with self._common("text"):
+            phases = phases_of(self._device)
+            with phases("text"):
                 negative = next((one.negative_prompt for one in guidances if one.negative_prompt is not None), None)
                 tensors = self._family.encode_text(self._pipe, request.model, request.prompt, negative)
                 lengths = self._family.text_lens(tensors)
-                return Text({name: tensor.cpu() for name, tensor in tensors.items()}, guidances, lengths)
+                return Text({name: tensor.cpu() for name, tensor in tensors.items()}, guidances, lengths, phases)
 
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
@@ -216,6 +219,7 @@ class Generator:
         # What was loaded and encoded is counted with the first output that follows.
         phases = phases_of(self._device, run)
         phases.take(self._common)
+        phases.take(text.phases)
         making = _Making(self, request, run, output, text, phases)
         if not run.done:
             # Of an earlier run, which would be taken for this one's.

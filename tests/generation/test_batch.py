@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_hunyuan
 import torch
 from command_line import Result, grat, refusal
 from PIL import Image
@@ -28,8 +27,8 @@ from grat_cli.errors import NumericalFailure
 from grat_cli.families.picture_coding import decode as decode_picture
 from grat_cli.files.videos import read_frames
 from grat_cli.files.whole import write_whole
-from grat_cli.generation import batch, pictures
-from grat_cli.generation import videos as video_generation
+from grat_cli.generation import batch
+from grat_cli.generation import run as generation
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
 
@@ -58,13 +57,14 @@ def loads(monkeypatch: pytest.MonkeyPatch, demo: Any) -> list[str]:
         names.append(choice.name)
         return LoadedModel(demo, None)
 
-    monkeypatch.setattr(pictures, "load_model", load)
+    monkeypatch.setattr(generation, "load_model", load)
     return names
 
 
-@pytest.fixture(scope="module")
-def video_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_hunyuan.save(tmp_path_factory.mktemp("model") / "tiny", guidance_embeds=False)
+@pytest.fixture(params=["image", "video"])
+def small(request: pytest.FixtureRequest, video_model: Path) -> tuple[object, ...]:
+    """Model and size of pictures or videos."""
+    return ("--model", video_model, *SMALL_VIDEO, "--steps", "2") if request.param == "video" else SMALL
 
 
 def write_lines(name: str, *items: Any) -> None:
@@ -82,16 +82,16 @@ def pixels(path: Path | str) -> np.ndarray:
         return np.asarray(image)
 
 
-def fail_at(prompt_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of one seed turn out to be NaN."""
-    make = pictures.ImageGenerator.make
+def fail_at(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs of one seed turn out to be NaN."""
+    finish = generation.finish
 
-    def make_or_fail(self: Any, request: Any, text: Any, seed: int) -> Any:
-        if seed == prompt_seed:
+    def finish_or_fail(pipe: Any, device: Any, run: Any, *rest: Any, **options: Any) -> Any:
+        if run.seed == seed:
             raise NumericalFailure("the picture has NaN after decoding: try --dtype float32")
-        return make(self, request, text, seed)
+        return finish(pipe, device, run, *rest, **options)
 
-    monkeypatch.setattr(pictures.ImageGenerator, "make", make_or_fail)
+    monkeypatch.setattr(generation, "finish", finish_or_fail)
 
 
 def test_a_batch_makes_the_pictures_of_grat_image_with_one_loaded_model(loads: list[str]) -> None:
@@ -110,7 +110,7 @@ def test_a_batch_makes_the_pictures_of_grat_image_with_one_loaded_model(loads: l
         alone = grat("image", made["prompt"], *SMALL, *seed, "--negative", "snow", "--out", f"{number}.png", "--json")
         np.testing.assert_array_equal(pixels(made["file"]), pixels(f"{number}.png"))
         report, expected = json.loads(Path(made["report"]).read_text()), alone.data["images"][0]
-        changing = {"created", "command", "phases", "steps", "stages", "peak_memory_bytes", "file", "batch"}
+        changing = {"created", "command", "phases", "steps", "stages", "memory", "peak_memory_bytes", "file", "batch"}
         assert {name: report[name] for name in report.keys() - changing} == {
             name: expected[name] for name in expected.keys() - changing
         }
@@ -273,7 +273,9 @@ def test_ctrl_c_says_how_far_it_got(loads: list[str], monkeypatch: pytest.Monkey
         result = grat("batch", "p.txt", *SMALL, "--out", "b")
     assert result.code == 130
     assert "interrupted after 1 of 2; the same command goes on with the others" in result.err
-    assert len(files("b")) == 2
+    (kept,) = (name for name in files("b") if name.startswith("unfinished"))
+    assert kept.endswith(".latents.safetensors")
+    assert len(files("b")) == 3
     assert grat("batch", "p.txt", *SMALL, "--out", "b").out.splitlines()[-1] == "1 made, 1 there before, 0 failed, in b"
 
 
@@ -328,7 +330,7 @@ def vbench_videos(folder: Path, full_info: list[dict[str, Any]], dimension: str)
 
 def test_vbench_reads_what_it_is_given(video_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released: list[tuple[str, ...]] = []
-    monkeypatch.setattr(video_generation, "release", lambda pipe, *parts: released.append(parts))
+    monkeypatch.setattr(generation, "release", lambda pipe, *parts: released.append(parts))
     long = "ö" * 120
     full_info = [
         {"prompt_en": "waves at night, in super slow motion", "dimension": ["scene"]},
@@ -367,30 +369,23 @@ def test_vbench_reads_what_it_is_given(video_model: Path, monkeypatch: pytest.Mo
     assert "(size, frame rate)" in refusal(*arguments, "--frames", "9", "--fps", "9")
 
 
-def test_a_video_that_fails_leaves_nothing(video_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_lines("p.txt", "waves", "a boat")
-    finish = video_generation.finish_video
-
-    def fail(autoencoder: Any, device: Any, run: Any, request: Any, *rest: Any) -> Any:
-        if request.prompt == "waves":
-            raise NumericalFailure("all frames are of one flat colour")
-        return finish(autoencoder, device, run, request, *rest)
-
-    monkeypatch.setattr(video_generation, "finish_video", fail)
-    result = grat("batch", "p.txt", "--model", video_model, *SMALL_VIDEO, "--steps", "2", "--out", "v")
+def test_an_output_that_fails_leaves_nothing(small: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines("p.jsonl", {"prompt": "waves", "seed": 1}, {"prompt": "a boat", "seed": 0})
+    fail_at(1, monkeypatch)
+    result = grat("batch", "p.jsonl", *small, "--out", "v")
     assert result.code == 5
-    assert "failed: waves (seed 0): all frames are of one flat colour" in result.out
-    assert {path.suffix for path in Path("v").iterdir()} == {".mp4", ".json"}
+    assert "failed: waves (seed 1): the picture has NaN after decoding" in result.out
+    assert {path.suffix for path in Path("v").iterdir()} in ({".mp4", ".json"}, {".png", ".json"})
     assert all("a-boat" in path.name for path in Path("v").iterdir())
 
 
-@pytest.mark.parametrize("format_name", ["mp4", "frames"])
-def test_a_video_that_is_written_but_not_in_its_place_is_not_made_again(
+@pytest.mark.parametrize("format_name", ["png", "mp4", "frames"])
+def test_an_output_that_is_written_but_not_in_its_place_is_not_made_again(
     video_model: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
 ) -> None:
-    write_lines("p.txt", "waves")
-    arguments: tuple[object, ...] = ("batch", "p.txt", "--model", video_model, *SMALL_VIDEO, "--steps", "2")
-    arguments = (*arguments, "--out", "v", "--format", format_name)
+    write_lines("p.txt", "a boat")
+    small = SMALL if format_name == "png" else ("--model", video_model, *SMALL_VIDEO, "--steps", "2")
+    arguments: tuple[object, ...] = ("batch", "p.txt", *small, "--out", "v", "--format", format_name)
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -400,11 +395,11 @@ def test_a_video_that_is_written_but_not_in_its_place_is_not_made_again(
         assert grat(*arguments).code == 130
     assert len(list(Path("v/unfinished").iterdir())) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(video_generation, "denoise", interrupted)
+        patch.setattr(generation.Generator, "make", interrupted)
         assert grat(*arguments).code == 0
-    (video,) = (path for path in Path("v").iterdir() if path.suffix != ".json")
-    assert len(list(read_frames(video))) == 5
-    assert {path.name for path in Path("v").iterdir()} == {video.name, f"{video.stem}.json"}
+    (made,) = (path for path in Path("v").iterdir() if path.suffix != ".json")
+    assert pixels(made).shape == (64, 64, 3) if format_name == "png" else len(list(read_frames(made))) == 5
+    assert {path.name for path in Path("v").iterdir()} == {made.name, f"{made.stem}.json"}
 
 
 def begin(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
@@ -413,12 +408,15 @@ def begin(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def test_a_batch_of_videos_that_is_killed_goes_on_where_it_was(video_model: Path) -> None:
-    """In the middle of a video too, and with the same frames."""
-    write_lines("p.txt", "waves", "a boat")
-    size = ("--res", "192x160", "--frames", "17", "--variant", "lines", "--group", "2x2x2", "--steps", "8")
-    arguments: tuple[object, ...] = ("batch", "p.txt", "--layout", "vbench", "--model", video_model, *size)
-    arguments = (*arguments, "--n", "1", "--checkpoint-every", "1")
+@pytest.mark.parametrize("layout", ["geneval", "vbench"])
+def test_a_batch_that_is_killed_goes_on_where_it_was(video_model: Path, layout: str) -> None:
+    """In the middle of an output too, and with the same pixels."""
+    small: tuple[object, ...] = ("--model", "demo", "--res", "512", "--steps", "4")  # in two stages
+    if layout == "vbench":
+        small = ("--model", video_model, "--res", "192x160", "--frames", "17", "--steps", "8")
+        small = (*small, "--variant", "lines", "--group", "2x2x2")
+    write_lines("p.jsonl", *({"prompt": prompt, "tag": "one", "include": []} for prompt in ("waves", "a boat")))
+    arguments = ("batch", "p.jsonl", "--layout", layout, *small, "--n", "1", "--checkpoint-every", "1")
     whole = grat(*arguments, "--out", "whole")
     assert whole.code == 0, whole.err
 
@@ -431,17 +429,21 @@ def test_a_batch_of_videos_that_is_killed_goes_on_where_it_was(video_model: Path
         time.sleep(0.005)
     run.send_signal(signal.SIGKILL)
     run.communicate()
-    assert [path.name for path in Path("killed/videos").iterdir()] == ["waves-0.mp4"]
-    done = files("killed/videos")
+    outputs = ("00000/samples/0000.png", "00001/samples/0000.png")
+    if layout == "vbench":
+        outputs = ("videos/waves-0.mp4", "videos/a boat-0.mp4")
+    done = {name: when for name, when in files("killed").items() if "unfinished" not in name}
+    assert [Path("killed", name).exists() for name in outputs] == [True, False]
 
     result: Result = grat(*arguments, "--json")
     assert (result.code, result.data["skipped"], len(result.data["made"])) == (0, 1, 1), result.err
     assert re.search(r"a-boat-s0-[0-9a-f]{12} goes on after step [1-8]", result.err)
-    assert {name: when for name, when in files("killed/videos").items() if name in done} == done
-    for name in ("waves-0.mp4", "a boat-0.mp4"):
-        frames = zip(read_frames(Path("killed/videos", name)), read_frames(Path("whole/videos", name)), strict=True)
+    assert {name: when for name, when in files("killed").items() if name in done} == done
+    read = read_frames if layout == "vbench" else lambda path: [pixels(path)]
+    for name in outputs:
+        frames = zip(read(Path("killed", name)), read(Path("whole", name)), strict=True)
         assert all((one == other).all() for one, other in frames)
-    assert {path.name for path in Path("killed").iterdir()} == {"videos", "reports"}
+    assert files("killed").keys() == files("whole").keys()
 
 
 def test_a_terminal_shows_the_time_left_of_the_whole_batch() -> None:
