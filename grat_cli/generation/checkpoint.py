@@ -7,7 +7,6 @@ what may be typed, and decides neither where an output goes nor what it may repl
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +24,7 @@ from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.request import Request, check
 from grat_cli.generation.stage import stages_for
 from grat_cli.generation.timing import StepTiming
-from grat_cli.models.catalogue import KNOWN_MODELS, choose_model
+from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
 from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import QUANTIZATIONS
 from grat_cli.models.resolution import LARGEST_SIDE, Resolution
@@ -42,7 +41,6 @@ _SCHEMAS = {
 }
 MOST_STEPS = 100_000
 _COUNTS = ("steps_done", "steps_total")  # for people
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
 
@@ -537,6 +535,6 @@ def _chosen(stored: _StoredModel, medium: Medium) -> ModelChoice:
 
 
 def _base(stored: str | None) -> str | None:
-    if stored is None or Path(stored).is_absolute() or (_HUB_ID.fullmatch(stored) and not Path(stored).exists()):
+    if stored is None or Path(stored).is_absolute() or (HUB_ID.fullmatch(stored) and not Path(stored).exists()):
         return stored
     raise ValueError("base: neither an absolute path nor a hub id")
