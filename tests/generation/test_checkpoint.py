@@ -35,6 +35,7 @@ from grat_cli.generation.request import Request, check
 from grat_cli.generation.run import decode_run
 from grat_cli.models.catalogue import choose_model
 
+FOLDERS = Path(__file__).parent, Path(__file__).parents[1] / "support"  # for processes that import from here
 of_cascades = pytest.mark.parametrize("small", ["cascade"], indirect=True)
 
 
@@ -139,9 +140,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     asked = long_run(tmp_path / "a")
     kept = written_after(asked, 1)
     moments = random.Random(0)
-    step, support = 1, Path(small_runs.__file__).parent
+    step = 1
     with subprocess.Popen(
-        [sys.executable, "-c", _WRITERS, tmp_path / "a", Path(__file__).parent, support],
+        [sys.executable, "-c", _WRITERS, tmp_path / "a", *FOLDERS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -194,8 +195,8 @@ for limit in map(int, sys.argv[4:]):
 
 
 def test_a_full_disk_keeps_the_old_one_and_says_so(tmp_path: Path) -> None:
-    limits, folders = ("0", "100", "5000", "150000"), (Path(__file__).parent, Path(small_runs.__file__).parent)
-    command = [sys.executable, "-c", _FULL_DISK, tmp_path / "a", *folders, *limits]
+    limits = ("0", "100", "5000", "150000")
+    command = [sys.executable, "-c", _FULL_DISK, tmp_path / "a", *FOLDERS, *limits]
     done = subprocess.run(command, capture_output=True, text=True)
     kept = tmp_path / "a.checkpoint.safetensors"
     assert done.stderr == ""

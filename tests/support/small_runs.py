@@ -112,7 +112,7 @@ def video(folder: Path) -> Small:
 
 
 def _request(presets: str, group: list[int], format: str, **changes: Any) -> Request:
-    chosen = {
+    chosen: dict[str, Any] = {
         "name": "test",
         "model": presets,
         "attention": {"variant": "x", "group": group, "share": 2},
@@ -120,7 +120,7 @@ def _request(presets: str, group: list[int], format: str, **changes: Any) -> Req
         "sampling": {"steps": STEPS, "guidance": 2.0},
     }
     sections = {name: changes.pop(name) for name in ("sampling", "highres") if name in changes}
-    asked: dict[str, Any] = {"model": choose_model("demo", medium="image")} | changes
+    asked: dict[str, Any] = {"model": choose_model("demo", medium="image"), **changes}
     preset = Preset.model_validate(chosen | sections)
     return Request(prompt="a red boat at night", preset=preset, format=format, device="cpu", **asked)
 
