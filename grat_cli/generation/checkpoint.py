@@ -32,13 +32,13 @@ from grat_cli.presets import Preset
 if TYPE_CHECKING:
     import torch
 
+_COUNTS = ("steps_done", "steps_total")  # of a file, for people
 CHECKPOINT_ENDING, LATENTS_ENDING = ".checkpoint.safetensors", ".latents.safetensors"
 _SCHEMAS = {
     CHECKPOINT_ENDING: ("grat.checkpoint/2", "a checkpoint"),
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
 MOST_STEPS = 100_000
-_COUNTS = ("steps_done", "steps_total")  # for people
 _TENSORS = ("latents", "start", "noise_state", "random_state")
 
 
