@@ -34,6 +34,7 @@ from grat_cli.presets import Preset
 if TYPE_CHECKING:
     import torch
 
+_COUNTS = ("steps_done", "steps_total")  # of a file, for people
 CHECKPOINT_ENDING, LATENTS_ENDING = ".checkpoint.safetensors", ".latents.safetensors"
 _SCHEMAS = {
     CHECKPOINT_ENDING: ("grat.checkpoint/2", "a checkpoint"),

@@ -306,6 +306,16 @@ def test_a_preview_takes_the_place_of_nothing(painter: Painter, tmp_path: Path) 
     assert grat(*arguments, "--overwrite").code == 0
 
 
+@pytest.mark.parametrize("kept", ["checkpoint", "latents"])
+def test_what_another_run_has_kept_is_refused(painter: Painter, kept: str) -> None:
+    path = Path(f"fox.{kept}.safetensors")
+    path.write_text("precious")
+    assert f"{path} of another run exists: go on with it (grat resume {path}), or use --overwrite" in refusal(
+        *FOX, "--res", "64", "--out", "fox.png"
+    )
+    assert (painter.requests, path.read_text()) == ([], "precious")
+
+
 def test_what_came_while_a_picture_was_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(self: Any, done: int, total: int) -> None:
         (tmp_path / "fox.png").write_bytes(b"of another process")

@@ -62,6 +62,7 @@ def test_a_run_stands_where_it_stood(small: Small, tmp_path: Path, dtype: torch.
     }
     assert found.kept == kept
     assert found.latents is not None
+    assert run.latents is not None
     assert found.latents.dtype == dtype
     assert torch.equal(found.latents, run.latents)
     assert found.noise_state is not None
@@ -83,6 +84,7 @@ def test_latents_take_the_place_of_the_checkpoint_exactly(small: Small, tmp_path
     assert names(tmp_path) == [kept.name] == ["a.latents.safetensors"]
     found, _ = read_run(kept)
     assert found.latents is not None
+    assert run.latents is not None
     assert (found.finished, found.latents.dtype) == (True, torch.float32)
     assert torch.equal(found.latents.to(dtype), half)
 
