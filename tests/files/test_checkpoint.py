@@ -135,7 +135,7 @@ for line in sys.stdin:
         step += 1
         store.write(step, latents_of(step, 160), random_state(step), ABOUT, list(range(step)), overwrite=True)
         os.write(1, b"%d\\n" % step)
-    print("writer", writer, flush=True)
+    os.write(1, b"writer %d\\n" % writer)
     os.waitpid(writer, 0)
     print("killed", flush=True)
 """

@@ -69,8 +69,8 @@ def test_what_made_them_is_read_without_torch(path: Path) -> None:
     save_latents(path, latents(), ABOUT)
     assert outputs.read_provenance(path) == ABOUT | {"schema": SCHEMA}
     code = (
-        "import sys\nfrom pathlib import Path\nfrom grat_cli import media\n"
-        "print(media.read_provenance(Path(sys.argv[1]))['seed'], {'torch', 'safetensors'} & set(sys.modules))"
+        "import sys\nfrom pathlib import Path\nfrom grat_cli.files import outputs\n"
+        "print(outputs.read_provenance(Path(sys.argv[1]))['seed'], {'torch', 'safetensors'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     assert done.stdout == "7 set()\n"
