@@ -41,7 +41,6 @@ _SCHEMAS = {
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
 MOST_STEPS = 100_000
-_COUNTS = ("steps_done", "steps_total")  # for people
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
 
