@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 
 # A file's tests share their models, so a file stays in one process; each takes up to 4 GiB.
 test: $(TEST_READY)
-	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 lint: $(LINT_READY) links
 	$(VENV)/bin/ruff check .

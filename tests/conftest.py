@@ -19,8 +19,13 @@ settings.register_profile("grat", deadline=None, print_blob=True, derandomize=bo
 settings.load_profile("grat")
 
 
+# Files of few tests that take long begin first, so that no process is left with one of them at the end.
+_LONG = ("test_readme.py", "test_hunyuan_demo.py", "test_keeping.py", "test_aot.py", "test_moving.py", "test_stages.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is no CUDA device."""
+    """Orders files, and skips tests marked `gpu` where there is no CUDA device."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
     if torch.cuda.is_available():
         return
     for item in items:

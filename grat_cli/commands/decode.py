@@ -53,7 +53,7 @@ def decode(
     from grat_cli.files.formats import choose_format, require_writable
     from grat_cli.files.whole import claimed
     from grat_cli.generation.checkpoint import find_run, place_of, read_run
-    from grat_cli.generation.run import decode_run
+    from grat_cli.generation.finishing import decode_run
 
     output = terminal.output()
 

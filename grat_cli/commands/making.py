@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grat_cli.estimates.planning import Forecast
     from grat_cli.families import ModelChoice
     from grat_cli.generation.checkpoint import Run
-    from grat_cli.generation.run import Made
+    from grat_cli.generation.finishing import Made
     from grat_cli.presets import Preset
 
 

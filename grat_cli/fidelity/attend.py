@@ -280,8 +280,8 @@ def attend(
     from grat_cli.attention.observers import Observers
     from grat_cli.attention.query_record import CallCounter, QueryRecorder
     from grat_cli.attention.record import AttentionRecorder
+    from grat_cli.generation.machine import memory_advice, offload_chooser
     from grat_cli.generation.request import note_expectations
-    from grat_cli.generation.run import memory_advice, offload_chooser
     from grat_cli.generation.single import frames_of, latents_of
     from grat_cli.models.devices import choose_device, choose_dtype
     from grat_cli.models.loading import load_model

@@ -24,8 +24,9 @@ from grat_cli.files.outputs import (
 from grat_cli.files.whole import adopt, cannot_write, claimed, discard, place, remove
 from grat_cli.generation.batch_layout import Layout, Sample, has_metadata, write_metadata
 from grat_cli.generation.checkpoint import Run, discard_run, read_run, request_data
+from grat_cli.generation.denoising import Text
 from grat_cli.generation.request import Request
-from grat_cli.generation.run import Generator, Text, take_up
+from grat_cli.generation.run import Generator, take_up
 from grat_cli.models.devices import choose_device
 
 # Outputs are made here, with all that is kept of one until it is written, and moved to their place whole.

@@ -317,7 +317,7 @@ def broken_off(
 def test_how_often_there_is_a_checkpoint(
     kind: Kind, options: tuple[str, ...], seconds: float, kept: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grat_cli.generation.run.BETWEEN_CHECKPOINTS_S", seconds)
+    monkeypatch.setattr("grat_cli.generation.denoising.BETWEEN_CHECKPOINTS_S", seconds)
     about = broken_off(kind, monkeypatch, *options, by=RuntimeError("not foreseen"))
     assert (about and about["steps_done"]) == kept
 

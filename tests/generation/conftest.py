@@ -14,7 +14,7 @@ import tiny_hunyuan
 import torch
 from small_runs import Small
 
-from grat_cli.generation import checkpoint, run
+from grat_cli.generation import checkpoint, finishing, run
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
 
@@ -49,7 +49,7 @@ def loaded(small: Small, monkeypatch: pytest.MonkeyPatch) -> Any:
     else:
         pipe = load_model(small.request.model, device=torch.device("cpu"), dtype=torch.float32).pipe
     monkeypatch.setattr(run, "load_model", lambda *_, **__: LoadedModel(pipe, None))
-    monkeypatch.setattr(run, "load_autoencoder", lambda *_, **__: pipe)
+    monkeypatch.setattr(finishing, "load_autoencoder", lambda *_, **__: pipe)
     monkeypatch.setattr(run, "release", lambda *_: None)
     return pipe
 
@@ -64,5 +64,5 @@ def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
         path.write_bytes(b"an output")
         return True
 
-    monkeypatch.setattr(run.formats, "write_output", write_output)
+    monkeypatch.setattr(finishing.formats, "write_output", write_output)
     return made

@@ -16,10 +16,11 @@ from small_runs import STEPS, Progress, Small, broken_off, generate, names, unti
 
 from grat_cli.errors import BadInput, CannotWrite, Interrupted, NumericalFailure, OutOfMemory
 from grat_cli.files import whole as whole_files
+from grat_cli.generation import denoising, finishing
 from grat_cli.generation import run as generation
 from grat_cli.generation.checkpoint import Run, find_run, read_run
+from grat_cli.generation.finishing import Made, decode_run
 from grat_cli.generation.request import Request
-from grat_cli.generation.run import Made, decode_run
 from grat_cli.models.loading import LoadedModel
 
 pytestmark = pytest.mark.usefixtures("loaded")
@@ -227,13 +228,14 @@ def test_checkpoints_come_as_often_as_asked_and_go_with_the_end(
 ) -> None:
     """The last are the latents, kept until the output is written; between two stages there is always one."""
     kept = []
-    real = generation.write_run
+    real = finishing.write_run
 
     def write_run(run: Run, asked: Request, output: Path) -> Path:
         kept.append(run.done)
         return real(run, asked, output)
 
-    monkeypatch.setattr(generation, "write_run", write_run)
+    for module in (denoising, finishing):
+        monkeypatch.setattr(module, "write_run", write_run)
     generate(small.of(tmp_path / "a", checkpoint_every=2))
     assert kept == expected
     assert names(tmp_path) == sorted(["a.json", f"a{small.ending}"])
@@ -241,7 +243,7 @@ def test_checkpoints_come_as_often_as_asked_and_go_with_the_end(
     generate(small.of(tmp_path / "b", checkpoint_every=0))
     assert kept == [STEPS]
     kept.clear()
-    monkeypatch.setattr(generation, "BETWEEN_CHECKPOINTS_S", 0.0)
+    monkeypatch.setattr(denoising, "BETWEEN_CHECKPOINTS_S", 0.0)
     generate(small.of(tmp_path / "c"))
     assert kept == list(range(1, STEPS + 1))
 
@@ -388,7 +390,7 @@ def test_latents_outlive_an_encoder_that_fails(monkeypatch: pytest.MonkeyPatch, 
             raise error
 
         progress = Progress()
-        monkeypatch.setattr(generation.formats, "write_output", fail)
+        monkeypatch.setattr(finishing.formats, "write_output", fail)
         with pytest.raises(expected) as caught:
             generate(small.of(tmp_path / "a"), progress)
         advice = f"its latents are kept: go on with grat decode {tmp_path / 'a.latents.safetensors'}"
@@ -419,10 +421,10 @@ def test_a_full_disk_ends_no_run(
 def test_where_the_output_has_no_room_latents_are_kept_elsewhere(
     monkeypatch: pytest.MonkeyPatch, small: Small, tmp_path: Path
 ) -> None:
-    real, elsewhere, work = generation.write_run, tmp_path / "tmp", tmp_path / "work"
+    real, elsewhere, work = finishing.write_run, tmp_path / "tmp", tmp_path / "work"
     elsewhere.mkdir()
     work.mkdir()
-    monkeypatch.setattr(generation.tempfile, "tempdir", str(elsewhere))
+    monkeypatch.setattr(finishing.tempfile, "tempdir", str(elsewhere))
 
     def write_run(run: Run, asked: Request, output: Path) -> Path:
         if output.parent == work:
@@ -432,10 +434,11 @@ def test_where_the_output_has_no_room_latents_are_kept_elsewhere(
     def full(*_: Any, **__: Any) -> None:
         raise CannotWrite("cannot write a.mp4: no space left on device")
 
-    monkeypatch.setattr(generation, "write_run", write_run)
+    for module in (denoising, finishing):
+        monkeypatch.setattr(module, "write_run", write_run)
     asked = small.of(work / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(generation.formats, "write_output", full)
+        patch.setattr(finishing.formats, "write_output", full)
         with pytest.raises(CannotWrite) as caught:
             generate(asked)
     (kept,) = elsewhere.glob("grat-*/a.latents.safetensors")

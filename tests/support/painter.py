@@ -11,8 +11,8 @@ import numpy as np
 from grat_cli.estimates.planning import architecture_for, schedule_for
 from grat_cli.files import formats, outputs
 from grat_cli.generation import report
+from grat_cli.generation.finishing import Made
 from grat_cli.generation.request import Request
-from grat_cli.generation.run import Made
 from grat_cli.generation.stage import stages_for
 from grat_cli.generation.timing import StepTiming
 from grat_cli.models.resolution import Resolution

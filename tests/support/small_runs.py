@@ -19,8 +19,8 @@ from grat_cli.estimates.stages import Stage
 from grat_cli.files import tensors
 from grat_cli.generation import run
 from grat_cli.generation.checkpoint import Run, find_run
+from grat_cli.generation.finishing import Made
 from grat_cli.generation.request import Request
-from grat_cli.generation.run import Made
 from grat_cli.generation.stage import stages_for
 from grat_cli.generation.timing import StepTiming
 from grat_cli.models.catalogue import choose_model

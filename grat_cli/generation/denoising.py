@@ -1,0 +1,336 @@
+"""The denoising of one output, stage by stage; what is done is kept now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted, OutOfMemory
+from grat_cli.estimates.stages import Stage
+from grat_cli.families.base import Call
+from grat_cli.families.guidance import Guidance
+from grat_cli.files import outputs
+from grat_cli.generation import report
+from grat_cli.generation.checkpoint import Run, write_run
+from grat_cli.generation.frames import FrameCheck, checked_frames
+from grat_cli.generation.preview import Preview, PreviewedSteps
+from grat_cli.generation.request import Request, WritingProgress
+from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
+from grat_cli.generation.timing import Phases, StepRecorder, phase_of
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+from grat_cli.generation.finishing import command_for
+from grat_cli.generation.machine import memory_advice
+
+BETWEEN_CHECKPOINTS_S = 120.0
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts, in main memory.
+
+    Attributes:
+        tensors: embeddings and masks as the pipeline takes them.
+        guidances: of each stage.
+        lengths: text tokens of the joint sequence in each call of a step, that of the prompt first.
+        phases: what encoding took, until an output is made for which it counts.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    guidances: tuple[Guidance, ...]
+    lengths: tuple[int, ...]
+    phases: Phases
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A loaded model, and what all of its outputs have in common.
+
+    Attributes:
+        pipe: the pipeline.
+        device: where it runs.
+        progress: told how it goes on.
+        stages: of every output.
+        surroundings: for reports.
+        picture: latents `[1, C, h, w]` of the picture that every output of a request starts from, where the first stage
+            is no sampling from noise.
+    """
+
+    pipe: Any
+    device: torch.device
+    progress: WritingProgress
+    stages: tuple[Stage, ...]
+    surroundings: report.Surroundings
+    picture: Callable[[Request], torch.Tensor]
+
+
+class Denoising:
+    """The denoising of one output."""
+
+    def __init__(self, studio: Studio, request: Request, run: Run, output: Path, text: Text, phases: Phases) -> None:
+        import torch
+
+        self._studio, self._request, self._output, self._text = studio, request, output, text
+        self._phases, self._run = phases, run
+        self._device, self._progress = studio.device, studio.progress
+        self._pipe, self._family, self._stages = studio.pipe, request.family, studio.stages
+
+        self._noise = torch.Generator("cpu").manual_seed(run.seed)
+        if run.noise_state is not None:
+            try:
+                self._noise.set_state(run.noise_state)
+            except (RuntimeError, TypeError) as error:
+                raise BadInput("the random state of the run is damaged: start the run anew") from error
+        restore_random_state(run.random_state, self._device)
+        self._preview = None
+        if request.preview_every:
+            path = outputs.preview_path(output)
+            native = request.model.native_side
+            self._preview = Preview(path, request.preview_every, native, self._family, request.overwrite)
+
+    def denoised(self) -> Run:
+        """The run with all of its steps done; checkpoints are written beside the output.
+
+        Raises:
+            NumericalFailure: if latents turn NaN or infinite, with the first such step.
+            Interrupted: by Ctrl-C, where there is a checkpoint to go on from.
+        """
+        try:
+            while True:
+                stage = self._stages[self._run.stage]
+                with memory_advice(self._request, self._device, stage):
+                    if self._run.done_in_stage < stage.steps:
+                        self._run_stage(stage)
+                    if stage is self._stages[-1]:
+                        return self._run
+                    self._go_on_to(self._stages[self._run.stage + 1], stage)
+        except KeyboardInterrupt:
+            if self._run.done:
+                self._keep(self._run)
+            if kept := self._kept():
+                raise Interrupted(
+                    f"interrupted after step {self._run.done} of {self._run.total}; "
+                    f"go on with {command_for('resume', kept)}"
+                ) from None
+            raise
+        except Exception as error:
+            of_this_machine = isinstance(error, OutOfMemory) or not isinstance(error, GratError)
+            if of_this_machine and (kept := self._kept()):
+                self._progress.note(f"the last checkpoint is kept: {command_for('resume', kept)} goes on")
+            raise
+
+    def remove_preview(self) -> None:
+        """The output itself is there."""
+        if self._preview is not None:
+            self._preview.remove()
+
+    def _run_stage(self, stage: Stage) -> None:
+        """Runs what is left of a stage's steps."""
+        run = self._run
+        if run.picture is None and self._stages[0].strength is not None:
+            with self._phases(phase_of("encode", 0)):
+                run = replace(run, picture=self._studio.picture(self._request))
+        first_step = run.done_in_stage
+        guidance = self._text.guidances[run.stage]
+        recorder, watch = StepRecorder(self._device), StepWatch(self._progress, first_step)
+        start = run.picture if run.stage == 0 else run.start
+        start = None if start is None else start.to(self._device)
+        self._progress.phase("denoise" if stage.number == 0 else f"denoising {stage.size}")
+        with installed(
+            self._pipe, self._request, stage, start=start, first_step=first_step, observer=recorder
+        ) as inside:
+            if inside.installation.guard and first_step:
+                inside.installation.guard.restore(run.guard or {}, first_step)
+
+            def run_after(done: int, latents: torch.Tensor) -> Run:
+                return self._after(run, stage, inside, guidance, watch, recorder, done, latents)
+
+            callback = StepKeeper(
+                watch if self._preview is None else PreviewedSteps(self._preview, watch, stage.height, stage.width),
+                first_step,
+                self._request.checkpoint_every,
+                lambda done, latents: self._keep(run_after(done, latents)),
+            )
+            with self._phases(phase_of("denoise", run.stage)):
+                try:
+                    latents = self._family.denoise(
+                        inside.pipe,
+                        Call(
+                            width=stage.width,
+                            height=stage.height,
+                            frames=self._request.frames,
+                            steps=stage.preset.sampling.steps,
+                            arguments={name: tensor.to(self._device) for name, tensor in self._text.tensors.items()}
+                            | guidance.arguments,
+                            generator=self._noise,
+                            callback=callback,
+                            start=start,
+                            strength=stage.strength,
+                            begun=run.latents if first_step else None,
+                            first_step=first_step,
+                        ),
+                    )
+                except KeyboardInterrupt:
+                    if (latents := callback.latents) is not None:
+                        if callback.done == stage.steps:
+                            latents = self._family.spatial(inside.pipe, latents, stage.width, stage.height)
+                        self._run = run_after(callback.done, latents)
+                    raise
+            self._run = run_after(stage.steps, latents)
+
+    def _after(
+        self,
+        run: Run,
+        stage: Stage,
+        inside: Installed,
+        guidance: Guidance,
+        watch: StepWatch,
+        recorder: StepRecorder,
+        done: int,
+        latents: torch.Tensor,
+    ) -> Run:
+        """The run as it is after so many steps of a stage; waits for the device."""
+        watch.raise_if_not_finite()
+        before = [step for step in run.steps if step.stage < run.stage]
+        own = [step for step in run.steps if step.stage == run.stage]
+        scheduler = inside.pipe.scheduler
+        timesteps = [step.timestep for step in own] + scheduler.timesteps[scheduler.begin_index or 0 :].tolist()
+        # Where a step was broken off, one of its two transformer calls may have been timed.
+        timed = recorder.steps(timesteps)[: done - len(own)]
+        own += [replace(step, index=len(before) + step.index, stage=run.stage) for step in timed]
+        phases_ms, memory_bytes = self._phases.so_far()
+        installation, text_tokens = inside.installation, self._text.lengths[0]
+        record = report.StageRecord(
+            stage=stage,
+            schedule=installation.schedule(text_tokens),
+            text_tokens=text_tokens,
+            backend=installation.backend.value,
+            backend_reason=installation.backend_reason,
+            preparation=installation.preparation,
+            guidance=guidance.scale,
+            shift=inside.shift,
+            guard=installation.guard and installation.guard.report(),
+        )
+        steps, stages = (*before, *own), (*run.stages[: run.stage], record.as_dict())
+        told = report.build_report(
+            self._request,
+            run.seed,
+            self._studio.surroundings,
+            record,
+            datetime.now().astimezone(),
+            self._stages[0].strength,
+        )
+        return replace(
+            run,
+            latents=latents,
+            noise_state=self._noise.get_state(),
+            random_state=random_state(self._device),
+            steps=steps,
+            phases_ms=phases_ms,
+            memory_bytes=memory_bytes,
+            report=report.measured(told, steps, stages, phases_ms, memory_bytes),
+            stages=stages,
+            guard=installation.guard and installation.guard.state(done),
+        )
+
+    def _go_on_to(self, stage: Stage, before: Stage) -> None:
+        """From a stage that is done to the start of the next; what there is to go on from is kept first."""
+        run = self._run
+        assert run.latents is not None, "a stage that is done has latents"
+        if self._request.checkpoint_every != 0:
+            self._keep(run)
+        upscale: Image.Image | torch.Tensor = run.latents
+        if before.decoded:
+            from PIL import Image
+
+            self._progress.phase("decode")
+            with self._phases(phase_of("decode", run.stage)):
+                (frame,) = checked_frames([self._family.decode(self._pipe, run.latents)], FrameCheck())
+                upscale = Image.fromarray(frame)
+        with self._phases(phase_of("encode", run.stage + 1)):
+            start = upscaled(self._pipe, self._request, upscale, stage)
+        phases_ms, memory_bytes = self._phases.so_far()
+        self._run = replace(
+            run,
+            stage=run.stage + 1,
+            latents=None,
+            start=start,
+            guard=None,
+            phases_ms=phases_ms,
+            memory_bytes=memory_bytes,
+        )
+
+    def _keep(self, run: Run) -> None:
+        """Writes a checkpoint. A run does not end because there is no room for one."""
+        try:
+            write_run(run, self._request, self._output)
+        except CannotWrite as error:
+            self._progress.note(f"{error}: step {run.done} is not kept")
+
+    def _kept(self) -> Path | None:
+        places = (outputs.latents_path(self._output), outputs.checkpoint_path(self._output), self._run.kept)
+        return next((path for path in places if path is not None and path.is_file()), None)
+
+
+class StepKeeper:
+    """The pipeline's callback after every step: keeps what is done now and then, and has it watched.
+
+    Attributes:
+        done: steps of the stage that are done.
+        latents: after them; None before the first that this process has done.
+    """
+
+    def __init__(
+        self, watch: Callable[..., Any], first_step: int, every: int | None, keep: Callable[[int, torch.Tensor], None]
+    ) -> None:
+        """Counts from a step on.
+
+        Args:
+            watch: called first.
+            first_step: where this process begins.
+            every: steps between two checkpoints, 0 for none; None for one about every two minutes.
+            keep: writes one, of steps done and latents.
+        """
+        self._watch, self._first_step, self._every, self._keep = watch, first_step, every, keep
+        self.latents: torch.Tensor | None = None
+        self.done, self._kept_at = first_step, monotonic()
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        self.done, self.latents = self._first_step + step + 1, tensors["latents"]
+        self._watch(pipe, step, timestep, tensors)
+        # After the last step the latents are kept as such.
+        if self._is_due() and step + 1 < pipe.num_timesteps:
+            self._keep(self.done, self.latents)
+            self._kept_at = monotonic()
+        return {}
+
+    def _is_due(self) -> bool:
+        if self._every is None:
+            return monotonic() - self._kept_at >= BETWEEN_CHECKPOINTS_S
+        return self._every > 0 and self.done % self._every == 0
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """The state of a device's generator."""
+    import torch
+
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def restore_random_state(state: torch.Tensor | None, device: torch.device) -> None:
+    """Sets a device's generator to a state of `random_state`, if there is one; BadInput if it is none."""
+    import torch
+
+    if state is None:
+        return
+    try:
+        torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise BadInput("the random state of the run is damaged: start the run anew") from error

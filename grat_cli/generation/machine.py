@@ -1,0 +1,107 @@
+"""What a run asks of the machine: where a model runs, in which form, how much memory, and what would help."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from grat_cli.errors import OutOfMemory
+from grat_cli.estimates.stages import Stage
+from grat_cli.generation import report
+from grat_cli.generation.checkpoint import Run
+from grat_cli.generation.request import Request
+from grat_cli.generation.timing import Phases
+from grat_cli.models.devices import (
+    choose_dtype,
+    cpu_threads,
+    device_name,
+    forget_peak_memory,
+    is_out_of_memory,
+    peak_memory,
+    wait_for,
+)
+from grat_cli.models.loading import LoadedModel
+from grat_cli.models.resolution import Resolution
+from grat_cli.models.video_size import VideoSize
+
+if TYPE_CHECKING:
+    import torch
+
+
+def phases_of(device: torch.device, run: Run | None = None) -> Phases:
+    """Phases that add to those of a run that is taken up."""
+    phases = Phases(lambda: wait_for(device), lambda: forget_peak_memory(device), lambda: peak_memory(device)[0])
+    if run is not None:
+        phases.phases_ms, phases.memory_bytes = dict(run.phases_ms), dict(run.memory_bytes)
+    return phases
+
+
+def surroundings(model: LoadedModel, device: torch.device) -> report.Surroundings:
+    """Where a model runs, and in which form."""
+    return report.Surroundings(
+        device=str(device),
+        device_name=device_name(device),
+        dtype=str(model.pipe.transformer.dtype).removeprefix("torch."),
+        autoencoder_dtype=str(model.pipe.vae.dtype).removeprefix("torch."),
+        threads=cpu_threads(device),
+        offload=model.offload,
+        offload_reason=model.offload_reason,
+        revision=model.revision,
+        memory_kind=peak_memory(device)[1],
+    )
+
+
+def offload_chooser(request: Request, device: torch.device) -> Callable[[Any], tuple[str, str]]:
+    """What `--offload auto` stands for with a loaded pipeline: by the memory that the run is foretold to need."""
+
+    def choose(pipe: Any) -> tuple[str, str]:
+        from grat_cli.estimates.fitting import offload_for
+        from grat_cli.estimates.planning import run_forecasts
+
+        size: Resolution | VideoSize = Resolution(request.width, request.height)
+        if request.frames and request.fps:
+            size = VideoSize(request.width, request.height, request.frames, request.fps)
+        dtype = str(choose_dtype(request.dtype, device)).removeprefix("torch.")
+        runs = run_forecasts(request.preset, request.model, size, dtype)
+        return offload_for(pipe, request.model, runs, device, quantize=request.quantize)
+
+    return choose
+
+
+def release(pipe: Any, *parts: str) -> None:
+    """Lets go of parts of a pipeline that are not needed any more, so that the device has their memory."""
+    import torch
+
+    for part in parts:
+        setattr(pipe, part, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def memory_advice(request: Request, device: torch.device, stage: Stage | None = None) -> Iterator[None]:
+    """Turns running out of memory into OutOfMemory with what would help.
+
+    Args:
+        request: what is made.
+        device: where.
+        stage: that is under way; None for the whole output.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        unit = request.model.size_multiple
+        smaller = "x".join(str(max(unit, side // (2 * unit) * unit)) for side in (request.width, request.height))
+        advice = [f"a smaller --res such as {smaller}"]
+        if device.type != "cpu":
+            advice += [f"--offload {kind}" for kind in ("model", "group", "sequential") if kind != request.offload]
+        size = request.size if stage is None or request.frames else stage.size
+        raise OutOfMemory(
+            f"{device_name(device)} has too little memory for {size} with {request.model.name}: "
+            f"try {' or '.join(advice)}"
+        ) from error
