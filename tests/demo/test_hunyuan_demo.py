@@ -102,12 +102,10 @@ def test_a_boat_sails_across() -> None:
     assert abs(places[1] - places[0]) > 0.15 * frames.shape[2]
 
 
-@pytest.mark.parametrize(
-    "prompts", [["waves at night"], ["snow", "a big red boat sailing on the sea at sunset"]], ids=["one", "two-lengths"]
-)
-def test_full_attention_without_padding_equals_stock(prompts: list[str]) -> None:
+def test_full_attention_without_padding_equals_stock() -> None:
     """Stock attends 256 padded text tokens under a mask; ours cuts them off."""
     pipe = pipeline()
+    prompts = ["snow", "a big red boat sailing on the sea at sunset"]  # of different lengths
     size: dict[str, Any] = {
         "height": DEMO_HUNYUAN.height,
         "width": DEMO_HUNYUAN.width,
