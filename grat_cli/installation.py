@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
@@ -14,6 +14,8 @@ from grat_cli.presets import Preset, load_preset
 from grat_cli.presets.schema import BACKENDS, SMALLEST_CHUNK, Memory
 
 if TYPE_CHECKING:
+    import torch
+
     from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.guard import RecallGuard
@@ -34,54 +36,74 @@ class Installation:
     """
 
     def __init__(
-        self, pipe: Any, preset: Preset, grid: Grid, first_step: int, steps: int | None, adapter: Adapter
+        self,
+        pipe: Any,
+        preset: Preset,
+        grid: Grid,
+        first_step: int,
+        steps: int | None,
+        adapters: Sequence[Adapter],
     ) -> None:
-        self._pipe, self._preset, self._adapter = pipe, preset, adapter
+        self._pipe, self._preset, self._adapters = pipe, preset, adapters
         self._first_step, self._steps = first_step, steps
-        self._schedules: dict[tuple[int, int], AttentionSchedule] = {}
+        self._schedules: dict[tuple[int, int, int], AttentionSchedule] = {}
         self._last_schedule: AttentionSchedule | None = None
         self.grid = grid
-        self.guard = _guard(preset, adapter.layers)
-        self.backend, self.backend_reason = _resolve_backend(pipe, preset.kernel.backend, grid.tokens)
-        _check_kernel(pipe, preset, self.backend)
+        transformer, layers = adapters[0].model, adapters[0].layers
+        self.guard = _guard(preset, layers)
+        device = pipe._execution_device  # public `device` is where weights rest; with offload they run elsewhere
+        self.backend, self.backend_reason = _resolve_backend(transformer, device, preset.kernel.backend, grid.tokens)
+        _check_kernel(transformer, device, preset, self.backend)
 
     def current_step(self) -> int:
         """The step of the call under way, from the scheduler's own counters: plain integers, so nothing waits."""
         return self._first_step + step_under_way(self._pipe.scheduler)
 
-    def schedule(self, text_len: int) -> AttentionSchedule:
-        """The schedule for a text length and for as many steps as the whole run has, as the guard has widened it."""
+    def schedule(self, text_len: int, references: int = 0) -> AttentionSchedule:
+        """The schedule for as many steps as the whole run has, as the guard has widened it.
+
+        Args:
+            text_len: text tokens of the joint sequence.
+            references: tokens of pictures to refer to.
+        """
         scheduler = self._pipe.scheduler
         to_run = len(scheduler.timesteps) - (scheduler.begin_index or 0)
         steps = self._steps or self._first_step + to_run
         if self._first_step + to_run > steps:
             begun = f" from step {self._first_step} on" if self._first_step else ""
             raise BadInput(f"GRAT was installed for {steps} steps, the call runs {to_run}{begun}: leave steps out")
-        if (text_len, steps) not in self._schedules:
+        if (asked := (text_len, references, steps)) not in self._schedules:
             from grat_cli.attention.schedule import AttentionSchedule
 
-            self._schedules[text_len, steps] = AttentionSchedule(
+            adapter = self._adapters[0]
+            self._schedules[asked] = AttentionSchedule(
                 self._preset,
                 self.grid,
                 text_len,
-                self._adapter.text_first,
+                adapter.text_first,
                 steps,
-                self._adapter.layers,
-                self._adapter.heads,
+                adapter.layers,
+                adapter.heads,
+                references,
             )
-        schedule = self._schedules[text_len, steps]
+        schedule = self._schedules[asked]
         self._last_schedule = self.guard.applied(schedule, self.current_step()) if self.guard else schedule
         return self._last_schedule
 
     @property
     def preparation(self) -> str | None:
         """What normalised, rotated and joined queries and keys in the latest call, and why."""
-        return self._adapter.preparation
+        return self._latest.preparation
 
     @property
     def chunking(self) -> tuple[int | None, str]:
         """How many tokens at most run through feed-forward and modulation at once, None for all; and why."""
-        return self._adapter.chunking
+        return self._latest.chunking
+
+    @property
+    def _latest(self) -> Adapter:
+        """The adapter of the transformer that was called last, of those that take turns."""
+        return next((one for one in reversed(self._adapters) if one.preparation is not None), self._adapters[0])
 
     @property
     def last_schedule(self) -> AttentionSchedule:
@@ -164,12 +186,18 @@ def install(
             "use FlowMatchEulerDiscreteScheduler"
         )
     chunk_tokens = preset.memory.chunk_tokens
-    adapter = family.adapter(pipe.transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
-    installation = Installation(pipe, preset, grid, first_step, steps, adapter)
+    adapters = [
+        family.adapter(transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
+        for transformer in family.transformers(pipe)
+    ]
+    installation = Installation(pipe, preset, grid, first_step, steps, adapters)
     warning = extrapolated_shift(pipe.scheduler, grid.tokens)
     if warning:
         warnings.warn(warning, stacklevel=3)
-    with adapter.attached(installation, installation.backend, _observers(installation.guard, observer)):
+    observer = _observers(installation.guard, observer)
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.attached(installation, installation.backend, observer))
         yield installation
 
 
@@ -237,8 +265,8 @@ def _family(pipe: Any) -> Family:
     raise BadInput(f"the transformer is a {type(transformer).__name__}, and GRAT knows {known}: {instead}")
 
 
-def _resolve_backend(pipe: Any, name: str, tokens: int) -> tuple[Backend, str]:
-    """The backend that a name stands for on the pipeline's device, and why.
+def _resolve_backend(transformer: Any, device: torch.device, name: str, tokens: int) -> tuple[Backend, str]:
+    """The backend that a name stands for on the device that a transformer runs on, and why.
 
     Raises:
         BadInput: if a backend chosen by name cannot run there.
@@ -246,9 +274,7 @@ def _resolve_backend(pipe: Any, name: str, tokens: int) -> tuple[Backend, str]:
     from grat_kernels import Backend, can_run
     from grat_kernels.attention import choose_backend
 
-    # Public `device` is where weights rest; with offload they run elsewhere.
-    device, dtype = pipe._execution_device, pipe.transformer.dtype
-    head_dim = pipe.transformer.config.attention_head_dim
+    dtype, head_dim = transformer.dtype, transformer.config.attention_head_dim
     if Backend(name) is Backend.AUTO:
         return choose_backend(device, dtype, head_dim)
     ability = can_run(name, device, dtype, head_dim, tokens)
@@ -257,7 +283,7 @@ def _resolve_backend(pipe: Any, name: str, tokens: int) -> tuple[Backend, str]:
     return Backend(name), f"chosen by name; {ability.reason}"
 
 
-def _check_kernel(pipe: Any, preset: Preset, backend: Backend) -> None:
+def _check_kernel(transformer: Any, device: torch.device, preset: Preset, backend: Backend) -> None:
     """Tests the kernel in the forms that the preset uses, so that no denoising step waits for it.
 
     Raises:
@@ -270,12 +296,6 @@ def _check_kernel(pipe: Any, preset: Preset, backend: Backend) -> None:
         forms.add(False)
     try:
         for far in sorted(forms):
-            check_kernel(
-                backend,
-                pipe._execution_device,
-                pipe.transformer.dtype,
-                pipe.transformer.config.attention_head_dim,
-                far=far,
-            )
+            check_kernel(backend, device, transformer.dtype, transformer.config.attention_head_dim, far=far)
     except KernelMismatch as error:
         raise NumericalFailure(str(error)) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_kernels.geometry import Grid, Grouping
 from grat_kernels.pattern import Block, CrissCross, Far, FarLevel, Full, Pattern, SlidingTile, Union
-from grat_kernels.plan import HeadPlan, Plan, Span, build_head_plan, build_plan
+from grat_kernels.plan import HeadPlan, Plan, Segments, Span, build_head_plan, build_plan
 
 if TYPE_CHECKING:
     from grat_kernels.attention import Ability, Backend, BackendUnavailable, KernelMismatch, can_run, span_attention
@@ -29,6 +29,7 @@ __all__ = [
     "KernelMismatch",
     "Pattern",
     "Plan",
+    "Segments",
     "SlidingTile",
     "Span",
     "Union",

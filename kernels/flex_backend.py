@@ -89,7 +89,8 @@ def _flex_attention(device_type: str) -> Any:
 
 
 class _Tables(NamedTuple):
-    """What a mask looks up. Keys fall into *columns*: a group's tokens, the text, or a group's summaries of a level.
+    """What a mask looks up. Keys fall into *columns*: a group's tokens or its summaries of a level, or all that is
+    before or after the image.
 
     Attributes:
         list_of_query: span list of each query, `[N]` int32.
@@ -146,8 +147,10 @@ def _build_tables(plan: Plan, device: torch.device, masks_text: bool) -> _Tables
 def _column_starts(plan: Plan) -> np.ndarray:
     """First key of each column, `[columns]`, summaries counted after the tokens."""
     starts = [np.sort(plan.grouping.starts) + plan.image_start]
-    if plan.text_len:
-        starts.append(np.asarray([plan.text_start]))
+    if plan.image_start:
+        starts.append(np.zeros(1, np.int64))
+    if plan.image_stop < plan.tokens:
+        starts.append(np.asarray([plan.image_stop]))
     offsets = plan.summaries.offsets
     for first, last in itertools.pairwise(offsets):
         blocks = plan.summaries.starts[first:last] - plan.image_start

@@ -39,6 +39,44 @@ class Span(NamedTuple):
         return self.start + self.length
 
 
+@dataclass(frozen=True)
+class Segments:
+    """What a joint sequence holds besides its image tokens: runs of tokens that attend all and that all attend.
+
+    Text is one of them; pictures to refer to, which a model appends to the image, may be others.
+
+    Attributes:
+        before: tokens of each run ahead of the image tokens, in order.
+        after: tokens of each run behind the image tokens, in order.
+        text: which run is text, counted over those before and then those after; a sample may use fewer of its tokens
+            (`text_valid`). None where there is none.
+
+    Raises:
+        ValueError: if a length is negative, or the text is none of the runs.
+    """
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    text: int | None = None
+
+    def __post_init__(self) -> None:
+        runs = (*self.before, *self.after)
+        if min(runs, default=0) < 0:
+            raise ValueError(f"lengths of runs cannot be negative: {runs}")
+        if self.text is not None and not 0 <= self.text < len(runs):
+            raise ValueError(f"text is run {self.text} of {len(runs)}, which are counted from 0")
+
+    @classmethod
+    def of_text(cls, length: int, first: bool) -> Segments:
+        """Text alone, before or after the image tokens."""
+        return cls((length,) if first else (), () if first else (length,), 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all runs."""
+        return sum(self.before) + sum(self.after)
+
+
 class QueryRun(NamedTuple):
     """A contiguous run of queries in the joint sequence that attend the same span list."""
 
@@ -114,19 +152,17 @@ _plans: WeakValueDictionary[int, Plan | HeadPlan] = WeakValueDictionary()
 
 @dataclass(frozen=True, eq=False)
 class JointSequence:
-    """Image tokens in group order with text before or after them, and their summaries: what plans are made over.
+    """Image tokens in group order, what stands before and after them, and summaries: what plans are made over.
 
     Attributes:
         grouping: groups and token order of the image tokens, far blocks included.
-        text_len: text tokens of the joint sequence.
-        text_first: whether text comes before the image tokens (Flux) or after them (HunyuanVideo).
+        segments: text and other runs of tokens before and after the image tokens.
         summaries: the blocks of the far field.
         key: a number that names the plan in this process while it lives.
     """
 
     grouping: Grouping
-    text_len: int
-    text_first: bool
+    segments: Segments
     summaries: Summaries
     key: int = field(default_factory=lambda: next(_keys), kw_only=True)
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, kw_only=True)
@@ -139,17 +175,37 @@ class JointSequence:
     @property
     def tokens(self) -> int:
         """Length of the joint sequence."""
-        return self.image_tokens + self.text_len
+        return self.image_tokens + self.segments.tokens
 
     @property
     def image_start(self) -> int:
         """Position of the first image token in the joint sequence."""
-        return self.text_len if self.text_first else 0
+        return sum(self.segments.before)
+
+    @property
+    def image_stop(self) -> int:
+        """Position after the last image token."""
+        return self.image_start + self.image_tokens
+
+    @property
+    def text_len(self) -> int:
+        """Text tokens of the joint sequence."""
+        segments = self.segments
+        return 0 if segments.text is None else (*segments.before, *segments.after)[segments.text]
+
+    @property
+    def text_first(self) -> bool:
+        """Whether text comes before the image tokens (Flux) or after them (HunyuanVideo)."""
+        return self.segments.text is not None and self.segments.text < len(self.segments.before)
 
     @property
     def text_start(self) -> int:
-        """Position of the first text token in the joint sequence."""
-        return 0 if self.text_first else self.image_tokens
+        """Position of the first text token in the joint sequence; 0 where there is none."""
+        segments = self.segments
+        if segments.text is None:
+            return 0
+        before = sum((*segments.before, *segments.after)[: segments.text])
+        return before if self.text_first else self.image_tokens + before
 
     @property
     def order(self) -> IntArray:
@@ -187,7 +243,7 @@ class Plan(JointSequence):
         pattern: the pattern it was built from.
         span_lists: the distinct span lists.
         list_of_group: span list of each group, groups in lexicographic order, `[groups]`.
-        text_list: span list of the text queries; they attend every token exactly.
+        text_list: span list of text and the like; they attend every token exactly.
         query_runs: runs of queries with one list each, in order of position; they cover the sequence.
     """
 
@@ -323,6 +379,8 @@ def build_head_plan(
     class_of_head: tuple[int, ...],
     text_len: int = 0,
     text_first: bool = True,
+    *,
+    segments: Segments | None = None,
 ) -> HeadPlan:
     """Builds plans for classes of heads that attend differently; equal arguments give the same plan.
 
@@ -331,6 +389,7 @@ def build_head_plan(
         class_of_head: class of each head, counted from 0.
         text_len: text tokens of the joint sequence.
         text_first: whether they come before the image tokens.
+        segments: text and other runs of tokens, in place of `text_len` and `text_first`.
 
     Raises:
         ValueError: if a class has no heads or does not exist, token orders differ, or as for `build_plan`.
@@ -340,7 +399,8 @@ def build_head_plan(
             f"class_of_head names classes {sorted(set(class_of_head))}, there are {len(classes)}, counted from 0"
         )
     blocks = tuple(dict.fromkeys(level.block for _, pattern in classes for level in pattern.far_levels))
-    plans = tuple(build_plan(grouping, pattern, text_len, text_first, blocks) for grouping, pattern in classes)
+    segments = segments or Segments.of_text(text_len, text_first)
+    plans = tuple(build_plan(grouping, pattern, blocks=blocks, segments=segments) for grouping, pattern in classes)
     first = plans[0]
     for plan in plans:
         if plan.grouping.grid != first.grouping.grid or plan.grouping.cells != first.grouping.cells:
@@ -348,12 +408,18 @@ def build_head_plan(
                 f"heads of one plan share one token order, not those of cells {first.grouping.cells} and "
                 f"{plan.grouping.cells}: give every Grouping the same cells"
             )
-    return HeadPlan(first.grouping, text_len, text_first, first.summaries, plans, class_of_head)
+    return HeadPlan(first.grouping, segments, first.summaries, plans, class_of_head)
 
 
 @lru_cache(maxsize=64)
 def build_plan(
-    grouping: Grouping, pattern: Pattern, text_len: int = 0, text_first: bool = True, blocks: tuple[Cell, ...] = ()
+    grouping: Grouping,
+    pattern: Pattern,
+    text_len: int = 0,
+    text_first: bool = True,
+    blocks: tuple[Cell, ...] = (),
+    *,
+    segments: Segments | None = None,
 ) -> Plan:
     """Builds the plan of a pattern on a grouping; equal arguments give the same plan.
 
@@ -363,12 +429,13 @@ def build_plan(
         text_len: text tokens of the joint sequence, attended by every query.
         text_first: whether they come before the image tokens.
         blocks: further block sizes to summarise, for plans that share their summaries.
+        segments: text and other runs of tokens that attend all and that all attend, such as those of pictures to refer
+            to, in place of `text_len` and `text_first`.
 
     Raises:
         ValueError: if pattern and grid do not fit, a far block does not nest in a group, or a group attends nothing.
     """
-    if text_len < 0:
-        raise ValueError(f"text_len cannot be negative: {text_len}")
+    segments = segments or Segments.of_text(text_len, text_first)
     pattern.check(grouping.grid.axes)
     far_blocks = [level.block for level in pattern.far_levels]
     blocks = tuple(dict.fromkeys((*blocks, *far_blocks)))
@@ -379,11 +446,10 @@ def build_plan(
             )
     grouping = grouping.refined(blocks)
 
-    text_start = 0 if text_first else grouping.grid.tokens
-    image_start = text_len if text_first else 0
-    tokens = grouping.grid.tokens + text_len
+    image_start = sum(segments.before)
+    tokens = grouping.grid.tokens + segments.tokens
     ranking = np.argsort(grouping.starts)
-    columns, summaries = _columns_and_summaries(grouping, ranking, blocks, text_len, text_first)
+    columns, summaries = _columns_and_summaries(grouping, ranking, blocks, image_start)
     # From numbers of the pattern's far levels to numbers of the summaries' levels; NOT_ATTENDED is the last entry.
     renumbered = np.asarray([0, *(blocks.index(block) + 1 for block in far_blocks), NOT_ATTENDED], np.int8)
     lists, list_of_group = [], np.empty(len(ranking), np.int64)
@@ -394,8 +460,9 @@ def build_plan(
         levels = renumbered[levels] if blocks != tuple(far_blocks) else levels
         new, list_of_group[queries] = _distinct_rows(levels, seen)
         lists.append(_merged_spans(levels[new], columns))
-    text = Span(text_start, text_len, 0) if text_len else None
-    span_lists = _joined_lists(lists, text, Span(0, tokens, 0))
+    image_stop = image_start + grouping.grid.tokens
+    before, after = Span(0, image_start, 0), Span(image_stop, tokens - image_stop, 0)
+    span_lists = _joined_lists(lists, [dense for dense in (before, after) if dense.length], Span(0, tokens, 0))
     if not span_lists.keys.all():
         raise ValueError(
             f"{pattern} leaves a group with nothing to attend: join the far field to a near pattern with Union"
@@ -411,12 +478,13 @@ def build_plan(
             strict=True,
         )
     ]
-    if text_len:
-        runs.insert(0 if text_first else len(runs), QueryRun(text_start, text_len, text_list))
+    if before.length:
+        runs.insert(0, QueryRun(before.start, before.length, text_list))
+    if after.length:
+        runs.append(QueryRun(after.start, after.length, text_list))
     return Plan(
         grouping=grouping,
-        text_len=text_len,
-        text_first=text_first,
+        segments=segments,
         summaries=summaries,
         pattern=pattern,
         span_lists=span_lists,
@@ -451,13 +519,12 @@ def _distinct_rows(levels: npt.NDArray[np.int8], seen: dict[bytes, int]) -> tupl
 
 
 def _columns_and_summaries(
-    grouping: Grouping, ranking: IntArray, blocks: tuple[Cell, ...], text_len: int, text_first: bool
+    grouping: Grouping, ranking: IntArray, blocks: tuple[Cell, ...], image_start: int
 ) -> tuple[IntArray, Summaries]:
     """Where the keys of each group begin at each level, groups in token order, `[levels, groups + 1]`; and summaries.
 
     At level 0 keys are positions in the joint sequence, at level n rows of the n-th summary tensor.
     """
-    image_start = text_len if text_first else 0
     sizes = [grouping.sizes[ranking]]
     starts, counts, offsets = [], [], [0]
     for block in blocks:
@@ -501,21 +568,21 @@ def _merged_spans(levels: npt.NDArray[np.int8], columns: IntArray) -> _Spans:
     return _Spans(rows, level, starts, columns[level, last] - starts, len(levels))
 
 
-def _joined_lists(stretches: list[_Spans], text: Span | None, whole: Span) -> SpanLists:
-    """All lists, the text added to each and merged with what it touches, plus one that is the whole sequence, last."""
+def _joined_lists(stretches: list[_Spans], dense: list[Span], whole: Span) -> SpanLists:
+    """All lists, text and the like added to each and merged with what they touch; then the whole sequence as one."""
     before = np.cumsum([0, *(spans.count for spans in stretches)])
     count = int(before[-1])
     rows = np.concatenate([spans.rows + offset for spans, offset in zip(stretches, before, strict=False)])
     levels, starts, lengths = (np.concatenate([spans[field] for spans in stretches]) for field in (1, 2, 3))
-    if text is not None:
-        touching = (levels == 0) & ((starts == text.stop) | (starts + lengths == text.start))
-        starts = np.where(touching & (starts == text.stop), text.start, starts)
-        lengths = lengths + np.where(touching, text.length, 0)
+    for run in dense:
+        touching = (levels == 0) & ((starts == run.stop) | (starts + lengths == run.start))
+        starts = np.where(touching & (starts == run.stop), run.start, starts)
+        lengths = lengths + np.where(touching, run.length, 0)
         alone = np.setdiff1d(np.arange(count), rows[touching])
         rows = np.concatenate([rows, alone])
         starts, lengths, levels = (
             np.concatenate([column, np.full(len(alone), value)])
-            for column, value in ((starts, text.start), (lengths, text.length), (levels, 0))
+            for column, value in ((starts, run.start), (lengths, run.length), (levels, 0))
         )
     rows = np.append(rows, count)
     starts, lengths, levels = (np.append(*pair) for pair in zip((starts, lengths, levels), whole, strict=True))

@@ -45,7 +45,7 @@ def attention(
     block_means, score_bias = plan.cached("dense definition", lambda: _dense_definition(plan))
     means = torch.from_numpy(block_means).to(query.device, compute_dtype)
     bias = torch.from_numpy(score_bias).to(query.device, compute_dtype)
-    image = slice(plan.image_start, plan.image_start + plan.image_tokens)
+    image = slice(plan.image_start, plan.image_stop)
 
     outputs = []
     for sample in range(query.shape[0]):
@@ -104,9 +104,9 @@ def _dense_definition(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     levels = np.asarray(level_of_row, np.int64)
 
     bias = np.full((plan.tokens, plan.tokens + len(means)), -np.inf)
-    text = slice(plan.text_start, plan.text_start + plan.text_len)
-    bias[:, text] = 0
-    bias[text, : plan.tokens] = 0
+    for dense in (slice(0, plan.image_start), slice(plan.image_stop, plan.tokens)):
+        bias[:, dense] = 0
+        bias[dense, : plan.tokens] = 0
     group_of_token = _cell_of_token(plan, plan.grouping.group)
     group_of_row = group_of_token[(means > 0).argmax(1)] if len(means) else group_of_token[:0]
     distinct = np.unique(group_of_token, axis=0)

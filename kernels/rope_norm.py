@@ -166,6 +166,8 @@ def _check(
     """Raises ValueError as `rope_norm` says."""
     if (text is None) != (text_norms is None):
         raise ValueError("text and text_norms go together: give both or neither")
+    if plan.segments.tokens != plan.text_len:
+        raise ValueError(f"the plan has tokens besides image and text, which are not prepared here: {plan.segments}")
     batch, _, heads, head_dim = image.query.shape
     rows = plan.tokens if text is None else plan.image_tokens
     expected = [("image" if text else "joint", image, rows)]
@@ -421,7 +423,7 @@ def build_runs(plan: JointSequence, most: int) -> Runs:
     """Cuts a plan's joint sequence into chunks and runs of at most `most` tokens, a power of two."""
     summaries = plan.summaries
     levels = [slice(*bounds) for bounds in itertools.pairwise(summaries.offsets)]
-    text_stop, image_stop = plan.text_start + plan.text_len, plan.image_start + plan.image_tokens
+    text_stop, image_stop = plan.text_start + plan.text_len, plan.image_stop
     pieces = np.unique(np.append(summaries.starts, plan.image_start))
     lengths = np.diff(pieces, append=image_stop)
     most = min(most, 1 << (int(lengths.max()) - 1).bit_length())

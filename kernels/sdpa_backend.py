@@ -219,9 +219,8 @@ class _KeyLists:
     def __init__(self, plan: Plan) -> None:
         self._lists = plan.span_lists
         self._offsets = (0, *(plan.tokens + offset for offset in plan.summaries.offsets))
-        # Groups and text begin here: neighbouring lists share what lies between cuts as whole pieces.
-        cuts = plan.grouping.starts + plan.image_start
-        self._cuts = np.sort(np.append(cuts, plan.text_start) if plan.text_len else cuts)
+        # Groups begin here, and what follows the image: neighbouring lists share what lies between as whole pieces.
+        self._cuts = np.sort(np.append(plan.grouping.starts + plan.image_start, plan.image_stop))
 
     def near(self, run: QueryRun) -> list[tuple[int, int]]:
         """Ranges of tokens."""
@@ -236,7 +235,7 @@ class _KeyLists:
         ]
 
     def pieces(self, run: QueryRun) -> list[tuple[int, int]]:
-        """Ranges of tokens, cut where groups and text begin."""
+        """Ranges of tokens, cut where groups begin, and after the image."""
         pieces = []
         for start, stop in self.near(run):
             inside = self._cuts[(self._cuts > start) & (self._cuts < stop)].tolist()

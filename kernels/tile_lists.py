@@ -18,14 +18,14 @@ class TileLists(NamedTuple):
     Attributes:
         query_tiles: `[C·T, 6]` int32: first query, queries, then bounds into `key_tiles`: begin of the list, end of the
             full tiles of tokens, end of the full tiles of summaries, end of the list. T tiles for each of C head
-            classes; a class with fewer is filled up with tiles of no queries and no keys. Text tiles come first,
-            because each is as long as the whole sequence, then tiles in order of position.
+            classes; a class with fewer is filled up with tiles of no queries and no keys. Tiles of text and
+            the like come first, because each is as long as the whole sequence, then others in order of position.
         key_tiles: `[n + 1]` int32, shared by all query tiles of one span list: the first key of a full tile of tokens,
             the first row of a full tile of summaries (rows counted over all levels), the number of a packed tile.
             One padding entry at the end.
         packed_rows: `[P, block_tail]` int32: what each slot of a packed tile holds: a position in the joint sequence,
             or N + r for row r of the summaries, or `EMPTY`.
-        leading: how many query tiles at the front of each class are text tiles.
+        leading: how many query tiles at the front of each class are such tiles.
     """
 
     query_tiles: npt.NDArray[np.int32]
@@ -84,7 +84,7 @@ def build_tile_lists(
         _joined_query_tiles([lists.query_tiles for lists in classes], [len(lists.key_tiles) for lists in classes]),
         np.concatenate([*key_tiles, padding]),
         np.concatenate([lists.packed_rows for lists in classes]),
-        -(-plan.text_len // block_m),
+        _leading(plan, block_m),
     )
 
 
@@ -119,7 +119,7 @@ def build_single_lists(plan: Plan | HeadPlan, block_m: int, block_n: int, *, bia
         _joined_query_tiles(query_tiles, [len(tiles) for tiles in key_tiles]),
         joined,
         np.concatenate([np.full((1, block_n), EMPTY), biased_rows]).astype(np.int32),
-        -(-plan.text_len // block_m),
+        _leading(plan, block_m),
     )
 
 
@@ -182,18 +182,11 @@ def _pack(plan: Plan, spans: _Spans, done: IntArray, size: int) -> tuple[npt.NDA
 def _query_tiles(plan: Plan, block_m: int, list_bounds: IntArray) -> npt.NDArray[np.int32]:
     """Query tiles `[T, 2 + b]` of one head class, with the b bounds of their lists `[lists, b]`.
 
-    Text comes first, cut from the runs where they meet it.
+    What is no image token comes first, cut from the runs where they meet it.
     """
     starts, lengths, lists = np.asarray(plan.query_runs, np.int64).T
-    image_starts, text_starts, text_lengths = _at_text(plan, starts, lengths)
-    runs = np.stack(
-        [
-            np.append(text_starts, image_starts),
-            np.append(text_lengths, lengths - text_lengths),
-            np.append(lists, lists),
-        ],
-        axis=1,
-    )
+    before, image, after = _parts(starts, lengths, plan.image_start, plan.image_stop)
+    runs = np.concatenate([np.stack([*piece, lists], axis=1) for piece in (before, after, image)])
     run, offset = _cut(-(-runs[:, 1] // block_m), block_m)
     tiles = np.empty((len(run), 2 + list_bounds.shape[1]), np.int32)
     tiles[:, 0] = runs[run, 0] + offset
@@ -220,27 +213,33 @@ def _spans(plan: Plan, mask_text: bool) -> _Spans:
     if not mask_text or plan.text_len == 0:
         return _Spans(starts, lists.lengths, owners, of_summaries, np.zeros(len(owners), np.bool_))
 
-    image_starts, text_starts, text = _at_text(plan, starts, np.where(of_summaries, 0, lists.lengths))
-    image_starts = np.where(of_summaries, starts, image_starts)
-    pieces = np.concatenate([lists.lengths - text, text])
-    kept = pieces > 0
+    # Rows of summaries are no positions: all of such a span is its first part.
+    text = np.where(of_summaries, 0, starts), np.where(of_summaries, 0, lists.lengths)
+    before, inside, after = _parts(*text, plan.text_start, plan.text_start + plan.text_len)
+    before = np.where(of_summaries, (starts, lists.lengths), before)
+    pieces = np.concatenate([before, after, inside], axis=1)
+    kept = pieces[1] > 0
     return _Spans(
-        np.concatenate([image_starts, text_starts])[kept],
-        pieces[kept],
-        np.tile(owners, 2)[kept],
-        np.tile(of_summaries, 2)[kept],
-        np.repeat([False, True], len(owners))[kept],
+        pieces[0, kept],
+        pieces[1, kept],
+        np.tile(owners, 3)[kept],
+        np.tile(of_summaries, 3)[kept],
+        np.repeat([False, False, True], len(owners))[kept],
     )
 
 
-def _at_text(plan: Plan, starts: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Runs of positions cut in two: where their image tokens begin, where their text begins, and how much it is.
+def _leading(plan: Plan | HeadPlan, block_m: int) -> int:
+    """Query tiles of what is no image token."""
+    return -(-plan.image_start // block_m) + -(-(plan.tokens - plan.image_stop) // block_m)
 
-    Text lies at one end of the sequence, so what a run holds besides text is one piece.
-    """
-    text_stop = plan.text_start + plan.text_len
-    text = np.maximum(0, np.minimum(starts + lengths, text_stop) - np.maximum(starts, plan.text_start))
-    return starts + (text if plan.text_first else 0), starts + (0 if plan.text_first else lengths - text), text
+
+def _parts(starts: IntArray, lengths: IntArray, begin: int, end: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Runs of positions cut where they meet `[begin, end)`: starts and lengths `[2, runs]` before, inside, after it."""
+    stops = starts + lengths
+    bounds = [(starts, np.minimum(stops, begin)), (np.maximum(starts, begin), np.minimum(stops, end))]
+    bounds.append((np.maximum(starts, end), stops))
+    before, inside, after = (np.stack([first, np.maximum(0, last - first)]) for first, last in bounds)
+    return before, inside, after
 
 
 def _cut(counts: IntArray, size: int) -> tuple[IntArray, IntArray]:

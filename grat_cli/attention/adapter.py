@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from grat_cli.attention.processor import SpanAttentionProcessor
     from grat_cli.attention.schedule import AttentionSchedule
     from grat_cli.presets.schema import ChunkTokens
-    from grat_kernels import Backend, Grid
+    from grat_kernels import Backend, Grid, HeadPlan, Plan
 
-__all__ = ["Adapter", "AttentionInputs", "CallObserver", "ProcessorAdapter", "Run"]
+__all__ = ["Adapter", "AttentionInputs", "CallObserver", "DispatchAdapter", "ProcessorAdapter", "Run"]
 
 
 class Run(Protocol):
@@ -37,8 +37,8 @@ class Run(Protocol):
         """The denoising step of the call under way, counted from 0 over the steps that are run."""
         ...
 
-    def schedule(self, text_len: int) -> AttentionSchedule:
-        """Plans for every step, layer and head of a joint sequence with `text_len` text tokens."""
+    def schedule(self, text_len: int, references: int = 0) -> AttentionSchedule:
+        """Plans for every step, layer and head of a joint sequence with so many tokens of text and of references."""
         ...
 
 
@@ -50,7 +50,8 @@ class Adapter(ABC):
         model: the transformer, without what `torch.compile` put around it.
         grid: image tokens of the calls to come.
         blocks: whose attention takes a plan, in order.
-        order: raster index of each image token in the order of the call under way, on its device.
+        order: raster index of each image token in the order of the call under way, on its device; behind them tokens of
+            references keep their places.
         inverse: what undoes it.
         preparation: what normalises, rotates and joins queries and keys, and why; None before the first call.
         chunking: how many tokens at most run through feed-forward and modulation at once, None for all; and why.
@@ -210,7 +211,7 @@ class Adapter(ABC):
             call = dict(zip(self._parameters, args, strict=False)) | kwargs
             text = self.read(call)
             step = run.current_step()
-            schedule = run.schedule(text.longest)
+            schedule = run.schedule(text.longest, text.references)
             tokens = call["hidden_states"]
             self.prepare(tokens)
             if observer:
@@ -222,7 +223,7 @@ class Adapter(ABC):
 
                     layer.scaling = proportional_scaling(layer.plan, trained, tokens.device)
             # All plans of a schedule share one token order.
-            self.order, self.inverse, _ = layers[0].plan.tensors(tokens.device)
+            self.order, self.inverse = _orders(layers[0].plan, text.references, tokens.device)
             return (), self.enter(call, step)
 
         def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -239,8 +240,80 @@ class Adapter(ABC):
         return torch.compiler.disable(before), torch.compiler.disable(after)
 
 
-class ProcessorAdapter(Adapter):
-    """An adapter of blocks with joint attention, `block.attn`, whose processors are replaced.
+class _ReplacingAdapter(Adapter):
+    """An adapter that gives attention modules other processors than diffusers made."""
+
+    def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
+        """See `Adapter`."""
+        super().__init__(transformer, grid, **options)
+        self._attentions: list[Any] = [self.attention_of(block) for block in self.blocks]
+        self._processors: list[Any] = []
+
+    def attention_of(self, block: Any) -> Any:
+        """The attention module of a block that takes a plan."""
+        return block.attn
+
+    @property
+    def heads(self) -> int:
+        """Heads of each layer."""
+        return self._attentions[0].heads
+
+    @abstractmethod
+    def stock_processors(self) -> tuple[type, ...]:
+        """The classes of the processors that diffusers makes."""
+
+    @abstractmethod
+    def processor_for(self, layer: LayerAttention, stock: Any) -> Any:
+        """The processor of a layer in place of a stock one, which stays as it is."""
+
+    @contextmanager
+    def attending(self, layers: Sequence[LayerAttention]) -> Iterator[None]:
+        """See `Adapter.attending`."""
+        stock = [attention.processor for attention in self._attentions]
+        for processor in stock:
+            self._refuse_replaced(processor)
+        self._processors = [self.processor_for(layer, of_layer) for layer, of_layer in zip(layers, stock, strict=True)]
+        try:
+            for attention, processor in zip(self._attentions, self._processors, strict=True):
+                attention.set_processor(processor)
+            yield
+        finally:
+            for attention, processor in zip(self._attentions, stock, strict=True):
+                attention.set_processor(processor)
+
+    def prepare(self, tokens: torch.Tensor) -> None:
+        """See `Adapter.prepare`.
+
+        Raises:
+            BadInput: if processors were replaced.
+        """
+        for attention, processor in zip(self._attentions, self._processors, strict=True):
+            if attention.processor is not processor:
+                raise BadInput(
+                    "attention processors were replaced inside `with grat_cli.install(...)`: do that outside"
+                )
+        super().prepare(tokens)
+
+    def _refuse_replaced(self, processor: Any) -> None:
+        """Raises BadInput unless attention is as diffusers made it."""
+        from grat_cli.attention.dispatching import is_of_layer
+        from grat_cli.attention.processor import SpanAttentionProcessor
+
+        if isinstance(processor, SpanAttentionProcessor) or is_of_layer(processor):
+            raise BadInput(
+                "GRAT is already installed on this transformer: leave the other `with grat_cli.install(...)` first"
+            )
+        if type(processor) not in self.stock_processors():
+            raise BadInput(
+                f"the transformer's attention was replaced by {type(processor).__name__} (IP-Adapter, or another "
+                "tool), which GRAT does not combine with: undo that first"
+            )
+        if processor._parallel_config is not None:
+            raise BadInput("the transformer splits its sequence over several devices, which GRAT does not support")
+
+
+class ProcessorAdapter(_ReplacingAdapter):
+    """An adapter of blocks with joint attention that a fused kernel may prepare.
 
     Attributes:
         contiguous: whether stock processors make text and image contiguous before the output projections.
@@ -254,34 +327,12 @@ class ProcessorAdapter(Adapter):
         """
         super().__init__(transformer, grid, **options)
         self._fused = fused
-        self._attentions: list[Any] = [block.attn for block in self.blocks]
-        self._processors: list[SpanAttentionProcessor] = []
 
-    @property
-    def heads(self) -> int:
-        """Heads of each layer."""
-        return self._attentions[0].heads
-
-    @abstractmethod
-    def stock_processor(self) -> type:
-        """The class of the processors that diffusers makes."""
-
-    @contextmanager
-    def attending(self, layers: Sequence[LayerAttention]) -> Iterator[None]:
-        """See `Adapter.attending`."""
+    def processor_for(self, layer: LayerAttention, stock: Any) -> SpanAttentionProcessor:
+        """See `_ReplacingAdapter`."""
         from grat_cli.attention.processor import SpanAttentionProcessor
 
-        stock = [attention.processor for attention in self._attentions]
-        for processor in stock:
-            self._refuse_replaced(processor)
-        self._processors = [SpanAttentionProcessor(layer, self.contiguous) for layer in layers]
-        try:
-            for attention, processor in zip(self._attentions, self._processors, strict=True):
-                attention.set_processor(processor)
-            yield
-        finally:
-            for attention, processor in zip(self._attentions, stock, strict=True):
-                attention.set_processor(processor)
+        return SpanAttentionProcessor(layer, self.contiguous)
 
     def prepare(self, tokens: torch.Tensor) -> None:
         """See `Adapter.prepare`.
@@ -291,30 +342,56 @@ class ProcessorAdapter(Adapter):
         """
         from grat_cli.attention import preparation
 
-        for attention, processor in zip(self._attentions, self._processors, strict=True):
-            if attention.processor is not processor:
-                raise BadInput(
-                    "attention processors were replaced inside `with grat_cli.install(...)`: do that outside"
-                )
+        super().prepare(tokens)
         fused, self.preparation = preparation.choose(self._fused, self._attentions, tokens)
         for processor in self._processors:
             processor.fused = fused
 
-    def _refuse_replaced(self, processor: Any) -> None:
-        """Raises BadInput unless attention is as diffusers made it."""
-        from grat_cli.attention.processor import SpanAttentionProcessor
 
-        if isinstance(processor, SpanAttentionProcessor):
-            raise BadInput(
-                "GRAT is already installed on this transformer: leave the other `with grat_cli.install(...)` first"
-            )
-        if type(processor) is not self.stock_processor():
-            raise BadInput(
-                f"the transformer's attention was replaced by {type(processor).__name__} (IP-Adapter, or another "
-                "tool), which GRAT does not combine with: undo that first"
-            )
-        if processor._parallel_config is not None:
-            raise BadInput("the transformer splits its sequence over several devices, which GRAT does not support")
+class DispatchAdapter(_ReplacingAdapter):
+    """An adapter of blocks whose stock processors call diffusers' attention dispatcher, and go on doing so.
+
+    Each is a copy of the stock one that names a backend of its layer's own; see `dispatching`.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, grid: Grid, *, fused: bool | None = None, **options: Any) -> None:
+        """As for `Adapter`.
+
+        Raises:
+            BadInput: if attention is to be prepared by a fused kernel.
+        """
+        super().__init__(transformer, grid, **options)
+        if fused:
+            raise BadInput(f"no fused kernel prepares the attention of a {type(self.model).__name__}")
+
+    @contextmanager
+    def attending(self, layers: Sequence[LayerAttention]) -> Iterator[None]:
+        """See `Adapter.attending`."""
+        from grat_cli.attention.dispatching import registered
+
+        with registered(layers), super().attending(layers):
+            yield
+
+    def processor_for(self, layer: LayerAttention, stock: Any) -> Any:
+        """See `_ReplacingAdapter`."""
+        from grat_cli.attention.dispatching import processor_of
+
+        return processor_of(layer, stock)
+
+
+def _orders(plan: Plan | HeadPlan, references: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token order of a plan and its inverse, where so many tokens follow that stay where they are."""
+    order, inverse, _ = plan.tensors(device)
+    if not references:
+        return order, inverse
+
+    def extended() -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        behind = torch.arange(len(order), len(order) + references, device=device)
+        return torch.cat([order, behind]), torch.cat([inverse, behind])
+
+    return plan.cached(("order with references", references, device), extended)
 
 
 def _in_place(module: Any) -> bool:

@@ -57,10 +57,17 @@ class CallObserver(Protocol):
 
 
 class Text(NamedTuple):
-    """The text of a call: its longest valid length, and where they differ the valid lengths `[B]`."""
+    """What a call's joint sequence holds besides image tokens.
+
+    Attributes:
+        longest: the longest valid length of its texts.
+        valid: the valid length of each sample's text `[B]`, where they differ.
+        references: tokens of pictures to refer to, behind the image tokens.
+    """
 
     longest: int
     valid: torch.Tensor | None = None
+    references: int = 0
 
 
 class Scaling(NamedTuple):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from grat_cli.errors import BadInput
 from grat_cli.presets import Attention, Preset, Table, ranges, shape_text
-from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, build_head_plan, build_plan
+from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, Segments, build_head_plan, build_plan
 from grat_kernels.geometry import IntArray, cell_counts
 
 # Planning compares every group with every other, a stretch at a time: memory stays small, time grows with the square.
@@ -49,8 +49,18 @@ def _grown(sizes: int | tuple[int, ...] | None, by: int) -> int | list[int]:
     return sizes + by if isinstance(sizes, int) else [size + by for size in sizes]
 
 
+def segments_of(text_len: int, text_first: bool, references: int = 0) -> Segments:
+    """What a model's joint sequence holds besides image tokens: text, and behind the image tokens of references."""
+    if not references:
+        return Segments.of_text(text_len, text_first)
+    return Segments((text_len,), (references,), 0) if text_first else Segments((), (references, text_len), 1)
+
+
 class AttentionSchedule:
     """A preset laid out over the steps, layers and heads of a run. All its plans share one token order.
+
+    Of a joint sequence of `text_len` text tokens before or after the image tokens, and behind them `references` tokens
+    of pictures to refer to, which attend everything and are attended by everything as text is.
 
     Attributes:
         grid: the image tokens.
@@ -73,9 +83,10 @@ class AttentionSchedule:
         steps: int = 1,
         layers: int = 1,
         heads: int = 1,
+        references: int = 0,
     ) -> None:
         self.grid, self.steps, self.layers, self.heads = grid, steps, layers, heads
-        self._text = text_len, text_first
+        self._segments = segments_of(text_len, text_first, references)
         _refuse_unfit(preset, grid)
         cells = preset.cells
         self._groupings = {cell: Grouping(grid, cell, cells) for cell in cells}
@@ -171,7 +182,7 @@ class AttentionSchedule:
 
     def _plan_of_pattern(self, pattern: _Grouped) -> Plan:
         if pattern not in self._built:
-            self._built[pattern] = build_plan(*pattern, *self._text)
+            self._built[pattern] = build_plan(*pattern, segments=self._segments)
         return self._built[pattern]
 
     def _plan_of_heads(self, pattern_of_head: tuple[_Grouped, ...]) -> Plan | HeadPlan:
@@ -181,7 +192,7 @@ class AttentionSchedule:
             return self._plan_of_pattern(classes[0])
         if pattern_of_head not in self._built_by_head:
             class_of_head = tuple(classes.index(pattern) for pattern in pattern_of_head)
-            self._built_by_head[pattern_of_head] = build_head_plan(classes, class_of_head, *self._text)
+            self._built_by_head[pattern_of_head] = build_head_plan(classes, class_of_head, segments=self._segments)
         return self._built_by_head[pattern_of_head]
 
     def _patterns(self, entry: _Entry) -> tuple[_Grouped, ...]:

@@ -75,10 +75,9 @@ def _step(request: BenchRequest, output: Output) -> tuple[BenchResult, None]:
     model = step_model(request.model or choose_model(None).name)
     blocks = None
     if request.layers is not None:
-        if not re.fullmatch(r"\d{1,4},\d{1,4}", request.layers, re.ASCII):
-            raise BadInput(f"--layers {request.layers}: expected double and single blocks, such as 2,4")
-        double, single = map(int, request.layers.split(","))
-        blocks = double, single
+        if not re.fullmatch(r"\d{1,4}(,\d{1,4})?", request.layers, re.ASCII):
+            raise BadInput(f"--layers {request.layers}: expected numbers of blocks of each kind, such as 2,4")
+        blocks = tuple(map(int, request.layers.split(",")))
     if request.res is not None and model.video:
         raise BadInput(f"--res is for pictures; give {model.name} tokens, such as --grid 33x45x80")
     settings = StepSettings(

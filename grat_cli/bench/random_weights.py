@@ -34,13 +34,13 @@ def step_model(name: str) -> ModelChoice:
 
 
 def transformer_config(
-    model: ModelChoice, layers: tuple[int, int] | None = None, weights: str = "random"
+    model: ModelChoice, layers: tuple[int, ...] | None = None, weights: str = "random"
 ) -> dict[str, Any]:
     """The configuration of a model's transformer.
 
     Args:
         model: which.
-        layers: double and single blocks in place of the model's own numbers.
+        layers: blocks of each kind in place of the model's own numbers.
         weights: `own` or `random`: what it will be filled with.
 
     Raises:
@@ -57,14 +57,16 @@ def transformer_config(
     config = family.transformer_config(model)
     if layers is None:
         return config
-    shape = family.transformer_shape(config)
-    most = shape.double_blocks, shape.single_blocks
-    if min(layers) < 0 or sum(layers) < 1 or layers[0] > most[0] or layers[1] > most[1]:
+    blocks = family.transformer_shape(config).blocks
+    most = tuple(blocks.values())
+    fits = len(layers) == len(most) and min(layers) >= 0 and sum(layers) > 0
+    if not fits or any(wanted > has for wanted, has in zip(layers, most, strict=True)):
+        kinds = " and ".join(f"{has} {name.removesuffix('blocks').rstrip('_')}".strip() for name, has in blocks.items())
         raise BadInput(
-            f"--layers {layers[0]},{layers[1]}: {model.name} has up to {most[0]} double and {most[1]} single blocks, "
-            "and needs one: try --layers 1,1"
+            f"--layers {','.join(map(str, layers))}: {model.name} has up to {kinds} blocks, "
+            f"and needs one: try --layers {','.join('1' * len(most))}"
         )
-    return family.with_blocks(config, *layers)
+    return family.with_blocks(config, layers)
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
@@ -90,6 +92,8 @@ def random_transformer(
 
     # Not diffusers' own `to`, which warns of parts to be kept in fp32 though there are none.
     model = torch.nn.Module.to(_hollow(config), dtype).to_empty(device=device)
+    for name, module in family_of_class(config["_class_name"]).fresh_modules(config).items():
+        model.set_submodule(name, module.to(device))
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -115,8 +119,6 @@ def _hollow(config: Mapping[str, Any]) -> torch.nn.Module:
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
     with torch.device("meta"):
         model: torch.nn.Module = family_of_class(config["_class_name"]).transformer_class()(**arguments)
-    # To fill a buffer one would have to know what it holds.
-    assert not list(model.buffers())
     return model
 
 

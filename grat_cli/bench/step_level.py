@@ -72,7 +72,7 @@ class StepSettings:
     model: str
     compare: tuple[Request, ...]
     grids: tuple[tuple[int, ...], ...] = ()
-    layers: tuple[int, int] | None = None
+    layers: tuple[int, ...] | None = None
     weights: str | None = None
     text_len: int | None = None
     device: str = "auto"
@@ -134,8 +134,7 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
         settings={
             "model": model.name,
             "weights": weights,
-            "double_blocks": shape.double_blocks,
-            "single_blocks": shape.single_blocks,
+            **shape.blocks,
             "heads": shape.heads,
             "head_dim": shape.head_dim,
             "parameters": shape.parameters,
@@ -275,7 +274,7 @@ class _Steps:
     def _flop(self, grid: Grid, pairs: float) -> float:
         """Floating-point operations of a step, roughly."""
         attention = 4.0 * pairs * self._shape.width * self._shape.layers
-        return self._shape.linear_flop(grid.tokens + self._host.text_len) + attention
+        return self._shape.linear_flop(grid.tokens, self._host.text_len) + attention
 
     def _activation_bytes(self, grid: Grid) -> int:
         """Memory of a step's activations, roughly: at the widest point a single block holds the joint sequence in

@@ -227,10 +227,6 @@ def _resident(
         }
     transformer = components.transformer
     share = weights["transformer"] / transformer.parameters
-    block = max(
-        transformer.double_parameters if transformer.double_blocks else 0,
-        transformer.single_parameters if transformer.single_blocks else 0,
-    )
     layers = [encoder.layers for encoder in components.text_encoders]
     one_layer = max(size / (count + 1) for size, count in zip(encoders, layers, strict=True))
     if execution.offload == "group":
@@ -238,15 +234,14 @@ def _resident(
         return {
             "text": 2 * one_layer + weights["autoencoder"],
             "autoencoder": weights["autoencoder"],
-            "denoise": (2 * block + transformer.other_parameters) * share + weights["autoencoder"],
+            "denoise": (2 * transformer.largest_block + transformer.other_parameters) * share + weights["autoencoder"],
             "decode": weights["autoencoder"],
         }
-    # One module at a time: at most the largest matrix, a single block's output or a feed-forward's.
-    matrix = (5 if transformer.single_blocks else 4) * transformer.width**2
+    # One module at a time.
     return {
         "text": max(encoder.width * 32_128 for encoder in components.text_encoders) * execution.element,
         "autoencoder": 0.0,
-        "denoise": max(matrix, 6 * transformer.width**2) * share,
+        "denoise": transformer.largest_matrix * share,
         "decode": 9 * max(components.autoencoder.channels) ** 2 * execution.autoencoder_element,
     }
 

@@ -73,6 +73,12 @@ class Forecast:
         """Floating-point operations of one step's attention, mean over the run."""
         return self.full_flop_per_step * self.schedule.density
 
+    @property
+    def linear_flop_per_call(self) -> float:
+        """Floating-point operations of a transformer call besides attention over image tokens."""
+        architecture = self.architecture
+        return architecture.transformer.linear_flop(self.main_plan.image_tokens, architecture.model.text_tokens)
+
     def as_dict(self) -> dict[str, Any]:
         """The forecast as plain data, schema `grat.plan/1`."""
         plan = self.main_plan
@@ -137,7 +143,7 @@ def schedule_for(
     return AttentionSchedule(
         preset,
         model.grid(size.width, size.height, size.frames),
-        model.text_tokens,
+        architecture.transformer.joint_text(model.text_tokens),
         family_of(model).text_first,
         steps=preset.sampling.steps if steps is None else steps,
         layers=architecture.transformer.layers,

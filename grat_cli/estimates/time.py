@@ -86,7 +86,7 @@ def step_seconds(forecast: Forecast, rates: Rates) -> float:
     """Seconds of a denoising step at known rates, mean over the run."""
     architecture = forecast.architecture
     calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
-    linear_flop = calls * architecture.transformer.linear_flop(forecast.main_plan.tokens)
+    linear_flop = calls * forecast.linear_flop_per_call
     return forecast.planned_flop_per_step / rates.attention + linear_flop / rates.linear
 
 
@@ -120,7 +120,7 @@ def estimate_for(
 
     hidden = main.tokens * components.transformer.width * execution.element
     compute = forecast.planned_flop_per_step / main.tile_efficiency() / (ATTENTION_SHARE * peak) + calls * (
-        architecture.transformer.linear_flop(main.tokens) / (LINEAR_SHARE * peak)
+        forecast.linear_flop_per_call / (LINEAR_SHARE * peak)
         + (_PASSES_OF_BLOCK * architecture.transformer.layers * hidden + weights["transformer"]) / device.bandwidth
     )
     # Weights that come anew with every call: by group while the block before is at work, by layer before each.

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from grat_cli.presets.schema import ChunkTokens
 
 Medium = Literal["image", "video"]
+PictureKind = Literal["start", "mask", "control", "reference"]
+NO_PICTURES: frozenset[PictureKind] = frozenset()
 Classes = Mapping[str, Mapping[str, str]]
 """Of each part of a pipeline: the classes that it may be of, and the library of each."""
 
@@ -80,6 +83,9 @@ class ModelChoice:
         true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
         video: what videos it makes; None for a model of images.
         is_demo: whether it is a bundled model, which knows a few hundred words.
+        takes: pictures that it may be given.
+        needs: those of them that it makes nothing without.
+        most_references: most pictures that it refers to at once.
     """
 
     name: str
@@ -98,6 +104,9 @@ class ModelChoice:
     true_guidance: bool = False
     video: VideoTraits | None = None
     is_demo: bool = False
+    takes: frozenset[PictureKind] = NO_PICTURES
+    needs: frozenset[PictureKind] = NO_PICTURES
+    most_references: int = 1
 
     @property
     def medium(self) -> Medium:
@@ -127,6 +136,34 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """Pictures that a pipeline takes as they are, and encodes itself.
+
+    Attributes:
+        start: the first frame of a video, or what lies around `mask`; of the output's size.
+        mask: white where `start` is made anew; likewise.
+        control: edges, depth or the like that the output follows; likewise.
+        references: what the output refers to, each of its own size.
+    """
+
+    start: Image.Image | None = None
+    mask: Image.Image | None = None
+    control: Image.Image | None = None
+    references: tuple[Image.Image, ...] = ()
+
+    @property
+    def kinds(self) -> frozenset[PictureKind]:
+        """Which there are."""
+        given: dict[PictureKind, bool] = {
+            "start": self.start is not None,
+            "mask": self.mask is not None,
+            "control": self.control is not None,
+            "reference": bool(self.references),
+        }
+        return frozenset(kind for kind, is_there in given.items() if is_there)
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of a pipeline, for latents.
 
@@ -139,7 +176,8 @@ class Call:
         generator: of the noise, on the CPU, so that a seed gives the same one on every device.
         callback: the pipeline's `callback_on_step_end`.
         start: latents `[1, C, h, w]` to start from; None for noise.
-        strength: share of the steps that are run on `start`.
+        strength: share of the steps that are run on `start`, or on that of `pictures`.
+        pictures: what the pipeline is given besides.
         begun: latents as the callback has had them after `first_step` steps of this call; None from its beginning.
         first_step: steps of this call that are done.
     """
@@ -153,6 +191,7 @@ class Call:
     callback: Callable[..., dict[str, Any]] | None = None
     start: torch.Tensor | None = None
     strength: float | None = None
+    pictures: Pictures = Pictures()
     begun: torch.Tensor | None = None
     first_step: int = 0
 
@@ -242,9 +281,13 @@ class Family(ABC):
         kin = next((one for one in known if (one.default_guidance is not None) == guided), known[0])
         return read_json(Path(__file__).parent / "configs" / f"{kin.name}.json")
 
-    def with_blocks(self, config: Mapping[str, Any], double: int, single: int) -> dict[str, Any]:
-        """A transformer's configuration with other numbers of blocks."""
-        return {**config, "num_layers": double, "num_single_layers": single}
+    def with_blocks(self, config: Mapping[str, Any], blocks: tuple[int, ...]) -> dict[str, Any]:
+        """A transformer's configuration with other numbers of blocks, as many as its shape has kinds of them."""
+        return {**config, **dict(zip(("num_layers", "num_single_layers"), blocks, strict=False))}
+
+    def fresh_modules(self, config: Mapping[str, Any]) -> Mapping[str, torch.nn.Module]:
+        """Modules of a transformer, by their names, that hold tensors which are no weights, such as rotary tables."""
+        return {}
 
     @abstractmethod
     def transformer_shape(self, config: Mapping[str, Any]) -> TransformerShape:
@@ -274,8 +317,8 @@ class Family(ABC):
     # ---- Loading
 
     @abstractmethod
-    def pipeline_class(self, *, from_picture: bool = False) -> Any:
-        """The pipeline class of diffusers."""
+    def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
+        """The pipeline class of diffusers that takes such pictures."""
 
     @abstractmethod
     def transformer_class(self) -> Any:
@@ -303,7 +346,9 @@ class Family(ABC):
     def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
         """A prompt as the pipeline takes it, padded or cut to so many tokens, by the names of its arguments."""
 
-    def encode_text(self, pipe: Any, model: ModelChoice, prompt: str, negative: str | None) -> dict[str, torch.Tensor]:
+    def encode_text(
+        self, pipe: Any, model: ModelChoice, prompt: str, negative: str | None, pictures: Pictures = Pictures()
+    ) -> dict[str, torch.Tensor]:
         """Prompt and negative prompt as the pipeline takes them.
 
         Args:
@@ -311,6 +356,7 @@ class Family(ABC):
             model: whose text length is taken.
             prompt: what is shown.
             negative: of `guidance.Guidance`: None where the transformer is called once per step.
+            pictures: that encoders of text and pictures look at.
         """
         import torch
 
@@ -325,15 +371,15 @@ class Family(ABC):
     def text_lens(self, text: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
         """Text tokens in the joint sequence of each transformer call of a step."""
 
-    def pipeline_for(self, pipe: Any, *, from_picture: bool) -> Any:
-        """The pipeline that starts from noise, or from a picture; it shares the components of `pipe`, hooks included.
-
-        Raises:
-            BadInput: if the family makes nothing from pictures.
-        """
-        if from_picture:
-            raise BadInput(f"{self.title} starts from no picture: leave out --init-image")
-        return pipe
+    def pipeline_for(self, pipe: Any, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
+        """The pipeline that takes such pictures; it shares the components of `pipe`, hooks included."""
+        kind = self.pipeline_class(kinds)
+        if type(pipe) is kind:
+            return pipe
+        components = {name: part for name, part in pipe.components.items() if name in signature(kind).parameters}
+        other = kind(**components)
+        other.set_progress_bar_config(disable=True)
+        return other
 
     @abstractmethod
     def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
@@ -377,6 +423,10 @@ class Family(ABC):
         raise BadInput(f"{self.title} starts from no picture: leave out --init-image")
 
     # ---- Attention
+
+    def transformers(self, pipe: Any) -> tuple[Any, ...]:
+        """The transformers of a pipeline, all of one class and shape, which take turns over a run's steps."""
+        return (pipe.transformer,)
 
     @abstractmethod
     def grid(self, pipe: Any, height: int, width: int, num_frames: int | None = None) -> Grid:

@@ -19,16 +19,18 @@ from grat_cli.families.autoencoders import KlAutoencoder
 from grat_cli.families.base import (
     ANY_TOKENIZER,
     CLIP_TOKENIZER,
+    NO_PICTURES,
     SCHEDULER,
     Call,
     Classes,
     Family,
     Medium,
     ModelChoice,
+    PictureKind,
     beginning_at,
     token_sides,
 )
-from grat_cli.families.shapes import CLIP_L, TextEncoderShape, TransformerCall, TransformerShape
+from grat_cli.families.shapes import CLIP_L, JointShape, TextEncoderShape, TransformerCall
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -49,13 +51,14 @@ _DEMO = ModelChoice(
     presets="demo",
     native_side=DEMO_FLUX.native_side,
     token_side=8,
+    takes=frozenset(["start"]),
     text_tokens=DEMO_FLUX.text_tokens,
     default_steps=DEMO_FLUX.steps,
     default_guidance=DEMO_FLUX.guidance,
     true_guidance=True,
     is_demo=True,
 )
-_DEV = ModelChoice("flux-dev", "black-forest-labs/FLUX.1-dev", "hub", "flux", "flux")
+_DEV = ModelChoice("flux-dev", "black-forest-labs/FLUX.1-dev", "hub", "flux", "flux", takes=frozenset(["start"]))
 # Distilled to four steps without guidance; its reference code cuts prompts at 256 tokens.
 _SCHNELL = replace(
     _DEV,
@@ -72,7 +75,7 @@ _T5_XXL = TextEncoderShape(4_762_310_656, 24, 4096, 10240, 64, 512)
 _AUTOENCODER = KlAutoencoder((128, 256, 512, 512), (3, 3, 3, 3), 16, 83_819_683)
 
 
-class FluxShape(TransformerShape):
+class FluxShape(JointShape):
     """A `FluxTransformer2DModel`."""
 
     rotates_text = True
@@ -179,11 +182,11 @@ class Flux(Family):
 
     # ---- Loading
 
-    def pipeline_class(self, *, from_picture: bool = False) -> Any:
+    def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
         from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 
-        return FluxImg2ImgPipeline if from_picture else FluxPipeline
+        return FluxImg2ImgPipeline if kinds else FluxPipeline
 
     def transformer_class(self) -> Any:
         from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -198,14 +201,6 @@ class Flux(Family):
 
     def text_lens(self, text: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
         return (text["prompt_embeds"].shape[1],)
-
-    def pipeline_for(self, pipe: Any, *, from_picture: bool) -> Any:
-        kind = self.pipeline_class(from_picture=from_picture)
-        if isinstance(pipe, kind):
-            return pipe
-        other = kind(**pipe.components)
-        other.set_progress_bar_config(disable=True)
-        return other
 
     def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
         arguments, first_step = dict(call.arguments), call.first_step
@@ -278,10 +273,10 @@ class FluxAdapter(ProcessorAdapter):
     def blocks_of(self, model: Any) -> list[Any]:
         return [*model.transformer_blocks, *model.single_transformer_blocks]
 
-    def stock_processor(self) -> type:
+    def stock_processors(self) -> tuple[type, ...]:
         from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-        return FluxAttnProcessor
+        return (FluxAttnProcessor,)
 
     def chunked_blocks(self) -> Mapping[type, Forward]:
         from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock

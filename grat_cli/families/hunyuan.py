@@ -16,18 +16,20 @@ from grat_cli.families.autoencoders import HunyuanVideoAutoencoder
 from grat_cli.families.base import (
     ANY_TOKENIZER,
     CLIP_TOKENIZER,
+    NO_PICTURES,
     SCHEDULER,
     Call,
     Classes,
     Family,
     Medium,
     ModelChoice,
+    PictureKind,
     VideoTraits,
     beginning_at,
     latent_frames,
     token_sides,
 )
-from grat_cli.families.shapes import CLIP_L, TextEncoderShape, TransformerCall, TransformerShape
+from grat_cli.families.shapes import CLIP_L, JointShape, TextEncoderShape, TransformerCall
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ _AUTOENCODER = HunyuanVideoAutoencoder((128, 256, 512, 512), (3, 3, 3, 3), 16, 2
 
 
 @dataclass(frozen=True)
-class HunyuanShape(TransformerShape):
+class HunyuanShape(JointShape):
     """A `HunyuanVideoTransformer3DModel`.
 
     Attributes:
@@ -204,7 +206,7 @@ class Hunyuan(Family):
 
     # ---- Loading
 
-    def pipeline_class(self, *, from_picture: bool = False) -> Any:
+    def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 
         return HunyuanVideoPipeline
@@ -341,10 +343,10 @@ class HunyuanAdapter(ProcessorAdapter):
     def blocks_of(self, model: Any) -> list[Any]:
         return [*model.transformer_blocks, *model.single_transformer_blocks]
 
-    def stock_processor(self) -> type:
+    def stock_processors(self) -> tuple[type, ...]:
         from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 
-        return HunyuanVideoAttnProcessor2_0
+        return (HunyuanVideoAttnProcessor2_0,)
 
     def chunked_blocks(self) -> Mapping[type, Forward]:
         from diffusers.models.transformers import transformer_hunyuan_video as stock

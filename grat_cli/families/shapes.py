@@ -47,31 +47,110 @@ class TransformerCall:
 
 @dataclass(frozen=True)
 class TransformerShape(ABC):
-    """A transformer of double and single blocks, by the fields of its configuration.
+    """A transformer, by the fields of its configuration.
 
     Attributes:
         heads: attention heads.
         head_dim: channels per head.
-        double_blocks: blocks where text and image have weights of their own.
-        single_blocks: blocks where they share them.
         in_channels: as its configuration has it; see `token_channels`.
         text_channels: of a text token as the text encoder makes it.
-        pooled_channels: of the pooled text.
-        guidance_embeds: whether guidance is an input.
+        joins_text: whether text tokens attend and are attended with the image tokens, in one joint sequence.
         rotates_text: whether text tokens are rotated with the image tokens, after they are joined.
-        joins_in_single: whether single blocks project text and image apart, and join query, key and value.
     """
 
     heads: int
     head_dim: int
-    double_blocks: int
-    single_blocks: int
     in_channels: int
     text_channels: int
+
+    joins_text: ClassVar[bool] = True
+    rotates_text: ClassVar[bool]
+
+    @property
+    def width(self) -> int:
+        """Channels of a hidden state."""
+        return self.heads * self.head_dim
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Mapping[str, int]:
+        """Numbers of blocks with attention over image tokens, by kind, in order: `double_blocks` and the like."""
+
+    @property
+    def layers(self) -> int:
+        """Blocks with attention over image tokens."""
+        return sum(self.blocks.values())
+
+    @property
+    @abstractmethod
+    def token_channels(self) -> int:
+        """Numbers that a token of latents holds."""
+
+    def joint_text(self, text_tokens: int) -> int:
+        """How many of so many text tokens are in the joint sequence."""
+        return text_tokens if self.joins_text else 0
+
+    # ---- Weights
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """All weights."""
+
+    @property
+    @abstractmethod
+    def other_parameters(self) -> int:
+        """Weights outside the blocks: of inputs, time, guidance, text and output."""
+
+    @property
+    @abstractmethod
+    def largest_block(self) -> int:
+        """Weights of the largest block."""
+
+    @property
+    @abstractmethod
+    def largest_matrix(self) -> int:
+        """Weights of the largest matrix of a block."""
+
+    # ---- Operations
+
+    @abstractmethod
+    def linear_flop(self, image: int, text: int) -> float:
+        """Floating-point operations of one transformer call besides attention over image tokens.
+
+        Args:
+            image: image tokens.
+            text: text tokens, wherever they are attended.
+        """
+
+    # ---- Memory
+
+    @abstractmethod
+    def pipeline_bytes(self, plan: Plan, element: int) -> float:
+        """What the pipeline holds all through a call besides latents, text and rotary frequencies."""
+
+    @abstractmethod
+    def moments(self, call: TransformerCall) -> dict[str, float]:
+        """Bytes of the tensors of a block at the moments that may be a call's peak."""
+
+
+@dataclass(frozen=True)
+class JointShape(TransformerShape):
+    """A transformer of double and single blocks.
+
+    Attributes:
+        double_blocks: blocks where text and image have weights of their own.
+        single_blocks: blocks where they share them.
+        pooled_channels: of the pooled text.
+        guidance_embeds: whether guidance is an input.
+        joins_in_single: whether single blocks project text and image apart, and join query, key and value.
+    """
+
+    double_blocks: int
+    single_blocks: int
     pooled_channels: int
     guidance_embeds: bool
 
-    rotates_text: ClassVar[bool]
     joins_in_single: ClassVar[bool]
 
     @classmethod
@@ -90,19 +169,9 @@ class TransformerShape(ABC):
         )
 
     @property
-    def width(self) -> int:
-        """Channels of a hidden state."""
-        return self.heads * self.head_dim
-
-    @property
-    def layers(self) -> int:
-        """Blocks with attention over image tokens."""
-        return self.double_blocks + self.single_blocks
-
-    @property
-    @abstractmethod
-    def token_channels(self) -> int:
-        """Numbers that a token of latents holds."""
+    def blocks(self) -> Mapping[str, int]:
+        """See `TransformerShape`, as for all below."""
+        return {"double_blocks": self.double_blocks, "single_blocks": self.single_blocks}
 
     # ---- Weights
 
@@ -118,7 +187,6 @@ class TransformerShape(ABC):
 
     @property
     def parameters(self) -> int:
-        """All weights."""
         doubles, singles = self.double_blocks * self.double_parameters, self.single_blocks * self.single_parameters
         return doubles + singles + self.other_parameters
 
@@ -129,7 +197,6 @@ class TransformerShape(ABC):
 
     @property
     def other_parameters(self) -> int:
-        """Weights outside the blocks: of inputs, time, guidance, pooled text and output."""
         width, token = self.width, self.token_channels
         pooled = self.pooled_channels * width + width + width**2 + width
         total = (1 + self.guidance_embeds) * self.embedder_parameters + pooled
@@ -138,19 +205,22 @@ class TransformerShape(ABC):
 
     # ---- Operations
 
-    def linear_flop(self, tokens: int) -> float:
-        """Floating-point operations of all linear layers of one transformer call on a joint sequence.
+    @property
+    def largest_block(self) -> int:
+        double = self.double_parameters if self.double_blocks else 0
+        return max(double, self.single_parameters if self.single_blocks else 0)
 
-        A block of either kind has 12 weights per pair of channels: query, key, value and output, and a feed-forward
-        four times as wide. Each takes a multiplication and an addition per token.
-        """
-        return 24.0 * self.width**2 * self.layers * tokens
+    @property
+    def largest_matrix(self) -> int:
+        """Of modulation, which makes six vectors of one; single blocks have none so large."""
+        return 6 * self.width**2
+
+    def linear_flop(self, image: int, text: int) -> float:
+        """A block of either kind has 12 weights per pair of channels: query, key, value and output, and a feed-forward
+        four times as wide. Each takes a multiplication and an addition per token."""
+        return 24.0 * self.width**2 * self.layers * (image + text)
 
     # ---- Memory
-
-    @abstractmethod
-    def pipeline_bytes(self, plan: Plan, element: int) -> float:
-        """What the pipeline holds all through a call besides latents, text and rotary frequencies."""
 
     @abstractmethod
     def feed_forward_bytes(self, call: TransformerCall) -> float:
@@ -161,7 +231,6 @@ class TransformerShape(ABC):
         """At the output of a single block that takes all tokens at once, besides what it held during attention."""
 
     def moments(self, call: TransformerCall) -> dict[str, float]:
-        """Bytes of the tensors of a block at the moments that may be a call's peak."""
         blocks = {"double": (self.double_blocks, self._double), "single": (self.single_blocks, self._single)}
         return {
             f"{moment} of a {name} block": size

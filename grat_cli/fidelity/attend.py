@@ -306,19 +306,18 @@ def attend(
         request.family.prepare(model.pipe)
         phases["load"] = 1000 * (time.perf_counter() - began)
         note_expectations(request, progress)
-        config = model.pipe.transformer.config
-        layers, heads = config.num_layers + config.num_single_layers, config.num_attention_heads
+        shape = request.family.transformer_shape(model.pipe.transformer.config)
         recorder = AttentionRecorder(
             [one.attention for one in candidates],
             request.preset.sampling.steps,
-            layers,
-            heads,
+            shape.layers,
+            shape.heads,
             rows=rows,
             recorded=frozenset(steps),
         )
         backend = ""
         for seed in seeds:
-            maps = QueryRecorder(queries, grid, steps, layers, heads)
+            maps = QueryRecorder(queries, grid, steps, shape.layers, shape.heads)
             progress.phase("denoise")
             began = time.perf_counter()
             latents, installation = latents_of(

@@ -258,13 +258,12 @@ def _observed(
     progress: Progress,
 ) -> tuple[Observations, int]:
     """What a run with full attention shows, and the text tokens that its densities are of."""
-    config = pipe.transformer.config
-    layers = config.num_layers + config.num_single_layers
+    shape = request.request.family.transformer_shape(pipe.transformer.config)
     recorder = _Recorder(
         request.candidates,
         observing.sampling.steps,
-        layers,
-        config.num_attention_heads,
+        shape.layers,
+        shape.heads,
         rows=request.rows,
         recorded=request.steps_observed(),
         seed=seed,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.attention.extrapolation import Extrapolation
 from grat_cli.errors import BadInput, NumericalFailure
 from grat_cli.estimates.stages import Stage, stages_of
+from grat_cli.families.base import NO_PICTURES
 from grat_cli.families.time_shift import time_shift
 from grat_cli.generation.low_resolution_guidance import low_resolution_guidance
 from grat_cli.generation.request import Progress, Request
@@ -70,7 +71,7 @@ def installed(
         NumericalFailure: if a kernel computes wrong results on this machine.
     """
     family = request.family
-    pipe = family.pipeline_for(pipe, from_picture=start is not None)
+    pipe = family.pipeline_for(pipe, NO_PICTURES if start is None else frozenset({"start"}))
     size = request.installed_size | {"height": stage.height, "width": stage.width}
     tokens = request.model.grid(stage.width, stage.height, request.frames).tokens
     with (

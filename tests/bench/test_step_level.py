@@ -311,7 +311,7 @@ def test_the_command_measures_a_step(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--layers", "2x4"), "expected double and single blocks, such as 2,4"),
+        (("--layers", "2x4"), "expected numbers of blocks of each kind, such as 2,4"),
         (("--layers", "0,0"), "needs one"),
         (("--weights", "real"), "--weights real"),
         (("--weights", "own", "--model", "flux-dev"), "no weights of flux-dev are bundled"),

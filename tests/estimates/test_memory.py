@@ -114,7 +114,7 @@ class OneStep:
         """The step."""
         return 0
 
-    def schedule(self, text_len: int) -> AttentionSchedule:
+    def schedule(self, text_len: int, references: int = 0) -> AttentionSchedule:
         """Its schedule."""
         return self._schedule
 

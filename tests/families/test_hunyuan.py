@@ -42,7 +42,7 @@ class Run:
     def current_step(self) -> int:
         return 0
 
-    def schedule(self, text_len: int) -> Any:
+    def schedule(self, text_len: int, references: int = 0) -> Any:
         self.text_lengths.append(text_len)
         return self
 

@@ -24,6 +24,7 @@ from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput
 from grat_cli.estimates.stages import Stage, stages_of, uses_highres
 from grat_cli.families import family_of
+from grat_cli.families.base import NO_PICTURES
 from grat_cli.fidelity.quality import likeness
 from grat_cli.generation import run as generation
 from grat_cli.generation.low_resolution_guidance import low_frequencies, low_resolution_guidance
@@ -216,18 +217,18 @@ def test_a_cascade_with_nothing_fitted_is_what_stock_pipelines_make(upscale: str
     else:
         unpacked = stock._unpack_latents(base[None], 64, 64, stock.vae_scale_factor)
         start = torch.nn.functional.interpolate(unpacked, (32, 32), mode="bicubic", antialias=True)
-    from_picture = FAMILY.pipeline_for(stock, from_picture=True)
+    from_picture = FAMILY.pipeline_for(stock, frozenset({"start"}))
     expected = from_picture(**common, image=start, strength=0.5, height=128, width=128).images[0]
     assert np.abs(made.pixels - pixels(expected)).max() <= 1
 
 
 def test_pipelines_for_noise_and_for_pictures_share_their_parts() -> None:
     pipe = tiny_flux.pipeline()
-    other = FAMILY.pipeline_for(pipe, from_picture=True)
+    other = FAMILY.pipeline_for(pipe, frozenset({"start"}))
     assert type(other).__name__ == "FluxImg2ImgPipeline"
     assert all(other.components[name] is part for name, part in pipe.components.items())
-    assert FAMILY.pipeline_for(other, from_picture=True) is other
-    assert type(FAMILY.pipeline_for(other, from_picture=False)).__name__ == "FluxPipeline"
+    assert FAMILY.pipeline_for(other, frozenset({"start"})) is other
+    assert type(FAMILY.pipeline_for(other, NO_PICTURES)).__name__ == "FluxPipeline"
 
 
 def test_one_seed_gives_one_picture_whatever_came_before_and_the_model_is_loaded_once(loads: list[Any]) -> None:

@@ -25,11 +25,11 @@ def positions_of_group(plan: Plan, group: int) -> set[int]:
 
 @given(plans(max_tokens=150))
 def test_spans_cover_exactly_the_attended_groups_and_text(plan: Plan) -> None:
-    text = set(range(plan.text_start, plan.text_start + plan.text_len))
+    dense = set(range(plan.image_start)) | set(range(plan.image_stop, plan.tokens))
     coordinates = [tuple(row) for row in plan.grouping.coordinates.tolist()]
     members = [positions_of_group(plan, group) for group in range(len(coordinates))]
     for group, a in enumerate(coordinates):
-        attended, summarised = set(text), set()
+        attended, summarised = set(dense), set()
         for other, b in enumerate(coordinates):
             level = plan.pattern.level(a, b, plan.grouping.counts)
             if level == 0:

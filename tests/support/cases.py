@@ -7,7 +7,20 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, SlidingTile, Union, build_plan
+from grat_kernels import (
+    Block,
+    CrissCross,
+    Far,
+    Full,
+    Grid,
+    Grouping,
+    Pattern,
+    Plan,
+    Segments,
+    SlidingTile,
+    Union,
+    build_plan,
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +91,20 @@ def patterns(grouping: Grouping) -> st.SearchStrategy[Pattern]:
 
 
 @st.composite
+def segments(draw: st.DrawFn) -> Segments:
+    """Runs of tokens before and after the image, text alone as often as others."""
+    length = st.sampled_from([0, 1, 7, 24])
+    if draw(st.booleans()):
+        return Segments.of_text(draw(length), draw(st.booleans()))
+    before, after = (tuple(draw(st.lists(length, max_size=2))) for _ in range(2))
+    runs = len(before) + len(after)
+    return Segments(before, after, draw(st.sampled_from([None, *range(runs)])))
+
+
+@st.composite
 def plans(draw: st.DrawFn, max_tokens: int = 300) -> Plan:
     grouping = draw(groupings(max_tokens))
-    text_len = draw(st.sampled_from([0, 1, 7, 24]))
-    return build_plan(grouping, draw(patterns(grouping)), text_len, draw(st.booleans()))
+    return build_plan(grouping, draw(patterns(grouping)), segments=draw(segments()))
 
 
 @st.composite

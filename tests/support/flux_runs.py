@@ -37,7 +37,7 @@ class Run:
     def current_step(self) -> int:
         return self.step
 
-    def schedule(self, text_len: int) -> Any:
+    def schedule(self, text_len: int, references: int = 0) -> Any:
         self.text_lengths.append(text_len)
         return Schedule(self.plans)
 
