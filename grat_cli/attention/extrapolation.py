@@ -119,7 +119,7 @@ def query_scale(plan: Plan, trained_tokens: int) -> npt.NDArray[np.float64]:
 
 def proportional_scaling(plan: Plan | HeadPlan, trained_image_tokens: int, device: torch.device) -> Scaling:
     """`query_scale` as a layer takes it, for a model trained on so many image tokens; made once a plan and device."""
-    trained = trained_image_tokens + plan.text_len
+    trained = trained_image_tokens + plan.segments.tokens
 
     def build() -> Scaling:
         import torch

@@ -37,7 +37,7 @@ class RowStatistics(NamedTuple):
     """Full attention of sampled queries, and what patterns keep of it.
 
     Attributes:
-        text: softmax mass on text keys, `[S, H]`.
+        text: softmax mass on text keys, and on those of references where there are such, `[S, H]`.
         output: ‖full output‖, `[S, H]`.
         distances: softmax mass on image keys by their distance from the query, `[H, BINS]`, mean over the queries; bin
             i holds distances from i to i + 1 in units of the grid's diagonal / BINS.
@@ -120,7 +120,7 @@ class QueryMaps(NamedTuple):
     """Where some queries look.
 
     Attributes:
-        text: softmax mass on text keys, `[Q, H]` fp32.
+        text: softmax mass on text keys, and on those of references where there are such, `[Q, H]` fp32.
         image: softmax mass on the image keys of each cell of the grid, in raster order, `[Q, H, *cells]` fp32; with
             `text` it sums to 1.
     """
@@ -157,17 +157,16 @@ def query_maps(
     of_cell = np.ravel_multi_index([place // size for place, size in zip(places, cell, strict=True)], counts)
     cells = torch.from_numpy(of_cell).to(query.device)  # of each image token in the plan's order
     rows = torch.from_numpy(plan.image_start + plan.inverse[tokens]).to(query.device)
-    image = slice(plan.image_start, plan.image_start + plan.image_tokens)
-    text = slice(plan.text_start, plan.text_start + plan.text_len)
+    image = slice(plan.image_start, plan.image_stop)
     at_once = max(1, _BUDGET_BYTES // (4 * key.shape[0] * (2 * len(tokens) + head_dim)))
     on_text, on_image = [], []
     for first in range(0, heads, at_once):
         of_heads = slice(first, first + at_once)
         scores = torch.einsum("qhd,khd->qhk", query[rows, of_heads].float(), key[:, of_heads].float()) * factor
         if text_valid is not None:
-            scores[..., text.start + text_valid : text.stop] = -torch.inf
+            scores[..., _padding(plan, text_valid)] = -torch.inf
         mass = scores.softmax(-1)
-        on_text.append(mass[..., text].sum(-1))
+        on_text.append(_beside_image(mass, plan))
         summed = torch.zeros(*mass.shape[:2], int(np.prod(counts)), device=mass.device)
         on_image.append(summed.index_add_(2, cells, mass[..., image]))
     return QueryMaps(torch.cat(on_text, 1), torch.cat(on_image, 1).unflatten(2, counts))
@@ -185,13 +184,12 @@ def _of_heads(
     """`row_statistics` of some heads: query, key and value `[N, h, D]` in fp32."""
     query, key, value = joint
     sequence = plans[0]
-    image = slice(sequence.image_start, sequence.image_start + sequence.image_tokens)
-    text = slice(sequence.text_start, sequence.text_start + sequence.text_len)
+    image = slice(sequence.image_start, sequence.image_stop)
     # Heads first: products of matrices per head.
     asked, keys, values = query[rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     scores = asked @ keys.transpose(1, 2) * scale  # [h, S, N]
     if text_valid is not None:
-        scores[..., text.start + text_valid : text.stop] = -torch.inf
+        scores[..., _padding(sequence, text_valid)] = -torch.inf
     mass = scores.softmax(-1)
     output = mass @ values
     distances = torch.zeros(len(mass), BINS, device=mass.device)
@@ -212,7 +210,17 @@ def _of_heads(
         error = (made - output).norm(dim=-1) / output.norm(dim=-1)
         kept_mass = (mass[..., image] * tokens[:, image]).sum(-1)
         kept.append(Kept(kept_mass.T, error.T))
-    return RowStatistics(mass[:, :, text].sum(-1).T, output.norm(dim=-1).T, distances / len(positions), tuple(kept))
+    return RowStatistics(_beside_image(mass, sequence).T, output.norm(dim=-1).T, distances / len(positions), tuple(kept))
+
+
+def _padding(sequence: JointSequence, text_valid: int) -> slice:
+    """Positions of text after its first so many tokens."""
+    return slice(sequence.text_start + text_valid, sequence.text_start + sequence.text_len)
+
+
+def _beside_image(mass: torch.Tensor, sequence: JointSequence) -> torch.Tensor:
+    """Sum over the keys `[..., N]` that are no image tokens, `[...]`."""
+    return mass[..., : sequence.image_start].sum(-1) + mass[..., sequence.image_stop :].sum(-1)
 
 
 def _attended(plan: Plan, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

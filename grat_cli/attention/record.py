@@ -258,8 +258,7 @@ class AttentionRecorder:
                 build_plan(
                     Grouping(order.grid, candidate.group, order.cells),
                     candidate.pattern(),
-                    full.text_len,
-                    full.text_first,
+                    segments=full.segments,
                 )
                 for candidate in self._candidates
             )

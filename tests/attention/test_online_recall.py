@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 from flux_runs import NoHostReads
-from recall_cases import FAR, GRIDS, HEADS, TEXT, group, plan_of, tensors
+from recall_cases import FAR, GRIDS, HEADS, TEXT, WITH_REFERENCES, group, plan_of, tensors
 
 from grat_cli.attention import online_recall
 from grat_cli.attention.adapter import AttentionInputs
 from grat_cli.attention.online_recall import measure, sample_rows
 from grat_cli.attention.recall import RowStatistics, row_statistics, sample_positions
-from grat_kernels import Block, CrissCross, Full, Grid, Grouping, HeadPlan, Pattern, Plan, build_head_plan
+from grat_kernels import Block, CrissCross, Full, Grid, Grouping, HeadPlan, Pattern, Plan, Segments, build_head_plan
 from grat_kernels.summaries import summarise
 
 CPU = torch.device("cpu")
@@ -73,10 +73,10 @@ def assert_measured(inputs: AttentionInputs, seed: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("segments", [Segments.of_text(TEXT, True), Segments.of_text(TEXT, False), WITH_REFERENCES])
 @pytest.mark.parametrize("pattern", [Block(0), Block(1), CrissCross(1)])
-def test_recall_is_that_of_row_statistics(grid: Grid, text_first: bool, pattern: Pattern) -> None:
-    plan = plan_of(grid, pattern, text_first)
+def test_recall_is_that_of_row_statistics(grid: Grid, segments: Segments, pattern: Pattern) -> None:
+    plan = plan_of(grid, pattern, segments=segments)
     for text_valid in (None, [TEXT - 3, TEXT]):
         kept, recall, error = assert_measured(inputs_of(plan, text_valid)).tolist()
         assert kept == recall

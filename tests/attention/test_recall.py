@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from recall_cases import FAR, GRIDS, HEAD_DIM, HEADS, dense_mask, plan_of, tensors
+from recall_cases import FAR, GRIDS, HEAD_DIM, HEADS, TEXT, WITH_REFERENCES, dense_mask, plan_of, tensors
 
 from grat_cli.attention import recall
 from grat_cli.attention.recall import BINS, row_statistics, sample_positions
-from grat_kernels import Block, CrissCross, Full, Grid, Pattern, span_attention
+from grat_kernels import Block, CrissCross, Full, Grid, Pattern, Segments, span_attention
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("segments", [Segments.of_text(TEXT, True), Segments.of_text(TEXT, False), WITH_REFERENCES])
 @pytest.mark.parametrize("pattern", [Full(), Block(0), Block(1), CrissCross(1)])
-def test_recall_is_the_mass_under_the_mask(grid: Grid, text_first: bool, pattern: Pattern) -> None:
-    plan = plan_of(grid, pattern, text_first)
+def test_recall_is_the_mass_under_the_mask(grid: Grid, segments: Segments, pattern: Pattern) -> None:
+    plan = plan_of(grid, pattern, segments=segments)
     query, key, value = tensors(plan.tokens)
     positions = sample_positions(plan, plan.image_tokens)
     found = row_statistics(query, key, value, [plan], positions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from grat_kernels import Block, Far, Grid, Grouping, Pattern, Plan, Union, build_plan
+from grat_kernels import Block, Far, Grid, Grouping, Pattern, Plan, Segments, Union, build_plan
 
 HEADS, HEAD_DIM, TEXT = 3, 8, 5
 
@@ -17,8 +17,14 @@ def group(grid: Grid) -> tuple[int, ...]:
     return (4, 2)[: grid.axes] if grid.axes == 2 else (2, 2, 2)
 
 
-def plan_of(grid: Grid, pattern: Pattern, text_first: bool = True, cells: tuple[tuple[int, ...], ...] = ()) -> Plan:
-    return build_plan(Grouping(grid, group(grid), (group(grid), *cells)), pattern, TEXT, text_first)
+def plan_of(
+    grid: Grid,
+    pattern: Pattern,
+    text_first: bool = True,
+    cells: tuple[tuple[int, ...], ...] = (),
+    segments: Segments | None = None,
+) -> Plan:
+    return build_plan(Grouping(grid, group(grid), (group(grid), *cells)), pattern, TEXT, text_first, segments=segments)
 
 
 def tensors(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,4 +43,5 @@ def dense_mask(plan: Plan) -> np.ndarray:
     )
 
 
+WITH_REFERENCES = Segments((2, TEXT), (4,), 1)
 FAR = Union(Block(0), Far([(0, (2, 2))]))
