@@ -210,7 +210,8 @@ def _of_heads(
         error = (made - output).norm(dim=-1) / output.norm(dim=-1)
         kept_mass = (mass[..., image] * tokens[:, image]).sum(-1)
         kept.append(Kept(kept_mass.T, error.T))
-    return RowStatistics(_beside_image(mass, sequence).T, output.norm(dim=-1).T, distances / len(positions), tuple(kept))
+    text = _beside_image(mass, sequence).T
+    return RowStatistics(text, output.norm(dim=-1).T, distances / len(positions), tuple(kept))
 
 
 def _padding(sequence: JointSequence, text_valid: int) -> slice:
