@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.adapter import Adapter
+    from grat_cli.attention.any_transformer import AnyTransformer
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.guard import RecallGuard
     from grat_cli.attention.layer import CallObserver
@@ -42,7 +43,7 @@ class Installation:
         grid: Grid,
         first_step: int,
         steps: int | None,
-        adapters: Sequence[Adapter],
+        adapters: Sequence[Adapter | AnyTransformer],
     ) -> None:
         self._pipe, self._preset, self._adapters = pipe, preset, adapters
         self._first_step, self._steps = first_step, steps
@@ -101,7 +102,7 @@ class Installation:
         return self._latest.chunking
 
     @property
-    def _latest(self) -> Adapter:
+    def _latest(self) -> Adapter | AnyTransformer:
         """The adapter of the transformer that was called last, of those that take turns."""
         return next((one for one in reversed(self._adapters) if one.preparation is not None), self._adapters[0])
 
@@ -122,9 +123,12 @@ def install(
     pipe: Any,
     preset: str | Preset = "flux-x",
     *,
-    height: int,
-    width: int,
+    height: int | None = None,
+    width: int | None = None,
     num_frames: int | None = None,
+    tokens: Grid | None = None,
+    text: Literal["first", "last"] | None = None,
+    check: bool = True,
     steps: int | None = None,
     first_step: int = 0,
     backend: Backend | str | None = None,
@@ -140,6 +144,9 @@ def install(
     transformer in fp32, where pipelines round them to its dtype: bf16 gives neighbours the same position beyond 4096
     pixels. The padding of HunyuanVideo's text is cut off; it changes no prediction.
 
+    A transformer of a family that GRAT does not know can be tried with `tokens`: its attention is put in group order
+    layer by layer, which costs a pass over query, key, value and output in each.
+
     Args:
         pipe: a diffusers pipeline around a transformer that GRAT knows, such as a `FluxPipeline`, `FluxInpaintPipeline`
             or `HunyuanVideoPipeline`.
@@ -147,6 +154,10 @@ def install(
         height: of the images or videos to come, in pixels; calls of another size are refused.
         width: likewise.
         num_frames: likewise, for pipelines of videos alone, which need it.
+        tokens: image tokens of the calls to come, rows by columns or frames by rows by columns, in place of a size, for
+            a transformer that GRAT does not know.
+        text: where text stands in the attentions of such a transformer that run over text and image tokens together.
+        check: whether the first call of such a transformer is compared with one of its own attention.
         steps: that the preset's fractions refer to; by default as many as each call runs, which is fewer than
             `num_inference_steps` for image-to-image. Steps are counted from the first one that is run.
         first_step: number of the first step that a call runs, where it goes on with a run that had been broken off:
@@ -164,7 +175,6 @@ def install(
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
         NumericalFailure: if the backend's kernel computes wrong results on this machine.
     """
-    family = _family(pipe)
     preset = load_preset(preset) if isinstance(preset, str) else preset
     if backend is not None:
         preset = _with_backend(preset, backend)
@@ -172,24 +182,19 @@ def install(
         preset = _with_chunks(preset, chunk_tokens)
     if guard is not None:
         preset = _with_guard(preset, guard)
-    if len(preset.attention.group) != family.axes:
-        raise BadInput(
-            f"preset {preset.name} is for {preset.model} models, the pipeline is a {type(pipe).__name__}: "
-            f"use one of grat presets {family.name}"
-        )
     if first_step < 0 or (steps is not None and first_step >= steps):
         raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
-    grid = family.grid(pipe, height, width, num_frames)
     if not hasattr(pipe.scheduler, "step_index") or not hasattr(pipe.scheduler, "begin_index"):
         raise BadInput(
             f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
             "use FlowMatchEulerDiscreteScheduler"
         )
-    chunk_tokens = preset.memory.chunk_tokens
-    adapters = [
-        family.adapter(transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
-        for transformer in family.transformers(pipe)
-    ]
+    adapters: Sequence[Adapter | AnyTransformer]
+    if tokens is None:
+        adapters = _family_adapters(pipe, preset, height, width, num_frames, extrapolation)
+    else:
+        adapters = [_any_transformer(pipe, preset, tokens, text, check, extrapolation)]
+    grid = adapters[0].grid
     installation = Installation(pipe, preset, grid, first_step, steps, adapters)
     warning = extrapolated_shift(pipe.scheduler, grid.tokens)
     if warning:
@@ -206,6 +211,60 @@ def step_under_way(scheduler: Any) -> int:
     begin = scheduler.begin_index or 0
     index = begin if scheduler.step_index is None else scheduler.step_index
     return index - begin
+
+
+def _family_adapters(
+    pipe: Any,
+    preset: Preset,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    extrapolation: Extrapolation | None,
+) -> list[Adapter]:
+    """What runs the transformers of a known family."""
+    family = _family(pipe)
+    if len(preset.attention.group) != family.axes:
+        raise BadInput(
+            f"preset {preset.name} is for {preset.model} models, the pipeline is a {type(pipe).__name__}: "
+            f"use one of grat presets {family.name}"
+        )
+    if not height or not width or min(height, width) < 1:
+        raise BadInput(f"give height and width of the call in pixels, not {height} and {width}")
+    grid = family.grid(pipe, height, width, num_frames)
+    chunk_tokens = preset.memory.chunk_tokens
+    return [
+        family.adapter(transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
+        for transformer in family.transformers(pipe)
+    ]
+
+
+def _any_transformer(
+    pipe: Any,
+    preset: Preset,
+    tokens: Grid,
+    text: Literal["first", "last"] | None,
+    check: bool,
+    extrapolation: Extrapolation | None,
+) -> AnyTransformer:
+    """What runs a transformer of no known family."""
+    from grat_cli.attention.any_transformer import AnyTransformer
+
+    transformer = getattr(pipe, "transformer", None)
+    if (family := family_of_transformer(transformer)) is not None:
+        raise BadInput(f"GRAT knows {family.title}: give height and width in place of tokens")
+    if transformer is None:
+        raise BadInput(f"a {type(pipe).__name__} has no transformer: GRAT cannot be tried on it")
+    if text not in (None, "first", "last"):
+        raise BadInput(f"text {text!r}: expected 'first', 'last' or None")
+    if len(preset.attention.group) != tokens.axes:
+        raise BadInput(
+            f"preset {preset.name} is for tokens on {len(preset.attention.group)} axes, not on {tokens.axes}: "
+            f"use another, such as {'flux-far' if tokens.axes == 2 else 'hunyuan-far'}"
+        )
+    for name, given in (("a guard", preset.guard), ("extrapolation", extrapolation)):
+        if given:
+            raise BadInput(f"{name} needs a transformer that GRAT knows: leave it out")
+    return AnyTransformer(transformer, tokens, text, check=check)
 
 
 def _with_backend(preset: Preset, backend: Backend | str) -> Preset:
@@ -265,6 +324,24 @@ def _family(pipe: Any) -> Family:
     raise BadInput(f"the transformer is a {type(transformer).__name__}, and GRAT knows {known}: {instead}")
 
 
+_HEADS = "num_attention_heads", "n_heads"
+
+
+def _head_dim(transformer: Any) -> int:
+    """Channels per head.
+
+    Raises:
+        BadInput: if the configuration does not tell.
+    """
+    config = transformer.config
+    if (found := config.get("attention_head_dim")) is not None:
+        return int(found)
+    width, heads = (config.get(one) or config.get(other) for one, other in (("hidden_size", "dim"), _HEADS))
+    if not width or not heads:
+        raise BadInput(f"the configuration of the {type(transformer).__name__} does not say how wide its heads are")
+    return int(width) // int(heads)
+
+
 def _resolve_backend(transformer: Any, device: torch.device, name: str, tokens: int) -> tuple[Backend, str]:
     """The backend that a name stands for on the device that a transformer runs on, and why.
 
@@ -274,7 +351,7 @@ def _resolve_backend(transformer: Any, device: torch.device, name: str, tokens: 
     from grat_kernels import Backend, can_run
     from grat_kernels.attention import choose_backend
 
-    dtype, head_dim = transformer.dtype, transformer.config.attention_head_dim
+    dtype, head_dim = transformer.dtype, _head_dim(transformer)
     if Backend(name) is Backend.AUTO:
         return choose_backend(device, dtype, head_dim)
     ability = can_run(name, device, dtype, head_dim, tokens)
@@ -296,6 +373,6 @@ def _check_kernel(transformer: Any, device: torch.device, preset: Preset, backen
         forms.add(False)
     try:
         for far in sorted(forms):
-            check_kernel(backend, device, transformer.dtype, transformer.config.attention_head_dim, far=far)
+            check_kernel(backend, device, transformer.dtype, _head_dim(transformer), far=far)
     except KernelMismatch as error:
         raise NumericalFailure(str(error)) from error

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.chunking import Forward
+    from grat_cli.attention.dispatching import Named
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.processor import SpanAttentionProcessor
     from grat_cli.attention.schedule import AttentionSchedule
@@ -361,22 +362,24 @@ class DispatchAdapter(_ReplacingAdapter):
             BadInput: if attention is to be prepared by a fused kernel.
         """
         super().__init__(transformer, grid, **options)
+        self._backends: dict[LayerAttention, Named] = {}
         if fused:
             raise BadInput(f"no fused kernel prepares the attention of a {type(self.model).__name__}")
 
     @contextmanager
     def attending(self, layers: Sequence[LayerAttention]) -> Iterator[None]:
         """See `Adapter.attending`."""
-        from grat_cli.attention.dispatching import registered
+        from grat_cli.attention.dispatching import backend_of, registered
 
-        with registered(layers), super().attending(layers):
+        self._backends = {layer: backend_of(layer) for layer in layers}
+        with registered(tuple(self._backends.values())), super().attending(layers):
             yield
 
     def processor_for(self, layer: LayerAttention, stock: Any) -> Any:
         """See `_ReplacingAdapter`."""
-        from grat_cli.attention.dispatching import processor_of
+        from grat_cli.attention.dispatching import with_backend
 
-        return processor_of(layer, stock)
+        return with_backend(stock, self._backends[layer])
 
 
 def _orders(plan: Plan | HeadPlan, references: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Attention layers as backends of diffusers' attention dispatcher, so that stock processors attend over spans.
+"""Attentions as backends of diffusers' attention dispatcher, so that stock processors attend over spans.
 
 Processors of diffusers hand query, key and value, `[B, N, H, D]` each, to `dispatch_attention_fn`, with the backend
 that they name. Here each layer is such a backend while it is installed: the dispatcher tells a backend nothing of who
@@ -8,9 +8,10 @@ calls it, and layers have plans of their own. Read against diffusers 0.42.1, `mo
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -19,50 +20,57 @@ from grat_cli.attention.layer import LayerAttention
 from grat_cli.errors import BadInput
 
 _PREFIX = "grat layer "
+_numbers = itertools.count()
+
+
+class Named(NamedTuple):
+    """A backend, and what a processor's `_attention_backend` says for it."""
+
+    name: AttentionBackendName
+    compute: Callable[..., torch.Tensor]
+
+
+def named(compute: Callable[..., torch.Tensor]) -> Named:
+    """A backend of a name of its own; nobody can look it up, because enums take no new members.
+
+    Args:
+        compute: takes the arguments of `dispatch_attention_fn`, by the names that backends have for them.
+    """
+    value = f"{_PREFIX}{next(_numbers)}"
+    name = str.__new__(AttentionBackendName, value)
+    name._name_ = name._value_ = value
+    return Named(name, compute)
 
 
 @contextmanager
-def registered(layers: Sequence[LayerAttention]) -> Iterator[None]:
-    """While inside, each layer is a backend of the dispatcher."""
-    names = [_name_of(layer) for layer in layers]
+def registered(backends: Sequence[Named]) -> Iterator[None]:
+    """While inside, the dispatcher knows these backends."""
+    tables = ("_backends", "_constraints", "_supported_arg_names")
     try:
-        for name, layer in zip(names, layers, strict=True):
-            _AttentionBackendRegistry.register(name)(_backend_of(layer))
+        for backend in backends:
+            _AttentionBackendRegistry.register(backend.name)(backend.compute)
         yield
     finally:
-        for name in names:
-            for table in (_AttentionBackendRegistry._backends, _AttentionBackendRegistry._constraints):
-                table.pop(name, None)
-            _AttentionBackendRegistry._supported_arg_names.pop(name, None)
+        for backend, table in itertools.product(backends, tables):
+            getattr(_AttentionBackendRegistry, table).pop(backend.name, None)
 
 
-def processor_of(layer: LayerAttention, stock: Any) -> Any:
-    """A copy of a stock processor whose attention is that of a layer."""
-    own = copy.copy(stock)
-    own._attention_backend = _name_of(layer)
+def with_backend(processor: Any, backend: Named) -> Any:
+    """A copy of a stock processor whose attention is a backend's; the processor itself may serve other attentions."""
+    own = copy.copy(processor)
+    own._attention_backend = backend.name
     return own
 
 
 def is_of_layer(processor: Any) -> bool:
-    """Whether a processor is one of `processor_of`."""
+    """Whether a processor is one of `with_backend`."""
     return str(getattr(getattr(processor, "_attention_backend", None), "value", "")).startswith(_PREFIX)
 
 
-def _name_of(layer: LayerAttention) -> AttentionBackendName:
-    """A backend's name as the dispatcher takes it; nobody can look it up, because enums take no new members."""
-    value = f"{_PREFIX}{id(layer)}"
-    name = str.__new__(AttentionBackendName, value)
-    name._name_ = name._value_ = value
-    return name
+def backend_of(layer: LayerAttention) -> Named:
+    """A layer of a known model family as a backend.
 
-
-def _backend_of(layer: LayerAttention) -> Callable[..., torch.Tensor]:
-    """A layer in the dispatcher's form.
-
-    The mask is that of padded text, which a plan and `text_valid` stand for.
-
-    Raises:
-        BadInput: at a call that asks for what attention over spans does not have.
+    The mask that it is given is that of padded text, which a plan and `text_valid` stand for.
     """
 
     def attend(
@@ -80,4 +88,4 @@ def _backend_of(layer: LayerAttention) -> Callable[..., torch.Tensor]:
             raise BadInput("attention over spans is neither causal, dropped out, scaled otherwise, nor of shared heads")
         return layer(query, key, value)
 
-    return attend
+    return named(attend)
