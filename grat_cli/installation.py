@@ -184,16 +184,16 @@ def install(
         preset = _with_guard(preset, guard)
     if first_step < 0 or (steps is not None and first_step >= steps):
         raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
-    if not hasattr(pipe.scheduler, "step_index") or not hasattr(pipe.scheduler, "begin_index"):
-        raise BadInput(
-            f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
-            "use FlowMatchEulerDiscreteScheduler"
-        )
     adapters: Sequence[Adapter | AnyTransformer]
     if tokens is None:
         adapters = _family_adapters(pipe, preset, height, width, num_frames, extrapolation)
     else:
         adapters = [_any_transformer(pipe, preset, tokens, text, check, extrapolation)]
+    if not hasattr(pipe.scheduler, "step_index") or not hasattr(pipe.scheduler, "begin_index"):
+        raise BadInput(
+            f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
+            "use FlowMatchEulerDiscreteScheduler"
+        )
     grid = adapters[0].grid
     installation = Installation(pipe, preset, grid, first_step, steps, adapters)
     warning = extrapolated_shift(pipe.scheduler, grid.tokens)
