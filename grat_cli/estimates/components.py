@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from grat_cli.files.json_objects import read_json
 from grat_cli.files.tensors import LONGEST_HEADER
 from grat_cli.models.catalogue import is_known
 
+_ENCODERS = ("text_encoder*", "image_encoder")
+
 
 def components_of(choice: ModelChoice) -> Components:
     """The parts of a chosen model: of a folder as its files say, else those of its kin.
@@ -30,14 +33,16 @@ def components_of(choice: ModelChoice) -> Components:
     """
     transformer, autoencoder = denoising_shapes(choice)
     if choice.kind != "folder":
-        return Components(family_of(choice).text_encoders, transformer, autoencoder)
+        return Components(family_of(choice).text_encoders_of(choice), transformer, autoencoder, choice.transformers)
     folder = Path(choice.source)
     with _damage_of(choice):
-        encoders = [part for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
+        encoders = [part for kind in _ENCODERS for part in sorted(folder.glob(kind)) if part.is_dir()]
+        encoders = [part for part in encoders if part.name not in family_of(choice).not_loaded]
         return Components(
             tuple(_text_encoder(read_json(part / "config.json"), stored_parameters(part), choice) for part in encoders),
             transformer,
             replace(autoencoder, parameters=stored_parameters(folder / "vae")),
+            choice.transformers,
         )
 
 
@@ -53,18 +58,21 @@ def denoising_shapes(choice: ModelChoice) -> tuple[TransformerShape, Autoencoder
     with _damage_of(choice):
         transformer = family.transformer_shape(family.transformer_config(choice))
         if choice.kind != "folder":
-            return transformer, family.autoencoder
+            return transformer, family.autoencoder_of(choice)
         return transformer, autoencoder_shape(read_json(Path(choice.source) / "vae" / "config.json"))
 
 
 def components_of_pipeline(pipe: Any, choice: ModelChoice) -> Components:
     """The parts of a loaded pipeline of a chosen model."""
-    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    encoders = [
+        part for kind in _ENCODERS for name, part in pipe.components.items() if fnmatch(name, kind) and part is not None
+    ]
     autoencoder = {**pipe.vae.config, "_class_name": type(pipe.vae).__name__}
     return Components(
         tuple(_text_encoder(part.config.to_dict(), part.num_parameters(), choice) for part in encoders),
         family_of(choice).transformer_shape(pipe.transformer.config),
         autoencoder_shape(autoencoder, pipe.vae.num_parameters()),
+        len(family_of(choice).transformers(pipe)),
     )
 
 
@@ -84,15 +92,22 @@ def _text_encoder(config: Mapping[str, Any], parameters: int, choice: ModelChoic
     def value(*names: str) -> int:
         return next(int(config[name]) for name in names if name in config)
 
-    # CLIP takes as many tokens as it has positions; the other one what the model was trained for.
-    is_clip = config.get("model_type") == "clip_text_model"
+    # CLIP takes as many tokens as it has positions, or patches of a picture and one; the others what the model was
+    # trained for.
+    tokens, of_pictures = choice.text_tokens, config.get("model_type") == "clip_vision_model"
+    if config.get("model_type") == "clip_text_model":
+        tokens = value("max_position_embeddings")
+    elif of_pictures:
+        tokens = (value("image_size") // value("patch_size")) ** 2 + 1
     return TextEncoderShape(
         parameters,
         layers=value("num_layers", "num_hidden_layers"),
         width=value("d_model", "hidden_size"),
         feed_forward=value("d_ff", "intermediate_size"),
         heads=value("num_heads", "num_attention_heads"),
-        tokens=value("max_position_embeddings") if is_clip else choice.text_tokens,
+        tokens=tokens,
+        vocabulary=int(config.get("vocab_size", 0)),
+        of_pictures=of_pictures,
     )
 
 

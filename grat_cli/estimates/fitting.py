@@ -330,7 +330,8 @@ def execution_of(
         quantize: `--quantize`.
     """
     half = device.kind == "cuda" and expected.dtype != "float32"
-    beside = family_of(choice).half_beside if half else None
+    family = family_of(choice)
+    beside = family.half_beside if half else None
     return Execution(
         dtype=expected.dtype,
         on_cpu=device.kind == "cpu",
@@ -338,7 +339,7 @@ def execution_of(
         quantize=quantize,
         chunk_tokens=expected.preset.memory.chunk_tokens,
         kernel=expected.preset.kernel.backend in ("auto", "triton", "triton-ws", "gluon"),
-        autoencoder_dtype=beside,
+        autoencoder_dtype=family.autoencoder_dtype or beside,
         text_dtype=beside,
         threads=os.cpu_count() or 1,
     )

@@ -183,14 +183,14 @@ def _peak_of(moments: Mapping[str, float]) -> tuple[float, str]:
 
 
 def component_weights(components: Components, execution: Execution) -> dict[str, float]:
-    """Bytes of the weights of `text`, `transformer` and `autoencoder`."""
+    """Bytes of the weights of `text`, `transformer`, or all of those that take turns, and `autoencoder`."""
     transformer, element = components.transformer, execution.element
     # Matrices of the blocks are quantized, what is outside of them is not.
     blocks = transformer.parameters - transformer.other_parameters
     return {
         "text": sum(_encoder_weights(encoder, execution) for encoder in components.text_encoders),
-        "transformer": blocks * QUANTIZED_BYTES.get(execution.quantize, element)
-        + transformer.other_parameters * element,
+        "transformer": components.transformers
+        * (blocks * QUANTIZED_BYTES.get(execution.quantize, element) + transformer.other_parameters * element),
         "autoencoder": components.autoencoder.parameters * execution.autoencoder_element,
     }
 
@@ -215,31 +215,40 @@ def _resident(
     if execution.offload == "none" or execution.on_cpu:
         if not lets_go:
             return dict.fromkeys(("text", "autoencoder", "denoise", "decode"), everything)
-        # Text encoders after the text, the transformer after denoising.
-        denoise = weights["transformer"] + weights["autoencoder"]
-        return {"text": everything, "autoencoder": denoise, "denoise": denoise, "decode": weights["autoencoder"]}
+        # Text encoders after the text, transformers after denoising, and what encodes pictures never.
+        of_pictures = sum(
+            size for encoder, size in zip(components.text_encoders, encoders, strict=True) if encoder.of_pictures
+        )
+        denoise = weights["transformer"] + weights["autoencoder"] + of_pictures
+        return {
+            "text": everything,
+            "autoencoder": denoise,
+            "denoise": denoise,
+            "decode": weights["autoencoder"] + of_pictures,
+        }
     if execution.offload == "model":
         return {
             "text": max(encoders),
             "autoencoder": weights["autoencoder"],
-            "denoise": weights["transformer"],
+            "denoise": weights["transformer"] / components.transformers,
             "decode": weights["autoencoder"],
         }
     transformer = components.transformer
-    share = weights["transformer"] / transformer.parameters
+    share = weights["transformer"] / (components.transformers * transformer.parameters)
     layers = [encoder.layers for encoder in components.text_encoders]
     one_layer = max(size / (count + 1) for size, count in zip(encoders, layers, strict=True))
     if execution.offload == "group":
         # The block at work and the one that is on its way, what is outside of blocks, and the autoencoder.
+        outside = components.transformers * transformer.other_parameters
         return {
             "text": 2 * one_layer + weights["autoencoder"],
             "autoencoder": weights["autoencoder"],
-            "denoise": (2 * transformer.largest_block + transformer.other_parameters) * share + weights["autoencoder"],
+            "denoise": (2 * transformer.largest_block + outside) * share + weights["autoencoder"],
             "decode": weights["autoencoder"],
         }
     # One module at a time.
     return {
-        "text": max(encoder.width * 32_128 for encoder in components.text_encoders) * execution.element,
+        "text": max(encoder.width * encoder.vocabulary for encoder in components.text_encoders) * execution.element,
         "autoencoder": 0.0,
         "denoise": transformer.largest_matrix * share,
         "decode": 9 * max(components.autoencoder.channels) ** 2 * execution.autoencoder_element,

@@ -117,14 +117,15 @@ def estimate_for(
     peak = device.tensor_rate if execution.element == 2 else device.tensor_rate / 2
     calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
     weights = component_weights(components, execution)
+    called = weights["transformer"] / components.transformers
 
     hidden = main.tokens * components.transformer.width * execution.element
     compute = forecast.planned_flop_per_step / main.tile_efficiency() / (ATTENTION_SHARE * peak) + calls * (
         forecast.linear_flop_per_call / (LINEAR_SHARE * peak)
-        + (_PASSES_OF_BLOCK * architecture.transformer.layers * hidden + weights["transformer"]) / device.bandwidth
+        + (_PASSES_OF_BLOCK * architecture.transformer.layers * hidden + called) / device.bandwidth
     )
     # Weights that come anew with every call: by group while the block before is at work, by layer before each.
-    moving = calls * weights["transformer"] / device.link
+    moving = calls * called / device.link
     step = max(compute, moving) if execution.offload == "group" else compute
     step += moving if execution.offload == "sequential" else 0
 
@@ -137,7 +138,8 @@ def estimate_for(
         "load": total / _DISK + (total / device.link if execution.offload == "none" else 0),
         "text": prompts * 2 * components.text_parameters * tokens / (LINEAR_SHARE * peak)
         + (weights["text"] / device.link if execution.offload != "none" else weights["text"] / device.bandwidth),
-        "denoise": forecast.schedule.steps * step + (moving / calls if execution.offload == "model" else 0),
+        "denoise": forecast.schedule.steps * step
+        + (weights["transformer"] / device.link if execution.offload == "model" else 0),
         "decode": components.autoencoder.decode_flop(*coding) / (CONVOLUTION_SHARE * peak),
     }
 

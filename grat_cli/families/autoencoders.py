@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -345,10 +345,190 @@ class HunyuanVideoAutoencoder(AutoencoderShape):
         return Sample(self._flop(3, side, side), lambda: decoder(latents), 0 if device.type == "cpu" else 2)
 
 
+@dataclass(frozen=True)
+class WanAutoencoder(AutoencoderShape):
+    """`AutoencoderKLWan`, which decodes a frame of latents at a time, and keeps what its convolutions saw of the last.
+
+    Attributes:
+        patch: pixels per side that it treats as channels of one.
+        residual: whether its levels have shortcuts, as that of Wan 2.2 5B has.
+    """
+
+    patch: int = 1
+    residual: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], parameters: int) -> Self:
+        base = int(config.get("decoder_base_dim") or config["base_dim"])
+        channels = tuple(base * int(factor) for factor in config["dim_mult"])
+        layers = (int(config["num_res_blocks"]) + 1,) * len(channels)
+        patch, residual = int(config.get("patch_size") or 1), bool(config.get("is_residual"))
+        return cls(channels, layers, int(config["z_dim"]), parameters, patch, residual)
+
+    @property
+    def scale(self) -> int:
+        return 2 ** (len(self.channels) - 1) * self.patch
+
+    def decode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        frames = (size.frames - 1) // 4 + 1
+        return sum(
+            self._flop(1, rows, columns, grows=False) + (frames - 1) * self._flop(1, rows, columns)
+            for rows, columns in self._tiles(size, tile)
+        )
+
+    def decode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
+        frames = (size.frames - 1) // 4 + 1
+        video = float(size.count * coding.element)
+        latents = video / size.count * self.latent_channels * frames * self._places(size)
+        tiles = self._tiles(size, coding.tile)
+        in_tiles = sum(rows * columns for rows, columns in tiles) / self._places(size)
+        largest = max(tiles, key=lambda tile: tile[0] * tile[1])
+        grows = frames > 1
+        decoding = self._decoder_peak(*largest, coding, grows)
+        if len(tiles) > 1:
+            # Tiles are kept until all are decoded, and blended; then whole rows of them, and the video.
+            return {
+                "decoder": 2 * latents + video * in_tiles + decoding,
+                "joining of tiles": 2 * latents + video * (in_tiles + 2),
+            }
+        # Each frame's pixels are joined to those before, which copies them; then they are clipped.
+        return {
+            "decoder": 2 * latents + video * (frames - 1) / frames + decoding,
+            "joining of frames": 2 * latents + 2 * video + self._caches(*largest, coding, grows),
+        }
+
+    def sample(self, device: torch.device, dtype: torch.dtype) -> Sample:
+        """The decoder with random weights, on one frame."""
+        import torch
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
+
+        side = 64
+        while side > 4 and self._flop(1, side, side, grows=False) > (4e10 if device.type == "cpu" else 1e13):
+            side //= 2
+        factors: Any = [channels // self.channels[0] for channels in self.channels]
+        with torch.device("meta"):
+            decoder = WanDecoder3d(
+                dim=self.channels[0],
+                z_dim=self.latent_channels,
+                dim_mult=factors,
+                num_res_blocks=self.layers[0] - 1,
+                out_channels=3 * self.patch**2,
+                temperal_upsample=[True, True, False],
+                is_residual=False,
+            )
+        decoder = decoder.to_empty(device=device).to(dtype)
+        for weight in decoder.parameters():
+            weight.fill_(0.01)  # memory as it was found may hold numbers that a CPU is slow with
+        latents = torch.randn(1, self.latent_channels, 1, side, side, device=device, dtype=dtype)
+        flop = replace(self, residual=False)._flop(1, side, side, grows=False)
+        return Sample(flop, lambda: decoder(latents), 0 if device.type == "cpu" else 2)
+
+    def _places(self, size: Pixels) -> int:
+        """Latents of a frame."""
+        return size.width * size.height // self.scale**2
+
+    def _tiles(self, size: Pixels, tile: int | None) -> list[tuple[int, int]]:
+        """Rows and columns of latents that are decoded at once."""
+        high, wide = [size.height // self.scale], [size.width // self.scale]
+        if tile is not None and max(size.height, size.width) > tile:
+            step = max(1, tile * 3 // 4 // self.scale)
+            high, wide = (_parts(side, tile // self.scale, step) for side in (high[0], wide[0]))
+        return [(rows, columns) for rows in high for columns in wide]
+
+    def _levels(self, grows: bool) -> Iterator[tuple[int, int, int, int, bool]]:
+        """Levels of the decoder: residual blocks, channels in, own, those after doubling, and whether time doubles."""
+        before = self.channels[-1]
+        for level, blocks, _, channels in self._rising():
+            last = level + 1 == len(self.channels)
+            after = channels if self.residual or last else channels // 2
+            yield blocks, before, channels, after, grows and level < 2
+            before = after
+
+    def _flop(self, frames: int, rows: int, columns: int, grows: bool = True) -> float:
+        """Of so many frames of latents, decoded at once; where time grows they are not the first."""
+        middle, places = self.channels[-1], frames * rows * columns
+        total = 27.0 * places * self.latent_channels * middle + places * self.latent_channels**2
+        total += 4 * 27 * places * middle**2 + 4 * places * middle**2 + 2 * places * rows * columns * middle
+        for number, (blocks, before, channels, after, doubles) in enumerate(self._levels(grows)):
+            total += 27 * places * (before + (2 * blocks - 1) * channels) * channels
+            total += places * before * channels * (before != channels)
+            if number + 1 < len(self.channels):
+                if doubles:
+                    total += 3 * places * channels * 2 * channels
+                    places *= 2
+                places *= 4
+                total += 9 * places * channels * after
+        return 2 * (total + 27 * places * self.channels[0] * 3 * self.patch**2)
+
+    def _convolutions(self, rows: int, columns: int, grows: bool) -> Iterator[tuple[int, int]]:
+        """Of each convolution over time its channels, and places of a frame."""
+        places = rows * columns
+        yield self.latent_channels, places
+        yield from [(self.channels[-1], places)] * 4
+        for number, (blocks, before, channels, _, doubles) in enumerate(self._levels(grows)):
+            yield before, places
+            yield from [(channels, places)] * (2 * blocks - 1)
+            if doubles:
+                yield channels, places
+            places *= 4 if number + 1 < len(self.channels) else 1
+        yield self.channels[0], places
+
+    def _caches(self, rows: int, columns: int, coding: Coding, grows: bool) -> float:
+        """Bytes of the last two frames that convolutions over time have seen."""
+        kept = 2 if grows else 1
+        return sum(
+            kept * channels * places * coding.element for channels, places in self._convolutions(rows, columns, grows)
+        )
+
+    def _decoder_peak(self, rows: int, columns: int, coding: Coding, grows: bool) -> float:
+        """Bytes at the peak of the decoder on a frame of latents, but the first where there are more."""
+        element, frames = coding.element, 1
+        in_columns = coding.on_cpu and element == 4
+
+        def convolution(inputs: int, outputs: int) -> float:
+            """Besides its input: what it keeps of it, joins with what was kept, and pads."""
+            plane = frames * rows * columns * element
+            kept = min(2, frames + grows) * inputs * rows * columns * element
+            joined = inputs * (frames + 2 * grows) * rows * columns * element
+            padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * element
+            if in_columns and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
+                return kept + padded + max(joined, (27 * inputs + outputs) * plane)
+            return kept + padded + max(joined, padded + outputs * plane, 2 * outputs * plane)
+
+        def residual_block(inputs: int, outputs: int) -> float:
+            """Besides its input: its shortcut, its norm, which takes three times its result, and convolutions."""
+            plane = frames * rows * columns * element
+            shortcut = outputs * plane if inputs != outputs else 0.0
+            return shortcut + max(
+                3 * inputs * plane,
+                inputs * plane + convolution(inputs, outputs),
+                3 * outputs * plane + outputs * plane,
+                outputs * plane + convolution(outputs, outputs),
+            )
+
+        peak = 0.0
+        caches = self._caches(rows, columns, coding, grows)
+        for number, (blocks, before, channels, after, doubles) in enumerate(self._levels(grows)):
+            plane = frames * rows * columns * element
+            copied = before * plane if self.residual else 0.0
+            peak = max(peak, copied + before * plane + residual_block(before, channels))
+            # The input of a level is held until its first block ends.
+            if blocks > 1:
+                peak = max(peak, copied + channels * plane + residual_block(channels, channels))
+            if number + 1 < len(self.channels):
+                if doubles:
+                    frames *= 2
+                rows, columns = 2 * rows, 2 * columns
+                larger = frames * rows * columns * element
+                peak = max(peak, copied + channels * plane + (channels + 2 * after) * larger)
+        return caches + peak
+
+
 _CLASSES: Mapping[str, type[AutoencoderShape]] = {
     "AutoencoderKL": KlAutoencoder,
     "AutoencoderTiny": TinyAutoencoder,
     "AutoencoderKLHunyuanVideo": HunyuanVideoAutoencoder,
+    "AutoencoderKLWan": WanAutoencoder,
 }
 
 

@@ -7,17 +7,18 @@ pipeline import what they need when they run.
 from __future__ import annotations
 
 import contextlib
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grat_cli.errors import BadInput
 from grat_cli.families.autoencoders import AutoencoderShape
+from grat_cli.families.resumption import LaterSteps
 from grat_cli.families.shapes import TextEncoderShape, TransformerShape
 from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
@@ -86,6 +87,10 @@ class ModelChoice:
         takes: pictures that it may be given.
         needs: those of them that it makes nothing without.
         most_references: most pictures that it refers to at once.
+        negative_prompt: what true guidance leads away from where nothing is typed.
+        transformers: how many take turns over the steps.
+        later_guidance: guidance of the second of these, by that of the first.
+        config: name of its transformer's bundled configuration, where a family has several of a kind.
     """
 
     name: str
@@ -107,6 +112,10 @@ class ModelChoice:
     takes: frozenset[PictureKind] = NO_PICTURES
     needs: frozenset[PictureKind] = NO_PICTURES
     most_references: int = 1
+    negative_prompt: str = ""
+    transformers: int = 1
+    later_guidance: float = 1.0
+    config: str = ""
 
     @property
     def medium(self) -> Medium:
@@ -180,6 +189,7 @@ class Call:
         pictures: what the pipeline is given besides.
         begun: latents as the callback has had them after `first_step` steps of this call; None from its beginning.
         first_step: steps of this call that are done.
+        history: what the scheduler remembered after them; of `resumption.remembered`.
     """
 
     width: int
@@ -194,6 +204,7 @@ class Call:
     pictures: Pictures = Pictures()
     begun: torch.Tensor | None = None
     first_step: int = 0
+    history: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Family(ABC):
@@ -208,6 +219,8 @@ class Family(ABC):
         transformer: name of the transformer's class.
         refused: pipelines that may be taken for supported ones, and why they are not.
         classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
+        optional: parts that some of its models do without.
+        not_loaded: parts that are never used.
         models: that are known by name; the first is the one for machines with a CUDA device.
         presets: variants of the presets that come with grat, by the name that presets give as their `model`.
         larger: likewise the preset for outputs four times as large as those that a model was trained on.
@@ -217,6 +230,7 @@ class Family(ABC):
         autoencoder: likewise.
         tile: side in pixels of what its autoencoder decodes at once, where nothing else is asked for.
         large_encoder: the part, beside the transformer, that is large enough to be quantized.
+        autoencoder_dtype: dtype of the autoencoder, where that is always the same.
         half_beside: dtype of the parts beside the transformer where that is in half precision on a CUDA device; None
             for the transformer's own.
         lets_go: whether parts are let go of once a run is done with them.
@@ -233,6 +247,8 @@ class Family(ABC):
     transformer: ClassVar[str]
     refused: ClassVar[Mapping[str, str]]
     classes: ClassVar[Classes]
+    optional: ClassVar[frozenset[str]] = frozenset()
+    not_loaded: ClassVar[frozenset[str]] = frozenset()
     models: ClassVar[tuple[ModelChoice, ...]]
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
     larger: ClassVar[Mapping[str, str]] = {}
@@ -242,6 +258,7 @@ class Family(ABC):
     autoencoder: ClassVar[AutoencoderShape]
     tile: ClassVar[int] = 256
     large_encoder: ClassVar[str]
+    autoencoder_dtype: ClassVar[str | None] = None
     half_beside: ClassVar[str | None] = None
     lets_go: ClassVar[bool] = False
     full_note: ClassVar[str] = ""
@@ -257,6 +274,10 @@ class Family(ABC):
     @abstractmethod
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         """The known model that a folder's is kin to, with what its configurations say of tokens and guidance."""
+
+    def of_index(self, choice: ModelChoice, parts: frozenset[str], options: Mapping[str, Any]) -> ModelChoice:
+        """A folder's model with what its `model_index.json` says besides: which parts it has, and further settings."""
+        return choice
 
     def matching_base(self, embeds_guidance: bool) -> str:
         """What to give as `--base` for a file with or without embedded guidance."""
@@ -296,6 +317,14 @@ class Family(ABC):
         Raises:
             LookupError, ValueError, TypeError: if a field is missing or damaged.
         """
+
+    def autoencoder_of(self, model: ModelChoice) -> AutoencoderShape:
+        """The autoencoder of a known model that is not bundled."""
+        return self.autoencoder
+
+    def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
+        """Likewise its text encoders, with what encodes pictures beside them."""
+        return self.text_encoders
 
     @abstractmethod
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
@@ -346,6 +375,10 @@ class Family(ABC):
     def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
         """A prompt as the pipeline takes it, padded or cut to so many tokens, by the names of its arguments."""
 
+    def guided(self, model: ModelChoice, scale: float | None) -> dict[str, float]:
+        """Arguments of a pipeline call for true classifier-free guidance of a strength; None for none."""
+        return {} if scale is None else {"true_cfg_scale": scale}
+
     def encode_text(
         self, pipe: Any, model: ModelChoice, prompt: str, negative: str | None, pictures: Pictures = Pictures()
     ) -> dict[str, torch.Tensor]:
@@ -376,8 +409,10 @@ class Family(ABC):
         kind = self.pipeline_class(kinds)
         if type(pipe) is kind:
             return pipe
-        components = {name: part for name, part in pipe.components.items() if name in signature(kind).parameters}
-        other = kind(**components)
+        parameters = signature(kind).parameters
+        # Parts, and options such as when transformers take turns, which are in its configuration.
+        given = {name: pipe.config[name] for name in parameters if name in pipe.config} | pipe.components
+        other = kind(**{name: part for name, part in given.items() if name in parameters})
         other.set_progress_bar_config(disable=True)
         return other
 
@@ -484,27 +519,25 @@ def latent_frames(pipe: Any, num_frames: int | None, unit: int) -> int:
 
 
 @contextmanager
-def beginning_at(pipe: Any, step: int, latents: torch.Tensor | None = None) -> Iterator[None]:
+def beginning_at(
+    pipe: Any,
+    step: int,
+    latents: torch.Tensor | None = None,
+    history: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> Iterator[None]:
     """While inside, calls of a pipeline begin at a later step than their first.
 
     Args:
-        pipe: a pipeline whose scheduler counts in sigmas.
+        pipe: a pipeline whose scheduler counts its steps.
         step: of the schedule; those before it are left out.
         latents: that `prepare_latents` returns in place of its own; None leaves it as it is.
+        history: what the scheduler remembered before this step; of `resumption.remembered`.
     """
-    scheduler = pipe.scheduler
-    stock = scheduler.set_timesteps
-
-    @functools.wraps(stock)  # pipelines look at its signature
-    def set_timesteps(*arguments: Any, **options: Any) -> None:
-        stock(*arguments, **options)
-        scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[step:], scheduler.sigmas[step:]
-        scheduler.num_inference_steps = len(scheduler.timesteps)
-
+    stock = pipe.scheduler
     with contextlib.ExitStack() as stack:
         if step:
-            scheduler.set_timesteps = set_timesteps
-            stack.callback(delattr, scheduler, "set_timesteps")
+            pipe.scheduler = LaterSteps(stock, step, history)
+            stack.callback(setattr, pipe, "scheduler", stock)
         if latents is not None:
             pipe.prepare_latents = lambda *arguments, **options: latents
             stack.callback(delattr, pipe, "prepare_latents")

@@ -118,6 +118,7 @@ class Flux(Family):
         "image_encoder": {"CLIPVisionModelWithProjection": "transformers"},
         "feature_extractor": {"CLIPImageProcessor": "transformers"},
     }
+    not_loaded: ClassVar[frozenset[str]] = frozenset({"image_encoder", "feature_extractor"})  # of image prompts
     refused: ClassVar[Mapping[str, str]] = {}
     models = (_DEV, _SCHNELL, _DEMO)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux": _VARIANTS, "demo": _VARIANTS}
@@ -210,7 +211,9 @@ class Flux(Family):
             if call.begun is not None:  # what `strength` leaves out is left out with the steps that are done
                 first_step += call.steps - min(call.steps, len_of_run(call.steps, strength))
                 arguments["strength"] = 1.0
-        with beginning_at(pipe, first_step) if call.begun is not None else contextlib.nullcontext():
+        with (
+            beginning_at(pipe, first_step, history=call.history) if call.begun is not None else contextlib.nullcontext()
+        ):
             packed = pipe(
                 **arguments,
                 height=call.height,

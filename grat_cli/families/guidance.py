@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from grat_cli.families import family_of
 from grat_cli.families.base import ModelChoice
 from grat_cli.presets import Preset
 
@@ -33,17 +34,18 @@ class Guidance:
 def choose_guidance(pipe: Any, model: ModelChoice, preset: Preset, negative_prompt: str | None) -> Guidance:
     """The guidance for a model.
 
-    The demos are guided by true classifier-free guidance with an empty negative prompt; `flux-dev` and `hunyuan` have
-    guidance distilled into an embedding; `flux-schnell` takes none. A negative prompt always means true classifier-free
+    Some models are guided by true classifier-free guidance, with a negative prompt of their own or an empty one; some
+    have guidance distilled into an embedding; some take none. A negative prompt always means true classifier-free
     guidance.
     """
-    given = preset.sampling.guidance
+    family, given = family_of(model), preset.sampling.guidance
     scale = model.default_guidance if given is None else given
     if model.true_guidance:
         if scale is None or scale <= 1:
             ignored = ("without guidance above 1 the negative prompt has no effect",) if negative_prompt else ()
-            return Guidance(None, notes=ignored)
-        return Guidance(scale, {"true_cfg_scale": scale}, negative_prompt or "")
+            return Guidance(None, family.guided(model, None), notes=ignored)
+        negative = model.negative_prompt if negative_prompt is None else negative_prompt
+        return Guidance(scale, family.guided(model, scale), negative)
 
     if pipe.transformer.config.guidance_embeds:
         embedded = {"guidance_scale": 0.0 if scale is None else scale}

@@ -268,7 +268,7 @@ class Hunyuan(Family):
         # As an argument of the pipeline, latents would be turned to fp32, and the first timestep with them; after the
         # first step of a run both are in the transformer's dtype.
         begun = None if call.begun is None else call.begun.to(pipe._execution_device, pipe.transformer.dtype)
-        with beginning_at(pipe, call.first_step, begun):
+        with beginning_at(pipe, call.first_step, begun, call.history):
             return pipe(
                 **call.arguments,
                 height=call.height,

@@ -293,6 +293,8 @@ class TextEncoderShape:
         feed_forward: channels inside its feed-forward layers.
         heads: attention heads.
         tokens: length that prompts are padded to.
+        vocabulary: tokens that it knows.
+        of_pictures: whether it encodes pictures, which it does when denoising begins.
     """
 
     parameters: int
@@ -301,6 +303,8 @@ class TextEncoderShape:
     feed_forward: int
     heads: int
     tokens: int
+    vocabulary: int = 32_128  # of T5
+    of_pictures: bool = False
 
 
 # openai/clip-vit-large-patch14, as several families have it; the number of weights is that of CLIPTextModel.
@@ -309,11 +313,19 @@ CLIP_L = TextEncoderShape(123_060_480, 12, 768, 3072, 12, 77)
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a pipeline that hold weights."""
+    """The parts of a pipeline that hold weights.
+
+    Attributes:
+        text_encoders: with what encodes pictures beside text.
+        transformer: each of those that take turns.
+        autoencoder: for pixels.
+        transformers: how many take turns.
+    """
 
     text_encoders: tuple[TextEncoderShape, ...]
     transformer: TransformerShape
     autoencoder: AutoencoderShape
+    transformers: int = 1
 
     @property
     def text_parameters(self) -> int:
@@ -323,4 +335,4 @@ class Components:
     @property
     def parameters(self) -> int:
         """All weights."""
-        return self.text_parameters + self.transformer.parameters + self.autoencoder.parameters
+        return self.text_parameters + self.transformers * self.transformer.parameters + self.autoencoder.parameters

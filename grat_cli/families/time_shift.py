@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from grat_cli.errors import BadInput
+
 
 def shift_of(scheduler: Any, image_tokens: int, fixed: float | None) -> float:
     """The factor s in `sigma -> s·sigma / (1 + (s − 1)·sigma)` for a run.
 
     Args:
-        scheduler: a flow-match scheduler of diffusers.
+        scheduler: of diffusers, for models of flows.
         image_tokens: tokens of the picture.
         fixed: a preset's own shift, or None for the model's.
     """
@@ -25,9 +27,15 @@ def shift_of(scheduler: Any, image_tokens: int, fixed: float | None) -> float:
     if fixed is not None:
         return fixed
     if not config.get("use_dynamic_shifting", False):
-        return float(config.get("shift", 1.0))
+        return float(config.get(_key(scheduler) or "", 1.0))
     mu = _mu(config, image_tokens)
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def _key(scheduler: Any) -> str | None:
+    """What a scheduler calls its shift: solvers that were made for other models count in sigmas of flows on demand."""
+    config = scheduler.config
+    return "shift" if "shift" in config else "flow_shift" if config.get("use_flow_sigmas") else None
 
 
 def _mu(config: Any, image_tokens: int) -> float:
@@ -61,12 +69,18 @@ def extrapolation(scheduler: Any, image_tokens: int) -> str | None:
 
 @contextmanager
 def time_shift(pipe: Any, image_tokens: int, fixed: float | None) -> Iterator[float]:
-    """While inside, the pipeline's scheduler is a copy with the shift of `shift_of`, which is also what is yielded."""
+    """While inside, the pipeline's scheduler is a copy with the shift of `shift_of`, which is also what is yielded.
+
+    Raises:
+        BadInput: if it takes none, and one is fixed.
+    """
     stock = pipe.scheduler
     shift = shift_of(stock, image_tokens, fixed)
     config = stock.config
     if fixed is not None:
-        pipe.scheduler = type(stock).from_config(config, use_dynamic_shifting=False, shift=shift)
+        if (key := _key(stock)) is None:
+            raise BadInput(f"the model's {type(stock).__name__} takes no time shift: leave sampling.shift out")
+        pipe.scheduler = type(stock).from_config(config, use_dynamic_shifting=False, **{key: shift})
     elif config.get("use_dynamic_shifting", False) and image_tokens > config.get("max_image_seq_len", 4096):
         # A level line: whatever the token count, the pipeline arrives at this mu.
         mu = _mu(config, image_tokens)

@@ -41,6 +41,7 @@ _SCHEMAS = {
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
 MOST_STEPS = 100_000
+_HISTORY, _MOST_OF_HISTORY = "history.", 64  # what a name of such a tensor begins with; solvers go back a few steps
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
 
@@ -64,6 +65,7 @@ class Run:
         report: what there is to report so far; empty before the first step.
         stages: what there is to report of the stages that are finished.
         guard: of `guard.RecallGuard.state`; None without a guard, and before the first step of a stage.
+        history: what the scheduler remembers within a stage; of `families.resumption.remembered`.
         start_size: width and height of the picture that the output starts from, or None.
         kept: the file that it was taken up from; None of one that is begun here.
     """
@@ -82,6 +84,7 @@ class Run:
     report: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
     guard: Mapping[str, Any] | None = None
+    history: Mapping[str, torch.Tensor] = field(default_factory=dict)
     start_size: tuple[int, int] | None = None
     kept: Path | None = None
 
@@ -119,6 +122,7 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
     ending = LATENTS_ENDING if run.finished else CHECKPOINT_ENDING
     path = outputs.latents_path(output) if run.finished else outputs.checkpoint_path(output)
     held = {name: tensor for name in _TENSORS if (tensor := getattr(run, name)) is not None}
+    held |= {_HISTORY + name: tensor.clone() for name, tensor in run.history.items()}  # some may be one
     if run.finished:
         held["latents"] = held["latents"].float()
         # The outputs that are left start from the same picture.
@@ -237,6 +241,7 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             | {"schema": SCHEMA},
             stages=state.stages,
             guard=state.guard,
+            history={name.removeprefix(_HISTORY): tensor for name, tensor in held.items() if name.startswith(_HISTORY)},
             start_size=state.start_size,
             kept=path,
         )
@@ -290,6 +295,15 @@ def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents
             raise ValueError(f"its {name} is {list(tensor.shape)}, {tensor.dtype}, and not {wanted and list(wanted)}")
         if tensor is None and wanted is not None:
             raise ValueError(f"it has no {name}")
+    if run.history and (not expected["latents"] or run.done_in_stage == stage.steps):
+        raise ValueError("it remembers steps of a stage that is not under way")
+    if len(run.history) > _MOST_OF_HISTORY:
+        raise ValueError(f"it remembers {len(run.history)} tensors")
+    for tensor in run.history.values():
+        if tuple(tensor.shape) != expected["latents"] or not tensor.is_floating_point():
+            raise ValueError(f"what it remembers of a step is {list(tensor.shape)}, {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError("what it remembers of a step is not finite")
     for name in ("noise_state", "random_state"):
         tensor = getattr(run, name)
         if not run.finished and (tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 1):

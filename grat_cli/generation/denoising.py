@@ -13,6 +13,7 @@ from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted, OutOf
 from grat_cli.estimates.stages import Stage
 from grat_cli.families.base import Call
 from grat_cli.families.guidance import Guidance
+from grat_cli.families.resumption import remembered
 from grat_cli.files import outputs
 from grat_cli.generation import report
 from grat_cli.generation.checkpoint import Run, write_run
@@ -149,14 +150,15 @@ class Denoising:
             if inside.installation.guard and first_step:
                 inside.installation.guard.restore(run.guard or {}, first_step)
 
-            def run_after(done: int, latents: torch.Tensor) -> Run:
-                return self._after(run, stage, inside, guidance, watch, recorder, done, latents)
+            def run_after(done: int, latents: torch.Tensor, history: Mapping[str, torch.Tensor]) -> Run:
+                after = self._after(run, stage, inside, guidance, watch, recorder, done, latents)
+                return replace(after, history=history if done < stage.steps else {})
 
             callback = StepKeeper(
                 watch if self._preview is None else PreviewedSteps(self._preview, watch, stage.height, stage.width),
                 first_step,
                 self._request.checkpoint_every,
-                lambda done, latents: self._keep(run_after(done, latents)),
+                lambda done, latents, history: self._keep(run_after(done, latents, history)),
             )
             with self._phases(phase_of("denoise", run.stage)):
                 try:
@@ -175,15 +177,16 @@ class Denoising:
                             strength=stage.strength,
                             begun=run.latents if first_step else None,
                             first_step=first_step,
+                            history=run.history,
                         ),
                     )
                 except KeyboardInterrupt:
                     if (latents := callback.latents) is not None:
                         if callback.done == stage.steps:
                             latents = self._family.spatial(inside.pipe, latents, stage.width, stage.height)
-                        self._run = run_after(callback.done, latents)
+                        self._run = run_after(callback.done, latents, callback.history)
                     raise
-            self._run = run_after(stage.steps, latents)
+            self._run = run_after(stage.steps, latents, {})
 
     def _after(
         self,
@@ -285,10 +288,15 @@ class StepKeeper:
     Attributes:
         done: steps of the stage that are done.
         latents: after them; None before the first that this process has done.
+        history: what the scheduler remembers after them, of `resumption.remembered`.
     """
 
     def __init__(
-        self, watch: Callable[..., Any], first_step: int, every: int | None, keep: Callable[[int, torch.Tensor], None]
+        self,
+        watch: Callable[..., Any],
+        first_step: int,
+        every: int | None,
+        keep: Callable[[int, torch.Tensor, Mapping[str, torch.Tensor]], None],
     ) -> None:
         """Counts from a step on.
 
@@ -296,18 +304,24 @@ class StepKeeper:
             watch: called first.
             first_step: where this process begins.
             every: steps between two checkpoints, 0 for none; None for one about every two minutes.
-            keep: writes one, of steps done and latents.
+            keep: writes one, of steps done, latents and history.
         """
         self._watch, self._first_step, self._every, self._keep = watch, first_step, every, keep
         self.latents: torch.Tensor | None = None
+        self.history: Mapping[str, torch.Tensor] = {}
         self.done, self._kept_at = first_step, monotonic()
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        self.done, self.latents = self._first_step + step + 1, tensors["latents"]
+        latents = tensors["latents"]
+        self.done, self.latents, self.history = (
+            self._first_step + step + 1,
+            latents,
+            remembered(pipe.scheduler, latents),
+        )
         self._watch(pipe, step, timestep, tensors)
         # After the last step the latents are kept as such.
         if self._is_due() and step + 1 < pipe.num_timesteps:
-            self._keep(self.done, self.latents)
+            self._keep(self.done, latents, self.history)
             self._kept_at = monotonic()
         return {}
 

@@ -71,6 +71,10 @@ def generate(request: Request, progress: WritingProgress, begun: Run | None = No
         yield generator.make(request, run, output, text, is_last=number == len(jobs) - 1)
 
 
+# What of a pipeline no output needs any more once its prompt is encoded, or its latents are made.
+_ENCODERS, _TRANSFORMERS = ("text_encoder", "text_encoder_2"), ("transformer", "transformer_2")
+
+
 class Generator:
     """A loaded model that makes one output after another. Steps and failures are those of `generate`.
 
@@ -159,7 +163,7 @@ class Generator:
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
         if self._lets_go:
-            release(self._pipe, "text_encoder", "text_encoder_2")
+            release(self._pipe, *(name for name in _ENCODERS if getattr(self._pipe, name, None) is not None))
 
     def make(self, request: Request, run: Run, output: Path, text: Text, *, is_last: bool) -> Made:
         """One output, written with its report.
@@ -183,7 +187,7 @@ class Generator:
         # 4. Denoise in stages, with GRAT attention installed; a checkpoint now and then.
         run = making.denoised()
         if self._lets_go and is_last:
-            release(self._pipe, "transformer")
+            release(self._pipe, *(name for name in _TRANSFORMERS if getattr(self._pipe, name, None) is not None))
 
         # 5. Keep the latents until the output is written: decoding is where memory runs out.
         kept = keep_latents(run, request, output, self._progress)

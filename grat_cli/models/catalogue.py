@@ -141,7 +141,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         family = family_of_pipeline(index.class_name)
         if family is None or family not in families_of(medium):
             raise refusal_of_pipeline(name, index.class_name, medium)
-        index.classes(name, family.classes)
+        parts = index.classes(name, family.classes)
         transformer, autoencoder = (
             _Traits.model_validate(read_json(path / part / "config.json")).model_dump(exclude_none=True)
             for part in ("transformer", "vae")
@@ -156,7 +156,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = family.of_folder(transformer, autoencoder)
+    choice = family.of_index(family.of_folder(transformer, autoencoder), frozenset(parts), index.options)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 
@@ -171,4 +171,10 @@ class _Traits(BaseModel):
     text_embed_dim: int | None = None
     spatial_compression_ratio: _Scale | None = None
     temporal_compression_ratio: _Scale | None = None
-    patch_size: _Scale | None = None
+    patch_size: _Scale | Annotated[list[_Scale], Field(min_length=3, max_length=3)] | None = None
+    in_channels: int | None = None
+    out_channels: int | None = None
+    image_dim: int | None = None
+    num_attention_heads: int | None = None
+    scale_factor_spatial: _Scale | None = None
+    scale_factor_temporal: _Scale | None = None

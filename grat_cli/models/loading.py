@@ -19,7 +19,6 @@ from grat_cli.models.hub import download_pipeline, revision_of, root_cause
 from grat_cli.models.offloading import offload as offload_pipeline
 from grat_cli.models.offloading import require_offload
 from grat_cli.models.parts import (
-    NOT_LOADED,
     TOKENIZER_PATHS,
     load_class,
     read_index,
@@ -31,7 +30,9 @@ from grat_cli.models.quantization import configurations, require_quantization
 if TYPE_CHECKING:
     import torch
 
-_NEURAL_PARTS: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
+_NEURAL_PARTS: tuple[str, ...] = (
+    *("text_encoder", "text_encoder_2", "image_encoder", "transformer", "transformer_2", "vae"),
+)
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,10 @@ def _load_folder(
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
     with _damage_of(name, family), _without_bars():
-        kinds = read_index(folder / "model_index.json").classes(name, family.classes)
-        wanted = [part for part in family.classes if part not in (*NOT_LOADED, *given)]
+        index = read_index(folder / "model_index.json")
+        kinds = index.classes(name, family.classes)
+        absent = family.not_loaded | (family.optional - kinds.keys())
+        wanted = [part for part in family.classes if part not in absent and part not in given]
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
             if part not in kinds or not needed.exists():
@@ -212,7 +215,10 @@ def _load_folder(
                 else:
                     paths = dict.fromkeys(TOKENIZER_PATHS) if part.startswith("tokenizer") else {}
                     given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)
-        return pipeline(**given)
+        parameters = signature(pipeline).parameters
+        # What only other pipelines of the family take is not for this one.
+        options = {key: value for key, value in index.options.items() if key in parameters}
+        return pipeline(**options, **{part: loaded for part, loaded in given.items() if part in parameters})
 
 
 def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = None) -> Any:
@@ -223,7 +229,7 @@ def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = N
     )
     lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     # Encoders are often parts of larger checkpoints; of a transformer everything is used.
-    left_over = sorted(report["unexpected_keys"]) if folder.name == "transformer" else []
+    left_over = sorted(report["unexpected_keys"]) if folder.name.startswith("transformer") else []
     if lacking or left_over:
         problem = "it lacks" if lacking else "its configuration has no place for"
         keys = lacking or left_over

@@ -19,9 +19,6 @@ from grat_cli.families.base import Classes
 from grat_cli.files.json_objects import read_json
 from grat_cli.models.quantization import PACKAGES
 
-NOT_LOADED = ("image_encoder", "feature_extractor")
-"""Parts that serve image prompts, which are not used here."""
-
 _GET_AGAIN = "get the folder again, or use --model demo"
 # Keys that make a loader run a module, or read files of any name.
 _REACHING_OUT = (
@@ -43,16 +40,20 @@ class PipelineIndex(BaseModel):
     Attributes:
         class_name: of the pipeline; None where it is not said.
         parts: library and class of each part; None where the pipeline does without it.
+        options: what else the pipeline is made with.
     """
 
     class_name: _Name | None
     parts: dict[_Name, tuple[_Name | None, _Name | None]] = Field(max_length=32)
+    options: dict[_Name, bool | Annotated[float, Field(ge=-1e6, le=1e6)] | None] = Field(max_length=32)
 
     @model_validator(mode="before")
     @classmethod
     def _sorted_out(cls, content: Mapping[str, Any]) -> dict[str, Any]:
         parts = {key: value for key, value in content.items() if isinstance(value, list) and not key.startswith("_")}
-        return {"class_name": content.get("_class_name"), "parts": parts}
+        own = {key: value for key, value in content.items() if not key.startswith("_")}
+        options = {key: value for key, value in own.items() if value is None or isinstance(value, bool | int | float)}
+        return {"class_name": content.get("_class_name"), "parts": parts, "options": options}
 
     def classes(self, name: str, permitted: Classes) -> dict[str, tuple[str, str]]:
         """Library and class of each part that the pipeline has.
