@@ -7,9 +7,10 @@ from typing import Any
 
 from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.families.flux import Flux
+from grat_cli.families.flux2 import Flux2
 from grat_cli.families.hunyuan import Hunyuan
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (Flux(), Hunyuan())}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (Flux(), Flux2(), Hunyuan())}
 
 
 def family_of(model: ModelChoice) -> Family:

@@ -347,6 +347,7 @@ class HunyuanVideoAutoencoder(AutoencoderShape):
 
 _CLASSES: Mapping[str, type[AutoencoderShape]] = {
     "AutoencoderKL": KlAutoencoder,
+    "AutoencoderKLFlux2": KlAutoencoder,
     "AutoencoderTiny": TinyAutoencoder,
     "AutoencoderKLHunyuanVideo": HunyuanVideoAutoencoder,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.layer import Attend
+    from grat_cli.families.time_shift import GivenShift
     from grat_cli.presets.schema import ChunkTokens
 
 Medium = Literal["image", "video"]
@@ -83,6 +84,7 @@ class ModelChoice:
         true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
         video: what videos it makes; None for a model of images.
         is_demo: whether it is a bundled model, which knows a few hundred words.
+        takes_negative: whether it can be steered away from a negative prompt.
         takes: pictures that it may be given.
         needs: those of them that it makes nothing without.
         most_references: most pictures that it refers to at once.
@@ -104,6 +106,7 @@ class ModelChoice:
     true_guidance: bool = False
     video: VideoTraits | None = None
     is_demo: bool = False
+    takes_negative: bool = True
     takes: frozenset[PictureKind] = NO_PICTURES
     needs: frozenset[PictureKind] = NO_PICTURES
     most_references: int = 1
@@ -204,10 +207,12 @@ class Family(ABC):
         title: for people.
         medium: what it makes.
         axes: of the token grid.
+        hints: words in names of checkpoints that tell the family, lower case; a longer one counts more.
         pipelines: names of the pipeline classes of diffusers that are supported, the one from text first.
         transformer: name of the transformer's class.
         refused: pipelines that may be taken for supported ones, and why they are not.
         classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
+        settings: arguments of its pipelines besides parts, numbers and truth values that stand there, too.
         models: that are known by name; the first is the one for machines with a CUDA device.
         presets: variants of the presets that come with grat, by the name that presets give as their `model`.
         larger: likewise the preset for outputs four times as large as those that a model was trained on.
@@ -226,6 +231,7 @@ class Family(ABC):
     """
 
     name: ClassVar[str]
+    hints: ClassVar[tuple[str, ...]] = ()
     title: ClassVar[str]
     medium: ClassVar[Medium]
     axes: ClassVar[int]
@@ -233,6 +239,7 @@ class Family(ABC):
     transformer: ClassVar[str]
     refused: ClassVar[Mapping[str, str]]
     classes: ClassVar[Classes]
+    settings: ClassVar[tuple[str, ...]] = ()
     models: ClassVar[tuple[ModelChoice, ...]]
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
     larger: ClassVar[Mapping[str, str]] = {}
@@ -247,6 +254,7 @@ class Family(ABC):
     full_note: ClassVar[str] = ""
     masks_text: ClassVar[bool] = False
     stages: ClassVar[bool] = False
+    configs: ClassVar[Path] = Path(__file__).parent / "configs"
 
     # ---- Which model
 
@@ -257,6 +265,10 @@ class Family(ABC):
     @abstractmethod
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         """The known model that a folder's is kin to, with what its configurations say of tokens and guidance."""
+
+    def as_set(self, model: ModelChoice, settings: Mapping[str, Any]) -> ModelChoice:
+        """A model of `of_folder` with what `settings` of its pipeline tell."""
+        return model
 
     def matching_base(self, embeds_guidance: bool) -> str:
         """What to give as `--base` for a file with or without embedded guidance."""
@@ -279,7 +291,11 @@ class Family(ABC):
         known = [one for one in self.models if one.kind == "hub"]
         guided = model.default_guidance is not None
         kin = next((one for one in known if (one.default_guidance is not None) == guided), known[0])
-        return read_json(Path(__file__).parent / "configs" / f"{kin.name}.json")
+        return read_json(self.configs / f"{kin.name}.json")
+
+    def encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
+        """Text encoders of a model that is no folder."""
+        return self.text_encoders
 
     def with_blocks(self, config: Mapping[str, Any], blocks: tuple[int, ...]) -> dict[str, Any]:
         """A transformer's configuration with other numbers of blocks, as many as its shape has kinds of them."""
@@ -314,11 +330,35 @@ class Family(ABC):
             normal: numbers of a normal distribution, in the dtype of latents and text, of a shape.
         """
 
+    def reference_tokens(
+        self,
+        model: ModelChoice,
+        size: tuple[int, int],
+        kinds: frozenset[PictureKind],
+        references: Sequence[tuple[int, int]],
+    ) -> int:
+        """Tokens of pictures that follow the image tokens.
+
+        Args:
+            model: which refers to them.
+            size: width and height of the output, in pixels.
+            kinds: of all pictures that the output is made from.
+            references: width and height of each picture to refer to.
+
+        Raises:
+            BadInput: if the model cannot refer to one of them.
+        """
+        return 0
+
     # ---- Loading
 
     @abstractmethod
     def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         """The pipeline class of diffusers that takes such pictures."""
+
+    def pipeline_of(self, model: ModelChoice, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
+        """That of a model, where models differ."""
+        return self.pipeline_class(kinds)
 
     @abstractmethod
     def transformer_class(self) -> Any:
@@ -337,6 +377,10 @@ class Family(ABC):
         """
 
     # ---- Making
+
+    def given_shift(self, pipe: Any, image_tokens: int, steps: int) -> GivenShift | None:
+        """The time shift that a pipeline hands its scheduler, where it is not along the line of `time_shift`."""
+        return None
 
     def about_stock(self, model: ModelChoice) -> str:
         """What to know of full attention by stock diffusers where it is compared with others, in a sentence."""
@@ -376,8 +420,10 @@ class Family(ABC):
         kind = self.pipeline_class(kinds)
         if type(pipe) is kind:
             return pipe
-        components = {name: part for name, part in pipe.components.items() if name in signature(kind).parameters}
-        other = kind(**components)
+        taken = signature(kind).parameters
+        components = {name: part for name, part in pipe.components.items() if name in taken}
+        settings = {name: pipe.config[name] for name in self.settings if name in taken and name in pipe.config}
+        other = kind(**components, **settings)
         other.set_progress_bar_config(disable=True)
         return other
 
@@ -467,6 +513,11 @@ def token_sides(height: int, width: int, side: int) -> tuple[int, int]:
             f"the nearest are {' and '.join(map(str, nearest))}"
         )
     return height // side, width // side
+
+
+def len_of_run(steps: int, strength: float) -> int:
+    """Steps that are run at a strength, as diffusers counts them (`FluxImg2ImgPipeline.get_timesteps`)."""
+    return steps - int(max(steps - steps * strength, 0))
 
 
 def latent_frames(pipe: Any, num_frames: int | None, unit: int) -> int:

@@ -34,7 +34,7 @@ def decode(pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.T
     """Pixels of latents.
 
     Args:
-        pipe: a pipeline of Flux.
+        pipe: a pipeline.
         latents: `[1, C, h, w]`, unpacked, scaled as the pipeline denoises them.
         tile: side in pixels of what is decoded at once, 1024 by default. Pictures of no larger area are decoded whole.
 
@@ -47,10 +47,10 @@ def decode(pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.T
     """
     import torch
 
-    config, device = pipe.vae.config, pipe._execution_device
+    device, (factor, shift) = pipe._execution_device, _scaling(pipe.vae)
 
     def decode_tile(window: torch.Tensor) -> torch.Tensor:
-        scaled = window.to(device, pipe.vae.dtype) / config.scaling_factor + config.shift_factor
+        scaled = window.to(device, pipe.vae.dtype) / factor + shift
         pixels = pipe.vae.decode(scaled, return_dict=False)[0].float().cpu()
         if not pixels.isfinite().all():
             raise NumericalFailure("the picture has NaN after decoding: try --dtype float32 or bfloat16")
@@ -72,7 +72,7 @@ def encode(pipe: Any, picture: torch.Tensor | Image.Image, tile: int | None = No
     """Latents of a picture; of an autoencoder that gives a distribution, its mean.
 
     Args:
-        pipe: a pipeline of Flux.
+        pipe: a pipeline.
         picture: a picture, or pixels `[1, 3, H, W]` from -1 to 1; sides in multiples of the pixels per latent.
         tile: side in pixels of what is encoded at once, as for `decode`.
 
@@ -85,12 +85,13 @@ def encode(pipe: Any, picture: torch.Tensor | Image.Image, tile: int | None = No
     import torch
 
     config, device, dtype = pipe.vae.config, pipe._execution_device, pipe.vae.dtype
+    factor, shift = _scaling(pipe.vae)
     pixels = picture if isinstance(picture, torch.Tensor) else pipe.image_processor.preprocess(picture)
 
     def encode_tile(window: torch.Tensor) -> torch.Tensor:
         encoded = pipe.vae.encode(window.to(device, dtype))
         raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (raw - config.shift_factor) * config.scaling_factor
+        return (raw - shift) * factor
 
     scale = pipe.vae_scale_factor
     rows, columns = (side // scale for side in pixels.shape[2:])
@@ -102,6 +103,11 @@ def encode(pipe: Any, picture: torch.Tensor | Image.Image, tile: int | None = No
         _run_in_tiles(encode_tile, pixels, latents, pieces(rows, tiling), pieces(columns, tiling), scale, 1)
     pipe.maybe_free_model_hooks()
     return latents
+
+
+def _scaling(vae: Any) -> tuple[float, float]:
+    """Factor and shift of latents; an `AutoencoderKLFlux2` has statistics in their place, which its family knows."""
+    return vae.config.get("scaling_factor", 1.0), vae.config.get("shift_factor", 0.0)
 
 
 @dataclass(frozen=True)

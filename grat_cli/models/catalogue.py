@@ -121,9 +121,10 @@ def wrong_medium(name: str, medium: Medium) -> BadInput:
 
 def _kin(name: str, medium: Medium) -> ModelChoice:
     """The known model that another checkpoint is most likely kin to."""
-    families = families_of(medium)
-    named = [family for family in families if family.name in name.lower()]
-    return (named or families)[0].kin(name)
+    families, name = families_of(medium), name.lower()
+    # The longest word wins: names of later families begin with those of earlier ones.
+    told = {family.name: [len(word) for word in (family.name, *family.hints) if word in name] for family in families}
+    return max(families, key=lambda family: max(told[family.name], default=0)).kin(name)
 
 
 def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
@@ -142,6 +143,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         if family is None or family not in families_of(medium):
             raise refusal_of_pipeline(name, index.class_name, medium)
         index.classes(name, family.classes)
+        settings = index.settings_of(family)
         transformer, autoencoder = (
             _Traits.model_validate(read_json(path / part / "config.json")).model_dump(exclude_none=True)
             for part in ("transformer", "vae")
@@ -156,7 +158,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = family.of_folder(transformer, autoencoder)
+    choice = family.as_set(family.of_folder(transformer, autoencoder), settings)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 

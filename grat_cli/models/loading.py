@@ -100,7 +100,7 @@ def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.
     """A pipeline of nothing but its autoencoder, on a device; arguments and errors are those of `load_model`."""
     family = family_of(choice)
     with _without_pointless_warnings():
-        pipeline = family.pipeline_class()
+        pipeline = family.pipeline_of(choice)
         folder = _folder_of_parts(choice, pipeline, base)
         with _damage_of(f"vae of {choice.name}", family), _without_bars():
             kind = read_index(folder / "model_index.json").classes(choice.name, family.classes)["vae"]
@@ -119,7 +119,7 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    pipeline = family.pipeline_class(frozenset({"start"}) if image_to_image else NO_PICTURES)
+    pipeline = family.pipeline_of(choice, frozenset({"start"}) if image_to_image else NO_PICTURES)
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
@@ -197,7 +197,10 @@ def _load_folder(
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
     with _damage_of(name, family), _without_bars():
-        kinds = read_index(folder / "model_index.json").classes(name, family.classes)
+        index = read_index(folder / "model_index.json")
+        kinds = index.classes(name, family.classes)
+        taken = signature(pipeline).parameters
+        given |= {name: value for name, value in index.settings_of(family).items() if name in taken}
         wanted = [part for part in family.classes if part not in (*NOT_LOADED, *given)]
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
