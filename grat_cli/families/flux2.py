@@ -617,7 +617,9 @@ class Flux2Adapter(DispatchAdapter):
         return Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 
     def chunked_blocks(self) -> Mapping[type, Forward]:
-        return {}
+        from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+
+        return {Flux2TransformerBlock: _double_in_chunks, Flux2SingleTransformerBlock: _single_in_chunks}
 
     def read(self, call: dict[str, Any]) -> Text:
         if call.get("kv_cache_mode") is not None or call.get("kv_cache") is not None or call.get("num_ref_tokens"):
@@ -676,3 +678,92 @@ class Flux2Adapter(DispatchAdapter):
 
 
 _GIVE_SIZE = "give the pipeline call the height and width of the install, in this order"
+
+
+# ---- Blocks in chunks of tokens
+
+
+def _double_in_chunks(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    from grat_cli.attention.chunking import double_block
+
+    def forward(
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb_mod_img: torch.Tensor,
+        temb_mod_txt: torch.Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def attend(image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            others = {"image_rotary_emb": image_rotary_emb, **(joint_attention_kwargs or {})}
+            return block.attn(hidden_states=image, encoder_hidden_states=text, **others)
+
+        modulations = [_parts(of_stream, 6) for of_stream in (temb_mod_img, temb_mod_txt)]
+        image, text = double_block(block, chunk, hidden_states, encoder_hidden_states, modulations, attend)
+        return _clipped(text), image
+
+    return forward
+
+
+def _single_in_chunks(block: Any, chunk: int) -> Callable[..., Any]:
+    """Its attention module projects to query, key, value and the inner layer at once, which is done chunk by chunk;
+    what is kept of all tokens is the inner layer after its gate, half as wide."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    from grat_cli.attention.chunking import by_chunks, modulated
+
+    attn = block.attn
+    own = 3 * attn.inner_dim
+
+    def forward(
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        temb_mod: torch.Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+        split_hidden_states: bool = False,
+        text_seq_len: int | None = None,
+    ) -> Any:
+        import torch
+
+        if encoder_hidden_states is not None:
+            text_seq_len = encoder_hidden_states.shape[1]
+            hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        shift, scale, gate = _parts(temb_mod, 3)
+        normed = modulated(block.norm, shift, scale)
+
+        def project(tokens: torch.Tensor) -> torch.Tensor:
+            wide = attn.to_qkv_mlp_proj(normed(tokens))
+            return torch.cat([wide[..., :own], attn.mlp_act_fn(wide[..., own:])], dim=-1)
+
+        projected = by_chunks(project, chunk, hidden_states)
+        query, key, value = (
+            part.unflatten(-1, (-1, attn.head_dim)) for part in projected[..., :own].chunk(3, dim=-1)
+        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        backend = attn.processor._attention_backend
+        attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3).to(query.dtype)
+        del query, key, value
+
+        def rest(tokens: torch.Tensor, attended: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+            return _clipped(tokens + gate * attn.to_out(torch.cat([attended, inner], dim=-1)))
+
+        joint = by_chunks(rest, chunk, hidden_states, attended, projected[..., own:])
+        return (joint[:, :text_seq_len], joint[:, text_seq_len:]) if split_hidden_states else joint
+
+    return forward
+
+
+def _parts(modulation: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """Shifts, scales and gates `[B, 1, C]`, that were computed for all blocks of a kind."""
+    return (modulation[:, None] if modulation.dim() == 2 else modulation).chunk(count, dim=-1)
+
+
+def _clipped(tokens: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tokens.clip(-65504, 65504) if tokens.dtype == torch.float16 else tokens

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 from flux_runs import NoHostReads, relative_difference
 
+from grat_cli.attention.chunking import in_chunks
 from grat_cli.attention.schedule import segments_of
 from grat_cli.errors import BadInput
 from grat_cli.families.flux2 import Flux2Adapter
@@ -105,10 +106,7 @@ def test_full_attention_in_bfloat16_is_as_near_to_exact_as_stock() -> None:
     exact_model, model = tiny_flux2.transformer(guidance=True), tiny_flux2.transformer(guidance=True).bfloat16()
     inputs = tiny_flux2.inputs(18, 26, batch=2, references=REFERENCES) | {"guidance": torch.full((2,), 4.0)}
     exact = exact_model(**inputs)[0]
-    rounded = {
-        name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+    rounded = in_dtype(inputs, torch.bfloat16)
     stock = relative_difference(model(**rounded)[0].float(), exact)
     ours = relative_difference(compare(model, rounded, Run(Grid((18, 26)), Full())).float(), exact)
     assert 0 < ours < 2 * stock + 2**-8
@@ -252,3 +250,35 @@ def test_steps_are_timed_from_outside(model: Any) -> None:
     (step,) = recorder.steps([700.0])
     assert 0 < step.attention_ms < step.total_ms
     assert 0 < step.density < 1
+
+
+def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+CHUNK = 256
+FORWARDS = Flux2Adapter(tiny_flux2.transformer(), Grid((1, 1))).chunked_blocks()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_in_chunks_it_is_the_same_bit_by_bit(dtype: torch.dtype, batch: int) -> None:
+    model: Any = tiny_flux2.transformer().to(dtype)
+    inputs = in_dtype(tiny_flux2.inputs(25, 31, batch=batch, references=REFERENCES), dtype)
+    stock = model(**inputs)[0]
+    with in_chunks(blocks_of(model), FORWARDS, CHUNK):
+        assert torch.equal(model(**inputs)[0], stock)
+    run = Run(Grid((25, 31)), Block(1))
+    assert torch.equal(compare(model, inputs, run, chunk_tokens=CHUNK), compare(model, inputs, run))
+
+
+def test_single_blocks_take_text_apart_as_well() -> None:
+    block: Any = tiny_flux2.transformer().single_transformer_blocks[0]
+    text, image, modulation = torch.randn(1, 6, 32), torch.randn(1, 500, 32), torch.randn(1, 96)
+    stock = block(image, text, modulation, split_hidden_states=True)
+    with in_chunks([block], FORWARDS, CHUNK):
+        assert all(map(torch.equal, block(image, text, modulation, split_hidden_states=True), stock))
+        assert torch.equal(block(image, text, modulation), torch.cat(stock, dim=1))
