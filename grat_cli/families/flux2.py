@@ -186,8 +186,9 @@ class Flux2Shape(TransformerShape):
     # ---- Memory
 
     def pipeline_bytes(self, plan: Plan, element: int) -> float:
-        """Positions of four int64: the pipeline's of image and text, those in group order, and as fp32 to rotate."""
-        return plan.tokens * 4 * 8 + plan.image_tokens * 4 * 8
+        """Positions of four int64, the image's in group order as well; cosines and sines of text and image apart."""
+        entering = plan.tokens - plan.text_len
+        return (plan.tokens + entering) * 4 * 8 + 2 * plan.tokens * self.head_dim * 4
 
     def moments(self, call: TransformerCall) -> dict[str, float]:
         blocks = {"double": (self.double_blocks, self._double), "single": (self.single_blocks, self._single)}
@@ -205,35 +206,37 @@ class Flux2Shape(TransformerShape):
 
     def _double(self, call: TransformerCall) -> dict[str, float]:
         n, wide = call.joint, self._wide
-        held = 2 * n  # hidden states and their norms
-        moments = {
-            # Queries and keys before rotation, joined; the value in two parts and joined.
-            "rotation of keys": held + (3 + 3 + 1 + call.rotated) * n,
-            "attention": held + 3 * n + call.attending,
-        }
+        # Hidden states, their norms; query, key and value joined, and those of text.
+        held = 2 * n + 3 * n + 3 * call.text
+        moments = {"rotation of keys": held + call.rotated * n, "attention": held + call.attending}
         if call.chunked:
-            # Hidden states, what attention put out, the result; of a chunk the sum, its norm, gate and inner layer.
+            # Hidden states, what attention put out, the result; of a chunk the sum, its norm, and the inner layer with
+            # its gate, of which another half is made, and then again.
             return moments | {"feed-forward": 3 * n + (2 + 4 * wide) * call.chunk}
-        # Hidden states, what attention put out and gated, the sum, its norm; then the gated inner layer.
-        return moments | {"feed-forward": 2 * n + 3 * call.image + 4 * wide * call.image}
+        # Hidden states, norms, what attention put out; of the image also gated, and the sum; the inner layer likewise.
+        return moments | {"feed-forward": 3 * n + (2 + 4 * wide) * call.image}
 
     def _single(self, call: TransformerCall) -> dict[str, float]:
         n, wide = call.joint, self._wide
         if call.chunked:
-            # Hidden states, query, key, value, and the inner layer.
-            held = (1 + 3 + wide) * n
+            # Hidden states, those of text once more, query, key, value and the inner layer after its gate.
+            held = (1 + 3 + wide) * n + call.text
             return {
+                # Of a chunk all in one, the half of its inner layer that is left, both joined, and the chunk before.
+                "projection of queries": held + (3 * (3 + wide) + 2 * wide) * call.chunk,
                 "rotation of keys": held + (2 + call.rotated) * n,
                 "attention": held + 2 * n + call.attending,
-                "projection": held + 2 * n + (2 * wide + 3) * call.chunk,
+                "projection": held + 2 * n + (5 + wide) * call.chunk,
             }
-        # Hidden states, their norms, and query, key, value and both halves of the inner layer in one.
-        held = (2 + 3 + 2 * wide) * n
+        # Hidden states, those of text once more, norms; query, key, value and the inner layer with its gate in one.
+        held = (2 + 3 + 2 * wide) * n + call.text
         return {
+            # Queries and keys are normalised.
             "rotation of keys": held + (2 + call.rotated) * n,
             "attention": held + 2 * n + call.attending,
-            "activation": held + (2 + 1 + 2 * wide) * n,
-            "projection": held + (2 + 1 + wide + 1 + wide + 1) * n,
+            "activation": held + (3 + 2 * wide) * n,
+            # And what attention put out joined with half of the inner layer, and its projection.
+            "projection": held + (2 + wide + 1 + wide + 1) * n,
         }
 
 
@@ -738,9 +741,7 @@ def _single_in_chunks(block: Any, chunk: int) -> Callable[..., Any]:
             return torch.cat([wide[..., :own], attn.mlp_act_fn(wide[..., own:])], dim=-1)
 
         projected = by_chunks(project, chunk, hidden_states)
-        query, key, value = (
-            part.unflatten(-1, (-1, attn.head_dim)) for part in projected[..., :own].chunk(3, dim=-1)
-        )
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in projected[..., :own].chunk(3, dim=-1))
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)

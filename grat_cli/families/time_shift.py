@@ -80,16 +80,16 @@ def extrapolation(scheduler: Any, image_tokens: int, given: GivenShift | None = 
 
 
 @contextmanager
-def time_shift(
-    pipe: Any, image_tokens: int, fixed: float | None, given: GivenShift | None = None
-) -> Iterator[float]:
+def time_shift(pipe: Any, image_tokens: int, fixed: float | None, given: GivenShift | None = None) -> Iterator[float]:
     """While inside, the pipeline's scheduler is a copy with the shift of `shift_of`, which is also what is yielded."""
     stock = pipe.scheduler
     shift = shift_of(stock, image_tokens, fixed, given)
     config = stock.config
     if fixed is not None or (given and given.ended < given.mu and config.get("use_dynamic_shifting", False)):
         pipe.scheduler = type(stock).from_config(config, use_dynamic_shifting=False, shift=shift)
-    elif not given and config.get("use_dynamic_shifting", False) and image_tokens > config.get("max_image_seq_len", 4096):
+    elif (
+        not given and config.get("use_dynamic_shifting", False) and image_tokens > config.get("max_image_seq_len", 4096)
+    ):
         # A level line: whatever the token count, the pipeline arrives at this mu.
         mu = _mu(config, image_tokens)
         pipe.scheduler = type(stock).from_config(config, base_shift=mu, max_shift=mu)

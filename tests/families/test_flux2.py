@@ -114,7 +114,12 @@ def test_full_attention_in_bfloat16_is_as_near_to_exact_as_stock() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "radius", "cross"),
-    [(Block(1), 1, False), (Block(0), 0, False), (CrissCross(1), None, True), (Union(Block(1), CrissCross(1)), 1, True)],
+    [
+        (Block(1), 1, False),
+        (Block(0), 0, False),
+        (CrissCross(1), None, True),
+        (Union(Block(1), CrissCross(1)), 1, True),
+    ],
 )
 @pytest.mark.parametrize("references", [(), REFERENCES])
 @pytest.mark.parametrize("shape", [(16, 20), (18, 26)])

@@ -102,8 +102,12 @@ def inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     pictures = [(0, rows, columns), *((10 * number, *sides) for number, sides in enumerate(references, start=1))]
-    ids = torch.cat([torch.cartesian_prod(*map(torch.arange, (1, high, wide, 1))) + torch.tensor([time, 0, 0, 0])
-                     for time, high, wide in pictures])
+    ids = torch.cat(
+        [
+            torch.cartesian_prod(*map(torch.arange, (1, high, wide, 1))) + torch.tensor([time, 0, 0, 0])
+            for time, high, wide in pictures
+        ]
+    )
     return {
         "hidden_states": torch.randn(batch, len(ids), TOKEN_CHANNELS, generator=generator),
         "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, TEXT_CHANNELS, generator=generator),
