@@ -1,4 +1,4 @@
-"""What is foretold of FLUX.2 from shapes alone, against diffusers: weights, operations, memory, tokens of references."""
+"""What is foretold of FLUX.2 from shapes alone, against diffusers: weights, operations, memory, references."""
 
 from __future__ import annotations
 
