@@ -25,7 +25,7 @@ from grat_cli.errors import BadInput
 from grat_cli.presets.schema import ChunkTokens, chunk_for
 
 _LARGEST_FP16 = 65504
-_NORMS = (AdaLayerNormZero, AdaLayerNormZeroSingle, torch.nn.LayerNorm)
+_KNOWN_NORMS = AdaLayerNormZero, AdaLayerNormZeroSingle, torch.nn.LayerNorm
 
 # Makes the forward of a block in chunks of at most so many tokens.
 Forward: TypeAlias = Callable[[Any, int], Callable[..., tuple[torch.Tensor, torch.Tensor]]]
@@ -101,7 +101,7 @@ def _obstacle(block: Any, forwards: Mapping[type, Forward]) -> str | None:
         return f"another tool replaced the forward of its {kind.__name__}"
     norms = [block.norm] if hasattr(block, "norm") else [block.norm1, block.norm1_context]
     for norm in norms:
-        if type(norm) not in _NORMS or getattr(norm, "emb", None) is not None:
+        if type(norm) not in _KNOWN_NORMS or getattr(norm, "emb", None) is not None:
             return f"another tool replaced a norm of its {kind.__name__}"
     return None
 

@@ -207,13 +207,13 @@ class Family(ABC):
         title: for people.
         medium: what it makes.
         axes: of the token grid.
-        hints: words in names of checkpoints that tell the family, lower case; a longer one counts more.
         pipelines: names of the pipeline classes of diffusers that are supported, the one from text first.
         transformer: name of the transformer's class.
         refused: pipelines that may be taken for supported ones, and why they are not.
         classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
-        settings: arguments of its pipelines besides parts, numbers and truth values that stand there, too.
         models: that are known by name; the first is the one for machines with a CUDA device.
+        marks: what names of its checkpoints hold, of their letters and digits alone; of several families that a name
+            fits, it is the one with the longest. By default the family's own name.
         presets: variants of the presets that come with grat, by the name that presets give as their `model`.
         larger: likewise the preset for outputs four times as large as those that a model was trained on.
         base: hub id of a pipeline whose other parts suit a file of a transformer alone.
@@ -231,7 +231,6 @@ class Family(ABC):
     """
 
     name: ClassVar[str]
-    hints: ClassVar[tuple[str, ...]] = ()
     title: ClassVar[str]
     medium: ClassVar[Medium]
     axes: ClassVar[int]
@@ -239,8 +238,8 @@ class Family(ABC):
     transformer: ClassVar[str]
     refused: ClassVar[Mapping[str, str]]
     classes: ClassVar[Classes]
-    settings: ClassVar[tuple[str, ...]] = ()
     models: ClassVar[tuple[ModelChoice, ...]]
+    marks: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
     larger: ClassVar[Mapping[str, str]] = {}
     base: ClassVar[str]
@@ -266,9 +265,9 @@ class Family(ABC):
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         """The known model that a folder's is kin to, with what its configurations say of tokens and guidance."""
 
-    def as_set(self, model: ModelChoice, settings: Mapping[str, Any]) -> ModelChoice:
-        """A model of `of_folder` with what `settings` of its pipeline tell."""
-        return model
+    def of_index(self, choice: ModelChoice, parts: frozenset[str], options: Mapping[str, Any]) -> ModelChoice:
+        """A folder's model with what its `model_index.json` says besides: which parts it has, and further settings."""
+        return choice
 
     def matching_base(self, embeds_guidance: bool) -> str:
         """What to give as `--base` for a file with or without embedded guidance."""
@@ -293,10 +292,6 @@ class Family(ABC):
         kin = next((one for one in known if (one.default_guidance is not None) == guided), known[0])
         return read_json(self.configs / f"{kin.name}.json")
 
-    def encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
-        """Text encoders of a model that is no folder."""
-        return self.text_encoders
-
     def with_blocks(self, config: Mapping[str, Any], blocks: tuple[int, ...]) -> dict[str, Any]:
         """A transformer's configuration with other numbers of blocks, as many as its shape has kinds of them."""
         return {**config, **dict(zip(("num_layers", "num_single_layers"), blocks, strict=False))}
@@ -312,6 +307,10 @@ class Family(ABC):
         Raises:
             LookupError, ValueError, TypeError: if a field is missing or damaged.
         """
+
+    def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
+        """Text encoders of a known model that is not bundled."""
+        return self.text_encoders
 
     @abstractmethod
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
@@ -420,10 +419,10 @@ class Family(ABC):
         kind = self.pipeline_class(kinds)
         if type(pipe) is kind:
             return pipe
-        taken = signature(kind).parameters
-        components = {name: part for name, part in pipe.components.items() if name in taken}
-        settings = {name: pipe.config[name] for name in self.settings if name in taken and name in pipe.config}
-        other = kind(**components, **settings)
+        parameters = signature(kind).parameters
+        # Parts, and options such as when transformers take turns, which are in its configuration.
+        given = {name: pipe.config[name] for name in parameters if name in pipe.config} | pipe.components
+        other = kind(**{name: part for name, part in given.items() if name in parameters})
         other.set_progress_bar_config(disable=True)
         return other
 

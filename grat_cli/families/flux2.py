@@ -244,7 +244,6 @@ class Flux2(Family):
     """See the module."""
 
     name = "flux2"
-    hints = ("flux2", "flux.2", "flux-2", "flux_2")
     title = "FLUX.2"
     medium: ClassVar[Medium] = "image"
     axes = 2
@@ -262,7 +261,6 @@ class Flux2(Family):
         "vae": {"AutoencoderKLFlux2": "diffusers"},
         "scheduler": SCHEDULER,
     }
-    settings = ("is_distilled",)
     refused: ClassVar[Mapping[str, str]] = {"Flux2KleinKVPipeline": _ABOUT_REFERENCES}
     models = (_DEV, _KLEIN_4B, _KLEIN_9B, _BASE_4B, _BASE_9B)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux2": ("full", "b", "x", "far")}
@@ -289,16 +287,16 @@ class Flux2(Family):
         template = _DEV if transformer.get("guidance_embeds") else _BASE_4B
         return replace(template, token_side=token_side, size_multiple=token_side)
 
-    def as_set(self, model: ModelChoice, settings: Mapping[str, Any]) -> ModelChoice:
-        if model.true_guidance and settings.get("is_distilled"):
+    def of_index(self, choice: ModelChoice, parts: frozenset[str], options: Mapping[str, Any]) -> ModelChoice:
+        if choice.true_guidance and options.get("is_distilled"):
             return replace(
-                model,
+                choice,
                 default_steps=_KLEIN_4B.default_steps,
                 default_guidance=None,
                 true_guidance=False,
                 takes_negative=False,
             )
-        return model
+        return choice
 
     def matching_base(self, embeds_guidance: bool) -> str:
         return f"try --base {(_DEV if embeds_guidance else _KLEIN_4B).source}"
@@ -315,7 +313,7 @@ class Flux2(Family):
         name = self._kin_of(model).name.replace("-base", "")
         return read_json(self.configs / f"{name}.json")
 
-    def encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
+    def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
         kin = self._kin_of(model)
         return (_MISTRAL_24B if kin is _DEV else _QWEN_8B if kin in (_KLEIN_9B, _BASE_9B) else _QWEN_4B,)
 
@@ -417,22 +415,22 @@ class Flux2(Family):
 
         arguments |= {"num_inference_steps": call.steps, "callback_on_step_end": keep, "output_type": "latent"}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(beginning_at(pipe, first_step))
             if inpaints:
-                pipe(**arguments, **self._around_mask(pipe, call, stack))
+                arguments |= self._around_mask(pipe, call, stack)
             else:
                 if call.begun is not None:
                     latents = _patched(call.begun, call.height // self._unit(pipe))
                 elif call.start is not None:
                     latents = _noised(pipe, call, first_step)
-                pipe(
-                    **arguments,
-                    image=list(call.pictures.references) or None,
-                    height=call.height,
-                    width=call.width,
-                    generator=call.generator,
-                    latents=latents,
-                )
+                arguments |= {
+                    "image": list(call.pictures.references) or None,
+                    "height": call.height,
+                    "width": call.width,
+                    "generator": call.generator,
+                    "latents": latents,
+                }
+            stack.enter_context(beginning_at(pipe, first_step))
+            pipe(**arguments)
         # klein's own output is scaled for the autoencoder, with roundings.
         return self.spatial(pipe, last[0], call.width, call.height)
 
@@ -452,7 +450,7 @@ class Flux2(Family):
             generator = torch.Generator("cpu").manual_seed(call.generator.initial_seed())
             stack.enter_context(_going_on_from(pipe, call.begun))
         return {
-            "image": pipe._patchify_latents(picture_coding.encode(pipe, pictures.start)),
+            "image": pipe._patchify_latents(picture_coding.encode(pipe, pictures.start, latents_of=_latents_by(pipe))),
             "mask_image": pictures.mask,
             "image_reference": next(iter(pictures.references), None),
             "strength": 1.0,
@@ -471,10 +469,10 @@ class Flux2(Family):
 
     def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
         mean, deviation = _statistics(pipe, latents)
-        return picture_coding.decode(pipe, latents * deviation + mean, tile).unsqueeze(2)
+        return picture_coding.decode(pipe, latents * deviation + mean, tile, _pixels_by(pipe)).unsqueeze(2)
 
     def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
-        latents = picture_coding.encode(pipe, picture)
+        latents = picture_coding.encode(pipe, picture, latents_of=_latents_by(pipe))
         mean, deviation = _statistics(pipe, latents)
         return (latents - mean) / deviation
 
@@ -564,6 +562,14 @@ def _statistics(pipe: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.T
         return of_token.repeat(1, 1, -(-high // 2), -(-wide // 2))[..., :high, :wide]
 
     return spread(vae.bn.running_mean), spread(deviation)
+
+
+def _pixels_by(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda latents: pipe.vae.decode(latents, return_dict=False)[0]
+
+
+def _latents_by(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda pixels: pipe.vae.encode(pixels).latent_dist.mode()
 
 
 def _noised(pipe: Any, call: Call, step: int) -> torch.Tensor:

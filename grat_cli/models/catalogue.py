@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
 from grat_cli.families import FAMILIES, families_of, family_of_pipeline
-from grat_cli.families.base import Medium, ModelChoice
+from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.files.json_objects import read_json
 from grat_cli.models.parts import read_index, validation_problem
 
@@ -121,10 +121,12 @@ def wrong_medium(name: str, medium: Medium) -> BadInput:
 
 def _kin(name: str, medium: Medium) -> ModelChoice:
     """The known model that another checkpoint is most likely kin to."""
-    families, name = families_of(medium), name.lower()
-    # The longest word wins: names of later families begin with those of earlier ones.
-    told = {family.name: [len(word) for word in (family.name, *family.hints) if word in name] for family in families}
-    return max(families, key=lambda family: max(told[family.name], default=0)).kin(name)
+    letters = re.sub(r"[^a-z0-9]", "", name.lower())
+
+    def fits(family: Family) -> int:
+        return max((len(mark) for mark in family.marks or (family.name,) if mark in letters), default=0)
+
+    return max(families_of(medium), key=fits).kin(name)
 
 
 def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
@@ -142,8 +144,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         family = family_of_pipeline(index.class_name)
         if family is None or family not in families_of(medium):
             raise refusal_of_pipeline(name, index.class_name, medium)
-        index.classes(name, family.classes)
-        settings = index.settings_of(family)
+        parts = index.classes(name, family.classes)
         transformer, autoencoder = (
             _Traits.model_validate(read_json(path / part / "config.json")).model_dump(exclude_none=True)
             for part in ("transformer", "vae")
@@ -158,7 +159,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = family.as_set(family.of_folder(transformer, autoencoder), settings)
+    choice = family.of_index(family.of_folder(transformer, autoencoder), frozenset(parts), index.options)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 

@@ -199,8 +199,6 @@ def _load_folder(
     with _damage_of(name, family), _without_bars():
         index = read_index(folder / "model_index.json")
         kinds = index.classes(name, family.classes)
-        taken = signature(pipeline).parameters
-        given |= {name: value for name, value in index.settings_of(family).items() if name in taken}
         wanted = [part for part in family.classes if part not in (*NOT_LOADED, *given)]
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
@@ -215,7 +213,10 @@ def _load_folder(
                 else:
                     paths = dict.fromkeys(TOKENIZER_PATHS) if part.startswith("tokenizer") else {}
                     given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)
-        return pipeline(**given)
+        parameters = signature(pipeline).parameters
+        # What only other pipelines of the family take is not for this one.
+        options = {key: value for key, value in index.options.items() if key in parameters}
+        return pipeline(**options, **{part: loaded for part, loaded in given.items() if part in parameters})
 
 
 def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = None) -> Any:

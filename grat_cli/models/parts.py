@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
@@ -18,9 +18,6 @@ from grat_cli.errors import ModelUnavailable, first_line, printable
 from grat_cli.families.base import Classes
 from grat_cli.files.json_objects import read_json
 from grat_cli.models.quantization import PACKAGES
-
-if TYPE_CHECKING:
-    from grat_cli.families.base import Family
 
 NOT_LOADED = ("image_encoder", "feature_extractor")
 """Parts that serve image prompts, which are not used here."""
@@ -46,27 +43,20 @@ class PipelineIndex(BaseModel):
     Attributes:
         class_name: of the pipeline; None where it is not said.
         parts: library and class of each part; None where the pipeline does without it.
-        settings: other arguments of the pipeline, numbers and truth values.
+        options: what else the pipeline is made with.
     """
 
     class_name: _Name | None
     parts: dict[_Name, tuple[_Name | None, _Name | None]] = Field(max_length=32)
-    settings: dict[_Name, bool | int | float] = Field(max_length=32)
+    options: dict[_Name, bool | Annotated[float, Field(ge=-1e6, le=1e6)] | None] = Field(max_length=32)
 
     @model_validator(mode="before")
     @classmethod
     def _sorted_out(cls, content: Mapping[str, Any]) -> dict[str, Any]:
         parts = {key: value for key, value in content.items() if isinstance(value, list) and not key.startswith("_")}
-        settings = {
-            key: value
-            for key, value in content.items()
-            if isinstance(value, bool | int | float) and not key.startswith("_")
-        }
-        return {"class_name": content.get("_class_name"), "parts": parts, "settings": settings}
-
-    def settings_of(self, family: Family) -> dict[str, bool | int | float]:
-        """Those of its settings that pipelines of a family take."""
-        return {name: value for name, value in self.settings.items() if name in family.settings}
+        own = {key: value for key, value in content.items() if not key.startswith("_")}
+        options = {key: value for key, value in own.items() if value is None or isinstance(value, bool | int | float)}
+        return {"class_name": content.get("_class_name"), "parts": parts, "options": options}
 
     def classes(self, name: str, permitted: Classes) -> dict[str, tuple[str, str]]:
         """Library and class of each part that the pipeline has.

@@ -131,10 +131,10 @@ def test_what_does_not_fit_is_refused() -> None:
         grat_cli.install(pipe, preset(), height=150, width=WIDTH).__enter__()
     with pytest.raises(BadInput, match="leave out num_frames"):
         grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH, num_frames=5).__enter__()
-    with pytest.raises(BadInput, match="Flux2KleinKVPipeline is not supported .*references come before the image"):
+    with pytest.raises(BadInput, match=r"Flux2KleinKVPipeline is not supported .*references come before the image"):
         grat_cli.install(tiny_flux2.pipeline(Flux2KleinKVPipeline), preset(), height=144, width=208).__enter__()
     with (
-        pytest.raises(BadInput, match="installed for 9x13 = 117 image tokens, .* give the pipeline call the height"),
+        pytest.raises(BadInput, match=r"installed for 9x13 = 117 image tokens, .* give the pipeline call the height"),
         grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH),
     ):
         call(pipe, height=WIDTH, width=HEIGHT)
