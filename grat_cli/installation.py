@@ -196,7 +196,7 @@ def install(
         )
     grid = adapters[0].grid
     installation = Installation(pipe, preset, grid, first_step, steps, adapters)
-    warning = extrapolated_shift(pipe.scheduler, grid.tokens)
+    warning = extrapolated_shift(pipe.scheduler, grid.tokens, family.given_shift(pipe, grid.tokens, steps or 1))
     if warning:
         warnings.warn(warning, stacklevel=3)
     observer = _observers(installation.guard, observer)

@@ -25,7 +25,7 @@ from grat_cli.errors import BadInput
 from grat_cli.presets.schema import ChunkTokens, chunk_for
 
 _LARGEST_FP16 = 65504
-_KNOWN_NORMS = AdaLayerNormZero, AdaLayerNormZeroSingle, FP32LayerNorm
+_KNOWN_NORMS = AdaLayerNormZero, AdaLayerNormZeroSingle, FP32LayerNorm, torch.nn.LayerNorm
 
 # Makes the forward of a block in chunks of at most so many tokens.
 Forward: TypeAlias = Callable[[Any, int], Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]
@@ -133,12 +133,12 @@ def _modulation(norm: Any, emb: torch.Tensor, parts: int) -> tuple[torch.Tensor,
     return tuple(part[:, None] for part in norm.linear(norm.silu(emb)).chunk(parts, dim=1))
 
 
-def _double(
+def double_block(
     block: Any,
     chunk: int,
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor,
-    temb: torch.Tensor,
+    modulations: Sequence[Sequence[torch.Tensor]],
     attend: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A double block.
@@ -148,7 +148,7 @@ def _double(
         chunk: most tokens of a chunk.
         hidden_states: image tokens `[B, image, C]`.
         encoder_hidden_states: text tokens `[B, text, C]`.
-        temb: what modulation is made of `[B, C]`.
+        modulations: of image and of text: shift, scale and gate `[B, 1, C]` of attention, and those of feed-forward.
         attend: attention of normalised image and text tokens.
 
     Returns:
@@ -158,28 +158,27 @@ def _double(
         (hidden_states, block.norm1, block.norm2, block.ff),
         (encoder_hidden_states, block.norm1_context, block.norm2_context, block.ff_context),
     )
-    modulations = [_modulation(norm, temb, 6) for _, norm, _, _ in streams]
     normed = []
     for (tokens, norm, _, _), (shift, scale, *_) in zip(streams, modulations, strict=True):
-        normed.append(by_chunks(_modulated(norm.norm, shift, scale), chunk, tokens))
+        normed.append(by_chunks(modulated(getattr(norm, "norm", norm), shift, scale), chunk, tokens))
     attended = attend(normed.pop(0), normed.pop(0))
 
     made = []
     for (tokens, _, norm, feed_forward), (_, _, attention_gate, shift, scale, gate), attention in zip(
         streams, modulations, attended, strict=True
     ):
-        modulated = _modulated(norm, shift, scale)
+        of_rest = modulated(norm, shift, scale)
 
         def rest(
             tokens: torch.Tensor,
             attention: torch.Tensor,
-            modulated: Any = modulated,
+            of_rest: Any = of_rest,
             feed_forward: Any = feed_forward,
             attention_gate: torch.Tensor = attention_gate,
             gate: torch.Tensor = gate,
         ) -> torch.Tensor:
             tokens = tokens + attention_gate * attention
-            return tokens + gate * feed_forward(modulated(tokens))
+            return tokens + gate * feed_forward(of_rest(tokens))
 
         made.append(by_chunks(rest, chunk, tokens, attention))
     image, text = made
@@ -193,19 +192,23 @@ def _single(
     temb: torch.Tensor,
     attend: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """A single block on joint tokens `[B, N, C]`; arguments as for a double one."""
+    """A single block on joint tokens `[B, N, C]`.
+
+    `temb`, `[B, C]`, is what modulation is made of; other arguments are those of `double_block`.
+    """
     shift, scale, gate = _modulation(block.norm, temb, 3)
-    modulated = _modulated(block.norm.norm, shift, scale)
-    attended = attend(by_chunks(modulated, chunk, tokens))
+    normed = modulated(block.norm.norm, shift, scale)
+    attended = attend(by_chunks(normed, chunk, tokens))
 
     def rest(tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        wide = block.act_mlp(block.proj_mlp(modulated(tokens)))
+        wide = block.act_mlp(block.proj_mlp(normed(tokens)))
         return tokens + gate * block.proj_out(torch.cat([attended, wide], dim=2))
 
     return by_chunks(rest, chunk, tokens, attended)
 
 
-def _modulated(norm: Any, shift: torch.Tensor, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def modulated(norm: Any, shift: torch.Tensor, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A norm of tokens `[B, N, C]` with shift and scale `[B, 1, C]` after it."""
     return lambda tokens: norm(tokens) * (1 + scale) + shift
 
 
@@ -240,7 +243,8 @@ def joint_block(
                 return block.attn(hidden_states=image, encoder_hidden_states=text, **others)
 
             if is_double:
-                image, text = _double(block, chunk, image, text, temb, attend)
+                modulations = [_modulation(norm, temb, 6) for norm in (block.norm1, block.norm1_context)]
+                image, text = double_block(block, chunk, image, text, modulations, attend)
                 return pair(image, clip(text))
 
             parts = pair(image, text)

@@ -202,7 +202,12 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
             "seeds": [seed for _, seed in studio.orders],
             "steps": steps,
             "guidance": studio.guidance.scale,
-            "shift": shift_of(model.pipe.scheduler, grid.tokens, request.preset.sampling.shift),
+            "shift": shift_of(
+                model.pipe.scheduler,
+                grid.tokens,
+                request.preset.sampling.shift,
+                request.family.given_shift(model.pipe, grid.tokens, steps),
+            ),
             "width": request.width,
             "height": request.height,
             **({"frames": request.frames, "fps": request.fps} if request.frames else {}),
@@ -500,8 +505,9 @@ class _Studio:
 
         steps = None if trial_steps is None else len(trial_steps)
         call = call_for(self._request, seed, arguments, watch, steps)
+        tokens, sampling = self._request.grid.tokens, self._request.preset.sampling
         with (
-            time_shift(pipe, self._request.grid.tokens, self._request.preset.sampling.shift),
+            time_shift(pipe, tokens, sampling.shift, self._request.family.given_shift(pipe, tokens, call.steps)),
             entry.inside.attach(recorder, step),
         ):
             wait_for(device)

@@ -7,10 +7,11 @@ from typing import Any
 
 from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.families.flux import Flux
+from grat_cli.families.flux2 import Flux2
 from grat_cli.families.hunyuan import Hunyuan
 from grat_cli.families.wan import Wan
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (Flux(), Hunyuan(), Wan())}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (Flux(), Flux2(), Hunyuan(), Wan())}
 
 
 def family_of(model: ModelChoice) -> Family:

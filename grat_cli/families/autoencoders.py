@@ -526,6 +526,7 @@ class WanAutoencoder(AutoencoderShape):
 
 _CLASSES: Mapping[str, type[AutoencoderShape]] = {
     "AutoencoderKL": KlAutoencoder,
+    "AutoencoderKLFlux2": KlAutoencoder,
     "AutoencoderTiny": TinyAutoencoder,
     "AutoencoderKLHunyuanVideo": HunyuanVideoAutoencoder,
     "AutoencoderKLWan": WanAutoencoder,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.layer import Attend
+    from grat_cli.families.time_shift import GivenShift
     from grat_cli.presets.schema import ChunkTokens
 
 Medium = Literal["image", "video"]
@@ -84,6 +85,7 @@ class ModelChoice:
         true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
         video: what videos it makes; None for a model of images.
         is_demo: whether it is a bundled model, which knows a few hundred words.
+        takes_negative: whether it can be steered away from a negative prompt.
         takes: pictures that it may be given.
         needs: those of them that it makes nothing without.
         most_references: most pictures that it refers to at once.
@@ -109,6 +111,7 @@ class ModelChoice:
     true_guidance: bool = False
     video: VideoTraits | None = None
     is_demo: bool = False
+    takes_negative: bool = True
     takes: frozenset[PictureKind] = NO_PICTURES
     needs: frozenset[PictureKind] = NO_PICTURES
     most_references: int = 1
@@ -222,6 +225,8 @@ class Family(ABC):
         optional: parts that some of its models do without.
         not_loaded: parts that are never used.
         models: that are known by name; the first is the one for machines with a CUDA device.
+        marks: what names of its checkpoints hold, of their letters and digits alone; of several families that a name
+            fits, it is the one with the longest. By default the family's own name.
         presets: variants of the presets that come with grat, by the name that presets give as their `model`.
         larger: likewise the preset for outputs four times as large as those that a model was trained on.
         base: hub id of a pipeline whose other parts suit a file of a transformer alone.
@@ -250,6 +255,7 @@ class Family(ABC):
     optional: ClassVar[frozenset[str]] = frozenset()
     not_loaded: ClassVar[frozenset[str]] = frozenset()
     models: ClassVar[tuple[ModelChoice, ...]]
+    marks: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
     larger: ClassVar[Mapping[str, str]] = {}
     base: ClassVar[str]
@@ -264,6 +270,7 @@ class Family(ABC):
     full_note: ClassVar[str] = ""
     masks_text: ClassVar[bool] = False
     stages: ClassVar[bool] = False
+    configs: ClassVar[Path] = Path(__file__).parent / "configs"
 
     # ---- Which model
 
@@ -300,7 +307,7 @@ class Family(ABC):
         known = [one for one in self.models if one.kind == "hub"]
         guided = model.default_guidance is not None
         kin = next((one for one in known if (one.default_guidance is not None) == guided), known[0])
-        return read_json(Path(__file__).parent / "configs" / f"{kin.name}.json")
+        return read_json(self.configs / f"{kin.name}.json")
 
     def with_blocks(self, config: Mapping[str, Any], blocks: tuple[int, ...]) -> dict[str, Any]:
         """A transformer's configuration with other numbers of blocks, as many as its shape has kinds of them."""
@@ -343,11 +350,35 @@ class Family(ABC):
             normal: numbers of a normal distribution, in the dtype of latents and text, of a shape.
         """
 
+    def reference_tokens(
+        self,
+        model: ModelChoice,
+        size: tuple[int, int],
+        kinds: frozenset[PictureKind],
+        references: Sequence[tuple[int, int]],
+    ) -> int:
+        """Tokens of pictures that follow the image tokens.
+
+        Args:
+            model: which refers to them.
+            size: width and height of the output, in pixels.
+            kinds: of all pictures that the output is made from.
+            references: width and height of each picture to refer to.
+
+        Raises:
+            BadInput: if the model cannot refer to one of them.
+        """
+        return 0
+
     # ---- Loading
 
     @abstractmethod
     def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         """The pipeline class of diffusers that takes such pictures."""
+
+    def pipeline_of(self, model: ModelChoice, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
+        """That of a model, where models differ."""
+        return self.pipeline_class(kinds)
 
     @abstractmethod
     def transformer_class(self) -> Any:
@@ -366,6 +397,10 @@ class Family(ABC):
         """
 
     # ---- Making
+
+    def given_shift(self, pipe: Any, image_tokens: int, steps: int) -> GivenShift | None:
+        """The time shift that a pipeline hands its scheduler, where it is not along the line of `time_shift`."""
+        return None
 
     def about_stock(self, model: ModelChoice) -> str:
         """What to know of full attention by stock diffusers where it is compared with others, in a sentence."""
@@ -502,6 +537,11 @@ def token_sides(height: int, width: int, side: int) -> tuple[int, int]:
             f"the nearest are {' and '.join(map(str, nearest))}"
         )
     return height // side, width // side
+
+
+def len_of_run(steps: int, strength: float) -> int:
+    """Steps that are run at a strength, as diffusers counts them (`FluxImg2ImgPipeline.get_timesteps`)."""
+    return steps - int(max(steps - steps * strength, 0))
 
 
 def latent_frames(pipe: Any, num_frames: int | None, unit: int) -> int:

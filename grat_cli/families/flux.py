@@ -28,6 +28,7 @@ from grat_cli.families.base import (
     ModelChoice,
     PictureKind,
     beginning_at,
+    len_of_run,
     token_sides,
 )
 from grat_cli.families.shapes import CLIP_L, JointShape, TextEncoderShape, TransformerCall
@@ -251,11 +252,6 @@ class Flux(Family):
 
     def adapter(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> FluxAdapter:
         return FluxAdapter(transformer, grid, **options)
-
-
-def len_of_run(steps: int, strength: float) -> int:
-    """Steps that are run at a strength, as diffusers counts them (`FluxImg2ImgPipeline.get_timesteps`)."""
-    return steps - int(max(steps - steps * strength, 0))
 
 
 # ---- Attention

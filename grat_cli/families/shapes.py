@@ -19,7 +19,7 @@ class TransformerCall:
     """A transformer call: bytes of hidden states, and what follows from the way it is run.
 
     Attributes:
-        image: bytes of a hidden state of the image tokens.
+        image: bytes of a hidden state of the image tokens, and of those of references behind them.
         text: likewise of the text tokens.
         chunk: likewise of the tokens that a block takes at once, but for attention.
         chunked: whether that is not all of them.

@@ -171,6 +171,8 @@ def request_for(
 def check(request: Request) -> None:
     """Raises BadInput unless the model can make such outputs, and there is a place for each."""
     check_size(request)
+    if request.negative_prompt is not None and not request.model.takes_negative:
+        raise BadInput(f"{request.model.name} is not steered away from anything: leave out --negative")
     if request.strength is not None and not 0.0 < request.strength <= 1.0:
         raise BadInput(f"strength must lie above 0 and at most at 1, not {request.strength}")
     if request.outputs and len(request.outputs) != len(request.seeds):

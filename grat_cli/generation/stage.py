@@ -74,8 +74,9 @@ def installed(
     pipe = family.pipeline_for(pipe, NO_PICTURES if start is None else frozenset({"start"}))
     size = request.installed_size | {"height": stage.height, "width": stage.width}
     tokens = request.model.grid(stage.width, stage.height, request.frames).tokens
+    sampling = stage.preset.sampling
     with (
-        time_shift(pipe, tokens, stage.preset.sampling.shift) as shift,
+        time_shift(pipe, tokens, sampling.shift, family.given_shift(pipe, tokens, sampling.steps)) as shift,
         _guided(pipe, request, stage, start),
         install(
             pipe,

@@ -101,7 +101,7 @@ def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.
     """A pipeline of nothing but its autoencoder, on a device; arguments and errors are those of `load_model`."""
     family = family_of(choice)
     with _without_pointless_warnings():
-        pipeline = family.pipeline_class()
+        pipeline = family.pipeline_of(choice)
         folder = _folder_of_parts(choice, pipeline, base)
         with _damage_of(f"vae of {choice.name}", family), _without_bars():
             kind = read_index(folder / "model_index.json").classes(choice.name, family.classes)["vae"]
@@ -120,7 +120,7 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    pipeline = family.pipeline_class(frozenset({"start"}) if image_to_image else NO_PICTURES)
+    pipeline = family.pipeline_of(choice, frozenset({"start"}) if image_to_image else NO_PICTURES)
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
@@ -201,7 +201,9 @@ def _load_folder(
         index = read_index(folder / "model_index.json")
         kinds = index.classes(name, family.classes)
         absent = family.not_loaded | (family.optional - kinds.keys())
-        wanted = [part for part in family.classes if part not in absent and part not in given]
+        taken = signature(pipeline).parameters
+        possible = [part for part in family.classes if part in taken and part not in absent]
+        wanted = [part for part in possible if part not in given]
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
             if part not in kinds or not needed.exists():
@@ -215,10 +217,9 @@ def _load_folder(
                 else:
                     paths = dict.fromkeys(TOKENIZER_PATHS) if part.startswith("tokenizer") else {}
                     given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)
-        parameters = signature(pipeline).parameters
         # What only other pipelines of the family take is not for this one.
-        options = {key: value for key, value in index.options.items() if key in parameters}
-        return pipeline(**options, **{part: loaded for part, loaded in given.items() if part in parameters})
+        options = {key: value for key, value in index.options.items() if key in taken}
+        return pipeline(**options, **{part: loaded for part, loaded in given.items() if part in taken})
 
 
 def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = None) -> Any:
