@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grat_cli.errors import BadInput
-from grat_cli.families.autoencoders import AutoencoderShape
+from grat_cli.families.autoencoders import AutoencoderShape, autoencoder_shape
 from grat_cli.families.shapes import TextEncoderShape, TransformerShape
 from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
@@ -208,7 +208,10 @@ class Family(ABC):
         transformer: name of the transformer's class.
         refused: pipelines that may be taken for supported ones, and why they are not.
         classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
+        left_out: those of these parts that are not loaded.
         models: that are known by name; the first is the one for machines with a CUDA device.
+        marks: what names of its checkpoints hold, of their letters and digits alone; of several families that a name
+            fits, it is the one with the longest. By default the family's own name.
         presets: variants of the presets that come with grat, by the name that presets give as their `model`.
         larger: likewise the preset for outputs four times as large as those that a model was trained on.
         base: hub id of a pipeline whose other parts suit a file of a transformer alone.
@@ -233,7 +236,9 @@ class Family(ABC):
     transformer: ClassVar[str]
     refused: ClassVar[Mapping[str, str]]
     classes: ClassVar[Classes]
+    left_out: ClassVar[tuple[str, ...]] = ()
     models: ClassVar[tuple[ModelChoice, ...]]
+    marks: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
     larger: ClassVar[Mapping[str, str]] = {}
     base: ClassVar[str]
@@ -296,6 +301,10 @@ class Family(ABC):
         Raises:
             LookupError, ValueError, TypeError: if a field is missing or damaged.
         """
+
+    def autoencoder_shape(self, config: Mapping[str, Any], parameters: int = 0) -> AutoencoderShape:
+        """The shape of an autoencoder, from its configuration; see `autoencoders.autoencoder_shape`."""
+        return autoencoder_shape(config, parameters)
 
     @abstractmethod
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:

@@ -118,6 +118,7 @@ class Flux(Family):
         "image_encoder": {"CLIPVisionModelWithProjection": "transformers"},
         "feature_extractor": {"CLIPImageProcessor": "transformers"},
     }
+    left_out = ("image_encoder", "feature_extractor")  # of image prompts
     refused: ClassVar[Mapping[str, str]] = {}
     models = (_DEV, _SCHNELL, _DEMO)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux": _VARIANTS, "demo": _VARIANTS}

@@ -159,7 +159,7 @@ class Generator:
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
         if self._lets_go:
-            release(self._pipe, "text_encoder", "text_encoder_2")
+            release(self._pipe, *(part for part in self._pipe.components if "encoder" in part))
 
     def make(self, request: Request, run: Run, output: Path, text: Text, *, is_last: bool) -> Made:
         """One output, written with its report.

@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
 from grat_cli.families import FAMILIES, families_of, family_of_pipeline
-from grat_cli.families.base import Medium, ModelChoice
+from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.files.json_objects import read_json
 from grat_cli.models.parts import read_index, validation_problem
 
@@ -121,9 +121,12 @@ def wrong_medium(name: str, medium: Medium) -> BadInput:
 
 def _kin(name: str, medium: Medium) -> ModelChoice:
     """The known model that another checkpoint is most likely kin to."""
-    families = families_of(medium)
-    named = [family for family in families if family.name in name.lower()]
-    return (named or families)[0].kin(name)
+    letters = re.sub(r"[^a-z0-9]", "", name.lower())
+
+    def fits(family: Family) -> int:
+        return max((len(mark) for mark in family.marks or (family.name,) if mark in letters), default=0)
+
+    return max(families_of(medium), key=fits).kin(name)
 
 
 def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
@@ -172,3 +175,6 @@ class _Traits(BaseModel):
     spatial_compression_ratio: _Scale | None = None
     temporal_compression_ratio: _Scale | None = None
     patch_size: _Scale | None = None
+    target_size: Annotated[int, Field(ge=16, le=8192)] | None = None
+    task_type: Literal["t2v", "i2v"] | None = None
+    image_condition_type: Literal["latent_concat", "token_replace"] | None = None

@@ -19,7 +19,6 @@ from grat_cli.models.hub import download_pipeline, revision_of, root_cause
 from grat_cli.models.offloading import offload as offload_pipeline
 from grat_cli.models.offloading import require_offload
 from grat_cli.models.parts import (
-    NOT_LOADED,
     TOKENIZER_PATHS,
     load_class,
     read_index,
@@ -31,7 +30,7 @@ from grat_cli.models.quantization import configurations, require_quantization
 if TYPE_CHECKING:
     import torch
 
-_NEURAL_PARTS: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
+_NEURAL_PARTS: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
         config: Any = model.load_config(base, subfolder="transformer")
         require_plain_config(config, f"transformer of {base}")
         # Else weights would be left out without a word.
-        if embeds_guidance != config["guidance_embeds"]:
+        if embeds_guidance != config.get("guidance_embeds", False):
             raise ModelUnavailable(
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
                 f"{family.matching_base(embeds_guidance)}"
@@ -198,7 +197,7 @@ def _load_folder(
     """
     with _damage_of(name, family), _without_bars():
         kinds = read_index(folder / "model_index.json").classes(name, family.classes)
-        wanted = [part for part in family.classes if part not in (*NOT_LOADED, *given)]
+        wanted = [part for part in _wanted(pipeline, family, kinds) if part not in given]
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
             if part not in kinds or not needed.exists():
@@ -213,6 +212,19 @@ def _load_folder(
                     paths = dict.fromkeys(TOKENIZER_PATHS) if part.startswith("tokenizer") else {}
                     given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)
         return pipeline(**given)
+
+
+def _wanted(pipeline: Any, family: Family, kinds: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Parts to be loaded: those that a pipeline class cannot be made without, and those that it may have and are there.
+
+    Args:
+        pipeline: the class.
+        family: its family.
+        kinds: of `PipelineIndex.classes`.
+    """
+    parameters = signature(pipeline.__init__).parameters.values()
+    possible = [one for one in parameters if one.name in family.classes and one.name not in family.left_out]
+    return [one.name for one in possible if one.default is one.empty or one.name in kinds]
 
 
 def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = None) -> Any:
