@@ -392,5 +392,9 @@ class HunyuanAdapter(ProcessorAdapter):
             installed, given = ("x".join(map(str, sizes)) for sizes in (self.grid.shape, shape))
             raise BadInput(
                 f"GRAT was installed for {installed} video tokens (frames x rows x columns), the call has {given}: "
-                "give the pipeline call the frames, height and width of the install"
+                f"{self.remedy(shape)}"
             )
+
+    def remedy(self, grid: tuple[int, ...]) -> str:
+        """What to do about a call with so many video tokens per axis, which are others than those of the install."""
+        return "give the pipeline call the frames, height and width of the install"

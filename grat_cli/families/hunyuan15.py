@@ -10,6 +10,7 @@ Read against diffusers 0.42.1, `pipelines/hunyuan_video1_5`.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 # Of a picture that a video starts from, as the pipeline's vision encoder makes them; stock text-to-video passes as many
 # zeros.
 PICTURE_TOKENS = 729
+_STRIDE = 16  # pixels per token along a side
 _QUOTED_TOKENS = 256  # that the pipeline pads quoted text to
 _FROM_PICTURE = frozenset[PictureKind]({"start"})
 
@@ -148,8 +150,10 @@ class Hunyuan15Shape(HunyuanShape):
         return blocks + inside + prompt + embedders + 4.0 * width**2
 
     def pipeline_bytes(self, plan: Plan, element: int) -> float:
-        """Latents of the picture and its mask, and all three side by side."""
-        return plan.image_tokens * self.patch * (self.out_channels + 1 + self.in_channels) * element
+        """Latents of the picture and its mask, and all three side by side; text as it was before it was put in order,
+        what marks its kind, and samples of it before they are stacked."""
+        latents = plan.image_tokens * self.patch * (self.out_channels + 1 + self.in_channels)
+        return (latents + 3 * plan.text_len * self.width) * element
 
 
 class Hunyuan15Autoencoder(AutoencoderShape):
@@ -177,7 +181,8 @@ class Hunyuan15Autoencoder(AutoencoderShape):
 
     def encode_flop(self, size: Pixels, tile: int | None = None) -> float:
         """Of one picture; a level has a block less than in the decoder."""
-        pixels = float(size.width * size.height) * ((4 / 3) ** 2 if self._is_tiled(size, tile) else 1)
+        _, high, wide = self._parts(size, tile)
+        pixels = float(sum(high) * sum(wide) * self.scale**2)
         total = 27.0 * 3 * self.channels[0] * pixels
         for level, (channels, layers) in enumerate(zip(self.channels, self.layers, strict=True)):
             total += 27.0 * 2 * (layers - 1) * channels**2 * pixels / 4**level
@@ -201,10 +206,15 @@ class Hunyuan15Autoencoder(AutoencoderShape):
 
     def encode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
         """Of one picture: its finest level is the largest."""
-        tile = (coding.tile or self.TILE) if self._is_tiled(size, coding.tile) else None
-        high, wide = (tile, tile) if tile else (size.height, size.width)
-        plane = self._residual_block(self.channels[0], 1, high, wide, coding)
-        return {"encoder": 3.0 * size.width * size.height * coding.element + plane}
+        _, high, wide = self._parts(size, coding.tile)
+        held = 1 if self.layers[0] > 2 else 0  # a level's input, until it ends
+        of_tile = max(
+            held * self.channels[0] * rows * columns * coding.element
+            + self._residual_block(self.channels[0], 1, rows, columns, coding)
+            for rows in {self.scale * side for side in high}
+            for columns in {self.scale * side for side in wide}
+        )
+        return {"encoder": 3.0 * size.width * size.height * coding.element + of_tile}
 
     def sample(self, device: torch.device, dtype: torch.dtype) -> Sample:
         """A convolution of as many channels as the finest level has."""
@@ -218,7 +228,7 @@ class Hunyuan15Autoencoder(AutoencoderShape):
         return Sample(flop, lambda: functional.conv3d(frames, kernel, padding=1), 3)
 
     def _up(self, level: int) -> int | None:
-        """Channels that the last convolution of a level of the decoder makes, to be spread over eight or four places."""
+        """Channels that the last convolution of a decoder's level makes, to be spread over eight or four places."""
         finer = len(self.channels) - 2 - level
         return None if finer < 0 else self.channels[finer] * (8 if level < 2 else 4)
 
@@ -243,22 +253,24 @@ class Hunyuan15Autoencoder(AutoencoderShape):
         places = frames * rows * columns
         # Query, key, value, each once more in another layout, and a mask of all pairs.
         peak = (2 + 3) * self.channels[-1] * places * coding.element + places**2 * coding.element
-        for level, _, _, channels in self._rising():
+        for level, blocks, _, channels in self._rising():
             plane = channels * frames * rows * columns * coding.element
-            peak = max(peak, self._residual_block(channels, frames, rows, columns, coding))
+            first = plane if blocks > 1 else 0.0  # a level's input is held until it ends
+            peak = max(peak, first + self._residual_block(channels, frames, rows, columns, coding))
             if (up := self._up(level)) is not None:
+                spread = up * frames * rows * columns * coding.element
+                # What the convolution makes is spread over more places, then the same of what it was made from.
                 convolution = convolved(channels, up, (frames, rows, columns), coding)
-                before = up * frames * rows * columns * coding.element
-                # Spread, joined with the first frame where time is doubled; then the same of the level's input.
-                peak = max(peak, plane + convolution, plane + 3 * before)
+                peak = max(peak, first + plane + max(convolution, 3 * spread))
                 frames, rows, columns = self._doubled(level, frames, rows, columns)
         return peak
 
     def _residual_block(self, channels: int, frames: int, rows: int, columns: int, coding: Coding) -> float:
-        """Its input; then what normalises it, in fp32 where activations are of 16 bits, or a convolution."""
+        """Its input, and what normalises it, in fp32 where activations are of 16 bits; or that result and a
+        convolution."""
         plane = channels * frames * rows * columns * coding.element
         normalised = 3 * plane if coding.element == 4 else (2 + 2 + 1) * plane
-        return plane + max(normalised, convolved(channels, channels, (frames, rows, columns), coding))
+        return plane + max(normalised, plane + convolved(channels, channels, (frames, rows, columns), coding))
 
 
 # Numbers of weights are those of the class, whose defaults it has.
@@ -432,7 +444,7 @@ class Hunyuan15(Family):
         return dict(zip(names, pipe.encode_prompt(prompt, dtype=pipe.transformer.dtype), strict=True))
 
     def encode_text(
-        self, pipe: Any, model: ModelChoice, prompt: str, negative: str | None, pictures: Pictures = Pictures()
+        self, pipe: Any, model: ModelChoice, prompt: str, negative: str | None, pictures: Pictures = Pictures()  # noqa: B008
     ) -> dict[str, torch.Tensor]:
         """With the tokens of the picture, which prompt and negative prompt share."""
         import torch
@@ -525,7 +537,12 @@ def _latents_shape(config: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
 def _guided(pipe: Any, scale: float | None, call: Call) -> Iterator[None]:
     """While inside, the pipeline's guider steers so strongly, or without a scale not at all."""
     stock = pipe.guider
-    guider = stock.new(enabled=False) if scale is None else stock.new(enabled=True, guidance_scale=scale)
+    guider = copy.copy(stock)
+    if scale is None:
+        guider.disable()
+    else:
+        guider.enable()
+        guider.guidance_scale = scale
     set_state = guider.set_state
 
     def of_the_whole_run(step: int, num_inference_steps: int, timestep: Any) -> None:
@@ -613,6 +630,14 @@ class Hunyuan15Adapter(HunyuanAdapter):
         if self.is_compiled:
             return "GRAT inside a compiled HunyuanVideo-1.5 transformer is not supported: leave torch.compile out"
         return None
+
+    def remedy(self, grid: tuple[int, ...]) -> str:
+        # Image-to-video chooses its size by the picture, and takes none.
+        latents, rows, columns = grid
+        return (
+            "give the pipeline call the frames, height and width of the install, or install for those of the call: "
+            f"height={rows * _STRIDE}, width={columns * _STRIDE}, num_frames={4 * latents - 3}"
+        )
 
     def read(self, call: dict[str, Any]) -> Text:
         from grat_cli.attention.layer import Text

@@ -270,7 +270,9 @@ def _without_pointless_warnings() -> Iterator[None]:
         ("transformers.modeling_utils", "LOAD REPORT"),
         # Said of an empty list of modules, after loading a single file.
         ("diffusers.models.modeling_utils", "kept in float32: []"),
-        # Image processors serve image prompts, which are not used here.
+        # Of every guider that is made.
+        ("diffusers.guiders.guider_utils", "experimental feature"),
+        # Image processors have a twin that does without.
         ("transformers.utils.import_utils", "requires torchvision"),
     )
     filters = [(logging.getLogger(name), _LeavesOut(text)) for name, text in pointless]
