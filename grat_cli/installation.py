@@ -196,7 +196,9 @@ def install(
         )
     grid = adapters[0].grid
     installation = Installation(pipe, preset, grid, first_step, steps, adapters)
-    warning = extrapolated_shift(pipe.scheduler, grid.tokens, family.given_shift(pipe, grid.tokens, steps or 1))
+    family = family_of_transformer(getattr(pipe, "transformer", None))
+    given = family.given_shift(pipe, grid.tokens, steps or 1) if family else None
+    warning = extrapolated_shift(pipe.scheduler, grid.tokens, given)
     if warning:
         warnings.warn(warning, stacklevel=3)
     observer = _observers(installation.guard, observer)

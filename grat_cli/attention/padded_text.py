@@ -21,7 +21,9 @@ class PaddedTexts:
     guidance two that take turns, and each is read once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_be_empty: bool = False) -> None:
+        """Knows no text yet; `may_be_empty` lets samples have none."""
+        self._least = 0 if may_be_empty else 1
         self._known: deque[tuple[torch.Tensor, Text]] = deque(maxlen=2)
 
     def of(self, mask: torch.Tensor) -> Text:
@@ -36,7 +38,7 @@ class PaddedTexts:
         valid = mask.sum(dim=1, dtype=torch.int32)
         first = torch.arange(mask.shape[1], device=mask.device)[None, :] < valid[:, None]
         lengths = valid.tolist()
-        if not torch.equal(first, mask.bool()) or min(lengths) == 0:
+        if not torch.equal(first, mask.bool()) or min(lengths) < self._least:
             raise BadInput(
                 "the call's text mask has padding before or between valid tokens, or no valid token: "
                 "pad prompts at their end, as the pipeline does"

@@ -15,7 +15,7 @@ from typing import Any
 
 from grat_cli.errors import ModelUnavailable, first_line
 from grat_cli.families import family_of
-from grat_cli.families.autoencoders import AutoencoderShape, autoencoder_shape
+from grat_cli.families.autoencoders import AutoencoderShape
 from grat_cli.families.base import ModelChoice
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerShape
 from grat_cli.files.json_objects import read_json
@@ -59,7 +59,7 @@ def denoising_shapes(choice: ModelChoice) -> tuple[TransformerShape, Autoencoder
         transformer = family.transformer_shape(family.transformer_config(choice))
         if choice.kind != "folder":
             return transformer, family.autoencoder_of(choice)
-        return transformer, autoencoder_shape(read_json(Path(choice.source) / "vae" / "config.json"))
+        return transformer, family.autoencoder_shape(read_json(Path(choice.source) / "vae" / "config.json"))
 
 
 def components_of_pipeline(pipe: Any, choice: ModelChoice) -> Components:
@@ -71,7 +71,7 @@ def components_of_pipeline(pipe: Any, choice: ModelChoice) -> Components:
     return Components(
         tuple(_text_encoder(part.config.to_dict(), part.num_parameters(), choice) for part in encoders),
         family_of(choice).transformer_shape(pipe.transformer.config),
-        autoencoder_shape(autoencoder, pipe.vae.num_parameters()),
+        family_of(choice).autoencoder_shape(autoencoder, pipe.vae.num_parameters()),
         len(family_of(choice).transformers(pipe)),
     )
 

@@ -9,9 +9,11 @@ from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.families.flux import Flux
 from grat_cli.families.flux2 import Flux2
 from grat_cli.families.hunyuan import Hunyuan
+from grat_cli.families.hunyuan15 import Hunyuan15
 from grat_cli.families.wan import Wan
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (Flux(), Flux2(), Hunyuan(), Wan())}
+_FAMILIES = Flux(), Flux2(), Hunyuan(), Hunyuan15(), Wan()
+FAMILIES: Mapping[str, Family] = {family.name: family for family in _FAMILIES}
 
 
 def family_of(model: ModelChoice) -> Family:

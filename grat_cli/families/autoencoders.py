@@ -289,15 +289,9 @@ class HunyuanVideoAutoencoder(AutoencoderShape):
     def _decoder_peak(self, frames: int, rows: int, columns: int, coding: Coding) -> float:
         """Bytes at the peak of the decoder, on latents of a size."""
         element = coding.element
-        in_columns = coding.on_cpu and element == 4
 
         def convolution(inputs: int, outputs: int) -> float:
-            """Besides an input of so many channels; it is padded first."""
-            plane = frames * rows * columns * element
-            padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * element
-            if in_columns and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
-                return padded + (27 * inputs + outputs) * plane
-            return padded + max(padded + outputs * plane, 2 * outputs * plane)
+            return convolved(inputs, outputs, (frames, rows, columns), coding)
 
         def residual_block(inputs: int, outputs: int) -> float:
             plane = frames * rows * columns * element
@@ -567,6 +561,23 @@ def _pixels_in_tiles(size: Pixels, tile: int | None) -> float:
     pixels = float(size.width * size.height)
     # A quarter of each tile is its neighbours'.
     return pixels * (4 / 3) ** 2 if pixels > (tile or PICTURE_TILE) ** 2 else pixels
+
+
+def convolved(inputs: int, outputs: int, places: tuple[int, int, int], coding: Coding) -> float:
+    """Bytes that a convolution of frames, rows and columns by 3x3x3 takes besides its input, which is padded first.
+
+    Args:
+        inputs: channels that it takes.
+        outputs: channels that it makes.
+        places: frames, rows and columns.
+        coding: how it runs.
+    """
+    frames, rows, columns = places
+    plane = frames * rows * columns * coding.element
+    padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * coding.element
+    if coding.on_cpu and coding.element == 4 and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
+        return padded + (27 * inputs + outputs) * plane
+    return padded + max(padded + outputs * plane, 2 * outputs * plane)
 
 
 def _convolution(inputs: float, outputs: float) -> float:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grat_cli.errors import BadInput
-from grat_cli.families.autoencoders import AutoencoderShape
+from grat_cli.families.autoencoders import AutoencoderShape, autoencoder_shape
 from grat_cli.families.resumption import LaterSteps
 from grat_cli.families.shapes import TextEncoderShape, TransformerShape
 from grat_cli.files.json_objects import read_json
@@ -332,6 +332,10 @@ class Family(ABC):
     def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
         """Likewise its text encoders, with what encodes pictures beside them."""
         return self.text_encoders
+
+    def autoencoder_shape(self, config: Mapping[str, Any], parameters: int = 0) -> AutoencoderShape:
+        """The shape of an autoencoder, from its configuration; see `autoencoders.autoencoder_shape`."""
+        return autoencoder_shape(config, parameters)
 
     @abstractmethod
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:

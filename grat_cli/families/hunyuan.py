@@ -135,8 +135,6 @@ class Hunyuan(Family):
         "HunyuanVideoImageToVideoPipeline": "it starts from a picture, whose tokens it treats apart",
         "HunyuanSkyreelsImageToVideoPipeline": "it starts from a picture, which it adds to the channels of the latents",
         "HunyuanVideoFramepackPipeline": "it adds tokens of earlier frames to those of the video",
-        "HunyuanVideo15Pipeline": "HunyuanVideo 1.5 has another transformer",
-        "HunyuanVideo15ImageToVideoPipeline": "HunyuanVideo 1.5 has another transformer",
     }
     models = (_HUNYUAN, _DEMO)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"hunyuan": ("full", "b", "planes", "lines", "bx", "far", "sta")}
@@ -351,14 +349,18 @@ class HunyuanAdapter(ProcessorAdapter):
     def chunked_blocks(self) -> Mapping[type, Forward]:
         from diffusers.models.transformers import transformer_hunyuan_video as stock
 
+        forward = self.forward_in_chunks()
+        return {stock.HunyuanVideoTransformerBlock: forward, stock.HunyuanVideoSingleTransformerBlock: forward}
+
+    def forward_in_chunks(self) -> Forward:
+        """Forwards of double blocks, and of single ones, that take tokens in chunks."""
         from grat_cli.attention.chunking import joint_block
 
         def handed_on(given: Mapping[str, Any]) -> dict[str, Any]:
             positions = given.get("freqs_cis", given.get("image_rotary_emb"))
             return {"attention_mask": given.get("attention_mask"), "image_rotary_emb": positions}
 
-        forward = joint_block(handed_on, text_first=False, joined=False, clipped=False)
-        return {stock.HunyuanVideoTransformerBlock: forward, stock.HunyuanVideoSingleTransformerBlock: forward}
+        return joint_block(handed_on, text_first=False, joined=False, clipped=False)
 
     def obstacle(self) -> str | None:
         if self.is_compiled:
@@ -375,16 +377,24 @@ class HunyuanAdapter(ProcessorAdapter):
         return (model.rope, self.grouped(0)), (model.x_embedder, self.grouped(1)), (model.proj_out, self.restored(1))
 
     def read(self, call: dict[str, Any]) -> Text:
-        config = self.model.config
-        patch = (config.patch_size_t, config.patch_size, config.patch_size)
-        shape = tuple(size // side for size, side in zip(call["hidden_states"].shape[2:], patch, strict=True))
-        if shape != self.grid.shape:
-            installed, given = ("x".join(map(str, sizes)) for sizes in (self.grid.shape, shape))
-            raise BadInput(
-                f"GRAT was installed for {installed} video tokens (frames x rows x columns), the call has {given}: "
-                "give the pipeline call the frames, height and width of the install"
-            )
+        self.require_grid(call["hidden_states"])
         text = self._texts.of(call["encoder_attention_mask"])
         for name in ("encoder_hidden_states", "encoder_attention_mask"):
             call[name] = call[name][:, : text.longest]
         return text
+
+    def require_grid(self, latents: torch.Tensor) -> None:
+        """Raises BadInput unless latents `[B, C, T, h, w]` are of the installation's size."""
+        config = self.model.config
+        patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        shape = tuple(size // side for size, side in zip(latents.shape[2:], patch, strict=True))
+        if shape != self.grid.shape:
+            installed, given = ("x".join(map(str, sizes)) for sizes in (self.grid.shape, shape))
+            raise BadInput(
+                f"GRAT was installed for {installed} video tokens (frames x rows x columns), the call has {given}: "
+                f"{self.remedy(shape)}"
+            )
+
+    def remedy(self, grid: tuple[int, ...]) -> str:
+        """What to do about a call with so many video tokens per axis, which are others than those of the install."""
+        return "give the pipeline call the frames, height and width of the install"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -181,3 +181,6 @@ class _Traits(BaseModel):
     num_attention_heads: int | None = None
     scale_factor_spatial: _Scale | None = None
     scale_factor_temporal: _Scale | None = None
+    target_size: Annotated[int, Field(ge=16, le=8192)] | None = None
+    task_type: Literal["t2v", "i2v"] | None = None
+    image_condition_type: Literal["latent_concat", "token_replace"] | None = None

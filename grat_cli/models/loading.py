@@ -171,7 +171,7 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
         config: Any = model.load_config(base, subfolder="transformer")
         require_plain_config(config, f"transformer of {base}")
         # Else weights would be left out without a word.
-        if embeds_guidance != config["guidance_embeds"]:
+        if embeds_guidance != config.get("guidance_embeds", False):
             raise ModelUnavailable(
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
                 f"{family.matching_base(embeds_guidance)}"
@@ -265,7 +265,9 @@ def _without_pointless_warnings() -> Iterator[None]:
         ("transformers.modeling_utils", "LOAD REPORT"),
         # Said of an empty list of modules, after loading a single file.
         ("diffusers.models.modeling_utils", "kept in float32: []"),
-        # Image processors serve image prompts, which are not used here.
+        # Of every guider that is made.
+        ("diffusers.guiders.guider_utils", "experimental feature"),
+        # Image processors have a twin that does without.
         ("transformers.utils.import_utils", "requires torchvision"),
     )
     filters = [(logging.getLogger(name), _LeavesOut(text)) for name, text in pointless]
