@@ -8,8 +8,9 @@ from typing import Any
 from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.families.flux import Flux
 from grat_cli.families.hunyuan import Hunyuan
+from grat_cli.families.qwen import Qwen
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (Flux(), Hunyuan())}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (Flux(), Hunyuan(), Qwen())}
 
 
 def family_of(model: ModelChoice) -> Family:

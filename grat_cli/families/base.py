@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -258,6 +258,10 @@ class Family(ABC):
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         """The known model that a folder's is kin to, with what its configurations say of tokens and guidance."""
 
+    def of_pipeline(self, choice: ModelChoice, class_name: str | None) -> ModelChoice:
+        """The model of `of_folder` with what the class that a folder's pipeline was saved from says besides."""
+        return choice
+
     def matching_base(self, embeds_guidance: bool) -> str:
         """What to give as `--base` for a file with or without embedded guidance."""
         return f"try --base {self.base}" if embeds_guidance else "give --base what it was made from"
@@ -314,11 +318,29 @@ class Family(ABC):
             normal: numbers of a normal distribution, in the dtype of latents and text, of a shape.
         """
 
+    def reference_tokens(self, model: ModelChoice, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that pictures to refer to add to the joint sequence, of widths and heights in pixels."""
+        return 0
+
     # ---- Loading
 
     @abstractmethod
     def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         """The pipeline class of diffusers that takes such pictures."""
+
+    def stored_class(self, kinds: frozenset[PictureKind], class_name: str | None) -> Any:
+        """Likewise, where a model's files were saved from a pipeline of that class."""
+        return self.pipeline_class(kinds)
+
+    def read_part(self, part: str, folder: Path, given: Mapping[str, Any]) -> Any:
+        """A part of a pipeline that its own class does not read here, such as a processor; None for all others.
+
+        Args:
+            part: its name.
+            folder: its files.
+            given: the parts that are loaded already.
+        """
+        return None
 
     @abstractmethod
     def transformer_class(self) -> Any:

@@ -30,13 +30,19 @@ _TILE_UNIT = 16  # pixels; sides of tiles are typed in multiples of it
 _OVERLAP = 1 / 4
 
 
-def decode(pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+def decode(
+    pipe: Any,
+    latents: torch.Tensor,
+    tile: int | None = None,
+    pixels_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Pixels of latents.
 
     Args:
-        pipe: a pipeline of Flux.
+        pipe: a pipeline of pictures.
         latents: `[1, C, h, w]`, unpacked, scaled as the pipeline denoises them.
         tile: side in pixels of what is decoded at once, 1024 by default. Pictures of no larger area are decoded whole.
+        pixels_of: what an autoencoder makes of a tile of latents in its dtype; None for those of Flux.
 
     Returns:
         `[1, 3, H, W]` from about -1 to 1, in fp32 on the CPU.
@@ -47,11 +53,14 @@ def decode(pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.T
     """
     import torch
 
-    config, device = pipe.vae.config, pipe._execution_device
+    device = pipe._execution_device
+
+    def pixels_by_factor(window: torch.Tensor) -> torch.Tensor:
+        scaled = window / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        return pipe.vae.decode(scaled, return_dict=False)[0]
 
     def decode_tile(window: torch.Tensor) -> torch.Tensor:
-        scaled = window.to(device, pipe.vae.dtype) / config.scaling_factor + config.shift_factor
-        pixels = pipe.vae.decode(scaled, return_dict=False)[0].float().cpu()
+        pixels = (pixels_of or pixels_by_factor)(window.to(device, pipe.vae.dtype)).float().cpu()
         if not pixels.isfinite().all():
             raise NumericalFailure("the picture has NaN after decoding: try --dtype float32 or bfloat16")
         return pixels
@@ -68,13 +77,21 @@ def decode(pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.T
     return pixels
 
 
-def encode(pipe: Any, picture: torch.Tensor | Image.Image, tile: int | None = None) -> torch.Tensor:
+def encode(
+    pipe: Any,
+    picture: torch.Tensor | Image.Image,
+    tile: int | None = None,
+    latents_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    channels: int | None = None,
+) -> torch.Tensor:
     """Latents of a picture; of an autoencoder that gives a distribution, its mean.
 
     Args:
-        pipe: a pipeline of Flux.
+        pipe: a pipeline of pictures.
         picture: a picture, or pixels `[1, 3, H, W]` from -1 to 1; sides in multiples of the pixels per latent.
         tile: side in pixels of what is encoded at once, as for `decode`.
+        latents_of: scaled latents of a tile of pixels in the autoencoder's dtype; None for autoencoders of Flux.
+        channels: of the latents; None for what the autoencoder's configuration says.
 
     Returns:
         `[1, C, h, w]`, scaled as the pipeline denoises them, in the autoencoder's dtype, where the pipeline runs.
@@ -87,17 +104,20 @@ def encode(pipe: Any, picture: torch.Tensor | Image.Image, tile: int | None = No
     config, device, dtype = pipe.vae.config, pipe._execution_device, pipe.vae.dtype
     pixels = picture if isinstance(picture, torch.Tensor) else pipe.image_processor.preprocess(picture)
 
-    def encode_tile(window: torch.Tensor) -> torch.Tensor:
-        encoded = pipe.vae.encode(window.to(device, dtype))
+    def latents_by_factor(window: torch.Tensor) -> torch.Tensor:
+        encoded = pipe.vae.encode(window)
         raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return (raw - config.shift_factor) * config.scaling_factor
+
+    def encode_tile(window: torch.Tensor) -> torch.Tensor:
+        return (latents_of or latents_by_factor)(window.to(device, dtype))
 
     scale = pipe.vae_scale_factor
     rows, columns = (side // scale for side in pixels.shape[2:])
     tiling = _tiling(pipe.vae, "encoder", tile, scale)
     if rows * columns <= tiling.side**2:
         tiling = _WHOLE
-    latents = torch.zeros(1, config.latent_channels, rows, columns, device=device, dtype=dtype)
+    latents = torch.zeros(1, channels or config.latent_channels, rows, columns, device=device, dtype=dtype)
     with torch.no_grad():
         _run_in_tiles(encode_tile, pixels, latents, pieces(rows, tiling), pieces(columns, tiling), scale, 1)
     pipe.maybe_free_model_hooks()

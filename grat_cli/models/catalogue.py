@@ -156,7 +156,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = family.of_folder(transformer, autoencoder)
+    choice = family.of_pipeline(family.of_folder(transformer, autoencoder), index.class_name)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 
@@ -171,4 +171,5 @@ class _Traits(BaseModel):
     text_embed_dim: int | None = None
     spatial_compression_ratio: _Scale | None = None
     temporal_compression_ratio: _Scale | None = None
+    temperal_downsample: Annotated[list[bool] | None, Field(max_length=8)] = None
     patch_size: _Scale | None = None

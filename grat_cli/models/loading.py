@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
-from grat_cli.families.base import NO_PICTURES, Family, ModelChoice
+from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.models.catalogue import is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
@@ -119,14 +119,14 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    pipeline = family.pipeline_class(frozenset({"start"}) if image_to_image else NO_PICTURES)
-    folder = _folder_of_parts(choice, pipeline, base)
+    kinds: frozenset[PictureKind] = frozenset({"start"}) if image_to_image else NO_PICTURES
+    folder = _folder_of_parts(choice, family.pipeline_class(kinds), base)
     if choice.kind != "file":
-        return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
+        return _load_folder(kinds, folder, choice.name, family, dtypes, quantized), folder
     assert base is not None, "a file has a base, or is refused"
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
-    return _load_folder(pipeline, folder, base, family, dtypes, quantized, transformer=transformer), folder
+    return _load_folder(kinds, folder, base, family, dtypes, quantized, transformer=transformer), folder
 
 
 def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
@@ -184,7 +184,7 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
 
 
 def _load_folder(
-    pipeline: Any,
+    pictures: frozenset[PictureKind],
     folder: Path,
     name: str,
     family: Family,
@@ -197,8 +197,10 @@ def _load_folder(
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
     with _damage_of(name, family), _without_bars():
-        kinds = read_index(folder / "model_index.json").classes(name, family.classes)
-        wanted = [part for part in family.classes if part not in (*NOT_LOADED, *given)]
+        index = read_index(folder / "model_index.json")
+        pipeline, kinds = family.stored_class(pictures, index.class_name), index.classes(name, family.classes)
+        takes = signature(pipeline).parameters
+        wanted = [part for part in family.classes if part in takes and part not in (*NOT_LOADED, *given)]
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
             if part not in kinds or not needed.exists():
@@ -209,6 +211,8 @@ def _load_folder(
             with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:
                     given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
+                elif (own := family.read_part(part, folder / part, given)) is not None:
+                    given[part] = own
                 else:
                     paths = dict.fromkeys(TOKENIZER_PATHS) if part.startswith("tokenizer") else {}
                     given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)
