@@ -81,6 +81,9 @@ def _damage_of(choice: ModelChoice) -> Iterator[None]:
 
 
 def _text_encoder(config: Mapping[str, Any], parameters: int, choice: ModelChoice) -> TextEncoderShape:
+    # Encoders of text and pictures describe the one that makes the text's embeddings apart.
+    config = {**config, **(config.get("text_config") or {})}
+
     def value(*names: str) -> int:
         return next(int(config[name]) for name in names if name in config)
 

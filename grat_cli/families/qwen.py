@@ -545,11 +545,14 @@ class TextAndPictures:
         # Texts of a batch share their pictures.
         pictures = [picture for _ in text for picture in pictures]
         seen = self.image_processor(images=pictures, return_tensors=return_tensors)
-        counts = iter((seen["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2).tolist())
-        texts = []
+        merged = self.image_processor.merge_size**2
+        counts = (seen["image_grid_thw"].prod(dim=1) // merged).tolist()
+        if sum(one.count(self.picture_token) for one in text) != len(counts):
+            raise BadInput(f"the prompt holds {self.picture_token}, which stands for pictures: leave it out")
+        texts, left = [], iter(counts)
         for one in text:
             first, *rest = one.split(self.picture_token)
-            texts.append(first + "".join(self.picture_token * next(counts) + part for part in rest))
+            texts.append(first + "".join(self.picture_token * next(left) + part for part in rest))
         tokens = self.tokenizer(texts, padding=padding, return_tensors=return_tensors)
         return BatchFeature({**tokens, **seen})
 
