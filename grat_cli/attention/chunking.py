@@ -24,7 +24,7 @@ from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSin
 from grat_cli.errors import BadInput
 from grat_cli.presets.schema import ChunkTokens, chunk_for
 
-LARGEST_FP16 = 65504
+_LARGEST_FP16 = 65504
 
 # Makes the forward of a block in chunks of at most so many tokens.
 Forward: TypeAlias = Callable[[Any, int], Callable[..., tuple[torch.Tensor, torch.Tensor]]]
@@ -224,7 +224,7 @@ def joint_block(
         return (text, image) if text_first else (image, text)
 
     def clip(tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.clip(-LARGEST_FP16, LARGEST_FP16) if clipped and tokens.dtype == torch.float16 else tokens
+        return tokens.clip(-_LARGEST_FP16, _LARGEST_FP16) if clipped and tokens.dtype == torch.float16 else tokens
 
     def make(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         signature = inspect.signature(type(block).forward)

@@ -86,6 +86,7 @@ class ModelChoice:
         takes: pictures that it may be given.
         needs: those of them that it makes nothing without.
         most_references: most pictures that it refers to at once.
+        negative_prompt: what true guidance leads away from where nothing is typed.
     """
 
     name: str
@@ -107,6 +108,7 @@ class ModelChoice:
     takes: frozenset[PictureKind] = NO_PICTURES
     needs: frozenset[PictureKind] = NO_PICTURES
     most_references: int = 1
+    negative_prompt: str = ""
 
     @property
     def medium(self) -> Medium:
@@ -318,8 +320,24 @@ class Family(ABC):
             normal: numbers of a normal distribution, in the dtype of latents and text, of a shape.
         """
 
-    def reference_tokens(self, model: ModelChoice, sizes: Sequence[tuple[int, int]]) -> int:
-        """Tokens that pictures to refer to add to the joint sequence, of widths and heights in pixels."""
+    def reference_tokens(
+        self,
+        model: ModelChoice,
+        size: tuple[int, int],
+        kinds: frozenset[PictureKind],
+        references: Sequence[tuple[int, int]],
+    ) -> int:
+        """Tokens of pictures that follow the image tokens.
+
+        Args:
+            model: which refers to them.
+            size: width and height of the output, in pixels.
+            kinds: of all pictures that the output is made from.
+            references: width and height of each picture to refer to.
+
+        Raises:
+            BadInput: if the model cannot refer to one of them.
+        """
         return 0
 
     # ---- Loading
@@ -328,8 +346,8 @@ class Family(ABC):
     def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         """The pipeline class of diffusers that takes such pictures."""
 
-    def stored_class(self, kinds: frozenset[PictureKind], class_name: str | None) -> Any:
-        """Likewise, where a model's files were saved from a pipeline of that class."""
+    def pipeline_of(self, model: ModelChoice, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
+        """That of a model, where models differ."""
         return self.pipeline_class(kinds)
 
     def read_part(self, part: str, folder: Path, given: Mapping[str, Any]) -> Any:

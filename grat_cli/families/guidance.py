@@ -43,7 +43,8 @@ def choose_guidance(pipe: Any, model: ModelChoice, preset: Preset, negative_prom
         if scale is None or scale <= 1:
             ignored = ("without guidance above 1 the negative prompt has no effect",) if negative_prompt else ()
             return Guidance(None, notes=ignored)
-        return Guidance(scale, {"true_cfg_scale": scale}, negative_prompt or "")
+        negative = model.negative_prompt if negative_prompt is None else negative_prompt
+        return Guidance(scale, {"true_cfg_scale": scale}, negative)
 
     if pipe.transformer.config.guidance_embeds:
         embedded = {"guidance_scale": 0.0 if scale is None else scale}

@@ -59,7 +59,12 @@ _QWEN = ModelChoice(
     true_guidance=True,
     takes=frozenset(["start", "mask"]),
 )
-_QWEN_2512 = replace(_QWEN, name="qwen-image-2512", source="Qwen/Qwen-Image-2512")
+_QWEN_2512 = replace(
+    _QWEN,
+    name="qwen-image-2512",
+    source="Qwen/Qwen-Image-2512",
+    negative_prompt="低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。构图混乱。文字模糊，扭曲。",
+)
 # The text encoder sees what is referred to as a token for each 28x28 pixels: of a megapixel, or of 384x384 pixels each.
 _EDIT = replace(
     _QWEN,
@@ -290,8 +295,15 @@ class Qwen(Family):
             "img_shapes": [[(1, *grid.shape)]],
         }
 
-    def reference_tokens(self, model: ModelChoice, sizes: Sequence[tuple[int, int]]) -> int:
-        return sum(math.prod(_of_area(_REFERENCE_AREA, size)) // model.token_side**2 for size in sizes)
+    def reference_tokens(
+        self,
+        model: ModelChoice,
+        size: tuple[int, int],
+        kinds: frozenset[PictureKind],
+        references: Sequence[tuple[int, int]],
+    ) -> int:
+        """Each is brought to about a megapixel, whatever the size of the output."""
+        return sum(math.prod(_of_area(_REFERENCE_AREA, one)) // model.token_side**2 for one in references)
 
     # ---- Loading
 
@@ -307,9 +319,11 @@ class Qwen(Family):
             return QwenImageInpaintPipeline
         return QwenImageImg2ImgPipeline if kinds else QwenImagePipeline
 
-    def stored_class(self, kinds: frozenset[PictureKind], class_name: str | None) -> Any:
-        edits = {kind.__name__: kind for kind in _edit_pipelines()}
-        return edits.get(class_name or "") or self.pipeline_class(kinds)
+    def pipeline_of(self, model: ModelChoice, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
+        if "reference" not in model.needs:
+            return self.pipeline_class(kinds)
+        of_one, of_several, _ = _edit_pipelines()
+        return of_several if model.most_references > 1 else of_one
 
     def pipeline_for(self, pipe: Any, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         """Pipelines that edit stay what they are: which of them a model is for, its transformer does not tell."""
@@ -665,9 +679,9 @@ def _in_chunks(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torc
     """The forward of a `QwenImageTransformerBlock` in chunks of at most so many tokens."""
     import torch
 
-    from grat_cli.attention.chunking import LARGEST_FP16, by_chunks
+    from grat_cli.attention.chunking import by_chunks
 
-    signature = inspect.signature(type(block).forward)
+    signature, largest = inspect.signature(type(block).forward), torch.finfo(torch.float16).max
 
     def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         given = signature.bind(block, *args, **kwargs).arguments
@@ -711,7 +725,7 @@ def _in_chunks(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torc
                 tokens = tokens + _gate(first, *segments) * attention
                 inner, gate = block._modulate(norm(tokens), second, *segments)
                 tokens = tokens + gate * feed_forward(inner)
-                return tokens.clip(-LARGEST_FP16, LARGEST_FP16) if tokens.dtype == torch.float16 else tokens
+                return tokens.clip(-largest, largest) if tokens.dtype == torch.float16 else tokens
 
             made.append(by_chunks(rest, chunk, tokens, attention, *([] if segments is None else [segments])))
         image, text = made

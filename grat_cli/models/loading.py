@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
-from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
+from grat_cli.families.base import NO_PICTURES, Family, ModelChoice
 from grat_cli.models.catalogue import is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
@@ -100,7 +100,7 @@ def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.
     """A pipeline of nothing but its autoencoder, on a device; arguments and errors are those of `load_model`."""
     family = family_of(choice)
     with _without_pointless_warnings():
-        pipeline = family.pipeline_class()
+        pipeline = family.pipeline_of(choice)
         folder = _folder_of_parts(choice, pipeline, base)
         with _damage_of(f"vae of {choice.name}", family), _without_bars():
             kind = read_index(folder / "model_index.json").classes(choice.name, family.classes)["vae"]
@@ -119,14 +119,14 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    kinds: frozenset[PictureKind] = frozenset({"start"}) if image_to_image else NO_PICTURES
-    folder = _folder_of_parts(choice, family.pipeline_class(kinds), base)
+    pipeline = family.pipeline_of(choice, frozenset({"start"}) if image_to_image else NO_PICTURES)
+    folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
-        return _load_folder(kinds, folder, choice.name, family, dtypes, quantized), folder
+        return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
     assert base is not None, "a file has a base, or is refused"
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
-    return _load_folder(kinds, folder, base, family, dtypes, quantized, transformer=transformer), folder
+    return _load_folder(pipeline, folder, base, family, dtypes, quantized, transformer=transformer), folder
 
 
 def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
@@ -184,7 +184,7 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
 
 
 def _load_folder(
-    pictures: frozenset[PictureKind],
+    pipeline: Any,
     folder: Path,
     name: str,
     family: Family,
@@ -197,10 +197,9 @@ def _load_folder(
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
     with _damage_of(name, family), _without_bars():
-        index = read_index(folder / "model_index.json")
-        pipeline, kinds = family.stored_class(pictures, index.class_name), index.classes(name, family.classes)
-        takes = signature(pipeline).parameters
-        wanted = [part for part in family.classes if part in takes and part not in (*NOT_LOADED, *given)]
+        kinds = read_index(folder / "model_index.json").classes(name, family.classes)
+        taken = signature(pipeline).parameters
+        wanted = [part for part in family.classes if part in taken and part not in (*NOT_LOADED, *given)]
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
             if part not in kinds or not needed.exists():

@@ -624,8 +624,12 @@ def test_references_add_the_tokens_that_the_pipelines_make() -> None:
     )
     call(plus, **KINDS["edit-plus"][1](), num_inference_steps=2)
     sizes = [one.size for one in KINDS["edit-plus"][1]()["image"]]
-    assert seen[0] - GRID.tokens == FAMILY.reference_tokens(choose_model("qwen-image-edit-2509"), sizes)
-    assert FAMILY.reference_tokens(choose_model("qwen-image"), []) == 0
+    assert seen[0] - GRID.tokens == _references("qwen-image-edit-2509", sizes)
+    assert _references("qwen-image", []) == 0
+
+
+def _references(model: str, sizes: list[tuple[int, int]]) -> int:
+    return FAMILY.reference_tokens(choose_model(model), (WIDTH, HEIGHT), frozenset({"reference"}), sizes)
 
 
 def small_config(**changes: Any) -> dict[str, Any]:

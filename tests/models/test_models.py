@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from grat_cli.commands.options import ModelOptions, SizeOptions
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput, ModelUnavailable
+from grat_cli.families import families_of
 from grat_cli.models.catalogue import choose_model, models_for
 from grat_cli.models.devices import choose_device, choose_dtype, device_name, is_out_of_memory, peak_memory
 from grat_cli.models.loading import LoadedModel, load_model
@@ -377,7 +378,7 @@ def test_running_out_of_memory_is_recognised() -> None:
         ("flux", "image", ["flux-dev", "flux-schnell"]),
         ("demo", "image", ["demo"]),
         ("hunyuan", "video", ["hunyuan", "demo"]),
-        (None, "image", ["flux-dev", "flux-schnell", "demo"]),
+        (None, "image", [model.name for family in families_of("image") for model in family.models]),
         ("demo", "video", ["hunyuan", "demo"]),
     ],
 )

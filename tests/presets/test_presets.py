@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.errors import BadInput
 from grat_cli.estimates.planning import architecture_for, schedule_for
-from grat_cli.families import FAMILIES, preset_variants
+from grat_cli.families import FAMILIES, family_of_presets, preset_variants
 from grat_cli.generation.selection import select_preset
-from grat_cli.models.catalogue import choose_model
+from grat_cli.models.catalogue import choose_model, models_for
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize
 from grat_cli.presets import (
@@ -76,11 +76,7 @@ def test_tuned_presets_are_as_dense_as_their_evidence_says(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(preset_names()) - TUNED))
 def test_shipped_presets_cost_what_they_say(name: str) -> None:
     preset = load_preset(name)
-    choice = {
-        "flux": choose_model("flux-dev"),
-        "demo": choose_model("demo"),
-        "hunyuan": choose_model("hunyuan", "video"),
-    }[preset.model]
+    choice, *_ = models_for(preset.model, family_of_presets(preset.model).medium)
     found = re.findall(
         r"1/([\d.]+)(?: of the attention work)? at (\d+)x(\d+)(?: with (\d+) frames)?", preset.description
     )
@@ -127,6 +123,7 @@ def test_patterns() -> None:
         "far": Union(Block(1), Far([(1, (8, 8))])),
         "sta": SlidingTile(3),
     }
+    assert patterns("qwen") == {name: patterns("flux")[name] for name in ("full", "b", "x", "far")}
     assert patterns("hunyuan") == {
         "full": Full(),
         "b": Block(1),
