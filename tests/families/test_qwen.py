@@ -13,8 +13,13 @@ import numpy as np
 import pytest
 import tiny_qwen
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.models.transformers import transformer_qwenimage
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_controlnet import QwenImageControlNetPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import QwenImageEditPipeline
@@ -68,19 +73,13 @@ def _small_references() -> Iterator[None]:
     """References of 96x96 pixels in place of a megapixel."""
     with pytest.MonkeyPatch.context() as patch:
         stock = pipeline_qwenimage_edit.calculate_dimensions
-        for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint_module()):
+        for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint):
             patch.setattr(module, "calculate_dimensions", lambda area, ratio: stock(SMALL_AREA, ratio))
         patch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", SMALL_AREA)
         patch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", SMALL_AREA)
         patch.setattr(qwen_family, "_REFERENCE_AREA", SMALL_AREA)
         patch.setattr(qwen_family, "_GLANCE_AREA", SMALL_AREA)
         yield
-
-
-def pipeline_qwenimage_edit_inpaint_module() -> Any:
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_inpaint
-
-    return pipeline_qwenimage_edit_inpaint
 
 
 def preset(variant: str = "full", schedule: dict[str, Any] | None = None, **attention: Any) -> Preset:
@@ -174,10 +173,9 @@ def test_in_bfloat16_full_attention_is_as_near_to_fp32_as_stock_is(kind: str) ->
     pipeline, taken = KINDS[kind]
     arguments = taken()
     exact = call(tiny_qwen.pipeline(pipeline), **arguments)
-    pipe = tiny_qwen.pipeline(
-        pipeline, transformer=tiny_qwen.transformer().bfloat16(), vae=tiny_qwen.autoencoder().bfloat16()
-    )
-    halves = {name: tensor.bfloat16() for name, tensor in tiny_qwen.prompt(7).items() if name == "prompt_embeds"}
+    halved: Any = tiny_qwen.transformer()
+    pipe = tiny_qwen.pipeline(pipeline, transformer=halved.bfloat16(), vae=tiny_qwen.autoencoder().bfloat16())
+    halves: dict[str, Any] = {"prompt_embeds": tiny_qwen.prompt(7)["prompt_embeds"].bfloat16()}
     stock = call(pipe, **arguments, **halves).float()
     with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
         ours = call(pipe, **arguments, **halves).float()
@@ -185,26 +183,19 @@ def test_in_bfloat16_full_attention_is_as_near_to_fp32_as_stock_is(kind: str) ->
 
 
 def test_references_of_a_model_that_modulates_them_apart_equal_stock() -> None:
-    """As of Qwen-Image-Edit-2511, whole and in chunks."""
+    """As of Qwen-Image-Edit-2511."""
     pipe = tiny_qwen.pipeline(QwenImageEditPlusPipeline, transformer=tiny_qwen.transformer(zero_cond_t=True))
     arguments = KINDS["edit-plus"][1]()
     expected = call(pipe, **arguments)
-    for chunk in (None, 40):
-        with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH) as whole:
-            assert relative_difference(call(pipe, **arguments), expected) < RELATIVE
-        assert whole.chunking[0] is None
-        inputs = tiny_qwen.inputs(GRID.shape, 6, references=((4, 5),))
-        adapter = QwenAdapter(pipe.transformer, GRID, chunk_tokens=chunk)
-        with adapter.attached(Run(laid_out(preset(), 6, 20)), Backend.SDPA):
-            result = pipe.transformer(**inputs)[0]
-        assert relative_difference(result, pipe.transformer(**inputs)[0]) < RELATIVE
+    with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
+        assert relative_difference(call(pipe, **arguments), expected) < RELATIVE
 
 
 def test_each_step_takes_its_own_attention_and_prompts_their_own_plans() -> None:
     pipe, recorder = tiny_qwen.pipeline(), StepRecorder()
     chosen = preset("x", {"dense_steps": 1, "rules": [{"steps": "2-3", "variant": "b", "radius": 0}]}, share=1)
     with grat_cli.install(pipe, chosen, height=HEIGHT, width=WIDTH, observer=recorder) as installation:
-        call(pipe, **GUIDED | tiny_qwen.negative_prompt(3))
+        call(pipe, (7,), **GUIDED | tiny_qwen.negative_prompt(3))
         assert sorted(text for text, _, _ in installation._schedules) == [3, 7]
     first, second, third = (step.density for step in recorder.steps([0.0] * STEPS))
     assert first == 1
@@ -271,7 +262,8 @@ class Run:
 @contextmanager
 def under_mask(image: np.ndarray, text: int) -> Iterator[None]:
     """While inside, stock attention sees a mask between image tokens `[N, N]`; text and references see all."""
-    stock, allowed = transformer_qwenimage.dispatch_attention_fn, torch.from_numpy(image)
+    module: Any = transformer_qwenimage
+    stock, allowed = module.dispatch_attention_fn, torch.from_numpy(image)
 
     def masked(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
         whole = torch.ones(query.shape[0], 1, query.shape[1], query.shape[1], dtype=torch.bool)
@@ -468,10 +460,6 @@ def test_pictures_matter_to_what_is_made() -> None:
 def test_pixels_become_latents_and_back_as_in_the_stock_pipelines() -> None:
     pipe, latents = tiny_qwen.pipeline(), torch.randn(1, 16, 18 * 26 // 4, generator=torch.Generator().manual_seed(2))
     packed = latents.transpose(1, 2).contiguous()
-    stock = pipe(
-        **tiny_qwen.prompt(3), true_cfg_scale=1.0, height=HEIGHT, width=WIDTH, latents=packed, num_inference_steps=1
-    )
-    del stock
     spatial = FAMILY.spatial(pipe, packed, WIDTH, HEIGHT)
     pixels = FAMILY.decode(pipe, spatial)
     assert pixels.shape == (1, 3, 1, HEIGHT, WIDTH)
@@ -480,6 +468,9 @@ def test_pixels_become_latents_and_back_as_in_the_stock_pipelines() -> None:
         for numbers in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
     )
     assert torch.allclose(pixels, pipe.vae.decode(spatial.unsqueeze(2) * deviation + mean).sample, atol=1e-5)
+    made = call(pipe, output_type="pt")
+    ours = FAMILY.decode(pipe, FAMILY.spatial(pipe, call(pipe), WIDTH, HEIGHT))[:, :, 0]
+    assert torch.allclose(made, (ours / 2 + 0.5).clamp(0, 1), atol=1e-5)
     start = tiny_qwen.pipeline(QwenImageEditPipeline)
     given = start.image_processor.preprocess(picture(), HEIGHT, WIDTH).unsqueeze(2)
     expected = start._encode_vae_image(given, None).squeeze(2)
@@ -679,7 +670,7 @@ def test_memory_of_a_step_is_foretold(chosen: str, zero_cond_t: bool, dtype: tor
 @pytest.mark.parametrize(("channels", "mult"), [(32, [1, 2, 4, 4]), (32, [1, 2, 2, 2])])
 def test_coding_is_foretold(channels: int, mult: list[int]) -> None:
     config: Any = {"base_dim": channels, "dim_mult": mult, "num_res_blocks": 2, "z_dim": 16}
-    autoencoder = transformer_free_autoencoder(config)
+    autoencoder = AutoencoderKLQwenImage(**config).eval()
     shape, size = QwenImageAutoencoder.of(config, 0), Pixels(320, 256)
     latents, pixels = torch.randn(1, 16, 1, 32, 40), torch.randn(1, 3, 1, 256, 320)
     coding = Coding(4, on_cpu=True)
@@ -696,16 +687,10 @@ def test_coding_is_foretold(channels: int, mult: list[int]) -> None:
         assert counter.get_total_flops() == pytest.approx(operations, rel=0.02)
 
 
-def transformer_free_autoencoder(config: dict[str, Any]) -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
-
-    torch.manual_seed(0)
-    return AutoencoderKLQwenImage(**config).eval()
-
-
 @pytest.mark.parametrize(("zero_cond_t", "dtype"), [*product([False, True], [torch.float32, torch.bfloat16])])
 def test_chunks_change_no_bit(zero_cond_t: bool, dtype: torch.dtype) -> None:
-    model = tiny_qwen.transformer(zero_cond_t=zero_cond_t).to(dtype)
+    model: Any = tiny_qwen.transformer(zero_cond_t=zero_cond_t)
+    model = model.to(dtype)
     inputs = {
         name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in tiny_qwen.inputs(GRID.shape, 7, 4, references=((4, 5),)).items()
@@ -722,7 +707,6 @@ def test_chunks_change_no_bit(zero_cond_t: bool, dtype: torch.dtype) -> None:
 
 
 def test_the_known_parts_have_the_weights_of_their_classes() -> None:
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text: Any = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}

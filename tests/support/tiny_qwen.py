@@ -90,7 +90,7 @@ def negative_prompt(*lengths: int) -> dict[str, torch.Tensor]:
     return {f"negative_{name}": tensor for name, tensor in prompt(*lengths, seed=9).items()}
 
 
-def inputs(grid: tuple[int, int], *lengths: int, references: tuple[tuple[int, int], ...] = ()) -> dict[str, Any]:
+def inputs(grid: tuple[int, ...], *lengths: int, references: tuple[tuple[int, int], ...] = ()) -> dict[str, Any]:
     """Keyword arguments of one transformer call on a grid of rows and columns of tokens.
 
     Args:
