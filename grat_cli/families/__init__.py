@@ -10,9 +10,10 @@ from grat_cli.families.flux import Flux
 from grat_cli.families.flux2 import Flux2
 from grat_cli.families.hunyuan import Hunyuan
 from grat_cli.families.hunyuan15 import Hunyuan15
+from grat_cli.families.qwen import Qwen
 from grat_cli.families.wan import Wan
 
-_FAMILIES = Flux(), Flux2(), Hunyuan(), Hunyuan15(), Wan()
+_FAMILIES = Flux(), Flux2(), Qwen(), Hunyuan(), Hunyuan15(), Wan()
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _FAMILIES}
 
 

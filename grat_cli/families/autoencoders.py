@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,13 @@ class AutoencoderShape(ABC):
 
 
 class PictureAutoencoder(AutoencoderShape):
-    """What autoencoders of pictures have in common."""
+    """What autoencoders of pictures have in common.
+
+    Attributes:
+        tile: side in pixels of what is coded at once, where nothing else is asked for.
+    """
+
+    tile: ClassVar[int] = PICTURE_TILE
 
     @abstractmethod
     def _decoder_peak(self, places: int) -> float:
@@ -131,18 +137,23 @@ class PictureAutoencoder(AutoencoderShape):
         """Bytes at the peak of the encoder besides its input: its first level is the largest."""
 
     def decode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
-        high, wide = _tile_of(size, coding)
+        high, wide = self._coded_at_once(size, coding)
         of_tile = self._decoder_peak((high // self.scale) * (wide // self.scale) * coding.element)
         # Pixels are collected in main memory in fp32.
         collected = size.count * 4 if coding.on_cpu else 0
         return {"decoder": of_tile + 2 * self._latents(size, coding) + collected}
 
     def encode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
-        high, wide = _tile_of(size, coding)
+        high, wide = self._coded_at_once(size, coding)
         plane = high * wide * coding.element * self.channels[0]
         of_tile = 3 * high * wide * coding.element + self._first_level(plane)
         pixels = size.count * 4 if coding.on_cpu else 0
         return {"encoder": of_tile + self._latents(size, coding) + pixels}
+
+    def _coded_at_once(self, size: Pixels, coding: Coding) -> tuple[int, int]:
+        """Height and width in pixels."""
+        tile = coding.tile or self.tile
+        return (tile, tile) if size.width * size.height > tile**2 else (size.height, size.width)
 
     def _latents(self, size: Pixels, coding: Coding) -> int:
         return size.width * size.height // self.scale**2 * self.latent_channels * coding.element
@@ -518,12 +529,83 @@ class WanAutoencoder(AutoencoderShape):
         return caches + peak
 
 
+class QwenImageAutoencoder(PictureAutoencoder):
+    """`AutoencoderKLQwenImage`, of videos, on pictures of one frame.
+
+    Its convolutions are causal: before the frame they see two of zeros, and each keeps its input for frames that never
+    come.
+    """
+
+    # Larger than the pictures that the model was trained on, which are decoded whole as in stock diffusers.
+    tile = 1536
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], parameters: int) -> Self:
+        """See `AutoencoderShape`, as for all below."""
+        channels = tuple(int(config["base_dim"]) * int(times) for times in config["dim_mult"])
+        layers = (int(config["num_res_blocks"]) + 1,) * len(channels)
+        return cls(channels, layers, int(config["z_dim"]), parameters)
+
+    def decode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        places = _pixels_in_tiles(size, tile or self.tile) / self.scale**2
+        top = self.channels[-1]
+        total = (27 * self.latent_channels * top + (4 * 27 + 4) * top**2) * places
+        for level, blocks, previous, channels in self._rising_in_halves():
+            at = places * 4**level
+            total += (27 * (previous + (2 * blocks - 1) * channels) + previous * (previous != channels)) * channels * at
+            if level + 1 < len(self.channels):
+                total += 4 * 9 * channels * (channels // 2) * at
+        return 2 * (total + 27 * self.channels[0] * 3 * places * self.scale**2)
+
+    def encode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        """The encoder has a block less at each level."""
+        pixels = _pixels_in_tiles(size, tile or self.tile)
+        previous, total = self.channels[0], 27 * 3 * self.channels[0] * pixels
+        for level, (channels, layers) in enumerate(zip(self.channels, self.layers, strict=True)):
+            at = pixels / 4**level
+            blocks = layers - 1
+            total += (27 * (previous + (2 * blocks - 1) * channels) + previous * (previous != channels)) * channels * at
+            if level + 1 < len(self.channels):
+                total += 9 * channels**2 * at / 4
+            previous = channels
+        middle = (4 * 27 + 4) * previous**2 + 27 * previous * 2 * self.latent_channels
+        return 2 * (total + middle * pixels / self.scale**2)
+
+    def _rising_in_halves(self) -> Iterator[tuple[int, int, int, int]]:
+        """As `_rising`: what goes on to a finer level has half of its channels."""
+        for level, blocks, previous, channels in self._rising():
+            yield level, blocks, previous // 2 if level else previous, channels
+
+    def _decoder_peak(self, places: int) -> float:
+        top = self.channels[-1] * places
+        kept, peak = (self.latent_channels * places + 4 * top), 0.0
+        for level, blocks, previous, channels in self._rising_in_halves():
+            place = places * 4**level
+            first, plane = previous * place, channels * place  # a level's input is held until it ends
+            for block in range(blocks):
+                inputs = plane if block else first
+                peak = max(peak, kept + first + _causal_block(inputs, plane))
+                kept += inputs + plane
+            if level + 1 < len(self.channels):
+                # In four times as many places: the nearest pixels, and of half the channels a convolution.
+                peak = max(peak, kept + first + plane + 4 * plane + _convolution(4 * plane, 2 * plane))
+        return max(peak, kept + 2 * plane + _causal_convolution(plane, 3 * plane / self.channels[0]))
+
+    def _first_level(self, plane: float) -> float:
+        kept, peak = 3 * plane / self.channels[0], 0.0
+        for _ in range(self.layers[0] - 1):
+            peak = max(peak, kept + plane + _causal_block(plane, plane))
+            kept += 2 * plane
+        return peak
+
+
 _CLASSES: Mapping[str, type[AutoencoderShape]] = {
     "AutoencoderKL": KlAutoencoder,
     "AutoencoderKLFlux2": KlAutoencoder,
     "AutoencoderTiny": TinyAutoencoder,
     "AutoencoderKLHunyuanVideo": HunyuanVideoAutoencoder,
     "AutoencoderKLWan": WanAutoencoder,
+    "AutoencoderKLQwenImage": QwenImageAutoencoder,
 }
 
 
@@ -548,12 +630,6 @@ def _doubled(level: int, frames: int, rows: int, columns: int) -> tuple[int, int
 def _parts(whole: int, size: int, step: int) -> list[int]:
     """Lengths of the overlapping parts of something."""
     return [min(size, whole - start) for start in range(0, whole, step)]
-
-
-def _tile_of(size: Pixels, coding: Coding) -> tuple[int, int]:
-    """Height and width in pixels of what is coded at once."""
-    tile = coding.tile or PICTURE_TILE
-    return (tile, tile) if size.width * size.height > tile**2 else (size.height, size.width)
 
 
 def _pixels_in_tiles(size: Pixels, tile: int | None) -> float:
@@ -587,6 +663,27 @@ def _convolution(inputs: float, outputs: float) -> float:
     layout as well, and copy in their workspace.
     """
     return max(inputs + outputs, 2 * outputs)
+
+
+def _causal_convolution(inputs: float, outputs: float) -> float:
+    """What a convolution over three frames, of which two are zeros, takes besides its input of one frame."""
+    return 3 * inputs + max(3 * inputs + outputs, 2 * outputs)
+
+
+def _causal_block(inputs: float, outputs: float) -> float:
+    """What a residual block of two causal convolutions takes besides its first input and what it keeps of earlier ones.
+
+    Its input, the shortcut where that is another, what goes into the convolution, and that once more to be kept.
+    """
+    shortcut = 0 if inputs == outputs else outputs
+    return (
+        inputs
+        + shortcut
+        + max(
+            inputs + inputs + _causal_convolution(inputs, outputs),
+            inputs + 2 * outputs + _causal_convolution(outputs, outputs),
+        )
+    )
 
 
 def _residual_block(inputs: float, outputs: float) -> float:

@@ -282,8 +282,17 @@ class Family(ABC):
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         """The known model that a folder's is kin to, with what its configurations say of tokens and guidance."""
 
-    def of_index(self, choice: ModelChoice, parts: frozenset[str], options: Mapping[str, Any]) -> ModelChoice:
-        """A folder's model with what its `model_index.json` says besides: which parts it has, and further settings."""
+    def of_index(
+        self, choice: ModelChoice, class_name: str | None, parts: frozenset[str], options: Mapping[str, Any]
+    ) -> ModelChoice:
+        """A folder's model with what its `model_index.json` says besides.
+
+        Args:
+            choice: of `of_folder`.
+            class_name: of the pipeline that the folder was saved from.
+            parts: that it has.
+            options: further settings of the pipeline.
+        """
         return choice
 
     def matching_base(self, embeds_guidance: bool) -> str:
@@ -383,6 +392,16 @@ class Family(ABC):
     def pipeline_of(self, model: ModelChoice, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         """That of a model, where models differ."""
         return self.pipeline_class(kinds)
+
+    def read_part(self, part: str, folder: Path, given: Mapping[str, Any]) -> Any:
+        """A part of a pipeline that its own class does not read here, such as a processor; None for all others.
+
+        Args:
+            part: its name.
+            folder: its files.
+            given: the parts that are loaded already.
+        """
+        return None
 
     @abstractmethod
     def transformer_class(self) -> Any:

@@ -287,7 +287,9 @@ class Flux2(Family):
         template = _DEV if transformer.get("guidance_embeds") else _BASE_4B
         return replace(template, token_side=token_side, size_multiple=token_side)
 
-    def of_index(self, choice: ModelChoice, parts: frozenset[str], options: Mapping[str, Any]) -> ModelChoice:
+    def of_index(
+        self, choice: ModelChoice, class_name: str | None, parts: frozenset[str], options: Mapping[str, Any]
+    ) -> ModelChoice:
         if choice.true_guidance and options.get("is_distilled"):
             return replace(
                 choice,

@@ -444,7 +444,12 @@ class Hunyuan15(Family):
         return dict(zip(names, pipe.encode_prompt(prompt, dtype=pipe.transformer.dtype), strict=True))
 
     def encode_text(
-        self, pipe: Any, model: ModelChoice, prompt: str, negative: str | None, pictures: Pictures = Pictures()  # noqa: B008
+        self,
+        pipe: Any,
+        model: ModelChoice,
+        prompt: str,
+        negative: str | None,
+        pictures: Pictures = Pictures(),  # noqa: B008
     ) -> dict[str, torch.Tensor]:
         """With the tokens of the picture, which prompt and negative prompt share."""
         import torch

@@ -345,7 +345,9 @@ class Wan(Family):
             video=replace(template.require_video(), frames_per_latent=frames_per_latent),
         )
 
-    def of_index(self, choice: ModelChoice, parts: frozenset[str], options: Mapping[str, Any]) -> ModelChoice:
+    def of_index(
+        self, choice: ModelChoice, class_name: str | None, parts: frozenset[str], options: Mapping[str, Any]
+    ) -> ModelChoice:
         if options.get("expand_timesteps"):  # so that those of a first frame can be 0
             choice = replace(choice, takes=_START, needs=NO_PICTURES)
         if "transformer_2" not in parts:

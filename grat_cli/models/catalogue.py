@@ -159,7 +159,9 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = family.of_index(family.of_folder(transformer, autoencoder), frozenset(parts), index.options)
+    choice = family.of_index(
+        family.of_folder(transformer, autoencoder), index.class_name, frozenset(parts), index.options
+    )
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 
@@ -174,6 +176,7 @@ class _Traits(BaseModel):
     text_embed_dim: int | None = None
     spatial_compression_ratio: _Scale | None = None
     temporal_compression_ratio: _Scale | None = None
+    temperal_downsample: Annotated[list[bool] | None, Field(max_length=8)] = None
     patch_size: _Scale | Annotated[list[_Scale], Field(min_length=3, max_length=3)] | None = None
     in_channels: int | None = None
     out_channels: int | None = None

@@ -214,6 +214,8 @@ def _load_folder(
             with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:
                     given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
+                elif (own := family.read_part(part, folder / part, given)) is not None:
+                    given[part] = own
                 else:
                     paths = dict.fromkeys(TOKENIZER_PATHS) if part.startswith("tokenizer") else {}
                     given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)

@@ -25,6 +25,10 @@ _REACHING_OUT = (
     *("auto_map", "custom_pipelines", "transformers_weights", "configuration_files"),
     *("fast_tokenizer_files", "init_inputs"),
 )
+_CONFIGURATIONS = (
+    *("config.json", "scheduler_config.json", "tokenizer_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
 # Anything else may be a kernel on the hub, which is code.
 _ATTENTIONS = (None, "eager", "sdpa")
 # What a tokenizer's configuration may set to the path of any file; files beside it are found without.

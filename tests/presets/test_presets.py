@@ -124,6 +124,7 @@ def test_patterns() -> None:
         "far": Union(Block(1), Far([(1, (8, 8))])),
         "sta": SlidingTile(3),
     }
+    assert patterns("qwen") == {name: patterns("flux")[name] for name in ("full", "b", "x", "far")}
     assert patterns("hunyuan") == {
         "full": Full(),
         "b": Block(1),
