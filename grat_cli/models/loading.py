@@ -211,7 +211,9 @@ def _load_folder(
             loader = load_class(*kinds[part])
             with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:
-                    given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
+                    # Transformers that take turns are quantized alike.
+                    kind = "transformer" if part.startswith("transformer") else part
+                    given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(kind))
                 else:
                     paths = dict.fromkeys(TOKENIZER_PATHS) if part.startswith("tokenizer") else {}
                     given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)

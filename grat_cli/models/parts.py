@@ -30,6 +30,8 @@ _ATTENTIONS = (None, "eager", "sdpa")
 # What a tokenizer's configuration may set to the path of any file; files beside it are found without.
 TOKENIZER_PATHS = ("vocab_file", "merges_file", "vocab", "merges", "gguf_file", "tokenizer_object")
 
+_CONFIGURATIONS = "config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json"
+
 # So that a name can be shown as it is.
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,79}$")]
 
@@ -124,7 +126,7 @@ def require_plain_part(folder: Path, what: str) -> None:
             strange = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
             if strange:
                 raise _reaches_out(what, path.name, f"{printable(strange[0])[:80]}, no .safetensors beside it")
-        elif path.name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+        elif path.name in _CONFIGURATIONS:
             require_plain_config(read_json(path), what, path.name)
 
 
