@@ -120,7 +120,7 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    pipeline = family.pipeline_class(frozenset({"start"}) if image_to_image else NO_PICTURES)
+    pipeline = family.pipeline_class(choice.needs | (frozenset({"start"}) if image_to_image else NO_PICTURES))
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder

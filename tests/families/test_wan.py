@@ -402,7 +402,7 @@ def request_preset(guidance: float) -> Preset:
 def test_parts_of_a_folder_are_those_of_its_pipeline(tmp_path: Path, kind: str) -> None:
     folder = tiny_wan.save(tmp_path / "model", kind)
     model = choose_model(str(folder), "video")
-    pipe = load_model(model, device=torch.device("cpu"), dtype=torch.float32, image_to_image=bool(model.needs)).pipe
+    pipe = load_model(model, device=torch.device("cpu"), dtype=torch.float32).pipe
     components = components_of(model)
     assert components == components_of_pipeline(pipe, model)
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]

@@ -137,8 +137,6 @@ def autoencoder(coarse: bool = False, base: int = 4) -> AutoencoderKLWan:
         z_dim=CHANNELS,
         dim_mult=[1, 1, 2, 2],
         num_res_blocks=1,
-        latents_mean=mean,
-        latents_std=std,
         **own,
     ).eval()
 
