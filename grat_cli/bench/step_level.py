@@ -59,7 +59,7 @@ class StepSettings:
         grids: image tokens per axis of each case; empty for the model's own.
         layers: double and single blocks in place of the model's own numbers, for smaller machines.
         weights: `own` or `random`; None for the model's own where they are bundled and fit.
-        text_len: text tokens of the joint sequence; None for the model's.
+        text_len: text tokens, attended jointly or across; None for the model's.
         device: as in `--device`.
         dtype: as in `--dtype`.
         backend: of span attention; one chosen by name never falls back.
@@ -100,7 +100,8 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
     shape = family_of(model).transformer_shape(config)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    text_len = model.text_tokens if settings.text_len is None else settings.text_len
+    text = model.text_tokens if settings.text_len is None else settings.text_len
+    text_len = shape.joint_text(text)
     grids = [Grid(sides) for sides in settings.grids] or list(family_of(model).step_grids(model))
     cases = [(grid, _variants(settings.compare, model, grid)) for grid in grids]
     most_tokens = max(grid.tokens for grid in grids) + text_len
@@ -115,7 +116,7 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
         else own_transformer(model, device, dtype)
     )
     host = Host(transformer, family_of(model), text_len, backend, device, dtype)
-    bench = _Steps(model, config, shape, host, settings)
+    bench = _Steps(model, config, shape, host, text, settings)
     rate = None
     if settings.max_seconds is not None:
         rate = _RATE_MARGIN * dense_rate(device, dtype, shape.heads, shape.head_dim)
@@ -138,7 +139,7 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
             "heads": shape.heads,
             "head_dim": shape.head_dim,
             "parameters": shape.parameters,
-            "text_tokens": text_len,
+            "text_tokens": text,
             "batch": 1,
             "backend": backend.value,
             "backend_reason": why,
@@ -195,9 +196,11 @@ class _Steps:
         config: Mapping[str, Any],
         shape: TransformerShape,
         host: Host,
+        text: int,
         settings: StepSettings,
     ) -> None:
         self._model, self._config, self._shape, self._host, self._settings = model, config, shape, host, settings
+        self._text = text
 
     def case(self, grid: Grid, variants: Sequence[Variant], rate: float | None, progress: Progress) -> Case:
         """Measures the rows of one size, interleaved.
@@ -209,7 +212,7 @@ class _Steps:
             progress: is told of every call.
         """
         host, settings = self._host, self._settings
-        inputs = step_inputs(self._config, grid.shape, host.text_len, host.device, host.dtype, settings.seed)
+        inputs = step_inputs(self._config, grid.shape, self._text, host.device, host.dtype, settings.seed)
         candidates: dict[str, Inside] = {}
         obstacles: dict[str, str] = {}
         for variant in variants:
@@ -274,7 +277,7 @@ class _Steps:
     def _flop(self, grid: Grid, pairs: float) -> float:
         """Floating-point operations of a step, roughly."""
         attention = 4.0 * pairs * self._shape.width * self._shape.layers
-        return self._shape.linear_flop(grid.tokens, self._host.text_len) + attention
+        return self._shape.linear_flop(grid.tokens, self._text) + attention
 
     def _activation_bytes(self, grid: Grid) -> int:
         """Memory of a step's activations, roughly: at the widest point a single block holds the joint sequence in

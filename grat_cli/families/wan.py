@@ -292,7 +292,8 @@ class Wan(Family):
         "vae": {"AutoencoderKLWan": "diffusers"},
         "scheduler": {"UniPCMultistepScheduler": "diffusers", **SCHEDULER},
         "image_encoder": {"CLIPVisionModel": "transformers"},
-        "image_processor": {"CLIPImageProcessor": "transformers", "CLIPImageProcessorFast": "transformers"},
+        # Without torchvision it is saved as what it is then.
+        "image_processor": {"CLIPImageProcessor": "transformers", "CLIPImageProcessorPil": "transformers"},
     }
     optional: ClassVar[frozenset[str]] = frozenset({"transformer_2", "image_encoder", "image_processor"})
     refused: ClassVar[Mapping[str, str]] = {

@@ -120,7 +120,7 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    pipeline = family.pipeline_of(choice, frozenset({"start"}) if image_to_image else NO_PICTURES)
+    pipeline = family.pipeline_of(choice, choice.needs | (frozenset({"start"}) if image_to_image else NO_PICTURES))
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
@@ -213,7 +213,9 @@ def _load_folder(
             loader = load_class(*kinds[part])
             with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:
-                    given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(part))
+                    # Transformers that take turns are quantized alike.
+                    kind = "transformer" if part.startswith("transformer") else part
+                    given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(kind))
                 elif (own := family.read_part(part, folder / part, given)) is not None:
                     given[part] = own
                 else:

@@ -95,4 +95,4 @@ def configurations(kind: str, large_encoder: str, dtype: torch.dtype) -> dict[st
 
         weights = quantization.Int8WeightOnlyConfig if kind == "int8" else quantization.Float8WeightOnlyConfig
         transformer, encoder = of_diffusers.TorchAoConfig(weights()), of_transformers.TorchAoConfig(weights())
-    return {"transformer": transformer, "transformer_2": transformer, large_encoder: encoder}
+    return {"transformer": transformer, large_encoder: encoder}

@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import small_runs
 import tiny_wan
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from flux_runs import relative_difference
 from hunyuan_runs import GROUP, raster_mask
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tracked_memory import track
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 import grat_cli
+from grat_cli.attention.chunking import in_chunks
+from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.bench.random_weights import (
+    parameter_count,
+    random_transformer,
+    step_inputs,
+    step_model,
+    transformer_config,
+)
 from grat_cli.errors import BadInput
-from grat_cli.families.wan import WanAdapter
-from grat_cli.presets import Preset
+from grat_cli.estimates.components import components_of, components_of_pipeline
+from grat_cli.estimates.memory import Execution, denoise_moments, run_memory
+from grat_cli.families import FAMILIES, family_of
+from grat_cli.families.autoencoders import Coding, Pixels, WanAutoencoder, autoencoder_shape
+from grat_cli.families.base import Call, Pictures
+from grat_cli.families.guidance import choose_guidance
+from grat_cli.families.resumption import remembered
+from grat_cli.families.shapes import Components
+from grat_cli.families.wan import WanAdapter, WanShape
+from grat_cli.generation.checkpoint import read_run
+from grat_cli.generation.request import Request
+from grat_cli.models.catalogue import choose_model
+from grat_cli.models.loading import load_model
+from grat_cli.presets import Preset, Sampling, load_preset
 from grat_kernels import Backend, Block, CrissCross, Full, Grid, Grouping, Pattern, Plan, build_plan
 
 # Two computations of one fp32 forward pass: sums of a few hundred terms in another order, through two layers.
 RELATIVE = 1e-5
 GRID = Grid((5, 6, 8))
 STEPS = 3
+START: frozenset[Any] = frozenset({"start"})
 LONG, SHORT = "waves at night under a red boat that sails across", "snow"
 SIZES: dict[str, dict[str, int]] = {
     kind: {"height": 48, "width": 80, "num_frames": 13} for kind in tiny_wan.KINDS
@@ -52,8 +85,6 @@ def preset(variant: str = "full", **attention: Any) -> Preset:
 
 
 def text_of(pipe: Any, prompts: list[str], name: str = "prompt_embeds") -> dict[str, torch.Tensor]:
-    from grat_cli.families import FAMILIES
-
     one_by_one = [FAMILIES["wan"].encode_text(pipe, FAMILIES["wan"].models[0], prompt, None) for prompt in prompts]
     return {name: torch.cat([text["prompt_embeds"] for text in one_by_one])}
 
@@ -102,8 +133,6 @@ def test_full_attention_equals_the_stock_pipeline(pipes: dict[str, Any], kind: s
 
 
 def test_the_first_frame_of_a_model_with_timed_tokens(pipes: dict[str, Any]) -> None:
-    from grat_cli.families import FAMILIES
-
     pipe = FAMILIES["wan"].pipeline_for(pipes["timed"], frozenset({"start"}))
     assert pipe.config.expand_timesteps
     expected = call(pipe, "timed", [LONG], guidance=4.0)
@@ -223,13 +252,307 @@ def test_chunks_change_no_bit(dtype: torch.dtype, timed: bool) -> None:
     model.to(dtype)
     inputs = {name: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for name, v in inputs.items()}
     expected = model(**inputs)[0]
-    from grat_cli.attention.chunking import in_chunks
-
     adapter = WanAdapter(model, grid)
     before = [dict(vars(block)) for block in model.blocks]
     with in_chunks(adapter.blocks, adapter.chunked_blocks(), 256):
         assert torch.equal(model(**inputs)[0], expected)
     assert [dict(vars(block)) for block in model.blocks] == before
+
+
+# ---- Runs
+
+
+def request_of(folder: Path, place: Path, **changes: Any) -> Request:
+    """Of a video on 3 x 3 x 4 tokens in groups of 2 x 2 x 2, by a saved pipeline."""
+    model = choose_model(str(folder), "video")
+    side = model.token_side
+    attention = {"variant": "x", "group": [2, 2, 2], "share": 2}
+    sampling = {"steps": STEPS + 2, "guidance": 3.0, "shift": 4.0}
+    return Request(
+        **{
+            "prompt": "a red boat at night",
+            "preset": Preset.model_validate(
+                {"name": "test", "model": "wan", "attention": attention, "sampling": sampling}
+            ),
+            "model": model,
+            "width": 4 * side,
+            "height": 3 * side,
+            "frames": 9,
+            "fps": 8,
+            "format": "mp4",
+            "device": "cpu",
+            "seeds": (7,),
+            "outputs": (place,),
+            "save_latents": True,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("text", "float32"), ("two", "bfloat16"), ("timed", "float32")])
+def test_a_run_that_is_taken_up_ends_as_if_it_had_not_been_broken_off(tmp_path: Path, kind: str, dtype: str) -> None:
+    folder = tiny_wan.save(tmp_path / "model", kind)
+    whole, broken = (request_of(folder, tmp_path / f"{name}.mp4", dtype=dtype) for name in ("whole", "broken"))
+    (made,) = small_runs.generate(whole)
+    assert made.report["steps"][0]["timestep"] == 999
+    assert made.report["sampling"]["shift"] == 4.0
+    kept = small_runs.broken_off(broken, after=3)
+    run, asked = read_run(kept)
+    assert sorted(run.history) == ["last_sample", "model_outputs.0", "model_outputs.1"]
+    small_runs.generate(asked, begun=run)
+    latents = [load_file(next(tmp_path.glob(f"{name}*.latents.*")))["latents"] for name in ("whole", "broken")]
+    assert torch.equal(*latents)
+    assert (tmp_path / "broken.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ({"history.last_sample": None}, "not what a UniPCMultistepScheduler needs"),
+        ({"history.sigmas": torch.zeros(1, 4, 3, 6, 8)}, "not what a UniPCMultistepScheduler needs"),
+        ({"history.last_sample": torch.zeros(3)}, r"what it remembers of a step is \[3\]"),
+        ({"history.last_sample": torch.zeros(1, 4, 3, 6, 8).int()}, r"torch\.int32"),
+        ({"history.last_sample": torch.full((1, 4, 3, 6, 8), torch.nan)}, "is not finite"),
+        ({f"history.{number}": torch.zeros(1, 4, 3, 6, 8) for number in range(65)}, "it remembers 68 tensors"),
+    ],
+    ids=["missing", "foreign", "shape", "dtype", "nan", "many"],
+)
+def test_a_history_that_was_tampered_with_is_refused(
+    broken_off: Path, tmp_path: Path, held: dict[str, Any], reason: str
+) -> None:
+    kept = Path(shutil.copy(broken_off, tmp_path))
+    small_runs.tamper(kept, held)
+    with pytest.raises(BadInput, match=reason):
+        take_up(kept)
+
+
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is kept of a run."""
+    place = tmp_path_factory.mktemp("run")
+    return small_runs.broken_off(request_of(tiny_wan.save(place / "model"), place / "a.mp4"), after=3)
+
+
+def take_up(kept: Path) -> None:
+    run, asked = read_run(kept)
+    small_runs.generate(asked, begun=run)
+
+
+@pytest.mark.parametrize("kind", ["picture", "two pictures", "timed"])
+def test_calls_from_a_first_frame_go_on_where_they_were(tmp_path: Path, kind: str) -> None:
+    """As a run makes them, through the pipeline that is loaded for them."""
+    folder = tiny_wan.save(tmp_path / "model", kind)
+    model = choose_model(str(folder), "video")
+    assert (model.takes, model.needs) == (START, START if kind != "timed" else frozenset())
+    family = family_of(model)
+    loaded = load_model(model, device=torch.device("cpu"), dtype=torch.float32, image_to_image=kind == "timed").pipe
+    pipe = family.pipeline_for(loaded, START)
+    assert type(pipe).__name__ == "WanImageToVideoPipeline"
+    guidance = choose_guidance(pipe, model, request_of(folder, tmp_path / "a.mp4").preset, None)
+    text = family.encode_text(pipe, model, "a boat", guidance.negative_prompt)
+    kept: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        kept.append((tensors["latents"], remembered(pipe.scheduler, tensors["latents"])))
+        return {}
+
+    side = model.token_side
+    call = Call(
+        width=4 * side,
+        height=3 * side,
+        frames=9,
+        steps=5,
+        arguments=text | guidance.arguments,
+        generator=torch.Generator().manual_seed(1),
+        callback=keep,
+        pictures=Pictures(start=tiny_wan.picture(4 * side, 3 * side)),
+    )
+    whole = family.denoise(pipe, call)
+    latents, history = kept[2]
+    rest = family.denoise(pipe, replace(call, begun=latents, first_step=3, history=history))
+    assert torch.equal(rest, whole)
+    pixels = family.decode(pipe, whole)
+    assert pixels.shape == (1, 3, 9, 3 * side, 4 * side)
+    if kind == "timed":  # the first frame is the picture's own
+        (first,) = pipe.prepare_latents(
+            pipe.video_processor.preprocess(call.pictures.start), 1, 4, 3 * side, 4 * side, 9, torch.float32, "cpu"
+        )[1:2]
+        assert torch.equal(whole[:, :, :1], first)
+
+
+def test_guidance_is_told_in_the_pipelines_own_words() -> None:
+    preset = request_preset(4.0)
+    two, one = choose_model("wan2.2-14b", "video"), choose_model("wan2.1-14b", "video")
+    found = choose_guidance(None, two, preset, None)
+    assert found.arguments == {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
+    assert found.negative_prompt == two.negative_prompt != ""
+    assert choose_guidance(None, one, preset, "rain").negative_prompt == "rain"
+    off = choose_guidance(None, one, request_preset(1.0), None)
+    assert (off.scale, off.arguments, off.negative_prompt) == (None, {"guidance_scale": 1.0}, None)
+
+
+def request_preset(guidance: float) -> Preset:
+    return preset().model_copy(update={"sampling": Sampling(steps=3, guidance=guidance)})
+
+
+# ---- Models and their shapes
+
+
+@pytest.mark.parametrize("kind", tiny_wan.KINDS)
+def test_parts_of_a_folder_are_those_of_its_pipeline(tmp_path: Path, kind: str) -> None:
+    folder = tiny_wan.save(tmp_path / "model", kind)
+    model = choose_model(str(folder), "video")
+    pipe = load_model(model, device=torch.device("cpu"), dtype=torch.float32).pipe
+    components = components_of(model)
+    assert components == components_of_pipeline(pipe, model)
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert components.parameters == sum(parameter.numel() for part in parts for parameter in part.parameters())
+    assert components.transformers == model.transformers == (2 if "two" in kind else 1)
+    assert pipe.config.boundary_ratio == (0.7 if "two" in kind else None)
+    assert pipe.config.expand_timesteps is (kind == "timed")
+    assert model.token_side == (32 if kind == "timed" else 16)
+
+
+def test_two_transformers_wait_in_turn() -> None:
+    model = choose_model("wan2.2-14b", "video")
+    components = components_of(model)
+
+    plan = build_plan(Grouping(GRID, GROUP), Full(), 0)
+
+    def denoising(offload: Any) -> float:
+        memory = run_memory(components, Pixels(64, 48, 17), [plan], Execution(offload=offload), lets_go=True)
+        return next(phase.weights for phase in memory.phases if phase.phase == "denoise")
+
+    one = 2 * components.transformer.parameters
+    assert denoising("none") == 2 * one + 2 * components.autoencoder.parameters
+    assert denoising("model") == one
+    assert denoising("group") < 0.2 * one
+
+
+def test_weights_of_other_parts_are_those_of_their_classes() -> None:
+    def count(model: Any) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    coarse: Any = {
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    }
+    vision: Any = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+    text: Any = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "vocab_size": 256_384}
+    with torch.device("meta"):
+        encoder = count(UMT5EncoderModel(UMT5Config(**text, feed_forward_proj="gated-gelu")))
+        pictures = count(CLIPVisionModel(CLIPVisionConfig(**vision, patch_size=14)))
+        plain, large = AutoencoderKLWan(), AutoencoderKLWan(**coarse)
+    first, picture, fine = (components_of(choose_model(f"wan{name}", "video")) for name in NAMES)
+    assert [encoder.parameters for encoder in first.text_encoders] == [encoder]
+    assert [encoder.parameters for encoder in picture.text_encoders] == [encoder, pictures]
+    for components, autoencoder in ((first, plain), (fine, large)):
+        of_class = autoencoder_shape({**autoencoder.config, "_class_name": "AutoencoderKLWan"}, count(autoencoder))
+        assert components.autoencoder == of_class
+
+
+NAMES = ("2.1-14b", "2.1-i2v-720p", "2.2-5b")
+SMALL: dict[str, Any] = {"num_attention_heads": 4, "ffn_dim": 2048, "text_dim": 64}
+
+
+def small_shape(name: str, **changes: Any) -> tuple[dict[str, Any], WanShape]:
+    """A model with fewer and narrower blocks, and its shape."""
+    config = {**transformer_config(step_model(name), (1,)), **SMALL, **changes}
+    if config["image_dim"]:
+        config |= {"image_dim": 96, "added_kv_proj_dim": 512}
+    shape = WanShape.of(config)
+    assert shape.parameters == parameter_count(config)
+    return config, shape
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-i2v-480p", "wan2.2-5b"])
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    config, shape = small_shape(name, ffn_dim=640)
+    grid = (2, 4, 8)
+    inputs = step_inputs(config, grid, 40, "cpu", torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        random_transformer(config, "cpu", torch.float32)(**inputs)
+    attention = 4 * 64**2 * shape.width * shape.layers
+    assert shape.linear_flop(64, 40) + attention == pytest.approx(counted.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "dtype", "chunk"),
+    [
+        ("wan2.1-1.3b", "full", torch.float32, None),
+        ("wan2.1-1.3b", "far", torch.float32, None),
+        ("wan2.1-1.3b", "b", torch.bfloat16, None),
+        ("wan2.1-1.3b", "b", torch.float32, 256),
+        ("wan2.1-i2v-480p", "b", torch.float32, None),
+        ("wan2.2-5b", "full", torch.float32, None),
+        ("wan2.2-5b", "b", torch.bfloat16, 256),
+    ],
+)
+def test_a_step_takes_the_memory_that_is_foretold(
+    name: str, variant: str, dtype: torch.dtype, chunk: int | None
+) -> None:
+    config, shape = small_shape(name)
+    grid = Grid((4, 24, 24))
+    schedule: Any = AttentionSchedule(load_preset(f"wan-{variant}"), grid, 0, False, 1, shape.layers)
+    model = random_transformer(config, "cpu", dtype)
+    inputs = step_inputs(config, grid.shape, 512, "cpu", dtype)
+    execution = Execution(str(dtype).removeprefix("torch."), on_cpu=True, chunk_tokens=chunk)
+    foretold = denoise_moments(Components((), shape, WanAutoencoder((8,), (1,), 4, 0)), list(schedule.plans), execution)
+    run = Run(Full())
+    run.schedule = lambda *_: schedule
+    with WanAdapter(model, grid, chunk_tokens=chunk).attached(run, Backend.SDPA):
+        measured = track(lambda: model(**inputs)).peak_bytes
+    assert max(foretold.values()) == pytest.approx(measured, rel=0.15), foretold
+
+
+@pytest.mark.parametrize(
+    ("coarse", "frames", "width", "height", "tile"),
+    [
+        (False, 1, 128, 96, None),
+        (False, 9, 96, 128, None),
+        (True, 1, 128, 96, None),
+        (True, 9, 128, 96, None),
+        (False, 5, 128, 96, 64),
+        (True, 5, 256, 128, 128),
+    ],
+)
+def test_decoding_takes_the_operations_and_memory_that_are_foretold(
+    coarse: bool, frames: int, width: int, height: int, tile: int | None
+) -> None:
+    autoencoder = tiny_wan.autoencoder(coarse, base=16)
+    shape, size = (
+        autoencoder_shape({**autoencoder.config, "_class_name": "AutoencoderKLWan"}),
+        Pixels(width, height, frames),
+    )
+    FAMILIES["wan"].prepare(SimpleNamespace(vae=autoencoder), tile)
+    latents = torch.randn(1, tiny_wan.CHANNELS, (frames - 1) // 4 + 1, height // shape.scale, width // shape.scale)
+    with FlopCounterMode(display=False) as counted:
+        autoencoder.decode(latents)
+    assert shape.decode_flop(size, tile) == pytest.approx(counted.get_total_flops(), rel=0.02)
+    foretold = shape.decode_moments(size, Coding(4, on_cpu=True, tile=tile))
+    assert max(foretold.values()) == pytest.approx(track(lambda: autoencoder.decode(latents)).peak_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "kin"),
+    [
+        ("someone/Wan2.1-T2V-1.3B-tuned", "wan2.1-1.3b"),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan2.1-14b"),
+        ("someone/Wan2.2-TI2V-5B-tuned", "wan2.2-5b"),
+        ("someone/wan2.2-i2v-a14b", "wan2.2-i2v"),
+        ("someone/wan2.2-t2v-a14b", "wan2.2-14b"),
+        ("someone/wan-i2v-480p", "wan2.1-i2v-480p"),
+    ],
+)
+def test_models_on_the_hub_are_told_by_their_names(name: str, kin: str) -> None:
+    known = choose_model(kin, "video")
+    assert choose_model(name, "video") == replace(known, name=name, source=name, reason="hub id")
 
 
 def test_what_does_not_fit_is_refused(pipes: dict[str, Any]) -> None:

@@ -140,12 +140,11 @@ def test_transformer_and_large_encoder_are_quantized_and_nothing_else(stand_ins:
         made = configurations(kind, "text_encoder_2", torch.bfloat16)
         assert {part: type(config) for part, config in made.items()} == {
             "transformer": diffusers.TorchAoConfig,
-            "transformer_2": diffusers.TorchAoConfig,
             "text_encoder_2": transformers.TorchAoConfig,
         }
-        assert [config.arguments for config in made.values()] == [(kind,)] * 3
+        assert [config.arguments for config in made.values()] == [(kind,)] * 2
     made = configurations("nf4", "text_encoder", torch.float16)
-    assert list(made) == ["transformer", "transformer_2", "text_encoder"]
+    assert list(made) == ["transformer", "text_encoder"]
     assert made["text_encoder"].options == {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",

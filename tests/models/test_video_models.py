@@ -103,8 +103,8 @@ def test_a_folder_tells_what_it_is(folder: Path) -> None:
         ("HunyuanVideoImageToVideoPipeline", "starts from a picture"),
         ("HunyuanSkyreelsImageToVideoPipeline", "starts from a picture"),
         ("HunyuanVideoFramepackPipeline", "tokens of earlier frames"),
-        ("WanVACEPipeline", ""),
-        ("LTXPipeline", "give a folder or hub id of HunyuanVideoPipeline"),
+        ("WanVACEPipeline", "further blocks, which see tokens of a control"),
+        ("CogVideoXPipeline", "give a folder or hub id of HunyuanVideoPipeline"),
     ],
 )
 def test_other_pipelines_are_refused_with_the_reason(

@@ -118,21 +118,26 @@ def pipeline(kind: str = "text", seed: int = 1, **changes: Any) -> Any:
     return pipe
 
 
-def autoencoder(coarse: bool = False) -> AutoencoderKLWan:
-    """Of 8 pixels per latent; of 16 if `coarse`, as that of TI2V-5B."""
+def autoencoder(coarse: bool = False, base: int = 4) -> AutoencoderKLWan:
+    """Of 8 pixels per latent; of 16 if `coarse`, as that of TI2V-5B; with so many channels at its finest level."""
     own: dict[str, Any] = {}
     if coarse:
         own = {
-            "decoder_base_dim": 6,
+            "decoder_base_dim": base + 2,
             "is_residual": True,
             "patch_size": 2,
             "in_channels": 12,
             "out_channels": 12,
             "scale_factor_spatial": 16,
         }
-    mean, std = torch.linspace(-0.3, 0.4, CHANNELS).tolist(), torch.linspace(0.5, 2, CHANNELS).tolist()
+    own["latents_mean"] = torch.linspace(-0.3, 0.4, CHANNELS).tolist()
+    own["latents_std"] = torch.linspace(0.5, 2, CHANNELS).tolist()
     return AutoencoderKLWan(
-        base_dim=4, z_dim=CHANNELS, dim_mult=[1, 1, 2, 2], num_res_blocks=1, latents_mean=mean, latents_std=std, **own
+        base_dim=base,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 2, 2],
+        num_res_blocks=1,
+        **own,
     ).eval()
 
 
