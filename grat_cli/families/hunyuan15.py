@@ -245,8 +245,11 @@ class Hunyuan15Autoencoder(AutoencoderShape):
         if not self._is_tiled(size, tile):
             return frames, [high], [wide]
         side = (tile or self.TILE) // self.scale
-        tiles = ([min(side, whole - start) for start in range(0, whole, side * 3 // 4)] for whole in (high, wide))
-        return frames, *tiles
+
+        def tiles(whole: int) -> list[int]:
+            return [min(side, whole - start) for start in range(0, whole, side * 3 // 4)]
+
+        return frames, tiles(high), tiles(wide)
 
     def _peak(self, frames: int, rows: int, columns: int, coding: Coding) -> float:
         """Bytes at the peak of the decoder, on latents of a size."""
@@ -444,7 +447,12 @@ class Hunyuan15(Family):
         return dict(zip(names, pipe.encode_prompt(prompt, dtype=pipe.transformer.dtype), strict=True))
 
     def encode_text(
-        self, pipe: Any, model: ModelChoice, prompt: str, negative: str | None, pictures: Pictures = Pictures()  # noqa: B008
+        self,
+        pipe: Any,
+        model: ModelChoice,
+        prompt: str,
+        negative: str | None,
+        pictures: Pictures = Pictures(),  # noqa: B008
     ) -> dict[str, torch.Tensor]:
         """With the tokens of the picture, which prompt and negative prompt share."""
         import torch

@@ -25,7 +25,8 @@ from grat_cli.models.loading import load_autoencoder, load_model
 CPU = torch.device("cpu")
 DEMOS = {"image": DEMO_FLUX, "video": DEMO_HUNYUAN}
 EVIL = "from pathlib import Path\nPath(__file__).with_name('OWNED').touch()\nclass X: pass\n"
-EVERY_PART = [(family.medium, part) for family in FAMILIES.values() for part in family.classes]
+BUNDLED = [family for family in FAMILIES.values() if any(model.is_demo for model in family.models)]
+EVERY_PART = [(family.medium, part) for family in BUNDLED for part in family.classes]
 
 
 @pytest.fixture

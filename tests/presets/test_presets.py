@@ -80,6 +80,7 @@ def test_shipped_presets_cost_what_they_say(name: str) -> None:
         "flux": choose_model("flux-dev"),
         "demo": choose_model("demo"),
         "hunyuan": choose_model("hunyuan", "video"),
+        "hunyuan15": choose_model("hunyuan15-720p", "video"),
     }[preset.model]
     found = re.findall(
         r"1/([\d.]+)(?: of the attention work)? at (\d+)x(\d+)(?: with (\d+) frames)?", preset.description
