@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
-from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 
 from grat_cli.errors import BadInput
 from grat_cli.presets.schema import ChunkTokens, chunk_for
@@ -100,7 +99,7 @@ def _obstacle(block: Any, forwards: Mapping[type, Forward]) -> str | None:
         return f"another tool replaced the forward of its {kind.__name__}"
     norms = [block.norm] if hasattr(block, "norm") else [block.norm1, block.norm1_context]
     for norm in norms:
-        if type(norm) not in (AdaLayerNormZero, AdaLayerNormZeroSingle) or getattr(norm, "emb", None) is not None:
+        if not type(norm).__module__.startswith("diffusers.") or getattr(norm, "emb", None) is not None:
             return f"another tool replaced a norm of its {kind.__name__}"
     return None
 
@@ -112,7 +111,7 @@ def spans(tokens: int, chunk: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _by_chunks(function: Callable[..., torch.Tensor], chunk: int, *tensors: torch.Tensor) -> torch.Tensor:
+def by_chunks(function: Callable[..., torch.Tensor], chunk: int, *tensors: torch.Tensor) -> torch.Tensor:
     """What a function of tokens `[B, N, C]` makes of them, `[B, N, C]`, computed in chunks."""
     cuts = spans(tensors[0].shape[1], chunk)
     if len(cuts) == 1:
@@ -160,7 +159,7 @@ def _double(
     modulations = [_modulation(norm, temb, 6) for _, norm, _, _ in streams]
     normed = []
     for (tokens, norm, _, _), (shift, scale, *_) in zip(streams, modulations, strict=True):
-        normed.append(_by_chunks(_modulated(norm.norm, shift, scale), chunk, tokens))
+        normed.append(by_chunks(_modulated(norm.norm, shift, scale), chunk, tokens))
     attended = attend(normed.pop(0), normed.pop(0))
 
     made = []
@@ -180,7 +179,7 @@ def _double(
             tokens = tokens + attention_gate * attention
             return tokens + gate * feed_forward(modulated(tokens))
 
-        made.append(_by_chunks(rest, chunk, tokens, attention))
+        made.append(by_chunks(rest, chunk, tokens, attention))
     image, text = made
     return image, text
 
@@ -195,13 +194,13 @@ def _single(
     """A single block on joint tokens `[B, N, C]`; arguments as for a double one."""
     shift, scale, gate = _modulation(block.norm, temb, 3)
     modulated = _modulated(block.norm.norm, shift, scale)
-    attended = attend(_by_chunks(modulated, chunk, tokens))
+    attended = attend(by_chunks(modulated, chunk, tokens))
 
     def rest(tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         wide = block.act_mlp(block.proj_mlp(modulated(tokens)))
         return tokens + gate * block.proj_out(torch.cat([attended, wide], dim=2))
 
-    return _by_chunks(rest, chunk, tokens, attended)
+    return by_chunks(rest, chunk, tokens, attended)
 
 
 def _modulated(norm: Any, shift: torch.Tensor, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

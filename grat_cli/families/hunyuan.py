@@ -5,7 +5,8 @@ Read against diffusers 0.42.1, `pipelines/hunyuan_video`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
 
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.extrapolation import Extrapolation
-    from grat_cli.attention.layer import Text
+    from grat_cli.attention.layer import LayerAttention, Text
     from grat_kernels import Plan
 
+_LONGEST_TEXT = 4096  # more than any, with the tokens of a picture
 _TEXT_CHANNELS = 4096  # of the Llama that HunyuanVideo was trained with
 # As in Tencent's own sample script: 50 steps, embedded guidance 6, shift 7, prompts of up to 256 tokens.
 _HUNYUAN = ModelChoice(
@@ -337,6 +339,7 @@ class HunyuanAdapter(ProcessorAdapter):
 
         super().__init__(transformer, grid, **options)
         self._texts = PaddedTexts()
+        self._of_first_frame: torch.Tensor | None = None
 
     def blocks_of(self, model: Any) -> list[Any]:
         return [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -349,8 +352,13 @@ class HunyuanAdapter(ProcessorAdapter):
     def chunked_blocks(self) -> Mapping[type, Forward]:
         from diffusers.models.transformers import transformer_hunyuan_video as stock
 
-        forward = self.forward_in_chunks()
-        return {stock.HunyuanVideoTransformerBlock: forward, stock.HunyuanVideoSingleTransformerBlock: forward}
+        forward, replacing = self.forward_in_chunks(), _with_first_frame(lambda: self._of_first_frame)
+        return {
+            stock.HunyuanVideoTransformerBlock: forward,
+            stock.HunyuanVideoSingleTransformerBlock: forward,
+            stock.HunyuanVideoTokenReplaceTransformerBlock: replacing,
+            stock.HunyuanVideoTokenReplaceSingleTransformerBlock: replacing,
+        }
 
     def forward_in_chunks(self) -> Forward:
         """Forwards of double blocks, and of single ones, that take tokens in chunks."""
@@ -365,12 +373,32 @@ class HunyuanAdapter(ProcessorAdapter):
     def obstacle(self) -> str | None:
         if self.is_compiled:
             return "GRAT inside a compiled HunyuanVideo transformer is not supported: leave torch.compile out"
-        if self.model.config.image_condition_type == "token_replace":
-            return (
-                "image-to-video by token replacement treats the first frame's tokens apart, "
-                "which GRAT does not support: use a model with latent_concat, or text-to-video"
-            )
         return None
+
+    @contextmanager
+    def attending(self, layers: Sequence[LayerAttention]) -> Iterator[None]:
+        """See `Adapter.attending`.
+
+        Blocks of image-to-video by token replacement modulate the first frame's tokens by another timestep, and take
+        them for the first of all: in group order they are elsewhere. Such blocks are told by a mask, in chunks or not.
+        """
+        from grat_cli.attention.chunking import in_chunks
+
+        with super().attending(layers), ExitStack() as stack:
+            if self._replaces and self.chunking[0] is None:
+                stack.enter_context(in_chunks(self.blocks, self.chunked_blocks(), self.grid.tokens + _LONGEST_TEXT))
+            yield
+
+    def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
+        """See `Adapter`."""
+        if self._replaces:
+            _, rows, columns = self.grid.shape
+            self._of_first_frame = (self.order < rows * columns)[None, :, None]
+        return call
+
+    @property
+    def _replaces(self) -> bool:
+        return getattr(self.model.config, "image_condition_type", None) == "token_replace"
 
     def hooks(self) -> Sequence[tuple[torch.nn.Module, Callable[..., Any]]]:
         model = self.model
@@ -398,3 +426,98 @@ class HunyuanAdapter(ProcessorAdapter):
     def remedy(self, grid: tuple[int, ...]) -> str:
         """What to do about a call with so many video tokens per axis, which are others than those of the install."""
         return "give the pipeline call the frames, height and width of the install"
+
+
+def _with_first_frame(of_first_frame: Callable[[], torch.Tensor | None]) -> Forward:
+    """What makes forwards of blocks that modulate tokens of the first frame by an embedding of their own.
+
+    Args:
+        of_first_frame: which video tokens they are, `[1, N, 1]`; None for the first, as stock blocks have it.
+    """
+    import inspect
+
+    import torch
+
+    from grat_cli.attention.chunking import by_chunks
+
+    def make(block: Any, chunk: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        signature = inspect.signature(type(block).forward)
+        is_double = hasattr(block, "norm1")
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            given = signature.bind(block, *args, **kwargs).arguments
+            video, text, count = given["hidden_states"], given["encoder_hidden_states"], given["num_tokens"]
+            first = of_first_frame()
+            if first is None:
+                first = (torch.arange(video.shape[1], device=video.device) < count)[None, :, None]
+            embeddings = given["temb"], given["token_replace_emb"]
+            attention = {
+                "attention_mask": given.get("attention_mask"),
+                "image_rotary_emb": given.get("freqs_cis", given.get("image_rotary_emb")),
+            }
+            if is_double:
+                return double(video, text, first, embeddings, attention)
+            return single(video, text, first, embeddings, attention)
+
+        def attend(video: torch.Tensor, text: torch.Tensor, attention: dict[str, Any]) -> Any:
+            return block.attn(hidden_states=video, encoder_hidden_states=text, **attention)
+
+        def double(
+            video: torch.Tensor, text: torch.Tensor, first: torch.Tensor, embeddings: Any, attention: dict[str, Any]
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            usual, replaced = (_vectors(block.norm1, embedding, 6) for embedding in embeddings)
+            of_text = _vectors(block.norm1_context, embeddings[0], 6)
+
+            def of_video(part: int, where: torch.Tensor) -> torch.Tensor:
+                return torch.where(where, replaced[part], usual[part])
+
+            normed = by_chunks(
+                lambda tokens, where: block.norm1.norm(tokens) * (1 + of_video(1, where)) + of_video(0, where),
+                chunk,
+                video,
+                first,
+            )
+            normed_text = block.norm1_context.norm(text) * (1 + of_text[1]) + of_text[0]
+            attended, attended_text = attend(normed, normed_text, attention)
+            del normed
+
+            def rest(tokens: torch.Tensor, attended: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+                tokens = tokens + attended * of_video(2, where)
+                modulated = block.norm2(tokens) * (1 + of_video(4, where)) + of_video(3, where)
+                return tokens + block.ff(modulated) * of_video(5, where)
+
+            text = text + attended_text * of_text[2]
+            modulated = block.norm2_context(text) * (1 + of_text[4]) + of_text[3]
+            return by_chunks(rest, chunk, video, attended, first), text + of_text[5] * block.ff_context(modulated)
+
+        def single(
+            video: torch.Tensor, text: torch.Tensor, first: torch.Tensor, embeddings: Any, attention: dict[str, Any]
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            usual, replaced = (_vectors(block.norm, embedding, 3) for embedding in embeddings)
+            count, tokens = video.shape[1], torch.cat([video, text], dim=1)
+            first = torch.nn.functional.pad(first, (0, 0, 0, text.shape[1]))
+
+            def modulated(tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+                shift, scale = (torch.where(where, replaced[part], usual[part]) for part in (0, 1))
+                return block.norm.norm(tokens) * (1 + scale) + shift
+
+            normed = by_chunks(modulated, chunk, tokens, first)
+            attended = torch.cat(attend(normed[:, :count], normed[:, count:], attention), dim=1)
+            del normed
+
+            def rest(tokens: torch.Tensor, attended: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+                wide = block.act_mlp(block.proj_mlp(modulated(tokens, where)))
+                projected = block.proj_out(torch.cat([attended, wide], dim=2))
+                return projected * torch.where(where, replaced[2], usual[2]) + tokens
+
+            tokens = by_chunks(rest, chunk, tokens, attended, first)
+            return tokens[:, :count], tokens[:, count:]
+
+        return forward
+
+    return make
+
+
+def _vectors(norm: Any, embedding: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """Shifts, scales and gates `[B, 1, C]` of an adaptive norm."""
+    return tuple(part[:, None] for part in norm.linear(norm.silu(embedding)).chunk(parts, dim=1))
