@@ -30,7 +30,7 @@ def components_of(choice: ModelChoice) -> Components:
     """
     transformer, autoencoder = denoising_shapes(choice)
     if choice.kind != "folder":
-        return Components(family_of(choice).text_encoders, transformer, autoencoder)
+        return Components(family_of(choice).text_encoders_of(choice), transformer, autoencoder)
     folder = Path(choice.source)
     with _damage_of(choice):
         encoders = [part for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
@@ -81,6 +81,9 @@ def _damage_of(choice: ModelChoice) -> Iterator[None]:
 
 
 def _text_encoder(config: Mapping[str, Any], parameters: int, choice: ModelChoice) -> TextEncoderShape:
+    # Encoders of text and pictures describe the one that makes the text's embeddings apart.
+    config = {**config, **(config.get("text_config") or {})}
+
     def value(*names: str) -> int:
         return next(int(config[name]) for name in names if name in config)
 

@@ -25,6 +25,7 @@ from grat_cli.families.base import (
     Medium,
     ModelChoice,
     PictureKind,
+    Pictures,
     VideoTraits,
     beginning_at,
     latent_frames,
@@ -57,6 +58,15 @@ _HUNYUAN = ModelChoice(
     default_shift=7.0,
     video=VideoTraits(width=1280, height=720, frames=129, fps=24),
 )
+# As in the sample script of Tencent's HunyuanVideo-I2V for videos that keep close to their picture.
+_FROM_PICTURE = frozenset[PictureKind]({"start"})
+_I2V = replace(
+    _HUNYUAN,
+    name="hunyuan-i2v",
+    source="hunyuanvideo-community/HunyuanVideo-I2V",
+    takes=_FROM_PICTURE,
+    needs=_FROM_PICTURE,
+)
 _DEMO = ModelChoice(
     name="demo",
     source=str(DEMO_HUNYUAN.path),
@@ -74,6 +84,10 @@ _DEMO = ModelChoice(
 # hunyuanvideo-community/HunyuanVideo, files {text_encoder,vae}/config.json; numbers of weights are those of the classes
 # with these configurations.
 _LLAMA_8B = TextEncoderShape(7_505_186_816, 32, 4096, 14336, 32, 351)
+# Of HunyuanVideo-I2V, with a vision encoder and the language model's head: LlavaForConditionalGeneration of
+# xtuner/llava-llama-3-8b-v1_1-transformers. A picture is 576 of its tokens, of which the pipeline keeps every fourth.
+_LLAVA_8B = TextEncoderShape(8_355_272_704, 32, 4096, 14336, 32, 103 + 576 + 256)
+_PICTURE_TOKENS, _EVERY = 144, 4
 _AUTOENCODER = HunyuanVideoAutoencoder((128, 256, 512, 512), (3, 3, 3, 3), 16, 246_478_803)
 
 
@@ -83,12 +97,17 @@ class HunyuanShape(JointShape):
 
     Attributes:
         refiner_blocks: blocks that see text alone.
+        picture_tokens: of a picture that videos start from, before the text.
     """
 
     refiner_blocks: int = 0
+    picture_tokens: int = 0
 
     rotates_text = False
     joins_in_single = True
+
+    def joint_text(self, text_tokens: int) -> int:
+        return text_tokens + self.picture_tokens
 
     @property
     def token_channels(self) -> int:
@@ -100,6 +119,9 @@ class HunyuanShape(JointShape):
         width = self.width
         refiner = self.embedder_parameters + self.text_channels * width + width + width**2 + width
         return super().other_parameters + refiner + self.refiner_blocks * (14 * width**2 + 15 * width)
+
+    def linear_flop(self, image: int, text: int) -> float:
+        return super().linear_flop(image, self.joint_text(text))
 
     def pipeline_bytes(self, plan: Plan, element: int) -> float:
         """The pipeline's own latents, which are fp32 where the transformer is not."""
@@ -122,23 +144,25 @@ class Hunyuan(Family):
     title = "HunyuanVideo"
     medium: ClassVar[Medium] = "video"
     axes = 3
-    pipelines = ("HunyuanVideoPipeline",)
+    pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     transformer = "HunyuanVideoTransformer3DModel"
     classes: ClassVar[Classes] = {
-        "text_encoder": {"LlamaModel": "transformers"},
+        "text_encoder": {"LlamaModel": "transformers", "LlavaForConditionalGeneration": "transformers"},
         "text_encoder_2": {"CLIPTextModel": "transformers"},
         "tokenizer": {"LlamaTokenizer": "transformers", "LlamaTokenizerFast": "transformers", **ANY_TOKENIZER},
         "tokenizer_2": CLIP_TOKENIZER,
         "transformer": {"HunyuanVideoTransformer3DModel": "diffusers"},
         "vae": {"AutoencoderKLHunyuanVideo": "diffusers"},
         "scheduler": SCHEDULER,
+        "image_processor": dict.fromkeys(
+            ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"), "transformers"
+        ),
     }
     refused: ClassVar[Mapping[str, str]] = {
-        "HunyuanVideoImageToVideoPipeline": "it starts from a picture, whose tokens it treats apart",
         "HunyuanSkyreelsImageToVideoPipeline": "it starts from a picture, which it adds to the channels of the latents",
         "HunyuanVideoFramepackPipeline": "it adds tokens of earlier frames to those of the video",
     }
-    models = (_HUNYUAN, _DEMO)
+    models = (_HUNYUAN, _I2V, _DEMO)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"hunyuan": ("full", "b", "planes", "lines", "bx", "far", "sta")}
     base = _HUNYUAN.source
     text_first = False
@@ -157,13 +181,17 @@ class Hunyuan(Family):
 
     def kin(self, name: str) -> ModelChoice:
         """See `Family`, as for all below."""
-        return _HUNYUAN
+        return _I2V if "i2v" in name.lower() else _HUNYUAN
 
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         # A small text encoder makes it kin of the demo. Defaults are those of diffusers' classes.
         like_hunyuan = transformer.get("text_embed_dim", _TEXT_CHANNELS) == _TEXT_CHANNELS
         # Its own scheduler's shift: a fine-tune may have another than HunyuanVideo.
         template = replace(_HUNYUAN, default_shift=None) if like_hunyuan else _DEMO
+        if (condition := transformer.get("image_condition_type")) is not None:
+            if condition == "latent_concat":
+                raise BadInput(_NO_CONCATENATION)
+            template = replace(template, takes=_FROM_PICTURE, needs=_FROM_PICTURE, is_demo=False)
         token_side = autoencoder.get("spatial_compression_ratio", 8) * transformer.get("patch_size", 2)
         frames_per_latent = autoencoder.get("temporal_compression_ratio", 4)
         return replace(
@@ -181,8 +209,20 @@ class Hunyuan(Family):
 
     # ---- Shapes
 
+    def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
+        config = super().transformer_config(model)
+        return {**config, "image_condition_type": "token_replace"} if model.source == _I2V.source else config
+
     def transformer_shape(self, config: Mapping[str, Any]) -> HunyuanShape:
-        return HunyuanShape.of(config, "text_embed_dim", refiner_blocks=int(config["num_refiner_layers"]))
+        return HunyuanShape.of(
+            config,
+            "text_embed_dim",
+            refiner_blocks=int(config["num_refiner_layers"]),
+            picture_tokens=_PICTURE_TOKENS if config.get("image_condition_type") == "token_replace" else 0,
+        )
+
+    def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
+        return (_LLAVA_8B, CLIP_L) if "start" in model.needs else self.text_encoders
 
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
         video = model.require_video()
@@ -207,6 +247,10 @@ class Hunyuan(Family):
     # ---- Loading
 
     def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
+        if "start" in kinds:
+            from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as from_picture
+
+            return from_picture.HunyuanVideoImageToVideoPipeline
         from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 
         return HunyuanVideoPipeline
@@ -257,8 +301,34 @@ class Hunyuan(Family):
         )
 
     def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
-        embeddings, pooled, mask = pipe.encode_prompt(prompt=prompt, max_sequence_length=tokens)
-        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled, "prompt_attention_mask": mask}
+        return _named(pipe.encode_prompt(prompt=prompt, max_sequence_length=tokens))
+
+    def encode_text(
+        self,
+        pipe: Any,
+        model: ModelChoice,
+        prompt: str,
+        negative: str | None,
+        pictures: Pictures = Pictures(),  # noqa: B008
+    ) -> dict[str, torch.Tensor]:
+        """With tokens of the picture, as the pipeline itself has them; beside a negative prompt it looks at black."""
+        import torch
+        from PIL import Image
+
+        if pictures.start is None:
+            return super().encode_text(pipe, model, prompt, negative, pictures)
+        tokens = model.text_tokens
+        with torch.no_grad():
+            text = _named(
+                pipe.encode_prompt(
+                    pictures.start, prompt, None, max_sequence_length=tokens, image_embed_interleave=_EVERY
+                )
+            )
+            if negative is not None:
+                black = Image.new("RGB", pictures.start.size)
+                more = _named(pipe.encode_prompt(black, negative, None, max_sequence_length=tokens))
+                text |= {f"negative_{name}": tensor for name, tensor in more.items()}
+        return text
 
     def text_lens(self, text: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
         masks = [mask for name, mask in text.items() if name.endswith("attention_mask")]
@@ -267,9 +337,27 @@ class Hunyuan(Family):
     def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
         # As an argument of the pipeline, latents would be turned to fp32, and the first timestep with them; after the
         # first step of a run both are in the transformer's dtype.
+        if call.pictures.start is not None:
+            return self._denoise_from_picture(pipe, call)
         begun = None if call.begun is None else call.begun.to(pipe._execution_device, pipe.transformer.dtype)
         with beginning_at(pipe, call.first_step, begun):
             return pipe(
+                **call.arguments,
+                height=call.height,
+                width=call.width,
+                num_frames=call.frames,
+                num_inference_steps=call.steps,
+                generator=call.generator,
+                output_type="latent",
+                callback_on_step_end=call.callback,
+            ).frames
+
+    def _denoise_from_picture(self, pipe: Any, call: Call) -> torch.Tensor:
+        if pipe.transformer.config.image_condition_type != "token_replace":
+            raise BadInput(_NO_CONCATENATION)
+        with beginning_at(pipe, call.first_step), _with_latents(pipe, call.begun):
+            return pipe(
+                image=call.pictures.start,
                 **call.arguments,
                 height=call.height,
                 width=call.width,
@@ -319,6 +407,36 @@ class Hunyuan(Family):
 def _latents_shape(config: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:
     patch = config["patch_size_t"], config["patch_size"], config["patch_size"]
     return (1, config["in_channels"], *(tokens * size for tokens, size in zip(grid.shape, patch, strict=True)))
+
+
+# What of runs from a picture is refused: the pipeline's latents have a frame more than the video that it returns.
+_NO_CONCATENATION = (
+    "image-to-video by latent concatenation ends in four frames less than were asked for, which only "
+    "`grat_cli.install` around its own pipeline can: use hunyuan-i2v, whose first frame is the picture"
+)
+
+
+def _named(encoded: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    return dict(zip(("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"), encoded, strict=True))
+
+
+@contextmanager
+def _with_latents(pipe: Any, begun: torch.Tensor | None) -> Iterator[None]:
+    """While inside, an image-to-video pipeline goes on from latents, beside those that it makes of the picture."""
+    if begun is None:
+        yield
+        return
+    stock = pipe.prepare_latents
+
+    def prepare_latents(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        _, of_picture = stock(*arguments, **options)
+        return begun.to(of_picture.device), of_picture
+
+    pipe.prepare_latents = prepare_latents
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents
 
 
 # ---- Attention

@@ -100,10 +100,8 @@ def test_a_folder_tells_what_it_is(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     [
-        ("HunyuanVideoImageToVideoPipeline", "starts from a picture"),
         ("HunyuanSkyreelsImageToVideoPipeline", "starts from a picture"),
         ("HunyuanVideoFramepackPipeline", "tokens of earlier frames"),
-        ("HunyuanVideo15Pipeline", "another transformer"),
         ("WanPipeline", "give a folder or hub id of HunyuanVideoPipeline"),
     ],
 )
