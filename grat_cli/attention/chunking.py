@@ -19,13 +19,11 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
-from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle, FP32LayerNorm
 
 from grat_cli.errors import BadInput
 from grat_cli.presets.schema import ChunkTokens, chunk_for
 
 _LARGEST_FP16 = 65504
-_KNOWN_NORMS = AdaLayerNormZero, AdaLayerNormZeroSingle, FP32LayerNorm, torch.nn.LayerNorm
 
 # Makes the forward of a block in chunks of at most so many tokens.
 Forward: TypeAlias = Callable[[Any, int], Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]
@@ -101,7 +99,7 @@ def _obstacle(block: Any, forwards: Mapping[type, Forward]) -> str | None:
         return f"another tool replaced the forward of its {kind.__name__}"
     norms = [getattr(block, name) for name in ("norm", "norm1", "norm1_context") if hasattr(block, name)]
     for norm in norms:
-        if type(norm) not in _KNOWN_NORMS or getattr(norm, "emb", None) is not None:
+        if not type(norm).__module__.startswith(("diffusers.", "torch.nn.")) or getattr(norm, "emb", None) is not None:
             return f"another tool replaced a norm of its {kind.__name__}"
     return None
 

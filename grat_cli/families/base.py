@@ -346,6 +346,10 @@ class Family(ABC):
         """The shape of an autoencoder, from its configuration; see `autoencoders.autoencoder_shape`."""
         return autoencoder_shape(config, parameters)
 
+    def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
+        """Text encoders of a known model that is not bundled."""
+        return self.text_encoders
+
     @abstractmethod
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
         """Image tokens at which a step of a model is measured where no size is asked for."""

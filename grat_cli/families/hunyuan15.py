@@ -87,10 +87,12 @@ _720P = _model("hunyuan15-720p", "t2v", 720, 9.0)
 _480P_I2V = _model("hunyuan15-480p-i2v", "i2v", 480, 5.0)
 _720P_I2V = _model("hunyuan15-720p-i2v", "i2v", 720, 7.0)
 
-# The language model of Qwen/Qwen2.5-VL-7B-Instruct, with the pipeline's own 108 tokens before a prompt, and
-# google/byt5-small; numbers of weights are those of Qwen2_5_VLTextModel and T5EncoderModel with their configurations.
+# The language model of Qwen/Qwen2.5-VL-7B-Instruct, with the pipeline's own 108 tokens before a prompt;
+# google/byt5-small; and for pictures google/siglip-so400m-patch14-384. Numbers of weights are those of
+# Qwen2_5_VLTextModel, T5EncoderModel and SiglipVisionModel with their configurations.
 _QWEN_7B = TextEncoderShape(7_070_619_136, 28, 3584, 18944, 28, 1108)
 _BYT5 = TextEncoderShape(217_657_472, 12, 1472, 3584, 6, _QUOTED_TOKENS)
+_SIGLIP = TextEncoderShape(428_225_600, 27, 1152, 4304, 16, PICTURE_TOKENS)
 
 
 # ---- Shapes
@@ -106,7 +108,6 @@ class Hunyuan15Shape(HunyuanShape):
         quoted_channels: of a token of quoted text.
         picture_channels: of a token of a picture.
         time_embedders: of the step, and in step-distilled models of the next.
-        picture_tokens: tokens of a picture in the joint sequence.
     """
 
     out_channels: int = 32
@@ -114,7 +115,6 @@ class Hunyuan15Shape(HunyuanShape):
     quoted_channels: int = 1472
     picture_channels: int = 1152
     time_embedders: int = 1
-    picture_tokens: int = 0
 
     @property
     def blocks(self) -> Mapping[str, int]:
@@ -123,9 +123,6 @@ class Hunyuan15Shape(HunyuanShape):
     @property
     def token_channels(self) -> int:
         return self.patch * self.out_channels
-
-    def joint_text(self, text_tokens: int) -> int:
-        return text_tokens + self.picture_tokens
 
     @property
     def other_parameters(self) -> int:
@@ -245,8 +242,11 @@ class Hunyuan15Autoencoder(AutoencoderShape):
         if not self._is_tiled(size, tile):
             return frames, [high], [wide]
         side = (tile or self.TILE) // self.scale
-        tiles = ([min(side, whole - start) for start in range(0, whole, side * 3 // 4)] for whole in (high, wide))
-        return frames, *tiles
+
+        def tiles(whole: int) -> list[int]:
+            return [min(side, whole - start) for start in range(0, whole, side * 3 // 4)]
+
+        return frames, tiles(high), tiles(wide)
 
     def _peak(self, frames: int, rows: int, columns: int, coding: Coding) -> float:
         """Bytes at the peak of the decoder, on latents of a size."""
@@ -370,6 +370,9 @@ class Hunyuan15(Family):
             time_embedders=1 + bool(config.get("use_meanflow", False)),
             picture_tokens=PICTURE_TOKENS if config.get("task_type") == "i2v" else 0,
         )
+
+    def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
+        return (*self.text_encoders, _SIGLIP) if "start" in model.needs else self.text_encoders
 
     def autoencoder_shape(self, config: Mapping[str, Any], parameters: int = 0) -> AutoencoderShape:
         return Hunyuan15Autoencoder.of(config, parameters)

@@ -100,7 +100,6 @@ def test_a_folder_tells_what_it_is(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     [
-        ("HunyuanVideoImageToVideoPipeline", "starts from a picture"),
         ("HunyuanSkyreelsImageToVideoPipeline", "starts from a picture"),
         ("HunyuanVideoFramepackPipeline", "tokens of earlier frames"),
         ("WanVACEPipeline", "further blocks, which see tokens of a control"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_hunyuan15
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_hunyuan_video15 as stock
 from hunyuan_runs import GROUP
 
@@ -41,14 +42,14 @@ class Run:
 @contextmanager
 def under_masks(*masks: np.ndarray) -> Iterator[None]:
     """While inside, stock attention runs under a mask between video tokens, one a layer in turn."""
-    dispatch, called = stock.dispatch_attention_fn, []
+    called: list[torch.Tensor] = []
 
     def masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any, **options: Any) -> Any:
         mask = torch.from_numpy(masks[len(called) % len(masks)])
         called.append(mask)
         attn_mask = attn_mask.clone()
         attn_mask[:, :, : len(mask), : len(mask)] &= mask
-        return dispatch(query, key, value, attn_mask=attn_mask, **options)
+        return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stock, "dispatch_attention_fn", masked)
@@ -81,8 +82,8 @@ def preset(variant: str = "full", schedule: dict[str, Any] | None = None, **atte
 LONG, SHORT, QUOTING = "waves at night under a red boat", "snow", 'a sign that says "go home" on a wall'
 STEPS = 3
 # 4 x 5 x 7 tokens: ragged groups of 2x3x3. A picture's shape chooses the size: 4 x 3 x 5.
-SIZE: dict[str, int] = {"height": 80, "width": 112, "num_frames": 13}
-SIZE_OF_PICTURE: dict[str, int] = {"height": 48, "width": 80, "num_frames": 13}
+SIZE: dict[str, Any] = {"height": 80, "width": 112, "num_frames": 13}
+SIZE_OF_PICTURE: dict[str, Any] = {"height": 48, "width": 80, "num_frames": 13}
 
 
 def call(pipe: Any, prompt: str | list[str] = LONG, **arguments: Any) -> torch.Tensor:

@@ -9,9 +9,23 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE, HunyuanVideoPipeline
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import (
+    DEFAULT_PROMPT_TEMPLATE as PICTURE_TEMPLATE,
+)
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import HunyuanVideoImageToVideoPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 TEXT_TOKENS = 7
 TEXT_ROOM = 95 + 256  # the pipeline's own template and the longest prompt
@@ -128,6 +142,41 @@ def pipeline(seed: int = 1, **changes: Any) -> HunyuanVideoPipeline:
     return pipe
 
 
+def pipeline_from_picture(seed: int = 1, condition: str = "token_replace") -> HunyuanVideoImageToVideoPipeline:
+    """Likewise of image-to-video by token replacement, or by `latent_concat`."""
+    parts = pipeline(seed, image_condition_type=condition, in_channels=9 if condition == "latent_concat" else 4)
+    tokenizer: Any = _picture_tokenizer()
+    llama: Any = parts.text_encoder.config.to_dict()
+    side = 48  # 24 x 24 patches: as many tokens as the pipeline's own template has for a picture
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=side, patch_size=2
+    )
+    torch.manual_seed(seed)
+    llava: Any = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**{**llama, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        )
+    )
+    llava.config.pad_token_id = tokenizer.pad_token_id
+    for parameter in llava.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    processor: Any = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    pipe = HunyuanVideoImageToVideoPipeline(
+        text_encoder=llava.eval(),
+        tokenizer=tokenizer,
+        transformer=parts.transformer,
+        vae=parts.vae,
+        scheduler=parts.scheduler,
+        text_encoder_2=parts.text_encoder_2,
+        tokenizer_2=parts.tokenizer_2,
+        image_processor=processor,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def save(folder: Path, **changes: Any) -> Path:
     """The pipeline in a folder."""
     pipeline(**changes).save_pretrained(folder)
@@ -137,11 +186,25 @@ def save(folder: Path, **changes: Any) -> Path:
 def _tokenizer(length: int) -> PreTrainedTokenizerFast:
     """Whole words of a few letters; the pipeline's own template is as many tokens as the pipeline cuts off."""
     template, cut = str(DEFAULT_PROMPT_TEMPLATE["template"]), int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
+    return _words(length, [(template.partition("{}")[0], "# " * cut)])
+
+
+def _picture_tokenizer() -> PreTrainedTokenizerFast:
+    """Likewise for the template of image-to-video: a picture and three ends of headers, where the pipeline has them."""
+    template, cut = str(PICTURE_TEMPLATE["template"]), int(PICTURE_TEMPLATE["crop_start"])
+    place, header = int(PICTURE_TEMPLATE["image_emb_start"]), "<|end_header_id|>"
+    before, _, after = template.partition("{}")
+    told = ["#"] * cut
+    told[3], told[place], told[-2] = header, "<image>", header
+    return _words(1024, [(before, " ".join(told) + " "), (after, f" # # # {header} #")], header, "<image>")
+
+
+def _words(length: int, templates: list[tuple[str, str]], *special: str) -> PreTrainedTokenizerFast:
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<pad>", "<unk>", "<end>", "#", *letters, *(f"##{letter}" for letter in letters)]
+    words = ["<pad>", "<unk>", "<end>", "#", *letters, *(f"##{letter}" for letter in letters), *special]
     tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="<unk>"))  # pyright: ignore
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace(template.partition("{}")[0], "# " * cut), normalizers.Lowercase()]
+        [*(normalizers.Replace(old, new) for old, new in templates), normalizers.Lowercase()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 2)])
