@@ -211,6 +211,7 @@ class Family(ABC):
         transformer: name of the transformer's class.
         refused: pipelines that may be taken for supported ones, and why they are not.
         classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
+        read_as: classes of `classes`, and what of the same library is read from their files in their place.
         models: that are known by name; the first is the one for machines with a CUDA device.
         marks: what names of its checkpoints hold, of their letters and digits alone; of several families that a name
             fits, it is the one with the longest. By default the family's own name.
@@ -238,6 +239,7 @@ class Family(ABC):
     transformer: ClassVar[str]
     refused: ClassVar[Mapping[str, str]]
     classes: ClassVar[Classes]
+    read_as: ClassVar[Mapping[str, str]] = {}
     models: ClassVar[tuple[ModelChoice, ...]]
     marks: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[Mapping[str, tuple[str, ...]]]

@@ -261,6 +261,8 @@ class Flux2(Family):
         "vae": {"AutoencoderKLFlux2": "diffusers"},
         "scheduler": SCHEDULER,
     }
+    # Of text and pictures, which wants Torchvision; only text is encoded here.
+    read_as: ClassVar[Mapping[str, str]] = {"PixtralProcessor": "AutoTokenizer"}
     refused: ClassVar[Mapping[str, str]] = {"Flux2KleinKVPipeline": _ABOUT_REFERENCES}
     models = (_DEV, _KLEIN_4B, _KLEIN_9B, _BASE_4B, _BASE_9B)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux2": ("full", "b", "x", "far")}

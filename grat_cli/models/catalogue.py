@@ -174,4 +174,4 @@ class _Traits(BaseModel):
     text_embed_dim: int | None = None
     spatial_compression_ratio: _Scale | None = None
     temporal_compression_ratio: _Scale | None = None
-    patch_size: _Scale | None = None
+    patch_size: _Scale | Annotated[list[_Scale], Field(min_length=2, max_length=3)] | None = None

@@ -28,6 +28,10 @@ _REACHING_OUT = (
     *("auto_map", "custom_pipelines", "transformers_weights", "configuration_files"),
     *("fast_tokenizer_files", "init_inputs"),
 )
+_CONFIGURATIONS = (
+    *("config.json", "scheduler_config.json", "tokenizer_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
 # Anything else may be a kernel on the hub, which is code.
 _ATTENTIONS = (None, "eager", "sdpa")
 # What a tokenizer's configuration may set to the path of any file; files beside it are found without.
@@ -127,7 +131,7 @@ def require_plain_part(folder: Path, what: str) -> None:
             strange = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
             if strange:
                 raise _reaches_out(what, path.name, f"{printable(strange[0])[:80]}, no .safetensors beside it")
-        elif path.name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+        elif path.name in _CONFIGURATIONS:
             require_plain_config(read_json(path), what, path.name)
 
 
