@@ -63,8 +63,9 @@ def autoencoder() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         **levels, layers_per_block=1, latent_channels=TOKEN_CHANNELS // 4, norm_num_groups=2, sample_size=64
     ).eval()
-    vae.bn.running_mean.uniform_(-0.5, 0.5)
-    vae.bn.running_var.uniform_(0.5, 2.0)
+    statistics: Any = vae.bn
+    statistics.running_mean.uniform_(-0.5, 0.5)
+    statistics.running_var.uniform_(0.5, 2.0)
     return vae
 
 
@@ -99,7 +100,7 @@ def negative_prompt(batch: int = 1) -> dict[str, torch.Tensor]:
 
 
 def inputs(
-    rows: int, columns: int, batch: int = 1, references: tuple[tuple[int, int], ...] = (), seed: int = 0
+    rows: int, columns: int, *, batch: int = 1, references: tuple[tuple[int, int], ...] = (), seed: int = 0
 ) -> dict[str, Any]:
     """Keyword arguments of one transformer call on a grid of `rows` x `columns` tokens.
 
