@@ -76,12 +76,14 @@ class Forecast:
     @property
     def linear_flop_per_call(self) -> float:
         """Floating-point operations of a transformer call besides attention over image tokens."""
-        architecture = self.architecture
-        return architecture.transformer.linear_flop(self.main_plan.image_tokens, architecture.model.text_tokens)
+        architecture, plan = self.architecture, self.main_plan
+        entering = plan.tokens - plan.text_len  # tokens of the image, and of references
+        return architecture.transformer.linear_flop(entering, architecture.model.text_tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """The forecast as plain data, schema `grat.plan/1`."""
         plan = self.main_plan
+        references = plan.tokens - plan.image_tokens - plan.text_len
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -90,7 +92,12 @@ class Forecast:
             "height": self.size.height,
             **_time_axis(self.size),
             "grid": list(self.schedule.grid.shape),
-            "tokens": {"image": plan.image_tokens, "text": plan.text_len, "total": plan.tokens},
+            "tokens": {
+                "image": plan.image_tokens,
+                "text": plan.text_len,
+                **({"references": references} if references else {}),
+                "total": plan.tokens,
+            },
             "group": list(plan.grouping.group),
             "groups": list(plan.grouping.counts),
             "steps": self.schedule.steps,
@@ -126,7 +133,11 @@ def architecture_for(choice: ModelChoice) -> Architecture:
 
 
 def schedule_for(
-    preset: Preset, architecture: Architecture, size: Resolution | VideoSize, steps: int | None = None
+    preset: Preset,
+    architecture: Architecture,
+    size: Resolution | VideoSize,
+    steps: int | None = None,
+    references: int = 0,
 ) -> AttentionSchedule:
     """The schedule of a picture or video.
 
@@ -135,6 +146,7 @@ def schedule_for(
         architecture: shape of the model.
         size: of the picture or video.
         steps: that are run; None for all of the preset's.
+        references: tokens of pictures to refer to; see `Family.reference_tokens`.
 
     Raises:
         BadInput: if the preset does not fit its tokens, or its rules not the steps, layers and heads.
@@ -148,6 +160,7 @@ def schedule_for(
         steps=preset.sampling.steps if steps is None else steps,
         layers=architecture.transformer.layers,
         heads=architecture.transformer.heads,
+        references=references,
     )
 
 
@@ -158,6 +171,7 @@ def forecast(
     size: Resolution | VideoSize,
     dtype: str = "auto",
     steps: int | None = None,
+    references: int = 0,
 ) -> Forecast:
     """Lays out a run.
 
@@ -168,13 +182,14 @@ def forecast(
         size: of the picture or video.
         dtype: of query, key and value; `auto` is bfloat16, float32 for bundled models.
         steps: that are run; None for all of the preset's.
+        references: tokens of pictures to refer to.
 
     Raises:
         BadInput: if the preset does not fit the picture or video.
     """
     if dtype == "auto":
         dtype = "float32" if architecture.model.is_demo else "bfloat16"
-    schedule = schedule_for(preset, architecture, size, steps)
+    schedule = schedule_for(preset, architecture, size, steps, references)
     main_plan = max(schedule.shares, key=lambda plan: schedule.shares[plan])
     width = architecture.transformer.width
     # Two products of tokens x width x tokens, a multiplication and an addition each.
@@ -194,7 +209,7 @@ def forecast(
 
 
 def run_forecasts(
-    preset: Preset, choice: ModelChoice, size: Resolution | VideoSize, dtype: str = "auto"
+    preset: Preset, choice: ModelChoice, size: Resolution | VideoSize, dtype: str = "auto", references: int = 0
 ) -> list[Forecast]:
     """Lays out a whole run: each stage of a picture, the last of which costs most, or a video; see `forecast`."""
     architecture = architecture_for(choice)
@@ -206,6 +221,7 @@ def run_forecasts(
             replace(size, width=stage.width, height=stage.height),
             dtype,
             stage.steps,
+            references,
         )
         for stage in stages_of(preset, choice, size.width, size.height)
     ]

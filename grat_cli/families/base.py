@@ -224,6 +224,7 @@ class Family(ABC):
         classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
         optional: parts that some of its models do without.
         not_loaded: parts that are never used.
+        read_as: classes of `classes`, and what of the same library is read from their files in their place.
         models: that are known by name; the first is the one for machines with a CUDA device.
         marks: what names of its checkpoints hold, of their letters and digits alone; of several families that a name
             fits, it is the one with the longest. By default the family's own name.
@@ -254,6 +255,7 @@ class Family(ABC):
     classes: ClassVar[Classes]
     optional: ClassVar[frozenset[str]] = frozenset()
     not_loaded: ClassVar[frozenset[str]] = frozenset()
+    read_as: ClassVar[Mapping[str, str]] = {}
     models: ClassVar[tuple[ModelChoice, ...]]
     marks: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
@@ -345,10 +347,6 @@ class Family(ABC):
     def autoencoder_shape(self, config: Mapping[str, Any], parameters: int = 0) -> AutoencoderShape:
         """The shape of an autoencoder, from its configuration; see `autoencoders.autoencoder_shape`."""
         return autoencoder_shape(config, parameters)
-
-    def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
-        """Text encoders of a known model that is not bundled."""
-        return self.text_encoders
 
     @abstractmethod
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from grat_cli.attention.adapter import DispatchAdapter
 from grat_cli.attention.layer import Text
@@ -261,6 +261,8 @@ class Flux2(Family):
         "vae": {"AutoencoderKLFlux2": "diffusers"},
         "scheduler": SCHEDULER,
     }
+    # Of text and pictures, which wants Torchvision; only text is encoded here.
+    read_as: ClassVar[Mapping[str, str]] = {"PixtralProcessor": "AutoTokenizer"}
     refused: ClassVar[Mapping[str, str]] = {"Flux2KleinKVPipeline": _ABOUT_REFERENCES}
     models = (_DEV, _KLEIN_4B, _KLEIN_9B, _BASE_4B, _BASE_9B)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux2": ("full", "b", "x", "far")}
@@ -724,7 +726,7 @@ def _single_in_chunks(block: Any, chunk: int) -> Callable[..., Any]:
 
     from grat_cli.attention.chunking import by_chunks, modulated
 
-    attn = block.attn
+    attn, rotated = block.attn, cast("Callable[..., torch.Tensor]", apply_rotary_emb)
     own = 3 * attn.inner_dim
 
     def forward(
@@ -748,12 +750,11 @@ def _single_in_chunks(block: Any, chunk: int) -> Callable[..., Any]:
             wide = attn.to_qkv_mlp_proj(normed(tokens))
             return torch.cat([wide[..., :own], attn.mlp_act_fn(wide[..., own:])], dim=-1)
 
-        projected = by_chunks(project, chunk, hidden_states)
+        projected: Any = by_chunks(project, chunk, hidden_states)
         query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in projected[..., :own].chunk(3, dim=-1))
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            query, key = (rotated(one, image_rotary_emb, sequence_dim=1) for one in (query, key))
         backend = attn.processor._attention_backend
         attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3).to(query.dtype)
         del query, key, value

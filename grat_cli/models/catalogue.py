@@ -177,7 +177,7 @@ class _Traits(BaseModel):
     spatial_compression_ratio: _Scale | None = None
     temporal_compression_ratio: _Scale | None = None
     temperal_downsample: Annotated[list[bool] | None, Field(max_length=8)] = None
-    patch_size: _Scale | Annotated[list[_Scale], Field(min_length=3, max_length=3)] | None = None
+    patch_size: _Scale | Annotated[list[_Scale], Field(min_length=2, max_length=3)] | None = None
     in_channels: int | None = None
     out_channels: int | None = None
     image_dim: int | None = None

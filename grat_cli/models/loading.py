@@ -210,7 +210,8 @@ def _load_folder(
                 raise FileNotFoundError(f"{needed if part in kinds else part} is missing")
             require_plain_part(folder / part, f"{part} of {name}")
         for part in wanted:
-            loader = load_class(*kinds[part])
+            library, kind = kinds[part]
+            loader = load_class(library, family.read_as.get(kind, kind))
             with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:
                     # Transformers that take turns are quantized alike.

@@ -257,7 +257,7 @@ def test_nothing_is_overwritten_and_nothing_measured_in_vain(measured: Measured)
         (("--grid", "4x4", "--level", "image"), "it is for attention and step"),
         (("--model", "demo"), "--model says nothing to --level attention"),
         (("--level", "step", "--model", "dem"), "did you mean 'demo'"),
-        (("--level", "step", "--model", "demo", "--layers", "3"), "--layers 3: demo has up to 1 double and 4 single blocks, and needs one"),
+        (("--level", "step", "--model", "demo", "--layers", "3"), "--layers 3: demo has up to 1 double and 4 single"),
         (("--level", "step", "--model", "hunyuan", "--res", "1024"), "give hunyuan tokens, such as --grid 33x45x80"),
         (("--level", "image", "--prompts", "0"), f"there are {len(PROMPTS)} built-in prompts"),
         (("--level", "image", "--prompts", "missing.txt"), "expected a count or a text file"),

@@ -103,7 +103,8 @@ def test_full_attention_equals_stock(
 
 def test_full_attention_in_bfloat16_is_as_near_to_exact_as_stock() -> None:
     """Of two roundings of the same computation neither is the right one: both are held against fp32."""
-    exact_model, model = tiny_flux2.transformer(guidance=True), tiny_flux2.transformer(guidance=True).bfloat16()
+    exact_model: Any = tiny_flux2.transformer(guidance=True)
+    model = tiny_flux2.transformer(guidance=True).bfloat16()
     inputs = tiny_flux2.inputs(18, 26, batch=2, references=REFERENCES) | {"guidance": torch.full((2,), 4.0)}
     exact = exact_model(**inputs)[0]
     rounded = in_dtype(inputs, torch.bfloat16)
@@ -272,7 +273,8 @@ FORWARDS = Flux2Adapter(tiny_flux2.transformer(), Grid((1, 1))).chunked_blocks()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_in_chunks_it_is_the_same_bit_by_bit(dtype: torch.dtype, batch: int) -> None:
-    model: Any = tiny_flux2.transformer().to(dtype)
+    model: Any = tiny_flux2.transformer()
+    model.to(dtype)
     inputs = in_dtype(tiny_flux2.inputs(25, 31, batch=batch, references=REFERENCES), dtype)
     stock = model(**inputs)[0]
     with in_chunks(blocks_of(model), FORWARDS, CHUNK):

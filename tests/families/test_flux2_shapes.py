@@ -18,11 +18,14 @@ from grat_cli.bench.random_weights import parameter_count, random_transformer, s
 from grat_cli.errors import BadInput
 from grat_cli.estimates.components import components_of
 from grat_cli.estimates.memory import Execution, denoise_moments
+from grat_cli.estimates.planning import architecture_for, forecast
 from grat_cli.families import FAMILIES
 from grat_cli.families.autoencoders import TinyAutoencoder
+from grat_cli.families.base import ModelChoice
 from grat_cli.families.flux2 import Flux2Adapter
 from grat_cli.families.shapes import Components
 from grat_cli.models.catalogue import choose_model
+from grat_cli.models.resolution import Resolution
 from grat_cli.presets import load_preset
 from grat_kernels import Backend, Grid
 
@@ -183,3 +186,26 @@ def test_kin_are_told_by_their_names() -> None:
         assert replace(chosen, name=kin, source=choose_model(kin).source, reason="chosen by name") == choose_model(kin)
         assert FLUX2.transformer_config(chosen)["num_attention_heads"] == heads
     assert choose_model("me/FLUX.1-dev-lora").family == "flux"
+
+
+def test_references_count_in_plans() -> None:
+    model, preset = choose_model("flux2-dev"), load_preset("flux2-far")
+    alone, referring = (
+        forecast(preset, model.name, architecture_for(model), Resolution(1024, 1024), references=references)
+        for references in (0, 4096)
+    )
+    assert alone.as_dict()["tokens"] == {"image": 4096, "text": 512, "total": 4608}
+    assert referring.as_dict()["tokens"] == {"image": 4096, "text": 512, "references": 4096, "total": 8704}
+    assert alone.schedule.density < referring.schedule.density < 1
+    assert referring.full_flop_per_step == pytest.approx(alone.full_flop_per_step * (8704 / 4608) ** 2)
+    matrices = 2 * 26 / 2 * 6144**2 * model_layers(model) * 4096
+    assert referring.linear_flop_per_call - alone.linear_flop_per_call == pytest.approx(matrices, rel=0.01)
+    held = [
+        max(denoise_moments(components_of(model), list(one.schedule.plans), Execution()).values())
+        for one in (alone, referring)
+    ]
+    assert held[1] > 1.6 * held[0]
+
+
+def model_layers(model: ModelChoice) -> int:
+    return FLUX2.transformer_shape(FLUX2.transformer_config(model)).layers

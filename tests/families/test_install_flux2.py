@@ -72,9 +72,9 @@ def call(pipe: Any, batch: int = 1, **arguments: Any) -> torch.Tensor:
     return pipe(**(defaults | arguments)).images
 
 
-GUIDED = {**tiny_flux2.negative_prompt(), "guidance_scale": 3.0}
-REFERENCES = {"image": [picture(80, 112, 1), picture(100, 64, 2)]}
-AROUND_MASK = {"image": picture(WIDTH, HEIGHT), "mask_image": mask(), "strength": 0.7}
+GUIDED: dict[str, Any] = {**tiny_flux2.negative_prompt(), "guidance_scale": 3.0}
+REFERENCES: dict[str, Any] = {"image": [picture(80, 112, 1), picture(100, 64, 2)]}
+AROUND_MASK: dict[str, Any] = {"image": picture(WIDTH, HEIGHT), "mask_image": mask(), "strength": 0.7}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,14 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 PIXELS_PER_TOKEN = 16
 TEXT_TOKENS, TEXT_CHANNELS = 6, 24
@@ -53,8 +63,9 @@ def autoencoder() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         **levels, layers_per_block=1, latent_channels=TOKEN_CHANNELS // 4, norm_num_groups=2, sample_size=64
     ).eval()
-    vae.bn.running_mean.uniform_(-0.5, 0.5)
-    vae.bn.running_var.uniform_(0.5, 2.0)
+    statistics: Any = vae.bn
+    statistics.running_mean.uniform_(-0.5, 0.5)
+    statistics.running_var.uniform_(0.5, 2.0)
     return vae
 
 
@@ -89,7 +100,7 @@ def negative_prompt(batch: int = 1) -> dict[str, torch.Tensor]:
 
 
 def inputs(
-    rows: int, columns: int, batch: int = 1, references: tuple[tuple[int, int], ...] = (), seed: int = 0
+    rows: int, columns: int, *, batch: int = 1, references: tuple[tuple[int, int], ...] = (), seed: int = 0
 ) -> dict[str, Any]:
     """Keyword arguments of one transformer call on a grid of `rows` x `columns` tokens.
 
@@ -116,3 +127,61 @@ def inputs(
         "txt_ids": torch.cartesian_prod(*map(torch.arange, (1, 1, 1, TEXT_TOKENS)))[None].expand(batch, -1, -1),
         "return_dict": False,
     }
+
+
+# Whole pipelines
+
+_ENCODER_LAYERS = 31  # the pipelines take hidden states of the 9th, 18th and 27th, or 10th, 20th and 30th
+_WORDS = ("<|endoftext|>", "<|user|>", "<|assistant|>")
+
+
+def save(folder: Path, kind: type[Any] = Flux2KleinPipeline, is_distilled: bool = False) -> Path:
+    """A whole random pipeline in a folder, of dev with Mistral and Pixtral, or of klein with Qwen."""
+    torch.manual_seed(2)
+    width = TEXT_CHANNELS // 3
+    shape: dict[str, Any] = {
+        "vocab_size": 256 + len(_WORDS),
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": _ENCODER_LAYERS,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": width,
+    }
+    settings: dict[str, Any] = {}
+    if kind is Flux2Pipeline:
+        pictures = {
+            "model_type": "pixtral",
+            "hidden_size": width,
+            "intermediate_size": width,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "head_dim": width,
+        }
+        text: Any = {"model_type": "mistral", **shape}
+        encoder: Any = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=pictures))
+        tokenizer = _tokenizer("{% for message in messages %}<|user|>{{ message.content[0].text[-12:] }}{% endfor %}")
+    else:
+        settings["is_distilled"] = is_distilled
+        encoder = Qwen3ForCausalLM(Qwen3Config(**shape))
+        tokenizer = _tokenizer(
+            "{% for message in messages %}<|user|>{{ message.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        )
+    for parameter in encoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    pipeline(kind, text_encoder=encoder.eval(), tokenizer=tokenizer, **settings).save_pretrained(folder)
+    if kind is Flux2Pipeline:  # the processor, which cannot be made without Torchvision, is saved over its tokenizer
+        index = json.loads((folder / "model_index.json").read_text())
+        index["tokenizer"][1] = "PixtralProcessor"
+        (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _tokenizer(chat_template: str) -> Qwen2Tokenizer:
+    """Of single bytes, and words for what templates hold."""
+    letters = {letter: number for number, letter in enumerate([*sorted(ByteLevel.alphabet()), *_WORDS])}
+    return Qwen2Tokenizer(
+        vocab=letters, merges=[], additional_special_tokens=list(_WORDS[1:]), chat_template=chat_template
+    )
