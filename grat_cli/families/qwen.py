@@ -169,7 +169,7 @@ class QwenShape(TransformerShape):
         joined = 3 * n + 3 * n
         moments = {
             "rotation of keys": held + 3 * n + max(1.0, (call.rotated - 1) / 3 * 2) * i,
-            "attention": held + joined + call.attending,
+            "attention": held + joined + 2 * call.summaries + call.attending,
             "projection of attention": held + joined + 2 * n,
         }
         if call.chunked:
@@ -362,6 +362,8 @@ class Qwen(Family):
         return tuple(tensor.shape[1] for name, tensor in text.items() if name.endswith("prompt_embeds"))
 
     def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
+        if call.steps == 1 and pipe.scheduler.config.get("shift_terminal"):
+            raise BadInput(f"the schedule of {self.title} stretches its steps to end at little noise: take 2 or more")
         arguments: dict[str, Any] = {"true_cfg_scale": 1.0, **call.arguments}
         pictures, first_step = call.pictures, call.first_step
         start = pictures.start if call.start is None else call.start

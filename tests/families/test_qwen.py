@@ -445,6 +445,12 @@ def test_a_run_that_goes_on_makes_the_same(kind: str) -> None:
     assert "prepare_latents" not in vars(pipe)
 
 
+def test_a_schedule_that_ends_at_little_noise_takes_two_steps() -> None:
+    """Of one, stock diffusers makes NaN."""
+    with pytest.raises(BadInput, match="take 2 or more"):
+        denoised(tiny_qwen.pipeline(), steps=1)
+
+
 def test_pictures_matter_to_what_is_made() -> None:
     for kind in ("mask", "edit", "edit-plus"):
         pipe, pictures, arguments = TO_MAKE[kind]()
