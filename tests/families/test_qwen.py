@@ -33,6 +33,7 @@ from flux_runs import NoHostReads, relative_difference
 from small_runs import Progress, broken_off, generate, names, untimed
 from torch.utils.flop_counter import FlopCounterMode
 from tracked_memory import track
+from transformers import Qwen2VLProcessor
 
 import grat_cli
 from grat_cli.attention.extrapolation import Extrapolation
@@ -627,6 +628,24 @@ def test_each_picture_is_as_many_tokens_as_its_patches(folders: dict[str, Path])
     assert set(pipe.processor(text=["no picture"])) == {"input_ids", "attention_mask"}
     with pytest.raises(BadInput, match="stands for pictures"):
         pipe.processor(text=["<|image_pad|><|image_pad|>"], images=pictures[0])
+
+
+def test_text_and_pictures_are_prepared_as_by_the_processor_of_transformers(folders: dict[str, Path]) -> None:
+    _, pipe = loaded(folders["edit-plus"])
+    ours = pipe.processor
+    # Its constructor asks for Torchvision, its work on pictures does not.
+    stock: Any = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
+    stock.image_processor, stock.tokenizer, stock.video_processor = ours.image_processor, ours.tokenizer, None
+    stock.chat_template, stock.image_token, stock.video_token = None, "<|image_pad|>", "<|video_pad|>"
+    stock.image_token_id, stock.video_token_id = map(
+        pipe.tokenizer.convert_tokens_to_ids, (stock.image_token, stock.video_token)
+    )
+    several = [tiny_qwen.picture(112, 56), tiny_qwen.picture(90, 120, 3)]
+    for text, pictures in (("one <|image_pad|> and <|image_pad|> two", several), ("<|image_pad|> a", several[0])):
+        expected = stock(text=[text], images=pictures, padding=True, return_tensors="pt")
+        made = ours(text=[text], images=pictures, padding=True, return_tensors="pt")
+        assert set(made) == {"input_ids", "attention_mask", "pixel_values", "image_grid_thw"}
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in made.items())
 
 
 def asked(folder: Path, output: Path, **changes: Any) -> Request:
