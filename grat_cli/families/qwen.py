@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from grat_cli.attention.chunking import Forward
-    from grat_cli.attention.extrapolation import Extrapolation
     from grat_kernels import Plan
 
 # Sizes, steps and guidance of all models: QwenLM/Qwen-Image, README.md, and its pipelines of diffusers, which cut
@@ -216,6 +215,7 @@ class Qwen(Family):
     }
     models = (_QWEN, _QWEN_2512, _EDIT, _EDIT_2509, _EDIT_2511)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"qwen": ("full", "b", "x", "far")}
+    larger: ClassVar[Mapping[str, str]] = {"qwen": "qwen-far"}
     base = _QWEN.source
     text_first = True
     text_encoders = (_QWEN_VL_7B,)
@@ -223,6 +223,7 @@ class Qwen(Family):
     tile = QwenImageAutoencoder.tile
     large_encoder = "text_encoder"
     lets_go = True
+    stages = True
 
     # ---- Which model
 
@@ -430,16 +431,7 @@ class Qwen(Family):
             raise BadInput(f"a {type(pipe).__name__} makes images: leave out num_frames")
         return Grid(token_sides(height, width, pipe.vae_scale_factor * 2))  # latents are packed two by two into tokens
 
-    def adapter(
-        self,
-        transformer: torch.nn.Module,
-        grid: Grid,
-        *,
-        extrapolation: Extrapolation | None = None,
-        **options: Any,
-    ) -> QwenAdapter:
-        if extrapolation is not None:
-            raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
+    def adapter(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> QwenAdapter:
         return QwenAdapter(transformer, grid, **options)
 
 
@@ -591,7 +583,10 @@ class QwenAdapter(DispatchAdapter):
         from grat_cli.attention.padded_text import PaddedTexts
 
         super().__init__(transformer, grid, **options)
+        rows, columns = grid.shape
+        moves = self.extrapolation is not None and self.extrapolation.moves((rows, columns))
         self._texts = PaddedTexts()
+        self._fitted = FittedTables(self.model.pos_embed, self.extrapolation, grid) if moves else None
 
     def blocks_of(self, model: Any) -> list[Any]:
         return [*model.transformer_blocks]
@@ -624,7 +619,9 @@ class QwenAdapter(DispatchAdapter):
             module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]
         ) -> tuple[torch.Tensor, torch.Tensor]:
             image, text = output  # the module keeps tables, so they are never changed in place
-            return image.index_select(0, self.order), text
+            if self._fitted is None:
+                return image.index_select(0, self.order), text
+            return self._fitted.image_and_text(image, text)
 
         return ((self.model.pos_embed, grouped),)
 
@@ -640,6 +637,8 @@ class QwenAdapter(DispatchAdapter):
         return text._replace(references=references)
 
     def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
+        if self._fitted is not None:
+            self._fitted.prepare(self.order, call["timestep"], step)
         return call | {"hidden_states": call["hidden_states"].index_select(1, self.order)}
 
     def leave(self, output: Any) -> Any:
@@ -667,6 +666,83 @@ class QwenAdapter(DispatchAdapter):
         if any(shape != shapes[0] for shape in shapes):
             raise BadInput("samples of a call differ in size or in the sizes of their references: make one at a time")
         return references
+
+
+class FittedTables:
+    """Rotary tables fitted to a larger grid than a model was trained on.
+
+    Positions are counted from the middle of the picture, and text lies beyond its border: beyond that of the trained
+    grid, where the model has learnt to find it.
+    """
+
+    def __init__(self, stock: Any, extrapolation: Any, grid: Grid) -> None:
+        """Prepares.
+
+        Args:
+            stock: the transformer's `pos_embed`.
+            extrapolation: how frequencies are fitted.
+            grid: rows and columns of image tokens.
+        """
+        rows, columns = grid.shape
+        self._stock, self._extrapolation, self._sides = stock, extrapolation, (rows, columns)
+        self._made_for: tuple[Any, ...] = ()
+        self._table: Any = None
+        self._of_text: dict[tuple[Any, int], torch.Tensor] = {}
+
+    def prepare(self, order: torch.Tensor, timestep: torch.Tensor, step: int) -> None:
+        """Makes the table of the image tokens for a call, unless the last one serves.
+
+        Args:
+            order: raster index of each image token in the order of the call; tokens of references follow.
+            timestep: of the call, `[B]`, from 1 in noise to 0; one for all.
+            step: its number; positions that depend on time are made anew at each.
+        """
+        import torch
+
+        from grat_cli.attention.extrapolation import frequencies
+
+        fitting = self._extrapolation
+        wanted = order.data_ptr(), order.device, step if fitting.positions == "dype" else None
+        if self._made_for == wanted:
+            return
+        own = order[: math.prod(self._sides)]
+        idle, *turning = self._stock.axes_dim
+        angles = [torch.zeros(len(own), idle // 2, device=own.device)]
+        places = own // self._sides[1], own % self._sides[1]
+        ratios = fitting.ratios(self._sides)
+        for axis, (channels, place, side) in enumerate(zip(turning, places, self._sides, strict=True)):
+            turns = frequencies(
+                channels,
+                self._stock.theta,
+                fitting.positions if ratios[axis] > 1 else "none",
+                fitting.trained_grid[axis],
+                ratios[axis],
+                timestep[0],
+                device=own.device,
+                dtype=torch.float32,  # as in stock
+            )
+            centred = torch.arange(side, device=own.device, dtype=torch.float32) - (side - side // 2)
+            angles.append(torch.outer(centred, turns)[place])
+        joined = torch.cat(angles, dim=1)
+        self._table, self._made_for = torch.polar(torch.ones_like(joined), joined), wanted
+
+    def image_and_text(self, stock_image: torch.Tensor, stock_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables `[image, D / 2]` in the order of the call and `[text, D / 2]`, complex.
+
+        Args:
+            stock_image: the stock module's in raster order, behind which those of references are taken from.
+            stock_text: likewise of the text.
+        """
+        import torch
+
+        references = stock_image[math.prod(self._sides) :]
+        place = stock_text.device, len(stock_text)
+        if place not in self._of_text:
+            trained = (min(sides) // 2 for sides in zip(self._sides, self._extrapolation.trained_grid, strict=True))
+            start = max(trained)
+            self._of_text[place] = self._stock.pos_freqs[start : start + len(stock_text)].to(stock_text.device)
+        image = torch.cat([self._table, references]) if len(references) else self._table
+        return image, self._of_text[place]
 
 
 def _refuse_extras(call: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,8 +33,10 @@ from flux_runs import NoHostReads, relative_difference
 from small_runs import Progress, broken_off, generate, names, untimed
 from torch.utils.flop_counter import FlopCounterMode
 from tracked_memory import track
+from transformers import Qwen2VLProcessor
 
 import grat_cli
+from grat_cli.attention.extrapolation import Extrapolation
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.bench.random_weights import random_transformer, step_inputs
 from grat_cli.errors import BadInput
@@ -321,6 +324,73 @@ def test_padding_beyond_the_longest_text_takes_no_part(with_mask: bool) -> None:
     assert torch.equal(result, named)
 
 
+# ---- Larger grids than the trained one
+
+
+@contextmanager
+def with_slower_turns(model: Any, trained: tuple[int, int]) -> Iterator[None]:
+    """While inside, positions are those of stock tables whose base grows as in "NTK-aware" scaling (YaRN, section 3.1).
+
+    Text lies where it would lie beside a picture of the trained grid.
+    """
+    module = model.pos_embed
+    slower, plain = copy.copy(module), type(module).forward
+    index = torch.arange(4096)
+    for name, places in (("pos_freqs", index), ("neg_freqs", index.flip(0) * -1 - 1)):
+        parts = [module.rope_params(places, module.axes_dim[0], module.theta)]
+        for channels, side, once in zip(module.axes_dim[1:], GRID.shape, trained, strict=True):
+            growth = max(1.0, side / once) ** (channels / (channels - 2))
+            parts.append(module.rope_params(places, channels, module.theta * growth))
+        setattr(slower, name, torch.cat(parts, dim=1))
+
+    def forward(shapes: Any, device: Any = None, max_txt_seq_len: Any = None) -> Any:
+        sides = [min(pair) for pair in zip(GRID.shape, trained, strict=True)]
+        _, text = plain(module, [[(1, *sides)]], device, max_txt_seq_len)
+        # Not by its own method, which remembers tables by the module that it is of.
+        whole = [(part[0], *part[1:]) for part in shapes[0]]
+        tables = [type(module)._compute_video_freqs.__wrapped__(slower, *part, at) for at, part in enumerate(whole)]
+        stock = [type(module)._compute_video_freqs.__wrapped__(module, *part, at) for at, part in enumerate(whole)]
+        return torch.cat([tables[0], *stock[1:]]), text
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@pytest.mark.parametrize("trained", [(5, 13), (4, 6)])
+@pytest.mark.parametrize("references", [(), ((4, 5),)])
+def test_fitted_positions_are_stock_ones_that_turn_more_slowly(trained: tuple[int, int], references: Any) -> None:
+    model = tiny_qwen.transformer()
+    inputs, before = tiny_qwen.inputs(GRID.shape, 7, references=references), snapshot(model)
+    with with_slower_turns(model, trained):
+        expected = model(**inputs)[0]
+    plain = model(**inputs)[0]
+    schedule = laid_out(preset(), 7, 20 if references else 0)
+    for of, wanted in ((trained, expected), (GRID.shape, plain)):
+        fitting = Extrapolation((of[0], of[1]), "ntk")
+        with QwenAdapter(model, GRID, extrapolation=fitting).attached(Run(schedule), Backend.SDPA):
+            results = [model(**inputs)[0] for _ in range(2)]
+        assert relative_difference(results[0], wanted) < RELATIVE
+        assert torch.equal(*results)
+    assert snapshot(model) == before
+    assert relative_difference(expected, plain) > 1e-3
+
+
+@pytest.mark.parametrize("positions", ["yarn", "dype"])
+def test_other_ways_to_fit_run_and_differ(positions: Any) -> None:
+    model = tiny_qwen.transformer()
+    inputs = tiny_qwen.inputs(GRID.shape, 7)
+    fitting = Extrapolation((5, 6), positions, proportional_attention=True)
+    with QwenAdapter(model, GRID, extrapolation=fitting).attached(Run(laid_out(preset(), 7)), Backend.SDPA):
+        made = model(**inputs)[0]
+        clearer = model(**inputs | {"timestep": torch.tensor([0.1])})[0]
+    assert made.isfinite().all()
+    assert clearer.isfinite().all()
+    assert relative_difference(made, model(**inputs)[0]) > 1e-3
+
+
 # ---- What is refused
 
 
@@ -344,8 +414,6 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
     for kind, reason in ((QwenImageControlNetPipeline, "residuals"), (QwenImageLayeredPipeline, "layers")):
         with pytest.raises(BadInput, match=f"{kind.__name__} is not supported .*{reason}"):
             enter(kind.__new__(kind))
-    with pytest.raises(BadInput, match="positions of Qwen-Image are not fitted"):
-        FAMILY.adapter(pipe.transformer, GRID, extrapolation=object())  # pyright: ignore
     with pytest.raises(BadInput, match="no fused kernel"):
         FAMILY.adapter(pipe.transformer, GRID, fused=True)
 
@@ -562,6 +630,24 @@ def test_each_picture_is_as_many_tokens_as_its_patches(folders: dict[str, Path])
         pipe.processor(text=["<|image_pad|><|image_pad|>"], images=pictures[0])
 
 
+def test_text_and_pictures_are_prepared_as_by_the_processor_of_transformers(folders: dict[str, Path]) -> None:
+    _, pipe = loaded(folders["edit-plus"])
+    ours = pipe.processor
+    # Its constructor asks for Torchvision, its work on pictures does not.
+    stock: Any = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
+    stock.image_processor, stock.tokenizer, stock.video_processor = ours.image_processor, ours.tokenizer, None
+    stock.chat_template, stock.image_token, stock.video_token = None, "<|image_pad|>", "<|video_pad|>"
+    stock.image_token_id, stock.video_token_id = map(
+        pipe.tokenizer.convert_tokens_to_ids, (stock.image_token, stock.video_token)
+    )
+    several = [tiny_qwen.picture(112, 56), tiny_qwen.picture(90, 120, 3)]
+    for text, pictures in (("one <|image_pad|> and <|image_pad|> two", several), ("<|image_pad|> a", several[0])):
+        expected = stock(text=[text], images=pictures, padding=True, return_tensors="pt")
+        made = ours(text=[text], images=pictures, padding=True, return_tensors="pt")
+        assert set(made) == {"input_ids", "attention_mask", "pixel_values", "image_grid_thw"}
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in made.items())
+
+
 def asked(folder: Path, output: Path, **changes: Any) -> Request:
     chosen = preset("x", {"dense_steps": 1}).model_dump() | {"sampling": {"steps": 5, "guidance": 2.0}}
     defaults: dict[str, Any] = {
@@ -589,6 +675,18 @@ def test_a_folder_makes_pictures_and_goes_on_with_them(folders: dict[str, Path],
     (again,) = generate(request, begun=run)
     assert (tmp_path / "parted.png").read_bytes()[-5000:] == (tmp_path / "whole.png").read_bytes()[-5000:]
     assert untimed(again.report)["steps"] == untimed(made.report)["steps"]
+
+
+def test_a_large_picture_grows_from_one_of_the_trained_area(folders: dict[str, Path], tmp_path: Path) -> None:
+    sections = {"highres": {"strength": 0.6, "dense_below": 0}, "sampling": {"steps": 5, "guidance": 2.0}}
+    model = replace(choose_model(str(folders["text"])), native_side=64)
+    chosen = Preset.model_validate(preset("b").model_dump() | sections)
+    request = asked(folders["text"], tmp_path / "large.png", model=model, preset=chosen, width=128, height=128)
+    (made,) = generate(request)
+    assert [(stage["width"], stage["steps"], stage["positions"]) for stage in made.report["stages"]] == [
+        (64, 5, "none"),
+        (128, 3, "ntk"),
+    ]
 
 
 # ---- Shapes
