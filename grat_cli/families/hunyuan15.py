@@ -314,8 +314,8 @@ class Hunyuan15(Family):
     large_encoder = "text_encoder"
     lets_go = True
     full_note = (
-        "All text is valid, and full attention runs without the padding mask of stock diffusers, which takes a byte "
-        "for every pair of tokens in every layer."
+        "All text is valid, and there is no padding, which stock diffusers attends under a mask. That mask, a byte and "
+        "more for every pair of tokens in every layer, it makes all the same, though its kernel runs without it here."
     )
     masks_text = True
 
@@ -384,7 +384,7 @@ class Hunyuan15(Family):
     def step_inputs(
         self, config: Mapping[str, Any], grid: Grid, text_len: int, normal: Callable[..., torch.Tensor]
     ) -> dict[str, Any]:
-        """As for a prompt that quotes nothing, without a picture: stock attention masks what stands for both."""
+        """As for a prompt that quotes nothing, without a picture, and without the padding that stands for both."""
         import torch
 
         _, _, *sides = _latents_shape(config, grid)
@@ -394,9 +394,9 @@ class Hunyuan15(Family):
             "timestep": torch.full((1,), 700, device=latents.device).to(latents.dtype),
             "encoder_hidden_states": normal(1, text_len, config["text_embed_dim"]),
             "encoder_attention_mask": latents.new_ones(1, text_len),
-            "encoder_hidden_states_2": latents.new_zeros(1, _QUOTED_TOKENS, config["text_embed_2_dim"]),
-            "encoder_attention_mask_2": latents.new_zeros(1, _QUOTED_TOKENS),
-            "image_embeds": latents.new_zeros(1, PICTURE_TOKENS, config["image_embed_dim"]),
+            "encoder_hidden_states_2": latents.new_zeros(1, 0, config["text_embed_2_dim"]),
+            "encoder_attention_mask_2": latents.new_zeros(1, 0),
+            "image_embeds": latents.new_zeros(1, 0, config["image_embed_dim"]),
         }
 
     # ---- Loading
