@@ -59,8 +59,7 @@ _FROM_PICTURE = frozenset[PictureKind]({"start"})
 def _model(name: str, task: str, size: int, shift: float) -> ModelChoice:
     """A known model; steps, guidance and shift are those of Tencent's README, "Optimal Inference Configurations".
 
-    Frames are its default `--video_length`, and sizes those that diffusers' pipeline has for 16:9. A `task` of the
-    README's cfg-distilled models would be guided by 1.
+    Frames are its default `--video_length`, and sizes those that diffusers' pipeline has for 16:9.
     """
     width, height = (848, 480) if size == 480 else (1280, 720)
     kinds = _FROM_PICTURE if task == "i2v" else NO_PICTURES
@@ -326,6 +325,8 @@ class Hunyuan15(Family):
         low = name.lower()
         models = (_480P_I2V, _720P_I2V) if "i2v" in low else (_480P, _720P)
         model = models["720" in low]
+        if "step_distill" in low:
+            return replace(model, default_guidance=1.0, default_steps=12, default_shift=7.0)
         return replace(model, default_guidance=1.0) if "distill" in low else model
 
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:

@@ -128,6 +128,12 @@ def test_patterns() -> None:
         "far": Union(Block(1), Far([(1, (8, 8))])),
         "sta": SlidingTile(3),
     }
+    assert patterns("hunyuan15") == {
+        "full": Full(),
+        "b": Block(1),
+        "lines": CrissCross(2),
+        "far": Union(Block(1), Far([(1, (4, 4, 4))])),
+    }
     assert patterns("hunyuan") == {
         "full": Full(),
         "b": Block(1),
