@@ -211,7 +211,7 @@ class Hunyuan(Family):
 
     def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
         config = super().transformer_config(model)
-        return {**config, "image_condition_type": "token_replace"} if model.source == _I2V.source else config
+        return {**config, "image_condition_type": "token_replace"} if "start" in model.takes else config
 
     def transformer_shape(self, config: Mapping[str, Any]) -> HunyuanShape:
         return HunyuanShape.of(

@@ -59,8 +59,7 @@ _FROM_PICTURE = frozenset[PictureKind]({"start"})
 def _model(name: str, task: str, size: int, shift: float) -> ModelChoice:
     """A known model; steps, guidance and shift are those of Tencent's README, "Optimal Inference Configurations".
 
-    Frames are its default `--video_length`, and sizes those that diffusers' pipeline has for 16:9. A `task` of the
-    README's cfg-distilled models would be guided by 1.
+    Frames are its default `--video_length`, and sizes those that diffusers' pipeline has for 16:9.
     """
     width, height = (848, 480) if size == 480 else (1280, 720)
     kinds = _FROM_PICTURE if task == "i2v" else NO_PICTURES
@@ -314,8 +313,8 @@ class Hunyuan15(Family):
     large_encoder = "text_encoder"
     lets_go = True
     full_note = (
-        "All text is valid, and full attention runs without the padding mask of stock diffusers, which takes a byte "
-        "for every pair of tokens in every layer."
+        "All text is valid, and there is no padding, which stock diffusers attends under a mask. That mask, a byte and "
+        "more for every pair of tokens in every layer, it makes all the same, though its kernel runs without it here."
     )
     masks_text = True
 
@@ -326,6 +325,8 @@ class Hunyuan15(Family):
         low = name.lower()
         models = (_480P_I2V, _720P_I2V) if "i2v" in low else (_480P, _720P)
         model = models["720" in low]
+        if "step_distill" in low:
+            return replace(model, default_guidance=1.0, default_steps=12, default_shift=7.0)
         return replace(model, default_guidance=1.0) if "distill" in low else model
 
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
@@ -384,7 +385,7 @@ class Hunyuan15(Family):
     def step_inputs(
         self, config: Mapping[str, Any], grid: Grid, text_len: int, normal: Callable[..., torch.Tensor]
     ) -> dict[str, Any]:
-        """As for a prompt that quotes nothing, without a picture: stock attention masks what stands for both."""
+        """As for a prompt that quotes nothing, without a picture, and without the padding that stands for both."""
         import torch
 
         _, _, *sides = _latents_shape(config, grid)
@@ -394,9 +395,9 @@ class Hunyuan15(Family):
             "timestep": torch.full((1,), 700, device=latents.device).to(latents.dtype),
             "encoder_hidden_states": normal(1, text_len, config["text_embed_dim"]),
             "encoder_attention_mask": latents.new_ones(1, text_len),
-            "encoder_hidden_states_2": latents.new_zeros(1, _QUOTED_TOKENS, config["text_embed_2_dim"]),
-            "encoder_attention_mask_2": latents.new_zeros(1, _QUOTED_TOKENS),
-            "image_embeds": latents.new_zeros(1, PICTURE_TOKENS, config["image_embed_dim"]),
+            "encoder_hidden_states_2": latents.new_zeros(1, 0, config["text_embed_2_dim"]),
+            "encoder_attention_mask_2": latents.new_zeros(1, 0),
+            "image_embeds": latents.new_zeros(1, 0, config["image_embed_dim"]),
         }
 
     # ---- Loading

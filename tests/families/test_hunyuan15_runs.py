@@ -68,7 +68,9 @@ TOLERANCE = 0.15  # what grat promises of its memory model
         ("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v", "hunyuan15-720p", 6.0),
         ("someone/HunyuanVideo-1.5-480p_i2v", "hunyuan15-480p-i2v", 6.0),
         ("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v_distilled", "hunyuan15-720p-i2v", 1.0),
+        ("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v_step_distilled", "hunyuan15-480p-i2v", 1.0),
         ("hunyuanvideo-community/HunyuanVideo", "hunyuan", 6.0),
+        ("hunyuanvideo-community/HunyuanVideo-I2V", "hunyuan-i2v", 6.0),
         ("someone/a-video-model", "hunyuan", 6.0),
     ],
 )
@@ -76,6 +78,8 @@ def test_checkpoints_are_kin_to_the_model_that_their_name_says(name: str, kin: s
     model, like = choose_model(name, medium="video"), KNOWN_MODELS["video"][kin]
     assert (model.family, model.video, model.needs) == (like.family, like.video, like.needs)
     assert model.default_guidance == guidance
+    steps = 12 if "step" in name else like.default_steps
+    assert model.default_steps == steps
 
 
 def test_models_from_pictures_need_one() -> None:

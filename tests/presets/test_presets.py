@@ -125,6 +125,12 @@ def test_patterns() -> None:
         "sta": SlidingTile(3),
     }
     assert patterns("qwen") == {name: patterns("flux")[name] for name in ("full", "b", "x", "far")}
+    assert patterns("hunyuan15") == {
+        "full": Full(),
+        "b": Block(1),
+        "lines": CrissCross(2),
+        "far": Union(Block(1), Far([(1, (4, 4, 4))])),
+    }
     assert patterns("hunyuan") == {
         "full": Full(),
         "b": Block(1),
