@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
-from grat_cli.families.base import NO_PICTURES, Family, ModelChoice
+from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.models.catalogue import is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
@@ -120,7 +120,8 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    pipeline = family.pipeline_class(choice.needs | (frozenset({"start"}) if image_to_image else NO_PICTURES))
+    start: frozenset[PictureKind] = frozenset({"start"}) if image_to_image else NO_PICTURES
+    pipeline = family.pipeline_class(choice.needs | start)
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder

@@ -15,6 +15,7 @@ import tiny_wan
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.pipelines.wan.pipeline_wan_video2video import WanVideoToVideoPipeline
 from flux_runs import relative_difference
 from hunyuan_runs import GROUP, raster_mask
 from safetensors.torch import load_file
@@ -45,6 +46,7 @@ from grat_cli.families.shapes import Components
 from grat_cli.families.wan import WanAdapter, WanShape
 from grat_cli.generation.checkpoint import read_run
 from grat_cli.generation.request import Request
+from grat_cli.generation.timing import StepRecorder
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import load_model
 from grat_cli.presets import Preset, Sampling, load_preset
@@ -56,7 +58,7 @@ GRID = Grid((5, 6, 8))
 STEPS = 3
 START: frozenset[Any] = frozenset({"start"})
 LONG, SHORT = "waves at night under a red boat that sails across", "snow"
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     kind: {"height": 48, "width": 80, "num_frames": 13} for kind in tiny_wan.KINDS
 }  # 4 x 3 x 5 tokens: ragged groups of 2x3x3
 SIZES["timed"] = {"height": 96, "width": 160, "num_frames": 13}
@@ -91,7 +93,8 @@ def text_of(pipe: Any, prompts: list[str], name: str = "prompt_embeds") -> dict[
 
 def call(pipe: Any, kind: str, prompts: list[str], *, guidance: float = 1.0, steps: int = STEPS, **more: Any) -> Any:
     """Latents for seed 5, with text that is encoded beforehand."""
-    arguments = {**SIZES[kind], **text_of(pipe, prompts), "guidance_scale": guidance, "num_inference_steps": steps}
+    size = {name: more.pop(name, value) for name, value in SIZES[kind].items()}
+    arguments = {**size, **text_of(pipe, prompts), "guidance_scale": guidance, "num_inference_steps": steps}
     if guidance > 1:
         arguments |= text_of(pipe, ["a dull grey sea"] * len(prompts), "negative_prompt_embeds")
     if "Image" in type(pipe).__name__:
@@ -139,6 +142,27 @@ def test_the_first_frame_of_a_model_with_timed_tokens(pipes: dict[str, Any]) -> 
     with grat_cli.install(pipe, preset(), **SIZES["timed"]):
         assert relative_difference(call(pipe, "timed", [LONG], guidance=4.0), expected) < RELATIVE
     assert relative_difference(expected, call(pipes["timed"], "timed", [LONG], guidance=4.0)) > 0.01
+
+
+def test_videos_that_start_from_others_take_the_steps_that_are_run(pipes: dict[str, Any]) -> None:
+    """The pipeline tells its scheduler nothing of the steps that it leaves out."""
+    pipe = pipes["text"]
+    parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
+    other = WanVideoToVideoPipeline(**parts)
+    other.set_progress_bar_config(disable=True)
+
+    def run() -> torch.Tensor:
+        size, steps = {name: SIZES["text"][name] for name in ("height", "width")}, {"num_inference_steps": 6}
+        start = torch.randn(1, tiny_wan.CHANNELS, 4, 6, 10, generator=torch.Generator().manual_seed(1))
+        text = text_of(pipe, [LONG])
+        return other(
+            **size, **steps, **text, latents=start, strength=0.5, guidance_scale=1.0, output_type="latent"
+        ).frames
+
+    expected, recorder = run(), StepRecorder()
+    with grat_cli.install(other, preset(), **SIZES["text"], observer=recorder):
+        assert relative_difference(run(), expected) < RELATIVE
+    assert [step.index for step in recorder.steps([0.0] * 6)] == [0, 1, 2]
 
 
 def test_both_transformers_of_a_model_take_their_turn_under_grat(pipes: dict[str, Any]) -> None:
@@ -234,7 +258,8 @@ def test_patterns_equal_stock_attention_under_a_mask(
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_half_precision_is_as_far_from_fp32_as_stock_is(timed: bool) -> None:
-    model, inputs = tiny_wan.transformer(), tiny_wan.inputs(GRID.shape, timed=timed)
+    model: Any = tiny_wan.transformer()
+    inputs = tiny_wan.inputs(GRID.shape, timed=timed)
     exact = model(**inputs)[0]
     model.to(torch.bfloat16)
     half = {name: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for name, v in inputs.items()}
@@ -248,7 +273,8 @@ def test_half_precision_is_as_far_from_fp32_as_stock_is(timed: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_change_no_bit(dtype: torch.dtype, timed: bool) -> None:
     grid = Grid((4, 13, 15))
-    model, inputs = tiny_wan.transformer(), tiny_wan.inputs(grid.shape, 2, timed=timed)
+    model: Any = tiny_wan.transformer()
+    inputs = tiny_wan.inputs(grid.shape, 2, timed=timed)
     model.to(dtype)
     inputs = {name: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for name, v in inputs.items()}
     expected = model(**inputs)[0]
@@ -504,7 +530,7 @@ def test_a_step_takes_the_memory_that_is_foretold(
     inputs = step_inputs(config, grid.shape, 512, "cpu", dtype)
     execution = Execution(str(dtype).removeprefix("torch."), on_cpu=True, chunk_tokens=chunk)
     foretold = denoise_moments(Components((), shape, WanAutoencoder((8,), (1,), 4, 0)), list(schedule.plans), execution)
-    run = Run(Full())
+    run: Any = Run(Full())
     run.schedule = lambda *_: schedule
     with WanAdapter(model, grid, chunk_tokens=chunk).attached(run, Backend.SDPA):
         measured = track(lambda: model(**inputs)).peak_bytes
@@ -553,6 +579,36 @@ def test_decoding_takes_the_operations_and_memory_that_are_foretold(
 def test_models_on_the_hub_are_told_by_their_names(name: str, kin: str) -> None:
     known = choose_model(kin, "video")
     assert choose_model(name, "video") == replace(known, name=name, source=name, reason="hub id")
+
+
+@pytest.mark.parametrize("kind", ["two", "timed"])
+def test_offloaded_pipelines_in_chunks_give_the_same(pipes: dict[str, Any], kind: str) -> None:
+    """Hooks that bring weights go on around blocks that run in chunks."""
+    size = {"height": 20 * 16, "width": 24 * 16, "num_frames": 5}
+    size = {name: 2 * side if kind == "timed" and name != "num_frames" else side for name, side in size.items()}
+
+    def run(pipe: Any, chunk: int | None) -> torch.Tensor:
+        with grat_cli.install(pipe, preset("b"), **size, chunk_tokens=chunk) as installation:
+            result = call(pipe, kind, [SHORT], steps=2, **size)
+        assert installation.chunking[0] == chunk
+        return result
+
+    expected = run(pipes[kind], None)
+    offloaded = tiny_wan.pipeline(kind)
+    cpu = torch.device("cpu")
+    offloaded.enable_group_offload(cpu, cpu, "block_level", num_blocks_per_group=1, exclude_modules=["vae"])
+    assert torch.equal(run(offloaded, 256), expected)
+
+
+def test_compiled_blocks_run_under_grat(pipes: dict[str, Any]) -> None:
+    model, inputs = tiny_wan.transformer(), tiny_wan.inputs(GRID.shape)
+    adapter = WanAdapter(model, GRID)
+    with adapter.attached(Run(Block(1)), Backend.SDPA):
+        expected = model(**inputs)[0]
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with WanAdapter(model, GRID).attached(Run(Block(1)), Backend.SDPA):
+        assert relative_difference(model(**inputs)[0], expected) < RELATIVE
 
 
 def test_what_does_not_fit_is_refused(pipes: dict[str, Any]) -> None:
