@@ -566,6 +566,34 @@ def test_decoding_takes_the_operations_and_memory_that_are_foretold(
 
 
 @pytest.mark.parametrize(
+    ("coarse", "frames", "given"), [(False, 1, 1), (False, 9, 9), (True, 9, 1)], ids=["frame", "video", "first frame"]
+)
+def test_encoding_takes_the_operations_and_memory_that_are_foretold(coarse: bool, frames: int, given: int) -> None:
+    """Of the first frame and nothing after it; where tokens are timed, of that frame alone."""
+    autoencoder = tiny_wan.autoencoder(coarse, base=16)
+    shape, size = autoencoder_shape({**autoencoder.config, "_class_name": "AutoencoderKLWan"}), Pixels(128, 96, frames)
+
+    def encode() -> Any:
+        return autoencoder.encode(torch.zeros(1, 3, given, 96, 128))
+
+    with FlopCounterMode(display=False) as counted:
+        encode()
+    assert shape.encode_flop(size) == pytest.approx(counted.get_total_flops(), rel=0.02)
+    foretold = shape.encode_moments(size, Coding(4, on_cpu=True))
+    assert max(foretold.values()) == pytest.approx(track(encode).peak_bytes, rel=0.15)
+
+
+def test_a_rate_is_measured_on_as_many_operations_as_it_says() -> None:
+    for coarse in (False, True):
+        autoencoder = tiny_wan.autoencoder(coarse, base=8)
+        shape = autoencoder_shape({**autoencoder.config, "_class_name": "AutoencoderKLWan"})
+        sample = shape.sample(torch.device("cpu"), torch.float32)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+            sample.run()
+        assert sample.flop == pytest.approx(counted.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
     ("name", "kin"),
     [
         ("someone/Wan2.1-T2V-1.3B-tuned", "wan2.1-1.3b"),
