@@ -584,13 +584,12 @@ def test_encoding_takes_the_operations_and_memory_that_are_foretold(coarse: bool
 
 
 def test_a_rate_is_measured_on_as_many_operations_as_it_says() -> None:
-    for coarse in (False, True):
-        autoencoder = tiny_wan.autoencoder(coarse, base=8)
-        shape = autoencoder_shape({**autoencoder.config, "_class_name": "AutoencoderKLWan"})
-        sample = shape.sample(torch.device("cpu"), torch.float32)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-            sample.run()
-        assert sample.flop == pytest.approx(counted.get_total_flops(), rel=0.02)
+    autoencoder = tiny_wan.autoencoder(coarse=True, base=8)
+    shape = autoencoder_shape({**autoencoder.config, "_class_name": "AutoencoderKLWan"})
+    sample = shape.sample(torch.device("cpu"), torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        sample.run()
+    assert sample.flop == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize(
