@@ -381,7 +381,7 @@ class Wan(Family):
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
         patch: Any = tuple(config["patch_size"])
-        return {"rope": WanRotaryPosEmbed(config["attention_head_dim"], patch, config["rope_max_seq_len"])}
+        return {"rope": WanRotaryPosEmbed(config["attention_head_dim"], patch, config.get("rope_max_seq_len", 1024))}
 
     def transformer_shape(self, config: Mapping[str, Any]) -> WanShape:
         return WanShape.of(config)

@@ -127,6 +127,11 @@ def _load(
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
     assert base is not None, "a file has a base, or is refused"
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    if "transformer_2" in read_index(folder / "model_index.json").classes(base, family.classes):
+        raise BadInput(
+            f"{base} has two transformers, and {choice.name} would replace one of them: "
+            "give a folder with both as --model"
+        )
     transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
     return _load_folder(pipeline, folder, base, family, dtypes, quantized, transformer=transformer), folder
 
@@ -172,7 +177,7 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
         config: Any = model.load_config(base, subfolder="transformer")
         require_plain_config(config, f"transformer of {base}")
         # Else weights would be left out without a word.
-        if embeds_guidance != config["guidance_embeds"]:
+        if embeds_guidance != bool(config.get("guidance_embeds")):
             raise ModelUnavailable(
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
                 f"{family.matching_base(embeds_guidance)}"
@@ -182,7 +187,23 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
         lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
+        _restore_precision(transformer, family.fresh_modules(config))
     return transformer
+
+
+def _restore_precision(transformer: Any, fresh: Mapping[str, torch.nn.Module]) -> None:
+    """Undoes what loading a file alone does to parts of a transformer that are fp32 in any case.
+
+    Args:
+        transformer: all of which was turned to one dtype.
+        fresh: its tables that are no weights, by the names of modules.
+    """
+    kept = set(transformer._keep_in_fp32_modules or ())
+    for name, parameter in transformer.named_parameters():
+        if kept.intersection(name.split(".")):
+            parameter.data = parameter.data.float()
+    for name, module in fresh.items():
+        transformer.set_submodule(name, module)
 
 
 def _load_folder(
@@ -267,6 +288,8 @@ def _without_pointless_warnings() -> Iterator[None]:
         ("transformers.modeling_utils", "LOAD REPORT"),
         # Said of an empty list of modules, after loading a single file.
         ("diffusers.models.modeling_utils", "kept in float32: []"),
+        # They are, again.
+        ("diffusers.models.modeling_utils", "that should be kept in float32"),
         # Image processors serve image prompts, which are not used here.
         ("transformers.utils.import_utils", "requires torchvision"),
     )

@@ -27,6 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 import grat_cli
 from grat_cli.attention.chunking import in_chunks
 from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.bench.inside_models import Host
 from grat_cli.bench.random_weights import (
     parameter_count,
     random_transformer,
@@ -44,9 +45,11 @@ from grat_cli.families.guidance import choose_guidance
 from grat_cli.families.resumption import remembered
 from grat_cli.families.shapes import Components
 from grat_cli.families.wan import WanAdapter, WanShape
+from grat_cli.fidelity.variants import parse_variants, variant_for
 from grat_cli.generation.checkpoint import read_run
 from grat_cli.generation.request import Request
 from grat_cli.generation.timing import StepRecorder
+from grat_cli.installation import step_under_way
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import load_model
 from grat_cli.presets import Preset, Sampling, load_preset
@@ -437,6 +440,46 @@ def test_parts_of_a_folder_are_those_of_its_pipeline(tmp_path: Path, kind: str) 
     assert pipe.config.boundary_ratio == (0.7 if "two" in kind else None)
     assert pipe.config.expand_timesteps is (kind == "timed")
     assert model.token_side == (32 if kind == "timed" else 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_of_a_transformer_is_as_exact_as_a_folder(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rotary tables in half precision would move tokens about."""
+    folder, file = tiny_wan.save(tmp_path / "wan"), tmp_path / "wan.safetensors"
+    shutil.copy(folder / "transformer" / "diffusion_pytorch_model.safetensors", file)
+    whole, alone = (
+        load_model(
+            choose_model(str(path), "video"), device=torch.device("cpu"), dtype=dtype, base=base
+        ).pipe.transformer
+        for path, base in ((folder, None), (file, str(folder)))
+    )
+    assert [parameter.dtype for parameter in alone.parameters()] == [one.dtype for one in whole.parameters()]
+    assert torch.equal(alone.rope.freqs_cos, whole.rope.freqs_cos)
+    inputs = tiny_wan.inputs(GRID.shape)
+    half = {name: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for name, v in inputs.items()}
+    assert relative_difference(alone(**half)[0].float(), whole(**half)[0].float()) < torch.finfo(dtype).eps * 8
+    two = tiny_wan.save(tmp_path / "wan-two", "two")
+    with pytest.raises(BadInput, match=r"has two transformers, and .* would replace one of them"):
+        load_model(choose_model(str(file), "video"), device=torch.device("cpu"), dtype=dtype, base=str(two))
+
+
+def test_benchmarks_put_both_transformers_under_a_variant(pipes: dict[str, Any]) -> None:
+    pipe, grid = pipes["two"], Grid((4, 3, 5))
+    transformer, *others = FAMILIES["wan"].transformers(pipe)
+    cpu = torch.device("cpu")
+    host = Host(transformer, FAMILIES["wan"], 0, Backend.SDPA, cpu, torch.float32, STEPS, tuple(others))
+    found = {}
+    for name in ("full", "full-list"):
+        recorder = StepRecorder()
+        (request,) = parse_variants(name)
+        inside = host.inside(variant_for(request, grid))
+        with inside.attach(recorder, lambda: step_under_way(pipe.scheduler)):
+            found[name] = call(pipe, "two", [SHORT])
+        steps = recorder.steps([0.0] * STEPS)
+        assert [step.index for step in steps] == [0, 1, 2]
+        assert all(step.attention_ms > 0 for step in steps)
+    assert relative_difference(found["full-list"], found["full"]) < RELATIVE
+    assert torch.equal(found["full"], call(pipe, "two", [SHORT]))
 
 
 def test_two_transformers_wait_in_turn() -> None:
