@@ -58,7 +58,15 @@ class Installation:
 
     def current_step(self) -> int:
         """The step of the call under way, from the scheduler's own counters: plain integers, so nothing waits."""
-        return self._first_step + step_under_way(self._pipe.scheduler)
+        return self._first_step + step_under_way(self._pipe.scheduler, self._begin_index())
+
+    def _begin_index(self) -> int:
+        """Index of the first step that is run: pipelines that do not tell their scheduler run the last so many."""
+        scheduler = self._pipe.scheduler
+        if scheduler.begin_index is not None:
+            return scheduler.begin_index
+        steps = len(scheduler.timesteps)
+        return max(0, steps - getattr(self._pipe, "num_timesteps", steps))
 
     def schedule(self, text_len: int, references: int = 0) -> AttentionSchedule:
         """The schedule for as many steps as the whole run has, as the guard has widened it.
@@ -68,7 +76,7 @@ class Installation:
             references: tokens of pictures to refer to.
         """
         scheduler = self._pipe.scheduler
-        to_run = len(scheduler.timesteps) - (scheduler.begin_index or 0)
+        to_run = len(scheduler.timesteps) - self._begin_index()
         steps = self._steps or self._first_step + to_run
         if self._first_step + to_run > steps:
             begun = f" from step {self._first_step} on" if self._first_step else ""
@@ -208,9 +216,14 @@ def install(
         yield installation
 
 
-def step_under_way(scheduler: Any) -> int:
-    """The denoising step that a scheduler is at, counted from 0 over the steps that are run."""
-    begin = scheduler.begin_index or 0
+def step_under_way(scheduler: Any, begin: int | None = None) -> int:
+    """The denoising step that a scheduler is at, counted from 0 over the steps that are run.
+
+    Args:
+        scheduler: of diffusers.
+        begin: index of the first of these; None for what the scheduler was told.
+    """
+    begin = (scheduler.begin_index or 0) if begin is None else begin
     index = begin if scheduler.step_index is None else scheduler.step_index
     return index - begin
 

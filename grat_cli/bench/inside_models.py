@@ -4,8 +4,8 @@ window around each token."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,7 @@ class Host:
         device: where it computes.
         dtype: of its activations.
         steps: denoising steps of a run, which a preset's schedule is laid out over.
+        others: transformers that take turns with it.
     """
 
     transformer: Any
@@ -85,10 +86,20 @@ class Host:
     device: torch.device
     dtype: torch.dtype
     steps: int = 1
+    others: tuple[Any, ...] = ()
 
     def adapter(self, grid: Grid, attend: Attend | None = None) -> Adapter:
         """The adapter of the family, for a grid of image tokens; with another attention than over spans in it."""
         return self.family.adapter(self.transformer, grid, attend=attend)
+
+    @contextmanager
+    def _attached(self, grid: Grid, run: Steps, observer: CallObserver, attend: Attend | None = None) -> Iterator[None]:
+        """While inside, all transformers run on tokens in group order."""
+        with ExitStack() as stack:
+            for transformer in (self.transformer, *self.others):
+                adapter = self.family.adapter(transformer, grid, attend=attend)
+                stack.enter_context(adapter.attached(run, self.backend, observer))
+            yield
 
     def inside(self, variant: Variant, dense: DenseKernel | None = None) -> Inside:
         """What a variant is inside this transformer.
@@ -112,7 +123,7 @@ class Host:
             kernel, attend = (f"diffusers, {dense.name}", dense.attention) if dense else ("diffusers", None)
             return Inside(
                 kernel,
-                lambda observer, step: stock_attention(self.transformer, observer, step, density, attend),
+                lambda observer, step: stock_attention(self.transformer, observer, step, density, attend, self.others),
                 pairs,
                 density,
             )
@@ -125,7 +136,7 @@ class Host:
             plan_of(self.text_len)  # now rather than in the first call
             return Inside(
                 self.backend.value,
-                lambda observer, step: adapter.attached(fixed_run(plan_of, step), self.backend, observer),
+                lambda observer, step: self._attached(variant.grid, fixed_run(plan_of, step), observer),
                 pairs,
                 density,
             )
@@ -164,7 +175,7 @@ class Host:
                 seen |= keys
         return Inside(
             self.backend.value,
-            lambda observer, step: adapter.attached(Steps(schedule_of, step), self.backend, observer),
+            lambda observer, step: self._attached(grid, Steps(schedule_of, step), observer),
             own.density * (grid.tokens + self.text_len) ** 2,
             own.density,
             tuple(trial_steps),
@@ -176,7 +187,7 @@ class Host:
         grouping = windows.of(self.text_len).grouping
         # Stock attention would hand padding to a kernel that takes no mask; the adapter cuts the padding off.
         if grouping is None and not self.family.masks_text:
-            return stock_attention(self.transformer, observer, step, density, windows.attention)
+            return stock_attention(self.transformer, observer, step, density, windows.attention, self.others)
         grouping = grouping or Grouping(windows.grid, windows.grid.shape)  # one group is raster order
 
         def plan_of(text_len: int) -> Plan:
@@ -186,8 +197,7 @@ class Host:
             return windows.attention(inputs.query, inputs.key, inputs.value)
 
         # The adapter takes no more from these plans than the order of tokens.
-        adapter = self.adapter(windows.grid, attend)
-        return adapter.attached(fixed_run(plan_of, step, density), self.backend, observer)
+        return self._attached(windows.grid, fixed_run(plan_of, step, density), observer, attend)
 
 
 class _Windows:
@@ -273,6 +283,7 @@ def stock_attention(
     step: Callable[[], int] = lambda: 0,
     density: float = 1.0,
     attend: Attention | None = None,
+    others: Sequence[torch.nn.Module] = (),
 ) -> Iterator[None]:
     """While inside, an observer is told of the transformer's calls and attentions, which stay stock diffusers.
 
@@ -285,6 +296,7 @@ def stock_attention(
         density: what the observer is told.
         attend: computes attention of query, key and value `[B, N, H, D]`, text and image in the order of the model,
             in place of the kernel that diffusers would pick, and without its mask: all text must be valid.
+        others: transformers of the same class that take turns with it.
     """
     module: Any = sys.modules[type(transformer).__module__]
     stock = module.dispatch_attention_fn
@@ -301,7 +313,9 @@ def stock_attention(
     def end(*_: Any) -> None:
         observer.end_call()
 
-    handles = [transformer.register_forward_pre_hook(begin), transformer.register_forward_hook(end)]
+    handles = []
+    for one in (transformer, *others):
+        handles += [one.register_forward_pre_hook(begin), one.register_forward_hook(end)]
     module.dispatch_attention_fn = timed
     try:
         yield

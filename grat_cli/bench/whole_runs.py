@@ -157,7 +157,8 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
     head_dim = model.pipe.transformer.config.attention_head_dim
     backend, why = backend_for(settings.backend, device, dtype, head_dim, tokens)
     steps = request.preset.sampling.steps
-    host = Host(model.pipe.transformer, request.family, studio.text_len, backend, device, dtype, steps)
+    transformer, *others = request.family.transformers(model.pipe)
+    host = Host(transformer, request.family, studio.text_len, backend, device, dtype, steps, tuple(others))
     entries = [_Entry.of(variant, _host_of(variant, host, settings.backend, tokens)) for variant in variants]
     entries.append(_Entry.of(*noise_floor(host, grid, settings.noise_backend, head_dim, tokens)))
     full, *others = entries
@@ -429,7 +430,8 @@ class _Studio:
                 for number in self._trials:
                     self._denoised(entry, number, trial_steps)
             if memory.extra_bytes is not None:
-                weights = sum(parameter.nbytes for parameter in self._pipe.transformer.parameters())
+                held = self._request.family.transformers(self._pipe)
+                weights = sum(parameter.nbytes for one in held for parameter in one.parameters())
                 entry.peak_memory_bytes = weights + memory.extra_bytes
             if self._max_seconds is None:
                 return

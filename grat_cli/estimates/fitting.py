@@ -86,7 +86,7 @@ def needs(runs: Sequence[Forecast], components: Components, execution: Execution
             stage.schedule.plans,
             execution,
             guided_twice=stage.architecture.calls_per_step(stage.preset.sampling.guidance) == 2,
-            encodes=number > 0,
+            encodes=number > 0 or bool(stage.architecture.model.needs),
             lets_go=family_of(stage.architecture.model).lets_go,
         )
         offloaded = memory.offloaded

@@ -162,8 +162,9 @@ def phase_seconds(
         else:
             found = estimate_for(stage, components, execution, device) or {}
         for phase, seconds in found.items():
-            # Stages after the first begin with a picture; model and text serve all of them.
-            if phase not in (("encode",) if number == 0 else ("load", "text")):
+            # Stages after the first begin with a picture, as some models do; model and text serve all of them.
+            left_out = ("load", "text") if number else () if stage.architecture.model.needs else ("encode",)
+            if phase not in left_out:
                 total[phase] = total.get(phase, 0.0) + seconds
     return total
 

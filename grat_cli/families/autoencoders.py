@@ -357,10 +357,12 @@ class WanAutoencoder(AutoencoderShape):
     Attributes:
         patch: pixels per side that it treats as channels of one.
         residual: whether its levels have shortcuts, as that of Wan 2.2 5B has.
+        encoder_channels: of the encoder's levels, finest first.
     """
 
     patch: int = 1
     residual: bool = False
+    encoder_channels: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], parameters: int) -> Self:
@@ -368,7 +370,8 @@ class WanAutoencoder(AutoencoderShape):
         channels = tuple(base * int(factor) for factor in config["dim_mult"])
         layers = (int(config["num_res_blocks"]) + 1,) * len(channels)
         patch, residual = int(config.get("patch_size") or 1), bool(config.get("is_residual"))
-        return cls(channels, layers, int(config["z_dim"]), parameters, patch, residual)
+        encoder = tuple(int(config["base_dim"]) * int(factor) for factor in config["dim_mult"])
+        return cls(channels, layers, int(config["z_dim"]), parameters, patch, residual, encoder)
 
     @property
     def scale(self) -> int:
@@ -401,6 +404,47 @@ class WanAutoencoder(AutoencoderShape):
             "decoder": 2 * latents + video * (frames - 1) / frames + decoding,
             "joining of frames": 2 * latents + 2 * video + self._caches(*largest, coding, grows),
         }
+
+    def encode_flop(self, size: Pixels, tile: int | None = None) -> float:
+        """Of a first frame and what follows it, which is empty; where latents are coarse, of the frame alone."""
+        later = 0 if self.residual else (size.frames - 1) // 4
+        rows, columns = size.height // self.patch, size.width // self.patch
+        return self._encoder_flop(1, rows, columns) + later * self._encoder_flop(4, rows, columns)
+
+    def _encoder_flop(self, frames: int, rows: int, columns: int) -> float:
+        """Of so many frames: the first, or four that follow others."""
+        before, later, total = self.encoder_channels[0], frames > 1, 0.0
+        total += 27.0 * frames * rows * columns * 3 * self.patch**2 * before
+        for level, (channels, layers) in enumerate(zip(self.encoder_channels, self.layers, strict=True)):
+            places = frames * rows * columns
+            total += 27 * places * (before + (2 * (layers - 1) - 1) * channels) * channels
+            total += places * before * channels * (before != channels)
+            before = channels
+            if level + 1 < len(self.encoder_channels):
+                rows, columns = rows // 2, columns // 2
+                total += 9 * frames * rows * columns * channels**2
+                if later and level > 0:
+                    frames //= 2
+                    total += 3 * frames * rows * columns * channels**2
+        places, latents = frames * rows * columns, 2 * self.latent_channels
+        total += 4 * 27 * places * before**2 + 4 * places * before**2 + 2 * places * rows * columns * before
+        return 2 * (total + 27 * places * before * latents + places * latents**2)
+
+    def encode_moments(self, size: Pixels, coding: Coding) -> dict[str, float]:
+        """Of the same, at its first level, which is the largest; the pixels are given."""
+        frames = 1 if self.residual else min(size.frames, 4)
+        grows = not self.residual and size.frames > 1
+        rows, columns = size.height // self.patch, size.width // self.patch
+        channels, element = self.encoder_channels[0], coding.element
+        plane = channels * frames * rows * columns * element
+        given = 3 * (1 if self.residual else size.frames) * size.height * size.width * element
+        # What convolutions have kept: two frames of each level's.
+        kept, of_level = 0.0, rows * columns * element * (2 if grows else 1)
+        for number, (own, layers) in enumerate(zip(self.encoder_channels, self.layers, strict=True)):
+            kept += own * (2 * (layers - 1) + (number > 0)) * of_level / 4**number
+        # Of a residual block its input, and what its second convolution takes; levels with shortcuts copy their input.
+        convolution = _causal_convolution(channels, channels, (frames, rows, columns), coding, grows)
+        return {"encoder": given + kept + plane * (2 + self.residual) + convolution}
 
     def sample(self, device: torch.device, dtype: torch.dtype) -> Sample:
         """The decoder with random weights, on one frame."""
@@ -488,17 +532,9 @@ class WanAutoencoder(AutoencoderShape):
     def _decoder_peak(self, rows: int, columns: int, coding: Coding, grows: bool) -> float:
         """Bytes at the peak of the decoder on a frame of latents, but the first where there are more."""
         element, frames = coding.element, 1
-        in_columns = coding.on_cpu and element == 4
 
         def convolution(inputs: int, outputs: int) -> float:
-            """Besides its input: what it keeps of it, joins with what was kept, and pads."""
-            plane = frames * rows * columns * element
-            kept = min(2, frames + grows) * inputs * rows * columns * element
-            joined = inputs * (frames + 2 * grows) * rows * columns * element
-            padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * element
-            if in_columns and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
-                return kept + padded + max(joined, (27 * inputs + outputs) * plane)
-            return kept + padded + max(joined, padded + outputs * plane, 2 * outputs * plane)
+            return _causal_convolution(inputs, outputs, (frames, rows, columns), coding, grows)
 
         def residual_block(inputs: int, outputs: int) -> float:
             """Besides its input: its shortcut, its norm, which takes three times its result, and convolutions."""
@@ -620,6 +656,26 @@ def autoencoder_shape(config: Mapping[str, Any], parameters: int = 0) -> Autoenc
         KeyError: if its class is not known here, or a field is missing.
     """
     return _CLASSES[config["_class_name"]].of(config, parameters)
+
+
+def _causal_convolution(inputs: int, outputs: int, places: tuple[int, int, int], coding: Coding, grows: bool) -> float:
+    """What a convolution over time takes besides its input: what it keeps of it, joins with what it had, and pads.
+
+    Args:
+        inputs: channels.
+        outputs: likewise.
+        places: frames, rows and columns.
+        coding: how the autoencoder runs.
+        grows: whether there were frames before.
+    """
+    frames, rows, columns = places
+    plane = frames * rows * columns * coding.element
+    frame = inputs * rows * columns * coding.element
+    kept, joined = min(2, frames + grows) * frame, (frames + 2 * grows) * frame
+    padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * coding.element
+    if coding.on_cpu and coding.element == 4 and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
+        return kept + padded + max(joined, (27 * inputs + outputs) * plane)
+    return kept + padded + max(joined, padded + outputs * plane, 2 * outputs * plane)
 
 
 def _doubled(level: int, frames: int, rows: int, columns: int) -> tuple[int, int, int]:

@@ -132,9 +132,12 @@ _MODELS = (_14B, _1B, _A14B, _5B, _I2V_480P, _I2V_720P, _I2V_A14B)
 # with these configurations.
 _UMT5 = TextEncoderShape(5_680_910_336, 24, 4096, 10240, 64, 512, vocabulary=256_384)
 _CLIP_H = TextEncoderShape(630_766_080, 32, 1280, 5120, 16, 257, vocabulary=0, of_pictures=True)
-_AUTOENCODER = WanAutoencoder((96, 192, 384, 384), (3, 3, 3, 3), 16, 126_892_531)
+_FINE, _COARSE = (96, 192, 384, 384), (256, 512, 1024, 1024)
+_AUTOENCODER = WanAutoencoder(_FINE, (3, 3, 3, 3), 16, 126_892_531, encoder_channels=_FINE)
 # Of TI2V-5B: 48 channels, which the pipeline treats as latents whose tokens have timesteps of their own.
-_AUTOENCODER_5B = WanAutoencoder((256, 512, 1024, 1024), (3, 3, 3, 3), 48, 704_688_668, patch=2, residual=True)
+_AUTOENCODER_5B = WanAutoencoder(
+    _COARSE, (3, 3, 3, 3), 48, 704_688_668, patch=2, residual=True, encoder_channels=(160, 320, 640, 640)
+)
 _CHANNELS_5B = 48
 _PICTURE_TOKENS = 257  # of CLIP for one picture
 _TEXT_TOKENS = 512
@@ -153,6 +156,7 @@ class WanShape(TransformerShape):
         norms_cross: whether the norm before cross-attention has weights.
         picture_channels: of a token of the picture encoder; 0 without one.
         added_channels: of what further keys and values of cross-attention are made of; likewise.
+        picture_places: positions of such tokens that are learned; 0 for none.
     """
 
     count: int
@@ -163,6 +167,7 @@ class WanShape(TransformerShape):
     norms_cross: bool
     picture_channels: int
     added_channels: int
+    picture_places: int
 
     joins_text = False
     rotates_text = False
@@ -183,6 +188,7 @@ class WanShape(TransformerShape):
             norms_cross=bool(config["cross_attn_norm"]),
             picture_channels=int(config.get("image_dim") or 0),
             added_channels=int(config.get("added_kv_proj_dim") or 0),
+            picture_places=int(config.get("pos_embed_seq_len") or 0),
         )
 
     @property
@@ -217,6 +223,7 @@ class WanShape(TransformerShape):
         time = self.frequencies * width + width + width**2 + width + 6 * (width**2 + width)
         text = self.text_channels * width + width + width**2 + width
         pictures = picture**2 + picture + picture * width + width + 2 * picture + 2 * width if picture else 0
+        pictures += self.picture_places * picture
         return ends + time + text + pictures
 
     @property
@@ -376,7 +383,7 @@ class Wan(Family):
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
         patch: Any = tuple(config["patch_size"])
-        return {"rope": WanRotaryPosEmbed(config["attention_head_dim"], patch, config["rope_max_seq_len"])}
+        return {"rope": WanRotaryPosEmbed(config["attention_head_dim"], patch, config.get("rope_max_seq_len", 1024))}
 
     def transformer_shape(self, config: Mapping[str, Any]) -> WanShape:
         return WanShape.of(config)

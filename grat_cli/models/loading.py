@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
-from grat_cli.families.base import NO_PICTURES, Family, ModelChoice
+from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.models.catalogue import is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
@@ -120,12 +120,18 @@ def _load(
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    pipeline = family.pipeline_of(choice, choice.needs | (frozenset({"start"}) if image_to_image else NO_PICTURES))
+    start: frozenset[PictureKind] = frozenset({"start"}) if image_to_image else NO_PICTURES
+    pipeline = family.pipeline_of(choice, choice.needs | start)
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
     assert base is not None, "a file has a base, or is refused"
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    if "transformer_2" in read_index(folder / "model_index.json").classes(base, family.classes):
+        raise BadInput(
+            f"{base} has two transformers, and {choice.name} would replace one of them: "
+            "give a folder with both as --model"
+        )
     transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
     return _load_folder(pipeline, folder, base, family, dtypes, quantized, transformer=transformer), folder
 
@@ -181,7 +187,23 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
         lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
+        _restore_precision(transformer, family.fresh_modules(config))
     return transformer
+
+
+def _restore_precision(transformer: Any, fresh: Mapping[str, torch.nn.Module]) -> None:
+    """Undoes what loading a file alone does to parts of a transformer that are fp32 in any case.
+
+    Args:
+        transformer: all of which was turned to one dtype.
+        fresh: its tables that are no weights, by the names of modules.
+    """
+    kept = set(transformer._keep_in_fp32_modules or ())
+    for name, parameter in transformer.named_parameters():
+        if kept.intersection(name.split(".")):
+            parameter.data = parameter.data.float()
+    for name, module in fresh.items():
+        transformer.set_submodule(name, module)
 
 
 def _load_folder(
@@ -270,6 +292,8 @@ def _without_pointless_warnings() -> Iterator[None]:
         ("transformers.modeling_utils", "LOAD REPORT"),
         # Said of an empty list of modules, after loading a single file.
         ("diffusers.models.modeling_utils", "kept in float32: []"),
+        # They are, again.
+        ("diffusers.models.modeling_utils", "that should be kept in float32"),
         # Of every guider that is made.
         ("diffusers.guiders.guider_utils", "experimental feature"),
         # Image processors have a twin that does without.

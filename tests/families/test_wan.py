@@ -15,6 +15,7 @@ import tiny_wan
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.pipelines.wan.pipeline_wan_video2video import WanVideoToVideoPipeline
 from flux_runs import relative_difference
 from hunyuan_runs import GROUP, raster_mask
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 import grat_cli
 from grat_cli.attention.chunking import in_chunks
 from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.bench.inside_models import Host
 from grat_cli.bench.random_weights import (
     parameter_count,
     random_transformer,
@@ -43,8 +45,11 @@ from grat_cli.families.guidance import choose_guidance
 from grat_cli.families.resumption import remembered
 from grat_cli.families.shapes import Components
 from grat_cli.families.wan import WanAdapter, WanShape
+from grat_cli.fidelity.variants import parse_variants, variant_for
 from grat_cli.generation.checkpoint import read_run
 from grat_cli.generation.request import Request
+from grat_cli.generation.timing import StepRecorder
+from grat_cli.installation import step_under_way
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import load_model
 from grat_cli.presets import Preset, Sampling, load_preset
@@ -56,7 +61,7 @@ GRID = Grid((5, 6, 8))
 STEPS = 3
 START: frozenset[Any] = frozenset({"start"})
 LONG, SHORT = "waves at night under a red boat that sails across", "snow"
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     kind: {"height": 48, "width": 80, "num_frames": 13} for kind in tiny_wan.KINDS
 }  # 4 x 3 x 5 tokens: ragged groups of 2x3x3
 SIZES["timed"] = {"height": 96, "width": 160, "num_frames": 13}
@@ -91,7 +96,8 @@ def text_of(pipe: Any, prompts: list[str], name: str = "prompt_embeds") -> dict[
 
 def call(pipe: Any, kind: str, prompts: list[str], *, guidance: float = 1.0, steps: int = STEPS, **more: Any) -> Any:
     """Latents for seed 5, with text that is encoded beforehand."""
-    arguments = {**SIZES[kind], **text_of(pipe, prompts), "guidance_scale": guidance, "num_inference_steps": steps}
+    size = {name: more.pop(name, value) for name, value in SIZES[kind].items()}
+    arguments = {**size, **text_of(pipe, prompts), "guidance_scale": guidance, "num_inference_steps": steps}
     if guidance > 1:
         arguments |= text_of(pipe, ["a dull grey sea"] * len(prompts), "negative_prompt_embeds")
     if "Image" in type(pipe).__name__:
@@ -139,6 +145,27 @@ def test_the_first_frame_of_a_model_with_timed_tokens(pipes: dict[str, Any]) -> 
     with grat_cli.install(pipe, preset(), **SIZES["timed"]):
         assert relative_difference(call(pipe, "timed", [LONG], guidance=4.0), expected) < RELATIVE
     assert relative_difference(expected, call(pipes["timed"], "timed", [LONG], guidance=4.0)) > 0.01
+
+
+def test_videos_that_start_from_others_take_the_steps_that_are_run(pipes: dict[str, Any]) -> None:
+    """The pipeline tells its scheduler nothing of the steps that it leaves out."""
+    pipe = pipes["text"]
+    parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
+    other = WanVideoToVideoPipeline(**parts)
+    other.set_progress_bar_config(disable=True)
+
+    def run() -> torch.Tensor:
+        size, steps = {name: SIZES["text"][name] for name in ("height", "width")}, {"num_inference_steps": 6}
+        start = torch.randn(1, tiny_wan.CHANNELS, 4, 6, 10, generator=torch.Generator().manual_seed(1))
+        text = text_of(pipe, [LONG])
+        return other(
+            **size, **steps, **text, latents=start, strength=0.5, guidance_scale=1.0, output_type="latent"
+        ).frames
+
+    expected, recorder = run(), StepRecorder()
+    with grat_cli.install(other, preset(), **SIZES["text"], observer=recorder):
+        assert relative_difference(run(), expected) < RELATIVE
+    assert [step.index for step in recorder.steps([0.0] * 6)] == [0, 1, 2]
 
 
 def test_both_transformers_of_a_model_take_their_turn_under_grat(pipes: dict[str, Any]) -> None:
@@ -234,7 +261,8 @@ def test_patterns_equal_stock_attention_under_a_mask(
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_half_precision_is_as_far_from_fp32_as_stock_is(timed: bool) -> None:
-    model, inputs = tiny_wan.transformer(), tiny_wan.inputs(GRID.shape, timed=timed)
+    model: Any = tiny_wan.transformer()
+    inputs = tiny_wan.inputs(GRID.shape, timed=timed)
     exact = model(**inputs)[0]
     model.to(torch.bfloat16)
     half = {name: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for name, v in inputs.items()}
@@ -248,7 +276,8 @@ def test_half_precision_is_as_far_from_fp32_as_stock_is(timed: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_change_no_bit(dtype: torch.dtype, timed: bool) -> None:
     grid = Grid((4, 13, 15))
-    model, inputs = tiny_wan.transformer(), tiny_wan.inputs(grid.shape, 2, timed=timed)
+    model: Any = tiny_wan.transformer()
+    inputs = tiny_wan.inputs(grid.shape, 2, timed=timed)
     model.to(dtype)
     inputs = {name: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for name, v in inputs.items()}
     expected = model(**inputs)[0]
@@ -413,6 +442,46 @@ def test_parts_of_a_folder_are_those_of_its_pipeline(tmp_path: Path, kind: str) 
     assert model.token_side == (32 if kind == "timed" else 16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_of_a_transformer_is_as_exact_as_a_folder(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rotary tables in half precision would move tokens about."""
+    folder, file = tiny_wan.save(tmp_path / "wan"), tmp_path / "wan.safetensors"
+    shutil.copy(folder / "transformer" / "diffusion_pytorch_model.safetensors", file)
+    whole, alone = (
+        load_model(
+            choose_model(str(path), "video"), device=torch.device("cpu"), dtype=dtype, base=base
+        ).pipe.transformer
+        for path, base in ((folder, None), (file, str(folder)))
+    )
+    assert [parameter.dtype for parameter in alone.parameters()] == [one.dtype for one in whole.parameters()]
+    assert torch.equal(alone.rope.freqs_cos, whole.rope.freqs_cos)
+    inputs = tiny_wan.inputs(GRID.shape)
+    half = {name: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for name, v in inputs.items()}
+    assert relative_difference(alone(**half)[0].float(), whole(**half)[0].float()) < torch.finfo(dtype).eps * 8
+    two = tiny_wan.save(tmp_path / "wan-two", "two")
+    with pytest.raises(BadInput, match=r"has two transformers, and .* would replace one of them"):
+        load_model(choose_model(str(file), "video"), device=torch.device("cpu"), dtype=dtype, base=str(two))
+
+
+def test_benchmarks_put_both_transformers_under_a_variant(pipes: dict[str, Any]) -> None:
+    pipe, grid = pipes["two"], Grid((4, 3, 5))
+    transformer, *others = FAMILIES["wan"].transformers(pipe)
+    cpu = torch.device("cpu")
+    host = Host(transformer, FAMILIES["wan"], 0, Backend.SDPA, cpu, torch.float32, STEPS, tuple(others))
+    found = {}
+    for name in ("full", "full-list"):
+        recorder = StepRecorder()
+        (request,) = parse_variants(name)
+        inside = host.inside(variant_for(request, grid))
+        with inside.attach(recorder, lambda: step_under_way(pipe.scheduler)):
+            found[name] = call(pipe, "two", [SHORT])
+        steps = recorder.steps([0.0] * STEPS)
+        assert [step.index for step in steps] == [0, 1, 2]
+        assert all(step.attention_ms > 0 for step in steps)
+    assert relative_difference(found["full-list"], found["full"]) < RELATIVE
+    assert torch.equal(found["full"], call(pipe, "two", [SHORT]))
+
+
 def test_two_transformers_wait_in_turn() -> None:
     model = choose_model("wan2.2-14b", "video")
     components = components_of(model)
@@ -504,7 +573,7 @@ def test_a_step_takes_the_memory_that_is_foretold(
     inputs = step_inputs(config, grid.shape, 512, "cpu", dtype)
     execution = Execution(str(dtype).removeprefix("torch."), on_cpu=True, chunk_tokens=chunk)
     foretold = denoise_moments(Components((), shape, WanAutoencoder((8,), (1,), 4, 0)), list(schedule.plans), execution)
-    run = Run(Full())
+    run: Any = Run(Full())
     run.schedule = lambda *_: schedule
     with WanAdapter(model, grid, chunk_tokens=chunk).attached(run, Backend.SDPA):
         measured = track(lambda: model(**inputs)).peak_bytes
@@ -540,6 +609,33 @@ def test_decoding_takes_the_operations_and_memory_that_are_foretold(
 
 
 @pytest.mark.parametrize(
+    ("coarse", "frames", "given"), [(False, 1, 1), (False, 9, 9), (True, 9, 1)], ids=["frame", "video", "first frame"]
+)
+def test_encoding_takes_the_operations_and_memory_that_are_foretold(coarse: bool, frames: int, given: int) -> None:
+    """Of the first frame and nothing after it; where tokens are timed, of that frame alone."""
+    autoencoder = tiny_wan.autoencoder(coarse, base=16)
+    shape, size = autoencoder_shape({**autoencoder.config, "_class_name": "AutoencoderKLWan"}), Pixels(128, 96, frames)
+
+    def encode() -> Any:
+        return autoencoder.encode(torch.zeros(1, 3, given, 96, 128))
+
+    with FlopCounterMode(display=False) as counted:
+        encode()
+    assert shape.encode_flop(size) == pytest.approx(counted.get_total_flops(), rel=0.02)
+    foretold = shape.encode_moments(size, Coding(4, on_cpu=True))
+    assert max(foretold.values()) == pytest.approx(track(encode).peak_bytes, rel=0.15)
+
+
+def test_a_rate_is_measured_on_as_many_operations_as_it_says() -> None:
+    autoencoder = tiny_wan.autoencoder(coarse=True, base=8)
+    shape = autoencoder_shape({**autoencoder.config, "_class_name": "AutoencoderKLWan"})
+    sample = shape.sample(torch.device("cpu"), torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        sample.run()
+    assert sample.flop == pytest.approx(counted.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
     ("name", "kin"),
     [
         ("someone/Wan2.1-T2V-1.3B-tuned", "wan2.1-1.3b"),
@@ -553,6 +649,36 @@ def test_decoding_takes_the_operations_and_memory_that_are_foretold(
 def test_models_on_the_hub_are_told_by_their_names(name: str, kin: str) -> None:
     known = choose_model(kin, "video")
     assert choose_model(name, "video") == replace(known, name=name, source=name, reason="hub id")
+
+
+@pytest.mark.parametrize("kind", ["two", "timed"])
+def test_offloaded_pipelines_in_chunks_give_the_same(pipes: dict[str, Any], kind: str) -> None:
+    """Hooks that bring weights go on around blocks that run in chunks."""
+    size = {"height": 20 * 16, "width": 24 * 16, "num_frames": 5}
+    size = {name: 2 * side if kind == "timed" and name != "num_frames" else side for name, side in size.items()}
+
+    def run(pipe: Any, chunk: int | None) -> torch.Tensor:
+        with grat_cli.install(pipe, preset("b"), **size, chunk_tokens=chunk) as installation:
+            result = call(pipe, kind, [SHORT], steps=2, **size)
+        assert installation.chunking[0] == chunk
+        return result
+
+    expected = run(pipes[kind], None)
+    offloaded = tiny_wan.pipeline(kind)
+    cpu = torch.device("cpu")
+    offloaded.enable_group_offload(cpu, cpu, "block_level", num_blocks_per_group=1, exclude_modules=["vae"])
+    assert torch.equal(run(offloaded, 256), expected)
+
+
+def test_compiled_blocks_run_under_grat(pipes: dict[str, Any]) -> None:
+    model, inputs = tiny_wan.transformer(), tiny_wan.inputs(GRID.shape)
+    adapter = WanAdapter(model, GRID)
+    with adapter.attached(Run(Block(1)), Backend.SDPA):
+        expected = model(**inputs)[0]
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with WanAdapter(model, GRID).attached(Run(Block(1)), Backend.SDPA):
+        assert relative_difference(model(**inputs)[0], expected) < RELATIVE
 
 
 def test_what_does_not_fit_is_refused(pipes: dict[str, Any]) -> None:
