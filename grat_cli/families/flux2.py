@@ -55,6 +55,7 @@ _DEV = ModelChoice(
     "flux2",
     default_steps=50,
     default_guidance=4.0,
+    largest_pixels=2048 * 2048,  # "Maximum resolution" at help.bfl.ai, "FLUX.2 Technical Specifications"
     takes_negative=False,
     takes=frozenset(["start", "reference"]),
     most_references=6,
@@ -87,7 +88,7 @@ _QWEN_4B = TextEncoderShape(4_022_468_096, 36, 2560, 9728, 32, 512)
 _QWEN_8B = TextEncoderShape(8_190_735_360, 36, 4096, 12288, 32, 512)
 _AUTOENCODER = KlAutoencoder((128, 256, 512, 512), (3, 3, 3, 3), 32, 84_046_115)
 
-_LARGEST_TRAINED = 128 * 128  # image tokens of 4 megapixels, the most that FLUX.2 is made for (help.bfl.ai)
+_LARGEST_TRAINED = 128 * 128  # image tokens of the largest pictures that it is made for
 _LARGEST_REFERENCE = 1024 * 1024  # pixels; the pipelines scale larger ones down
 _SMALLEST_SIDE, _LONGEST_SHAPE = 64, 8  # pixels, and sides to each other, of what the pipelines refer to
 _ABOUT_REFERENCES = "references come before the image, attend themselves alone, and are kept from step to step"
