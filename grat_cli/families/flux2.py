@@ -126,7 +126,7 @@ class Flux2Shape(TransformerShape):
             in_channels=int(config["in_channels"]),
             text_channels=int(config["joint_attention_dim"]),
             feed_forward=int(heads * head_dim * float(config.get("mlp_ratio", 3.0))),
-            guidance_embeds=bool(config["guidance_embeds"]),
+            guidance_embeds=bool(config.get("guidance_embeds", True)),
             time_channels=int(config.get("timestep_guidance_channels", 256)),
         )
 
@@ -287,7 +287,8 @@ class Flux2(Family):
 
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         token_side = 2 ** (len(autoencoder.get("block_out_channels") or [0] * 4) - 1) * 2
-        template = _DEV if transformer.get("guidance_embeds") else _BASE_4B
+        # The configuration of dev may be older than the setting.
+        template = _DEV if transformer.get("guidance_embeds", True) else _BASE_4B
         return replace(template, token_side=token_side, size_multiple=token_side)
 
     def of_index(self, choice: ModelChoice, parts: frozenset[str], options: Mapping[str, Any]) -> ModelChoice:
@@ -345,7 +346,7 @@ class Flux2(Family):
             "txt_ids": _positions(1, 1, 1, text_len)[None].to(latents.device),
         }
         # The transformer multiplies the scale by 1000 itself.
-        return inputs | ({"guidance": torch.full_like(timestep, 4.0)} if config["guidance_embeds"] else {})
+        return inputs | ({"guidance": torch.full_like(timestep, 4.0)} if config.get("guidance_embeds", True) else {})
 
     def reference_tokens(
         self,
@@ -386,10 +387,7 @@ class Flux2(Family):
     # ---- Making
 
     def given_shift(self, pipe: Any, image_tokens: int, steps: int) -> GivenShift:
-        """The pipelines fit it to tokens and steps; the line is ended at the largest pictures that FLUX.2 is made for.
-
-        No preset's shift stands for that of steps: it is between the fits for 10 and for 200.
-        """
+        """The pipelines fit it to tokens and steps; it ends at the largest pictures that FLUX.2 is made for."""
         given = _mu(image_tokens, steps)
         return GivenShift(given, min(given, _mu(_LARGEST_TRAINED, steps)))
 

@@ -60,6 +60,11 @@ def test_folders_tell_which_model_they_are_kin_to(folders: dict[str, Path]) -> N
     assert (base.default_steps, base.default_guidance, base.true_guidance) == (50, 4.0, True)
     assert dev.takes == {"start", "reference"}
     assert klein.takes == base.takes == {"start", "mask", "reference"}
+    config = folders["dev"] / "transformer" / "config.json"
+    kept = config.read_text()
+    config.write_text(kept.replace('"guidance_embeds": true,', ""))  # as of the first release
+    assert choose_model(str(folders["dev"])) == dev
+    config.write_text(kept)
     for model, is_negative in ((dev, False), (klein, False), (base, True)):
         request = replace(small(Path(model.source)).request, negative_prompt="blur")
         if is_negative:
