@@ -187,9 +187,11 @@ class Flux2Shape(TransformerShape):
     # ---- Memory
 
     def pipeline_bytes(self, plan: Plan, element: int) -> float:
-        """Positions of four int64, the image's in group order as well; cosines and sines of text and image apart."""
+        """Positions of four int64, the image's in group order as well; cosines and sines of text and image apart; with
+        references, latents of both and their order once more, joined."""
         entering = plan.tokens - plan.text_len
-        return (plan.tokens + entering) * 4 * 8 + 2 * plan.tokens * self.head_dim * 4
+        joined = entering * (self.token_channels * element + 2 * 8) if entering > plan.image_tokens else 0
+        return (plan.tokens + entering) * 4 * 8 + 2 * plan.tokens * self.head_dim * 4 + joined
 
     def moments(self, call: TransformerCall) -> dict[str, float]:
         blocks = {"double": (self.double_blocks, self._double), "single": (self.single_blocks, self._single)}
