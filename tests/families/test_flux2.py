@@ -297,7 +297,8 @@ def test_compiled_transformers_attend_over_spans(form: str) -> None:
     """`torch.compile` of the transformer, of its blocks as diffusers recommends, and `transformer.compile()`."""
     torch._dynamo.reset()
     model: Any = tiny_flux2.transformer(num_single_layers=1)
-    called, grid = model, Grid((8, 12))
+    called: Any = model
+    grid = Grid((8, 12))
     inputs = tiny_flux2.inputs(*grid.shape, references=REFERENCES)
     patterns = [(Block(1), CrissCross(1)), (CrissCross(1), Block(0))]  # of two steps
     expected = [compare(model, inputs, Run(grid, *of_step)) for of_step in patterns]
