@@ -306,16 +306,13 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
 def _outside_blocks(shape: TransformerShape, plan: Plan, plans: int, execution: Execution, guided_twice: bool) -> float:
     """What is alive all through a transformer call, besides hidden states."""
     element = execution.element
-    entering = plan.tokens - plan.text_len  # tokens of the image, and of references
-    latents = entering * shape.token_channels * element
+    latents = (plan.tokens - plan.text_len) * shape.token_channels * element  # references, where there are any, too
     prompt = plan.text_len * shape.text_channels * element
     # Latents, the same in group order, and with two calls per step the first one's prediction.
     total = latents * (2 + guided_twice) + prompt * (1 + guided_twice)
-    if entering > plan.image_tokens:  # joined by the pipeline
-        total += latents
-    rotated = plan.tokens if shape.rotates_text else entering
+    rotated = plan.tokens if shape.rotates_text else plan.tokens - plan.text_len
     total += 2 * rotated * shape.head_dim * 4  # cosines and sines, fp32
-    total += plans * 2 * entering * 8  # token order and its inverse, int64
+    total += plans * 2 * plan.image_tokens * 8  # token order and its inverse, int64
     return total + shape.pipeline_bytes(plan, element)
 
 

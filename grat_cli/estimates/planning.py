@@ -76,14 +76,13 @@ class Forecast:
     @property
     def linear_flop_per_call(self) -> float:
         """Floating-point operations of a transformer call besides attention over image tokens."""
-        architecture, plan = self.architecture, self.main_plan
-        entering = plan.tokens - plan.text_len  # tokens of the image, and of references
-        return architecture.transformer.linear_flop(entering, architecture.model.text_tokens)
+        architecture = self.architecture
+        behind = self.main_plan.tokens - self.main_plan.text_len  # image tokens, and those of references
+        return architecture.transformer.linear_flop(behind, architecture.model.text_tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """The forecast as plain data, schema `grat.plan/1`."""
         plan = self.main_plan
-        references = plan.tokens - plan.image_tokens - plan.text_len
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -92,12 +91,7 @@ class Forecast:
             "height": self.size.height,
             **_time_axis(self.size),
             "grid": list(self.schedule.grid.shape),
-            "tokens": {
-                "image": plan.image_tokens,
-                "text": plan.text_len,
-                **({"references": references} if references else {}),
-                "total": plan.tokens,
-            },
+            "tokens": {"image": plan.image_tokens, "text": plan.text_len, **_references(plan), "total": plan.tokens},
             "group": list(plan.grouping.group),
             "groups": list(plan.grouping.counts),
             "steps": self.schedule.steps,
@@ -115,6 +109,11 @@ class Forecast:
                 for used, share in self.schedule.shares.items()
             ],
         }
+
+
+def _references(plan: Plan) -> dict[str, int]:
+    count = plan.tokens - plan.image_tokens - plan.text_len
+    return {"references": count} if count else {}
 
 
 def _time_axis(size: Resolution | VideoSize) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def schedule_for(
         architecture: shape of the model.
         size: of the picture or video.
         steps: that are run; None for all of the preset's.
-        references: tokens of pictures to refer to; see `Family.reference_tokens`.
+        references: tokens of pictures to refer to.
 
     Raises:
         BadInput: if the preset does not fit its tokens, or its rules not the steps, layers and heads.
@@ -209,7 +208,7 @@ def forecast(
 
 
 def run_forecasts(
-    preset: Preset, choice: ModelChoice, size: Resolution | VideoSize, dtype: str = "auto", references: int = 0
+    preset: Preset, choice: ModelChoice, size: Resolution | VideoSize, dtype: str = "auto"
 ) -> list[Forecast]:
     """Lays out a whole run: each stage of a picture, the last of which costs most, or a video; see `forecast`."""
     architecture = architecture_for(choice)
@@ -221,7 +220,6 @@ def run_forecasts(
             replace(size, width=stage.width, height=stage.height),
             dtype,
             stage.steps,
-            references,
         )
         for stage in stages_of(preset, choice, size.width, size.height)
     ]

@@ -85,6 +85,7 @@ class ModelChoice:
         true_guidance: whether its guidance is true classifier-free guidance, with a second transformer call per step.
         video: what videos it makes; None for a model of images.
         is_demo: whether it is a bundled model, which knows a few hundred words.
+        largest_pixels: most pixels of a picture that it is made for, where there are no stages for larger ones.
         takes_negative: whether it can be steered away from a negative prompt.
         takes: pictures that it may be given.
         needs: those of them that it makes nothing without.
@@ -111,6 +112,7 @@ class ModelChoice:
     true_guidance: bool = False
     video: VideoTraits | None = None
     is_demo: bool = False
+    largest_pixels: int | None = None
     takes_negative: bool = True
     takes: frozenset[PictureKind] = NO_PICTURES
     needs: frozenset[PictureKind] = NO_PICTURES

@@ -55,6 +55,7 @@ _DEV = ModelChoice(
     "flux2",
     default_steps=50,
     default_guidance=4.0,
+    largest_pixels=2048 * 2048,  # "Maximum resolution" at help.bfl.ai, "FLUX.2 Technical Specifications"
     takes_negative=False,
     takes=frozenset(["start", "reference"]),
     most_references=6,
@@ -87,7 +88,7 @@ _QWEN_4B = TextEncoderShape(4_022_468_096, 36, 2560, 9728, 32, 512)
 _QWEN_8B = TextEncoderShape(8_190_735_360, 36, 4096, 12288, 32, 512)
 _AUTOENCODER = KlAutoencoder((128, 256, 512, 512), (3, 3, 3, 3), 32, 84_046_115)
 
-_LARGEST_TRAINED = 128 * 128  # image tokens of 4 megapixels, the most that FLUX.2 is made for (help.bfl.ai)
+_LARGEST_TRAINED = 128 * 128  # image tokens of the largest pictures that it is made for
 _LARGEST_REFERENCE = 1024 * 1024  # pixels; the pipelines scale larger ones down
 _SMALLEST_SIDE, _LONGEST_SHAPE = 64, 8  # pixels, and sides to each other, of what the pipelines refer to
 _ABOUT_REFERENCES = "references come before the image, attend themselves alone, and are kept from step to step"
@@ -125,7 +126,7 @@ class Flux2Shape(TransformerShape):
             in_channels=int(config["in_channels"]),
             text_channels=int(config["joint_attention_dim"]),
             feed_forward=int(heads * head_dim * float(config.get("mlp_ratio", 3.0))),
-            guidance_embeds=bool(config["guidance_embeds"]),
+            guidance_embeds=bool(config.get("guidance_embeds", True)),
             time_channels=int(config.get("timestep_guidance_channels", 256)),
         )
 
@@ -186,9 +187,11 @@ class Flux2Shape(TransformerShape):
     # ---- Memory
 
     def pipeline_bytes(self, plan: Plan, element: int) -> float:
-        """Positions of four int64, the image's in group order as well; cosines and sines of text and image apart."""
+        """Positions of four int64, the image's in group order as well; cosines and sines of text and image apart; with
+        references, latents of both and their order once more, joined."""
         entering = plan.tokens - plan.text_len
-        return (plan.tokens + entering) * 4 * 8 + 2 * plan.tokens * self.head_dim * 4
+        joined = entering * (self.token_channels * element + 2 * 8) if entering > plan.image_tokens else 0
+        return (plan.tokens + entering) * 4 * 8 + 2 * plan.tokens * self.head_dim * 4 + joined
 
     def moments(self, call: TransformerCall) -> dict[str, float]:
         blocks = {"double": (self.double_blocks, self._double), "single": (self.single_blocks, self._single)}
@@ -286,7 +289,8 @@ class Flux2(Family):
 
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         token_side = 2 ** (len(autoencoder.get("block_out_channels") or [0] * 4) - 1) * 2
-        template = _DEV if transformer.get("guidance_embeds") else _BASE_4B
+        # The configuration of dev may be older than the setting.
+        template = _DEV if transformer.get("guidance_embeds", True) else _BASE_4B
         return replace(template, token_side=token_side, size_multiple=token_side)
 
     def of_index(
@@ -346,7 +350,7 @@ class Flux2(Family):
             "txt_ids": _positions(1, 1, 1, text_len)[None].to(latents.device),
         }
         # The transformer multiplies the scale by 1000 itself.
-        return inputs | ({"guidance": torch.full_like(timestep, 4.0)} if config["guidance_embeds"] else {})
+        return inputs | ({"guidance": torch.full_like(timestep, 4.0)} if config.get("guidance_embeds", True) else {})
 
     def reference_tokens(
         self,
@@ -387,10 +391,7 @@ class Flux2(Family):
     # ---- Making
 
     def given_shift(self, pipe: Any, image_tokens: int, steps: int) -> GivenShift:
-        """The pipelines fit it to tokens and steps; the line is ended at the largest pictures that FLUX.2 is made for.
-
-        No preset's shift stands for that of steps: it is between the fits for 10 and for 200.
-        """
+        """The pipelines fit it to tokens and steps; it ends at the largest pictures that FLUX.2 is made for."""
         given = _mu(image_tokens, steps)
         return GivenShift(given, min(given, _mu(_LARGEST_TRAINED, steps)))
 

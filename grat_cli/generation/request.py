@@ -172,7 +172,7 @@ def check(request: Request) -> None:
     """Raises BadInput unless the model can make such outputs, and there is a place for each."""
     check_size(request)
     if request.negative_prompt is not None and not request.model.takes_negative:
-        raise BadInput(f"{request.model.name} is not steered away from anything: leave out --negative")
+        raise BadInput(f"{request.model.name} takes no negative prompt: leave out --negative")
     if request.strength is not None and not 0.0 < request.strength <= 1.0:
         raise BadInput(f"strength must lie above 0 and at most at 1, not {request.strength}")
     if request.outputs and len(request.outputs) != len(request.seeds):
@@ -213,6 +213,11 @@ def note_expectations(request: Request, progress: Progress) -> None:
             does = "shows" if request.frames else "draws"
             subjects = ", ".join(known["subjects"])
             progress.note(f"the demo model does not know {', '.join(unknown)}; it {does} {subjects}")
+    if model.largest_pixels and request.width * request.height > model.largest_pixels:
+        side = int(model.largest_pixels**0.5)
+        progress.note(
+            f"{model.name} is made for pictures of up to {side}x{side}: larger ones repeat and blur with any attention"
+        )
     from grat_cli.estimates.stages import FAIR_AREA
 
     from_noise = request.init_image is None and preset.highres is not None and preset.highres.mode != "cascade"

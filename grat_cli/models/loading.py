@@ -177,7 +177,8 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
         config: Any = model.load_config(base, subfolder="transformer")
         require_plain_config(config, f"transformer of {base}")
         # Else weights would be left out without a word.
-        if embeds_guidance != config.get("guidance_embeds", False):
+        setting = signature(model.__init__).parameters.get("guidance_embeds")
+        if embeds_guidance != config.get("guidance_embeds", setting.default if setting else False):
             raise ModelUnavailable(
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
                 f"{family.matching_base(embeds_guidance)}"

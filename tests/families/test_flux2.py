@@ -290,3 +290,26 @@ def test_single_blocks_take_text_apart_as_well() -> None:
     with in_chunks([block], FORWARDS, CHUNK):
         assert all(map(torch.equal, block(image, text, modulation, split_hidden_states=True), stock))
         assert torch.equal(block(image, text, modulation), torch.cat(stock, dim=1))
+
+
+@pytest.mark.parametrize("form", ["wrapped", "blocks", "in place"])
+def test_compiled_transformers_attend_over_spans(form: str) -> None:
+    """`torch.compile` of the transformer, of its blocks as diffusers recommends, and `transformer.compile()`."""
+    torch._dynamo.reset()
+    model: Any = tiny_flux2.transformer(num_single_layers=1)
+    called: Any = model
+    grid = Grid((8, 12))
+    inputs = tiny_flux2.inputs(*grid.shape, references=REFERENCES)
+    patterns = [(Block(1), CrissCross(1)), (CrissCross(1), Block(0))]  # of two steps
+    expected = [compare(model, inputs, Run(grid, *of_step)) for of_step in patterns]
+    if form == "wrapped":
+        called = torch.compile(model, backend="eager", fullgraph=True)
+    elif form == "blocks":
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    else:
+        model.compile(backend="eager")
+    run = Run(grid, *patterns[0])
+    with Flux2Adapter(called, grid).attached(run, Backend.SDPA):
+        for run.step, run.patterns in enumerate(patterns):
+            assert relative_difference(called(**inputs)[0], expected[run.step]) < RELATIVE
+    torch._dynamo.reset()

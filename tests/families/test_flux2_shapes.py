@@ -20,7 +20,7 @@ from grat_cli.estimates.components import components_of
 from grat_cli.estimates.memory import Execution, denoise_moments
 from grat_cli.estimates.planning import architecture_for, forecast
 from grat_cli.families import FAMILIES
-from grat_cli.families.autoencoders import TinyAutoencoder
+from grat_cli.families.autoencoders import Coding, Pixels, TinyAutoencoder, autoencoder_shape
 from grat_cli.families.base import ModelChoice
 from grat_cli.families.flux2 import Flux2Adapter
 from grat_cli.families.shapes import Components
@@ -209,3 +209,21 @@ def test_references_count_in_plans() -> None:
 
 def model_layers(model: ModelChoice) -> int:
     return FLUX2.transformer_shape(FLUX2.transformer_config(model)).layers
+
+
+@pytest.mark.parametrize(("channels", "side"), [((16, 32, 64, 64), 256), ((64, 128, 256, 256), 128)])
+def test_memory_of_coding_is_what_torch_allocates(channels: tuple[int, ...], side: int) -> None:
+    levels: Any = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": channels,
+    }
+    autoencoder: Any = AutoencoderKLFlux2(**levels, norm_num_groups=8).eval()
+    config = {**autoencoder.config, "_class_name": "AutoencoderKLFlux2"}
+    shape, size, on_cpu = autoencoder_shape(config), Pixels(side, side), Coding(4, on_cpu=True)
+    latents, pixels = torch.randn(1, 32, side // 8, side // 8), torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        measured = [track(lambda: autoencoder.decode(latents)), track(lambda: autoencoder.encode(pixels))]
+    for foretold, one in zip((shape.decode_moments, shape.encode_moments), measured, strict=True):
+        # Without the pixels that are collected beside the autoencoder's own work.
+        assert max(foretold(size, on_cpu).values()) - size.count * 4 == pytest.approx(one.peak_bytes, rel=0.15)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_flux2
 import torch
+from accelerate import cpu_offload
+from diffusers.hooks.group_offloading import apply_group_offloading
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein_inpaint import Flux2KleinInpaintPipeline
@@ -170,3 +174,43 @@ def test_the_time_shift_is_that_of_the_pipeline_and_ends_where_flux2_does() -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         grat_cli.install(pipe, preset(), height=2048, width=2048).__enter__()
+
+
+def _sequential(pipe: Any) -> None:
+    # The autoencoder's statistics are buffers, which diffusers leaves where they are.
+    for part in (pipe.vae, pipe.transformer):
+        cpu_offload(part, execution_device=torch.device("cpu"), offload_buffers=part is pipe.transformer)
+
+
+def _groups(kind: str) -> Callable[[Any], None]:
+    cpu = torch.device("cpu")
+    return lambda pipe: apply_group_offloading(pipe.transformer, cpu, cpu, kind, num_blocks_per_group=1)
+
+
+@pytest.mark.parametrize("offload", [lambda pipe: None, _sequential, _groups("block_level"), _groups("leaf_level")])
+def test_it_is_the_same_picture_in_chunks_and_offloaded(offload: Callable[[Any], None]) -> None:
+    def latents(pipe: Any, chunk_tokens: int | None) -> torch.Tensor:
+        with grat_cli.install(pipe, preset("x", share=1), height=400, width=496, chunk_tokens=chunk_tokens):
+            return call(pipe, height=400, width=496, **REFERENCES)
+
+    pipe = tiny_flux2.pipeline()
+    offload(pipe)
+    assert torch.equal(latents(pipe, 256), latents(tiny_flux2.pipeline(), None))
+
+
+def test_attention_that_is_broadcast_over_steps_equals_that_of_stock() -> None:
+    """diffusers' Pyramid Attention Broadcast wraps attention modules, processors stay inside."""
+    pipe = tiny_flux2.pipeline()
+    without = call(pipe, num_inference_steps=6)
+    pipe.transformer.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(0, 1000),
+            spatial_attention_block_identifiers=("transformer_blocks", "single_transformer_blocks"),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    )
+    expected = call(pipe, num_inference_steps=6)
+    with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
+        assert relative_difference(call(pipe, num_inference_steps=6), expected) < RELATIVE
+    assert relative_difference(without, expected) > 0.01

@@ -15,12 +15,12 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from flux_runs import relative_difference
 from PIL import Image
-from small_runs import STEPS, Small, broken_off, generate, untimed
+from small_runs import STEPS, Progress, Small, broken_off, generate, untimed
 
 from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.families.base import Call, Pictures
 from grat_cli.generation.checkpoint import read_run
-from grat_cli.generation.request import check
+from grat_cli.generation.request import check, note_expectations
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import load_autoencoder, load_model
 
@@ -60,16 +60,30 @@ def test_folders_tell_which_model_they_are_kin_to(folders: dict[str, Path]) -> N
     assert (base.default_steps, base.default_guidance, base.true_guidance) == (50, 4.0, True)
     assert dev.takes == {"start", "reference"}
     assert klein.takes == base.takes == {"start", "mask", "reference"}
+    config = folders["dev"] / "transformer" / "config.json"
+    kept = config.read_text()
+    config.write_text(kept.replace('"guidance_embeds": true,', ""))  # as of the first release
+    assert choose_model(str(folders["dev"])) == dev
+    config.write_text(kept)
     for model, is_negative in ((dev, False), (klein, False), (base, True)):
         request = replace(small(Path(model.source)).request, negative_prompt="blur")
         if is_negative:
             check(request)
             continue
-        with pytest.raises(BadInput, match="is not steered away from anything: leave out --negative"):
+        with pytest.raises(BadInput, match="takes no negative prompt: leave out --negative"):
             check(request)
     pipe = load_model(klein, device=CPU, dtype=torch.float32).pipe
     assert (type(pipe), pipe.config.is_distilled) == (Flux2KleinPipeline, True)
     assert type(load_model(dev, device=CPU, dtype=torch.float32).pipe) is Flux2Pipeline
+
+
+def test_pictures_that_are_too_large_for_the_model_are_told() -> None:
+    model = choose_model("flux2-klein-4b")
+    for side, notes in ((2048, 0), (4096, 1)):
+        progress = Progress()
+        note_expectations(small_runs._request("flux2", [4, 4], "png", width=side, height=side, model=model), progress)
+        assert len(progress.notes) == notes
+        assert all("made for pictures of up to 2048x2048" in note for note in progress.notes)
 
 
 def test_folders_of_other_pipelines_are_refused_with_the_reason(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from grat_cli.bench.highres_level import HighresSettings, run_highres_level
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput
 from grat_cli.estimates.stages import Stage, stages_of, uses_highres
-from grat_cli.families import family_of
+from grat_cli.families import family_of, family_of_presets
 from grat_cli.families.base import NO_PICTURES
 from grat_cli.fidelity.quality import likeness
 from grat_cli.generation import run as generation
@@ -42,7 +42,7 @@ def stages(width: int, height: int, /, chosen: Preset | None = None, **options: 
     return stages_of(chosen or preset(), FLUX, width, height, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if len(load_preset(name).attention.group) == 2])
+@pytest.mark.parametrize("name", [name for name in preset_names() if family_of_presets(load_preset(name).model).stages])
 def test_presets_of_pictures_say_how_large_ones_come_about(name: str) -> None:
     """One and the same for a family, but where a preset is made for a size."""
     section, usual = load_preset(name).highres, load_preset(f"{name.partition('-')[0]}-full").highres
