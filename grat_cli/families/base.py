@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -86,6 +86,7 @@ class ModelChoice:
         takes: pictures that it may be given.
         needs: those of them that it makes nothing without.
         most_references: most pictures that it refers to at once.
+        takes_negative: whether it can be steered away from a negative prompt.
     """
 
     name: str
@@ -107,6 +108,14 @@ class ModelChoice:
     takes: frozenset[PictureKind] = NO_PICTURES
     needs: frozenset[PictureKind] = NO_PICTURES
     most_references: int = 1
+    takes_negative: bool = True
+
+    def redoes(self, kinds: frozenset[PictureKind]) -> bool:
+        """Whether it redoes a picture to start from at a strength, where it is given such pictures.
+
+        A video goes on from its first frame, and a model that makes nothing without `start` takes it as it is.
+        """
+        return "start" in kinds and self.video is None and "start" not in self.needs
 
     @property
     def medium(self) -> Medium:
@@ -173,7 +182,8 @@ class Call:
         frames: of a video; None for a picture.
         steps: of the sampling, of which those before `strength` are left out.
         arguments: text and guidance, as the pipeline takes them.
-        generator: of the noise, on the CPU, so that a seed gives the same one on every device.
+        generator: of the noise, on the CPU, so that a seed gives the same one on every device; where `pictures` are
+            given, as it was when the call began, also of a call that goes on, which encodes them once more.
         callback: the pipeline's `callback_on_step_end`.
         start: latents `[1, C, h, w]` to start from; None for noise.
         strength: share of the steps that are run on `start`, or on that of `pictures`.
@@ -258,6 +268,10 @@ class Family(ABC):
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         """The known model that a folder's is kin to, with what its configurations say of tokens and guidance."""
 
+    def of_pipeline(self, model: ModelChoice, class_name: str | None) -> ModelChoice:
+        """What `of_folder` told, and the class of the pipeline that the folder was saved as tells besides."""
+        return model
+
     def matching_base(self, embeds_guidance: bool) -> str:
         """What to give as `--base` for a file with or without embedded guidance."""
         return f"try --base {self.base}" if embeds_guidance else "give --base what it was made from"
@@ -296,6 +310,15 @@ class Family(ABC):
         Raises:
             LookupError, ValueError, TypeError: if a field is missing or damaged.
         """
+
+    def reference_tokens(self, model: ModelChoice, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens in the joint sequence of pictures that an output refers to.
+
+        Args:
+            model: that refers to them.
+            sizes: width and height in pixels of each, as it is given.
+        """
+        return 0
 
     @abstractmethod
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
@@ -373,7 +396,10 @@ class Family(ABC):
 
     def pipeline_for(self, pipe: Any, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         """The pipeline that takes such pictures; it shares the components of `pipe`, hooks included."""
-        kind = self.pipeline_class(kinds)
+        return self.in_class(pipe, self.pipeline_class(kinds))
+
+    def in_class(self, pipe: Any, kind: Any) -> Any:
+        """A pipeline of a class of the family, of the components of `pipe`, hooks included; `pipe` if it is one."""
         if type(pipe) is kind:
             return pipe
         components = {name: part for name, part in pipe.components.items() if name in signature(kind).parameters}

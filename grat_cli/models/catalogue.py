@@ -17,6 +17,7 @@ from grat_cli.files.json_objects import read_json
 from grat_cli.models.parts import read_index, validation_problem
 
 _Blocks = Annotated[list[int] | None, Field(max_length=8)]
+_Channels = Annotated[int, Field(ge=1, le=2**20)]
 _Scale = Annotated[int, Field(ge=1, le=64)]
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".sft")
@@ -156,7 +157,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = family.of_folder(transformer, autoencoder)
+    choice = family.of_pipeline(family.of_folder(transformer, autoencoder), index.class_name)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 
@@ -168,6 +169,8 @@ class _Traits(BaseModel):
     block_out_channels: _Blocks = None
     decoder_block_out_channels: _Blocks = None
     guidance_embeds: bool | None = None
+    in_channels: _Channels | None = None
+    out_channels: _Channels | None = None
     text_embed_dim: int | None = None
     spatial_compression_ratio: _Scale | None = None
     temporal_compression_ratio: _Scale | None = None

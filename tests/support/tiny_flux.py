@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
@@ -48,6 +49,20 @@ def autoencoder() -> AutoencoderTiny:
         num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1),
         latent_channels=4,
+    ).eval()
+
+
+def autoencoder_of_distributions() -> AutoencoderKL:
+    """Random, of the same size, of which pipelines draw latents."""
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        shift_factor=0.1,
+        scaling_factor=0.4,
     ).eval()
 
 
