@@ -283,7 +283,7 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
     row = shape.width * execution.element
     chunk = execution.chunk(plan.image_tokens)
     return TransformerCall(
-        image=plan.image_tokens * row,
+        image=(plan.tokens - plan.text_len) * row,
         text=plan.text_len * row,
         chunk=(chunk or 0) * row,
         chunked=chunk is not None,
@@ -297,11 +297,11 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
 def _outside_blocks(shape: TransformerShape, plan: Plan, plans: int, execution: Execution, guided_twice: bool) -> float:
     """What is alive all through a transformer call, besides hidden states."""
     element = execution.element
-    latents = plan.image_tokens * shape.token_channels * element
+    latents = (plan.tokens - plan.text_len) * shape.token_channels * element  # references, where there are any, too
     prompt = plan.text_len * shape.text_channels * element
     # Latents, the same in group order, and with two calls per step the first one's prediction.
     total = latents * (2 + guided_twice) + prompt * (1 + guided_twice)
-    rotated = plan.tokens if shape.rotates_text else plan.image_tokens
+    rotated = plan.tokens if shape.rotates_text else plan.tokens - plan.text_len
     total += 2 * rotated * shape.head_dim * 4  # cosines and sines, fp32
     total += plans * 2 * plan.image_tokens * 8  # token order and its inverse, int64
     return total + shape.pipeline_bytes(plan, element)

@@ -10,7 +10,7 @@ from grat_cli.estimates.components import denoising_shapes
 from grat_cli.estimates.stages import stages_of
 from grat_cli.families import family_of
 from grat_cli.families.autoencoders import AutoencoderShape
-from grat_cli.families.base import ModelChoice
+from grat_cli.families.base import NO_PICTURES, ModelChoice, PictureKind
 from grat_cli.families.shapes import TransformerShape
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize
@@ -77,7 +77,8 @@ class Forecast:
     def linear_flop_per_call(self) -> float:
         """Floating-point operations of a transformer call besides attention over image tokens."""
         architecture = self.architecture
-        return architecture.transformer.linear_flop(self.main_plan.image_tokens, architecture.model.text_tokens)
+        behind = self.main_plan.tokens - self.main_plan.text_len  # image tokens, and those of references
+        return architecture.transformer.linear_flop(behind, architecture.model.text_tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """The forecast as plain data, schema `grat.plan/1`."""
@@ -90,7 +91,7 @@ class Forecast:
             "height": self.size.height,
             **_time_axis(self.size),
             "grid": list(self.schedule.grid.shape),
-            "tokens": {"image": plan.image_tokens, "text": plan.text_len, "total": plan.tokens},
+            "tokens": {"image": plan.image_tokens, "text": plan.text_len, **_references(plan), "total": plan.tokens},
             "group": list(plan.grouping.group),
             "groups": list(plan.grouping.counts),
             "steps": self.schedule.steps,
@@ -110,6 +111,11 @@ class Forecast:
         }
 
 
+def _references(plan: Plan) -> dict[str, int]:
+    count = plan.tokens - plan.image_tokens - plan.text_len
+    return {"references": count} if count else {}
+
+
 def _time_axis(size: Resolution | VideoSize) -> dict[str, Any]:
     if isinstance(size, VideoSize):
         return {"frames": size.frames, "fps": size.fps, "seconds": round(size.seconds, 3)}
@@ -126,7 +132,11 @@ def architecture_for(choice: ModelChoice) -> Architecture:
 
 
 def schedule_for(
-    preset: Preset, architecture: Architecture, size: Resolution | VideoSize, steps: int | None = None
+    preset: Preset,
+    architecture: Architecture,
+    size: Resolution | VideoSize,
+    steps: int | None = None,
+    references: int = 0,
 ) -> AttentionSchedule:
     """The schedule of a picture or video.
 
@@ -135,6 +145,7 @@ def schedule_for(
         architecture: shape of the model.
         size: of the picture or video.
         steps: that are run; None for all of the preset's.
+        references: tokens of pictures to refer to.
 
     Raises:
         BadInput: if the preset does not fit its tokens, or its rules not the steps, layers and heads.
@@ -148,6 +159,7 @@ def schedule_for(
         steps=preset.sampling.steps if steps is None else steps,
         layers=architecture.transformer.layers,
         heads=architecture.transformer.heads,
+        references=references,
     )
 
 
@@ -158,6 +170,7 @@ def forecast(
     size: Resolution | VideoSize,
     dtype: str = "auto",
     steps: int | None = None,
+    references: int = 0,
 ) -> Forecast:
     """Lays out a run.
 
@@ -168,13 +181,14 @@ def forecast(
         size: of the picture or video.
         dtype: of query, key and value; `auto` is bfloat16, float32 for bundled models.
         steps: that are run; None for all of the preset's.
+        references: tokens of pictures to refer to.
 
     Raises:
         BadInput: if the preset does not fit the picture or video.
     """
     if dtype == "auto":
         dtype = "float32" if architecture.model.is_demo else "bfloat16"
-    schedule = schedule_for(preset, architecture, size, steps)
+    schedule = schedule_for(preset, architecture, size, steps, references)
     main_plan = max(schedule.shares, key=lambda plan: schedule.shares[plan])
     width = architecture.transformer.width
     # Two products of tokens x width x tokens, a multiplication and an addition each.
@@ -194,9 +208,28 @@ def forecast(
 
 
 def run_forecasts(
-    preset: Preset, choice: ModelChoice, size: Resolution | VideoSize, dtype: str = "auto"
+    preset: Preset,
+    choice: ModelChoice,
+    size: Resolution | VideoSize,
+    dtype: str = "auto",
+    *,
+    handed: frozenset[PictureKind] = NO_PICTURES,
+    references: int = 0,
+    start: Resolution | None = None,
+    strength: float | None = None,
 ) -> list[Forecast]:
-    """Lays out a whole run: each stage of a picture, the last of which costs most, or a video; see `forecast`."""
+    """Lays out a whole run: each stage of a picture, the last of which costs most, or a video; see `forecast`.
+
+    Args:
+        preset: resolved.
+        choice: the model.
+        size: of the picture or video.
+        dtype: as for `forecast`.
+        handed: kinds of the pictures that the pipeline is given as they are.
+        references: tokens of those to refer to.
+        start: size of the picture that is redone, as for `stages_of`; None for stages from noise.
+        strength: likewise.
+    """
     architecture = architecture_for(choice)
     return [
         forecast(
@@ -206,6 +239,7 @@ def run_forecasts(
             replace(size, width=stage.width, height=stage.height),
             dtype,
             stage.steps,
+            references,
         )
-        for stage in stages_of(preset, choice, size.width, size.height)
+        for stage in stages_of(preset, choice, size.width, size.height, start=start, strength=strength, handed=handed)
     ]

@@ -93,6 +93,7 @@ def build_report(
     record: StageRecord,
     created: datetime,
     strength: float | None = None,
+    pictures: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Everything about one output as plain data, but for what it cost, which `measured` adds.
 
@@ -103,6 +104,7 @@ def build_report(
         record: of the stage that is under way, or was the last.
         created: when, with time zone.
         strength: share of the steps that are run on the picture that the output starts from, or None.
+        pictures: that the output is made from, of `inputs.told`.
     """
     schedule = record.schedule
     image_tokens = schedule.grid.tokens
@@ -116,6 +118,7 @@ def build_report(
         "width": request.width,
         "height": request.height,
         **_of_medium(request, strength),
+        "pictures": [dict(picture) for picture in pictures],
         "preset": request.preset.model_dump(mode="json"),
         "model": {
             "name": request.model.name,
