@@ -291,8 +291,7 @@ class PictureOptions:
     init_image: Path | None = option("FILE", "A picture to start from (image-to-image).", PICTURE)
     strength: float | None = option(
         "SHARE",
-        "How much of --init-image to redo, 0 to 1. Default: 0.7, with --mask 0.85, "
-        "of large pictures as the preset says.",
+        "How much of --init-image to redo, 0 to 1. Default: 0.7, with --mask 1, of large pictures as the preset says.",
         PICTURE,
     )
     mask: Path | None = option(

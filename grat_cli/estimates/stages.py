@@ -22,7 +22,7 @@ from grat_cli.presets import HighResolution, PositionsName, Preset
 # Up to so many times the trained area a model makes pictures from noise as they are.
 FAIR_AREA = 2.0
 _DEFAULT_STRENGTH = 0.7  # of image-to-image at one size
-_INPAINTING_STRENGTH = 0.85  # under a mask, where little of what was there is to be seen
+_INPAINTING_STRENGTH = 1.0  # under a mask, where nothing of what was there is to be seen
 
 
 @dataclass(frozen=True)

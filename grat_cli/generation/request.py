@@ -44,7 +44,7 @@ class Request:
         control: picture of edges, depth or the like that the output follows, or None.
         references: pictures that the output refers to.
         strength: share of the steps that are run on `init_image`: 1 leaves nothing of it. None for 0.7, with a mask
-            for 0.85, or on the high-resolution path for the preset's.
+            for 1, or on the high-resolution path for the preset's.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         offload: one of `offloading.OFFLOADS`.

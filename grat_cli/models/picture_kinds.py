@@ -62,7 +62,8 @@ def refuse_pictures(
         raise BadInput(f"{model.name} refers to {at_most} at once, not {references}: give --reference less often")
     if strength is not None and kinds and not model.redoes(kinds):
         raise BadInput(
-            f"--strength is for a picture that is redone, and {model.name} takes {_options(kinds)} as given: leave it out"
+            f"--strength is for a picture that is redone, and {model.name} takes {_options(kinds)} as given: "
+            "leave it out"
         )
     if negative_prompt is not None and not model.takes_negative:
         raise BadInput(f"{model.name} takes no negative prompt: leave out --negative")

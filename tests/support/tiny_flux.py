@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from grat_cli.models.catalogue import choose_model
+from grat_cli.models.loading import load_model
 
 PIXELS_PER_TOKEN = 8
 TEXT_TOKENS = 6
@@ -80,6 +84,16 @@ def pipeline(kind: type[Any] = FluxPipeline, guidance: bool = False, **component
     pipe = kind(**(parts | components))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save(folder: Path, kind: type[Any], channels: int = 16) -> Path:
+    """A pipeline in a folder, whose transformer reads so many channels: text encoders of the demo, all else random."""
+    demo = load_model(choose_model("demo"), device=torch.device("cpu"), dtype=torch.float32).pipe
+    parts = {name: part for name, part in demo.components.items() if name.startswith(("text", "token", "sched"))}
+    widths = {"joint_attention_dim": 128, "pooled_projection_dim": 64}
+    own = transformer(guidance=True, in_channels=channels, out_channels=16, **widths)
+    kind(**parts, vae=autoencoder_of_distributions(), transformer=own).save_pretrained(folder)
+    return folder
 
 
 def image_to_image() -> FluxImg2ImgPipeline:
