@@ -212,8 +212,9 @@ class Denoising:
         installation, text_tokens = inside.installation, self._text.lengths[0]
         record = report.StageRecord(
             stage=stage,
-            schedule=installation.schedule(text_tokens),
+            schedule=installation.schedule(text_tokens, installation.references),
             text_tokens=text_tokens,
+            reference_tokens=installation.references,
             backend=installation.backend.value,
             backend_reason=installation.backend_reason,
             preparation=installation.preparation,

@@ -25,7 +25,7 @@ from small_runs import STEPS, Progress, Small, broken_off, generate, goes_on_as_
 from grat_cli.errors import BadInput
 from grat_cli.families import flux
 from grat_cli.files import tensors
-from grat_cli.generation import checkpoint, finishing
+from grat_cli.generation import checkpoint, finishing, inputs
 from grat_cli.generation.checkpoint import read_run
 from grat_cli.models.catalogue import choose_model
 from grat_cli.presets import Preset
@@ -36,7 +36,7 @@ KINDS = {
     "control": (FluxControlPipeline, 32),
     "kontext": (FluxKontextPipeline, 16),
 }
-# In place of those of about a megapixel: 7 x 9 tokens for the reference below.
+# In place of those of about a megapixel.
 SIZES = [(48, 64), (64, 48), (72, 56)]
 
 
@@ -141,8 +141,9 @@ def test_full_attention_gives_the_stock_picture(made: Made, written: dict[str, n
             "kontext": [("reference", "other.png", 90, 70)],
         }[made.folder.name]
     )
-    references = 7 * 9 if made.folder.name == "kontext" else 0
-    assert one.report["stages"][0]["tokens"] == 120 + model.text_tokens + references
+    references = 6 * 8 if made.folder.name == "kontext" else 0  # 88x64 pixels are nearest in shape to 64x48
+    assert references == inputs.reference_tokens(made.small.request)
+    assert one.report["stages"][0]["tokens"] == one.report["tokens"]["total"] == 120 + model.text_tokens + references
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
