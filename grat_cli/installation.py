@@ -105,6 +105,11 @@ class Installation:
         return self._latest.preparation
 
     @property
+    def references(self) -> int:
+        """Tokens of pictures to refer to, in the latest call."""
+        return self._latest.references
+
+    @property
     def chunking(self) -> tuple[int | None, str]:
         """How many tokens at most run through feed-forward and modulation at once, None for all; and why."""
         return self._latest.chunking

@@ -51,6 +51,7 @@ class Adapter(ABC):
         model: the transformer, without what `torch.compile` put around it.
         grid: image tokens of the calls to come.
         blocks: whose attention takes a plan, in order.
+        references: tokens of pictures to refer to, in the call under way.
         order: raster index of each image token in the order of the call under way, on its device; behind them tokens of
             references keep their places.
         inverse: what undoes it.
@@ -59,6 +60,7 @@ class Adapter(ABC):
     """
 
     text_first: ClassVar[bool]
+    references: int = 0
     order: torch.Tensor
     inverse: torch.Tensor
     preparation: str | None = None
@@ -213,7 +215,7 @@ class Adapter(ABC):
             text = self.read(call)
             step = run.current_step()
             schedule = run.schedule(text.longest, text.references)
-            tokens = call["hidden_states"]
+            tokens, self.references = call["hidden_states"], text.references
             self.prepare(tokens)
             if observer:
                 observer.begin_call(step, schedule.density_of_step(step))
@@ -344,7 +346,7 @@ class ProcessorAdapter(_ReplacingAdapter):
         from grat_cli.attention import preparation
 
         super().prepare(tokens)
-        fused, self.preparation = preparation.choose(self._fused, self._attentions, tokens)
+        fused, self.preparation = preparation.choose(self._fused, self._attentions, tokens, self.references)
         for processor in self._processors:
             processor.fused = fused
 

@@ -21,13 +21,16 @@ from grat_kernels.rope_norm import Joined, Norms, Projections
 _RMS_NORMS = (torch.nn.RMSNorm, RMSNorm)
 
 
-def choose(wanted: bool | None, attentions: Sequence[Any], tokens: torch.Tensor) -> tuple[bool, str]:
+def choose(
+    wanted: bool | None, attentions: Sequence[Any], tokens: torch.Tensor, references: int = 0
+) -> tuple[bool, str]:
     """Whether the fused kernel prepares the attention of a call, and in words what does and why.
 
     Args:
         wanted: whether by the fused kernel; None for wherever it can run on a GPU.
         attentions: attention modules of the transformer.
         tokens: of the call, for their device and dtype.
+        references: how many tokens of pictures to refer to are in the joint sequence.
 
     Raises:
         BadInput: if the fused kernel is wanted and cannot run.
@@ -36,6 +39,8 @@ def choose(wanted: bool | None, attentions: Sequence[Any], tokens: torch.Tensor)
         return False, "stock modules: the fused kernel was not wanted"
     device, dtype, head_dim = tokens.device, tokens.dtype, attentions[0].inner_dim // attentions[0].heads
     obstacle = next(filter(None, map(_norm_obstacle, attentions)), None)
+    if references:
+        obstacle = "the fused kernel knows no tokens of references"
     if obstacle is None and wanted:
         obstacle = rope_norm.obstacle(device, dtype, head_dim)
     elif obstacle is None:

@@ -22,12 +22,7 @@ def image(
         options.PICTURE,
     ),
     sampling: options.SamplingOptions,
-    init_image: Path | None = option("FILE", "A picture to start from (image-to-image).", options.PICTURE),
-    strength: float | None = option(
-        "SHARE",
-        "How much of --init-image to redo, 0 to 1. Default: 0.7, of large pictures as the preset says.",
-        options.PICTURE,
-    ),
+    pictures: options.PictureOptions,
     highres: str | None = options.HIGHRES,
     attention: options.AttentionOptions,
     model: options.ModelOptions,
@@ -49,7 +44,7 @@ def image(
     no_metadata: bool = options.NO_METADATA,
     terminal: options.TerminalOptions,
 ) -> None:
-    """Make pictures from a prompt."""
+    """Make pictures from a prompt, or from a prompt and pictures."""
     from grat_cli.commands import making
     from grat_cli.errors import BadInput
     from grat_cli.estimates.stages import stages_of, uses_highres
@@ -65,12 +60,7 @@ def image(
     if not prompt.strip():
         raise BadInput('the prompt is empty: try grat image "a red fox in the snow"')
     model.check()
-    if strength is not None and init_image is None:
-        raise BadInput("--strength is for image-to-image: add --init-image FILE")
-    if strength is not None and not 0 < strength <= 1:
-        raise BadInput(f"--strength {strength:g}: expected more than 0 and at most 1")
-    if init_image is not None and not init_image.is_file():
-        raise BadInput(f"--init-image {init_image}: there is no such file")
+    pictures.check()
     require_choice("--highres", highres, HIGHRES_MODES)
     seeds = sampling.seeds()
     chosen_format, suffix = choose_format("image", out, format)
@@ -89,11 +79,14 @@ def image(
         format=chosen_format,
         quality=quality,
         checkpoint_every=keeping.checkpoint_every,
+        negative=sampling.negative,
+        pictures=pictures,
     )
-    stages = stages_of(chosen, choice, size.width, size.height)
+    stages = stages_of(chosen, choice, size.width, size.height, handed=request.handed)
     if runs[-1].schedule.density == 1 and stages[-1].preset.attention.variant != "full":
         output.hint(f"at {size} every group attends all others: this is full attention")
-    if highres in ("cascade", "direct") and not uses_highres(chosen, choice, size.width, size.height):
+    large = uses_highres(chosen, choice, size.width, size.height) and not request.handed
+    if highres in ("cascade", "direct") and not large:
         output.hint(f"{choice.name} makes {size} as it is: --highres {highres} changes nothing")
 
     # 3. Where the pictures go, and whether they fit, before hours are spent on them.
@@ -102,8 +95,6 @@ def image(
         prompt=prompt,
         seeds=seeds,
         negative_prompt=sampling.negative,
-        init_image=init_image,
-        strength=strength,
         preview_every=preview or 0,
         save_latents=keeping.save_latents,
         metadata=not no_metadata,
@@ -115,7 +106,7 @@ def image(
 
     # 4. What they will be.
     output.hint(f"{choice.name} ({choice.reason}), {size}, {chosen.sampling.steps} steps")
-    if len(stages) > 1 and init_image is None:
+    if len(stages) > 1 and pictures.init_image is None:
         output.hint(f"stages: {', '.join(f'{stage.size} ({stage.steps} steps)' for stage in stages)}")
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
     output.hint(guard_note(chosen, dense=all(run.schedule.density == 1 for run in runs)))

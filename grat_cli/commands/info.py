@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,8 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "negative": found.get("negative_prompt"),
         "seed": str(found["seed"]),
         "size": _size(found),
-        "from": f"{found['init_image']}, strength {found['strength']}" if found.get("init_image") else None,
+        "from": f"{found['init_image']}, strength {found['strength']}" if found.get("strength") else None,
+        "pictures": ", ".join(_picture(picture) for picture in found.get("pictures", ())),
         "model": f"{model['name']} ({model['source']})" if model["source"] != model["name"] else model["name"],
         "revision": model.get("revision"),
         "preset": preset.name,
@@ -61,6 +63,10 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "command": found["command"],
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _picture(picture: Mapping[str, Any]) -> str:
+    return f"{picture['kind']} {picture['file']} ({picture['width']}x{picture['height']})"
 
 
 def _file_facts(file: Path, output: Output) -> dict[str, str]:

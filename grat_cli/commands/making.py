@@ -15,11 +15,12 @@ from grat_cli.console.output import Output, bytes_text
 from grat_cli.errors import BadInput
 from grat_cli.files import formats, outputs
 from grat_cli.files.whole import claimed
-from grat_cli.generation.request import Request
+from grat_cli.generation import inputs
+from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.selection import require_backend, variant_word
 
 if TYPE_CHECKING:
-    from grat_cli.commands.options import ModelOptions
+    from grat_cli.commands.options import ModelOptions, PictureOptions
     from grat_cli.estimates.planning import Forecast
     from grat_cli.families import ModelChoice
     from grat_cli.generation.checkpoint import Run
@@ -36,6 +37,8 @@ def planned_request(
     format: str,
     quality: int | None,
     checkpoint_every: int | None = None,
+    negative: str | None = None,
+    pictures: PictureOptions | None = None,
 ) -> tuple[Request, list[Forecast]]:
     """What is asked for but prompt, seeds and places, and what it will be, stage by stage.
 
@@ -47,6 +50,8 @@ def planned_request(
         format: of the outputs.
         quality: of their encoder.
         checkpoint_every: `--checkpoint-every`.
+        negative: `--negative`.
+        pictures: that outputs are made from.
 
     Raises:
         BadInput: if these do not fit one another, or cannot be written.
@@ -57,11 +62,9 @@ def planned_request(
         raise BadInput(f"--checkpoint-every {checkpoint_every}: expected steps, 0 for none")
     fps = getattr(size, "fps", None)
     formats.require_writable(format, size.width, size.height, fps=fps, quality=quality)
-    runs = run_forecasts(preset, choice, size, model.dtype)
-    last = runs[-1]
-    require_backend(preset.kernel.backend, model.device, model.dtype, last.architecture.head_dim, last.main_plan.tokens)
     request = Request(
         prompt="",
+        negative_prompt=negative,
         preset=preset,
         model=choice,
         width=size.width,
@@ -73,7 +76,14 @@ def planned_request(
         format=format,
         quality=quality,
         checkpoint_every=checkpoint_every,
+        **({} if pictures is None else pictures.given),
     )
+    check_pictures(request)
+    inputs.refuse_sizes(request)
+    references = inputs.reference_tokens(request)
+    runs = run_forecasts(preset, choice, size, model.dtype, handed=request.handed, references=references)
+    last = runs[-1]
+    require_backend(preset.kernel.backend, model.device, model.dtype, last.architecture.head_dim, last.main_plan.tokens)
     return request, runs
 
 
@@ -88,7 +98,13 @@ def refuse_unfit(request: Request, size: Any) -> None:
 
     refuse_unfit_here(
         request.model,
-        partial(run_forecasts, request.preset, request.model),
+        partial(
+            run_forecasts,
+            request.preset,
+            request.model,
+            handed=request.handed,
+            references=inputs.reference_tokens(request),
+        ),
         size,
         device=request.device,
         dtype=request.dtype,

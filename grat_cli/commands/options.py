@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -281,6 +282,55 @@ class ModelOptions:
         usual = models_for(made_for, medium)
         bundled_alone = self.model is None and all(model.is_demo for model in usual)
         return choose_model(usual[0].name if bundled_alone else self.model, medium)
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Pictures that an output is made from."""
+
+    init_image: Path | None = option("FILE", "A picture to start from (image-to-image).", PICTURE)
+    strength: float | None = option(
+        "SHARE",
+        "How much of --init-image to redo, 0 to 1. Default: 0.7, with --mask 1, of large pictures as the preset says.",
+        PICTURE,
+    )
+    mask: Path | None = option(
+        "FILE", "Of the size of --init-image, and white where that is made anew; the rest stays.", PICTURE
+    )
+    control: Path | None = option(
+        "FILE", "Edges, depth or the like that the picture follows, ready made, for models of that kind.", PICTURE
+    )
+    reference: list[Path] | None = option(
+        "FILE", "A picture that the prompt refers to, for models that edit; may be repeated.", PICTURE
+    )
+
+    def check(self) -> None:
+        """Refuses what is wrong whatever the model.
+
+        Raises:
+            BadInput: naming the option.
+        """
+        from grat_cli.errors import BadInput
+
+        if self.strength is not None and self.init_image is None:
+            raise BadInput("--strength is for image-to-image: add --init-image FILE")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise BadInput(f"--strength {self.strength:g}: expected more than 0 and at most 1")
+        files = {"--init-image": self.init_image, "--mask": self.mask, "--control": self.control}
+        for name, file in [*files.items(), *(("--reference", file) for file in self.reference or ())]:
+            if file is not None and not file.is_file():
+                raise BadInput(f"{name} {file}: there is no such file")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As requests take them."""
+        return {
+            "init_image": self.init_image,
+            "strength": self.strength,
+            "mask": self.mask,
+            "control": self.control,
+            "references": tuple(self.reference or ()),
+        }
 
 
 @dataclass(frozen=True)

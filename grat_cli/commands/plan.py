@@ -36,6 +36,7 @@ def plan(
         changed(res="As for grat image; of a video 720p, 540p, 480p or 1280x720. Default: the model's own size."),
     ],
     sampling: Annotated[options.SamplingOptions, only("steps", "guidance")],
+    pictures: options.PictureOptions,
     highres: str | None = options.HIGHRES,
     attention: Annotated[options.AttentionOptions, only("preset", "variant", "group", "radius", "share", "set_items")],
     model: Annotated[
@@ -72,6 +73,9 @@ def plan(
     from grat_cli.estimates.stages import stage_data, stages_of
     from grat_cli.estimates.time import phase_seconds
     from grat_cli.files import outputs
+    from grat_cli.files.pictures import picture_size
+    from grat_cli.generation import inputs
+    from grat_cli.generation.request import Request, check_pictures
     from grat_cli.generation.selection import choose_medium, mismatch_note, require_choice
     from grat_cli.models.catalogue import choose_model, models_for
     from grat_cli.models.resolution import Resolution
@@ -82,6 +86,7 @@ def plan(
     if preset_name and attention.preset:
         raise BadInput(f"two presets are given, {preset_name} and {attention.preset}: leave one out")
     model.check()
+    pictures.check()
     require_choice("--highres", highres, HIGHRES_MODES)
     attention = replace(attention, preset=attention.preset or preset_name)
 
@@ -102,14 +107,29 @@ def plan(
     device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
     dtype = "float32" if device is not None and device.kind == "cpu" and model.dtype == "auto" else model.dtype
     stages: list[dict[str, Any]] = []
+    asked = Request(
+        prompt="",
+        preset=chosen,
+        model=choice,
+        width=size.width,
+        height=size.height,
+        frames=getattr(size, "frames", None),
+        **pictures.given,
+    )
+    check_pictures(asked)
+    inputs.refuse_sizes(asked)
+    given: dict[str, Any] = {"handed": asked.handed, "strength": asked.strength}
+    if asked.init_image is not None and not asked.handed:
+        given["start"] = Resolution(*inputs.start_size(asked, picture_size(asked.init_image)))
+    references = inputs.reference_tokens(asked)
 
     def forecasts(size: Any) -> list[Forecast]:
-        return run_forecasts(chosen, choice, size, dtype)
+        return run_forecasts(chosen, choice, size, dtype, references=references, **given)
 
     runs = forecasts(size)
     result = runs[-1]  # the last stage costs most
     if isinstance(size, Resolution):
-        parts = zip(stages_of(chosen, choice, size.width, size.height), runs, strict=True)
+        parts = zip(stages_of(chosen, choice, size.width, size.height, **given), runs, strict=True)
         stages = [stage_data(stage, made.schedule) for stage, made in parts]
 
     # 3. Memory and time by phase, on the device that is meant.
@@ -201,6 +221,7 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     from grat_cli.models.video_size import VideoSize
 
     schedule, main = result.schedule, result.main_plan
+    references = main.tokens - main.image_tokens - main.text_len
     of_video = isinstance(result.size, VideoSize)
     full, planned = result.full_flop_per_step, result.planned_flop_per_step
     unit, scale = ("PFLOP", 1e15) if full >= 1e15 else ("TFLOP", 1e12) if full >= 1e12 else ("GFLOP", 1e9)
@@ -214,7 +235,7 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
         if isinstance(result.size, VideoSize)
         else f"{result.size} pixels",
         "tokens": f"{main.image_tokens:,} {'video' if of_video else 'image'} ({_extents(schedule.grid.shape)}) "
-        f"+ {main.text_len} text",
+        f"+ {main.text_len} text{f' + {references:,} of references' if references else ''}",
         "groups": f"{len(main.grouping.sizes):,} ({_extents(main.grouping.counts)})",
         "density": f"{schedule.density:.4f} of all query-key pairs",
         "ideal speed-up": f"{schedule.ideal_speedup:.1f}x, attention alone",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from grat_cli.commands import options
-from grat_cli.commands.parameters import argument, changed, option
+from grat_cli.commands.parameters import argument, changed, only, option
 
 
 def video(
@@ -40,6 +40,12 @@ def video(
             )
         ),
     ],
+    pictures: Annotated[
+        options.PictureOptions,
+        only(
+            init_image=option("FILE", "A picture as the first frame, for models that go on from one.", options.VIDEO),
+        ),
+    ],
     out: Path | None = options.OUT,
     format: str | None = options.VIDEO_FORMAT,
     crf: int | None = options.CRF,
@@ -48,7 +54,7 @@ def video(
     no_metadata: bool = options.NO_METADATA,
     terminal: options.TerminalOptions,
 ) -> None:
-    """Make videos from a prompt."""
+    """Make videos from a prompt, or from a prompt and a picture."""
     from grat_cli.commands import making
     from grat_cli.console.progress import duration
     from grat_cli.errors import BadInput
@@ -63,6 +69,7 @@ def video(
     if not prompt.strip():
         raise BadInput('the prompt is empty: try grat video "waves at night"')
     model.check()
+    pictures.check()
     chosen_format, suffix = choose_format("video", out, format)
     seeds = sampling.seeds()
 
@@ -71,7 +78,15 @@ def video(
     chosen = attention.preset_for(choice, sampling)
     size = extent.size_for(choice)
     request, (expected,) = making.planned_request(
-        choice, chosen, size, model, format=chosen_format, quality=crf, checkpoint_every=keeping.checkpoint_every
+        choice,
+        chosen,
+        size,
+        model,
+        format=chosen_format,
+        quality=crf,
+        checkpoint_every=keeping.checkpoint_every,
+        negative=sampling.negative,
+        pictures=pictures,
     )
 
     # 3. Where the videos go, and whether they fit, before hours are spent on them.

@@ -10,7 +10,7 @@ from grat_cli.estimates.components import denoising_shapes
 from grat_cli.estimates.stages import stages_of
 from grat_cli.families import family_of
 from grat_cli.families.autoencoders import AutoencoderShape
-from grat_cli.families.base import ModelChoice
+from grat_cli.families.base import NO_PICTURES, ModelChoice, PictureKind
 from grat_cli.families.shapes import TransformerShape
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize
@@ -208,9 +208,28 @@ def forecast(
 
 
 def run_forecasts(
-    preset: Preset, choice: ModelChoice, size: Resolution | VideoSize, dtype: str = "auto"
+    preset: Preset,
+    choice: ModelChoice,
+    size: Resolution | VideoSize,
+    dtype: str = "auto",
+    *,
+    handed: frozenset[PictureKind] = NO_PICTURES,
+    references: int = 0,
+    start: Resolution | None = None,
+    strength: float | None = None,
 ) -> list[Forecast]:
-    """Lays out a whole run: each stage of a picture, the last of which costs most, or a video; see `forecast`."""
+    """Lays out a whole run: each stage of a picture, the last of which costs most, or a video; see `forecast`.
+
+    Args:
+        preset: resolved.
+        choice: the model.
+        size: of the picture or video.
+        dtype: as for `forecast`.
+        handed: kinds of the pictures that the pipeline is given as they are.
+        references: tokens of those to refer to.
+        start: size of the picture that is redone, as for `stages_of`; None for stages from noise.
+        strength: likewise.
+    """
     architecture = architecture_for(choice)
     return [
         forecast(
@@ -220,6 +239,7 @@ def run_forecasts(
             replace(size, width=stage.width, height=stage.height),
             dtype,
             stage.steps,
+            references,
         )
-        for stage in stages_of(preset, choice, size.width, size.height)
+        for stage in stages_of(preset, choice, size.width, size.height, start=start, strength=strength, handed=handed)
     ]

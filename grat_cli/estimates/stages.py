@@ -15,12 +15,14 @@ from typing import Any
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.errors import BadInput
 from grat_cli.families import ModelChoice, family_of
+from grat_cli.families.base import NO_PICTURES, PictureKind
 from grat_cli.models.resolution import Resolution
 from grat_cli.presets import HighResolution, PositionsName, Preset
 
 # Up to so many times the trained area a model makes pictures from noise as they are.
 FAIR_AREA = 2.0
 _DEFAULT_STRENGTH = 0.7  # of image-to-image at one size
+_INPAINTING_STRENGTH = 1.0  # under a mask, where nothing of what was there is to be seen
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,12 @@ def stages_of(
     *,
     start: Resolution | None = None,
     strength: float | None = None,
+    handed: frozenset[PictureKind] = NO_PICTURES,
 ) -> tuple[Stage, ...]:
     """The stages of a picture, in the order in which they run; the last one has its size.
+
+    Pictures that the pipeline is given as they are, such as a mask, a control or references, say what is where at any
+    size: there is one stage, from noise or from what lies around the mask.
 
     Args:
         preset: resolved.
@@ -106,6 +112,7 @@ def stages_of(
         start: size of a picture to start from, cut to this one's shape: it takes the place of the base, and of stages
             that are no larger than it.
         strength: of the first stage after `start`; None for the preset's, or 0.7 without the high-resolution path.
+        handed: kinds of the pictures that the pipeline is given as they are.
 
     Raises:
         BadInput: if strengths or overrides are for another number of stages.
@@ -113,6 +120,9 @@ def stages_of(
     settings = _settings(preset)
     trained = trained_size(model, width, height)
     plain = preset.model_copy(update={"highres": None})
+    if handed:
+        under_mask = (strength or _INPAINTING_STRENGTH) if model.redoes(handed) else None
+        return (Stage(0, width, height, plain, under_mask, trained),)
     if not uses_highres(preset, model, width, height):
         first = None if start is None else strength or _DEFAULT_STRENGTH
         return (Stage(0, width, height, plain, first, trained),)

@@ -86,10 +86,10 @@ class ModelChoice:
         video: what videos it makes; None for a model of images.
         is_demo: whether it is a bundled model, which knows a few hundred words.
         largest_pixels: most pixels of a picture that it is made for, where there are no stages for larger ones.
-        takes_negative: whether it can be steered away from a negative prompt.
         takes: pictures that it may be given.
         needs: those of them that it makes nothing without.
         most_references: most pictures that it refers to at once.
+        takes_negative: whether it can be steered away from a negative prompt.
         negative_prompt: what true guidance leads away from where nothing is typed.
         transformers: how many take turns over the steps.
         later_guidance: guidance of the second of these, by that of the first.
@@ -121,6 +121,13 @@ class ModelChoice:
     transformers: int = 1
     later_guidance: float = 1.0
     config: str = ""
+
+    def redoes(self, kinds: frozenset[PictureKind]) -> bool:
+        """Whether it redoes a picture to start from at a strength, where it is given such pictures.
+
+        A video goes on from its first frame, and a model that makes nothing without `start` takes it as it is.
+        """
+        return "start" in kinds and self.video is None and "start" not in self.needs
 
     @property
     def medium(self) -> Medium:
@@ -187,7 +194,8 @@ class Call:
         frames: of a video; None for a picture.
         steps: of the sampling, of which those before `strength` are left out.
         arguments: text and guidance, as the pipeline takes them.
-        generator: of the noise, on the CPU, so that a seed gives the same one on every device.
+        generator: of the noise, on the CPU, so that a seed gives the same one on every device; where `pictures` are
+            given, as it was when the call began, also of a call that goes on, which encodes them once more.
         callback: the pipeline's `callback_on_step_end`.
         start: latents `[1, C, h, w]` to start from; None for noise.
         strength: share of the steps that are run on `start`, or on that of `pictures`.
@@ -468,7 +476,10 @@ class Family(ABC):
 
     def pipeline_for(self, pipe: Any, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         """The pipeline that takes such pictures; it shares the components of `pipe`, hooks included."""
-        kind = self.pipeline_class(kinds)
+        return self.in_class(pipe, self.pipeline_class(kinds))
+
+    def in_class(self, pipe: Any, kind: Any) -> Any:
+        """A pipeline of a class of the family, of the components of `pipe`, hooks included; `pipe` if it is one."""
         if type(pipe) is kind:
             return pipe
         parameters = signature(kind).parameters

@@ -6,8 +6,9 @@ Read against diffusers 0.42.1, `pipelines/flux`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grat_cli.attention.adapter import ProcessorAdapter
@@ -32,6 +33,7 @@ from grat_cli.families.base import (
     token_sides,
 )
 from grat_cli.families.shapes import CLIP_L, JointShape, TextEncoderShape, TransformerCall
+from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.layer import CallObserver
     from grat_kernels import Backend, Plan
 
+_REDONE: frozenset[PictureKind] = frozenset(["start", "mask"])
 _DEMO = ModelChoice(
     name="demo",
     source=str(DEMO_FLUX.path),
@@ -52,14 +55,14 @@ _DEMO = ModelChoice(
     presets="demo",
     native_side=DEMO_FLUX.native_side,
     token_side=8,
-    takes=frozenset(["start"]),
+    takes=_REDONE,
     text_tokens=DEMO_FLUX.text_tokens,
     default_steps=DEMO_FLUX.steps,
     default_guidance=DEMO_FLUX.guidance,
     true_guidance=True,
     is_demo=True,
 )
-_DEV = ModelChoice("flux-dev", "black-forest-labs/FLUX.1-dev", "hub", "flux", "flux", takes=frozenset(["start"]))
+_DEV = ModelChoice("flux-dev", "black-forest-labs/FLUX.1-dev", "hub", "flux", "flux", takes=_REDONE)
 # Distilled to four steps without guidance; its reference code cuts prompts at 256 tokens.
 _SCHNELL = replace(
     _DEV,
@@ -69,6 +72,50 @@ _SCHNELL = replace(
     default_steps=4,
     default_guidance=None,
 )
+# Steps and guidance of these are those of the examples on their model cards, and of the README of
+# black-forest-labs/flux where a card leaves one out. Stock pipelines of Fill and Control take no negative prompt.
+_FILL = replace(
+    _DEV,
+    name="flux-fill",
+    source="black-forest-labs/FLUX.1-Fill-dev",
+    default_steps=50,
+    default_guidance=30.0,
+    needs=_REDONE,
+    takes_negative=False,
+)
+_CANNY = replace(
+    _DEV,
+    name="flux-canny",
+    source="black-forest-labs/FLUX.1-Canny-dev",
+    default_steps=50,
+    default_guidance=30.0,
+    takes=frozenset(["control"]),
+    needs=frozenset(["control"]),
+    takes_negative=False,
+)
+_DEPTH = replace(
+    _CANNY,
+    name="flux-depth",
+    source="black-forest-labs/FLUX.1-Depth-dev",
+    default_steps=30,
+    default_guidance=10.0,
+)
+_KONTEXT = replace(
+    _DEV,
+    name="flux-kontext",
+    source="black-forest-labs/FLUX.1-Kontext-dev",
+    default_guidance=2.5,
+    takes=frozenset(["reference"]),
+)
+# Width and height in pixels of the pictures that Kontext was trained to refer to (`pipeline_flux_kontext`).
+KONTEXT_SIZES = tuple(
+    (width, height)
+    for narrow, wide in (
+        *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),
+        (1024, 1024),
+    )
+    for width, height in dict.fromkeys([(narrow, wide), (wide, narrow)])
+)
 _VARIANTS = ("full", "b", "b-wide", "x", "bx", "far", "sta")
 # black-forest-labs/FLUX.1-dev and FLUX.1-schnell, files {text_encoder_2,vae}/config.json; numbers of weights are those
 # of the classes with these configurations.
@@ -76,8 +123,15 @@ _T5_XXL = TextEncoderShape(4_762_310_656, 24, 4096, 10240, 64, 512)
 _AUTOENCODER = KlAutoencoder((128, 256, 512, 512), (3, 3, 3, 3), 16, 83_819_683)
 
 
+@dataclass(frozen=True)
 class FluxShape(JointShape):
-    """A `FluxTransformer2DModel`."""
+    """A `FluxTransformer2DModel`.
+
+    Attributes:
+        out_channels: of a token that it predicts; those of Fill and Control read more than that.
+    """
+
+    out_channels: int = 0
 
     rotates_text = True
     joins_in_single = False
@@ -86,9 +140,13 @@ class FluxShape(JointShape):
     def token_channels(self) -> int:
         return self.in_channels
 
+    @property
+    def other_parameters(self) -> int:
+        return super().other_parameters + (self.width + 1) * (self.out_channels - self.in_channels)
+
     def pipeline_bytes(self, plan: Plan, element: int) -> float:
         """Positions of three numbers: the pipeline's, and in fp32 in group order, with text, and of the rotation."""
-        return plan.image_tokens * 3 * (element + 4) + 2 * plan.tokens * 3 * 4
+        return (plan.tokens - plan.text_len) * 3 * (element + 4) + 2 * plan.tokens * 3 * 4
 
     def feed_forward_bytes(self, call: TransformerCall) -> float:
         # Hidden states, what attention put out, gated and not, the sum, its norm; then twice the inner layer.
@@ -106,7 +164,10 @@ class Flux(Family):
     title = "Flux"
     medium: ClassVar[Medium] = "image"
     axes = 2
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    pipelines = (
+        *("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+        *("FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline"),
+    )
     transformer = "FluxTransformer2DModel"
     classes: ClassVar[Classes] = {
         "text_encoder": {"CLIPTextModel": "transformers"},
@@ -121,7 +182,7 @@ class Flux(Family):
     }
     not_loaded: ClassVar[frozenset[str]] = frozenset({"image_encoder", "feature_extractor"})  # of image prompts
     refused: ClassVar[Mapping[str, str]] = {}
-    models = (_DEV, _SCHNELL, _DEMO)
+    models = (_DEV, _SCHNELL, _FILL, _CANNY, _DEPTH, _KONTEXT, _DEMO)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux": _VARIANTS, "demo": _VARIANTS}
     larger: ClassVar[Mapping[str, str]] = {"flux": "flux-4k", "demo": "demo-4x"}
     base = _DEV.source
@@ -136,7 +197,8 @@ class Flux(Family):
 
     def kin(self, name: str) -> ModelChoice:
         """See `Family`, as for all below."""
-        return _SCHNELL if "schnell" in name.lower() else _DEV
+        words = {"schnell": _SCHNELL, "fill": _FILL, "canny": _CANNY, "depth": _DEPTH, "kontext": _KONTEXT}
+        return next((model for word, model in words.items() if word in name.lower()), _DEV)
 
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         # AutoencoderTiny does not store its own block_out_channels.
@@ -144,7 +206,19 @@ class Flux(Family):
         token_side = 2 ** (len(blocks) - 1) * 2
         full_size = _DEV if transformer.get("guidance_embeds") else _SCHNELL
         template = _DEMO if token_side == _DEMO.token_side else full_size
-        return replace(template, token_side=token_side, size_multiple=max(template.size_multiple, token_side))
+        model = replace(template, token_side=token_side, size_multiple=max(template.size_multiple, token_side))
+        if (kin := _joining_channels(transformer)) is None:
+            return model
+        defaults = {"default_steps": kin.default_steps, "default_guidance": kin.default_guidance}
+        takes = {"takes": kin.takes, "needs": kin.needs, "takes_negative": False, "true_guidance": False}
+        return replace(model, **defaults, **takes)
+
+    def of_index(
+        self, choice: ModelChoice, class_name: str | None, parts: frozenset[str], options: Mapping[str, Any]
+    ) -> ModelChoice:
+        if class_name != "FluxKontextPipeline" or choice.needs:
+            return choice
+        return replace(choice, default_guidance=_KONTEXT.default_guidance, takes=_KONTEXT.takes)
 
     def matching_base(self, embeds_guidance: bool) -> str:
         return f"try --base {self.base if embeds_guidance else _SCHNELL.source}"
@@ -156,8 +230,29 @@ class Flux(Family):
 
     # ---- Shapes
 
+    def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
+        if model.kind == "folder" or not model.needs:
+            return super().transformer_config(model)
+        name = "flux-fill" if "mask" in model.needs else "flux-control"
+        return read_json(Path(__file__).parent / "configs" / f"{name}.json")
+
     def transformer_shape(self, config: Mapping[str, Any]) -> FluxShape:
-        return FluxShape.of(config, "joint_attention_dim")
+        return FluxShape.of(config, "joint_attention_dim", out_channels=_out_channels(config))
+
+    def reference_tokens(
+        self,
+        model: ModelChoice,
+        size: tuple[int, int],
+        kinds: frozenset[PictureKind],
+        references: Sequence[tuple[int, int]],
+    ) -> int:
+        """As `FluxKontextPipeline` resizes them: to the size nearest in shape of those that it was trained with."""
+        side, total = model.token_side, 0
+        for sides in references:
+            width, height = (max(side, pixels // side * side) for pixels in sides)
+            _, *fitted = min((abs(width / height - w / h), w, h) for w, h in KONTEXT_SIZES)
+            total += (fitted[0] // side) * (fitted[1] // side)
+        return total
 
     def step_grids(self, model: ModelChoice) -> tuple[Grid, ...]:
         """Of large pictures: of twice and four times the side that it was trained at."""
@@ -186,9 +281,23 @@ class Flux(Family):
 
     def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+        from diffusers.pipelines.flux.pipeline_flux_control import FluxControlPipeline
         from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
+        from diffusers.pipelines.flux.pipeline_flux_inpaint import FluxInpaintPipeline
+        from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 
-        return FluxImg2ImgPipeline if kinds else FluxPipeline
+        if "reference" in kinds:
+            return FluxKontextPipeline
+        if "control" in kinds:
+            return FluxControlPipeline
+        return FluxInpaintPipeline if "mask" in kinds else FluxImg2ImgPipeline if kinds else FluxPipeline
+
+    def pipeline_for(self, pipe: Any, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
+        from diffusers.pipelines.flux.pipeline_flux_fill import FluxFillPipeline
+
+        if "mask" in kinds and _joining_channels(pipe.transformer.config) is _FILL:
+            return self.in_class(pipe, FluxFillPipeline)
+        return super().pipeline_for(pipe, kinds)
 
     def transformer_class(self) -> Any:
         from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -205,23 +314,23 @@ class Flux(Family):
         return (text["prompt_embeds"].shape[1],)
 
     def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
-        arguments, first_step = dict(call.arguments), call.first_step
-        if call.start is not None:
-            strength = 1.0 if call.strength is None else call.strength
-            arguments |= {"image": call.start, "strength": strength}
-            if call.begun is not None:  # what `strength` leaves out is left out with the steps that are done
-                first_step += call.steps - min(call.steps, len_of_run(call.steps, strength))
-                arguments["strength"] = 1.0
-        with (
-            beginning_at(pipe, first_step, history=call.history) if call.begun is not None else contextlib.nullcontext()
-        ):
+        arguments, first_step = {**call.arguments, **_picture_arguments(call)}, call.first_step
+        if call.begun is not None and "strength" in arguments:
+            # What `strength` leaves out is left out with the steps that are done.
+            first_step += call.steps - min(call.steps, len_of_run(call.steps, arguments["strength"]))
+            arguments["strength"] = 1.0
+        with contextlib.ExitStack() as stack:
+            if call.begun is not None:
+                stack.enter_context(beginning_at(pipe, first_step, history=call.history))
+                if call.pictures.kinds:
+                    stack.enter_context(_going_on(pipe, call.begun))
             packed = pipe(
                 **arguments,
                 height=call.height,
                 width=call.width,
                 num_inference_steps=call.steps,
                 generator=call.generator,
-                latents=call.begun,
+                latents=None if call.pictures.kinds else call.begun,
                 output_type="latent",
                 callback_on_step_end=call.callback,
             ).images
@@ -231,7 +340,7 @@ class Flux(Family):
         return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
 
     def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
-        channels = self.transformer_config(model)["in_channels"]
+        channels = _out_channels(self.transformer_config(model))
         return (1, grid.tokens, channels) if called else (1, channels // 4, *(2 * side for side in grid.shape))
 
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -254,6 +363,51 @@ class Flux(Family):
         return FluxAdapter(transformer, grid, **options)
 
 
+def _out_channels(config: Mapping[str, Any]) -> int:
+    """Of a token that a transformer predicts."""
+    return int(config.get("out_channels") or config["in_channels"])
+
+
+def _joining_channels(transformer: Mapping[str, Any]) -> ModelChoice | None:
+    """The known model whose transformer reads channels of pictures beside those of latents; None for latents alone.
+
+    Control joins one picture of as many channels, Fill one and its mask, of one per pixel.
+    """
+    own, read = transformer.get("out_channels") or 0, transformer.get("in_channels") or 0
+    if not own or read <= own:
+        return None
+    return _CANNY if read == 2 * own else _FILL
+
+
+def _picture_arguments(call: Call) -> dict[str, Any]:
+    """The pictures of a call, as the pipelines take them."""
+    pictures, strength = call.pictures, {} if call.strength is None else {"strength": call.strength}
+    if call.start is not None:
+        return {"image": call.start, "strength": 1.0, **strength}
+    if pictures.control is not None:
+        return {"control_image": pictures.control}
+    if pictures.references:
+        # Kontext fits the size of its output to this area.
+        return {"image": pictures.references[0], "max_area": call.width * call.height}
+    return {} if pictures.mask is None else {"image": pictures.start, "mask_image": pictures.mask, **strength}
+
+
+@contextlib.contextmanager
+def _going_on(pipe: Any, begun: torch.Tensor) -> Iterator[None]:
+    """While inside, a call prepares noise and pictures as from its beginning, and goes on with these latents."""
+    stock = pipe.prepare_latents
+
+    def prepare_latents(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+        latents, *others = stock(*arguments, **options)
+        return begun.to(latents.device, latents.dtype), *others
+
+    pipe.prepare_latents = prepare_latents
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents
+
+
 # ---- Attention
 
 
@@ -267,7 +421,7 @@ class FluxAdapter(ProcessorAdapter):
         """See `ProcessorAdapter`."""
         super().__init__(transformer, grid, **options)
         self._positions: FittedPositions | None = None
-        self._ids: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._ids: tuple[torch.Tensor, torch.Tensor] | None = None  # of the call, and exact
 
     def blocks_of(self, model: Any) -> list[Any]:
         return [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -307,7 +461,10 @@ class FluxAdapter(ProcessorAdapter):
         _refuse_extras(call)
         if self._ids is None or self._ids[0] is not call["img_ids"]:
             self._ids = call["img_ids"], self._exact_ids(call["hidden_states"], call["img_ids"])
-        return Text(call["encoder_hidden_states"].shape[1])
+        references = len(self._ids[1]) - self.grid.tokens
+        if references and self.extrapolation is not None:
+            raise BadInput("positions and scores are not fitted where there are references: leave out extrapolation")
+        return Text(call["encoder_hidden_states"].shape[1], references=references)
 
     def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
         assert self._ids is not None
@@ -322,7 +479,8 @@ class FluxAdapter(ProcessorAdapter):
         return replace(output, sample=output.sample.index_select(1, self.inverse))
 
     def _exact_ids(self, hidden_states: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
-        """Raster positions `[tokens, 3]` (0, row, column) in fp32, checked against those of the call.
+        """Positions `[tokens, 3]` in fp32: of the image in raster order (0, row, column), checked against those of the
+        call, and behind them those of references as they are, which say which picture they are of in place of 0.
 
         Pipelines make positions in the model's dtype, and bf16 holds integers up to 256 only: beyond 4096 pixels
         a side, neighbouring columns would share a position. The comparison waits for the device, but a pipeline
@@ -334,22 +492,27 @@ class FluxAdapter(ProcessorAdapter):
         import torch
 
         rows, columns = self.grid.shape
-        count = image_ids.shape[-2]
-        if count != self.grid.tokens or hidden_states.shape[1] != self.grid.tokens:
+        given = image_ids[0] if image_ids.dim() == 3 else image_ids
+        of_image = given[:, 0] == 0
+        count = int(of_image.sum())
+        if count != self.grid.tokens or hidden_states.shape[1] != len(given):
             raise BadInput(
                 f"GRAT was installed for {rows}x{columns} = {self.grid.tokens} image tokens, the call has "
-                f"{hidden_states.shape[1]}: give the pipeline call the height and width of the install "
-                "(image tokens of references or controls, as in Kontext, are not supported)"
+                f"{count if hidden_states.shape[1] == len(given) else hidden_states.shape[1]}: "
+                "give the pipeline call the height and width of the install"
             )
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         exact = torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float().to(image_ids.device)
-        given = image_ids[0] if image_ids.dim() == 3 else image_ids
-        if not torch.equal(given, exact.to(given.dtype)):
+        if not of_image[:count].all():
+            raise BadInput(
+                "tokens of references come before those of the image: GRAT takes them behind, as Kontext has"
+            )
+        if not torch.equal(given[:count], exact.to(given.dtype)):
             raise BadInput(
                 f"the call's image positions are not those of the {rows}x{columns} grid that GRAT was installed for: "
                 "give the pipeline call the height and width of the install, in this order"
             )
-        return exact
+        return torch.cat([exact, given[count:].float()])
 
 
 def _refuse_extras(call: Mapping[str, Any]) -> None:

@@ -33,6 +33,8 @@ _LONGEST_EXIF_TEXT = 64_000
 # Exif's tag ImageDescription (Exif 2.32, section 4.6.4), in ASCII. Pillow writes no user comment into compressed TIFF.
 _DESCRIPTION = 0x010E
 _PREFIX = f"{PROVENANCE_KEY}="
+# Likewise its orientation (section 4.6.4), of which these swap width and height.
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 _PREDICTOR, _HORIZONTAL_DIFFERENCES = 317, 2
 
 # Pictures of untrusted files above this are refused: a small file can claim any size. It is the largest that the
@@ -290,7 +292,27 @@ def read_picture(path: Path) -> Image:
     Raises:
         BadInput: if it cannot be read as a picture, or is larger.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
+
+    with _opened(path) as picture:
+        return _eight_bits(ImageOps.exif_transpose(picture)).convert("RGB")
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of what `read_picture` reads, from the beginning of the file; pixels are not decoded.
+
+    Raises:
+        BadInput: as for `read_picture`.
+    """
+    with _opened(path) as picture:
+        turned = picture.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        return (picture.height, picture.width) if turned else picture.size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
+    """A picture whose size is known; whatever is wrong with it is BadInput."""
+    from PIL import Image
 
     try:
         with _any_size(), Image.open(path) as picture:
@@ -298,11 +320,21 @@ def read_picture(path: Path) -> Image:
                 raise BadInput(
                     f"{path} has {picture.width}x{picture.height} pixels, more than 16384x16384: scale it down first"
                 )
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            yield picture
     except FileNotFoundError:
         raise BadInput(f"there is no picture {path}: check the path") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error) as error:
         raise BadInput(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _eight_bits(picture: Image) -> Image:
+    """Depth maps come in 16 bits, of which Pillow makes no colours."""
+    if not picture.mode.startswith("I;16"):
+        return picture
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
 @contextmanager

@@ -18,8 +18,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from grat_cli.errors import BadInput, choices
 from grat_cli.estimates.stages import Stage
 from grat_cli.families import Medium, ModelChoice
+from grat_cli.families.base import Pictures
 from grat_cli.files import formats, outputs, tensors, videos, whole
 from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
+from grat_cli.generation.inputs import pictures_in, tensors_of
 from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.request import Request, check
 from grat_cli.generation.stage import stages_for
@@ -40,7 +42,7 @@ _SCHEMAS = {
     CHECKPOINT_ENDING: ("grat.checkpoint/2", "a checkpoint"),
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
-MOST_STEPS = 100_000
+MOST_STEPS, MOST_REFERENCES = 100_000, 100
 _HISTORY, _MOST_OF_HISTORY = "history.", 64  # what a name of such a tensor begins with; solvers go back a few steps
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
@@ -66,7 +68,8 @@ class Run:
         stages: what there is to report of the stages that are finished.
         guard: of `guard.RecallGuard.state`; None without a guard, and before the first step of a stage.
         history: what the scheduler remembers within a stage; of `families.resumption.remembered`.
-        start_size: width and height of the picture that the output starts from, or None.
+        start_size: width and height of the picture that the output redoes, or None.
+        pictures: that the pipeline is given.
         kept: the file that it was taken up from; None of one that is begun here.
     """
 
@@ -86,6 +89,7 @@ class Run:
     guard: Mapping[str, Any] | None = None
     history: Mapping[str, torch.Tensor] = field(default_factory=dict)
     start_size: tuple[int, int] | None = None
+    pictures: Pictures = field(default_factory=Pictures)
     kept: Path | None = None
 
     @property
@@ -123,11 +127,14 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
     path = outputs.latents_path(output) if run.finished else outputs.checkpoint_path(output)
     held = {name: tensor for name in _TENSORS if (tensor := getattr(run, name)) is not None}
     held |= {_HISTORY + name: tensor.clone() for name, tensor in run.history.items()}  # some may be one
+    pixels = tensors_of(run.pictures)
     if run.finished:
         held["latents"] = held["latents"].float()
-        # The outputs that are left start from the same picture.
-        names = ("latents",) if run.seed == request.seeds[-1] else ("latents", "picture")
-        held = {name: held[name] for name in names if name in held}
+        # The outputs that are left start from the same pictures.
+        is_last = run.seed == request.seeds[-1]
+        names = ("latents",) if is_last else ("latents", "picture")
+        held, pixels = {name: held[name] for name in names if name in held}, {} if is_last else pixels
+    held |= pixels
     state = _StoredState(
         stage=run.stage,
         steps=tuple(_StoredStep(**asdict(step)) for step in run.steps),
@@ -233,7 +240,7 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             seed=seed,
             total=sum(stage.steps for stage in stages),
             stage=state.stage,
-            **{name: held.get(name) for name in _TENSORS},
+            **{name: held.get(name) for name in _TENSORS},  # pyright: ignore[reportArgumentType]
             steps=tuple(StepTiming(**dict(step)) for step in state.steps),
             phases_ms=state.phases,
             memory_bytes=state.memory,
@@ -245,6 +252,8 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             start_size=state.start_size,
             kept=path,
         )
+        if not (run.finished and seed == request.seeds[-1]):
+            run = replace(run, pictures=pictures_in(held, request))
         _require_fit(run, request, stages, latents_alone=ending == LATENTS_ENDING)
     except (ValueError, LookupError, OSError, BadInput) as error:
         reason = str(error) if isinstance(error, BadInput) else f"it is damaged, or of another version of grat: {error}"
@@ -283,7 +292,8 @@ def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents
     if latents_alone and not run.finished:
         raise ValueError(f"{run.done} of {run.total} steps are done, and it has no checkpoint")
     begun = run.done_in_stage > 0
-    starts = stages[0].strength is not None and not (run.finished and run.seed == request.seeds[-1])
+    redone = stages[0].strength is not None and not request.handed
+    starts = redone and not (run.finished and run.seed == request.seeds[-1])
     expected = {
         "latents": shape(stage, called=run.done_in_stage < stage.steps) if begun else None,
         "picture": shape(stages[0]) if starts else None,
@@ -449,6 +459,9 @@ class _StoredRequest(BaseModel):
     frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)] | None
     fps: Annotated[int, Field(ge=1, le=videos.FASTEST)] | None
     init_image: PathText | None
+    mask: PathText | None = None
+    control: PathText | None = None
+    references: Annotated[tuple[PathText, ...], Field(max_length=MOST_REFERENCES)] = ()
     strength: Annotated[float, Field(gt=0, le=1)] | None
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=MOST_OUTPUTS)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")]
@@ -464,6 +477,13 @@ class _StoredRequest(BaseModel):
     command: Text
 
 
+_PICTURES = ("init_image", "mask", "control")
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().resolve())
+
+
 def request_data(request: Request) -> dict[str, Any]:
     """The request as plain data, from which `request_from_data` makes it again in another folder or process."""
     data = {name: getattr(request, name) for name in _StoredRequest.model_fields}
@@ -476,7 +496,8 @@ def request_data(request: Request) -> dict[str, Any]:
         **data,
         "preset": request.preset.model_dump(mode="json"),
         "model": model,
-        "init_image": None if request.init_image is None else str(request.init_image.expanduser().resolve()),
+        **{name: _absolute(getattr(request, name)) for name in _PICTURES},
+        "references": [_absolute(path) for path in request.references],
         "seeds": list(request.seeds),
     }
 
@@ -512,7 +533,8 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
             | {
                 "model": _chosen(stored.model, medium) if model is None else choose_model(model, medium=medium),
                 "base": _base(stored.base),
-                "init_image": None if stored.init_image is None else Path(stored.init_image),
+                **{name: None if same[name] is None else Path(same[name]) for name in _PICTURES},
+                "references": tuple(map(Path, stored.references)),
                 "outputs": tuple(place.with_name(name + suffix) for name in names),
             }
         )

@@ -15,7 +15,7 @@ from grat_cli.families.base import Call
 from grat_cli.families.guidance import Guidance
 from grat_cli.families.resumption import remembered
 from grat_cli.files import outputs
-from grat_cli.generation import report
+from grat_cli.generation import inputs, report
 from grat_cli.generation.checkpoint import Run, write_run
 from grat_cli.generation.frames import FrameCheck, checked_frames
 from grat_cli.generation.preview import Preview, PreviewedSteps
@@ -89,6 +89,8 @@ class Denoising:
                 self._noise.set_state(run.noise_state)
             except (RuntimeError, TypeError) as error:
                 raise BadInput("the random state of the run is damaged: start the run anew") from error
+        if request.handed:  # which are encoded once more, with the same noise
+            self._noise.manual_seed(run.seed)
         restore_random_state(run.random_state, self._device)
         self._preview = None
         if request.preview_every:
@@ -135,7 +137,7 @@ class Denoising:
     def _run_stage(self, stage: Stage) -> None:
         """Runs what is left of a stage's steps."""
         run = self._run
-        if run.picture is None and self._stages[0].strength is not None:
+        if run.picture is None and self._stages[0].strength is not None and not self._request.handed:
             with self._phases(phase_of("encode", 0)):
                 run = replace(run, picture=self._studio.picture(self._request))
         first_step = run.done_in_stage
@@ -175,6 +177,7 @@ class Denoising:
                             callback=callback,
                             start=start,
                             strength=stage.strength,
+                            pictures=run.pictures,
                             begun=run.latents if first_step else None,
                             first_step=first_step,
                             history=run.history,
@@ -212,8 +215,9 @@ class Denoising:
         installation, text_tokens = inside.installation, self._text.lengths[0]
         record = report.StageRecord(
             stage=stage,
-            schedule=installation.schedule(text_tokens),
+            schedule=installation.schedule(text_tokens, installation.references),
             text_tokens=text_tokens,
+            reference_tokens=installation.references,
             backend=installation.backend.value,
             backend_reason=installation.backend_reason,
             preparation=installation.preparation,
@@ -229,6 +233,7 @@ class Denoising:
             record,
             datetime.now().astimezone(),
             self._stages[0].strength,
+            inputs.told(self._request, run.pictures, run.start_size),
         )
         return replace(
             run,

@@ -53,8 +53,14 @@ def surroundings(model: LoadedModel, device: torch.device) -> report.Surrounding
     )
 
 
-def offload_chooser(request: Request, device: torch.device) -> Callable[[Any], tuple[str, str]]:
-    """What `--offload auto` stands for with a loaded pipeline: by the memory that the run is foretold to need."""
+def offload_chooser(request: Request, device: torch.device, references: int = 0) -> Callable[[Any], tuple[str, str]]:
+    """What `--offload auto` stands for with a loaded pipeline: by the memory that the run is foretold to need.
+
+    Args:
+        request: what is made.
+        device: where.
+        references: tokens of pictures to refer to.
+    """
 
     def choose(pipe: Any) -> tuple[str, str]:
         from grat_cli.estimates.fitting import offload_for
@@ -64,7 +70,7 @@ def offload_chooser(request: Request, device: torch.device) -> Callable[[Any], t
         if request.frames and request.fps:
             size = VideoSize(request.width, request.height, request.frames, request.fps)
         dtype = str(choose_dtype(request.dtype, device)).removeprefix("torch.")
-        runs = run_forecasts(request.preset, request.model, size, dtype)
+        runs = run_forecasts(request.preset, request.model, size, dtype, handed=request.handed, references=references)
         return offload_for(pipe, request.model, runs, device, quantize=request.quantize)
 
     return choose

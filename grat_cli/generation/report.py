@@ -57,6 +57,7 @@ class StageRecord:
         stage: what was to be done.
         schedule: which attention ran when.
         text_tokens: length of the text in the joint sequence.
+        reference_tokens: likewise of pictures to refer to.
         backend: how attention was computed, never `auto`.
         backend_reason: why.
         preparation: what normalised, rotated and joined queries and keys before attention, and why.
@@ -74,6 +75,7 @@ class StageRecord:
     guidance: float | None
     shift: float
     guard: dict[str, Any] | None = None
+    reference_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain data for a report, without its steps and phases."""
@@ -93,6 +95,7 @@ def build_report(
     record: StageRecord,
     created: datetime,
     strength: float | None = None,
+    pictures: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Everything about one output as plain data, but for what it cost, which `measured` adds.
 
@@ -103,6 +106,7 @@ def build_report(
         record: of the stage that is under way, or was the last.
         created: when, with time zone.
         strength: share of the steps that are run on the picture that the output starts from, or None.
+        pictures: that the output is made from, of `inputs.told`.
     """
     schedule = record.schedule
     image_tokens = schedule.grid.tokens
@@ -116,6 +120,7 @@ def build_report(
         "width": request.width,
         "height": request.height,
         **_of_medium(request, strength),
+        "pictures": [dict(picture) for picture in pictures],
         "preset": request.preset.model_dump(mode="json"),
         "model": {
             "name": request.model.name,
@@ -130,7 +135,8 @@ def build_report(
         "tokens": {
             "image": image_tokens,
             "text": record.text_tokens,
-            "total": image_tokens + record.text_tokens,
+            **({"references": record.reference_tokens} if record.reference_tokens else {}),
+            "total": image_tokens + record.text_tokens + record.reference_tokens,
         },
         "density": schedule.density,
         "ideal_speedup": schedule.ideal_speedup,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from grat_cli.errors import BadInput
 from grat_cli.families import Family, ModelChoice, family_of
+from grat_cli.families.base import NO_PICTURES, PictureKind
+from grat_cli.models.picture_kinds import refuse_pictures
 from grat_cli.presets import Preset
 from grat_kernels import Grid
 
@@ -37,9 +39,12 @@ class Request:
         fps: frames per second of a video; None for pictures.
         seeds: one output is made for each.
         negative_prompt: what to steer away from, or None.
-        init_image: picture to start from, or None for noise.
-        strength: share of the steps that are run on `init_image`: 1 leaves nothing of it. None for 0.7, or on the
-            high-resolution path for the preset's.
+        init_image: picture to start from, or None for noise; of a video its first frame.
+        mask: picture that is white where `init_image` is made anew, or None for all of it.
+        control: picture of edges, depth or the like that the output follows, or None.
+        references: pictures that the output refers to.
+        strength: share of the steps that are run on `init_image`: 1 leaves nothing of it. None for 0.7, with a mask
+            for 1, or on the high-resolution path for the preset's.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         offload: one of `offloading.OFFLOADS`.
@@ -66,6 +71,9 @@ class Request:
     seeds: tuple[int, ...] = ()
     negative_prompt: str | None = None
     init_image: Path | None = None
+    mask: Path | None = None
+    control: Path | None = None
+    references: tuple[Path, ...] = ()
     strength: float | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -86,6 +94,23 @@ class Request:
     def family(self) -> Family:
         """Of the model."""
         return family_of(self.model)
+
+    @property
+    def kinds(self) -> frozenset[PictureKind]:
+        """Of the pictures that an output is made from."""
+        given: dict[PictureKind, bool] = {
+            "start": self.init_image is not None,
+            "mask": self.mask is not None,
+            "control": self.control is not None,
+            "reference": bool(self.references),
+        }
+        return frozenset(kind for kind, is_there in given.items() if is_there)
+
+    @property
+    def handed(self) -> frozenset[PictureKind]:
+        """Of those that the pipeline is given as they are: all, but for a picture that is redone from its latents."""
+        redone = self.kinds == {"start"} and self.model.redoes(self.kinds)
+        return NO_PICTURES if redone else self.kinds
 
     @property
     def grid(self) -> Grid:
@@ -171,14 +196,24 @@ def request_for(
 def check(request: Request) -> None:
     """Raises BadInput unless the model can make such outputs, and there is a place for each."""
     check_size(request)
-    if request.negative_prompt is not None and not request.model.takes_negative:
-        raise BadInput(f"{request.model.name} takes no negative prompt: leave out --negative")
     if request.strength is not None and not 0.0 < request.strength <= 1.0:
         raise BadInput(f"strength must lie above 0 and at most at 1, not {request.strength}")
+    check_pictures(request)
     if request.outputs and len(request.outputs) != len(request.seeds):
         raise BadInput(f"{len(request.seeds)} seeds need as many outputs, not {len(request.outputs)}")
     if (request.checkpoint_every or 0) < 0:
         raise BadInput(f"steps between checkpoints must be 0 or more, not {request.checkpoint_every}")
+
+
+def check_pictures(request: Request) -> None:
+    """Raises BadInput unless the model takes such pictures as are given, and is given those that it needs."""
+    refuse_pictures(
+        request.model,
+        request.kinds,
+        references=len(request.references),
+        strength=request.strength,
+        negative_prompt=request.negative_prompt,
+    )
 
 
 def check_size(request: Request) -> None:
@@ -218,8 +253,13 @@ def note_expectations(request: Request, progress: Progress) -> None:
         progress.note(
             f"{model.name} is made for pictures of up to {side}x{side}: larger ones repeat and blur with any attention"
         )
-    from grat_cli.estimates.stages import FAIR_AREA
+    from grat_cli.estimates.stages import FAIR_AREA, uses_highres
 
+    if request.handed and uses_highres(preset, model, request.width, request.height):
+        progress.note(
+            f"{request.size} is made in one stage, not from a smaller picture: the given ones say what is where"
+        )
+        return
     from_noise = request.init_image is None and preset.highres is not None and preset.highres.mode != "cascade"
     if request.family.stages and from_noise and request.width * request.height > FAIR_AREA * model.native_side**2:
         side = model.native_side

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.files import whole
-from grat_cli.files.pictures import read_picture
 from grat_cli.generation.checkpoint import Run, discard_run, files_of
 from grat_cli.generation.denoising import Denoising, Studio, Text
 from grat_cli.generation.finishing import Made, decode_run, finish, keep_latents, kept_latents, tidy_up
+from grat_cli.generation.inputs import read_pictures, read_start, reference_tokens, refuse_sizes
 from grat_cli.generation.machine import memory_advice, offload_chooser, phases_of, release, surroundings
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
 from grat_cli.generation.stage import stages_for, upscaled
@@ -91,7 +91,10 @@ class Generator:
             begun: the run that is taken up.
         """
         self._device, self._progress, self._family = choose_device(request.device), progress, request.family
+        if begun is None:
+            refuse_sizes(request)
         start = None if begun is not None else read_start(request, progress)
+        self._pictures = begun.pictures if begun is not None else read_pictures(request, progress)
         self._start_size = begun.start_size if begun is not None else start and start.size
         self._picture: Image.Image | torch.Tensor | None = begun.picture if begun is not None else start
         self.stages = stages_for(request, None if self._start_size is None else Resolution(*self._start_size))
@@ -107,8 +110,8 @@ class Generator:
                     dtype=choose_dtype(request.dtype, self._device),
                     offload=request.offload,
                     quantize=request.quantize,
-                    choose_offload=offload_chooser(request, self._device),
-                    image_to_image=self._picture is not None,
+                    choose_offload=offload_chooser(request, self._device, self._reference_tokens(request)),
+                    pictures=request.kinds,
                     base=request.base,
                 )
             if request.offload == "auto":
@@ -131,7 +134,11 @@ class Generator:
 
     def new_run(self, seed: int) -> Run:
         """A run of which nothing is done."""
-        return Run(seed=seed, total=sum(stage.steps for stage in self.stages), start_size=self._start_size)
+        total = sum(stage.steps for stage in self.stages)
+        return Run(seed=seed, total=total, start_size=self._start_size, pictures=self._pictures)
+
+    def _reference_tokens(self, request: Request) -> int:
+        return reference_tokens(request, [picture.size for picture in self._pictures.references])
 
     def _latents_of_picture(self, request: Request) -> torch.Tensor:
         """Latents `[1, C, h, w]` of the picture that every output starts from, of the size of the first stage."""
@@ -156,7 +163,8 @@ class Generator:
             phases = phases_of(self._device)
             with phases("text"):
                 negative = next((one.negative_prompt for one in guidances if one.negative_prompt is not None), None)
-                tensors = self._family.encode_text(self._pipe, request.model, request.prompt, negative)
+                pipe = self._family.pipeline_for(self._pipe, request.handed)
+                tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
                 lengths = self._family.text_lens(tensors)
                 return Text({name: tensor.cpu() for name, tensor in tensors.items()}, guidances, lengths, phases)
 
@@ -199,28 +207,6 @@ class Generator:
         making.remove_preview()
         tidy_up(run, request, output, kept)
         return made
-
-
-def read_start(request: Request, progress: Progress) -> Image.Image | None:
-    """The picture to start from, cut to the request's shape but of its own size; None for noise.
-
-    Raises:
-        BadInput: if it cannot be read.
-    """
-    if request.init_image is None:
-        return None
-    from PIL import Image, ImageOps
-
-    picture = read_picture(request.init_image)
-    if picture.width * request.height != picture.height * request.width:
-        progress.note(
-            f"{request.init_image.name} is {picture.width}x{picture.height}: "
-            f"its middle is cut out in the shape of {request.width}x{request.height}"
-        )
-    # The largest size in that shape that the picture holds, and no larger than what is asked for.
-    scale = min(picture.width / request.width, picture.height / request.height, 1.0)
-    size = max(1, round(request.width * scale)), max(1, round(request.height * scale))
-    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
 def take_up(run: Run, device: torch.device, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.attention.extrapolation import Extrapolation
 from grat_cli.errors import BadInput, NumericalFailure
 from grat_cli.estimates.stages import Stage, stages_of
-from grat_cli.families.base import NO_PICTURES
+from grat_cli.families.base import NO_PICTURES, PictureKind
 from grat_cli.families.time_shift import time_shift
 from grat_cli.generation.low_resolution_guidance import low_resolution_guidance
 from grat_cli.generation.request import Progress, Request
@@ -25,9 +25,15 @@ if TYPE_CHECKING:
 
 
 def stages_for(request: Request, start: Resolution | None = None) -> tuple[Stage, ...]:
-    """The stages of a request's outputs; `start` is the size of the picture that they start from."""
+    """The stages of a request's outputs; `start` is the size of the picture that they redo."""
     return stages_of(
-        request.preset, request.model, request.width, request.height, start=start, strength=request.strength
+        request.preset,
+        request.model,
+        request.width,
+        request.height,
+        start=start,
+        strength=request.strength,
+        handed=request.handed,
     )
 
 
@@ -62,7 +68,7 @@ def installed(
         pipe: a loaded pipeline.
         request: of the output.
         stage: to be run.
-        start: latents that it starts from; None for noise.
+        start: latents that it starts from; None for noise, and where the pipeline is given pictures.
         first_step: steps of it that are done.
         observer: told of transformer calls and attentions.
 
@@ -71,7 +77,8 @@ def installed(
         NumericalFailure: if a kernel computes wrong results on this machine.
     """
     family = request.family
-    pipe = family.pipeline_for(pipe, NO_PICTURES if start is None else frozenset({"start"}))
+    redone: frozenset[PictureKind] = NO_PICTURES if start is None else frozenset({"start"})
+    pipe = family.pipeline_for(pipe, request.handed or redone)
     size = request.installed_size | {"height": stage.height, "width": stage.width}
     tokens = request.model.grid(stage.width, stage.height, request.frames).tokens
     sampling = stage.preset.sampling

@@ -17,6 +17,7 @@ from grat_cli.files.json_objects import read_json
 from grat_cli.models.parts import read_index, validation_problem
 
 _Blocks = Annotated[list[int] | None, Field(max_length=8)]
+_Channels = Annotated[int, Field(ge=1, le=2**20)]
 _Scale = Annotated[int, Field(ge=1, le=64)]
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".sft")
@@ -173,6 +174,8 @@ class _Traits(BaseModel):
     block_out_channels: _Blocks = None
     decoder_block_out_channels: _Blocks = None
     guidance_embeds: bool | None = None
+    in_channels: _Channels | None = None
+    out_channels: _Channels | None = None
     text_embed_dim: int | None = None
     spatial_compression_ratio: _Scale | None = None
     temporal_compression_ratio: _Scale | None = None

@@ -60,7 +60,7 @@ def load_model(
     offload: str = "none",
     quantize: str = "none",
     choose_offload: Callable[[Any], tuple[str, str]] | None = None,
-    image_to_image: bool = False,
+    pictures: frozenset[PictureKind] = NO_PICTURES,
     base: str | None = None,
 ) -> LoadedModel:
     """Loads a model and puts it on a device.
@@ -72,7 +72,7 @@ def load_model(
         offload: see `offloading`; `auto` leaves it to `choose_offload` on a CUDA device, and is `none` elsewhere.
         quantize: see `quantization`.
         choose_offload: the kind for a pipeline that is still on the CPU, and why; `auto` needs it.
-        image_to_image: the pipeline that starts from a picture, where the family has one.
+        pictures: kinds of the pictures that the pipeline is to take.
         base: folder or hub id with the other parts of a pipeline, for a file that holds a transformer alone.
 
     Raises:
@@ -84,7 +84,7 @@ def load_model(
     quantized = configurations(quantize, family_of(choice).large_encoder, dtype)
     dtypes = family_of(choice).dtypes(_NEURAL_PARTS, device, dtype)
     with _without_pointless_warnings():
-        pipe, folder = _load(choice, dtypes, image_to_image, base, quantized)
+        pipe, folder = _load(choice, dtypes, pictures, base, quantized)
     pipe.set_progress_bar_config(disable=True)
     kind, reason = offload, "chosen by name"
     if offload == "auto":
@@ -114,14 +114,13 @@ def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.
 def _load(
     choice: ModelChoice,
     dtypes: Mapping[str, torch.dtype],
-    image_to_image: bool,
+    pictures: frozenset[PictureKind],
     base: str | None,
     quantized: Mapping[str, Any],
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
-    start: frozenset[PictureKind] = frozenset({"start"}) if image_to_image else NO_PICTURES
-    pipeline = family.pipeline_of(choice, choice.needs | start)
+    pipeline = family.pipeline_of(choice, choice.needs | pictures)
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder

@@ -165,6 +165,29 @@ def test_a_step_of_a_random_transformer(
         )
 
 
+@pytest.mark.parametrize("preset", ["flux-b", "flux-far"])
+def test_a_step_with_references(preset: str) -> None:
+    """As many tokens again as the picture has."""
+    config, grid, text_len = config_of("flux-kontext", (0, 1)), (24, 32), 256
+    shape = family_of_class(config["_class_name"]).transformer_shape(config)
+    count = grid[0] * grid[1]
+    schedule = AttentionSchedule(load_preset(preset), Grid(grid), text_len, True, 1, shape.layers, references=count)
+    transformer = random_transformer(config, "cpu", torch.float32)
+    inputs = step_inputs(config, grid, text_len, "cpu", torch.float32)
+    behind = inputs["img_ids"] + torch.tensor([1, 0, 0])
+    inputs |= {
+        "hidden_states": inputs["hidden_states"].repeat(1, 2, 1),
+        "img_ids": torch.cat([inputs["img_ids"], behind]),
+    }
+    adapter = FluxAdapter(transformer, Grid(grid), chunk_tokens=None)
+    execution = Execution("float32", on_cpu=True, chunk_tokens=None)
+    with adapter.attached(OneStep(schedule), Backend.SDPA):
+        compare(
+            denoise_moments(Components((), shape, UNUSED), list(schedule.plans), execution),
+            lambda: transformer(**inputs),
+        )
+
+
 CPU = Coding(4, on_cpu=True)
 
 

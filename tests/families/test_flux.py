@@ -200,8 +200,12 @@ def test_calls_of_another_size_are_refused(model: Any) -> None:
         attempt(model, Grid((4, 6)), **tiny_flux.inputs(6, 4))
     given = tiny_flux.inputs(4, 6)
     twice = {"hidden_states": given["hidden_states"].repeat(1, 2, 1), "img_ids": given["img_ids"].repeat(2, 1)}
-    with pytest.raises(BadInput, match="Kontext"):
+    with pytest.raises(BadInput, match=r"= 24 image tokens, the call has 48"):
         attempt(model, Grid((4, 6)), **twice)
+    ids = twice["img_ids"].clone()
+    ids[:24, 0] = 1
+    with pytest.raises(BadInput, match="references come before those of the image"):
+        attempt(model, Grid((4, 6)), **twice | {"img_ids": ids})
 
 
 def test_extras_are_refused(model: Any) -> None:

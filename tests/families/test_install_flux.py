@@ -10,6 +10,7 @@ import pytest
 import tiny_flux
 import torch
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+from diffusers.pipelines.flux.pipeline_flux_control import FluxControlPipeline
 from diffusers.pipelines.flux.pipeline_flux_controlnet import FluxControlNetPipeline
 from diffusers.pipelines.flux.pipeline_flux_fill import FluxFillPipeline
 from diffusers.pipelines.flux.pipeline_flux_inpaint import FluxInpaintPipeline
@@ -31,6 +32,7 @@ from flux_runs import (
 from PIL import Image
 
 import grat_cli
+from grat_cli.attention.extrapolation import Extrapolation
 from grat_cli.errors import BadInput
 from grat_cli.families.time_shift import shift_of, time_shift
 from grat_cli.generation.timing import StepRecorder
@@ -86,32 +88,98 @@ def mask_image() -> Image.Image:
     return Image.fromarray(mask)
 
 
-@pytest.mark.parametrize(
-    ("kind", "channels", "inputs"),
-    [
-        (OwnPipeline, 16, {}),
-        (FluxInpaintPipeline, 16, {"image": init_image(), "mask_image": mask_image(), "strength": 0.7}),
-        # A picture that comes as further channels, 16 of its own and 64 pixels of the mask.
-        (FluxFillPipeline, 96, {"image": init_image(), "mask_image": mask_image()}),
-        (FluxKontextPipeline, 16, {"max_area": HEIGHT * WIDTH}),
-    ],
-)
-def test_full_attention_equals_other_stock_pipelines_around_flux(
-    kind: type[Any], channels: int, inputs: dict[str, Any]
-) -> None:
-    pipe = tiny_flux.pipeline(kind, transformer=tiny_flux.transformer(in_channels=channels, out_channels=16))
-    expected = call(pipe, **inputs)
+def test_a_pipeline_of_somebody_else_around_flux_is_served() -> None:
+    pipe = tiny_flux.pipeline(OwnPipeline)
+    expected = call(pipe)
     with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
-        assert relative_difference(call(pipe, **inputs), expected) < RELATIVE_OF_PIPELINES
-    with grat_cli.install(pipe, preset("b"), height=HEIGHT, width=WIDTH):
-        assert relative_difference(call(pipe, **inputs), expected) > 0.01
-    assert torch.equal(call(pipe, **inputs), expected)
+        assert relative_difference(call(pipe), expected) < RELATIVE_OF_PIPELINES
 
 
-def test_pictures_that_come_as_tokens_are_refused() -> None:
-    reference = {"image": init_image(), "max_area": HEIGHT * WIDTH, "_auto_resize": False}
-    with pytest.raises(BadInput, match=r"call has 936: .* as in Kontext, are not supported"):
-        enter(tiny_flux.pipeline(FluxKontextPipeline), preset(), called_with=reference)
+def reference(height: int = 72, width: int = 104) -> dict[str, Any]:
+    """A picture to refer to as `FluxKontextPipeline` takes it, of its own size: 9 x 13 tokens."""
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (height, width, 3), np.uint8))
+    return {"image": picture, "max_area": HEIGHT * WIDTH, "_auto_resize": False}
+
+
+def with_pictures(kind: type[Any]) -> tuple[Any, dict[str, Any]]:
+    """A tiny pipeline, and the pictures that it is given."""
+    channels, arguments = {
+        FluxInpaintPipeline: (16, {"image": init_image(), "mask_image": mask_image(), "strength": 0.7}),
+        FluxFillPipeline: (96, {"image": init_image(), "mask_image": mask_image()}),
+        FluxControlPipeline: (32, {"control_image": init_image()}),
+        FluxKontextPipeline: (16, reference()),
+    }[kind]
+    transformer = tiny_flux.transformer(in_channels=channels, out_channels=16, guidance=True)
+    return tiny_flux.pipeline(kind, transformer=transformer, vae=tiny_flux.autoencoder_of_distributions()), arguments
+
+
+KINDS = (FluxInpaintPipeline, FluxFillPipeline, FluxControlPipeline, FluxKontextPipeline)
+BATCH: dict[str, Any] = {"batch": 2, "guidance_scale": 4.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_attention_equals_stock_pipelines_that_are_given_pictures(kind: type[Any]) -> None:
+    """In bf16 both are as far from fp32 as its roundings are."""
+    pipe, pictures = with_pictures(kind)
+    expected = call(pipe, **pictures, **BATCH)
+    before = snapshot(pipe.transformer)
+    with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH) as installation:
+        assert relative_difference(call(pipe, **pictures, **BATCH), expected) < RELATIVE_OF_PIPELINES
+    assert installation.last_schedule.plans[0].tokens == tiny_flux.TEXT_TOKENS + GRID.tokens + (
+        9 * 13 if kind is FluxKontextPipeline else 0
+    )
+    assert snapshot(pipe.transformer) == before
+    assert torch.equal(call(pipe, **pictures, **BATCH), expected)
+
+    pipe.to(torch.bfloat16)
+    halves = {name: tensor.bfloat16() for name, tensor in tiny_flux.prompt(2).items()}
+    stock = call(pipe, **pictures, **BATCH, **halves)
+    with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
+        made = call(pipe, **pictures, **BATCH, **halves)
+    error = relative_difference(stock.float(), expected)
+    assert relative_difference(made.float(), expected) < 2 * error + torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("variant", "radius", "cross"), [("b", 1, False), ("x", None, True)])
+def test_patterns_equal_stock_pipelines_with_pictures_under_a_mask(
+    kind: type[Any], variant: str, radius: int, cross: bool
+) -> None:
+    """References attend everything, and everything attends them."""
+    pipe, pictures = with_pictures(kind)
+    mask = raster_mask(GRID, radius, cross, 9 * 13 if kind is FluxKontextPipeline else 0)
+    expected = call(pipe, **pictures, **BATCH, joint_attention_kwargs={"attention_mask": mask})
+    with grat_cli.install(pipe, preset(variant), height=HEIGHT, width=WIDTH):
+        result = call(pipe, **pictures, **BATCH)
+    assert relative_difference(result, expected) < RELATIVE_OF_PIPELINES
+    assert relative_difference(result, call(pipe, **pictures, **BATCH)) > 0.005
+
+
+def test_references_and_guidance_by_a_negative_prompt_go_together() -> None:
+    pipe, pictures = with_pictures(FluxKontextPipeline)
+    expected = call(pipe, **pictures, **GUIDED)
+    with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH) as installation:
+        assert relative_difference(call(pipe, **pictures, **GUIDED), expected) < RELATIVE_OF_PIPELINES
+        alone = call(pipe, max_area=HEIGHT * WIDTH)
+        assert installation.last_schedule.plans[0].tokens == tiny_flux.TEXT_TOKENS + GRID.tokens
+    assert relative_difference(alone, call(pipe, max_area=HEIGHT * WIDTH)) < RELATIVE_OF_PIPELINES
+
+
+def test_stock_modules_prepare_attention_with_references() -> None:
+    pipe, pictures = with_pictures(FluxKontextPipeline)
+    with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH) as installation:
+        call(pipe, **pictures)
+        assert installation.preparation == "stock modules: the fused kernel knows no tokens of references"
+
+
+def test_positions_are_not_fitted_with_references() -> None:
+    pipe, pictures = with_pictures(FluxKontextPipeline)
+    fitted = Extrapolation((9, 13), "ntk", proportional_attention=True)
+    with pytest.raises(BadInput, match="not fitted where there are references"):
+        enter(pipe, preset(), called_with=pictures, extrapolation=fitted)
+
+
+def test_residuals_of_a_control_net_are_refused() -> None:
     controlnet = FluxControlNetModel(
         in_channels=16,
         num_layers=1,

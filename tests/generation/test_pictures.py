@@ -148,7 +148,7 @@ def init_image(tmp_path: Path) -> Path:
 
 
 def test_image_to_image_gives_the_stock_picture(init_image: Path) -> None:
-    pipe = load_model(DEMO, device=CPU, dtype=torch.float32, image_to_image=True).pipe
+    pipe = load_model(DEMO, device=CPU, dtype=torch.float32, pictures=frozenset({"start"})).pipe
     expected = pipe(
         PROMPT,
         image=Image.open(init_image),
@@ -179,7 +179,7 @@ def test_a_picture_to_start_from_is_cut_to_shape(init_image: Path) -> None:
 def test_a_picture_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "notes.png"
     text.write_text("not a picture")
-    for path, says in [(text, "cannot be read as a picture"), (tmp_path / "none.png", "there is no picture")]:
+    for path, says in [(text, "cannot be read as a picture"), (tmp_path / "none.png", "there is no such file")]:
         with pytest.raises(BadInput, match=says):
             generate(init_image=path)
     with pytest.raises(BadInput, match="strength must lie above 0"):

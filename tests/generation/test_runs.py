@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import STEPS, Progress, Small, broken_off, generate, names, untimed
+from small_runs import STEPS, Progress, Small, broken_off, generate, goes_on_as_if_whole, names, untimed
 
 from grat_cli.errors import BadInput, CannotWrite, Interrupted, NumericalFailure, OutOfMemory
 from grat_cli.files import whole as whole_files
 from grat_cli.generation import denoising, finishing
 from grat_cli.generation import run as generation
 from grat_cli.generation.checkpoint import Run, find_run, read_run
-from grat_cli.generation.finishing import Made, decode_run
+from grat_cli.generation.finishing import decode_run
 from grat_cli.generation.request import Request
 from grat_cli.models.loading import LoadedModel
 
@@ -99,62 +99,6 @@ def test_the_same_seed_gives_the_same_frames_whatever_came_before(
 
 
 # ---- Broken off and taken up
-
-
-def goes_on_as_if_whole(
-    asked: Request, written: dict[str, np.ndarray], folder: Path, starts: tuple[Path, ...] = ()
-) -> list[Made]:
-    """Breaks a run of two seeds off after each of the first one's steps and at each phase between, and takes it up.
-
-    Args:
-        asked: for outputs `a-s7` and `a-s8` in the folder.
-        written: of the fixture.
-        folder: with nothing else in it.
-        starts: files that are gone when a run is taken up.
-
-    Returns:
-        What it makes.
-    """
-    kept_starts = {path: path.read_bytes() for path in starts}
-    told = Progress()
-    expected = generate(asked, told)
-    whole, steps = dict(written), told.steps
-    total = len(steps) // 2
-    first = told.events[told.events.index(steps[0]) : told.events.index("save") - 1]
-    phases = [event for event in first if isinstance(event, str)]
-    stops: list[dict[str, Any]] = [{"after": after} for after in range(1, total + 1)] + [
-        {"at_phase": phase} for phase in phases
-    ]
-    for stop in stops:
-        for path in folder.iterdir():
-            path.unlink()
-        for path, content in kept_starts.items():
-            path.write_bytes(content)
-        broken = Progress(**stop)
-        with pytest.raises(Interrupted) as caught:
-            generate(asked, broken)
-        done = len(broken.steps)
-        (kept,) = folder.iterdir()
-        assert str(caught.value) == f"interrupted after step {done} of {total}; go on with grat resume {kept}"
-        for path in starts:
-            path.unlink()
-        for named in (kept, asked.outputs[0]):
-            assert find_run(named) == kept
-        run, restored = read_run(kept)
-        assert restored == asked
-        assert run.done == done
-
-        written.clear()
-        progress = Progress()
-        made = generate(restored, progress, run)
-        assert progress.steps == steps[done:]
-        assert written.keys() == whole.keys()
-        for name, frames in whole.items():
-            np.testing.assert_array_equal(written[name], frames)
-        assert [untimed(one.report) for one in made] == [untimed(one.report) for one in expected]
-        endings = (".json", asked.outputs[0].suffix)
-        assert names(folder) == sorted(f"a-s{seed}{ending}" for seed in (7, 8) for ending in endings)
-    return expected
 
 
 @pytest.mark.parametrize("small", ["picture", "video", "cascade", "cascade of latents"], indirect=True)

@@ -111,7 +111,7 @@ def test_the_bundled_model_loads_without_a_word(capfd: pytest.CaptureFixture[str
 
 
 def test_dtype_and_image_to_image() -> None:
-    loaded = load_model(choose_model("demo"), device=CPU, dtype=torch.bfloat16, image_to_image=True)
+    loaded = load_model(choose_model("demo"), device=CPU, dtype=torch.bfloat16, pictures=frozenset({"start"}))
     assert type(loaded.pipe).__name__ == "FluxImg2ImgPipeline"
     assert {part.dtype for part in (loaded.pipe.transformer, loaded.pipe.vae, loaded.pipe.text_encoder_2)} == {
         torch.bfloat16
@@ -185,7 +185,10 @@ def change(part: str, **changes: Any) -> Callable[[Path], None]:
         (forget_a_weight("vae/diffusion_pytorch_model.safetensors"), "vae of .* lacks 1 weights, such as"),
         (change("transformer/config.json", num_single_layers=1), "has no place for .* single_transformer_blocks"),
         (change("transformer/config.json", joint_attention_dim=64), "transformer of .* is damaged"),
-        (change("model_index.json", _class_name="FluxFillPipeline"), "is a FluxFillPipeline, which is not supported"),
+        (
+            change("model_index.json", _class_name="FluxControlNetPipeline"),
+            "is a FluxControlNetPipeline, which is not supported",
+        ),
         (change("model_index.json", vae=["diffusers", "NoSuchVae"]), "NoSuchVae"),
         (cut_off("model_index.json"), "model_index.json cannot be read"),
     ],
@@ -372,10 +375,13 @@ def test_running_out_of_memory_is_recognised() -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
 
 
+FLUX = ["flux-dev", "flux-schnell", "flux-fill", "flux-canny", "flux-depth", "flux-kontext"]
+
+
 @pytest.mark.parametrize(
     ("presets", "medium", "expected"),
     [
-        ("flux", "image", ["flux-dev", "flux-schnell"]),
+        ("flux", "image", FLUX),
         ("demo", "image", ["demo"]),
         ("hunyuan", "video", ["hunyuan", "hunyuan-i2v", "demo"]),
         (None, "image", None),

@@ -57,13 +57,13 @@ GRIDS = {"flux": (6, 8), "hunyuan": (3, 4, 6)}
     ("name", "billions"),
     # The model cards: "12 billion parameter" (FLUX.1), "over 13 billion parameters" (HunyuanVideo; that of the
     # transformer alone is 12.8). The counts themselves are those of the published checkpoints' shapes.
-    [("flux-dev", 11.90), ("flux-schnell", 11.89), ("hunyuan", 12.82)],
+    [("flux-dev", 11.90), ("flux-schnell", 11.89), ("flux-fill", 11.90), ("flux-depth", 11.90), ("hunyuan", 12.82)],
 )
 def test_real_configurations_have_the_published_number_of_weights(name: str, billions: float) -> None:
     assert parameter_count(transformer_config(step_model(name))) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "hunyuan"])
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-fill", "flux-canny", "hunyuan"])
 def test_bundled_configurations_leave_nothing_to_defaults(name: str) -> None:
     config = transformer_config(STEP_MODELS[name])
     kind = family_of(STEP_MODELS[name]).transformer_class()

@@ -51,16 +51,18 @@ def run_with(grid: Grid, pattern: Pattern) -> Any:
     return Run(lambda step, layer: plan)
 
 
-def raster_mask(grid: Grid, radius: int | None, same_row_or_column: bool) -> torch.Tensor:
-    """What GRAT-B or GRAT-X allows, `[N, N]` in raster order, text first; written without the project's own code."""
+def raster_mask(grid: Grid, radius: int | None, same_row_or_column: bool, references: int = 0) -> torch.Tensor:
+    """What GRAT-B or GRAT-X allows, `[N, N]` in raster order, text first and references last; written without the
+    project's own code."""
     row, column = np.divmod(np.arange(grid.tokens), grid.shape[1])
     rows, columns = row // GROUP[0], column // GROUP[1]
     row_distance = np.abs(rows[:, None] - rows[None, :])
     column_distance = np.abs(columns[:, None] - columns[None, :])
     near = np.maximum(row_distance, column_distance) <= (-1 if radius is None else radius)
     cross = same_row_or_column & ((row_distance == 0) | (column_distance == 0))
-    mask = np.ones((tiny_flux.TEXT_TOKENS + grid.tokens,) * 2, bool)
-    mask[tiny_flux.TEXT_TOKENS :, tiny_flux.TEXT_TOKENS :] = near | cross
+    mask = np.ones((tiny_flux.TEXT_TOKENS + grid.tokens + references,) * 2, bool)
+    of_image = slice(tiny_flux.TEXT_TOKENS, tiny_flux.TEXT_TOKENS + grid.tokens)
+    mask[of_image, of_image] = near | cross
     return torch.from_numpy(mask)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from grat_cli.models.catalogue import choose_model
+from grat_cli.models.loading import load_model
 
 PIXELS_PER_TOKEN = 8
 TEXT_TOKENS = 6
@@ -51,6 +56,20 @@ def autoencoder() -> AutoencoderTiny:
     ).eval()
 
 
+def autoencoder_of_distributions() -> AutoencoderKL:
+    """Random, of the same size, of which pipelines draw latents."""
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        shift_factor=0.1,
+        scaling_factor=0.4,
+    ).eval()
+
+
 def pipeline(kind: type[Any] = FluxPipeline, guidance: bool = False, **components: Any) -> Any:
     """A `FluxPipeline` or `FluxImg2ImgPipeline` without text encoders: pass prompt embeddings."""
     parts: dict[str, Any] = {
@@ -65,6 +84,16 @@ def pipeline(kind: type[Any] = FluxPipeline, guidance: bool = False, **component
     pipe = kind(**(parts | components))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save(folder: Path, kind: type[Any], channels: int = 16) -> Path:
+    """A pipeline in a folder, whose transformer reads so many channels: text encoders of the demo, all else random."""
+    demo = load_model(choose_model("demo"), device=torch.device("cpu"), dtype=torch.float32).pipe
+    parts = {name: part for name, part in demo.components.items() if name.startswith(("text", "token", "sched"))}
+    widths = {"joint_attention_dim": 128, "pooled_projection_dim": 64}
+    own = transformer(guidance=True, in_channels=channels, out_channels=16, **widths)
+    kind(**parts, vae=autoencoder_of_distributions(), transformer=own).save_pretrained(folder)
+    return folder
 
 
 def image_to_image() -> FluxImg2ImgPipeline:
