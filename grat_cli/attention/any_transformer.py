@@ -37,13 +37,14 @@ class AnyTransformer:
         text_first: whether text comes before image tokens where both are attended in one sequence.
         layers: attentions over image tokens; 0 before the first call.
         heads: of each, likewise.
+        references: none are known of.
         preparation: what makes queries and keys; None before the first call.
         chunking: how many tokens at most run through feed-forward at once: all of them; and why.
     """
 
     preparation: str | None = None
     chunking: tuple[int | None, str] = None, "the transformer is not known"
-    layers = heads = 0
+    layers = heads = references = 0
 
     def __init__(self, transformer: torch.nn.Module, grid: Grid, text: TextPlace | None, *, check: bool) -> None:
         """Prepares, and changes nothing yet.

@@ -443,7 +443,7 @@ class WanAutoencoder(AutoencoderShape):
         for number, (own, layers) in enumerate(zip(self.encoder_channels, self.layers, strict=True)):
             kept += own * (2 * (layers - 1) + (number > 0)) * of_level / 4**number
         # Of a residual block its input, and what its second convolution takes; levels with shortcuts copy their input.
-        convolution = _causal_convolution(channels, channels, (frames, rows, columns), coding, grows)
+        convolution = _streamed_convolution(channels, channels, (frames, rows, columns), coding, grows)
         return {"encoder": given + kept + plane * (2 + self.residual) + convolution}
 
     def sample(self, device: torch.device, dtype: torch.dtype) -> Sample:
@@ -534,7 +534,7 @@ class WanAutoencoder(AutoencoderShape):
         element, frames = coding.element, 1
 
         def convolution(inputs: int, outputs: int) -> float:
-            return _causal_convolution(inputs, outputs, (frames, rows, columns), coding, grows)
+            return _streamed_convolution(inputs, outputs, (frames, rows, columns), coding, grows)
 
         def residual_block(inputs: int, outputs: int) -> float:
             """Besides its input: its shortcut, its norm, which takes three times its result, and convolutions."""
@@ -658,7 +658,9 @@ def autoencoder_shape(config: Mapping[str, Any], parameters: int = 0) -> Autoenc
     return _CLASSES[config["_class_name"]].of(config, parameters)
 
 
-def _causal_convolution(inputs: int, outputs: int, places: tuple[int, int, int], coding: Coding, grows: bool) -> float:
+def _streamed_convolution(
+    inputs: int, outputs: int, places: tuple[int, int, int], coding: Coding, grows: bool
+) -> float:
     """What a convolution over time takes besides its input: what it keeps of it, joins with what it had, and pads.
 
     Args:

@@ -374,7 +374,7 @@ def test_calls_from_a_first_frame_go_on_where_they_were(tmp_path: Path, kind: st
     model = choose_model(str(folder), "video")
     assert (model.takes, model.needs) == (START, START if kind != "timed" else frozenset())
     family = family_of(model)
-    loaded = load_model(model, device=torch.device("cpu"), dtype=torch.float32, image_to_image=kind == "timed").pipe
+    loaded = load_model(model, device=torch.device("cpu"), dtype=torch.float32, pictures=START).pipe
     pipe = family.pipeline_for(loaded, START)
     assert type(pipe).__name__ == "WanImageToVideoPipeline"
     guidance = choose_guidance(pipe, model, request_of(folder, tmp_path / "a.mp4").preset, None)
