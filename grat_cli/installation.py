@@ -216,9 +216,8 @@ def step_under_way(scheduler: Any, begin: int | None = None) -> int:
         scheduler: of diffusers.
         begin: index of the first of these; None for what the scheduler was told.
     """
-    begin = (scheduler.begin_index or 0) if begin is None else begin
-    index = begin if scheduler.step_index is None else scheduler.step_index
-    return index - begin
+    first: int = (scheduler.begin_index or 0) if begin is None else begin
+    return 0 if scheduler.step_index is None else scheduler.step_index - first
 
 
 def _with_backend(preset: Preset, backend: Backend | str) -> Preset:
