@@ -229,7 +229,7 @@ def step_under_way(scheduler: Any, begin: int | None = None) -> int:
         begin: index of the first of these; None for what the scheduler was told.
     """
     first: int = (scheduler.begin_index or 0) if begin is None else begin
-    return (first if scheduler.step_index is None else int(scheduler.step_index)) - first
+    return 0 if scheduler.step_index is None else scheduler.step_index - first
 
 
 def _family_adapters(

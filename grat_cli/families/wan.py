@@ -8,7 +8,8 @@ Wan-Video/Wan2.1 (`generate.py`, README.md) and Wan-Video/Wan2.2 (`wan/configs`)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -467,7 +468,10 @@ class Wan(Family):
 
     def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
         start = call.pictures.start
-        with beginning_at(pipe, call.first_step, history=call.history):
+        with (
+            beginning_at(pipe, call.first_step, history=call.history),
+            _first_frame_kept(pipe, call.callback) as callback,
+        ):
             return pipe(
                 **call.arguments,
                 **({} if start is None else {"image": start}),
@@ -478,7 +482,7 @@ class Wan(Family):
                 generator=call.generator,
                 latents=call.begun,
                 output_type="latent",
-                callback_on_step_end=call.callback,
+                callback_on_step_end=callback,
             ).frames
 
     def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
@@ -527,6 +531,37 @@ class Wan(Family):
         if extrapolation is not None:
             raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
         return WanAdapter(transformer, grid, **options)
+
+
+@contextmanager
+def _first_frame_kept(pipe: Any, callback: Callable[..., dict[str, Any]] | None) -> Iterator[Any]:
+    """While inside, a callback that has latents after the last step as a call returns them.
+
+    Where tokens are timed, the pipeline puts the given first frame back once more when all steps are done.
+    """
+    if callback is None or not pipe.config.expand_timesteps or "image_encoder" not in pipe.components:
+        yield callback
+        return
+    stock, given = pipe.prepare_latents, []
+
+    def prepare_latents(*arguments: Any, **options: Any) -> Any:
+        prepared = stock(*arguments, **options)
+        given[:] = prepared[1:2]
+        return prepared
+
+    def with_first_frame(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        import torch
+
+        if step + 1 == pipe.num_timesteps:
+            latents = torch.cat([given[0][:, :, :1], tensors["latents"][:, :, 1:]], dim=2)
+            tensors = {**tensors, "latents": latents}
+        return callback(pipe, step, timestep, tensors)
+
+    pipe.prepare_latents = prepare_latents
+    try:
+        yield with_first_frame
+    finally:
+        del pipe.prepare_latents
 
 
 def _latents_shape(config: Mapping[str, Any], grid: Grid, channels: int) -> tuple[int, ...]:
