@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from grat_cli.commands import options
 from grat_cli.commands.parameters import argument, changed, only, option
 
 if TYPE_CHECKING:
+    from grat_cli.files.prompts import PromptEntry
     from grat_cli.models.catalogue import Medium
 
 _FAILURES_NAMED = 3
@@ -27,7 +28,8 @@ def batch(
         argument(
             "FILE",
             "Prompts: .txt with one per line, .jsonl with an object per line, or .json with a list of them "
-            "(prompt; if wanted negative, seed, n; other keys are kept).",
+            "(prompt; if wanted negative, seed, n, and picture files: init_image, mask, control, reference; "
+            "other keys are kept).",
         ),
     ],
     *,
@@ -86,7 +88,7 @@ def batch(
     from grat_cli.files import outputs
     from grat_cli.files.formats import choose_format
     from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS, read_prompts
-    from grat_cli.generation.batch import Batch, Failure, make_samples, missing
+    from grat_cli.generation.batch import Batch, Failure, make_samples, missing, refuse_pictures
     from grat_cli.generation.batch_layout import LAYOUTS, lay_out
     from grat_cli.generation.request import note_expectations
     from grat_cli.generation.selection import mismatch_note, require_choice, variant_word
@@ -130,6 +132,7 @@ def batch(
         format=chosen_format,
         quality=crf if quality is None else quality,
         checkpoint_every=keeping.checkpoint_every,
+        pictures=_pictures(entries),
     )
     making.refuse_unfit(template, size)
     template = replace(template, metadata=not no_metadata, overwrite=overwrite, command=options.command_line(context))
@@ -152,6 +155,7 @@ def batch(
         plain_name=lambda prompt, seed: outputs.default_name(now, prompt, template.size, word, seed, suffix),
     )
     whole = Batch(file, chosen_layout, folder, samples, template)
+    refuse_pictures(whole)
     left = missing(whole)
     there = len(samples) - len(left)
     skipped = f", {there} of them are there already" if there else ""
@@ -219,6 +223,15 @@ def _medium(of_layout: Medium | None, layout: str, model: str | None, of_one: di
         if given[other] and other != medium:
             raise BadInput(f"{given[other][0]} is for {outputs}, and these are {medium}s: leave it out")
     return medium
+
+
+def _pictures(entries: Sequence[PromptEntry]) -> options.PictureOptions:
+    """Those of the first entry, by which a batch is planned."""
+    from grat_cli.generation.batch import pictures_of
+
+    given = pictures_of(entries[0])
+    references = list(given.pop("references"))
+    return options.PictureOptions(**given, reference=references)
 
 
 def _sample_data(sample: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ MOST_OUTPUTS = 1000  # of a prompt
 SUFFIXES = (".txt", ".jsonl", ".json")
 # VBench's VBench_full_info.json (github.com/Vchitect/VBench) calls the prompt so.
 _PROMPT_NAMES = ("prompt", "prompt_en")
+_PICTURES = ("init_image", "mask", "control", "reference")
+_LONGEST_PATH, _MOST_REFERENCES = 4096, 100
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class PromptEntry:
         negative: what to keep out, None where the entry does not say.
         seed: of its first sample, likewise.
         samples: how many, likewise.
+        pictures: files that it is made from, by `init_image`, `mask`, `control` and `reference`; beside the file of
+            prompts, where their paths are not absolute.
     """
 
     place: str
@@ -36,13 +40,15 @@ class PromptEntry:
     negative: str | None = None
     seed: int | None = None
     samples: int | None = None
+    pictures: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
 def read_prompts(path: Path) -> list[PromptEntry]:
     """The prompts of a file, in its order.
 
     A `.txt` has one per line; empty lines are left out. A `.jsonl` has one object per line, a `.json` a list of them:
-    `prompt` (or `prompt_en`), and if wanted `negative`, `seed` and `n`. Other keys are kept.
+    `prompt` (or `prompt_en`), and if wanted `negative`, `seed`, `n`, and names of picture files under `init_image`,
+    `mask`, `control` and `reference`, the last of which may be a list. Other keys are kept.
 
     Raises:
         BadInput: if it cannot be read, or an entry makes no sense, with its place.
@@ -118,7 +124,19 @@ def _entry(item: Any, place: str, path: Path) -> PromptEntry:
         negative,
         _whole_number(item.get("seed"), 0, LARGEST_SEED, f"{where}: seed"),
         _whole_number(item.get("n"), 1, MOST_OUTPUTS, f"{where}: n"),
+        {name: files for name in _PICTURES if (files := _files(item.get(name), name, path, where))},
     )
+
+
+def _files(value: Any, name: str, prompts: Path, where: str) -> tuple[Path, ...]:
+    """One file, or of references a list of some."""
+    names: list[Any] = value if isinstance(value, list) and name == "reference" else [] if value is None else [value]
+    for one in names:
+        if not isinstance(one, str) or not 0 < len(one) <= _LONGEST_PATH or "\0" in one:
+            raise BadInput(f"{where}: {name} must be the name of a picture, not {json.dumps(value)[:40]}")
+    if len(names) > _MOST_REFERENCES:
+        raise BadInput(f"{where}: {len(names)} pictures under {name}, more than {_MOST_REFERENCES}")
+    return tuple(prompts.parent / one for one in names)
 
 
 def _whole_number(value: Any, least: int, most: int, what: str) -> int | None:

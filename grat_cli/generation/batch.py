@@ -21,11 +21,13 @@ from grat_cli.files.outputs import (
     slug,
     write_json,
 )
+from grat_cli.files.prompts import PromptEntry
 from grat_cli.files.whole import adopt, cannot_write, claimed, discard, place, remove
 from grat_cli.generation.batch_layout import Layout, Sample, has_metadata, write_metadata
 from grat_cli.generation.checkpoint import Run, discard_run, read_run, request_data
 from grat_cli.generation.denoising import Text
-from grat_cli.generation.request import Request
+from grat_cli.generation.inputs import refuse_sizes
+from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.run import Generator, take_up
 from grat_cli.models.devices import choose_device
 
@@ -163,12 +165,13 @@ class _Worker:
     def __init__(self, batch: Batch, samples: Sequence[Sample], progress: _SaidOnce) -> None:
         self._batch, self._progress = batch, progress
         self._generator = Generator(_request(batch.template, samples[0]), progress)
-        self._texts: dict[tuple[str, str | None], Text] = {}
+        self._texts: dict[tuple[Any, ...], Text] = {}
         for sample in samples:
             request = _request(batch.template, sample)
-            prompts = request.prompt, request.negative_prompt
-            if prompts not in self._texts:
-                self._texts[prompts] = self._generator.encode(request)
+            asked = request.prompt, request.negative_prompt, sample.pictures
+            if asked not in self._texts:
+                self._generator.take(request)
+                self._texts[asked] = self._generator.encode(request)
         self._generator.release_text_encoders()
 
     def make(self, sample: Sample, *, is_last: bool) -> Mapping[str, Any]:
@@ -183,7 +186,8 @@ class _Worker:
         with claimed([work]):
             made = _finished(work)
             if made is None:
-                text = self._texts[request.prompt, request.negative_prompt]
+                text = self._texts[request.prompt, request.negative_prompt, sample.pictures]
+                self._generator.take(request)
                 try:
                     made = self._generator.make(request, self._begun(work, sample.seed), work, text, is_last=is_last)
                 except NumericalFailure:
@@ -247,7 +251,29 @@ class _SaidOnce:
 def _request(template: Request, sample: Sample) -> Request:
     """The request of one sample."""
     prompt, negative, seed = sample.asked
-    return replace(template, prompt=prompt, negative_prompt=negative, seeds=(seed,), outputs=(sample.output,))
+    told = {"prompt": prompt, "negative_prompt": negative, "seeds": (seed,), "outputs": (sample.output,)}
+    return replace(template, **told, **pictures_of(sample.entry))
+
+
+def pictures_of(entry: PromptEntry) -> dict[str, Any]:
+    """The pictures of an entry, as requests take them."""
+    one = {name: next(iter(entry.pictures.get(name, ())), None) for name in ("init_image", "mask", "control")}
+    return {**one, "references": entry.pictures.get("reference", ())}
+
+
+def refuse_pictures(batch: Batch) -> None:
+    """Makes sure, before anything is loaded, that a model takes the pictures of each sample, and that they are there.
+
+    Raises:
+        BadInput: if not, with the place of the entry.
+    """
+    for sample in {sample.entry.place: sample for sample in batch.samples}.values():
+        request = _request(batch.template, sample)
+        try:
+            check_pictures(request)
+            refuse_sizes(request)
+        except BadInput as error:
+            raise BadInput(f"{batch.file}, {sample.entry.place}: {error}") from error
 
 
 def _work_name(request: Request) -> str:
@@ -310,6 +336,7 @@ def _facts_asked(template: Request, sample: Sample) -> str:
         "size": [request.width, request.height],
         "model": request.model.source,
         "quantization": request.quantize,
+        "pictures": [path.name for files in sample.entry.pictures.values() for path in files],
         **_facts_of_preset(request.preset.model_dump(mode="json")),
     }
     if request.frames:
@@ -329,6 +356,7 @@ def _facts_found(path: Path) -> str | None:
             "size": [told["width"], told["height"]],
             "model": told["model"]["source"],
             "quantization": told["device"]["quantize"],
+            "pictures": [picture["file"] for picture in told.get("pictures", ())],
             **_facts_of_preset(told["preset"]),
         }
         if "frames" in told:

@@ -85,6 +85,11 @@ class Sample:
         """All that tells one sample from another: prompt, negative prompt, seed."""
         return self.entry.prompt, self.negative, self.seed
 
+    @property
+    def pictures(self) -> tuple[tuple[str, tuple[Path, ...]], ...]:
+        """What it is made from, by kind; of those that are asked for in the same words each is another."""
+        return tuple(self.entry.pictures.items())
+
 
 def lay_out(
     entries: Sequence[PromptEntry],
@@ -186,10 +191,10 @@ def _refuse_unfit(entry: PromptEntry, layout: Layout, suffix: str) -> None:
 
 def _with_plain_names(drafts: Sequence[Sample], out: Path, plain_name: Callable[[str, int], str]) -> list[Sample]:
     """Each of what is asked for once, under a name of its own: prompts that begin alike look alike in one."""
-    named: dict[tuple[str, str | None, int], Sample] = {}
+    named: dict[tuple[object, ...], Sample] = {}
     taken: set[str] = set()
     for draft in drafts:
-        if draft.asked in named:
+        if (draft.asked, draft.pictures) in named:
             continue
         name = plain_name(draft.entry.prompt, draft.seed)
         stem, ending = os.path.splitext(name)
@@ -198,7 +203,7 @@ def _with_plain_names(drafts: Sequence[Sample], out: Path, plain_name: Callable[
             number += 1
             name = f"{stem}-{number}{ending}"
         taken.add(name)
-        named[draft.asked] = replace(draft, output=out / name, report=report_path(out / name))
+        named[draft.asked, draft.pictures] = replace(draft, output=out / name, report=report_path(out / name))
     return list(named.values())
 
 
@@ -211,9 +216,9 @@ def _without_repetitions(drafts: Sequence[Sample]) -> list[Sample]:
     found: dict[Path, Sample] = {}
     for draft in drafts:
         first = found.setdefault(draft.output, draft)
-        if first.asked != draft.asked:
+        if (first.asked, first.pictures) != (draft.asked, draft.pictures):
             raise BadInput(
                 f"{first.entry.place} and {draft.entry.place} have the same prompt, and with it the same file name, "
-                "but another seed or negative prompt: leave one out, or use --layout plain"
+                "but another seed, negative prompt or picture: leave one out, or use --layout plain"
             )
     return list(found.values())

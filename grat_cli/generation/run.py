@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,25 +80,21 @@ class Generator:
     """A loaded model that makes one output after another. Steps and failures are those of `generate`.
 
     Attributes:
-        stages: of every output.
+        stages: of the outputs of a request.
     """
 
     def __init__(self, request: Request, progress: WritingProgress, begun: Run | None = None) -> None:
         """Loads the model.
 
         Args:
-            request: what is made first; later ones may differ in prompt, negative prompt, seeds and outputs alone.
+            request: what is made first; later ones may differ in prompt, negative prompt, seeds and outputs alone, and
+                with `take` in the pictures that they are made from.
             progress: told how it goes on.
             begun: the run that is taken up.
         """
         self._device, self._progress, self._family = choose_device(request.device), progress, request.family
-        if begun is None:
-            refuse_sizes(request)
-        start = None if begun is not None else read_start(request, progress)
-        self._pictures = begun.pictures if begun is not None else read_pictures(request, progress)
-        self._start_size = begun.start_size if begun is not None else start and start.size
-        self._picture: Image.Image | torch.Tensor | None = begun.picture if begun is not None else start
-        self.stages = stages_for(request, None if self._start_size is None else Resolution(*self._start_size))
+        self._picture: Image.Image | torch.Tensor | None
+        self._read(request, begun)
         self._common = phases_of(self._device)
 
         # 2. Load.
@@ -122,6 +119,24 @@ class Generator:
         self._studio = Studio(self._pipe, self._device, progress, self.stages, told, self._latents_of_picture)
         if begun is not None:
             begun.refuse_other_weights(self._model.revision)
+
+    def _read(self, request: Request, begun: Run | None = None) -> None:
+        """Pictures and stages of a request; of a run that is taken up, as they were."""
+        self._taken = _files(request)
+        if begun is not None:
+            self._pictures, self._picture, self._start_size = begun.pictures, begun.picture, begun.start_size
+        else:
+            refuse_sizes(request)
+            start = read_start(request, self._progress)
+            self._pictures = read_pictures(request, self._progress)
+            self._picture, self._start_size = start, start and start.size
+        self.stages = stages_for(request, None if self._start_size is None else Resolution(*self._start_size))
+
+    def take(self, request: Request) -> None:
+        """Reads the pictures of what is encoded or made next, where they are others than before."""
+        if _files(request) != self._taken:
+            self._read(request)
+            self._studio = replace(self._studio, stages=self.stages)
 
     @property
     def _lets_go(self) -> bool:
@@ -207,6 +222,10 @@ class Generator:
         making.remove_preview()
         tidy_up(run, request, output, kept)
         return made
+
+
+def _files(request: Request) -> tuple[object, ...]:
+    return request.init_image, request.mask, request.control, request.references
 
 
 def take_up(run: Run, device: torch.device, progress: Progress) -> None:

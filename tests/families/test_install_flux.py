@@ -132,7 +132,7 @@ def test_full_attention_equals_stock_pipelines_that_are_given_pictures(kind: typ
     assert torch.equal(call(pipe, **pictures, **BATCH), expected)
 
     pipe.to(torch.bfloat16)
-    halves = {name: tensor.bfloat16() for name, tensor in tiny_flux.prompt(2).items()}
+    halves: dict[str, Any] = {name: tensor.bfloat16() for name, tensor in tiny_flux.prompt(2).items()}
     stock = call(pipe, **pictures, **BATCH, **halves)
     with grat_cli.install(pipe, preset(), height=HEIGHT, width=WIDTH):
         made = call(pipe, **pictures, **BATCH, **halves)

@@ -471,3 +471,45 @@ def test_parts_of_files_with_long_names_fit_the_file_system(tmp_path: Path) -> N
     write_whole(path, lambda file: file.write(b"whole"))
     assert path.read_bytes() == b"whole"
     assert [kept.name for kept in tmp_path.iterdir()] == [path.name]
+
+
+def test_samples_are_made_from_the_pictures_of_their_entries(loads: list[str]) -> None:
+    Path("in").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save("in/a.png")
+    for name, box in {"left.png": (0, 0, 32, 64), "right.png": (32, 0, 64, 64)}.items():
+        white = Image.new("L", (64, 64))
+        white.paste(255, box)
+        white.save(Path("in") / name)
+    boat = {"prompt": "a blue boat", "init_image": "a.png"}
+    write_lines(
+        "in/p.jsonl", {"prompt": "a blue boat"}, boat | {"mask": "left.png"}, boat | {"mask": "right.png"}, boat
+    )
+    small = (*SMALL, "--steps", "4")
+    result = grat("batch", "in/p.jsonl", *small, "--out", "b", "--json")
+    assert result.code == 0, result.err
+    assert loads == ["demo"]
+    made = [one["file"] for one in result.data["made"]]
+    start = ("--init-image", "in/a.png")
+    given = [(), *((*start, "--mask", f"in/{name}.png") for name in ("left", "right")), start]
+    for number, (file, more) in enumerate(zip(made, given, strict=True)):
+        alone = grat("image", "a blue boat", *small, "--seed", 0, *more, "--out", f"{number}.png")
+        assert alone.code == 0, alone.err
+        np.testing.assert_array_equal(pixels(file), pixels(f"{number}.png"))
+    assert len({pixels(file).tobytes() for file in made}) == 4
+    again = grat("batch", "in/p.jsonl", *small, "--out", "b", "--json").data
+    assert (again["made"], again["skipped"]) == ([], 4)
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"init_image": "none.png"}, "p.jsonl, line 2: --init-image none.png: there is no such file"),
+        ({"reference": ["a.png"]}, "p.jsonl, line 2: demo takes no --reference: give --model "),
+        ({"mask": {"rle": 3}}, "p.jsonl, line 2: mask must be the name of a picture, not "),
+        ({"control": ["a.png"]}, "p.jsonl, line 2: control must be the name of a picture, not "),
+    ],
+)
+def test_pictures_of_entries_that_do_not_fit_are_refused_with_their_place(item: dict[str, Any], says: str) -> None:
+    Image.new("RGB", (64, 64)).save("a.png")
+    write_lines("p.jsonl", '{"prompt": "a fox"}', {"prompt": "a boat"} | item)
+    assert says in refusal("batch", "p.jsonl", *SMALL)

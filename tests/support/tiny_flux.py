@@ -59,15 +59,16 @@ def autoencoder() -> AutoencoderTiny:
 def autoencoder_of_distributions() -> AutoencoderKL:
     """Random, of the same size, of which pipelines draw latents."""
     torch.manual_seed(1)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        shift_factor=0.1,
-        scaling_factor=0.4,
-    ).eval()
+    config: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 8),
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "shift_factor": 0.1,
+        "scaling_factor": 0.4,
+    }
+    return AutoencoderKL(**config).eval()
 
 
 def pipeline(kind: type[Any] = FluxPipeline, guidance: bool = False, **components: Any) -> Any:
