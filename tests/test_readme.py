@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 from command_line import grat
+from PIL import Image
 
 import grat_cli
 from grat_cli.app import app
@@ -70,6 +71,8 @@ def test_every_command_that_needs_no_weights_works(tmp_path: Path, monkeypatch: 
     assert len(RUNNABLE) >= 8
     first = grat("image", "a red fox", "--model", "demo", "--steps", "1", "--out", "demo.png")
     assert first.code == 0, first.err
+    with Image.open("demo.png") as made:
+        Image.new("L", made.size, 255).save("mask.png")
     for name, text in PROMPT_FILES.items():
         Path(name).write_text(text)
     for command in RUNNABLE:
