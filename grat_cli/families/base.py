@@ -268,8 +268,8 @@ class Family(ABC):
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         """The known model that a folder's is kin to, with what its configurations say of tokens and guidance."""
 
-    def of_pipeline(self, model: ModelChoice, class_name: str | None) -> ModelChoice:
-        """What `of_folder` told, and the class of the pipeline that the folder was saved as tells besides."""
+    def of_pipeline(self, model: ModelChoice, class_name: str | None, name: str) -> ModelChoice:
+        """What `of_folder` told, with what the class of the pipeline that was saved, and the folder's name tell."""
         return model
 
     def matching_base(self, embeds_guidance: bool) -> str:

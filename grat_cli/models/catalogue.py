@@ -157,7 +157,7 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = family.of_pipeline(family.of_folder(transformer, autoencoder), index.class_name)
+    choice = family.of_pipeline(family.of_folder(transformer, autoencoder), index.class_name, path.name)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 
