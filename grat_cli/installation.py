@@ -155,7 +155,8 @@ def install(
     It changes this instance's transformer, and leaving restores it exactly, also after an exception. Sampling stays
     the caller's: the preset's steps, guidance and shift are not applied. Image positions are passed to Flux's
     transformer in fp32, where pipelines round them to its dtype: bf16 gives neighbours the same position beyond 4096
-    pixels. The padding of HunyuanVideo's text is cut off; it changes no prediction.
+    pixels. The padding of HunyuanVideo's text is cut off; it changes no prediction. Tokens of pictures to refer to, as
+    of a `FluxKontextPipeline`, attend everything, and everything attends them.
 
     A transformer of a family that GRAT does not know can be tried with `tokens`: its attention is put in group order
     layer by layer, which costs a pass over query, key, value and output in each.

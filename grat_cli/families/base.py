@@ -300,7 +300,7 @@ class Family(ABC):
         """A folder's model with what its `model_index.json` says besides.
 
         Args:
-            choice: of `of_folder`.
+            choice: of `of_folder`, with the folder as its source.
             class_name: of the pipeline that the folder was saved from.
             parts: that it has.
             options: further settings of the pipeline.

@@ -6,6 +6,7 @@ Read against diffusers 0.42.1, `pipelines/flux`.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,8 +198,10 @@ class Flux(Family):
 
     def kin(self, name: str) -> ModelChoice:
         """See `Family`, as for all below."""
-        words = {"schnell": _SCHNELL, "fill": _FILL, "canny": _CANNY, "depth": _DEPTH, "kontext": _KONTEXT}
-        return next((model for word, model in words.items() if word in name.lower()), _DEV)
+        if "schnell" in name.lower():
+            return _SCHNELL
+        words = {"fill": _FILL, "canny": _CANNY, "depth": _DEPTH, "kontext": _KONTEXT}
+        return next((words[word] for word in re.split("[^a-z]+", name.lower()) if word in words), _DEV)
 
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         # AutoencoderTiny does not store its own block_out_channels.
@@ -216,6 +219,8 @@ class Flux(Family):
     def of_index(
         self, choice: ModelChoice, class_name: str | None, parts: frozenset[str], options: Mapping[str, Any]
     ) -> ModelChoice:
+        if "control" in choice.needs and self.kin(Path(choice.source).name) is _DEPTH:
+            return replace(choice, default_steps=_DEPTH.default_steps, default_guidance=_DEPTH.default_guidance)
         if class_name != "FluxKontextPipeline" or choice.needs:
             return choice
         return replace(choice, default_guidance=_KONTEXT.default_guidance, takes=_KONTEXT.takes)
@@ -295,7 +300,12 @@ class Flux(Family):
     def pipeline_for(self, pipe: Any, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:
         from diffusers.pipelines.flux.pipeline_flux_fill import FluxFillPipeline
 
-        if "mask" in kinds and _joining_channels(pipe.transformer.config) is _FILL:
+        kin = _joining_channels(pipe.transformer.config)
+        joined = NO_PICTURES if kin is None else kin.needs
+        if joined - kinds or ("control" in kinds and "control" not in joined):
+            name = (kin or _DEV).name
+            raise BadInput(f"the transformer is one like that of {name}: give the pictures that {name} takes")
+        if kin is _FILL:
             return self.in_class(pipe, FluxFillPipeline)
         return super().pipeline_for(pipe, kinds)
 

@@ -173,7 +173,8 @@ def request_for(
     """A request for one output of a model, with seeds and files left open; sizes are by default those of its training.
 
     Raises:
-        BadInput: if the model cannot make outputs of that size, or frames are given for a model of images.
+        BadInput: if the model cannot make outputs of that size, or none without pictures, or frames are given for a
+            model of images.
     """
     traits = model.video
     if frames is not None and not traits:
@@ -190,6 +191,7 @@ def request_for(
         dtype=dtype,
     )
     check_size(request)
+    check_pictures(request)
     return request
 
 

@@ -160,9 +160,8 @@ def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(
             f"{name} cannot be read ({reason}): get the folder again, or use --model demo"
         ) from error
-    choice = family.of_index(
-        family.of_folder(transformer, autoencoder), index.class_name, frozenset(parts), index.options
-    )
+    choice = replace(family.of_folder(transformer, autoencoder), source=str(path))
+    choice = family.of_index(choice, index.class_name, frozenset(parts), index.options)
     return replace(choice, name=name, source=str(path), kind="folder", reason="a folder of that name")
 
 

@@ -211,3 +211,23 @@ def test_any_file_is_read_or_refused(start: bytes, content: bytes, tmp_path_fact
         outputs.read_provenance(path)
     with pytest.raises(BadInput):
         read_picture(path)
+
+
+def test_depth_maps_of_16_bits_are_read_in_eight(tmp_path: Path) -> None:
+    path = tmp_path / "depth.png"
+    Image.fromarray(np.array([[0, 255, 256], [0x7FFF, 0x8000, 0xFFFF]], np.uint16)).save(path)
+    assert np.asarray(pictures.read_picture(path))[..., 0].tolist() == [[0, 0, 1], [127, 128, 255]]
+
+
+def test_the_size_of_a_picture_is_that_of_the_upright_one(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert (
+        pictures.picture_size(tmp_path / "turned.jpg")
+        == pictures.read_picture(tmp_path / "turned.jpg").size
+        == (20, 30)
+    )
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    with pytest.raises(BadInput, match="cannot be read as a picture"):
+        pictures.picture_size(tmp_path / "torn.png")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,33 @@ def test_a_folder_tells_what_it_is(folder: Path) -> None:
     assert (choose_model(str(folder)).presets, choose_model(str(folder)).default_steps) == ("flux", 4)
     edit(folder / "transformer" / "config.json", guidance_embeds=True)
     assert (choose_model(str(folder)).token_side, choose_model(str(folder)).default_steps) == (16, 28)
+
+
+def test_a_folder_tells_which_pictures_it_takes(folder: Path) -> None:
+    transformer, index = folder / "transformer" / "config.json", folder / "model_index.json"
+    assert (choose_model(str(folder)).takes, choose_model(str(folder)).needs) == ({"start", "mask"}, set())
+    edit(transformer, in_channels=96, out_channels=16)
+    fill = choose_model(str(folder))
+    assert (fill.needs, fill.default_guidance, fill.default_steps) == ({"start", "mask"}, 30, 50)
+    edit(transformer, in_channels=32)
+    assert (choose_model(str(folder)).needs, choose_model(str(folder)).default_guidance) == ({"control"}, 30)
+    depth = folder.rename(folder.with_name("my-Depth"))
+    assert (choose_model(str(depth)).default_guidance, choose_model(str(depth)).default_steps) == (10, 30)
+    edit(depth / "transformer" / "config.json", in_channels=16)
+    assert choose_model(str(depth)).needs == set()
+    edit(depth / index.name, _class_name="FluxKontextPipeline")
+    kontext = choose_model(str(depth))
+    assert (kontext.takes, kontext.needs, kontext.default_guidance) == ({"reference"}, set(), 2.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kin"),
+    [("me/FLUX.1-Fill-tuned", "fill"), ("me/flux-depth", "depth"), ("me/canny_x", "canny"), ("me/landfill", "dev")],
+)
+def test_names_tell_kin_by_whole_words(name: str, kin: str) -> None:
+    assert replace(choose_model(name), name="", source="", reason="") == replace(
+        choose_model(f"flux-{kin}"), name="", source="", reason=""
+    )
 
 
 @pytest.mark.parametrize(
