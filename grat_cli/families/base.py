@@ -253,6 +253,8 @@ class Family(ABC):
         full_note: what to know of full attention when it is measured.
         masks_text: whether stock attention runs over padded text under a mask.
         stages: whether outputs that are much larger than those it was trained on come about in stages.
+        fits_positions: whether positions and scores can be fitted to larger outputs than it was trained on.
+        configs: where the configurations of its transformers are bundled.
     """
 
     name: ClassVar[str]
@@ -282,6 +284,7 @@ class Family(ABC):
     full_note: ClassVar[str] = ""
     masks_text: ClassVar[bool] = False
     stages: ClassVar[bool] = False
+    fits_positions: ClassVar[bool] = False
     configs: ClassVar[Path] = Path(__file__).parent / "configs"
 
     # ---- Which model
@@ -311,9 +314,9 @@ class Family(ABC):
         """What to give as `--base` for a file with or without embedded guidance."""
         return f"try --base {self.base}" if embeds_guidance else "give --base what it was made from"
 
-    @abstractmethod
     def vocabulary(self) -> Mapping[str, list[str]]:
         """The words that its bundled demo knows, by kind; those of `subjects` are what it shows."""
+        return {}
 
     # ---- Shapes
 
@@ -325,10 +328,13 @@ class Family(ABC):
         """
         if model.kind == "folder":
             return read_json(Path(model.source) / "transformer" / "config.json")
+        return read_json(self.configs / f"{self.bundled_config(model)}.json")
+
+    def bundled_config(self, model: ModelChoice) -> str:
+        """Which of the bundled configurations is that of a model from a hub, or of one that it is kin to."""
         known = [one for one in self.models if one.kind == "hub"]
         guided = model.default_guidance is not None
-        kin = next((one for one in known if (one.default_guidance is not None) == guided), known[0])
-        return read_json(self.configs / f"{kin.name}.json")
+        return next((one for one in known if (one.default_guidance is not None) == guided), known[0]).name
 
     def with_blocks(self, config: Mapping[str, Any], blocks: tuple[int, ...]) -> dict[str, Any]:
         """A transformer's configuration with other numbers of blocks, as many as its shape has kinds of them."""
@@ -545,6 +551,9 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def adapter_class(self) -> type[Adapter]:
+        """What runs a transformer of the family on image tokens in group order."""
+
     def adapter(
         self,
         transformer: torch.nn.Module,
@@ -555,11 +564,15 @@ class Family(ABC):
         fused: bool | None = None,
         attend: Attend | None = None,
     ) -> Adapter:
-        """What runs a transformer on image tokens in group order; see `attention.adapter` for the options.
+        """An adapter of a transformer; see `attention.adapter` for the options.
 
         Raises:
-            BadInput: if positions are to be fitted and cannot be.
+            BadInput: if positions are to be fitted and cannot be, or an option does not suit the adapter.
         """
+        if extrapolation is not None and not self.fits_positions:
+            raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
+        options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "fused": fused, "attend": attend}
+        return self.adapter_class()(transformer, grid, extrapolation=extrapolation, **options)
 
 
 def token_sides(height: int, width: int, side: int) -> tuple[int, int]:

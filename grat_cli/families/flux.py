@@ -34,7 +34,6 @@ from grat_cli.families.base import (
     token_sides,
 )
 from grat_cli.families.shapes import CLIP_L, JointShape, TextEncoderShape, TransformerCall
-from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -193,6 +192,7 @@ class Flux(Family):
     tile = picture_coding.TILE
     large_encoder = "text_encoder_2"
     stages = True
+    fits_positions = True
 
     # ---- Which model
 
@@ -235,11 +235,10 @@ class Flux(Family):
 
     # ---- Shapes
 
-    def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
-        if model.kind == "folder" or not model.needs:
-            return super().transformer_config(model)
-        name = "flux-fill" if "mask" in model.needs else "flux-control"
-        return read_json(Path(__file__).parent / "configs" / f"{name}.json")
+    def bundled_config(self, model: ModelChoice) -> str:
+        if not model.needs:
+            return super().bundled_config(model)
+        return "flux-fill" if "mask" in model.needs else "flux-control"
 
     def transformer_shape(self, config: Mapping[str, Any]) -> FluxShape:
         return FluxShape.of(config, "joint_attention_dim", out_channels=_out_channels(config))
@@ -369,8 +368,8 @@ class Flux(Family):
             raise BadInput(f"a {type(pipe).__name__} makes images: leave out num_frames")
         return Grid(token_sides(height, width, pipe.vae_scale_factor * 2))  # latents are packed two by two into tokens
 
-    def adapter(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> FluxAdapter:
-        return FluxAdapter(transformer, grid, **options)
+    def adapter_class(self) -> type[FluxAdapter]:
+        return FluxAdapter
 
 
 def _out_channels(config: Mapping[str, Any]) -> int:

@@ -33,7 +33,6 @@ from grat_cli.families.base import (
 )
 from grat_cli.families.shapes import TextEncoderShape, TransformerCall, TransformerShape
 from grat_cli.families.time_shift import GivenShift
-from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from grat_cli.attention.chunking import Forward
-    from grat_cli.attention.extrapolation import Extrapolation
     from grat_kernels import Plan
 
 # Steps and guidance: src/flux2/util.py of github.com/black-forest-labs/flux2; pictures to refer to: docs.bfl.ai,
@@ -309,17 +307,11 @@ class Flux2(Family):
     def matching_base(self, embeds_guidance: bool) -> str:
         return f"try --base {(_DEV if embeds_guidance else _KLEIN_4B).source}"
 
-    def vocabulary(self) -> Mapping[str, list[str]]:
-        return {}
-
     # ---- Shapes
 
-    def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
-        if model.kind == "folder":
-            return super().transformer_config(model)
-        # Base models have the shapes of what was distilled from them.
-        name = self._kin_of(model).name.replace("-base", "")
-        return read_json(self.configs / f"{name}.json")
+    def bundled_config(self, model: ModelChoice) -> str:
+        """Base models have the shapes of what was distilled from them."""
+        return self._kin_of(model).name.replace("-base", "")
 
     def text_encoders_of(self, model: ModelChoice) -> tuple[TextEncoderShape, ...]:
         kin = self._kin_of(model)
@@ -492,17 +484,8 @@ class Flux2(Family):
             raise BadInput(f"a {type(pipe).__name__} makes images: leave out num_frames")
         return Grid(token_sides(height, width, self._unit(pipe)))
 
-    def adapter(
-        self,
-        transformer: torch.nn.Module,
-        grid: Grid,
-        *,
-        extrapolation: Extrapolation | None = None,
-        **options: Any,
-    ) -> Flux2Adapter:
-        if extrapolation is not None:
-            raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
-        return Flux2Adapter(transformer, grid, **options)
+    def adapter_class(self) -> type[Flux2Adapter]:
+        return Flux2Adapter
 
 
 def _embeds_guidance(model: ModelChoice) -> bool:

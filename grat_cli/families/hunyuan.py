@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.chunking import Forward
-    from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.layer import LayerAttention, Text
     from grat_kernels import Plan
 
@@ -391,17 +390,8 @@ class Hunyuan(Family):
         latents = latent_frames(pipe, num_frames, pipe.vae_scale_factor_temporal)
         return Grid(((latents - 1) // config.patch_size_t + 1, *sides))
 
-    def adapter(
-        self,
-        transformer: torch.nn.Module,
-        grid: Grid,
-        *,
-        extrapolation: Extrapolation | None = None,
-        **options: Any,
-    ) -> HunyuanAdapter:
-        if extrapolation is not None:
-            raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
-        return HunyuanAdapter(transformer, grid, **options)
+    def adapter_class(self) -> type[HunyuanAdapter]:
+        return HunyuanAdapter
 
 
 def _latents_shape(config: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:

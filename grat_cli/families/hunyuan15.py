@@ -14,10 +14,8 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from grat_cli.errors import BadInput
 from grat_cli.families.autoencoders import AutoencoderShape, Coding, Pixels, Sample, convolved
 from grat_cli.families.base import (
     ANY_TOKENIZER,
@@ -37,14 +35,12 @@ from grat_cli.families.base import (
 )
 from grat_cli.families.hunyuan import HunyuanAdapter, HunyuanShape
 from grat_cli.families.shapes import TextEncoderShape
-from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.chunking import Forward
-    from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.layer import Text
     from grat_kernels import Plan
 
@@ -341,15 +337,15 @@ class Hunyuan15(Family):
             video=replace(template.require_video(), frames_per_latent=autoencoder.get("temporal_compression_ratio", 4)),
         )
 
-    def vocabulary(self) -> Mapping[str, list[str]]:
-        return {}
-
     # ---- Shapes
 
+    def bundled_config(self, model: ModelChoice) -> str:
+        return self.name
+
     def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
+        config = super().transformer_config(model)
         if model.kind == "folder":
-            return super().transformer_config(model)
-        config = read_json(Path(__file__).parent / "configs" / "hunyuan15.json")
+            return config
         task = "i2v" if "start" in model.takes else "t2v"
         return {**config, "target_size": model.native_side, "task_type": task}
 
@@ -521,17 +517,8 @@ class Hunyuan15(Family):
         latents = latent_frames(pipe, num_frames, pipe.vae_scale_factor_temporal)
         return Grid(((latents - 1) // config.patch_size_t + 1, *sides))
 
-    def adapter(
-        self,
-        transformer: torch.nn.Module,
-        grid: Grid,
-        *,
-        extrapolation: Extrapolation | None = None,
-        **options: Any,
-    ) -> Hunyuan15Adapter:
-        if extrapolation is not None:
-            raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
-        return Hunyuan15Adapter(transformer, grid, **options)
+    def adapter_class(self) -> type[Hunyuan15Adapter]:
+        return Hunyuan15Adapter
 
 
 def _latents_shape(config: Mapping[str, Any], grid: Grid) -> tuple[int, ...]:

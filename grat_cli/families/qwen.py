@@ -33,7 +33,6 @@ from grat_cli.families.base import (
     token_sides,
 )
 from grat_cli.families.shapes import TextEncoderShape, TransformerCall, TransformerShape
-from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -224,6 +223,7 @@ class Qwen(Family):
     large_encoder = "text_encoder"
     lets_go = True
     stages = True
+    fits_positions = True
 
     # ---- Which model
 
@@ -253,16 +253,10 @@ class Qwen(Family):
             size_multiple=choice.size_multiple,
         )
 
-    def vocabulary(self) -> Mapping[str, list[str]]:
-        return {}
-
     # ---- Shapes
 
-    def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
-        if model.kind == "folder":
-            return super().transformer_config(model)
-        name = _EDIT_2511.name if self.kin(model.name) is _EDIT_2511 else _QWEN.name
-        return read_json(Path(__file__).parent / "configs" / f"{name}.json")
+    def bundled_config(self, model: ModelChoice) -> str:
+        return _EDIT_2511.name if self.kin(model.name) is _EDIT_2511 else _QWEN.name
 
     def transformer_shape(self, config: Mapping[str, Any]) -> QwenShape:
         outputs = config.get("out_channels") or config["in_channels"]
@@ -431,8 +425,8 @@ class Qwen(Family):
             raise BadInput(f"a {type(pipe).__name__} makes images: leave out num_frames")
         return Grid(token_sides(height, width, pipe.vae_scale_factor * 2))  # latents are packed two by two into tokens
 
-    def adapter(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> QwenAdapter:
-        return QwenAdapter(transformer, grid, **options)
+    def adapter_class(self) -> type[QwenAdapter]:
+        return QwenAdapter
 
 
 # ---- Text and pictures

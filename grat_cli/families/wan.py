@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grat_cli.attention.adapter import DispatchAdapter
@@ -34,14 +33,12 @@ from grat_cli.families.base import (
     token_sides,
 )
 from grat_cli.families.shapes import TextEncoderShape, TransformerCall, TransformerShape
-from grat_cli.files.json_objects import read_json
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.chunking import Forward
-    from grat_cli.attention.extrapolation import Extrapolation
     from grat_kernels import Plan
 
 _START: frozenset[PictureKind] = frozenset({"start"})
@@ -370,15 +367,10 @@ class Wan(Family):
             default_guidance=kin.default_guidance,
         )
 
-    def vocabulary(self) -> Mapping[str, list[str]]:
-        return {}
-
     # ---- Shapes
 
-    def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
-        if model.kind == "folder":
-            return super().transformer_config(model)
-        return read_json(Path(__file__).parent / "configs" / f"{model.config}.json")
+    def bundled_config(self, model: ModelChoice) -> str:
+        return model.config
 
     def fresh_modules(self, config: Mapping[str, Any]) -> Mapping[str, torch.nn.Module]:
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
@@ -520,17 +512,8 @@ class Wan(Family):
         latents = latent_frames(pipe, num_frames, pipe.vae_scale_factor_temporal)
         return Grid((latents // frames, *sides))
 
-    def adapter(
-        self,
-        transformer: torch.nn.Module,
-        grid: Grid,
-        *,
-        extrapolation: Extrapolation | None = None,
-        **options: Any,
-    ) -> WanAdapter:
-        if extrapolation is not None:
-            raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
-        return WanAdapter(transformer, grid, **options)
+    def adapter_class(self) -> type[WanAdapter]:
+        return WanAdapter
 
 
 @contextmanager

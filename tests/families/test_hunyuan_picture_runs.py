@@ -20,9 +20,7 @@ from grat_cli.models.catalogue import choose_model
 
 @pytest.mark.parametrize("family", ["hunyuan", "hunyuan15"])
 def test_a_run_from_a_first_frame_that_is_taken_up_ends_like_an_unbroken_one(family: str, tmp_path: Path) -> None:
-    pipe: Any = (
-        tiny_hunyuan.pipeline_from_picture() if family == "hunyuan" else tiny_hunyuan15.pipeline(picture=True)
-    )
+    pipe: Any = tiny_hunyuan.pipeline_from_picture() if family == "hunyuan" else tiny_hunyuan15.pipeline(picture=True)
     pipe.save_pretrained(tmp_path / "model")
     picture = tmp_path / "first.png"
     tiny_hunyuan15.first_frame(192, 160).save(picture)
