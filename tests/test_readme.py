@@ -149,16 +149,17 @@ def test_the_preset_shown_is_valid(tmp_path: Path) -> None:
     assert schedule.plan(3, 2).density < 0.5
 
 
-def test_the_python_example_calls_what_exists() -> None:
-    (shown,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_python_examples_call_what_exists() -> None:
+    shown = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     calls = [
         node
         for node in ast.walk(ast.parse(shown))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "install"
     ]
-    assert len(calls) == 2
+    assert len(calls) == 3
     for call in calls:
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
+        arguments = {name: eval(value, {"Grid": Grid}) for name, value in given.items()}
         inspect.signature(grat_cli.install).bind("pipe", **arguments)
         load_preset(arguments["preset"])
 

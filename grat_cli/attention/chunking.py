@@ -99,7 +99,8 @@ def _obstacle(block: Any, forwards: Mapping[type, Forward]) -> str | None:
         return f"another tool replaced the forward of its {kind.__name__}"
     norms = [getattr(block, name) for name in ("norm", "norm1", "norm1_context") if hasattr(block, name)]
     for norm in norms:
-        if not type(norm).__module__.startswith(("diffusers.", "torch.nn.")) or getattr(norm, "emb", None) is not None:
+        is_stock = type(norm).__module__.startswith(("diffusers.", "torch.nn.")) and "Norm" in type(norm).__name__
+        if not is_stock or getattr(norm, "emb", None) is not None:
             return f"another tool replaced a norm of its {kind.__name__}"
     return None
 

@@ -284,31 +284,3 @@ def test_a_transformer_of_another_kind_than_its_name_told_is_refused(made: Made,
     asked = replace(made.small.of(tmp_path / "a", model=model), init_image=None, mask=None, control=None)
     with pytest.raises(BadInput, match=r"transformer is one like that of flux-(fill|canny): give the pictures"):
         generate(asked)
-
-
-def test_a_first_frame_is_given_as_it_is(
-    video_model: Path, written: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the size of the video, to a family that takes one, also where the run goes on without the file."""
-    small = small_runs.video(video_model)
-    model = replace(small.request.model, takes=frozenset(["start"]))
-    monkeypatch.setattr(checkpoint, "choose_model", lambda *_, **__: model)
-    family, calls = type(small.request.family), []
-    stock = family.denoise
-
-    def denoise(self: Any, pipe: Any, call: Any) -> torch.Tensor:
-        calls.append(call)
-        return stock(self, pipe, call)
-
-    monkeypatch.setattr(family, "denoise", denoise)
-    start = picture(tmp_path / "start.png", 120, 120)
-    asked = small.of(tmp_path / "a", model=model, init_image=start)
-    kept = broken_off(asked)
-    start.unlink()
-    run, restored = read_run(kept)
-    (one,) = generate(restored, Progress(), run)
-    first, second = (call.pictures.start for call in calls)
-    assert first.size == (64, 48)
-    assert first.tobytes() == second.tobytes()
-    assert [(call.start, call.strength) for call in calls] == [(None, None)] * 2
-    assert one.report["pictures"] == [{"kind": "start", "file": "start.png", "width": 64, "height": 48}]

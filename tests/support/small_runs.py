@@ -96,23 +96,23 @@ class Small:
 
 def picture() -> Small:
     """10 x 12 tokens in groups of 4 x 4, by the demo."""
-    return Small(_request("demo", [4, 4], "png", width=96, height=80), ".png")
+    return Small(request_of("demo", [4, 4], "png", width=96, height=80), ".png")
 
 
 def cascade(**highres: Any) -> Small:
     """16 x 16 tokens, by the demo as if it was trained at a quarter of these: three steps small, two large."""
     model = replace(choose_model("demo", medium="image"), native_side=64)
     sections = {"sampling": {"steps": 3, "guidance": 2.0}, "highres": {"dense_below": 0, "strength": 0.6, **highres}}
-    return Small(_request("demo", [3, 3], "png", width=128, height=128, model=model, **sections), ".png")
+    return Small(request_of("demo", [3, 3], "png", width=128, height=128, model=model, **sections), ".png")
 
 
 def video(folder: Path) -> Small:
     """3 x 3 x 4 tokens in groups of 2 x 2 x 2, by `tiny_hunyuan` in a folder."""
     model = choose_model(str(folder), medium="video")
-    return Small(_request("hunyuan", [2, 2, 2], "mp4", width=64, height=48, frames=9, fps=8, model=model), ".mp4")
+    return Small(request_of("hunyuan", [2, 2, 2], "mp4", width=64, height=48, frames=9, fps=8, model=model), ".mp4")
 
 
-def _request(presets: str, group: list[int], format: str, **changes: Any) -> Request:
+def request_of(presets: str, group: list[int], format: str, **changes: Any) -> Request:
     chosen: dict[str, Any] = {
         "name": "test",
         "model": presets,

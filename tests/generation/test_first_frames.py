@@ -1,4 +1,4 @@
-"""Videos from a first frame, by both families of HunyuanVideo: from a folder and a file, broken off and taken up."""
+"""Videos from a first frame, by every family that takes one: from a folder and a file, broken off and taken up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import small_runs
 import tiny_hunyuan
 import tiny_hunyuan15
+import tiny_wan
 import torch
 from small_runs import Progress, Small, broken_off, generate, untimed
 
@@ -18,18 +19,25 @@ from grat_cli.generation.checkpoint import read_run
 from grat_cli.models.catalogue import choose_model
 
 
-@pytest.mark.parametrize("family", ["hunyuan", "hunyuan15"])
-def test_a_run_from_a_first_frame_that_is_taken_up_ends_like_an_unbroken_one(family: str, tmp_path: Path) -> None:
-    pipe: Any = tiny_hunyuan.pipeline_from_picture() if family == "hunyuan" else tiny_hunyuan15.pipeline(picture=True)
-    pipe.save_pretrained(tmp_path / "model")
+def _saved(kind: str, folder: Path) -> None:
+    if kind.startswith("wan"):
+        tiny_wan.save(folder, kind.removeprefix("wan "))
+        return
+    pipe: Any = tiny_hunyuan.pipeline_from_picture() if kind == "hunyuan" else tiny_hunyuan15.pipeline(picture=True)
+    pipe.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["hunyuan", "hunyuan15", "wan picture", "wan two pictures", "wan timed"])
+def test_a_run_from_a_first_frame_that_is_taken_up_ends_like_an_unbroken_one(kind: str, tmp_path: Path) -> None:
+    _saved(kind, tmp_path / "model")
     picture = tmp_path / "first.png"
     tiny_hunyuan15.first_frame(192, 160).save(picture)
-    request = small_runs._request(
-        family,
+    request = small_runs.request_of(
+        kind.partition(" ")[0],
         [2, 2, 2],
         "mp4",
         width=96,
-        height=80,
+        height=96 if kind == "wan timed" else 80,
         frames=9,
         fps=8,
         model=choose_model(str(tmp_path / "model"), medium="video"),
@@ -47,4 +55,12 @@ def test_a_run_from_a_first_frame_that_is_taken_up_ends_like_an_unbroken_one(fam
     assert second is not None
     assert torch.equal(first, second)
     assert untimed(resumed.report) == untimed(made.report)
-    assert [one["kind"] for one in made.report["pictures"]] == ["start"]
+    (told,) = made.report["pictures"]
+    assert (told["kind"], told["file"]) == ("start", "first.png")
+
+    picture.write_bytes(b"")
+    tiny_hunyuan15.first_frame(160, 192).transpose(1).save(picture)
+    (other,) = generate(small.of(tmp_path / "other", save_latents=True))
+    latents = read_run(outputs.latents_path(other.path))[0].latents
+    assert latents is not None
+    assert not torch.equal(latents, first)
