@@ -245,7 +245,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(folder: Path) -> Small:
     """3 x 5 x 6 tokens in groups of 2 x 2 x 2."""
     model = choose_model(str(folder), medium="video")
-    request = small_runs._request(
+    request = small_runs.request_of(
         "hunyuan15", [2, 2, 2], "mp4", width=96, height=80, frames=9, fps=8, model=model, negative_prompt=SHORT
     )
     return Small(request, ".mp4")

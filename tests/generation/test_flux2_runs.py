@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def small(folder: Path) -> Small:
     model = choose_model(str(folder))
-    return Small(small_runs._request("flux2", [4, 4], "png", width=WIDTH, height=HEIGHT, model=model), ".png")
+    return Small(small_runs.request_of("flux2", [4, 4], "png", width=WIDTH, height=HEIGHT, model=model), ".png")
 
 
 def picture(width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> Image.Image:
@@ -81,7 +81,7 @@ def test_pictures_that_are_too_large_for_the_model_are_told() -> None:
     model = choose_model("flux2-klein-4b")
     for side, notes in ((2048, 0), (4096, 1)):
         progress = Progress()
-        note_expectations(small_runs._request("flux2", [4, 4], "png", width=side, height=side, model=model), progress)
+        note_expectations(small_runs.request_of("flux2", [4, 4], "png", width=side, height=side, model=model), progress)
         assert len(progress.notes) == notes
         assert all("made for pictures of up to 2048x2048" in note for note in progress.notes)
 
