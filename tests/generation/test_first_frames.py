@@ -12,6 +12,7 @@ import tiny_hunyuan
 import tiny_hunyuan15
 import tiny_wan
 import torch
+from PIL import Image
 from small_runs import Progress, Small, broken_off, generate, untimed
 
 from grat_cli.files import outputs
@@ -58,8 +59,7 @@ def test_a_run_from_a_first_frame_that_is_taken_up_ends_like_an_unbroken_one(kin
     (told,) = made.report["pictures"]
     assert (told["kind"], told["file"]) == ("start", "first.png")
 
-    picture.write_bytes(b"")
-    tiny_hunyuan15.first_frame(160, 192).transpose(1).save(picture)
+    tiny_hunyuan15.first_frame(160, 192).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(picture)
     (other,) = generate(small.of(tmp_path / "other", save_latents=True))
     latents = read_run(outputs.latents_path(other.path))[0].latents
     assert latents is not None
