@@ -336,12 +336,14 @@ def _family(pipe: Any) -> Family:
     family = family_of_transformer(transformer)
     if family is not None and reason is None:
         return family
-    instead = f"use one of {', '.join(name for family in families for name in family.pipelines)} of diffusers"
+    instead = f"use one of {', '.join(family.pipelines[0] for family in families)} of diffusers, or of their kin"
     if reason or transformer is None:
         because = f" ({reason})" if reason else ""
         raise BadInput(f"{type(pipe).__name__} is not supported{because}: {instead}")
-    known = " and ".join(family.transformer for family in families)
-    raise BadInput(f"the transformer is a {type(transformer).__name__}, and GRAT knows {known}: {instead}")
+    raise BadInput(
+        f"the transformer is a {type(transformer).__name__}, which GRAT does not know: {instead}; "
+        "or say where its tokens are, tokens=Grid((rows, columns))"
+    )
 
 
 _HEADS = "num_attention_heads", "n_heads"

@@ -218,7 +218,7 @@ class ModelOptions:
 
     model: str | None = option(
         "NAME",
-        "demo, flux-dev, flux-schnell, a Hub id, a folder or a .safetensors file. "
+        "demo, flux-dev, flux2-dev, qwen-image or their kin, a Hub id, a folder or a .safetensors file. "
         "Default: flux-dev with a CUDA device, else demo.",
         MODEL,
         complete=complete_model,

@@ -74,7 +74,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     hint = f"did you mean {closest}? " if closest else ""
     raise ModelUnavailable(
         f"no model, folder or file is named {name!r}: {hint}"
-        f"known are {', '.join(known)}, folders, .safetensors files, and hub ids such as owner/name"
+        f"known are {_some_of(known)}; folders, .safetensors files, and hub ids such as owner/name"
     )
 
 
@@ -109,15 +109,22 @@ def refusal_of_pipeline(name: str, class_name: Any, medium: Medium) -> BadInput 
                 f"{name} is a {class_name}, which is not supported: {family.refused[class_name]}\n"
                 f"give a {family.pipelines[0]}, which makes {family.medium}s from text alone"
             )
-    wanted = " or ".join(pipeline for family in families_of(medium) for pipeline in family.pipelines)
+    wanted = " or ".join(family.pipelines[0] for family in families_of(medium))
     return ModelUnavailable(f"{name} is a {class_name}, which is not supported: give a folder or hub id of {wanted}")
 
 
 def wrong_medium(name: str, medium: Medium) -> BadInput:
     """What to raise for a model that makes the other medium than `medium`."""
     (other,) = KNOWN_MODELS.keys() - {medium}
-    names = ", ".join(KNOWN_MODELS[medium])
+    names = _some_of(KNOWN_MODELS[medium])
     return BadInput(f"{name} makes {other}s: use it with grat {other}; for {medium}s give --model one of {names}")
+
+
+def _some_of(known: Mapping[str, ModelChoice]) -> str:
+    """The demo and the usual model of each family, and how many there are besides."""
+    of_family = {model.family: model.name for model in reversed(known.values()) if not model.is_demo}
+    names = [*(name for name, model in known.items() if model.is_demo), *reversed(of_family.values())]
+    return f"{', '.join(names)}, and {len(known) - len(names)} of their kin"
 
 
 def _kin(name: str, medium: Medium) -> ModelChoice:
