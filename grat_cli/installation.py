@@ -337,6 +337,8 @@ def _family(pipe: Any) -> Family:
     if family is not None and reason is None:
         return family
     instead = f"use one of {', '.join(family.pipelines[0] for family in families)} of diffusers, or of their kin"
+    if transformer is None and getattr(pipe, "transformer_2", None) is not None:
+        raise BadInput(f"the {type(pipe).__name__} has the second of its transformers alone: give it both")
     if reason or transformer is None:
         because = f" ({reason})" if reason else ""
         raise BadInput(f"{type(pipe).__name__} is not supported{because}: {instead}")

@@ -706,6 +706,8 @@ def test_what_does_not_fit_is_refused(pipes: dict[str, Any]) -> None:
         grat_cli.install(pipe, preset(), **SIZES["text"]),
     ):
         call(pipe, "text", [SHORT], attention_kwargs={"masks": 1})
+    with pytest.raises(BadInput, match="has the second of its transformers alone: give it both"):
+        enter(tiny_wan.pipeline("two", transformer=None))
     block = pipe.transformer.blocks[1]
     stock = block.attn1.processor
     block.attn1.set_processor(UnderMask(np.ones((1, 1), bool)))
