@@ -153,7 +153,8 @@ class _Calls:
     ) -> None:
         self._adapter, self._run, self._observer = adapter, run, observer
         self._attend, self._stock_backends = attend, stock_backends
-        self._layers: dict[int, LayerAttention] = {}  # by number of the attention, in the order of the calls
+        # By number of the attention: its layer, and which it is in the order of the calls.
+        self._layers: dict[int, tuple[LayerAttention, int]] = {}
         self._mode: Literal["stock", "full", "own"] = "own"
         self._text_len = self._step = 0
 
@@ -228,18 +229,19 @@ class _Calls:
             raise BadInput(f"the transformer scales scores by {scale:g}, not by 1/sqrt of the channels: not supported")
         if self._mode == "stock":
             _refuse_mask(attn_mask, query.shape[1], text, adapter.text_first)
-            self._layers.setdefault(number, LayerAttention(len(self._layers), self._attend, self._observer))
+            place = len(self._layers)
+            self._layers.setdefault(number, (LayerAttention(place, self._attend, self._observer), place))
             adapter.heads, self._text_len = query.shape[2], max(text, self._text_len)
             return stock()
 
         if number not in self._layers:
             raise BadInput("an attention that ran over other tokens in the first call runs over image tokens now")
-        layer, schedule = self._layers[number], self._run.schedule(text)
+        (layer, place), schedule = self._layers[number], self._run.schedule(text)
         if self._mode == "full":
             layer = LayerAttention(0, self._attend, None)
             plan: Plan | HeadPlan = build_plan(schedule.plans[0].grouping, Full(), text, adapter.text_first)
         else:
-            plan = schedule.plan(self._step, list(self._layers).index(number))
+            plan = schedule.plan(self._step, place)
         layer.plan = plan
         layer.text_valid = None if attn_mask is None else _text_valid(attn_mask, text, adapter.text_first)
         sequence = _Sequence.of(plan, query.device)

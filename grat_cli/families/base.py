@@ -499,9 +499,9 @@ class Family(ABC):
     def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
         """Latents of one output as `spatial` gives them, made by a pipeline of `pipeline_for`."""
 
-    @abstractmethod
     def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """Latents as a callback has them, as `[1, C, (T,) h, w]`."""
+        """Latents as a callback has them, as `[1, C, (T,) h, w]`; most pipelines of videos have them so."""
+        return latents
 
     @abstractmethod
     def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:

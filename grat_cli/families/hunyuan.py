@@ -367,9 +367,6 @@ class Hunyuan(Family):
                 callback_on_step_end=call.callback,
             ).frames
 
-    def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        return latents
-
     def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
         return _latents_shape(self.transformer_config(model), grid)
 

@@ -494,9 +494,6 @@ class Hunyuan15(Family):
                 output_type="latent",
             ).frames
 
-    def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        return latents
-
     def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
         return _latents_shape(self.transformer_config(model), grid)
 

@@ -477,9 +477,6 @@ class Wan(Family):
                 callback_on_step_end=callback,
             ).frames
 
-    def spatial(self, pipe: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        return latents
-
     def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
         config = self.transformer_config(model)
         return _latents_shape(config, grid, config["out_channels"])

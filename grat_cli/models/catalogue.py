@@ -122,8 +122,10 @@ def wrong_medium(name: str, medium: Medium) -> BadInput:
 
 def _some_of(known: Mapping[str, ModelChoice]) -> str:
     """The demo and the usual model of each family, and how many there are besides."""
-    of_family = {model.family: model.name for model in reversed(known.values()) if not model.is_demo}
-    names = [*(name for name, model in known.items() if model.is_demo), *reversed(of_family.values())]
+    usual: dict[str, str] = {}
+    for name, model in known.items():
+        usual.setdefault("demo" if model.is_demo else model.family, name)
+    names = usual.values()
     return f"{', '.join(names)}, and {len(known) - len(names)} of their kin"
 
 
