@@ -112,7 +112,7 @@ def attend(
         """Without the stages of large pictures."""
         return [forecast(watched, choice.name, architecture, size, in_dtype)]
 
-    refuse_unfit_here(choice, forecasts, size, **model.machine)
+    refuse_unfit_here(choice, forecasts, size, **model.machine, quantize=model.quantize)
 
     # 4. Run and watch.
     from dataclasses import replace
@@ -135,7 +135,7 @@ def attend(
         )
     of_size = {"width": size.width, "height": size.height}
     request = request_for(choice, chosen, prompt, **of_size, frames=getattr(size, "frames", None))
-    request = replace(request, **model.machine)
+    request = replace(request, **model.machine, weights=model.weights)
     with output.progress() as progress:
         attended = watching.attend(
             request, candidates, progress, seeds=seeds, steps=recorded, queries=queries, rows=rows

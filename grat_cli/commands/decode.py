@@ -79,7 +79,7 @@ def decode(
     encoding = crf if quality is None else quality
     request = replace(
         request,
-        base=request.base if model.base is None else model.base,
+        weights=request.weights if model.base is None else replace(request.weights, base=model.base),
         device=model.device or request.device,
         dtype=model.dtype or request.dtype,
         fps=request.fps if extent.fps is None else extent.fps,

@@ -72,7 +72,7 @@ def planned_request(
         frames=getattr(size, "frames", None),
         fps=fps,
         **model.machine,
-        base=model.base,
+        weights=model.weights,
         format=format,
         quality=quality,
         checkpoint_every=checkpoint_every,
@@ -109,7 +109,7 @@ def refuse_unfit(request: Request, size: Any) -> None:
         device=request.device,
         dtype=request.dtype,
         offload=request.offload,
-        quantize=request.quantize,
+        quantize=request.weights.quantize,
     )
 
 

@@ -14,6 +14,7 @@ from grat_cli.console.output import Output
 
 if TYPE_CHECKING:
     from grat_cli.models.catalogue import ModelChoice
+    from grat_cli.models.weights import Weights
     from grat_cli.presets import Preset
 
 PICTURE, VIDEO, ATTENTION, MODEL, OUTPUT = "Picture", "Video", "Attention", "Model", "Output"
@@ -261,7 +262,14 @@ class ModelOptions:
     @property
     def machine(self) -> dict[str, Any]:
         """On what and how it runs, as requests and `refuse_unfit_here` take it."""
-        return {"device": self.device, "dtype": self.dtype, "offload": self.offload, "quantize": self.quantize}
+        return {"device": self.device, "dtype": self.dtype, "offload": self.offload}
+
+    @property
+    def weights(self) -> Weights:
+        """How the weights come."""
+        from grat_cli.models.weights import Weights
+
+        return Weights(base=self.base, quantize=self.quantize)
 
     def choice_for(self, preset: str | None, extent: SizeOptions) -> ModelChoice:
         """The model of a command that makes pictures and videos.

@@ -301,7 +301,7 @@ def attend(
             dtype=dtype,
             offload=request.offload,
             choose_offload=offload_chooser(request, device),
-            base=request.base,
+            weights=request.weights,
         )
         request.family.prepare(model.pipe)
         phases["load"] = 1000 * (time.perf_counter() - began)

@@ -335,7 +335,7 @@ def _facts_asked(template: Request, sample: Sample) -> str:
         "seed": sample.seed,
         "size": [request.width, request.height],
         "model": request.model.source,
-        "quantization": request.quantize,
+        "quantization": request.weights.quantize,
         "pictures": [path.name for files in sample.entry.pictures.values() for path in files],
         **_facts_of_preset(request.preset.model_dump(mode="json")),
     }

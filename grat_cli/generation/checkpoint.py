@@ -31,6 +31,7 @@ from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import QUANTIZATIONS
 from grat_cli.models.resolution import LARGEST_SIDE, Resolution
 from grat_cli.models.video_size import MOST_FRAMES
+from grat_cli.models.weights import Weights
 from grat_cli.presets import Preset
 
 if TYPE_CHECKING:
@@ -444,6 +445,19 @@ class _StoredModel(BaseModel):
     kind: Literal["hub", "folder", "file"]
 
 
+class _StoredForm(BaseModel):
+    """A `Weights`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    base: PathText | None = None
+    quantize: Annotated[str, _one_of(QUANTIZATIONS)] = "none"
+
+    def as_weights(self) -> Weights:
+        """Held to what may be typed."""
+        return Weights(base=_base(self.base), quantize=self.quantize)
+
+
 class _StoredRequest(BaseModel):
     """What a file says of a request: all but where its outputs go and what they may replace, which no file decides."""
 
@@ -453,7 +467,7 @@ class _StoredRequest(BaseModel):
     negative_prompt: Text | None
     preset: Preset
     model: _StoredModel
-    base: PathText | None
+    weights: _StoredForm
     width: Side
     height: Side
     frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)] | None
@@ -467,7 +481,6 @@ class _StoredRequest(BaseModel):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     offload: Annotated[str, _one_of(OFFLOADS)]
-    quantize: Annotated[str, _one_of(QUANTIZATIONS)]
     format: Annotated[str, _one_of(formats.SUFFIXES)]
     quality: Annotated[int, Field(ge=0, le=100)] | None
     checkpoint_every: Annotated[int, Field(ge=0)] | None
@@ -490,16 +503,22 @@ def request_data(request: Request) -> dict[str, Any]:
     model = {"name": request.model.name, "source": request.model.source, "kind": request.model.kind}
     if request.model.kind != "hub":
         model["source"] = str(Path(request.model.source).resolve())
-    if request.base is not None and Path(request.base).expanduser().exists():
-        data["base"] = str(Path(request.base).expanduser().resolve())
     return {
         **data,
         "preset": request.preset.model_dump(mode="json"),
         "model": model,
+        "weights": _weights_data(request.weights),
         **{name: _absolute(getattr(request, name)) for name in _PICTURES},
         "references": [_absolute(path) for path in request.references],
         "seeds": list(request.seeds),
     }
+
+
+def _weights_data(weights: Weights) -> dict[str, Any]:
+    data = asdict(weights)
+    if weights.base is not None and Path(weights.base).expanduser().exists():
+        data["base"] = str(Path(weights.base).expanduser().resolve())
+    return data
 
 
 def request_from_data(data: Any, place: Path, seed: int, model: str | None = None) -> Request:
@@ -532,7 +551,7 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
             **same
             | {
                 "model": _chosen(stored.model, medium) if model is None else choose_model(model, medium=medium),
-                "base": _base(stored.base),
+                "weights": stored.weights.as_weights(),
                 **{name: None if same[name] is None else Path(same[name]) for name in _PICTURES},
                 "references": tuple(map(Path, stored.references)),
                 "outputs": tuple(place.with_name(name + suffix) for name in names),

@@ -63,7 +63,7 @@ def decode_run(
         progress.phase("load")
         with phases("load"):
             pipe = load_autoencoder(
-                request.model, device=device, dtype=choose_dtype(request.dtype, device), base=request.base
+                request.model, device=device, dtype=choose_dtype(request.dtype, device), weights=request.weights
             )
         request.family.prepare(pipe, tile)
         if command:

@@ -10,6 +10,7 @@ from grat_cli.errors import BadInput
 from grat_cli.families import Family, ModelChoice, family_of
 from grat_cli.families.base import NO_PICTURES, PictureKind
 from grat_cli.models.picture_kinds import refuse_pictures
+from grat_cli.models.weights import AS_THEY_ARE, Weights
 from grat_cli.presets import Preset
 from grat_kernels import Grid
 
@@ -48,8 +49,7 @@ class Request:
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         offload: one of `offloading.OFFLOADS`.
-        quantize: one of `quantization.QUANTIZATIONS`.
-        base: folder or hub id of the other parts, for a model that is a file of a transformer alone.
+        weights: how they come.
         outputs: file, or folder of frames, of each seed's output; all in one folder. Empty where none is written.
         overwrite: whether existing files may be replaced; it is typed, and never read from a file.
         format: of the outputs, one of `pictures.FORMATS` or `videos.FORMATS`.
@@ -78,8 +78,7 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     offload: str = "none"
-    quantize: str = "none"
-    base: str | None = None
+    weights: Weights = AS_THEY_ARE
     outputs: tuple[Path, ...] = ()
     overwrite: bool = False
     format: str = ""

@@ -106,10 +106,9 @@ class Generator:
                     device=self._device,
                     dtype=choose_dtype(request.dtype, self._device),
                     offload=request.offload,
-                    quantize=request.quantize,
                     choose_offload=offload_chooser(request, self._device, self._reference_tokens(request)),
                     pictures=request.kinds,
-                    base=request.base,
+                    weights=request.weights,
                 )
             if request.offload == "auto":
                 progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")

@@ -26,6 +26,7 @@ from grat_cli.models.parts import (
     require_plain_part,
 )
 from grat_cli.models.quantization import configurations, require_quantization
+from grat_cli.models.weights import AS_THEY_ARE, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -58,10 +59,9 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     offload: str = "none",
-    quantize: str = "none",
+    weights: Weights = AS_THEY_ARE,
     choose_offload: Callable[[Any], tuple[str, str]] | None = None,
     pictures: frozenset[PictureKind] = NO_PICTURES,
-    base: str | None = None,
 ) -> LoadedModel:
     """Loads a model and puts it on a device.
 
@@ -70,21 +70,20 @@ def load_model(
         device: where it runs.
         dtype: of weights and activations; see `Family.dtypes` for where it is not that of all parts.
         offload: see `offloading`; `auto` leaves it to `choose_offload` on a CUDA device, and is `none` elsewhere.
-        quantize: see `quantization`.
+        weights: how they come.
         choose_offload: the kind for a pipeline that is still on the CPU, and why; `auto` needs it.
         pictures: kinds of the pictures that the pipeline is to take.
-        base: folder or hub id with the other parts of a pipeline, for a file that holds a transformer alone.
 
     Raises:
         ModelUnavailable: if it is missing, gated, damaged or out of reach, with what to do.
         BadInput: if offload, quantization and device do not fit.
     """
     require_offload(offload, device)
-    require_quantization(quantize, device, offload=offload, is_demo=choice.is_demo)
-    quantized = configurations(quantize, family_of(choice).large_encoder, dtype)
+    require_quantization(weights.quantize, device, offload=offload, is_demo=choice.is_demo)
+    quantized = configurations(weights.quantize, family_of(choice).large_encoder, dtype)
     dtypes = family_of(choice).dtypes(_NEURAL_PARTS, device, dtype)
     with _without_pointless_warnings():
-        pipe, folder = _load(choice, dtypes, pictures, base, quantized)
+        pipe, folder = _load(choice, dtypes, pictures, weights.base, quantized)
     pipe.set_progress_bar_config(disable=True)
     kind, reason = offload, "chosen by name"
     if offload == "auto":
@@ -92,17 +91,19 @@ def load_model(
         if device.type == "cuda":
             assert choose_offload is not None, "nobody knows what the run will need"
             kind, reason = choose_offload(pipe)
-        require_quantization(quantize, device, offload=kind)
+        require_quantization(weights.quantize, device, offload=kind)
     offload_pipeline(pipe, kind, device)
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason)
 
 
-def load_autoencoder(choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, base: str | None = None) -> Any:
+def load_autoencoder(
+    choice: ModelChoice, *, device: torch.device, dtype: torch.dtype, weights: Weights = AS_THEY_ARE
+) -> Any:
     """A pipeline of nothing but its autoencoder, on a device; arguments and errors are those of `load_model`."""
     family = family_of(choice)
     with _without_pointless_warnings():
         pipeline = family.pipeline_of(choice)
-        folder = _folder_of_parts(choice, pipeline, base)
+        folder = _folder_of_parts(choice, pipeline, weights.base)
         with _damage_of(f"vae of {choice.name}", family), _without_bars():
             kind = read_index(folder / "model_index.json").classes(choice.name, family.classes)["vae"]
             require_plain_part(folder / "vae", f"vae of {choice.name}")

@@ -52,6 +52,7 @@ from grat_cli.generation.timing import StepRecorder
 from grat_cli.installation import step_under_way
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import load_model
+from grat_cli.models.weights import Weights
 from grat_cli.presets import Preset, Sampling, load_preset
 from grat_kernels import Backend, Block, CrissCross, Full, Grid, Grouping, Pattern, Plan, build_plan
 
@@ -450,7 +451,7 @@ def test_a_file_of_a_transformer_is_as_exact_as_a_folder(tmp_path: Path, dtype: 
     shutil.copy(folder / "transformer" / "diffusion_pytorch_model.safetensors", file)
     whole, alone = (
         load_model(
-            choose_model(str(path), "video"), device=torch.device("cpu"), dtype=dtype, base=base
+            choose_model(str(path), "video"), device=torch.device("cpu"), dtype=dtype, weights=Weights(base=base)
         ).pipe.transformer
         for path, base in ((folder, None), (file, str(folder)))
     )
@@ -461,7 +462,9 @@ def test_a_file_of_a_transformer_is_as_exact_as_a_folder(tmp_path: Path, dtype: 
     assert relative_difference(alone(**half)[0].float(), whole(**half)[0].float()) < torch.finfo(dtype).eps * 8
     two = tiny_wan.save(tmp_path / "wan-two", "two")
     with pytest.raises(BadInput, match=r"has two transformers, and .* would replace one of them"):
-        load_model(choose_model(str(file), "video"), device=torch.device("cpu"), dtype=dtype, base=str(two))
+        load_model(
+            choose_model(str(file), "video"), device=torch.device("cpu"), dtype=dtype, weights=Weights(base=str(two))
+        )
 
 
 def test_benchmarks_put_both_transformers_under_a_variant(pipes: dict[str, Any]) -> None:

@@ -242,7 +242,7 @@ def test_requests_come_back_from_data(small: Small, tmp_path: Path) -> None:
         ({"model": {"name": "x", "source": "x/../y", "kind": "folder"}}, "model.source: not an absolute path"),
         ({"model": {"name": "x", "source": "owner/name", "kind": "file"}}, "model.source: not an absolute path"),
         ({"model": {"name": "demo", "source": "owner/name", "kind": "hub"}}, "was a hub and is a folder here"),
-        ({"base": "../parts"}, "base: neither an absolute path"),
+        ({"weights": {"base": "../parts"}}, "base: neither an absolute path"),
         ({"seeds": "x"}, "seeds: "),
         ({"seeds": [7, 7]}, "seeds: one is missing, or there twice"),
         ({"seeds": [9]}, "seeds: one is missing"),

@@ -28,14 +28,16 @@ from grat_cli.families import families_of
 from grat_cli.models.catalogue import choose_model, models_for
 from grat_cli.models.devices import choose_device, choose_dtype, device_name, is_out_of_memory, peak_memory
 from grat_cli.models.loading import LoadedModel, load_model
+from grat_cli.models.weights import Weights
 
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def load(name: str, **options: Any) -> LoadedModel:
-    return load_model(choose_model(name), device=CPU, dtype=torch.float32, **options)
+def load(name: str, base: str | None = None, **options: Any) -> LoadedModel:
+    weights = Weights(base=base)
+    return load_model(choose_model(name), device=CPU, dtype=torch.float32, weights=weights, **options)
 
 
 @pytest.fixture

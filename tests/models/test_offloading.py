@@ -21,6 +21,7 @@ from grat_cli.models.environment import versions
 from grat_cli.models.loading import load_model
 from grat_cli.models.offloading import choose_offload, offload
 from grat_cli.models.quantization import QUANTIZATIONS, configurations, require_quantization
+from grat_cli.models.weights import Weights
 
 GB = 10**9
 NEEDED = {"none": 40 * GB, "model": 30 * GB, "group": 12 * GB, "sequential": 9 * GB}
@@ -165,7 +166,7 @@ def test_parts_are_loaded_with_their_configurations(monkeypatch: pytest.MonkeyPa
         return stock(loader, folder, dtype)
 
     monkeypatch.setattr(loading, "_load_part", load_part)
-    load_model(choose_model("demo"), device=CPU, dtype=torch.float32, quantize="int8")
+    load_model(choose_model("demo"), device=CPU, dtype=torch.float32, weights=Weights(quantize="int8"))
     assert given == {
         "text_encoder": None,
         "text_encoder_2": "for T5",

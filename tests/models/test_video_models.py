@@ -23,13 +23,14 @@ from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.families import FAMILIES, Medium
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_autoencoder, load_model
+from grat_cli.models.weights import Weights
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def load(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> LoadedModel:
-    return load_model(choose_model(name, "video"), device=CPU, dtype=dtype, **options)
+def load(name: str, dtype: torch.dtype = torch.float32, base: str | None = None) -> LoadedModel:
+    return load_model(choose_model(name, "video"), device=CPU, dtype=dtype, weights=Weights(base=base))
 
 
 @pytest.fixture(scope="session")
