@@ -53,7 +53,7 @@ class Model:
     """
 
     make: Callable[[], Any]
-    size: Mapping[str, int]
+    size: Mapping[str, Any]
     text: Callable[[], dict[str, Any]]
     group: tuple[int, ...]
     block: tuple[int, ...]
@@ -194,7 +194,7 @@ def _as_cast(pipe: Any, model: Model) -> Any:
 
 def _from_gguf(model: Model) -> Any:
     import gguf
-    from diffusers import GGUFQuantizationConfig
+    from diffusers.quantizers.quantization_config import GGUFQuantizationConfig
 
     pipe = model.make()
     own = pipe.transformer
@@ -247,13 +247,13 @@ def _layer_by_layer(pipe: Any) -> None:
 
 
 def _first_block(pipe: Any) -> None:
-    from diffusers.hooks import FirstBlockCacheConfig
+    from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=THRESHOLD))
 
 
 def _mag(pipe: Any) -> None:
-    from diffusers.hooks import MagCacheConfig
+    from diffusers.hooks.mag_cache import MagCacheConfig
 
     ratios = torch.linspace(1.0, 0.9, STEPS)
     pipe.transformer.enable_cache(
@@ -262,7 +262,7 @@ def _mag(pipe: Any) -> None:
 
 
 def _taylor(pipe: Any) -> None:
-    from diffusers.hooks import TaylorSeerCacheConfig
+    from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 
     pipe.transformer.enable_cache(
         TaylorSeerCacheConfig(
@@ -277,7 +277,7 @@ def _taylor(pipe: Any) -> None:
 
 
 def _broadcast(pipe: Any) -> None:
-    from diffusers.hooks import PyramidAttentionBroadcastConfig
+    from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
 
     pipe.transformer.enable_cache(
         PyramidAttentionBroadcastConfig(
@@ -289,7 +289,7 @@ def _broadcast(pipe: Any) -> None:
 
 
 def _faster(pipe: Any) -> None:
-    from diffusers.hooks import FasterCacheConfig
+    from diffusers.hooks.faster_cache import FasterCacheConfig
 
     pipe.transformer.enable_cache(
         FasterCacheConfig(
