@@ -24,11 +24,12 @@ from grat_cli.files.outputs import (
 from grat_cli.files.prompts import PromptEntry
 from grat_cli.files.whole import adopt, cannot_write, claimed, discard, place, remove
 from grat_cli.generation.batch_layout import Layout, Sample, has_metadata, write_metadata
-from grat_cli.generation.checkpoint import Run, discard_run, read_run, request_data
+from grat_cli.generation.checkpoint import Run, discard_run, read_run
 from grat_cli.generation.denoising import Text
 from grat_cli.generation.inputs import refuse_sizes
 from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.run import Generator, take_up
+from grat_cli.generation.stored import request_data
 from grat_cli.models.devices import choose_device
 
 # Outputs are made here, with all that is kept of one until it is written, and moved to their place whole.

@@ -6,33 +6,36 @@ what may be typed, and decides neither where an output goes nor what it may repl
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from grat_cli.errors import BadInput, choices
+from grat_cli.errors import BadInput
 from grat_cli.estimates.stages import Stage
-from grat_cli.families import Medium, ModelChoice
 from grat_cli.families.base import Pictures
-from grat_cli.files import formats, outputs, tensors, videos, whole
-from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
+from grat_cli.files import outputs, tensors, whole
 from grat_cli.generation.inputs import pictures_in, tensors_of
 from grat_cli.generation.report import SCHEMA
-from grat_cli.generation.request import Request, check
+from grat_cli.generation.request import Request
 from grat_cli.generation.stage import stages_for
+from grat_cli.generation.stored import (
+    MOST_STEPS,
+    Count,
+    Name,
+    Number,
+    Seed,
+    Side,
+    Text,
+    request_data,
+    request_from_data,
+    stored_as,
+)
 from grat_cli.generation.timing import StepTiming
-from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
-from grat_cli.models.offloading import OFFLOADS
-from grat_cli.models.quantization import QUANTIZATIONS
-from grat_cli.models.resolution import LARGEST_SIDE, Resolution
-from grat_cli.models.video_size import MOST_FRAMES
-from grat_cli.models.weights import Weights
-from grat_cli.presets import Preset
+from grat_cli.models.resolution import Resolution
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +46,6 @@ _SCHEMAS = {
     CHECKPOINT_ENDING: ("grat.checkpoint/2", "a checkpoint"),
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
-MOST_STEPS, MOST_REFERENCES = 100_000, 100
 _HISTORY, _MOST_OF_HISTORY = "history.", 64  # what a name of such a tensor begins with; solvers go back a few steps
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
@@ -324,24 +326,6 @@ def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents
 # ---- What files say
 
 
-def _one_of(known: Iterable[str]) -> AfterValidator:
-    def check(word: str) -> str:
-        if word not in known:
-            raise ValueError(choices(word, tuple(known)))
-        return word
-
-    return AfterValidator(check)
-
-
-Text = Annotated[str, Field(max_length=1_000_000)]
-PathText = Annotated[str, Field(min_length=1, max_length=4096)]
-Name = Annotated[str, Field(max_length=80)]
-Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Count = Annotated[int, Field(ge=0, le=MOST_STEPS)]
-Number = Annotated[float, Field(ge=-1e15, le=1e15)]
-
-
 class _StoredDevice(BaseModel):
     model_config = ConfigDict(strict=True)
 
@@ -433,163 +417,3 @@ class _StoredState(BaseModel):
     stages: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)]
     guard: dict[str, Any] | None
     start_size: tuple[Side, Side] | None
-
-
-class _StoredModel(BaseModel):
-    """Of a model what is typed to choose it; what it can do, the model itself says."""
-
-    model_config = ConfigDict(strict=True)
-
-    name: PathText
-    source: PathText
-    kind: Literal["hub", "folder", "file"]
-
-
-class _StoredForm(BaseModel):
-    """A `Weights`."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    base: PathText | None = None
-    quantize: Annotated[str, _one_of(QUANTIZATIONS)] = "none"
-
-    def as_weights(self) -> Weights:
-        """Held to what may be typed."""
-        return Weights(base=_base(self.base), quantize=self.quantize)
-
-
-class _StoredRequest(BaseModel):
-    """What a file says of a request: all but where its outputs go and what they may replace, which no file decides."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    prompt: Text
-    negative_prompt: Text | None
-    preset: Preset
-    model: _StoredModel
-    weights: _StoredForm
-    width: Side
-    height: Side
-    frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)] | None
-    fps: Annotated[int, Field(ge=1, le=videos.FASTEST)] | None
-    init_image: PathText | None
-    mask: PathText | None = None
-    control: PathText | None = None
-    references: Annotated[tuple[PathText, ...], Field(max_length=MOST_REFERENCES)] = ()
-    strength: Annotated[float, Field(gt=0, le=1)] | None
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=MOST_OUTPUTS)]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")]
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    offload: Annotated[str, _one_of(OFFLOADS)]
-    format: Annotated[str, _one_of(formats.SUFFIXES)]
-    quality: Annotated[int, Field(ge=0, le=100)] | None
-    checkpoint_every: Annotated[int, Field(ge=0)] | None
-    preview_every: Annotated[int, Field(ge=0)]
-    save_latents: bool
-    metadata: bool
-    command: Text
-
-
-_PICTURES = ("init_image", "mask", "control")
-
-
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.expanduser().resolve())
-
-
-def request_data(request: Request) -> dict[str, Any]:
-    """The request as plain data, from which `request_from_data` makes it again in another folder or process."""
-    data = {name: getattr(request, name) for name in _StoredRequest.model_fields}
-    model = {"name": request.model.name, "source": request.model.source, "kind": request.model.kind}
-    if request.model.kind != "hub":
-        model["source"] = str(Path(request.model.source).resolve())
-    return {
-        **data,
-        "preset": request.preset.model_dump(mode="json"),
-        "model": model,
-        "weights": _weights_data(request.weights),
-        **{name: _absolute(getattr(request, name)) for name in _PICTURES},
-        "references": [_absolute(path) for path in request.references],
-        "seeds": list(request.seeds),
-    }
-
-
-def _weights_data(weights: Weights) -> dict[str, Any]:
-    data = asdict(weights)
-    if weights.base is not None and Path(weights.base).expanduser().exists():
-        data["base"] = str(Path(weights.base).expanduser().resolve())
-    return data
-
-
-def request_from_data(data: Any, place: Path, seed: int, model: str | None = None) -> Request:
-    """The request that `request_data` was made of; what it says is held to what may be typed.
-
-    Args:
-        data: what it returned.
-        place: where the output of a seed goes, without the format's suffix; those of the others get names like it.
-        seed: of that output.
-        model: in place of the stored one, as typed.
-
-    Raises:
-        BadInput: if it is not whole, or of another version, with what is wrong.
-        ModelUnavailable: if its model is not here.
-    """
-    try:
-        stored: _StoredRequest = stored_as(_StoredRequest, data)
-        if stored.preset.sampling.steps > MOST_STEPS:
-            raise ValueError(f"preset.sampling.steps: more than {MOST_STEPS:,}")
-        if seed not in stored.seeds or len(set(stored.seeds)) < len(stored.seeds):
-            raise ValueError("seeds: one is missing, or there twice")
-        of_videos = stored.frames is not None
-        if of_videos != (stored.format in videos.FORMATS):
-            raise ValueError(f"format: {stored.format} is none of {'videos' if of_videos else 'pictures'}")
-        suffix, beginning = formats.SUFFIXES[stored.format], place.name.removesuffix(f"-s{seed}")
-        names = [place.name if one == seed else f"{beginning}-s{one}" for one in stored.seeds]
-        same = {name: getattr(stored, name) for name in _StoredRequest.model_fields}
-        medium: Medium = "video" if of_videos else "image"
-        request = Request(
-            **same
-            | {
-                "model": _chosen(stored.model, medium) if model is None else choose_model(model, medium=medium),
-                "weights": stored.weights.as_weights(),
-                **{name: None if same[name] is None else Path(same[name]) for name in _PICTURES},
-                "references": tuple(map(Path, stored.references)),
-                "outputs": tuple(place.with_name(name + suffix) for name in names),
-            }
-        )
-        check(request)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"the request is damaged, or of another version of grat: {error}") from error
-    return request
-
-
-def stored_as(kind: type[Any], data: Any) -> Any:
-    """What was read from a file, as a pydantic model of it.
-
-    Raises:
-        ValueError: in one line, if it does not fit.
-    """
-    try:
-        return kind.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        # A name may be anything that somebody wrote into a file.
-        raise ValueError(f"{ascii(where)[1:-1][:80]}: {first['msg'].splitlines()[0][:160]}") from error
-
-
-def _chosen(stored: _StoredModel, medium: Medium) -> ModelChoice:
-    """The model of a request as if it were typed: one on this machine is not looked for on the hub, nor the reverse."""
-    name = stored.name if stored.name in KNOWN_MODELS[medium] else stored.source
-    if name == stored.source and stored.kind != "hub" and not Path(name).is_absolute():
-        raise ValueError("model.source: not an absolute path")
-    choice = choose_model(name, medium=medium)
-    if choice.kind != stored.kind:
-        raise ValueError(f"model: {name!a} was a {stored.kind} and is a {choice.kind} here")
-    return replace(choice, name=stored.name)
-
-
-def _base(stored: str | None) -> str | None:
-    if stored is None or Path(stored).is_absolute() or (HUB_ID.fullmatch(stored) and not Path(stored).exists()):
-        return stored
-    raise ValueError("base: neither an absolute path nor a hub id")

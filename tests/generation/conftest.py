@@ -14,7 +14,7 @@ import tiny_hunyuan
 import torch
 from small_runs import Small
 
-from grat_cli.generation import checkpoint, finishing, run
+from grat_cli.generation import finishing, run, stored
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
 
@@ -36,7 +36,7 @@ def small(request: pytest.FixtureRequest, video_model: Path, monkeypatch: pytest
     # What is kept of a run says no more of a model than its name.
     side = made.request.model.native_side
     monkeypatch.setattr(
-        checkpoint, "choose_model", lambda *args, **options: replace(choose_model(*args, **options), native_side=side)
+        stored, "choose_model", lambda *args, **options: replace(choose_model(*args, **options), native_side=side)
     )
     return made
 

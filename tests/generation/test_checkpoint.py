@@ -27,12 +27,11 @@ from grat_cli.generation.checkpoint import (
     discard_run,
     find_run,
     read_run,
-    request_data,
-    request_from_data,
     write_run,
 )
 from grat_cli.generation.finishing import decode_run
 from grat_cli.generation.request import Request, check
+from grat_cli.generation.stored import request_data, request_from_data
 from grat_cli.models.catalogue import choose_model
 
 FOLDERS = Path(__file__).parent, Path(__file__).parents[1] / "support"  # for processes that import from here

@@ -25,7 +25,7 @@ from small_runs import STEPS, Progress, Small, broken_off, generate, goes_on_as_
 from grat_cli.errors import BadInput
 from grat_cli.families import flux
 from grat_cli.files import tensors
-from grat_cli.generation import checkpoint, finishing, inputs
+from grat_cli.generation import finishing, inputs, stored
 from grat_cli.generation.checkpoint import read_run
 from grat_cli.models.catalogue import choose_model
 from grat_cli.presets import Preset
@@ -201,7 +201,7 @@ def test_large_pictures_from_pictures_come_in_one_stage(
     made: Made, written: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = replace(made.small.request.model, native_side=48)
-    monkeypatch.setattr(checkpoint, "choose_model", lambda *_, **__: model)
+    monkeypatch.setattr(stored, "choose_model", lambda *_, **__: model)
     progress = Progress()
     (one,) = generate(made.small.of(tmp_path / "a", model=model), progress)
     assert [(stage["width"], stage["height"], stage["strength"]) for stage in one.report["stages"]] == [(96, 80, None)]
