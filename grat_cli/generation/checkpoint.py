@@ -27,11 +27,12 @@ from grat_cli.generation.request import Request, check
 from grat_cli.generation.stage import stages_for
 from grat_cli.generation.timing import StepTiming
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
+from grat_cli.models.lora import LARGEST_SCALE, MOST_LORAS, is_weight_name, refuse_alike
 from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import QUANTIZATIONS
 from grat_cli.models.resolution import LARGEST_SIDE, Resolution
 from grat_cli.models.video_size import MOST_FRAMES
-from grat_cli.models.weights import Weights
+from grat_cli.models.weights import Lora, Noise, Weights
 from grat_cli.presets import Preset
 
 if TYPE_CHECKING:
@@ -108,13 +109,29 @@ class Run:
         """Whether nothing is left but to decode."""
         return self.done == self.total
 
-    def refuse_other_weights(self, revision: str | None) -> None:
-        """Raises BadInput if the run was begun with other weights than those of `revision`."""
+    def refuse_other_weights(self, revision: str | None, loras: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Raises BadInput if the run was begun with other weights.
+
+        Args:
+            revision: of those that are here.
+            loras: that these have, of `lora.AppliedLora.told`.
+        """
         begun_with = self.report.get("model", {}).get("revision", revision)
         if begun_with != revision:
             raise BadInput(
                 f"the run was begun with revision {begun_with} of the model, and {revision} is here: "
                 "its result would be another; start the run anew"
+            )
+        if not self.report:
+            return
+        then, now = (
+            {(lora["name"], lora["sha256"]) for lora in told} for told in (self.report["model"].get("loras", ()), loras)
+        )
+        if then != now:
+            name, _ = sorted(then ^ now)[0]
+            raise BadInput(
+                f"the run was begun with another LoRA {name} than is here now: its result would be another; get the "
+                "one of then back, or start the run anew"
             )
 
 
@@ -348,10 +365,20 @@ class _StoredDevice(BaseModel):
     threads: Annotated[int, Field(ge=1, le=4096)] | None
 
 
+class _StoredLoraTold(BaseModel):
+    """What of a report says which LoRA it was."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: PathText
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class _StoredWeights(BaseModel):
     model_config = ConfigDict(strict=True)
 
     revision: Annotated[str, Field(max_length=200)] | None
+    loras: Annotated[tuple[_StoredLoraTold, ...], Field(max_length=MOST_LORAS)] = ()
 
 
 class _StoredLowest(BaseModel):
@@ -445,6 +472,26 @@ class _StoredModel(BaseModel):
     kind: Literal["hub", "folder", "file"]
 
 
+class _StoredLora(BaseModel):
+    """A `Lora`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    source: PathText
+    kind: Literal["file", "hub"]
+    weight_name: PathText | None
+    scale: Annotated[float, Field(ge=-LARGEST_SCALE, le=LARGEST_SCALE, allow_inf_nan=False)]
+    noise: Noise
+
+    def as_lora(self) -> Lora:
+        """Held to what may be typed."""
+        if self.kind == "file" and (not Path(self.source).is_absolute() or self.weight_name is not None):
+            raise ValueError("loras: a file is given by no absolute path")
+        if self.kind == "hub" and not (HUB_ID.fullmatch(self.source) and is_weight_name(self.weight_name)):
+            raise ValueError("loras: neither an absolute path nor a hub id")
+        return Lora(**dict(self))
+
+
 class _StoredForm(BaseModel):
     """A `Weights`."""
 
@@ -452,10 +499,14 @@ class _StoredForm(BaseModel):
 
     base: PathText | None = None
     quantize: Annotated[str, _one_of(QUANTIZATIONS)] = "none"
+    loras: Annotated[tuple[_StoredLora, ...], Field(max_length=MOST_LORAS)] = ()
+    fuse_loras: bool = False
 
     def as_weights(self) -> Weights:
         """Held to what may be typed."""
-        return Weights(base=_base(self.base), quantize=self.quantize)
+        loras = tuple(lora.as_lora() for lora in self.loras)
+        refuse_alike(loras)
+        return Weights(base=_base(self.base), quantize=self.quantize, loras=loras, fuse_loras=self.fuse_loras)
 
 
 class _StoredRequest(BaseModel):
@@ -518,6 +569,8 @@ def _weights_data(weights: Weights) -> dict[str, Any]:
     data = asdict(weights)
     if weights.base is not None and Path(weights.base).expanduser().exists():
         data["base"] = str(Path(weights.base).expanduser().resolve())
+    for lora in data["loras"]:
+        lora["source"] = str(Path(lora["source"]).resolve()) if lora["kind"] == "file" else lora["source"]
     return data
 
 
