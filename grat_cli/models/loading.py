@@ -16,7 +16,8 @@ from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.models.catalogue import is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
-from grat_cli.models.lora import AppliedLora, apply_loras, refuse_loras
+from grat_cli.models.lora import refuse_loras
+from grat_cli.models.lora_layers import AppliedLora, apply_loras
 from grat_cli.models.offloading import offload as offload_pipeline
 from grat_cli.models.offloading import require_offload
 from grat_cli.models.parts import (
