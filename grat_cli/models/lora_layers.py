@@ -41,6 +41,8 @@ _TRANSFORMERS: Mapping[Noise, tuple[str, ...]] = {
 _INPUT = "x_embedder"
 _TENSOR = re.compile(r"(?P<module>.+)\.(?P<half>lora_[AB])\.(?P<kind>weight|bias)")
 _LITERAL = re.compile(r"\^?[\w.]+", re.ASCII)
+# Share of a LoRA's layers that a model of its kind may lack, such as those for guidance.
+_MOST_ABSENT = 1 / 3
 _LARGEST_RANK, _LARGEST_ALPHA, _MOST_LAYERS = 65_536, 1e6, 100_000
 
 
@@ -274,14 +276,19 @@ def _fitting(
 
     modules = dict(module.named_modules())
     halves: dict[str, dict[str, str]] = {}
-    left = []
+    left, absent = [], set[str]()
     for key in own:
         match = _TENSOR.fullmatch(key)
-        target = modules.get(match["module"]) if match else None
-        if match is None or _widths(target) is None:
-            left.append(key)
-        else:
+        if match and _widths(modules.get(match["module"])) is not None:
             halves.setdefault(match["module"], {})[f"{match['half']}.{match['kind']}"] = key
+            continue
+        left.append(key)
+        absent |= {match["module"]} if match else set()
+    if len(absent) > _MOST_ABSENT * (len(absent) + len(halves)):
+        raise BadInput(
+            f"{name} is of another model than {model}: {len(absent)} of its {len(absent) + len(halves)} layers have no "
+            f"place there, such as {printable(min(absent))[:80]}"
+        )
     fitting = {}
     for place, keys in halves.items():
         if not {"lora_A.weight", "lora_B.weight"} <= keys.keys():
@@ -400,7 +407,7 @@ class _Factors:
             ModelUnavailable: if the configuration is damaged.
             BadInput: if it asks for more than a LoRA.
         """
-        own = {key.removesuffix(".alpha"): alpha for key, alpha in alphas.items()}
+        own = {_plain(key.removesuffix(".alpha")): alpha for key, alpha in alphas.items()}
         if not saved:
             return cls(own)
         from peft import LoraConfig
@@ -438,7 +445,7 @@ class _Factors:
     def unused(self, parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Names of alphas that belong to no layer, given the tensors of each part that has some."""
         layers = {"transformer" if part == "transformer_2" else part: own for part, own in parts.items()}
-        used = {f"{part}.{key.removesuffix('.lora_A.weight')}" for part, own in layers.items() for key in own}
+        used = {_plain(f"{part}.{key.removesuffix('.lora_A.weight')}") for part, own in layers.items() for key in own}
         return [f"{layer}.alpha" for layer in self.alphas if layer not in used]
 
     def factor(self, place: str, rank: int) -> float:
@@ -453,7 +460,12 @@ class _Factors:
                 adapter.lora_alpha,
             )
             return 1.0 if alpha is None else alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
-        return self.alphas.get(place, float(rank)) / rank
+        return self.alphas.get(place.removeprefix("text_model."), float(rank)) / rank
+
+
+def _plain(layer: str) -> str:
+    """A layer's name without that of a module which text encoders have had between."""
+    return layer.replace("text_encoder.text_model.", "text_encoder.", 1)
 
 
 @contextmanager

@@ -51,8 +51,7 @@ def other_layout(
     alpha: float | None = None,
     seed: int = 0,
 ) -> Tensors:
-    """As others save them: kohya's `lora_unet_NAME.lora_down.weight` with an alpha, `diffusion_model.NAME.lora_A.weight`
-    and the like."""
+    """As others save them: `lora_unet_NAME.lora_down.weight` with an alpha, `diffusion_model.NAME.lora_A.weight`."""
     made: Tensors = {}
     for number, (name, widths) in enumerate(layers.items()):
         for half, tensor in zip(names, halves(*widths, seed=1000 * seed + number), strict=True):
