@@ -59,7 +59,9 @@ def attend(
         "fractions; may be repeated. Default: the middle and two more.",
         options.ATTENTION,
     ),
-    model: Annotated[options.ModelOptions, only("device", "dtype", "offload", model=options.EITHER_MODEL)],
+    model: Annotated[
+        options.ModelOptions, only("device", "dtype", "offload", "lora", "fuse_lora", model=options.EITHER_MODEL)
+    ],
     out: Path | None = option(
         "FOLDER", "Folder to write to. Default: one with a telling name in the current folder.", options.OUTPUT
     ),

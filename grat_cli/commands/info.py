@@ -48,6 +48,7 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "pictures": ", ".join(_picture(picture) for picture in found.get("pictures", ())),
         "model": f"{model['name']} ({model['source']})" if model["source"] != model["name"] else model["name"],
         "revision": model.get("revision"),
+        "LoRA": ", ".join(_lora(lora) for lora in model.get("loras", ())),
         "preset": preset.name,
         "attention": preset.attention.summary,
         "density": f"{found['density']:.3f} ({found['ideal_speedup']:.1f}x less attention work)",
@@ -63,6 +64,12 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "command": found["command"],
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _lora(lora: Mapping[str, Any]) -> str:
+    """`style.safetensors at 0.8`, and what else there is to know."""
+    of = {"high": ", high noise", "low": ", low noise", "both": ", both transformers"}.get(lora["noise"], "")
+    return f"{lora['name']} at {lora['scale']:g}{of}{', fused' if lora['fused'] else ''} (sha256 {lora['sha256'][:12]})"
 
 
 def _picture(picture: Mapping[str, Any]) -> str:

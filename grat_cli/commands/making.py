@@ -18,6 +18,7 @@ from grat_cli.files.whole import claimed
 from grat_cli.generation import inputs
 from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.selection import require_backend, variant_word
+from grat_cli.models.loading import refuse_weights
 
 if TYPE_CHECKING:
     from grat_cli.commands.options import ModelOptions, PictureOptions
@@ -80,6 +81,7 @@ def planned_request(
     )
     check_pictures(request)
     inputs.refuse_sizes(request)
+    refuse_weights(choice, request.weights, request.kinds)
     references = inputs.reference_tokens(request)
     runs = run_forecasts(preset, choice, size, model.dtype, handed=request.handed, references=references)
     last = runs[-1]

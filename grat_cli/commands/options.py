@@ -243,12 +243,20 @@ class ModelOptions:
         MODEL,
         "none",
     )
+    lora: list[str] | None = option(
+        "FILE|HUB-ID[:NAME][@SCALE]",
+        "A LoRA in safetensors, such as style.safetensors@0.8 or owner/name:file.safetensors; may be repeated. "
+        "Of models with two transformers behind high=, low= or both=.",
+        MODEL,
+    )
+    fuse_lora: bool = switch("Add LoRAs to the weights once, not at every product: faster, and rounded.", MODEL)
 
     def check(self) -> None:
         """Refuses what is wrong whatever the model.
 
         Raises:
             BadInput: naming the option.
+            ModelUnavailable: if a LoRA is not there.
         """
         from grat_cli.generation.selection import DTYPES, require_choice, require_device
         from grat_cli.models.offloading import OFFLOADS
@@ -258,6 +266,7 @@ class ModelOptions:
         require_choice("--dtype", self.dtype, DTYPES)
         require_choice("--offload", self.offload, OFFLOADS)
         require_choice("--quantize", self.quantize, QUANTIZATIONS)
+        _ = self.weights
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -266,10 +275,19 @@ class ModelOptions:
 
     @property
     def weights(self) -> Weights:
-        """How the weights come."""
+        """How the weights come.
+
+        Raises:
+            BadInput, ModelUnavailable: as `parse_loras`.
+        """
         from grat_cli.models.weights import Weights
 
-        return Weights(base=self.base, quantize=self.quantize)
+        loras = ()
+        if self.lora:
+            from grat_cli.models.lora import parse_loras
+
+            loras = parse_loras(self.lora)
+        return Weights(base=self.base, quantize=self.quantize, loras=loras, fuse_loras=self.fuse_lora)
 
     def choice_for(self, preset: str | None, extent: SizeOptions) -> ModelChoice:
         """The model of a command that makes pictures and videos.

@@ -28,7 +28,7 @@ from grat_cli.files.tensors import read_tensors, write_tensors
 from grat_cli.generation.request import Progress, Request
 from grat_cli.generation.single import frames_of, latents_of
 from grat_cli.models.devices import choose_device, choose_dtype
-from grat_cli.models.loading import load_model
+from grat_cli.models.loading import LoadedModel, load_model
 from grat_cli.presets import Attention, CheckEvidence, Evidence, PatternEvidence, Preset, ranges
 
 SCHEMA = "grat.tune/1"
@@ -132,11 +132,11 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
 
     # 2. Runs with full attention, one per prompt; those that are on file are not repeated.
     progress.phase("load")
-    model = load_model(request.request.model, device=device, dtype=choose_dtype(request.request.dtype, device))
+    model = load_model(asked.model, device=device, dtype=choose_dtype(asked.dtype, device), weights=asked.weights)
     asked.family.prepare(model.pipe)
     parts = []
     for number, prompt in enumerate(request.prompts):
-        about = _about(request, model.revision, prompt, number)
+        about = _about(request, model, prompt, number)
         path = request.folder / f"observed-{number:03d}.safetensors"
         if not path.exists():
             progress.phase(f"observing {number + 1} of {len(request.prompts)}: {prompt}")
@@ -217,12 +217,14 @@ def choose(request: TuneRequest, observations: Observations) -> Choice:
     return path.after(moves).reshape(shape)
 
 
-def _about(request: TuneRequest, revision: str | None, prompt: str, seed: int) -> dict[str, Any]:
+def _about(request: TuneRequest, model: LoadedModel, prompt: str, seed: int) -> dict[str, Any]:
     """What an observation is of: all that changes it."""
     asked = request.request
+    loras = [lora.told() for lora in model.loras]
     return {
         "model": asked.model.name,
-        "revision": revision,
+        "revision": model.revision,
+        **({"loras": loras} if loras else {}),
         "size": asked.size,
         "sampling": asked.preset.sampling.model_dump(),
         "steps": request.steps_observed(),

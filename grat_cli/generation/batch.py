@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from grat_cli.console.progress import ProgressDisplay
 from grat_cli.errors import BadInput, Interrupted, NumericalFailure
+from grat_cli.files.fingerprint import fingerprint
 from grat_cli.files.outputs import (
     checkpoint_path,
     latents_path,
@@ -31,6 +33,8 @@ from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.run import Generator, take_up
 from grat_cli.generation.stored import request_data
 from grat_cli.models.devices import choose_device
+from grat_cli.models.lora import own_name
+from grat_cli.models.weights import Lora
 
 # Outputs are made here, with all that is kept of one until it is written, and moved to their place whole.
 UNFINISHED = "unfinished"
@@ -210,7 +214,7 @@ class _Worker:
                 continue
             try:
                 run, _ = read_run(kept)
-                run.refuse_other_weights(self._generator.revision)
+                self._generator.refuse_other_weights(run)
             except BadInput as error:
                 self._progress.note(f"{error}: {work.stem} is begun anew")
                 continue
@@ -337,6 +341,7 @@ def _facts_asked(template: Request, sample: Sample) -> str:
         "size": [request.width, request.height],
         "model": request.model.source,
         "quantization": request.weights.quantize,
+        **_loras_asked(request.weights.loras),
         "pictures": [path.name for files in sample.entry.pictures.values() for path in files],
         **_facts_of_preset(request.preset.model_dump(mode="json")),
     }
@@ -344,6 +349,29 @@ def _facts_asked(template: Request, sample: Sample) -> str:
         facts["size"] += [request.frames]
         facts["frame rate"] = request.fps
     return json.dumps(facts)
+
+
+@lru_cache(maxsize=1)
+def _loras_asked(loras: tuple[Lora, ...]) -> dict[str, Any]:
+    """What a sample says of its LoRAs; nothing where it has none, as samples of earlier versions."""
+    told = [
+        {
+            "name": own_name(lora),
+            "scale": lora.scale,
+            "noise": lora.noise,
+            "sha256": fingerprint(Path(lora.source)).sha256 if lora.kind == "file" else None,
+        }
+        for lora in loras
+    ]
+    return _loras_told(told)
+
+
+def _loras_told(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Likewise from a report. Files are known by what they hold, those of the hub by their names."""
+    known = [
+        [lora["name"], lora["scale"], lora["noise"], None if "/" in lora["name"] else lora["sha256"]] for lora in told
+    ]
+    return {"LoRAs": known} if known else {}
 
 
 def _facts_found(path: Path) -> str | None:
@@ -357,6 +385,7 @@ def _facts_found(path: Path) -> str | None:
             "size": [told["width"], told["height"]],
             "model": told["model"]["source"],
             "quantization": told["device"]["quantize"],
+            **_loras_told(told["model"].get("loras", ())),
             "pictures": [picture["file"] for picture in told.get("pictures", ())],
             **_facts_of_preset(told["preset"]),
         }

@@ -110,13 +110,29 @@ class Run:
         """Whether nothing is left but to decode."""
         return self.done == self.total
 
-    def refuse_other_weights(self, revision: str | None) -> None:
-        """Raises BadInput if the run was begun with other weights than those of `revision`."""
+    def refuse_other_weights(self, revision: str | None, loras: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Raises BadInput if the run was begun with other weights.
+
+        Args:
+            revision: of those that are here.
+            loras: that these have, of `lora.AppliedLora.told`.
+        """
         begun_with = self.report.get("model", {}).get("revision", revision)
         if begun_with != revision:
             raise BadInput(
                 f"the run was begun with revision {begun_with} of the model, and {revision} is here: "
                 "its result would be another; start the run anew"
+            )
+        if not self.report:
+            return
+        then, now = (
+            {(lora["name"], lora["sha256"]) for lora in told} for told in (self.report["model"].get("loras", ()), loras)
+        )
+        if then != now:
+            name, _ = sorted(then ^ now)[0]
+            raise BadInput(
+                f"the run was begun with another LoRA {name} than is here now: its result would be another; get the "
+                "one of then back, or start the run anew"
             )
 
 
@@ -332,10 +348,20 @@ class _StoredDevice(BaseModel):
     threads: Annotated[int, Field(ge=1, le=4096)] | None
 
 
+class _StoredLoraTold(BaseModel):
+    """What of a report says which LoRA it was."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: PathText
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class _StoredWeights(BaseModel):
     model_config = ConfigDict(strict=True)
 
     revision: Annotated[str, Field(max_length=200)] | None
+    loras: Annotated[tuple[_StoredLoraTold, ...], Field(max_length=MOST_LORAS)] = ()
 
 
 class _StoredLowest(BaseModel):

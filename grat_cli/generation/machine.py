@@ -50,6 +50,7 @@ def surroundings(model: LoadedModel, device: torch.device) -> report.Surrounding
         offload_reason=model.offload_reason,
         revision=model.revision,
         memory_kind=peak_memory(device)[1],
+        loras=tuple(lora.told() for lora in model.loras),
     )
 
 

@@ -36,6 +36,7 @@ class Surroundings:
         offload_reason: why.
         revision: commit of the weights on the hub, or None.
         memory_kind: what is measured as peak memory, in words.
+        loras: that are added to the weights, of `lora.AppliedLora.told`.
     """
 
     device: str
@@ -47,6 +48,7 @@ class Surroundings:
     offload_reason: str
     revision: str | None
     memory_kind: str
+    loras: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ def build_report(
             "family": request.model.presets,
             "revision": surroundings.revision,
             "base": request.weights.base,
+            "loras": [dict(lora) for lora in surroundings.loras],
             "reason": request.model.reason,
         },
         "sampling": {"steps": record.stage.steps, "guidance": record.guidance, "shift": record.shift},

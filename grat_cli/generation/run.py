@@ -112,12 +112,15 @@ class Generator:
                 )
             if request.offload == "auto":
                 progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")
+            for lora in self._model.loras:
+                if lora.note is not None:
+                    progress.note(lora.note)
         self._pipe = self._model.pipe
         self._family.prepare(self._pipe)
         told = surroundings(self._model, self._device)
         self._studio = Studio(self._pipe, self._device, progress, self.stages, told, self._latents_of_picture)
         if begun is not None:
-            begun.refuse_other_weights(self._model.revision)
+            self.refuse_other_weights(begun)
 
     def _read(self, request: Request, begun: Run | None = None) -> None:
         """Pictures and stages of a request; of a run that is taken up, as they were."""
@@ -141,10 +144,9 @@ class Generator:
     def _lets_go(self) -> bool:
         return self._family.lets_go and self._model.offload == "none"
 
-    @property
-    def revision(self) -> str | None:
-        """Of the weights; None where they have none."""
-        return self._model.revision
+    def refuse_other_weights(self, run: Run) -> None:
+        """Raises BadInput if a run was begun with other weights than these."""
+        run.refuse_other_weights(self._model.revision, [lora.told() for lora in self._model.loras])
 
     def new_run(self, seed: int) -> Run:
         """A run of which nothing is done."""

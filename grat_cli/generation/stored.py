@@ -20,11 +20,12 @@ from grat_cli.files import formats, videos
 from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
 from grat_cli.generation.request import Request, check
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
+from grat_cli.models.lora import LARGEST_SCALE, MOST_LORAS, is_weight_name, refuse_alike
 from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import QUANTIZATIONS
 from grat_cli.models.resolution import LARGEST_SIDE
 from grat_cli.models.video_size import MOST_FRAMES
-from grat_cli.models.weights import Weights
+from grat_cli.models.weights import Lora, Noise, Weights
 from grat_cli.presets import Preset
 
 MOST_STEPS, MOST_REFERENCES = 100_000, 100
@@ -58,6 +59,26 @@ class StoredModel(BaseModel):
     kind: Literal["hub", "folder", "file"]
 
 
+class StoredLora(BaseModel):
+    """A `Lora`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    source: PathText
+    kind: Literal["file", "hub"]
+    weight_name: PathText | None
+    scale: Annotated[float, Field(ge=-LARGEST_SCALE, le=LARGEST_SCALE, allow_inf_nan=False)]
+    noise: Noise
+
+    def as_lora(self) -> Lora:
+        """Held to what may be typed."""
+        if self.kind == "file" and (not Path(self.source).is_absolute() or self.weight_name is not None):
+            raise ValueError("loras: a file is given by no absolute path")
+        if self.kind == "hub" and not (HUB_ID.fullmatch(self.source) and is_weight_name(self.weight_name)):
+            raise ValueError("loras: neither an absolute path nor a hub id")
+        return Lora(**dict(self))
+
+
 class StoredForm(BaseModel):
     """A `Weights`."""
 
@@ -65,10 +86,14 @@ class StoredForm(BaseModel):
 
     base: PathText | None = None
     quantize: Annotated[str, one_of(QUANTIZATIONS)] = "none"
+    loras: Annotated[tuple[StoredLora, ...], Field(max_length=MOST_LORAS)] = ()
+    fuse_loras: bool = False
 
     def as_weights(self) -> Weights:
         """Held to what may be typed."""
-        return Weights(base=_base(self.base), quantize=self.quantize)
+        loras = tuple(lora.as_lora() for lora in self.loras)
+        refuse_alike(loras)
+        return Weights(base=_base(self.base), quantize=self.quantize, loras=loras, fuse_loras=self.fuse_loras)
 
 
 class StoredRequest(BaseModel):
@@ -131,6 +156,8 @@ def _weights_data(weights: Weights) -> dict[str, Any]:
     data = asdict(weights)
     if weights.base is not None and Path(weights.base).expanduser().exists():
         data["base"] = str(Path(weights.base).expanduser().resolve())
+    for lora in data["loras"]:
+        lora["source"] = str(Path(lora["source"]).resolve()) if lora["kind"] == "file" else lora["source"]
     return data
 
 

@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from grat_cli.errors import GratError, ModelUnavailable, first_line
+from grat_cli.errors import GratError, ModelUnavailable, first_line, printable
 from grat_cli.families.base import Family
 from grat_cli.models.catalogue import refusal_of_pipeline
 from grat_cli.models.parts import read_index
@@ -48,6 +48,73 @@ def download_pipeline(pipeline: Any, hub_id: str, family: Family, leave_out: str
         raise
     except Exception as error:
         raise ModelUnavailable(_why_not(obstacle or error, hub_id, family)) from (obstacle or error)
+
+
+def download_lora(hub_id: str, name: str | None, suffixes: tuple[str, ...]) -> Path:
+    """A LoRA's file, downloaded where it is not in the cache.
+
+    Args:
+        hub_id: `owner/name`.
+        name: of the file; None for the only one, or the one that is called as diffusers calls them.
+        suffixes: that files of LoRAs have.
+
+    Raises:
+        ModelUnavailable: if it is missing, gated, one of several, or out of reach.
+    """
+    import huggingface_hub
+
+    typed = f"--lora {hub_id}"
+    obstacle: Exception | None = None
+    try:
+        files = [sibling.rfilename for sibling in huggingface_hub.model_info(hub_id).siblings or ()]
+    except Exception as error:
+        obstacle, files = error, []
+    try:
+        if obstacle is not None:
+            patterns = [f"*{suffix}" for suffix in suffixes]
+            kept = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True, allow_patterns=patterns))
+            files = sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if path.suffix in suffixes)
+        if name is None:
+            found = sorted(file for file in files if file.endswith(suffixes))
+            usual = [file for file in found if file == "pytorch_lora_weights.safetensors"]
+            top = usual or [file for file in found if "/" not in file] or found
+            if len(top) != 1:
+                names = ", ".join(printable(file)[:80] for file in top[:5]) or "none"
+                raise ModelUnavailable(
+                    f"{hub_id} has {len(top)} .safetensors files ({names}): name the one that is meant, {typed}:NAME"
+                )
+            name = top[0]
+        return Path(huggingface_hub.hf_hub_download(hub_id, name, local_files_only=obstacle is not None))
+    except GratError:
+        raise
+    except Exception as error:
+        raise ModelUnavailable(_why_no_lora(obstacle or error, hub_id, name)) from (obstacle or error)
+
+
+def _why_no_lora(error: BaseException, hub_id: str, name: str | None) -> str:
+    """What to do about a LoRA that cannot be downloaded."""
+    from huggingface_hub import errors
+
+    chain = _chain(error)
+    kinds = tuple(type(link) for link in chain)
+    statuses = {link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)}
+    if any(issubclass(kind, errors.GatedRepoError) for kind in kinds) or 403 in statuses:
+        return (
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, "
+            "then log in with `hf auth login`"
+        )
+    if any(issubclass(kind, errors.RepositoryNotFoundError) for kind in kinds) or 401 in statuses:
+        return f"the hub has no LoRA {hub_id}, or it is private: check the name, or log in with `hf auth login`"
+    if any(issubclass(kind, errors.HFValidationError) for kind in kinds):
+        return f"{hub_id!r} is not a hub id: write owner/name"
+    if any(issubclass(kind, errors.RemoteEntryNotFoundError) for kind in kinds):
+        return f"{hub_id} has no file {name}: check the name behind the colon of --lora"
+    if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
+        return f"{hub_id} cannot be stored ({first_line(error)}): set HF_HOME to a folder with room"
+    return (
+        f"the LoRA {hub_id} is not in the local cache and cannot be downloaded ({first_line(chain[-1])}): "
+        "go online, or give a local file"
+    )
 
 
 def revision_of(folder: Path) -> str | None:

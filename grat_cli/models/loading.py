@@ -16,6 +16,8 @@ from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.models.catalogue import is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
+from grat_cli.models.lora import refuse_loras
+from grat_cli.models.lora_layers import AppliedLora, apply_loras
 from grat_cli.models.offloading import offload as offload_pipeline
 from grat_cli.models.offloading import require_offload
 from grat_cli.models.parts import (
@@ -45,12 +47,14 @@ class LoadedModel:
         revision: the commit of its weights where it is known.
         offload: which weights wait in main memory, never `auto`; see `offloading`.
         offload_reason: why.
+        loras: that it has.
     """
 
     pipe: Any
     revision: str | None
     offload: str = "none"
     offload_reason: str = "chosen by name"
+    loras: tuple[AppliedLora, ...] = ()
 
 
 def load_model(
@@ -76,15 +80,18 @@ def load_model(
 
     Raises:
         ModelUnavailable: if it is missing, gated, damaged or out of reach, with what to do.
-        BadInput: if offload, quantization and device do not fit.
+        BadInput: if offload, quantization, LoRAs and device do not fit.
     """
     require_offload(offload, device)
+    refuse_weights(choice, weights, pictures)
     require_quantization(weights.quantize, device, offload=offload, is_demo=choice.is_demo)
     quantized = configurations(weights.quantize, family_of(choice).large_encoder, dtype)
     dtypes = family_of(choice).dtypes(_NEURAL_PARTS, device, dtype)
     with _without_pointless_warnings():
         pipe, folder = _load(choice, dtypes, pictures, weights.base, quantized)
     pipe.set_progress_bar_config(disable=True)
+    # Before anything is moved or hooked, so that offloading and its choice count them as part of the model.
+    loras = apply_loras(pipe, choice, weights)
     kind, reason = offload, "chosen by name"
     if offload == "auto":
         kind, reason = "none", f"the run is on {device.type}"
@@ -93,7 +100,13 @@ def load_model(
             kind, reason = choose_offload(pipe)
         require_quantization(weights.quantize, device, offload=kind)
     offload_pipeline(pipe, kind, device)
-    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason)
+    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, loras)
+
+
+def refuse_weights(choice: ModelChoice, weights: Weights, pictures: frozenset[PictureKind] = NO_PICTURES) -> None:
+    """Makes sure, before anything is loaded, that a model's weights can come like that; as `lora.refuse_loras`."""
+    with _without_pointless_warnings():
+        refuse_loras(choice, weights, pictures)
 
 
 def load_autoencoder(

@@ -3,6 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Noise = Literal["all", "high", "low", "both"]
+"""Which transformers a LoRA is for: the only one; of two that take turns the one for the steps of high noise, the
+one for those of low noise, or both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA, as `lora.parse_lora` reads what is typed.
+
+    Attributes:
+        source: path of a file, or hub id.
+        kind: which of these.
+        weight_name: of a file in the hub's repository; None for the only one there, and for files.
+        scale: how strongly it works; 1 as it was trained.
+        noise: which transformers it is for.
+    """
+
+    source: str
+    kind: Literal["file", "hub"] = "file"
+    weight_name: str | None = None
+    scale: float = 1.0
+    noise: Noise = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,10 +36,14 @@ class Weights:
     Attributes:
         base: folder or hub id of the other parts, for a model that is a file of a transformer alone.
         quantize: one of `quantization.QUANTIZATIONS`.
+        loras: what is added to them.
+        fuse_loras: whether it is added once, to the weights themselves, and not at every product.
     """
 
     base: str | None = None
     quantize: str = "none"
+    loras: tuple[Lora, ...] = ()
+    fuse_loras: bool = False
 
 
 AS_THEY_ARE = Weights()
