@@ -58,7 +58,7 @@ def tune(
             preset="A preset whose groups and sampling are kept. Default: that of --variant b.",
         ),
     ],
-    model: Annotated[options.ModelOptions, only("device", "dtype", model=options.EITHER_MODEL)],
+    model: Annotated[options.ModelOptions, only(*options.OF_WEIGHTS, "device", "dtype", model=options.EITHER_MODEL)],
     out: Path | None = option(
         "FILE.yaml",
         "The preset. Default: a file in the current folder, named after family and target.",
@@ -117,6 +117,7 @@ def tune(
             frames=frames_asked,
             device=model.device,
             dtype=model.dtype,
+            weights=model.weights,
         ),
         prompts=observed,
         candidates=palette(chosen.attention.group),

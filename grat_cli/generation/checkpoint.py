@@ -28,7 +28,7 @@ from grat_cli.generation.stage import stages_for
 from grat_cli.generation.timing import StepTiming
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
 from grat_cli.models.offloading import OFFLOADS
-from grat_cli.models.quantization import QUANTIZATIONS
+from grat_cli.models.quantization import CASTS, QUANTIZATIONS
 from grat_cli.models.resolution import LARGEST_SIDE, Resolution
 from grat_cli.models.video_size import MOST_FRAMES
 from grat_cli.models.weights import Weights
@@ -452,10 +452,14 @@ class _StoredForm(BaseModel):
 
     base: PathText | None = None
     quantize: Annotated[str, _one_of(QUANTIZATIONS)] = "none"
+    text_encoder: PathText | None = None
+    cast: Annotated[str, _one_of(CASTS)] = "none"
 
     def as_weights(self) -> Weights:
         """Held to what may be typed."""
-        return Weights(base=_base(self.base), quantize=self.quantize)
+        if self.text_encoder is not None and not Path(self.text_encoder).is_absolute():
+            raise ValueError("weights.text_encoder: not an absolute path")
+        return Weights(base=_base(self.base), quantize=self.quantize, text_encoder=self.text_encoder, cast=self.cast)
 
 
 class _StoredRequest(BaseModel):
@@ -516,8 +520,12 @@ def request_data(request: Request) -> dict[str, Any]:
 
 def _weights_data(weights: Weights) -> dict[str, Any]:
     data = asdict(weights)
-    if weights.base is not None and Path(weights.base).expanduser().exists():
+    del data["allow_pickle"]
+    is_known_name = any(weights.base in known for known in KNOWN_MODELS.values())
+    if weights.base is not None and not is_known_name and Path(weights.base).expanduser().exists():
         data["base"] = str(Path(weights.base).expanduser().resolve())
+    if weights.text_encoder is not None:
+        data["text_encoder"] = str(Path(weights.text_encoder).expanduser().resolve())
     return data
 
 
@@ -591,5 +599,7 @@ def _chosen(stored: _StoredModel, medium: Medium) -> ModelChoice:
 
 def _base(stored: str | None) -> str | None:
     if stored is None or Path(stored).is_absolute() or (HUB_ID.fullmatch(stored) and not Path(stored).exists()):
+        return stored
+    if any(stored in known for known in KNOWN_MODELS.values()):
         return stored
     raise ValueError("base: neither an absolute path nor a hub id")

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.estimates.stages import Stage, stage_data
@@ -36,6 +37,7 @@ class Surroundings:
         offload_reason: why.
         revision: commit of the weights on the hub, or None.
         memory_kind: what is measured as peak memory, in words.
+        weights: files that weights were read from, of `WeightFile.as_dict`.
     """
 
     device: str
@@ -47,6 +49,7 @@ class Surroundings:
     offload_reason: str
     revision: str | None
     memory_kind: str
+    weights: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,8 @@ def build_report(
             "family": request.model.presets,
             "revision": surroundings.revision,
             "base": request.weights.base,
+            "text_encoder": _name_of(request.weights.text_encoder),
+            "weights": [dict(file) for file in surroundings.weights],
             "reason": request.model.reason,
         },
         "sampling": {"steps": record.stage.steps, "guidance": record.guidance, "shift": record.shift},
@@ -156,10 +161,16 @@ def build_report(
             "offload": surroundings.offload,
             "offload_reason": surroundings.offload_reason,
             "quantize": request.weights.quantize,
+            "cast": request.weights.cast,
         },
         "versions": versions(),
         "peak_memory_kind": surroundings.memory_kind,
     }
+
+
+def _name_of(file: str | None) -> str | None:
+    """A file's own name: where it lies is nobody's business."""
+    return None if file is None else Path(file).name
 
 
 def _of_medium(request: Request, strength: float | None) -> dict[str, Any]:

@@ -12,10 +12,16 @@ class Weights:
     Attributes:
         base: folder or hub id of the other parts, for a model that is a file of a transformer alone.
         quantize: one of `quantization.QUANTIZATIONS`.
+        text_encoder: file with the weights of the large text encoder, in place of the pipeline's own.
+        cast: one of `quantization.CASTS`.
+        allow_pickle: whether tensors may be read from pickles; it is typed, and never read from a file.
     """
 
     base: str | None = None
     quantize: str = "none"
+    text_encoder: str | None = None
+    cast: str = "none"
+    allow_pickle: bool = False
 
 
 AS_THEY_ARE = Weights()
