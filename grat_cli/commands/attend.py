@@ -60,7 +60,7 @@ def attend(
         options.ATTENTION,
     ),
     model: Annotated[
-        options.ModelOptions, only("device", "dtype", "offload", "lora", "fuse_lora", model=options.EITHER_MODEL)
+        options.ModelOptions, only(*options.OF_WEIGHTS, "device", "dtype", "offload", model=options.EITHER_MODEL)
     ],
     out: Path | None = option(
         "FOLDER", "Folder to write to. Default: one with a telling name in the current folder.", options.OUTPUT
@@ -114,7 +114,7 @@ def attend(
         """Without the stages of large pictures."""
         return [forecast(watched, choice.name, architecture, size, in_dtype)]
 
-    refuse_unfit_here(choice, forecasts, size, **model.machine, quantize=model.quantize)
+    refuse_unfit_here(choice, forecasts, size, **model.machine, quantize=model.quantize, cast=model.cast)
 
     # 4. Run and watch.
     from dataclasses import replace

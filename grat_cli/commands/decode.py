@@ -26,6 +26,7 @@ def decode(
         options.ModelOptions,
         only(
             "base",
+            "allow_pickle",
             model=option(
                 "NAME",
                 "The model whose autoencoder decodes. Default: the one that made the latents.",
@@ -79,7 +80,11 @@ def decode(
     encoding = crf if quality is None else quality
     request = replace(
         request,
-        weights=request.weights if model.base is None else replace(request.weights, base=model.base),
+        weights=replace(
+            request.weights,
+            base=request.weights.base if model.base is None else model.base,
+            allow_pickle=model.allow_pickle,
+        ),
         device=model.device or request.device,
         dtype=model.dtype or request.dtype,
         fps=request.fps if extent.fps is None else extent.fps,

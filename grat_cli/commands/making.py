@@ -112,6 +112,7 @@ def refuse_unfit(request: Request, size: Any) -> None:
         dtype=request.dtype,
         offload=request.offload,
         quantize=request.weights.quantize,
+        cast=request.weights.cast,
     )
 
 

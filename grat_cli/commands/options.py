@@ -213,19 +213,28 @@ class AttentionOptions:
         )
 
 
+# Of `ModelOptions`: how weights come, for commands that measure with a model as it is.
+OF_WEIGHTS = ("base", "text_encoder", "cast", "allow_pickle", "lora", "fuse_lora")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and on what and how it runs."""
 
     model: str | None = option(
         "NAME",
-        "demo, flux-dev, flux2-dev, qwen-image or their kin, a Hub id, a folder or a .safetensors file. "
+        "demo, flux-dev, flux2-dev, qwen-image or their kin, a Hub id, a folder, or a .safetensors or .gguf file. "
         "Default: flux-dev with a CUDA device, else demo.",
         MODEL,
         complete=complete_model,
     )
     base: str | None = option(
-        "MODEL", "Folder or Hub id with the text encoders and autoencoder for a .safetensors --model.", MODEL
+        "MODEL",
+        "Folder, Hub id or name of a model with the text encoders and autoencoder for a file as --model.",
+        MODEL,
+    )
+    text_encoder: str | None = option(
+        "FILE", "A .safetensors file, or a GGUF one of T5, in place of the model's own large text encoder.", MODEL
     )
     device: str = option("NAME", "auto, cpu, cuda, cuda:1 or mps.", MODEL, "auto")
     dtype: str = option("NAME", "auto, float32, bfloat16 or float16.", MODEL, "auto")
@@ -250,6 +259,13 @@ class ModelOptions:
         MODEL,
     )
     fuse_lora: bool = switch("Add LoRAs to the weights once, not at every product: faster, and rounded.", MODEL)
+    cast: str = option(
+        "HOW",
+        "none or fp8: the transformer's weights wait in 8 bits, and are turned to --dtype as each layer is called.",
+        MODEL,
+        "none",
+    )
+    allow_pickle: bool = switch("Read tensors from .bin, .pt and .ckpt files too, and nothing else of them.", MODEL)
 
     def check(self) -> None:
         """Refuses what is wrong whatever the model.
@@ -258,15 +274,20 @@ class ModelOptions:
             BadInput: naming the option.
             ModelUnavailable: if a LoRA is not there.
         """
+        from grat_cli.errors import BadInput
         from grat_cli.generation.selection import DTYPES, require_choice, require_device
         from grat_cli.models.offloading import OFFLOADS
-        from grat_cli.models.quantization import QUANTIZATIONS
+        from grat_cli.models.quantization import CASTS, QUANTIZATIONS, require_cast
 
         require_device(self.device)
         require_choice("--dtype", self.dtype, DTYPES)
         require_choice("--offload", self.offload, OFFLOADS)
         require_choice("--quantize", self.quantize, QUANTIZATIONS)
         _ = self.weights
+        require_choice("--cast", self.cast, CASTS)
+        require_cast(self.cast, self.quantize)
+        if self.text_encoder is not None and not Path(self.text_encoder).expanduser().is_file():
+            raise BadInput(f"--text-encoder {self.text_encoder}: there is no such file")
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -287,7 +308,15 @@ class ModelOptions:
             from grat_cli.models.lora import parse_loras
 
             loras = parse_loras(self.lora)
-        return Weights(base=self.base, quantize=self.quantize, loras=loras, fuse_loras=self.fuse_lora)
+        return Weights(
+            base=self.base,
+            quantize=self.quantize,
+            text_encoder=self.text_encoder,
+            cast=self.cast,
+            allow_pickle=self.allow_pickle,
+            loras=loras,
+            fuse_loras=self.fuse_lora,
+        )
 
     def choice_for(self, preset: str | None, extent: SizeOptions) -> ModelChoice:
         """The model of a command that makes pictures and videos.

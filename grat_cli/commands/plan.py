@@ -58,7 +58,7 @@ def plan(
         "Default: the GPU of this machine.",
         options.MODEL,
     ),
-    weights: Annotated[options.ModelOptions, only("offload", "quantize")],
+    weights: Annotated[options.ModelOptions, only("offload", "quantize", "cast")],
     picture: Path | None = option("FILE.png", "Draw the pattern into a file instead of the terminal.", options.OUTPUT),
     overwrite: bool = options.OVERWRITE,
     terminal: options.TerminalOptions,
@@ -134,9 +134,9 @@ def plan(
 
     # 3. Memory and time by phase, on the device that is meant.
     components = components_of(choice)
-    if device is not None and device.kind == "cpu" and weights != options.ModelOptions():
+    if device is not None and device.kind == "cpu" and weights != options.ModelOptions(cast=weights.cast):
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
-    how = {"offload": weights.offload, "quantize": weights.quantize}
+    how = {"offload": weights.offload, "quantize": weights.quantize, "cast": weights.cast}
     verdict = judge(runs, components, choice, device or GPUS["h200"], **how, at_size=forecasts)
     # Measuring a CPU takes seconds, and loads torch: only where it is asked for.
     timed = device is not None and (device.kind == "cuda" or gpu is not None)
@@ -162,6 +162,7 @@ def plan(
             "load_seconds": took.get("load"),
             "offload": verdict.execution.offload,
             "quantize": weights.quantize,
+            "cast": weights.cast,
             "verdict": verdict.as_dict() if device else None,
         }
     )

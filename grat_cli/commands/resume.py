@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from grat_cli.commands import options
-from grat_cli.commands.parameters import argument
+from grat_cli.commands.parameters import argument, only
 
 
 def resume(
@@ -15,6 +15,7 @@ def resume(
     *,
     out: Path | None = options.OUT_BESIDE,
     overwrite: bool = options.OVERWRITE,
+    model: Annotated[options.ModelOptions, only("allow_pickle")],
     terminal: options.TerminalOptions,
 ) -> None:
     """Go on with an output that was interrupted, to the same result; it lies beside FILE, by its name, or at --out."""
@@ -32,7 +33,8 @@ def resume(
     paths = list(request.outputs[-len(left) :])
     if out is not None:
         paths = outputs.output_paths(out, [path.name for path in paths], left, SUFFIXES[request.format])
-    request = replace(request, seeds=left, outputs=tuple(paths), overwrite=overwrite)
+    weights = replace(request.weights, allow_pickle=model.allow_pickle)
+    request = replace(request, seeds=left, outputs=tuple(paths), overwrite=overwrite, weights=weights)
     making.refuse_unwritable(paths, overwrite=overwrite, own=files_of(run), previews=request.preview_every > 0)
     output.hint(f"{kept.name}: {request.model.name}, {request.size}, {request.preset.name}")
     output.hint(f"seed {', '.join(map(str, left))}: step {run.done} of {run.total} is done")

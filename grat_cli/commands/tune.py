@@ -58,7 +58,7 @@ def tune(
             preset="A preset whose groups and sampling are kept. Default: that of --variant b.",
         ),
     ],
-    model: Annotated[options.ModelOptions, only("device", "dtype", "lora", "fuse_lora", model=options.EITHER_MODEL)],
+    model: Annotated[options.ModelOptions, only(*options.OF_WEIGHTS, "device", "dtype", model=options.EITHER_MODEL)],
     out: Path | None = option(
         "FILE.yaml",
         "The preset. Default: a file in the current folder, named after family and target.",
@@ -108,17 +108,15 @@ def tune(
     frames_asked = getattr(size, "frames", None)
     typed = f"{size.width}x{size.height}" + (f"x{frames_asked}" if frames_asked else "")
     request = TuneRequest(
-        request=replace(
-            request_for(
-                choice,
-                chosen,
-                observed[0],
-                width=size.width,
-                height=size.height,
-                frames=frames_asked,
-                device=model.device,
-                dtype=model.dtype,
-            ),
+        request=request_for(
+            choice,
+            chosen,
+            observed[0],
+            width=size.width,
+            height=size.height,
+            frames=frames_asked,
+            device=model.device,
+            dtype=model.dtype,
             weights=model.weights,
         ),
         prompts=observed,

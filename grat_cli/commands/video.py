@@ -33,8 +33,8 @@ def video(
         changed(
             model=option(
                 "NAME",
-                "demo, hunyuan, hunyuan15-720p, wan2.2-14b or their kin, a Hub id, a folder or a .safetensors file. "
-                "Default: hunyuan with a CUDA device, else demo.",
+                "demo, hunyuan, hunyuan15-720p, wan2.2-14b or their kin, a Hub id, a folder, or a .safetensors or "
+                ".gguf file. Default: hunyuan with a CUDA device, else demo.",
                 options.MODEL,
                 complete=options.complete_video_model,
             )

@@ -104,6 +104,7 @@ def judge(
     *,
     offload: str = "none",
     quantize: str = "none",
+    cast: str = "none",
     at_size: Callable[[Any], Sequence[Forecast]] | None = None,
 ) -> Verdict:
     """Whether a run fits a device; where it does not, with the nearest thing that does.
@@ -115,6 +116,7 @@ def judge(
         device: where.
         offload: as for `load_model`; `auto` is the first kind that fits.
         quantize: likewise.
+        cast: likewise.
         at_size: forecasts of another size, which is advised where nothing else helps; None for no advice at all.
     """
     kinds = (
@@ -122,7 +124,7 @@ def judge(
     )
     verdict = None
     for kind in kinds:
-        execution = execution_of(choice, runs[-1], device, offload=kind, quantize=quantize)
+        execution = execution_of(choice, runs[-1], device, offload=kind, quantize=quantize, cast=cast)
         memory = needs(runs, components, execution)
         verdict = Verdict(device, memory, device.with_overhead(memory.peak), execution)
         if verdict.fits:
@@ -134,7 +136,13 @@ def judge(
 
 
 def offload_for(
-    pipe: Any, choice: ModelChoice, runs: Sequence[Forecast], device: torch.device, *, quantize: str = "none"
+    pipe: Any,
+    choice: ModelChoice,
+    runs: Sequence[Forecast],
+    device: torch.device,
+    *,
+    quantize: str = "none",
+    cast: str = "none",
 ) -> tuple[str, str]:
     """The fastest kind of offload with which a run fits a CUDA device, and why; what `--offload auto` stands for.
 
@@ -144,6 +152,7 @@ def offload_for(
         runs: forecasts of its stages.
         device: where it is to run.
         quantize: `--quantize`.
+        cast: `--cast`.
     """
     import torch
 
@@ -152,7 +161,7 @@ def offload_for(
     components = components_of(choice) if is_known(choice) else components_of_pipeline(pipe, choice)
     needed = {}
     for kind in OFFLOAD_KINDS:
-        execution = execution_of(choice, runs[-1], there, offload=kind, quantize=quantize)
+        execution = execution_of(choice, runs[-1], there, offload=kind, quantize=quantize, cast=cast)
         needed[kind] = there.with_overhead(needs(runs, components, execution).peak)
     return choose_offload(needed, free)
 
@@ -164,12 +173,13 @@ def what_fits(
     *,
     offload: str = "none",
     quantize: str = "none",
+    cast: str = "none",
 ) -> str:
     """Which of the GPUs known a run fits, in a line."""
     fitting = [
         gpu.name
         for gpu in GPUS.values()
-        if judge(runs, components, choice, gpu, offload=offload, quantize=quantize).fits
+        if judge(runs, components, choice, gpu, offload=offload, quantize=quantize, cast=cast).fits
     ]
     if not fitting:
         return "fits none of the GPUs known: --gpu h200 says what would"
@@ -185,6 +195,7 @@ def refuse_unfit_here(
     dtype: str,
     offload: str,
     quantize: str,
+    cast: str = "none",
 ) -> None:
     """Makes sure, before anything is loaded, that a run fits the device that it is for.
 
@@ -198,6 +209,7 @@ def refuse_unfit_here(
         dtype: as for `devices.choose_dtype`.
         offload: `--offload`.
         quantize: `--quantize`.
+        cast: `--cast`.
 
     Raises:
         OutOfMemory: if it does not fit, with what does.
@@ -226,7 +238,9 @@ def refuse_unfit_here(
         return at_size(size, in_dtype)
 
     refuse_unfit(
-        judge(forecasts(size), components, choice, there, offload=offload, quantize=quantize, at_size=forecasts)
+        judge(
+            forecasts(size), components, choice, there, offload=offload, quantize=quantize, cast=cast, at_size=forecasts
+        )
     )
 
 
@@ -294,6 +308,8 @@ def _alternatives(execution: Execution) -> Iterator[tuple[str, Execution]]:
         for offload, quantize in ways:
             if (offload, quantize) == (execution.offload, execution.quantize):
                 continue
+            if execution.cast != "none" and quantize != "none":  # which do not go together
+                continue
             flags = [f"--offload {offload}"] if offload != "none" else []
             flags += [f"--quantize {quantize}"] if quantize != "none" else []
             flags += [chunk_flags] if chunk_flags else []
@@ -319,6 +335,7 @@ def execution_of(
     *,
     offload: str = "none",
     quantize: str = "none",
+    cast: str = "none",
 ) -> Execution:
     """How a run uses a device, by what was typed and by grat's defaults.
 
@@ -328,6 +345,7 @@ def execution_of(
         device: where.
         offload: `--offload`.
         quantize: `--quantize`.
+        cast: `--cast`.
     """
     half = device.kind == "cuda" and expected.dtype != "float32"
     family = family_of(choice)
@@ -337,6 +355,7 @@ def execution_of(
         on_cpu=device.kind == "cpu",
         offload=offload,  # pyright: ignore[reportArgumentType]
         quantize=quantize,
+        cast=cast,
         chunk_tokens=expected.preset.memory.chunk_tokens,
         kernel=expected.preset.kernel.backend in ("auto", "triton", "triton-ws", "gluon"),
         autoencoder_dtype=family.autoencoder_dtype or beside,

@@ -27,6 +27,10 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nothing, and one per 64 weights of nf4 (QLoRA, arXiv 2305.14314, section 3).
 QUANTIZED_BYTES: Mapping[str, float] = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}
 
+# Bytes per weight of a matrix of a GGUF file while it is turned back for a product: what its blocks are taken apart
+# into, and the matrix in 16 bits and in the dtype of the run.
+_TURNED_BACK = 8
+
 # Rows of pixels that are turned to 8 bits at once.
 _PICTURE_BAND = 1024
 
@@ -47,6 +51,7 @@ class Execution:
         offload: which weights are on the device when: `none` all; `model` one part at a time; `group` two blocks;
             `sequential` one layer.
         quantize: `none`, or how matrices of the transformer and of large text encoders are stored.
+        cast: `none`, or how those of the transformer wait that diffusers casts.
         chunk_tokens: feed-forward in chunks of so many tokens; `auto`, or None for never.
         tile: side in pixels of the tiles that are decoded one by one; None for the default.
         kernel: whether attention is one of grat's own kernels, and what prepares it the fused one.
@@ -59,6 +64,7 @@ class Execution:
     on_cpu: bool = False
     offload: OffloadKind = "none"
     quantize: str = "none"
+    cast: str = "none"
     chunk_tokens: int | Literal["auto"] | None = "auto"
     tile: int | None = None
     kernel: bool = True
@@ -186,11 +192,16 @@ def component_weights(components: Components, execution: Execution) -> dict[str,
     """Bytes of the weights of `text`, `transformer`, or all of those that take turns, and `autoencoder`."""
     transformer, element = components.transformer, execution.element
     # Matrices of the blocks are quantized, what is outside of them is not.
-    blocks = transformer.parameters - transformer.other_parameters
+    small = transformer.parameters - transformer.other_parameters
+    of_small = QUANTIZED_BYTES.get(execution.quantize, element)
+    if execution.cast != "none":
+        small, of_small = transformer.cast_parameters, QUANTIZED_BYTES[execution.cast]
+    size = small * of_small + (transformer.parameters - small) * element
+    if components.transformer_bytes is not None:
+        size = components.transformer_bytes
     return {
         "text": sum(_encoder_weights(encoder, execution) for encoder in components.text_encoders),
-        "transformer": components.transformers
-        * (blocks * QUANTIZED_BYTES.get(execution.quantize, element) + transformer.other_parameters * element),
+        "transformer": components.transformers * size,
         "autoencoder": components.autoencoder.parameters * execution.autoencoder_element,
     }
 
@@ -282,7 +293,8 @@ def denoise_moments(
     shape = components.transformer
     moments: dict[str, float] = {}
     for plan in plans:
-        outside = _outside_blocks(shape, plan, len(plans), execution, guided_twice)
+        turned_back = components.transformer_bytes is not None
+        outside = _outside_blocks(shape, plan, len(plans), execution, guided_twice, turned_back)
         for moment, size in shape.moments(_call(shape, plan, execution)).items():
             moments[moment] = max(moments.get(moment, 0.0), outside + size)
     return moments
@@ -303,7 +315,14 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
     )
 
 
-def _outside_blocks(shape: TransformerShape, plan: Plan, plans: int, execution: Execution, guided_twice: bool) -> float:
+def _outside_blocks(
+    shape: TransformerShape,
+    plan: Plan,
+    plans: int,
+    execution: Execution,
+    guided_twice: bool,
+    turned_back: bool,
+) -> float:
     """What is alive all through a transformer call, besides hidden states."""
     element = execution.element
     latents = (plan.tokens - plan.text_len) * shape.token_channels * element  # references, where there are any, too
@@ -313,6 +332,8 @@ def _outside_blocks(shape: TransformerShape, plan: Plan, plans: int, execution: 
     rotated = plan.tokens if shape.rotates_text else plan.tokens - plan.text_len
     total += 2 * rotated * shape.head_dim * 4  # cosines and sines, fp32
     total += plans * 2 * plan.image_tokens * 8  # token order and its inverse, int64
+    if turned_back:
+        total += shape.largest_matrix * _TURNED_BACK
     return total + shape.pipeline_bytes(plan, element)
 
 

@@ -103,6 +103,12 @@ class TransformerShape(ABC):
         """Weights outside the blocks: of inputs, time, guidance, text and output."""
 
     @property
+    def cast_parameters(self) -> int:
+        """Weights that diffusers' layerwise casting turns to fewer bits: matrices, but for those whose names have to do
+        with norms, and all outside of blocks, which is little."""
+        return self.parameters - self.other_parameters
+
+    @property
     @abstractmethod
     def largest_block(self) -> int:
         """Weights of the largest block."""
@@ -189,6 +195,12 @@ class JointShape(TransformerShape):
     def parameters(self) -> int:
         doubles, singles = self.double_blocks * self.double_parameters, self.single_blocks * self.single_parameters
         return doubles + singles + self.other_parameters
+
+    @property
+    def cast_parameters(self) -> int:
+        # Modulation is a part of norms: `norm1.linear`, `norm1_context.linear` and `norm.linear`.
+        modulation = self.double_blocks * 12 * self.width**2 + self.single_blocks * 3 * self.width**2
+        return super().cast_parameters - modulation
 
     @property
     def embedder_parameters(self) -> int:
@@ -320,12 +332,14 @@ class Components:
         transformer: each of those that take turns.
         autoencoder: for pixels.
         transformers: how many take turns.
+        transformer_bytes: of each, where its weights stay as a file has them; None where the run decides.
     """
 
     text_encoders: tuple[TextEncoderShape, ...]
     transformer: TransformerShape
     autoencoder: AutoencoderShape
     transformers: int = 1
+    transformer_bytes: int | None = None
 
     @property
     def text_parameters(self) -> int:

@@ -340,8 +340,9 @@ def _facts_asked(template: Request, sample: Sample) -> str:
         "seed": sample.seed,
         "size": [request.width, request.height],
         "model": request.model.source,
-        "quantization": request.weights.quantize,
         **_loras_asked(request.weights.loras),
+        "quantization": [request.weights.quantize, request.weights.cast],
+        "text encoder": request.weights.text_encoder and Path(request.weights.text_encoder).name,
         "pictures": [path.name for files in sample.entry.pictures.values() for path in files],
         **_facts_of_preset(request.preset.model_dump(mode="json")),
     }
@@ -384,8 +385,9 @@ def _facts_found(path: Path) -> str | None:
             "seed": told["seed"],
             "size": [told["width"], told["height"]],
             "model": told["model"]["source"],
-            "quantization": told["device"]["quantize"],
             **_loras_told(told["model"].get("loras", ())),
+            "quantization": [told["device"]["quantize"], told["device"].get("cast", "none")],
+            "text encoder": told["model"].get("text_encoder"),
             "pictures": [picture["file"] for picture in told.get("pictures", ())],
             **_facts_of_preset(told["preset"]),
         }

@@ -27,6 +27,7 @@ from grat_cli.generation.stored import (
     Count,
     Name,
     Number,
+    PathText,
     Seed,
     Side,
     Text,
@@ -35,6 +36,7 @@ from grat_cli.generation.stored import (
     stored_as,
 )
 from grat_cli.generation.timing import StepTiming
+from grat_cli.models.lora import MOST_LORAS
 from grat_cli.models.resolution import Resolution
 
 if TYPE_CHECKING:

@@ -51,6 +51,7 @@ def surroundings(model: LoadedModel, device: torch.device) -> report.Surrounding
         revision=model.revision,
         memory_kind=peak_memory(device)[1],
         loras=tuple(lora.told() for lora in model.loras),
+        weights=tuple(file.as_dict() for file in model.files),
     )
 
 
@@ -72,7 +73,9 @@ def offload_chooser(request: Request, device: torch.device, references: int = 0)
             size = VideoSize(request.width, request.height, request.frames, request.fps)
         dtype = str(choose_dtype(request.dtype, device)).removeprefix("torch.")
         runs = run_forecasts(request.preset, request.model, size, dtype, handed=request.handed, references=references)
-        return offload_for(pipe, request.model, runs, device, quantize=request.weights.quantize)
+        return offload_for(
+            pipe, request.model, runs, device, quantize=request.weights.quantize, cast=request.weights.cast
+        )
 
     return choose
 

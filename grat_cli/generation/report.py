@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.estimates.stages import Stage, stage_data
@@ -37,6 +38,7 @@ class Surroundings:
         revision: commit of the weights on the hub, or None.
         memory_kind: what is measured as peak memory, in words.
         loras: that are added to the weights, of `lora.AppliedLora.told`.
+        weights: files that weights were read from, of `WeightFile.as_dict`.
     """
 
     device: str
@@ -49,6 +51,7 @@ class Surroundings:
     revision: str | None
     memory_kind: str
     loras: tuple[Mapping[str, Any], ...] = ()
+    weights: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,8 @@ def build_report(
             "revision": surroundings.revision,
             "base": request.weights.base,
             "loras": [dict(lora) for lora in surroundings.loras],
+            "text_encoder": _name_of(request.weights.text_encoder),
+            "weights": [dict(file) for file in surroundings.weights],
             "reason": request.model.reason,
         },
         "sampling": {"steps": record.stage.steps, "guidance": record.guidance, "shift": record.shift},
@@ -159,10 +164,16 @@ def build_report(
             "offload": surroundings.offload,
             "offload_reason": surroundings.offload_reason,
             "quantize": request.weights.quantize,
+            "cast": request.weights.cast,
         },
         "versions": versions(),
         "peak_memory_kind": surroundings.memory_kind,
     }
+
+
+def _name_of(file: str | None) -> str | None:
+    """A file's own name: where it lies is nobody's business."""
+    return None if file is None else Path(file).name
 
 
 def _of_medium(request: Request, strength: float | None) -> dict[str, Any]:

@@ -168,6 +168,7 @@ def request_for(
     frames: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    weights: Weights = AS_THEY_ARE,
 ) -> Request:
     """A request for one output of a model, with seeds and files left open; sizes are by default those of its training.
 
@@ -188,6 +189,7 @@ def request_for(
         fps=traits.fps if traits else None,
         device=device,
         dtype=dtype,
+        weights=weights,
     )
     check_size(request)
     check_pictures(request)

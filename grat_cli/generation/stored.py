@@ -22,7 +22,7 @@ from grat_cli.generation.request import Request, check
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
 from grat_cli.models.lora import LARGEST_SCALE, MOST_LORAS, is_weight_name, refuse_alike
 from grat_cli.models.offloading import OFFLOADS
-from grat_cli.models.quantization import QUANTIZATIONS
+from grat_cli.models.quantization import CASTS, QUANTIZATIONS
 from grat_cli.models.resolution import LARGEST_SIDE
 from grat_cli.models.video_size import MOST_FRAMES
 from grat_cli.models.weights import Lora, Noise, Weights
@@ -86,14 +86,18 @@ class StoredForm(BaseModel):
 
     base: PathText | None = None
     quantize: Annotated[str, one_of(QUANTIZATIONS)] = "none"
+    text_encoder: PathText | None = None
+    cast: Annotated[str, one_of(CASTS)] = "none"
     loras: Annotated[tuple[StoredLora, ...], Field(max_length=MOST_LORAS)] = ()
     fuse_loras: bool = False
 
     def as_weights(self) -> Weights:
         """Held to what may be typed."""
+        if self.text_encoder is not None and not Path(self.text_encoder).is_absolute():
+            raise ValueError("weights.text_encoder: not an absolute path")
         loras = tuple(lora.as_lora() for lora in self.loras)
         refuse_alike(loras)
-        return Weights(base=_base(self.base), quantize=self.quantize, loras=loras, fuse_loras=self.fuse_loras)
+        return Weights(**dict(self) | {"base": _base(self.base), "loras": loras})
 
 
 class StoredRequest(BaseModel):
@@ -154,8 +158,12 @@ def request_data(request: Request) -> dict[str, Any]:
 
 def _weights_data(weights: Weights) -> dict[str, Any]:
     data = asdict(weights)
-    if weights.base is not None and Path(weights.base).expanduser().exists():
+    del data["allow_pickle"]
+    is_known_name = any(weights.base in known for known in KNOWN_MODELS.values())
+    if weights.base is not None and not is_known_name and Path(weights.base).expanduser().exists():
         data["base"] = str(Path(weights.base).expanduser().resolve())
+    if weights.text_encoder is not None:
+        data["text_encoder"] = str(Path(weights.text_encoder).expanduser().resolve())
     for lora in data["loras"]:
         lora["source"] = str(Path(lora["source"]).resolve()) if lora["kind"] == "file" else lora["source"]
     return data
@@ -231,5 +239,7 @@ def _chosen(stored: StoredModel, medium: Medium) -> ModelChoice:
 
 def _base(stored: str | None) -> str | None:
     if stored is None or Path(stored).is_absolute() or (HUB_ID.fullmatch(stored) and not Path(stored).exists()):
+        return stored
+    if any(stored in known for known in KNOWN_MODELS.values()):
         return stored
     raise ValueError("base: neither an absolute path nor a hub id")

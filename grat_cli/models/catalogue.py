@@ -20,7 +20,8 @@ _Blocks = Annotated[list[int] | None, Field(max_length=8)]
 _Channels = Annotated[int, Field(ge=1, le=2**20)]
 _Scale = Annotated[int, Field(ge=1, le=64)]
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_SINGLE_FILE_SUFFIXES = (".safetensors", ".sft")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SINGLE_FILE_SUFFIXES = (".safetensors", ".sft", ".gguf", *_PICKLES)
 
 
 def _known(medium: Medium) -> dict[str, ModelChoice]:
@@ -38,7 +39,7 @@ def is_known(model: ModelChoice) -> bool:
 
 
 def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
-    """The model that a name means: a known name, a folder, a `.safetensors` file, or a hub id `owner/name`.
+    """The model that a name means: a known name, a folder, a file of weights, or a hub id `owner/name`.
 
     Without a name it is the first of the medium's first family where a CUDA device is present, else the bundled one;
     only then torch is imported.
@@ -66,7 +67,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     path = Path(name).expanduser()
     if path.is_dir():
         return _choose_folder(name, path, medium)
-    if path.suffix in _SINGLE_FILE_SUFFIXES or path.is_file():
+    if path.suffix.lower() in _SINGLE_FILE_SUFFIXES or path.is_file():
         return _choose_file(name, path, medium)
     if HUB_ID.fullmatch(name):
         return replace(_kin(name, medium), name=name, source=name, reason="hub id")
@@ -74,7 +75,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     hint = f"did you mean {closest}? " if closest else ""
     raise ModelUnavailable(
         f"no model, folder or file is named {name!r}: {hint}"
-        f"known are {_some_of(known)}; folders, .safetensors files, and hub ids such as owner/name"
+        f"known are {_some_of(known)}; folders, .safetensors and .gguf files, and hub ids such as owner/name"
     )
 
 
@@ -140,8 +141,8 @@ def _kin(name: str, medium: Medium) -> ModelChoice:
 
 
 def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
-    if path.suffix not in _SINGLE_FILE_SUFFIXES:
-        raise ModelUnavailable(f"{name} is not a .safetensors file: other formats are not supported")
+    if path.suffix.lower() not in _SINGLE_FILE_SUFFIXES:
+        raise ModelUnavailable(f"{name} is not a .safetensors or .gguf file: other formats are not supported")
     if not path.is_file():
         raise ModelUnavailable(f"there is no file {name}: check the path, or use --model demo")
     return replace(_kin(path.stem, medium), name=name, source=str(path), kind="file", reason="a file of that name")

@@ -24,6 +24,7 @@ PACKAGES = (
     "imageio-ffmpeg",
     "torchao",
     "bitsandbytes",
+    "gguf",
 )
 
 

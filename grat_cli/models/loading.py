@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
 from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
-from grat_cli.models.catalogue import is_known, medium_of_name
+from grat_cli.files.json_objects import read_json
+from grat_cli.models.catalogue import KNOWN_MODELS, is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
 from grat_cli.models.lora import refuse_loras
@@ -27,7 +29,15 @@ from grat_cli.models.parts import (
     require_plain_config,
     require_plain_part,
 )
-from grat_cli.models.quantization import configurations, require_quantization
+from grat_cli.models.quantization import (
+    cast,
+    configurations,
+    quantization_of,
+    require_cast,
+    require_quantization,
+)
+from grat_cli.models.single_file import read_weights, text_encoder_of, transformer_of
+from grat_cli.models.weight_files import WeightFile, files_of_part, known_file, variant_of
 from grat_cli.models.weights import AS_THEY_ARE, Weights
 
 if TYPE_CHECKING:
@@ -48,6 +58,7 @@ class LoadedModel:
         offload: which weights wait in main memory, never `auto`; see `offloading`.
         offload_reason: why.
         loras: that it has.
+        files: that its weights were read from, but for those that a revision tells of.
     """
 
     pipe: Any
@@ -55,6 +66,7 @@ class LoadedModel:
     offload: str = "none"
     offload_reason: str = "chosen by name"
     loras: tuple[AppliedLora, ...] = ()
+    files: tuple[WeightFile, ...] = ()
 
 
 def load_model(
@@ -80,18 +92,26 @@ def load_model(
 
     Raises:
         ModelUnavailable: if it is missing, gated, damaged or out of reach, with what to do.
-        BadInput: if offload, quantization, LoRAs and device do not fit.
+        BadInput: if offload, quantization, casts, LoRAs and device do not fit.
     """
+    family = family_of(choice)
     require_offload(offload, device)
     refuse_weights(choice, weights, pictures)
     require_quantization(weights.quantize, device, offload=offload, is_demo=choice.is_demo)
-    quantized = configurations(weights.quantize, family_of(choice).large_encoder, dtype)
-    dtypes = family_of(choice).dtypes(_NEURAL_PARTS, device, dtype)
+    require_cast(weights.cast, weights.quantize)
+    how = _How(
+        family.dtypes(_NEURAL_PARTS, device, dtype),
+        weights,
+        configurations(weights.quantize, family.large_encoder, dtype),
+    )
     with _without_pointless_warnings():
-        pipe, folder = _load(choice, dtypes, pictures, weights.base, quantized)
+        pipe, folder, files = _load(choice, pictures, how)
     pipe.set_progress_bar_config(disable=True)
     # Before anything is moved or hooked, so that offloading and its choice count them as part of the model.
     loras = apply_loras(pipe, choice, weights)
+    for transformer in family.transformers(pipe):
+        require_cast(weights.cast, weights.quantize, is_quantized=quantization_of(transformer))
+        cast(transformer, weights.cast, dtype)
     kind, reason = offload, "chosen by name"
     if offload == "auto":
         kind, reason = "none", f"the run is on {device.type}"
@@ -100,7 +120,7 @@ def load_model(
             kind, reason = choose_offload(pipe)
         require_quantization(weights.quantize, device, offload=kind)
     offload_pipeline(pipe, kind, device)
-    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, loras)
+    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, loras, files)
 
 
 def refuse_weights(choice: ModelChoice, weights: Weights, pictures: frozenset[PictureKind] = NO_PICTURES) -> None:
@@ -119,34 +139,57 @@ def load_autoencoder(
         folder = _folder_of_parts(choice, pipeline, weights.base)
         with _damage_of(f"vae of {choice.name}", family), _without_bars():
             kind = read_index(folder / "model_index.json").classes(choice.name, family.classes)["vae"]
-            require_plain_part(folder / "vae", f"vae of {choice.name}")
-            autoencoder = _load_part(load_class(*kind), folder / "vae", family.dtypes(("vae",), device, dtype)["vae"])
+            require_plain_part(folder / "vae", f"vae of {choice.name}", allow_pickle=weights.allow_pickle)
+            how = _How(family.dtypes(("vae",), device, dtype), weights, {})
+            autoencoder = _load_part(load_class(*kind), folder / "vae", "vae", how)
         parts = dict.fromkeys(signature(pipeline).parameters)
         return pipeline(**parts | {"vae": autoencoder.to(device)})
 
 
-def _load(
-    choice: ModelChoice,
-    dtypes: Mapping[str, torch.dtype],
-    pictures: frozenset[PictureKind],
-    base: str | None,
-    quantized: Mapping[str, Any],
-) -> tuple[Any, Path]:
-    """The pipeline on the CPU, and the folder that it was read from."""
+@dataclass(frozen=True)
+class _How:
+    """How parts are loaded.
+
+    Attributes:
+        dtypes: of each.
+        weights: how they come.
+        quantized: `quantization_config` of those that are quantized as they are loaded.
+    """
+
+    dtypes: Mapping[str, torch.dtype]
+    weights: Weights
+    quantized: Mapping[str, Any]
+
+
+def _load(choice: ModelChoice, pictures: frozenset[PictureKind], how: _How) -> tuple[Any, Path, tuple[WeightFile, ...]]:
+    """The pipeline on the CPU, the folder that it was read from, and the files of its weights."""
     family = family_of(choice)
     pipeline = family.pipeline_of(choice, choice.needs | pictures)
+    base = _source_of(how.weights.base, choice)
     folder = _folder_of_parts(choice, pipeline, base)
     if choice.kind != "file":
-        return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
+        pipe, files = _load_folder(pipeline, folder, choice.name, family, how)
+        return pipe, folder, files
     assert base is not None, "a file has a base, or is refused"
-    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     if "transformer_2" in read_index(folder / "model_index.json").classes(base, family.classes):
         raise BadInput(
             f"{base} has two transformers, and {choice.name} would replace one of them: "
             "give a folder with both as --model"
         )
-    transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
-    return _load_folder(pipeline, folder, base, family, dtypes, quantized, transformer=transformer), folder
+    transformer = _load_file(choice, base, how)
+    with _damage_of(choice.name, family):
+        own = known_file(Path(choice.source), "transformer")
+    pipe, files = _load_folder(pipeline, folder, base, family, how, transformer=transformer)
+    return pipe, folder, (own, *files)
+
+
+def _source_of(base: str | None, choice: ModelChoice) -> str | None:
+    """What `--base` means: a known model by its name, a folder, or a hub id."""
+    if base is None:
+        return None
+    if base in KNOWN_MODELS[choice.medium]:
+        return KNOWN_MODELS[choice.medium][base].source
+    return str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
 
 
 def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
@@ -176,19 +219,20 @@ def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Pa
     return folder
 
 
-def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: Any = None) -> Any:
-    """A transformer from a file in diffusers' or the original layout, with the configuration of `base`."""
-    from safetensors.torch import load_file
-
+def _load_file(choice: ModelChoice, base: str, how: _How) -> Any:
+    """A transformer from a file in whichever layout, with the configuration of `base`."""
     family = family_of(choice)
     [(class_name, library)] = family.classes["transformer"].items()
     model = load_class(library, class_name)
+    dtype, quantized = how.dtypes["transformer"], how.quantized.get("transformer")
     with _damage_of(choice.name, family), _without_bars():
         # Read here: by themselves the libraries take a file of another suffix for a pickle.
-        weights = load_file(choice.source)
+        weights = read_weights(Path(choice.source), dtype, allow_pickle=how.weights.allow_pickle)
         embeds_guidance = any("guidance" in key for key in weights)
         config: Any = model.load_config(base, subfolder="transformer")
         require_plain_config(config, f"transformer of {base}")
+        if config.pop("quantization_config", None):
+            raise BadInput(f"the transformer of {base} is quantized, and its configuration fits no other file")
         # Else weights would be left out without a word.
         setting = signature(model.__init__).parameters.get("guidance_embeds")
         if embeds_guidance != config.get("guidance_embeds", setting.default if setting else False):
@@ -196,8 +240,7 @@ def _load_file(choice: ModelChoice, base: str, dtype: torch.dtype, quantized: An
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
                 f"{family.matching_base(embeds_guidance)}"
             )
-        options = {} if quantized is None else {"quantization_config": quantized}
-        transformer = model.from_single_file(weights, config=base, subfolder="transformer", dtype=dtype, **options)
+        transformer = transformer_of(model, weights, config, base, dtype, quantized)
         lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
@@ -221,18 +264,14 @@ def _restore_precision(transformer: Any, fresh: Mapping[str, torch.nn.Module]) -
 
 
 def _load_folder(
-    pipeline: Any,
-    folder: Path,
-    name: str,
-    family: Family,
-    dtypes: Mapping[str, torch.dtype],
-    quantized: Mapping[str, Any],
-    **given: Any,
-) -> Any:
+    pipeline: Any, folder: Path, name: str, family: Family, how: _How, **given: Any
+) -> tuple[Any, tuple[WeightFile, ...]]:
     """A pipeline from a folder, strictly, part by part: the pipeline's own loader imports what the index names.
 
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
+    files: list[WeightFile] = []
+    is_here = revision_of(folder) is None
     with _damage_of(name, family), _without_bars():
         index = read_index(folder / "model_index.json")
         kinds = index.classes(name, family.classes)
@@ -240,19 +279,31 @@ def _load_folder(
         taken = signature(pipeline).parameters
         possible = [part for part in family.classes if part in taken and part not in absent]
         wanted = [part for part in possible if part not in given]
+        other_encoder = how.weights.text_encoder
         for part in wanted:
             needed = folder / part / ("config.json" if part in _NEURAL_PARTS else "")
             if part not in kinds or not needed.exists():
                 raise FileNotFoundError(f"{needed if part in kinds else part} is missing")
-            require_plain_part(folder / part, f"{part} of {name}")
+            without_weights = part == family.large_encoder and other_encoder is not None
+            require_plain_part(
+                folder / part,
+                f"{part} of {name}",
+                allow_pickle=how.weights.allow_pickle,
+                has_weights=part in _NEURAL_PARTS and not without_weights,
+            )
         for part in wanted:
             library, kind = kinds[part]
             loader = load_class(library, family.read_as.get(kind, kind))
+            if part == family.large_encoder and other_encoder is not None:
+                with _damage_of(Path(other_encoder).name, family):
+                    given[part] = _load_encoder(loader, Path(other_encoder).expanduser(), folder / part, part, how)
+                    files.append(known_file(Path(other_encoder).expanduser(), part))
+                continue
             with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:
-                    # Transformers that take turns are quantized alike.
-                    kind = "transformer" if part.startswith("transformer") else part
-                    given[part] = _load_part(loader, folder / part, dtypes[part], quantized.get(kind))
+                    given[part] = _load_part(loader, folder / part, part, how)
+                    if is_here:
+                        files += files_of_part(folder / part)
                 elif (own := family.read_part(part, folder / part, given)) is not None:
                     given[part] = own
                 else:
@@ -260,38 +311,81 @@ def _load_folder(
                     given[part] = loader.from_pretrained(folder / part, local_files_only=True, **paths)
         # What only other pipelines of the family take is not for this one.
         options = {key: value for key, value in index.options.items() if key in taken}
-        return pipeline(**options, **{part: loaded for part, loaded in given.items() if part in taken})
+        pipe = pipeline(**options, **{part: loaded for part, loaded in given.items() if part in taken})
+        return pipe, tuple(files)
 
 
-def _load_part(loader: Any, folder: Path, dtype: torch.dtype, quantized: Any = None) -> Any:
+def _load_part(loader: Any, folder: Path, part: str, how: _How) -> Any:
     """A text encoder, transformer or autoencoder with every one of its weights."""
-    options = {} if quantized is None else {"quantization_config": quantized}
-    part, report = loader.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    # Transformers that take turns are quantized alike.
+    quantized = how.quantized.get("transformer" if part.startswith("transformer") else part)
+    options: dict[str, Any] = {} if quantized is None else {"quantization_config": quantized}
+    if quantized is not None and read_json(folder / "config.json").get("quantization_config"):
+        raise BadInput(f"--quantize {how.weights.quantize}: {part} is quantized already: leave it out")
+    stored = variant_of(folder)
+    if stored.variant is not None:
+        options["variant"] = stored.variant
+    loaded, report = loader.from_pretrained(
+        folder,
+        dtype=how.dtypes[part],
+        use_safetensors=not stored.is_pickle,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
     )
-    lacking = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     # Encoders are often parts of larger checkpoints; of a transformer everything is used.
-    left_over = sorted(report["unexpected_keys"]) if folder.name.startswith("transformer") else []
+    _require_complete(report, strictly=part.startswith("transformer"))
+    return loaded
+
+
+def _load_encoder(loader: Any, path: Path, folder: Path, part: str, how: _How) -> Any:
+    """The large text encoder with the weights of a file, and the configuration of a folder."""
+    encoder, report = text_encoder_of(
+        loader,
+        path,
+        folder,
+        how.dtypes[part],
+        allow_pickle=how.weights.allow_pickle,
+        quantized=how.quantized.get(part),
+    )
+    _require_complete(report)
+    return encoder
+
+
+def _require_complete(report: Mapping[str, Any], *, strictly: bool = False) -> None:
+    """Raises ValueError if a part lacks weights, or strictly also if weights are left over."""
+    lacking = sorted(map(_key, (*report["missing_keys"], *report["mismatched_keys"])))
+    left_over = sorted(map(_key, report["unexpected_keys"])) if strictly else []
     if lacking or left_over:
         problem = "it lacks" if lacking else "its configuration has no place for"
         keys = lacking or left_over
         raise ValueError(f"{problem} {len(keys)} weights, such as {keys[0]}")
-    return part
+
+
+def _key(entry: Any) -> str:
+    """A name of a loading report, which gives those of another shape with both shapes."""
+    return str(entry[0] if isinstance(entry, tuple) else entry)
 
 
 @contextmanager
 def _damage_of(name: str, family: Family) -> Iterator[None]:
     """Turns what loaders raise for missing, cut off and unfitting files into ModelUnavailable."""
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
 
+    damage = SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError
     try:
         yield
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (*damage, UnpicklingError) as error:
         if is_out_of_memory(error):
             raise
+        # An unpickler's words advise to do without its safety.
+        root = root_cause(error)
+        of_pickle = "a pickle in it is damaged, or holds more than tensors"
+        why = of_pickle if isinstance(root, UnpicklingError) else first_line(root)
         raise ModelUnavailable(
-            f"{name} is damaged, incomplete or not {family.title}'s ({first_line(root_cause(error))}): "
-            "get its files again, or use --model demo"
+            f"{name} is damaged, incomplete or not {family.title}'s ({why}): get its files again, or use --model demo"
         ) from error
 
 
@@ -303,6 +397,7 @@ def _without_pointless_warnings() -> Iterator[None]:
         ("diffusers.pipelines.pipeline_utils", "Couldn't connect to the Hub"),
         # What is missing is an error here, and says so itself.
         ("diffusers.models.modeling_utils", "Some weights of"),
+        ("diffusers.models.modeling_utils", "An error occurred while trying to fetch"),
         ("transformers.modeling_utils", "LOAD REPORT"),
         # Said of an empty list of modules, after loading a single file.
         ("diffusers.models.modeling_utils", "kept in float32: []"),
@@ -317,7 +412,10 @@ def _without_pointless_warnings() -> Iterator[None]:
     for logger, leaves_out in filters:
         logger.addFilter(leaves_out)
     try:
-        yield
+        with warnings.catch_warnings():
+            # A pickle that cannot be read for it is an error.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            yield
     finally:
         for logger, leaves_out in filters:
             logger.removeFilter(leaves_out)

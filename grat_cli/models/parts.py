@@ -7,6 +7,7 @@ are read, bounded, and either known or refused, before a library sees the folder
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,8 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, model
 from grat_cli.errors import ModelUnavailable, first_line, printable
 from grat_cli.families.base import Classes
 from grat_cli.files.json_objects import read_json
-from grat_cli.models.quantization import PACKAGES
+from grat_cli.models.quantization import PACKAGES, installed
+from grat_cli.models.weight_files import require_weights
 
 _GET_AGAIN = "get the folder again, or use --model demo"
 # Keys that make a loader run a module, or read files of any name.
@@ -26,18 +28,15 @@ _REACHING_OUT = (
     *("fast_tokenizer_files", "init_inputs"),
 )
 _CONFIGURATIONS = (
-    *("config.json", "scheduler_config.json", "tokenizer_config.json"),
+    *("config.json", "scheduler_config.json", "tokenizer_config.json", "guider_config.json"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
+# Which shard holds which weight, of the plain files or of a variant.
+_SHARDS = re.compile(r".*\.index(\.[^.]*)?\.json")
 # Anything else may be a kernel on the hub, which is code.
 _ATTENTIONS = (None, "eager", "sdpa")
 # What a tokenizer's configuration may set to the path of any file; files beside it are found without.
 TOKENIZER_PATHS = ("vocab_file", "merges_file", "vocab", "merges", "gguf_file", "tokenizer_object")
-
-_CONFIGURATIONS = (
-    *("config.json", "scheduler_config.json", "tokenizer_config.json"),
-    *("preprocessor_config.json", "guider_config.json"),
-)
 
 # So that a name can be shown as it is.
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,79}$")]
@@ -113,12 +112,14 @@ def load_class(library: str, kind: str) -> Any:
     return getattr(import_module(library), kind)
 
 
-def require_plain_part(folder: Path, what: str) -> None:
+def require_plain_part(folder: Path, what: str, *, allow_pickle: bool = False, has_weights: bool = False) -> None:
     """Makes sure that loading a part of a pipeline runs no code and reads nothing but safetensors beside it.
 
     Args:
         folder: of the part.
         what: it is, for messages.
+        allow_pickle: whether tensors may be read from pickles beside it.
+        has_weights: whether weights are read from it.
 
     Raises:
         ModelUnavailable: if its files ask for more.
@@ -128,13 +129,16 @@ def require_plain_part(folder: Path, what: str) -> None:
     for path in sorted(folder.glob("*.json")):
         if path.name == "adapter_config.json":
             raise _reaches_out(what, path.name, "an adapter, which is loaded from anywhere")
-        if path.name.endswith(".index.json"):
+        if _SHARDS.fullmatch(path.name):
             names = set(map(str, read_json(path)["weight_map"].values()))
-            strange = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
-            if strange:
-                raise _reaches_out(what, path.name, f"{printable(strange[0])[:80]}, no .safetensors beside it")
+            suffix = ".bin" if allow_pickle and ".bin." in path.name else ".safetensors"
+            strange = sorted(name for name in names if Path(name).name != name or not name.endswith(suffix))
+            if strange and (suffix == ".bin" or ".bin." not in path.name):
+                raise _reaches_out(what, path.name, f"{printable(strange[0])[:80]}, no {suffix} beside it")
         elif path.name in _CONFIGURATIONS:
             require_plain_config(read_json(path), what, path.name)
+    if has_weights:
+        require_weights(folder, what, allow_pickle=allow_pickle)
 
 
 def require_plain_config(config: Mapping[str, Any], what: str, file: str = "config.json") -> None:
@@ -150,6 +154,8 @@ def require_plain_config(config: Mapping[str, Any], what: str, file: str = "conf
         method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else None
         if method is not None and method not in PACKAGES.values():
             raise _reaches_out(what, file, f"weights quantized by none of {', '.join(sorted(set(PACKAGES.values())))}")
+        if method is not None and not installed(method):
+            raise ModelUnavailable(f"{what} is quantized by {method}, which is not installed: pip install {method}")
         # Libraries repeat some in warnings. A tokenizer's may hold control characters: they are its tokens.
         texts = (text for pair in entries.items() for text in pair if isinstance(text, str))
         if file != "tokenizer_config.json" and not all(text.isprintable() for text in texts):

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # What quantizes each; bits per weight.
 PACKAGES: Mapping[str, str] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 QUANTIZATIONS = ("none", *PACKAGES)
+CASTS = ("none", "fp8")
+"""How weights of the transformer wait between products, which are in the dtype of the run: diffusers turns each layer's
+to that dtype as it is called, and back. It needs no package, and runs on any device."""
 
 
 def require_quantization(kind: str, device: torch.device, *, offload: str = "none", is_demo: bool = False) -> None:
@@ -63,6 +66,50 @@ def require_quantization(kind: str, device: torch.device, *, offload: str = "non
             raise BadInput(
                 f"--quantize fp8 needs compute capability 8.9 or more, this device has {major}.{minor}: use int8"
             )
+
+
+def require_cast(kind: str, quantize: str, *, is_quantized: str | None = None) -> None:
+    """Makes sure that weights can be cast like that.
+
+    Args:
+        kind: one of `CASTS`.
+        quantize: one of `QUANTIZATIONS`.
+        is_quantized: how the weights are quantized that are loaded, for messages; None where they are not.
+
+    Raises:
+        BadInput: if they cannot, with the reason.
+    """
+    if kind not in CASTS:
+        raise BadInput(f"unknown cast {kind!r}: {choices(kind, CASTS)}")
+    if kind == "none":
+        return
+    if quantize != "none":
+        raise BadInput(
+            f"--cast {kind} with --quantize {quantize}: both say in which form weights wait: leave one of them out"
+        )
+    if is_quantized is not None:
+        raise BadInput(f"--cast {kind}: the weights are quantized already, {is_quantized}: leave it out")
+
+
+def cast(transformer: Any, kind: str, dtype: torch.dtype) -> None:
+    """Has the weights of a transformer wait in 8 bits, but for norms and the like that diffusers leaves out.
+
+    Args:
+        transformer: of diffusers, on any device, not offloaded yet.
+        kind: one of `CASTS`.
+        dtype: of products.
+    """
+    if kind == "none":
+        return
+    import torch
+
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+
+
+def quantization_of(part: Any) -> str | None:
+    """By what a loaded part is quantized: gguf, torchao or bitsandbytes; None where it is not."""
+    quantizer = getattr(part, "hf_quantizer", None)
+    return None if quantizer is None else quantizer.quantization_config.quant_method.value
 
 
 def installed(package: str) -> bool:

@@ -38,12 +38,18 @@ class Weights:
         quantize: one of `quantization.QUANTIZATIONS`.
         loras: what is added to them.
         fuse_loras: whether it is added once, to the weights themselves, and not at every product.
+        text_encoder: file with the weights of the large text encoder, in place of the pipeline's own.
+        cast: one of `quantization.CASTS`.
+        allow_pickle: whether tensors may be read from pickles; it is typed, and never read from a file.
     """
 
     base: str | None = None
     quantize: str = "none"
     loras: tuple[Lora, ...] = ()
     fuse_loras: bool = False
+    text_encoder: str | None = None
+    cast: str = "none"
+    allow_pickle: bool = False
 
 
 AS_THEY_ARE = Weights()

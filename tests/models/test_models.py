@@ -122,7 +122,7 @@ def test_names_tell_kin_by_whole_words(name: str, kin: str) -> None:
         ("flux-def", "did you mean flux-dev"),
         ("xyzzy", "known are demo, flux-dev, flux2-dev, qwen-image, and 13 of their kin; folders"),
         ("weights.safetensors", "there is no file weights.safetensors"),
-        (__file__, "not a .safetensors file"),
+        (__file__, "not a .safetensors or .gguf file"),
         (str(Path(__file__).parent), "model_index.json is missing"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers.quantizers import quantization_config as of_diffusers
 from transformers.utils import quantization_config as of_transformers
 
 import grat_cli
+from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput
 from grat_cli.models import loading, offloading, quantization
 from grat_cli.models.catalogue import choose_model
@@ -161,9 +163,9 @@ def test_parts_are_loaded_with_their_configurations(monkeypatch: pytest.MonkeyPa
         loading, "configurations", lambda *arguments: {"transformer": "for transformer", "text_encoder_2": "for T5"}
     )
 
-    def load_part(loader: Any, folder: Any, dtype: Any, quantized: Any = None) -> Any:
-        given[folder.name] = quantized
-        return stock(loader, folder, dtype)
+    def load_part(loader: Any, folder: Any, part: str, how: Any) -> Any:
+        given[part] = how.quantized.get(part)
+        return stock(loader, folder, part, replace(how, quantized={}))
 
     monkeypatch.setattr(loading, "_load_part", load_part)
     load_model(choose_model("demo"), device=CPU, dtype=torch.float32, weights=Weights(quantize="int8"))
@@ -180,7 +182,8 @@ def test_parts_are_loaded_with_their_configurations(monkeypatch: pytest.MonkeyPa
             ("part", {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}),
         )[1]
     )
-    assert stock(loader, SimpleNamespace(name="transformer"), torch.float32, "config") == "part"  # type: ignore[arg-type]
+    how = loading._How({"transformer": torch.float32}, Weights(), {"transformer": "config"})
+    assert stock(loader, DEMO_FLUX.path / "transformer", "transformer", how) == "part"
     assert asked[0]["quantization_config"] == "config"
 
 

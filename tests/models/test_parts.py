@@ -49,9 +49,9 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
 
 
-def refused(medium: str = "image", folder: str = "model") -> str:
+def refused(medium: str = "image", folder: str = "model", *options: str) -> str:
     """What the command line says of a model that it must refuse."""
-    return refusal(medium, "a red fox", "--model", folder, "--steps", "1", code=3)
+    return refusal(medium, "a red fox", "--model", folder, "--steps", "1", *options, code=3)
 
 
 @pytest.mark.parametrize(("model", "part"), EVERY_PART, indirect=["model"])
@@ -145,7 +145,8 @@ def test_pickles_are_not_loaded(model: Path, part: str) -> None:
     for name in (stored.with_suffix(".bin"), model / part / "pytorch_model.bin"):
         name.write_bytes(pickle.dumps(Bomb()))
     stored.unlink()
-    assert f"{part} of model is damaged" in refused()
+    assert f"{part} of model, a .bin file, is a pickle, which can run code" in refused()
+    assert f"{part} of model is damaged" in refused("image", "model", "--allow-pickle")
     stored.write_bytes(pickle.dumps(Bomb()))
     assert f"{part} of model is damaged" in refused()
 
@@ -175,7 +176,9 @@ def test_a_file_of_a_transformer_is_never_taken_for_a_pickle(model: Path) -> Non
     arguments = ("image", "a red fox", "--base", "model", "--res", "64", "--steps", "1", "--out", "a.png")
     assert grat(*arguments, "--model", good).code == 0
     Path("bomb.sft").write_bytes(pickle.dumps(Bomb()))
-    assert "bomb.sft is damaged" in refusal(*arguments, "--overwrite", "--model", "bomb.sft", code=3)
+    assert "bomb.sft is a pickle" in refusal(*arguments, "--overwrite", "--model", "bomb.sft", code=3)
+    said = refusal(*arguments, "--overwrite", "--model", "bomb.sft", "--allow-pickle", code=3)
+    assert "bomb.sft is damaged, incomplete or not Flux's (it is damaged, or holds more than tensors)" in said
     edit(model / "transformer" / "config.json", auto_map=CODE)
     assert "asks for auto_map" in refusal(*arguments, "--overwrite", "--model", good, code=3)
 
