@@ -71,7 +71,7 @@ class StepCaches:
 
     @property
     def is_restored(self) -> bool:
-        """Whether the call under way is the first with what was restored: whether that fits is seen in it."""
+        """Whether the step under way is the first with what was restored: whether that fits is seen in it."""
         return any(watched.is_restored for watched in self._watched)
 
     @property
@@ -162,8 +162,7 @@ def attached(
     """
     runs = _Runs(begun)
     watched = [
-        _Watched(called, adapter, cache, clock, runs)
-        for called, adapter in zip(transformers, adapters, strict=True)
+        _Watched(called, adapter, cache, clock, runs) for called, adapter in zip(transformers, adapters, strict=True)
     ]
     with ExitStack() as stack:
         for one in watched:
@@ -254,12 +253,10 @@ class _Watched:
 
     Attributes:
         ratios: measured by a cache that calibrates, by step.
-        is_restored: whether the call under way is the first with what was restored.
+        is_restored: whether the step under way is the first with what was restored.
     """
 
-    def __init__(
-        self, called: Any, adapter: Adapter, settings: Cache | None, clock: Clock, runs: _Runs
-    ) -> None:
+    def __init__(self, called: Any, adapter: Adapter, settings: Cache | None, clock: Clock, runs: _Runs) -> None:
         self._model, self._called, self._blocks = adapter.model, called, adapter.blocks
         self._settings, self._clock, self._runs = settings, clock, runs
         self.ratios: dict[int, float] = {}
@@ -301,8 +298,7 @@ class _Watched:
             instead = f"use {' or '.join(others)}" if others else "leave out the cache"
             raise BadInput(f"cache {cache.kind} cannot run in a {name}: {reason}; {instead}")
         before = {
-            module: (vars(module).get("forward"), "_diffusers_hook" in vars(module))
-            for module in self._model.modules()
+            module: (vars(module).get("forward"), "_diffusers_hook" in vars(module)) for module in self._model.modules()
         }
         config, had_config = self._config(cache, ratios), "_cache_config" in vars(self._model)
         try:
@@ -408,6 +404,8 @@ class _Watched:
         if self._run is None or not _same(timesteps, self._run) or step < self._step:
             self._run = timesteps
             self._begin()
+        elif step != self._step:
+            self.is_restored = False
         self._call = self._call + 1 if step == self._step else 0
         if step != self._step:
             self._since += 1
@@ -425,7 +423,6 @@ class _Watched:
         for manager in self._managers:
             if manager._context is self._context:
                 manager.set_context(None)
-        self.is_restored = False
 
     def _find(self) -> None:
         """Looks for what the cache's hooks keep."""

@@ -7,10 +7,12 @@ plain integers on the host, so nothing waits for the device.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from grat_cli.console.run_tables import ranges_text
 
 if TYPE_CHECKING:
     from grat_cli.attention.layer import AttentionInputs
@@ -85,14 +87,3 @@ class Work:
         if len(call.layers) >= self.layers:
             return call.density
         return sum(call.densities) / self.layers
-
-
-def ranges_text(numbers: Sequence[int]) -> str:
-    """Ascending numbers with their runs drawn together, such as `0-3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -50,9 +50,10 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "revision": model.get("revision"),
         "preset": preset.name,
         "attention": preset.attention.summary,
-        "density": f"{found['density']:.3f} ({found['ideal_speedup']:.1f}x less attention work)",
+        "density": _density(found),
         "guard": (run_tables.guard_text(found) or "").removeprefix("guard ") or None,
         "went wider": run_tables.widenings_text(found),
+        "cache": (run_tables.cache_text(found) or "").removeprefix("cache ") or None,
         "steps": _steps(found),
         "guidance": None if sampling["guidance"] is None else f"{sampling['guidance']:g}",
         "time shift": f"{sampling['shift']:.3g}",
@@ -63,6 +64,11 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "command": found["command"],
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _density(found: Mapping[str, Any]) -> str:
+    speedup = found["ideal_speedup"]
+    return f"{found['density']:.3f}" + ("" if speedup is None else f" ({speedup:.1f}x less attention work)")
 
 
 def _picture(picture: Mapping[str, Any]) -> str:

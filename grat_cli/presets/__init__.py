@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from grat_cli.errors import BadInput, nearest
-from grat_cli.presets.caches import Cache, cache_from_text
+from grat_cli.presets.caches import KINDS, Cache, cache_from_text
 from grat_cli.presets.problems import Problem, problem_of, shape_text
 from grat_cli.presets.schema import (
     BACKENDS,
@@ -44,6 +44,7 @@ from grat_cli.presets.yaml_source import YamlSource, read_file, read_text
 
 __all__ = [
     "BACKENDS",
+    "CACHES",
     "HIGHRES_MODES",
     "VARIANTS",
     "Attention",
@@ -71,6 +72,7 @@ __all__ = [
     "shape_text",
 ]
 
+CACHES = tuple(KINDS)
 KeyPath = tuple[str, ...]
 
 _FLAG_PATHS: Mapping[str, KeyPath] = {
