@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from small_runs import STEPS, Progress, Small, broken_off, generate, goes_on_as_if_whole, tamper
+from small_runs import Small, goes_on_as_if_whole
 
-from grat_cli.attention import caching
-from grat_cli.console import run_tables
-from grat_cli.errors import BadInput, Interrupted
-from grat_cli.generation import run
-from grat_cli.generation.checkpoint import read_run
 from grat_cli.generation.request import Request
 
 # Of runs of five steps, of which each leaves some of the attention out.
