@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.families import FAMILIES, family_of_transformer
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
-from grat_cli.presets import Preset, load_preset
+from grat_cli.presets import Cache, Preset, cache_from_text, load_preset
 from grat_cli.presets.schema import BACKENDS, SMALLEST_CHUNK, Memory
 
 if TYPE_CHECKING:
@@ -18,12 +18,54 @@ if TYPE_CHECKING:
 
     from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.any_transformer import AnyTransformer
+    from grat_cli.attention.caching import StepCaches
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.guard import RecallGuard
     from grat_cli.attention.layer import CallObserver
     from grat_cli.attention.schedule import AttentionSchedule
+    from grat_cli.attention.work import Work
     from grat_cli.families.base import Family
     from grat_kernels import Backend, Grid
+
+
+class PipelineClock:
+    """Steps of a pipeline's runs, from its scheduler's own counters: plain integers, so nothing waits; an
+    `attention.caching.Clock`."""
+
+    def __init__(self, pipe: Any, first_step: int = 0, steps: int | None = None) -> None:
+        """Of a pipeline whose calls go on at a step of a run, which has so many in all; None for those of each call."""
+        self._pipe, self._first_step, self._steps = pipe, first_step, steps
+
+    def current_step(self) -> int:
+        """The step of the call under way."""
+        return self._first_step + step_under_way(self._pipe.scheduler, self.begin_index())
+
+    def begin_index(self) -> int:
+        """Index of the first step that is run: pipelines that do not tell their scheduler run the last so many."""
+        scheduler = self._pipe.scheduler
+        if scheduler.begin_index is not None:
+            return scheduler.begin_index
+        steps = len(scheduler.timesteps)
+        return max(0, steps - getattr(self._pipe, "num_timesteps", steps))
+
+    def steps_to_run(self) -> int:
+        """Steps of the call."""
+        return len(self._pipe.scheduler.timesteps) - self.begin_index()
+
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self._steps or self._first_step + self.steps_to_run()
+
+    def timesteps(self) -> tuple[torch.Tensor, int]:
+        """Of the scheduler, and which of them is under way."""
+        scheduler = self._pipe.scheduler
+        index = scheduler.step_index
+        return scheduler.timesteps, self.begin_index() if index is None else index
+
+    def schedule_length(self) -> int:
+        """Steps of the schedule that the run is the end of."""
+        scheduler = self._pipe.scheduler
+        return len(getattr(scheduler, "whole", scheduler).timesteps)  # see `families.resumption.LaterSteps`
 
 
 class Installation:
@@ -34,7 +76,13 @@ class Installation:
         backend: how span attention is computed, never `AUTO`.
         backend_reason: why this backend.
         guard: what widens layers while a run goes on, None without one.
+        caches: of the transformers, the preset's or those that the caller enabled; None where the transformer is not
+            known.
+        work: what of the attention was computed in each step; None where nothing takes its place.
     """
+
+    caches: StepCaches | None = None
+    work: Work | None = None
 
     def __init__(
         self,
@@ -46,6 +94,7 @@ class Installation:
         adapters: Sequence[Adapter | AnyTransformer],
     ) -> None:
         self._pipe, self._preset, self._adapters = pipe, preset, adapters
+        self.clock = PipelineClock(pipe, first_step, steps)
         self._first_step, self._steps = first_step, steps
         self._schedules: dict[tuple[int, int, int], AttentionSchedule] = {}
         self._last_schedule: AttentionSchedule | None = None
@@ -57,16 +106,8 @@ class Installation:
         _check_kernel(transformer, device, preset, self.backend)
 
     def current_step(self) -> int:
-        """The step of the call under way, from the scheduler's own counters: plain integers, so nothing waits."""
-        return self._first_step + step_under_way(self._pipe.scheduler, self._begin_index())
-
-    def _begin_index(self) -> int:
-        """Index of the first step that is run: pipelines that do not tell their scheduler run the last so many."""
-        scheduler = self._pipe.scheduler
-        if scheduler.begin_index is not None:
-            return scheduler.begin_index
-        steps = len(scheduler.timesteps)
-        return max(0, steps - getattr(self._pipe, "num_timesteps", steps))
+        """The step of the call under way, counted from 0 over the whole run."""
+        return self.clock.current_step()
 
     def schedule(self, text_len: int, references: int = 0) -> AttentionSchedule:
         """The schedule for as many steps as the whole run has, as the guard has widened it.
@@ -75,8 +116,7 @@ class Installation:
             text_len: text tokens of the joint sequence.
             references: tokens of pictures to refer to.
         """
-        scheduler = self._pipe.scheduler
-        to_run = len(scheduler.timesteps) - self._begin_index()
+        to_run = self.clock.steps_to_run()
         steps = self._steps or self._first_step + to_run
         if self._first_step + to_run > steps:
             begun = f" from step {self._first_step} on" if self._first_step else ""
@@ -149,6 +189,7 @@ def install(
     observer: CallObserver | None = None,
     extrapolation: Extrapolation | None = None,
     guard: float | None = None,
+    cache: str | Cache | None = None,
 ) -> Iterator[Installation]:
     """Runs a pipeline with GRAT attention: `with grat_cli.install(pipe, "flux-x", height=8192, width=8192): pipe(...)`.
 
@@ -184,6 +225,9 @@ def install(
             None leaves them as they are. The preset's own `highres` section is not applied.
         guard: overrides the preset's: share of full attention that a layer has to keep, such as 0.9; those that keep
             less go wider while the run goes on. 0 for none. `Installation.guard` tells what it did.
+        cache: overrides the preset's: what steps take over from those before, such as `first-block` or
+            `taylor:cache_interval=3`; `none` for nothing. A cache that the caller enables on the transformer himself,
+            before or inside, works as well. `Installation.work` tells what was computed.
 
     Raises:
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
@@ -196,6 +240,9 @@ def install(
         preset = _with_chunks(preset, chunk_tokens)
     if guard is not None:
         preset = _with_guard(preset, guard)
+    if cache is not None:
+        cache = cache_from_text(cache, "cache") if isinstance(cache, str) else cache
+        preset = preset.model_copy(update={"cache": cache})
     if first_step < 0 or (steps is not None and first_step >= steps):
         raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
     adapters: Sequence[Adapter | AnyTransformer]
@@ -215,11 +262,41 @@ def install(
     warning = extrapolated_shift(pipe.scheduler, grid.tokens, given)
     if warning:
         warnings.warn(warning, stacklevel=3)
-    observer = _observers(installation.guard, observer)
+    transformers = family.transformers(pipe) if family and tokens is None else ()
+    if preset.cache or any(getattr(one, "is_cache_enabled", False) for one in transformers):
+        installation.work = _counter(adapters)
+    observer = _observers(installation.guard, installation.work, observer)
     with ExitStack() as stack:
         for adapter in adapters:
             stack.enter_context(adapter.attached(installation, installation.backend, observer))
+        if family and tokens is None:
+            installation.caches = stack.enter_context(
+                _cached(transformers, adapters, installation, preset.cache, family)
+            )
         yield installation
+
+
+def _counter(adapters: Sequence[Adapter | AnyTransformer]) -> Work | None:
+    """What counts the attentions that are computed; None in compiled transformers, which cannot be observed."""
+    from grat_cli.attention.work import Work
+
+    return None if any(getattr(one, "is_compiled", False) for one in adapters) else Work(adapters[0].layers)
+
+
+def _cached(
+    transformers: Sequence[Any],
+    adapters: Sequence[Any],
+    installation: Installation,
+    cache: Cache | None,
+    family: Family,
+) -> AbstractContextManager[StepCaches]:
+    """The transformers' caches, ours or the caller's."""
+    from grat_cli.attention import caching
+
+    ratios = family.mag_ratios(adapters[0].model.config)
+    work = installation.work
+    begun = (lambda: None) if work is None else work.clear
+    return caching.attached(transformers, adapters, cache, installation.clock, ratios, begun)
 
 
 def step_under_way(scheduler: Any, begin: int | None = None) -> int:
@@ -281,9 +358,11 @@ def _any_transformer(
             f"preset {preset.name} is for tokens on {len(preset.attention.group)} axes, not on {tokens.axes}: "
             f"use another, such as {'flux-far' if tokens.axes == 2 else 'hunyuan-far'}"
         )
-    for name, given in (("a guard", preset.guard), ("extrapolation", extrapolation)):
+    for name, given in (("a guard", preset.guard), ("a cache", preset.cache), ("extrapolation", extrapolation)):
         if given:
             raise BadInput(f"{name} needs a transformer that GRAT knows: leave it out")
+    if check and getattr(transformer, "is_cache_enabled", False):
+        raise BadInput("a cache is enabled on the transformer, which its check would disturb: install with check=False")
     return AnyTransformer(transformer, tokens, text, check=check)
 
 
@@ -314,13 +393,12 @@ def _guard(preset: Preset, layers: int) -> RecallGuard | None:
     return RecallGuard(preset.guard, layers)
 
 
-def _observers(guard: RecallGuard | None, observer: CallObserver | None) -> CallObserver | None:
-    """Both, if there are both; the guard's own work is outside of what the other one times as attention."""
-    if guard is None or observer is None:
-        return guard or observer
+def _observers(*observers: CallObserver | None) -> CallObserver | None:
+    """All that there are, as one; the work of the first ones is outside of what the last one times as attention."""
     from grat_cli.attention.observers import Observers
 
-    return Observers(guard, observer)
+    given = [observer for observer in observers if observer is not None]
+    return Observers(*given) if len(given) > 1 else given[0] if given else None
 
 
 def _family(pipe: Any) -> Family:

@@ -65,28 +65,47 @@ def in_chunks(blocks: Sequence[Any], forwards: Mapping[type, Forward], chunk: in
         forwards: likewise.
         chunk: None changes nothing.
     """
-    replaced: list[tuple[Any, str, Any]] = []
+    made: list[tuple[Any, Any]] = []
     try:
         if chunk is not None:
             for block in blocks:
                 holder, name = _own_forward(block)
-                replaced.append((holder, name, vars(holder).get(name)))
-                setattr(holder, name, forwards[type(block)](block, chunk))
+                forward = forwards[type(block)](block, chunk)
+                made.append((block, forward))
+                setattr(holder, name, forward)
         yield
     finally:
-        for holder, name, stock in reversed(replaced):
-            if stock is None:
-                delattr(holder, name)
-            else:
-                setattr(holder, name, stock)
+        for block, forward in reversed(made):
+            _restore(block, forward)
+
+
+def _places(block: Any) -> list[tuple[Any, str]]:
+    """Where a block's own forward may be kept: beneath hooks of diffusers, beneath those of accelerate, in itself."""
+    registry = getattr(block, "_diffusers_hook", None)
+    places: list[tuple[Any, str]] = []
+    for reference in registry._fn_refs if registry is not None else ():
+        # Hooks that take the place of a forward keep it apart.
+        places.append((reference, "forward" if reference.original_forward is None else "original_forward"))
+    if "_old_forward" in vars(block):
+        places.append((block, "_old_forward"))
+    return [*places, (block, "forward")]
 
 
 def _own_forward(block: Any) -> tuple[Any, str]:
-    """Where a block's own forward is kept, beneath the hooks of offloading, which must go on around it."""
-    registry = getattr(block, "_diffusers_hook", None)
-    if registry is not None and registry._fn_refs:
-        return registry._fn_refs[0], "forward"
-    return block, "_old_forward" if "_old_forward" in vars(block) else "forward"
+    """Where a block's own forward is kept, beneath the hooks of offloading and of caches, which go on around it."""
+    places = _places(block)
+    own = type(block).forward
+    return next((place for place in places if getattr(getattr(*place), "__func__", None) is own), places[0])
+
+
+def _restore(block: Any, forward: Any) -> None:
+    """Puts a block's own forward back, wherever a forward has got to: hooks may have come and gone meanwhile."""
+    for holder, name in _places(block):
+        if getattr(holder, name) is forward:
+            if (holder, name) == (block, "forward"):
+                del block.forward
+            else:
+                setattr(holder, name, type(block).forward.__get__(block))
 
 
 def _obstacle(block: Any, forwards: Mapping[type, Forward]) -> str | None:

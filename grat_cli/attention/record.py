@@ -34,6 +34,7 @@ def observation_preset(preset: Preset, candidates: Sequence[Attention]) -> Prese
             "attention": {"variant": "full", "group": list(preset.attention.group)},
             "schedule": {"rules": [*map(_plain, rules), {"variant": "full"}]},
             "highres": None,
+            "cache": None,
         }
     )
 

@@ -166,8 +166,8 @@ _COLUMNS: Mapping[Level, Sequence[str]] = {
         *("density", "step", "min–max", "attention", "share", "speed-up", "attention speed-up", "1/density"),
         *("sparse efficiency", "peak memory"),
     ),
-    "image": ("density", "denoising", "min–max", "speed-up", *_OF_RUNS),
-    "video": ("density", "denoising", "min–max", "attention share", "speed-up", *_OF_RUNS),
+    "image": ("density", "computed", "denoising", "min–max", "speed-up", *_OF_RUNS),
+    "video": ("density", "computed", "denoising", "min–max", "attention share", "speed-up", *_OF_RUNS),
     "highres": ("density", "denoising", "min–max", "speed-up", *_OF_RUNS),
 }
 _ESSENTIAL = {
@@ -175,7 +175,8 @@ _ESSENTIAL = {
     *("recall", "output error", "SSIM"),
 }
 _MEANINGS = {
-    "density": "Share of all query–key pairs that is attended, text included.",
+    "density": "Share of all query–key pairs that is attended, text included; with a cache, of those of all steps.",
+    "computed": "Steps of which a cache took over nothing, mean over the {noun}s.",
     "1/density": "The speed-up of attention that this density allows at most.",
     "time": "Median of all repetitions of one attention call.",
     "step": "Median time of one whole denoising step.",
@@ -231,6 +232,7 @@ def _cells(case: Case) -> dict[str, tuple[str | None, Callable[[Row], str | None
 
     return {
         "density": (None, of("density", density_text)),
+        "computed": ("steps", of("steps_computed", "{:,.1f}".format)),
         "1/density": (None, of("ideal_speedup", speedup_text)),
         **{name: (unit.name, of("median_ms", unit.number)) for name in ("time", "step", "denoising")},
         "min–max": (unit.name, lambda row: unit.range(row.times_ms) if row.times_ms else None),

@@ -92,6 +92,10 @@ class Host:
         """The adapter of the family, for a grid of image tokens; with another attention than over spans in it."""
         return self.family.adapter(self.transformer, grid, attend=attend)
 
+    def adapters(self, grid: Grid) -> tuple[Adapter, ...]:
+        """The adapters of all transformers that take turns, for a grid of image tokens."""
+        return tuple(self.family.adapter(one, grid) for one in (self.transformer, *self.others))
+
     @contextmanager
     def _attached(self, grid: Grid, run: Steps, observer: CallObserver, attend: Attend | None = None) -> Iterator[None]:
         """While inside, all transformers run on tokens in group order."""

@@ -127,7 +127,7 @@ class BenchRequest:
     @property
     def variants_beside_full(self) -> tuple[Request, ...]:
         """Those beside full attention, which whole runs and steps always measure."""
-        return tuple(request for request in self.variants if request.kind != "full")
+        return tuple(request for request in self.variants if request.kind != "full" or request.cache)
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -64,6 +64,8 @@ class Row:
         quality: of pictures or videos.
         fidelity: of attention inside the model, in whole runs.
         preset: whose attention and schedule the row ran; None for other variants.
+        cache: what steps took over from those before them; None for nothing.
+        steps_computed: with a cache, steps of a run in which all attention was computed, mean.
         skipped: why there are no figures, in words; None where there are.
     """
 
@@ -88,6 +90,8 @@ class Row:
     quality: Quality | None = None
     fidelity: Fidelity | None = None
     preset: Mapping[str, Any] | None = None
+    cache: Mapping[str, Any] | None = None
+    steps_computed: float | None = None
     skipped: str | None = None
 
     @property

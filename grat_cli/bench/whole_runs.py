@@ -7,11 +7,15 @@ how much: the noise floor, beyond which no pattern can come closer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
+from grat_cli.attention.caching import attached
+from grat_cli.attention.observers import Observers
+from grat_cli.attention.work import Work
 from grat_cli.bench.fidelity import Found, measure_fidelity
 from grat_cli.bench.figures import OUTPUTS
 from grat_cli.bench.inside_models import Host, Inside, backend_for
@@ -29,8 +33,8 @@ from grat_cli.generation.request import note_expectations, request_for
 from grat_cli.generation.selection import select_preset
 from grat_cli.generation.single import call_for, frames_of
 from grat_cli.generation.stage import StepWatch, explained_backend_failures
-from grat_cli.generation.timing import StepRecorder, StepTiming
-from grat_cli.installation import step_under_way
+from grat_cli.generation.timing import StepRecorder, StepTiming, with_work
+from grat_cli.installation import PipelineClock, step_under_way
 from grat_cli.models.catalogue import ModelChoice
 from grat_cli.models.devices import choose_device, choose_dtype, is_out_of_memory, wait_for
 from grat_cli.models.loading import load_model
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
+
+    from grat_cli.attention.adapter import Adapter
 
 NOISE_FLOOR = "noise floor"
 VIDEOS_SHOWN, FRAMES_SHOWN = 2, 4
@@ -142,7 +148,7 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
         variant = item if isinstance(item, Variant) else variant_for(item, grid)
         if variant.grid != grid:
             raise BadInput(f"{variant.name} is for {size_text(variant.grid.shape)} tokens, not {size_text(grid.shape)}")
-        if variant.kind != "full":
+        if variant.kind != "full" or variant.cache is not None:
             variants.append(variant)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
@@ -160,6 +166,8 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
     transformer, *others = request.family.transformers(model.pipe)
     host = Host(transformer, request.family, studio.text_len, backend, device, dtype, steps, tuple(others))
     entries = [_Entry.of(variant, _host_of(variant, host, settings.backend, tokens)) for variant in variants]
+    for entry in entries:
+        studio.try_cache(entry, host.adapters(grid))
     entries.append(_Entry.of(*noise_floor(host, grid, settings.noise_backend, head_dim, tokens)))
     full, *others = entries
 
@@ -255,7 +263,9 @@ def _fidelity(
     pipe: Any, request: Asked, host: Host, entries: Sequence[_Entry], studio: _Studio, progress: Progress
 ) -> Found | None:
     """Gives entries their fidelity; None where there is nothing to measure, or where measuring failed."""
-    variants = [entry.variant for entry in entries if entry.variant.role != "noise floor"]
+    variants = [
+        entry.variant for entry in entries if entry.variant.role != "noise floor" and entry.variant.cache is None
+    ]
     if not variants:
         return None
     progress.phase("measuring recall")
@@ -287,6 +297,7 @@ class _Entry:
         steps: timings of the steps of each output.
         peak_memory_bytes: of a denoising run.
         fidelity: what it keeps of full attention, None where that was not measured.
+        adapters: of the transformers, where there is a cache.
     """
 
     variant: Variant
@@ -299,6 +310,7 @@ class _Entry:
     steps: list[list[StepTiming]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     fidelity: Fidelity | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
     def of(cls, variant: Variant, host: Host | str) -> _Entry:
@@ -318,6 +330,11 @@ class _Entry:
             known["preset"] = variant.preset.model_dump(mode="json")
         if self.inside is not None:
             known["density"] = self.inside.density
+        if self.variant.cache is not None:
+            known["cache"] = self.variant.cache.model_dump(mode="json")
+            if self.steps:
+                known["density"] = mean([step.density for steps in self.steps for step in steps])
+                known["steps_computed"] = mean([sum(not step.computed for step in steps) for steps in self.steps])
         if self.skipped is not None or self.inside is None:
             return Row(variant.name, variant.role, variant.description, **known, skipped=self.skipped)
         compared = self is not full and full.skipped is None
@@ -417,6 +434,31 @@ class _Studio:
         firsts = {lengths[prompt]: number for number, (prompt, _) in reversed(list(enumerate(self.orders)))}
         self._trials = sorted(firsts.values())
 
+    def try_cache(self, entry: _Entry, adapters: tuple[Adapter, ...]) -> None:
+        """Makes sure, before anything is timed, that the transformers can have the cache of an entry."""
+        if entry.variant.cache is None or entry.skipped is not None:
+            return
+        entry.adapters = adapters
+        try:
+            with self._cached(entry, Work(adapters[0].layers)):
+                pass
+        except BadInput as reason:
+            entry.skipped = str(reason)
+            self._progress.note(f"{entry.variant.name} is skipped: {entry.skipped}")
+
+    @contextmanager
+    def _cached(self, entry: _Entry, work: Work) -> Iterator[None]:
+        """While inside, the transformers have the cache of an entry, if it has one."""
+        if entry.variant.cache is None:
+            yield
+            return
+        family, pipe = self._request.family, self._pipe
+        transformers = family.transformers(pipe)
+        ratios = family.mag_ratios(entry.adapters[0].model.config)
+        clock = PipelineClock(pipe)
+        with attached(transformers, entry.adapters, entry.variant.cache, clock, ratios, work.clear):
+            yield
+
     def warm_up(self, entry: _Entry) -> None:
         """One step of each kind, in which compilers and caches do their work; a second round tells whether there is
         time for all."""
@@ -508,10 +550,14 @@ class _Studio:
         steps = None if trial_steps is None else len(trial_steps)
         call = call_for(self._request, seed, arguments, watch, steps)
         tokens, sampling = self._request.grid.tokens, self._request.preset.sampling
-        with (
-            time_shift(pipe, tokens, sampling.shift, self._request.family.given_shift(pipe, tokens, call.steps)),
-            entry.inside.attach(recorder, step),
-        ):
+        # Counted where steps are those of the whole run; a trial computes all of its few.
+        work = Work(entry.adapters[0].layers) if entry.adapters and trial_steps is None else None
+        with ExitStack() as stack:
+            shift = self._request.family.given_shift(pipe, tokens, call.steps)
+            stack.enter_context(time_shift(pipe, tokens, sampling.shift, shift))
+            stack.enter_context(entry.inside.attach(Observers(work, recorder) if work else recorder, step))
+            if work:
+                stack.enter_context(self._cached(entry, work))
             wait_for(device)
             began = time.perf_counter()
             with explained_backend_failures():
@@ -521,4 +567,4 @@ class _Studio:
             timesteps = pipe.scheduler.timesteps.tolist()
         watch.raise_if_not_finite()
         # Those of a trial bear numbers of the whole run.
-        return latents, milliseconds, recorder.steps(timesteps) if trial_steps is None else []
+        return latents, milliseconds, with_work(recorder.steps(timesteps), work) if trial_steps is None else []

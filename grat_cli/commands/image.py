@@ -49,7 +49,7 @@ def image(
     from grat_cli.errors import BadInput
     from grat_cli.estimates.stages import stages_of, uses_highres
     from grat_cli.files.formats import choose_format
-    from grat_cli.generation.selection import guard_note, mismatch_note, require_choice
+    from grat_cli.generation.selection import cache_note, guard_note, mismatch_note, require_choice
     from grat_cli.models.catalogue import choose_model
     from grat_cli.models.resolution import parse_resolution
     from grat_cli.presets import HIGHRES_MODES
@@ -110,6 +110,7 @@ def image(
         output.hint(f"stages: {', '.join(f'{stage.size} ({stage.steps} steps)' for stage in stages)}")
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
     output.hint(guard_note(chosen, dense=all(run.schedule.density == 1 for run in runs)))
+    output.hint(cache_note(chosen))
     output.hint(f"seed {', '.join(map(str, seeds))}")
     output.hint(mismatch_note(chosen, choice))
 

@@ -51,9 +51,10 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "LoRA": ", ".join(_lora(lora) for lora in model.get("loras", ())),
         "preset": preset.name,
         "attention": preset.attention.summary,
-        "density": f"{found['density']:.3f} ({found['ideal_speedup']:.1f}x less attention work)",
+        "density": _density(found),
         "guard": (run_tables.guard_text(found) or "").removeprefix("guard ") or None,
         "went wider": run_tables.widenings_text(found),
+        "cache": (run_tables.cache_text(found) or "").removeprefix("cache ") or None,
         "steps": _steps(found),
         "guidance": None if sampling["guidance"] is None else f"{sampling['guidance']:g}",
         "time shift": f"{sampling['shift']:.3g}",
@@ -70,6 +71,11 @@ def _lora(lora: Mapping[str, Any]) -> str:
     """`style.safetensors at 0.8`, and what else there is to know."""
     of = {"high": ", high noise", "low": ", low noise", "both": ", both transformers"}.get(lora["noise"], "")
     return f"{lora['name']} at {lora['scale']:g}{of}{', fused' if lora['fused'] else ''} (sha256 {lora['sha256'][:12]})"
+
+
+def _density(found: Mapping[str, Any]) -> str:
+    speedup = found["ideal_speedup"]
+    return f"{found['density']:.3f}" + ("" if speedup is None else f" ({speedup:.1f}x less attention work)")
 
 
 def _picture(picture: Mapping[str, Any]) -> str:

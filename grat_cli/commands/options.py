@@ -65,6 +65,13 @@ def complete_backend() -> list[str]:
     return list(BACKENDS)
 
 
+def complete_cache() -> list[str]:
+    """Names of caches, for shell completion."""
+    from grat_cli.presets import CACHES
+
+    return [*CACHES, "none"]
+
+
 def complete_highres() -> list[str]:
     """Ways to make large pictures, for shell completion."""
     from grat_cli.presets import HIGHRES_MODES
@@ -170,6 +177,13 @@ class AttentionOptions:
         "go wider while the run goes on. 0 for none. Default: the preset's.",
         ATTENTION,
     )
+    cache: str | None = option(
+        "NAME",
+        "What steps take over from those before them: first-block, mag, taylor, pab or faster, also with settings: "
+        "taylor:cache_interval=3,max_order=1; none for nothing. Default: the preset's.",
+        ATTENTION,
+        complete=complete_cache,
+    )
     set_items: list[str] | None = option(
         "KEY=VALUE",
         "Any value of the preset, such as schedule.dense_steps=0.1; may be repeated.",
@@ -209,6 +223,7 @@ class AttentionOptions:
             guidance=sampling.guidance,
             highres=highres,
             guard=self.guard,
+            cache=self.cache,
             set_items=self.set_items or (),
         )
 

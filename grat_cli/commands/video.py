@@ -60,7 +60,7 @@ def video(
     from grat_cli.errors import BadInput
     from grat_cli.estimates.time import planned_seconds
     from grat_cli.files.formats import choose_format
-    from grat_cli.generation.selection import guard_note, mismatch_note
+    from grat_cli.generation.selection import cache_note, guard_note, mismatch_note
     from grat_cli.models.catalogue import choose_model
 
     output = terminal.output()
@@ -108,6 +108,7 @@ def video(
     output.hint(*size.notes)
     output.hint(f"{chosen.name}: {chosen.attention.summary}, {chosen.sampling.steps} steps")
     output.hint(guard_note(chosen, dense=expected.schedule.density == 1))
+    output.hint(cache_note(chosen))
     if expected.schedule.density == 1 and chosen.attention.variant != "full":
         output.hint(f"at {size} every group attends all others: this is full attention")
     output.hint(mismatch_note(chosen, choice))

@@ -52,6 +52,9 @@ class ProgressDisplay:
     def written(self, count: int) -> None:
         """So many bytes of the output are written."""
 
+    def work(self, text: str) -> None:
+        """What of the step that is told next was computed, in a few words."""
+
     def note(self, text: str) -> None:
         """Something the user should know."""
 
@@ -66,9 +69,10 @@ class LogProgress(ProgressDisplay):
         self._output, self._interval_s = output, interval_s
         self._pace, self._last_line = _Pace(), 0.0
         self._batch: _Pace | None = None
+        self._work = ""
 
     def phase(self, name: str) -> None:
-        self._pace = _Pace()
+        self._pace, self._work = _Pace(), ""
         if self._batch is None:  # else there would be several lines for each of hundreds of outputs
             self._last_line = time.monotonic()
             self._output.hint(PHASE_WORDS.get(name, name))
@@ -78,7 +82,11 @@ class LogProgress(ProgressDisplay):
         is_last = done == total and self._batch is None
         if done and (now - self._last_line >= self._interval_s or is_last):
             self._last_line = now
-            self._output.hint(f"step {done}/{total}, {pace(per_step)}, {duration(per_step * (total - done))} left")
+            left = f"{duration(per_step * (total - done))} left"
+            self._output.hint(f"step {done}/{total}, {pace(per_step)}, {left}{self._work}")
+
+    def work(self, text: str) -> None:
+        self._work = f", {text}"
 
     def written(self, count: int) -> None:
         if (now := time.monotonic()) - self._last_line >= self._interval_s:
@@ -116,6 +124,7 @@ class LiveProgress(ProgressDisplay):
         self._task = self._progress.add_task("", total=None, steps="")
         self._pace = _Pace()
         self._batch: tuple[_Pace, TaskID] | None = None
+        self._work = ""
 
     def __enter__(self) -> LiveProgress:
         self._progress.start()
@@ -133,15 +142,18 @@ class LiveProgress(ProgressDisplay):
             self._progress.start()
 
     def phase(self, name: str) -> None:
-        self._pace = _Pace()
+        self._pace, self._work = _Pace(), ""
         self._progress.reset(self._task, description=PHASE_WORDS.get(name, name), total=None, steps="")
 
     def step(self, done: int, total: int) -> None:
         steps = f"{done}/{total}"
         per_step = self._pace.after(done)
         if done:
-            steps += f" {pace(per_step)} {duration(per_step * (total - done))} left"
+            steps += f" {pace(per_step)} {duration(per_step * (total - done))} left{self._work}"
         self._progress.update(self._task, completed=done, total=total, steps=steps)
+
+    def work(self, text: str) -> None:
+        self._work = f" ({text})"
 
     def written(self, count: int) -> None:
         self._progress.update(self._task, steps=f"{count / 2**20:.0f} MiB")

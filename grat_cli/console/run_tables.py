@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,17 +57,79 @@ def guard_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def guard_text(report: Mapping[str, Any]) -> str | None:
     """What the guard of a run did, in a line, or of a picture in several stages in one for each; None without one."""
-    parts = _guarded_parts(report)
+    parts = _parts_with("guard", report)
     if not parts:
         return None
     texts = [f"{size}{_guard_summary(part)}" for size, part in parts]
     return f"guard {parts[0][1]['guard']['bar']:g}: {'; '.join(texts)}"
 
 
+def cache_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the cache took over, a line for each picture or video that was made with one.
+
+    For example `cache first-block: 9 of 20 steps computed whole; in steps 4-6, 8-15 layer 0 computed, the rest reused;
+    density 0.211 became 0.108`.
+    """
+    lines = [(made["seed"], cache_text(made)) for made in reports]
+    prefixes = {seed: f"seed {seed}: " if len(reports) > 1 else "" for seed, _ in lines}
+    return [f"{prefixes[seed]}{text}" for seed, text in lines if text]
+
+
+def cache_text(report: Mapping[str, Any]) -> str | None:
+    """What the cache of a run took over, in a line, or of a picture in several stages in one for each; None without."""
+    parts = _parts_with("cache", report)
+    if not parts:
+        return None
+    return f"cache {parts[0][1]['cache']['kind']}: " + "; ".join(
+        f"{size}{_cache_summary(part)}" for size, part in parts
+    )
+
+
+def _cache_summary(part: Mapping[str, Any]) -> str:
+    cache = part["cache"]
+    total = sum(group["count"] for group in cache["steps"])
+    whole = sum(group["count"] for group in cache["steps"] if group["computed"] is None)
+    measured = ["its ratios are in the report"] if cache.get("ratios") else []
+    if whole == total:
+        return "; ".join([f"all {total} steps computed whole", *measured])
+    texts = [f"{whole} of {total} steps computed whole"]
+    for group in cache["steps"]:
+        if group["computed"] is not None:
+            steps = f"step{'' if group['count'] == 1 else 's'} {_counted_from_one(group['steps'])}"
+            texts.append(f"in {steps} {computed_text(group['computed'], cache['skipped'], cache['layers'])}")
+    return f"{'; '.join(texts)}; density {cache['planned_density']:.3f} became {part['density']:.3f}"
+
+
+def computed_text(computed: Sequence[str], skipped: str, layers: int) -> str:
+    """What of a step was computed, for people, such as `layer 0 computed, the rest reused`.
+
+    Args:
+        computed: of each transformer call, ranges of layers; empty where all were.
+        skipped: what became of the others.
+        layers: how many there are.
+    """
+    whole = f"0-{layers - 1}" if layers > 1 else "0"
+    calls = list(dict.fromkeys(computed))
+    if calls in ([], [whole]):
+        return "all layers computed"
+    if calls == [""]:
+        return f"all layers {skipped}"
+    names = {"": "no layer", whole: "all layers"}
+    named = [names.get(call, f"layer{'' if call.isdecimal() else 's'} {call}") for call in calls]
+    one, *others = named
+    return (
+        " and ".join([f"{one} computed", *(f"{other} in another call" for other in others)]) + f", the rest {skipped}"
+    )
+
+
+def _counted_from_one(steps: str) -> str:
+    return re.sub(r"\d+", lambda number: str(int(number.group()) + 1), steps)
+
+
 def widenings_text(report: Mapping[str, Any]) -> str | None:
     """Which layers went wider when, such as `step 3: layers 0-3, 7 to b radius 2, groups 4x4`; None where none did."""
     groups: dict[tuple[str, int, str], list[int]] = {}
-    for size, part in _guarded_parts(report):
+    for size, part in _parts_with("guard", report):
         for one in part["guard"]["widened"]:
             groups.setdefault((size, one["step"], one["to"]), []).append(one["layer"])
     texts = [
@@ -76,12 +139,12 @@ def widenings_text(report: Mapping[str, Any]) -> str | None:
     return "; ".join(texts) or None
 
 
-def _guarded_parts(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The run, or the stages of a picture that has several, each with its size; those that had a guard."""
+def _parts_with(section: str, report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The run, or the stages of a picture that has several, each with its size; those that have a section."""
     stages = report.get("stages", ())
     if len(stages) <= 1:
-        return [("", report)] if report.get("guard") else []
-    return [(f"{stage['width']}x{stage['height']} ", stage) for stage in stages if stage.get("guard")]
+        return [("", report)] if report.get(section) else []
+    return [(f"{stage['width']}x{stage['height']} ", stage) for stage in stages if stage.get(section)]
 
 
 def _guard_summary(part: Mapping[str, Any]) -> str:

@@ -542,6 +542,10 @@ class Family(ABC):
         """The transformers of a pipeline, all of one class and shape, which take turns over a run's steps."""
         return (pipe.transformer,)
 
+    def mag_ratios(self, config: Mapping[str, Any]) -> Sequence[float] | None:
+        """Ratios of `presets.caches.Mag` that are known for a transformer of a configuration; None where none are."""
+        return None
+
     @abstractmethod
     def grid(self, pipe: Any, height: int, width: int, num_frames: int | None = None) -> Grid:
         """The image tokens of a pipeline's calls of a size in pixels.

@@ -363,6 +363,14 @@ class Flux(Family):
 
     # ---- Attention
 
+    def mag_ratios(self, config: Mapping[str, Any]) -> Sequence[float] | None:
+        """Those of dev and schnell, as diffusers has them."""
+        if (config["num_layers"], config["num_single_layers"]) != (19, 38) or _joining_channels(config):
+            return None
+        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+        return FLUX_MAG_RATIOS.tolist()
+
     def grid(self, pipe: Any, height: int, width: int, num_frames: int | None = None) -> Grid:
         if num_frames is not None:
             raise BadInput(f"a {type(pipe).__name__} makes images: leave out num_frames")

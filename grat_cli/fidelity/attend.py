@@ -145,6 +145,8 @@ def _candidate(name: str, family: str, grid: Grid) -> Candidate:
         raise BadInput(f"--patterns {name}: {choices(name, known)}" if name else "--patterns: a name is empty")
     (request,) = parse_variants(name, option="--patterns")
     variant = variant_for(request, grid, "--patterns")
+    if request.cache:
+        raise BadInput(f"--patterns {name}: caches are no pattern: leave it out")
     if request.kind in ("na", "clear"):
         raise BadInput(f"--patterns {name}: windows around each token are no pattern of groups; try b, x or far")
     if variant.grouping is None or variant.attention is None:

@@ -2,7 +2,8 @@
 
 A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
 Those of `--variant` are understood as well: `b` is short for `grat-b`, `lines` for `grat-x:share=2`. In whole runs, a
-preset by name or from a file stands for its attention and schedule: `demo-far`, `./tuned.yaml`.
+preset by name or from a file stands for its attention and schedule: `demo-far`, `./tuned.yaml`. There, each may have a
+step cache after a plus sign: `far+first-block`, `demo-tuned+taylor:cache_interval=3:max_order=2`, `full+taylor`.
 The names of `--peers` stand here as well, so that a mistake in either is seen without loading torch.
 """
 
@@ -13,12 +14,13 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from grat_cli.errors import BadInput, choices, nearest
+from grat_cli.presets.caches import Cache, cache_from_text
 from grat_kernels import (
     Block,
     CrissCross,
@@ -63,6 +65,7 @@ SHORT_NAMES: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
     "far": ("grat-far", {}),
 }
 _OF_VIDEOS = ("planes", "lines")
+_OF_TOKENS = ("na", "clear")
 # Not a name but what a preset is: its attention and schedule, in runs that have steps and layers.
 PRESET = "preset"
 _LEVELS_OF_PRESETS: tuple[str, ...] = ("image", "video")
@@ -95,12 +98,14 @@ class Request:
         kind: one of `NAMES`, or `PRESET`.
         parameters: numbers by parameter, one or one per axis.
         preset: the preset, as it was read.
+        cache: what steps take over from those before them; None for nothing.
     """
 
     name: str
     kind: str
     parameters: Mapping[str, tuple[int, ...]]
     preset: Preset | None = None
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Variant:
         head_patterns: patterns that heads take in turn, where they differ.
         preset: what says which attention runs when; None where it is one attention throughout.
         obstacle: why it does not exist on this grid; None where it does.
+        cache: what steps take over from those before them; None for nothing.
     """
 
     name: str
@@ -134,6 +140,7 @@ class Variant:
     head_patterns: tuple[Pattern, ...] = ()
     preset: Preset | None = None
     obstacle: str | None = None
+    cache: Cache | None = None
 
     def plan(self, text_len: int, text_first: bool, heads: int = 1) -> Plan | HeadPlan | None:
         """The plan of a joint sequence; None for what is not one plan: windows, dense attention and presets.
@@ -238,9 +245,12 @@ def parse_modes(text: str) -> tuple[str, ...]:
 
 
 def _request(text: str, level: str | None, option: str) -> Request:
-    word, *items = text.split(":")
     if not text:
         raise BadInput(f"{option}: a name is empty")
+    without, cache = _split_cache(text)
+    if cache:
+        return _cached_request(text, without, cache, level, option)
+    word, *items = text.split(":")
     if word not in (*NAMES, *SHORT_NAMES):
         return _preset_request(text, level, option)
     if word == "grat-heads" and level not in (None, *_LEVELS_OF_HEADS):
@@ -263,6 +273,25 @@ def _request(text: str, level: str | None, option: str) -> Request:
     return Request(text, kind, {**parameters, **fixed})
 
 
+def _split_cache(text: str) -> tuple[str, str]:
+    """A name, and the cache after its last plus sign; a path may have such signs of its own."""
+    without, plus, cache = text.rpartition("+")
+    return (without, cache) if plus and re.fullmatch(r"[A-Za-z-]*(:.*)?", cache, re.ASCII) else (text, "")
+
+
+def _cached_request(text: str, without: str, cache: str, level: str | None, option: str) -> Request:
+    """A name with a cache."""
+    if level not in (None, *_LEVELS_OF_PRESETS):
+        raise BadInput(
+            f"{option} {text}: caches are for --level {' and '.join(_LEVELS_OF_PRESETS)}, where there are steps to "
+            f"take over from: give {without or 'full'} alone"
+        )
+    request = _request(without, level, option)
+    if request.kind in _OF_TOKENS:
+        raise BadInput(f"{option} {text}: {request.kind} is compared without a cache: give {without} alone")
+    return replace(request, name=text, cache=cache_from_text(cache, f"{option} {without} with"))
+
+
 def _preset_request(text: str, level: str | None, option: str) -> Request:
     """What is none of the names above: a preset by name or from a file."""
     from grat_cli.presets import load_preset, preset_names
@@ -282,7 +311,8 @@ def _preset_request(text: str, level: str | None, option: str) -> Request:
             f"{option} {text}: presets are for --level {' and '.join(_LEVELS_OF_PRESETS)}, where there are steps and "
             "layers: give a pattern, such as grat-far"
         )
-    return Request(text, PRESET, {}, load_preset(text))
+    preset = load_preset(text)
+    return Request(text, PRESET, {}, preset, preset.cache)
 
 
 def variant_for(request: Request, grid: Grid, option: str = "--compare") -> Variant:
@@ -292,9 +322,13 @@ def variant_for(request: Request, grid: Grid, option: str = "--compare") -> Vari
         BadInput: if a parameter does not fit the grid.
     """
     try:
-        if (word := request.name.partition(":")[0]) in _OF_VIDEOS and grid.axes != 3:
+        if (word := request.name.partition(":")[0].partition("+")[0]) in _OF_VIDEOS and grid.axes != 3:
             raise ValueError(f"{word} are for videos, which have three axes")
-        return _MAKERS[request.kind](request, grid)
+        variant = _MAKERS[request.kind](request, grid)
+        if request.cache is None:
+            return variant
+        words = f"{variant.description}; cache {request.cache.summary}"
+        return replace(variant, role="pattern", description=words, cache=request.cache)
     except ValueError as error:
         raise BadInput(f"{option} {request.name} on {size_text(grid.shape)} tokens: {error}") from error
 

@@ -247,6 +247,9 @@ class _SaidOnce:
     def written(self, count: int) -> None:
         self._progress.written(count)
 
+    def work(self, text: str) -> None:
+        self._progress.work(text)
+
     def note(self, text: str) -> None:
         if text not in self._notes:
             self._progress.note(text)

@@ -28,6 +28,7 @@ from grat_cli.generation.stored import (
     Name,
     Number,
     PathText,
+    Ranges,
     Seed,
     Side,
     Text,
@@ -49,6 +50,7 @@ _SCHEMAS = {
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
 _HISTORY, _MOST_OF_HISTORY = "history.", 64  # what a name of such a tensor begins with; solvers go back a few steps
+_CACHE, _MOST_OF_CACHE = "cache.", 100_000  # likewise of what a cache keeps
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
 
@@ -73,6 +75,8 @@ class Run:
         stages: what there is to report of the stages that are finished.
         guard: of `guard.RecallGuard.state`; None without a guard, and before the first step of a stage.
         history: what the scheduler remembers within a stage; of `families.resumption.remembered`.
+        cache: what a cache keeps within a stage, of `caching.Snapshot.data`; None without one.
+        is_keepable: whether there is all that the rest of the run depends on.
         start_size: width and height of the picture that the output redoes, or None.
         pictures: that the pipeline is given.
         kept: the file that it was taken up from; None of one that is begun here.
@@ -93,6 +97,8 @@ class Run:
     stages: tuple[Mapping[str, Any], ...] = ()
     guard: Mapping[str, Any] | None = None
     history: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    cache: tuple[Sequence[Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
+    is_keepable: bool = True
     start_size: tuple[int, int] | None = None
     pictures: Pictures = field(default_factory=Pictures)
     kept: Path | None = None
@@ -148,6 +154,8 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
     path = outputs.latents_path(output) if run.finished else outputs.checkpoint_path(output)
     held = {name: tensor for name in _TENSORS if (tensor := getattr(run, name)) is not None}
     held |= {_HISTORY + name: tensor.clone() for name, tensor in run.history.items()}  # some may be one
+    states, of_cache = run.cache or ((), {})
+    held |= {_CACHE + name: tensor.contiguous().clone() for name, tensor in of_cache.items()}  # likewise
     pixels = tensors_of(run.pictures)
     if run.finished:
         held["latents"] = held["latents"].float()
@@ -163,6 +171,7 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
         memory=dict(run.memory_bytes),
         stages=tuple(dict(stage) for stage in run.stages),
         guard=None if run.guard is None else dict(run.guard),
+        cache=None if run.cache is None else tuple(_StoredCache(**state) for state in states),
         start_size=run.start_size,
     )
     about = {
@@ -269,7 +278,10 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             | {"schema": SCHEMA},
             stages=state.stages,
             guard=state.guard,
-            history={name.removeprefix(_HISTORY): tensor for name, tensor in held.items() if name.startswith(_HISTORY)},
+            history=_beginning(_HISTORY, held),
+            cache=None
+            if state.cache is None
+            else (tuple(one.model_dump() for one in state.cache), _beginning(_CACHE, held)),
             start_size=state.start_size,
             kept=path,
         )
@@ -280,6 +292,11 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
         reason = str(error) if isinstance(error, BadInput) else f"it is damaged, or of another version of grat: {error}"
         raise BadInput(f"{path} cannot be gone on with: {reason}") from error
     return run, request
+
+
+def _beginning(prefix: str, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, by what follows."""
+    return {name.removeprefix(prefix): tensor for name, tensor in held.items() if name.startswith(prefix)}
 
 
 def _require_stages(state: _StoredState, stages: Sequence[Stage]) -> None:
@@ -392,6 +409,24 @@ class _StoredGuard(BaseModel):
     widened: Annotated[tuple[_StoredWidening, ...], Field(max_length=MOST_STEPS)]
 
 
+class _StoredAlike(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    steps: Ranges
+    count: Count
+    computed: Annotated[tuple[Ranges, ...], Field(max_length=16)] | None
+
+
+class _StoredCaching(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    kind: Name
+    skipped: Name
+    layers: Count
+    planned_density: Number
+    steps: Annotated[tuple[_StoredAlike, ...], Field(max_length=MOST_STEPS)]
+
+
 class _StoredReport(BaseModel):
     """What of a report decides how a run goes on, and what of it is shown."""
 
@@ -403,6 +438,7 @@ class _StoredReport(BaseModel):
     sampling: dict[str, Any]
     density: Number
     guard: _StoredGuard | None
+    cache: _StoredCaching | None = None
     peak_memory_kind: Annotated[str, Field(max_length=200)]
 
 
@@ -417,6 +453,7 @@ class _StoredStage(BaseModel):
     steps: Count
     density: Number
     guard: _StoredGuard | None
+    cache: _StoredCaching | None = None
 
 
 class _StoredStep(BaseModel):
@@ -431,6 +468,18 @@ class _StoredStep(BaseModel):
     other_ms: Number
     density: Number
     stage: Annotated[int, Field(ge=0, le=100)]
+    computed: Annotated[tuple[Ranges, ...], Field(max_length=16)] = ()
+
+
+class _StoredCache(BaseModel):
+    """A state of a cache; `caching` says what values may be."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    transformer: Annotated[int, Field(ge=0, le=100)]
+    holder: Annotated[int, Field(ge=-1, le=_MOST_OF_CACHE)]
+    context: Name
+    values: Annotated[dict[Name, Any], Field(max_length=100)]
 
 
 class _StoredState(BaseModel):
@@ -444,4 +493,5 @@ class _StoredState(BaseModel):
     memory: dict[Name, Annotated[int, Field(ge=0, le=2**63)]]
     stages: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)]
     guard: dict[str, Any] | None
+    cache: Annotated[tuple[_StoredCache, ...], Field(max_length=_MOST_OF_CACHE)] | None = None
     start_size: tuple[Side, Side] | None

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from grat_cli.console.run_tables import computed_text
 from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted, OutOfMemory
 from grat_cli.estimates.stages import Stage
 from grat_cli.families.base import Call
@@ -21,11 +24,14 @@ from grat_cli.generation.frames import FrameCheck, checked_frames
 from grat_cli.generation.preview import Preview, PreviewedSteps
 from grat_cli.generation.request import Request, WritingProgress
 from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
-from grat_cli.generation.timing import Phases, StepRecorder, phase_of
+from grat_cli.generation.timing import Phases, StepRecorder, phase_of, with_work
+from grat_cli.models.devices import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from grat_cli.attention.caching import Snapshot
 
 from grat_cli.generation.finishing import command_for
 from grat_cli.generation.machine import memory_advice
@@ -142,7 +148,7 @@ class Denoising:
                 run = replace(run, picture=self._studio.picture(self._request))
         first_step = run.done_in_stage
         guidance = self._text.guidances[run.stage]
-        recorder, watch = StepRecorder(self._device), StepWatch(self._progress, first_step)
+        recorder = StepRecorder(self._device)
         start = run.picture if run.stage == 0 else run.start
         start = None if start is None else start.to(self._device)
         self._progress.phase("denoise" if stage.number == 0 else f"denoising {stage.size}")
@@ -151,16 +157,26 @@ class Denoising:
         ) as inside:
             if inside.installation.guard and first_step:
                 inside.installation.guard.restore(run.guard or {}, first_step)
+            caches = inside.installation.caches if stage.preset.cache else None
+            if caches and first_step:
+                caches.restore(*(run.cache or ((), {})))
+            watch = StepWatch(self._progress, first_step, partial(self._tell_work, stage, inside))
 
-            def run_after(done: int, latents: torch.Tensor, history: Mapping[str, torch.Tensor]) -> Run:
+            def run_after(
+                done: int, latents: torch.Tensor, history: Mapping[str, torch.Tensor], kept: Snapshot | None
+            ) -> Run:
                 after = self._after(run, stage, inside, guidance, watch, recorder, done, latents)
-                return replace(after, history=history if done < stage.steps else {})
+                if done == stage.steps:
+                    return after
+                is_keepable = caches is None or kept is not None
+                return replace(after, history=history, cache=kept and kept.data(), is_keepable=is_keepable)
 
             callback = StepKeeper(
                 watch if self._preview is None else PreviewedSteps(self._preview, watch, stage.height, stage.width),
                 first_step,
                 self._request.checkpoint_every,
-                lambda done, latents, history: self._keep(run_after(done, latents, history)),
+                lambda *kept: self._keep(run_after(*kept)),
+                caches.snapshot if caches else lambda: None,
             )
             with self._phases(phase_of("denoise", run.stage)):
                 try:
@@ -187,9 +203,13 @@ class Denoising:
                     if (latents := callback.latents) is not None:
                         if callback.done == stage.steps:
                             latents = self._family.spatial(inside.pipe, latents, stage.width, stage.height)
-                        self._run = run_after(callback.done, latents, callback.history)
+                        self._run = run_after(callback.done, latents, callback.history, callback.cache)
                     raise
-            self._run = run_after(stage.steps, latents, {})
+                except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+                    if caches and caches.is_restored and not is_out_of_memory(error):
+                        raise BadInput("what the cache had kept does not fit the run: start it anew") from error
+                    raise
+            self._run = run_after(stage.steps, latents, {}, None)
 
     def _after(
         self,
@@ -209,13 +229,16 @@ class Denoising:
         scheduler = inside.pipe.scheduler
         timesteps = [step.timestep for step in own] + scheduler.timesteps[scheduler.begin_index or 0 :].tolist()
         # Where a step was broken off, one of its two transformer calls may have been timed.
-        timed = recorder.steps(timesteps)[: done - len(own)]
+        installation = inside.installation
+        timed = with_work(recorder.steps(timesteps)[: done - len(own)], installation.work)
         own += [replace(step, index=len(before) + step.index, stage=run.stage) for step in timed]
         phases_ms, memory_bytes = self._phases.so_far()
-        installation, text_tokens = inside.installation, self._text.lengths[0]
+        text_tokens = self._text.lengths[0]
+        schedule = installation.schedule(text_tokens, installation.references)
+        cache, caches = stage.preset.cache, installation.caches
         record = report.StageRecord(
             stage=stage,
-            schedule=installation.schedule(text_tokens, installation.references),
+            schedule=schedule,
             text_tokens=text_tokens,
             reference_tokens=installation.references,
             backend=installation.backend.value,
@@ -224,6 +247,10 @@ class Denoising:
             guidance=guidance.scale,
             shift=inside.shift,
             guard=installation.guard and installation.guard.report(),
+            cache=report.cache_data(cache, own, schedule.layers, schedule.density, caches.ratios if caches else ())
+            if cache
+            else None,
+            density=fmean(step.density for step in own) if cache and own else None,
         )
         steps, stages = (*before, *own), (*run.stages[: run.stage], record.as_dict())
         told = report.build_report(
@@ -246,7 +273,15 @@ class Denoising:
             report=report.measured(told, steps, stages, phases_ms, memory_bytes),
             stages=stages,
             guard=installation.guard and installation.guard.state(done),
+            cache=None,
+            is_keepable=True,
         )
+
+    def _tell_work(self, stage: Stage, inside: Installed, step: int) -> None:
+        """What of a step was computed, where there is a cache."""
+        work = inside.installation.work
+        if stage.preset.cache and work and (done := work.of_step(step)):
+            self._progress.work(computed_text(done.computed, stage.preset.cache.skipped, work.layers))
 
     def _go_on_to(self, stage: Stage, before: Stage) -> None:
         """From a stage that is done to the start of the next; what there is to go on from is kept first."""
@@ -277,6 +312,9 @@ class Denoising:
 
     def _keep(self, run: Run) -> None:
         """Writes a checkpoint. A run does not end because there is no room for one."""
+        if not run.is_keepable:
+            self._progress.note("what the cache keeps is too much for a checkpoint: there is none within this stage")
+            return
         try:
             write_run(run, self._request, self._output)
         except CannotWrite as error:
@@ -294,6 +332,7 @@ class StepKeeper:
         done: steps of the stage that are done.
         latents: after them; None before the first that this process has done.
         history: what the scheduler remembers after them, of `resumption.remembered`.
+        cache: what a cache keeps after them; None without one, and where it is too much.
     """
 
     def __init__(
@@ -301,7 +340,8 @@ class StepKeeper:
         watch: Callable[..., Any],
         first_step: int,
         every: int | None,
-        keep: Callable[[int, torch.Tensor, Mapping[str, torch.Tensor]], None],
+        keep: Callable[[int, torch.Tensor, Mapping[str, torch.Tensor], Snapshot | None], None],
+        snapshot: Callable[[], Snapshot | None] = lambda: None,
     ) -> None:
         """Counts from a step on.
 
@@ -309,8 +349,11 @@ class StepKeeper:
             watch: called first.
             first_step: where this process begins.
             every: steps between two checkpoints, 0 for none; None for one about every two minutes.
-            keep: writes one, of steps done, latents and history.
+            keep: writes one, of steps done, latents, history and what a cache keeps.
+            snapshot: gives the latter.
         """
+        self._snapshot = snapshot
+        self.cache: Snapshot | None = None
         self._watch, self._first_step, self._every, self._keep = watch, first_step, every, keep
         self.latents: torch.Tensor | None = None
         self.history: Mapping[str, torch.Tensor] = {}
@@ -323,10 +366,12 @@ class StepKeeper:
             latents,
             remembered(pipe.scheduler, latents),
         )
+        # A step that is broken off changes what a cache keeps, but not this.
+        self.cache = self._snapshot()
         self._watch(pipe, step, timestep, tensors)
         # After the last step the latents are kept as such.
         if self._is_due() and step + 1 < pipe.num_timesteps:
-            self._keep(self.done, latents, self.history)
+            self._keep(self.done, latents, self.history, self.cache)
             self._kept_at = monotonic()
         return {}
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grat_cli.console.run_tables import ranges_text
 from grat_cli.estimates.stages import Stage, stage_data
 from grat_cli.generation.timing import StepTiming, by_name, of_stage
 from grat_cli.models.environment import versions
@@ -16,6 +17,7 @@ from grat_cli.models.environment import versions
 if TYPE_CHECKING:
     from grat_cli.attention.schedule import AttentionSchedule
     from grat_cli.generation.request import Request
+    from grat_cli.presets import Cache
 
 SCHEMA = "grat.report/1"
 
@@ -69,6 +71,8 @@ class StageRecord:
         guidance: effective guidance scale, or None.
         shift: effective time shift, a factor.
         guard: of `guard.RecallGuard.report`, None without a guard.
+        cache: of `cache_data`, None without a cache.
+        density: of what was computed; None for what the schedule says.
     """
 
     stage: Stage
@@ -81,16 +85,53 @@ class StageRecord:
     shift: float
     guard: dict[str, Any] | None = None
     reference_tokens: int = 0
+    cache: dict[str, Any] | None = None
+    density: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain data for a report, without its steps and phases."""
         return {
             **stage_data(self.stage, self.schedule),
+            "density": self.attended,
             "guidance": self.guidance,
             "shift": self.shift,
             "backend": self.backend,
             "guard": self.guard,
+            **({"cache": self.cache} if self.cache else {}),
         }
+
+    @property
+    def attended(self) -> float:
+        """Pairs that were computed over all pairs."""
+        return self.schedule.density if self.density is None else self.density
+
+
+def cache_data(
+    cache: Cache, steps: Sequence[StepTiming], layers: int, planned: float, ratios: Sequence[float] = ()
+) -> dict[str, Any]:
+    """What a cache did in a stage, as plain data. Steps and layers are counted from 0.
+
+    Args:
+        cache: its settings.
+        steps: that are done, of this stage.
+        layers: attention layers.
+        planned: density without it.
+        ratios: that it has measured.
+    """
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for number, step in enumerate(steps):
+        alike.setdefault(step.computed, []).append(number)
+    return {
+        **cache.model_dump(mode="json"),
+        "skipped": cache.skipped,
+        "layers": layers,
+        "planned_density": planned,
+        "steps": [
+            {"steps": ranges_text(numbers), "count": len(numbers), "computed": list(computed) or None}
+            for computed, numbers in alike.items()
+        ],
+        **({"ratios": [round(ratio, 5) for ratio in ratios]} if ratios else {}),
+    }
 
 
 def build_report(
@@ -146,9 +187,10 @@ def build_report(
             **({"references": record.reference_tokens} if record.reference_tokens else {}),
             "total": image_tokens + record.text_tokens + record.reference_tokens,
         },
-        "density": schedule.density,
-        "ideal_speedup": schedule.ideal_speedup,
+        "density": record.attended,
+        "ideal_speedup": 1 / record.attended if record.attended else None,
         "guard": record.guard,
+        **({"cache": record.cache} if record.cache else {}),
         "backend": {
             "requested": request.preset.kernel.backend,
             "used": record.backend,
@@ -214,7 +256,11 @@ def measured(
         "sampling": {**report["sampling"], "steps": sum(stage["steps"] for stage in stages)},
         "phases": _rounded(by_name(phases_ms, operator.add)),
         "steps": [
-            {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(step).items()}
+            {
+                name: round(value, 6) if isinstance(value, float) else value
+                for name, value in asdict(step).items()
+                if value != ()
+            }
             for step in steps
         ],
         "stages": [{**stage, "phases": _rounded(of_stage(phases_ms, number))} for number, stage in enumerate(stages)],

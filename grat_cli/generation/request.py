@@ -157,6 +157,10 @@ class WritingProgress(Progress, Protocol):
         """So many bytes of the output are written."""
         ...
 
+    def work(self, text: str) -> None:
+        """What of the step that is told next was computed, in a few words, where a cache takes over the rest."""
+        ...
+
 
 def request_for(
     model: ModelChoice,

@@ -29,6 +29,7 @@ def select_preset(
     guidance: float | None = None,
     highres: str | None = None,
     guard: float | None = None,
+    cache: str | None = None,
     set_items: Sequence[str] = (),
 ) -> Preset:
     """The resolved preset of a run.
@@ -73,6 +74,7 @@ def select_preset(
         guidance=guidance,
         highres=highres,
         guard=guard,
+        cache=cache,
     )
 
 
@@ -118,6 +120,11 @@ def guard_note(preset: Preset, *, dense: bool) -> str | None:
     if dense:
         return f"guard {preset.guard:g} has nothing to do: all attention is full"
     return f"guard {preset.guard:g}: layers that keep less of full attention go wider, which takes longer"
+
+
+def cache_note(preset: Preset) -> str | None:
+    """A sentence on the cache of a run that has one."""
+    return preset.cache and f"cache {preset.cache.summary}: what steps do not compute is {preset.cache.skipped}"
 
 
 def require_choice(option: str, word: str | None, known: Sequence[str]) -> None:

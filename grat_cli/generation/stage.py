@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -156,16 +156,20 @@ class StepWatch:
     Args:
         progress: to be told.
         first_step: where the stage begins; later than 0 where an interrupted one is resumed.
+        before: called ahead of telling that a step is done.
     """
 
-    def __init__(self, progress: Progress, first_step: int = 0) -> None:
-        self._progress = progress
+    def __init__(
+        self, progress: Progress, first_step: int = 0, before: Callable[[int], None] = lambda step: None
+    ) -> None:
+        self._progress, self._before = progress, before
         self._first_step, self._steps = first_step, first_step
         self._finite: list[torch.Tensor] = []
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         self._finite.append(tensors["latents"].isfinite().all())
         self._steps = self._first_step + pipe.num_timesteps
+        self._before(self._first_step + step)
         self._progress.step(self._first_step + step + 1, self._steps)
         return {}
 

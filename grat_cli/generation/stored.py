@@ -47,6 +47,7 @@ Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Count = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+Ranges = Annotated[str, Field(max_length=10_000, pattern=r"^[0-9, -]*$")]
 
 
 class StoredModel(BaseModel):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+    from grat_cli.attention.work import Work
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class StepTiming:
         other_ms: the rest: projections, feed-forward, norms, permutation.
         density: attended pairs over all pairs, mean over layers.
         stage: of the run that it belongs to, counted from 0; see `highres.Stage`.
+        computed: with a cache, of each transformer call the layers whose attention was computed, such as `0, 3-5`;
+            empty where all were.
     """
 
     index: int
@@ -33,6 +37,7 @@ class StepTiming:
     other_ms: float
     density: float
     stage: int = 0
+    computed: tuple[str, ...] = ()
 
 
 @dataclass
@@ -92,6 +97,15 @@ class StepRecorder:
             StepTiming(step, float(timesteps[step]), total, attentions[step], total - attentions[step], densities[step])
             for step, total in sorted(totals.items())
         ]
+
+
+def with_work(steps: Sequence[StepTiming], work: Work | None) -> list[StepTiming]:
+    """Timings with what was computed of each step, in place of what its schedule says; as they are without a count."""
+    found = [work and work.of_step(step.index) for step in steps]
+    return [
+        replace(step, density=done.density, computed=done.computed) if done else step
+        for step, done in zip(steps, found, strict=True)
+    ]
 
 
 def _stopwatch(device: torch.device | str) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from grat_cli.errors import BadInput, nearest
+from grat_cli.presets.caches import KINDS, Cache, cache_from_text
 from grat_cli.presets.problems import Problem, problem_of, shape_text
 from grat_cli.presets.schema import (
     BACKENDS,
@@ -43,9 +44,11 @@ from grat_cli.presets.yaml_source import YamlSource, read_file, read_text
 
 __all__ = [
     "BACKENDS",
+    "CACHES",
     "HIGHRES_MODES",
     "VARIANTS",
     "Attention",
+    "Cache",
     "Change",
     "CheckEvidence",
     "Evidence",
@@ -60,6 +63,7 @@ __all__ = [
     "Schedule",
     "StageOverride",
     "Table",
+    "cache_from_text",
     "load_preset",
     "preset_from",
     "preset_names",
@@ -68,6 +72,7 @@ __all__ = [
     "shape_text",
 ]
 
+CACHES = tuple(KINDS)
 KeyPath = tuple[str, ...]
 
 _FLAG_PATHS: Mapping[str, KeyPath] = {
@@ -80,6 +85,7 @@ _FLAG_PATHS: Mapping[str, KeyPath] = {
     "guidance": ("sampling", "guidance"),
     "highres": ("highres", "mode"),
     "guard": ("guard",),
+    "cache": ("cache",),
 }
 
 
@@ -132,7 +138,7 @@ def resolve_preset(base: Preset, *, set_items: Sequence[str] = (), **flags: Any)
         base: the preset.
         set_items: items such as `attention.radius=2`, values in YAML.
         flags: `variant`, `group` (a number for all axes or one per axis), `radius`, `share`, `backend`, `steps`,
-            `guidance`, `highres` (its mode), `guard`; None where not given.
+            `guidance`, `highres` (its mode), `guard`, `cache` (as typed); None where not given.
 
     Raises:
         BadInput: naming the option that does not fit.
@@ -147,6 +153,10 @@ def resolve_preset(base: Preset, *, set_items: Sequence[str] = (), **flags: Any)
         path = _FLAG_PATHS[name]
         if value is not None:
             origins[path] = f"--{name} {shape_text(value) if isinstance(value, int | tuple) else value}"
+            if name == "cache":
+                typed = cache_from_text(str(value), "--cache")
+                _place(data, path, None if typed is None else typed.model_dump(), name)
+                continue
             if name == "group":
                 value = _on_all_axes(value, len(base.attention.group), origins[path])
             _place(data, path, value, name)

@@ -32,6 +32,8 @@ def problem_of(error: ErrorDetails) -> Problem:
         "greater_than_equal": f"{context.get('ge', 0):g} or more",
         "less_than_equal": f"{context.get('le', 0):g} or less",
         "bool_type": "true or false",
+        "too_short": f"{context.get('min_length', 0)} or more of them",
+        "too_long": f"{context.get('max_length', 0)} or fewer of them",
         "string_pattern_mismatch": "a name of letters, digits, dots and dashes",
     }
     if error["type"] == "missing":

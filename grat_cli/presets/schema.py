@@ -16,9 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -28,7 +26,9 @@ from pydantic import (
 
 from grat_cli.errors import choices
 from grat_cli.presets import ranges
+from grat_cli.presets.caches import Cache, cache_from
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
+from grat_cli.presets.section import Number, Section, as_tuple
 from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
 from grat_kernels.geometry import nests
 
@@ -145,18 +145,13 @@ def _share_or_none(value: Any) -> float | None:
     raise ValueError(f"expected a share from 0 to 1, such as 0.9, or 0 for none, not {shown(value)}")
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 Sizes = Annotated[tuple[int, ...], BeforeValidator(_sizes)]
 Radius = Annotated[int | tuple[int, ...] | None, BeforeValidator(_radius)]
 Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
 Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
 ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 Letter = Annotated[str, Field(pattern=r"^[A-Za-z]$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z]+$")]
 
@@ -168,20 +163,6 @@ def without_unused(attention: Mapping[str, Any], variant: str) -> dict[str, Any]
     return {name: value for name, value in attention.items() if name not in unused}
 
 
-class Section(BaseModel):
-    """A mapping of a preset: immutable, strict, without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, values: Any) -> Any:
-        for key in values if isinstance(values, dict) else ():
-            if key not in cls.model_fields:
-                raise invalid(f"unknown key: {choices(str(key), cls.model_fields)}", key)
-        return values
-
-
 class FarLevel(Section):
     """Groups more than `beyond` groups away are attended as means over blocks of `block` tokens."""
 
@@ -189,7 +170,7 @@ class FarLevel(Section):
     block: Sizes
 
 
-FarLevels = Annotated[tuple[FarLevel, ...] | None, BeforeValidator(_as_tuple)]
+FarLevels = Annotated[tuple[FarLevel, ...] | None, BeforeValidator(as_tuple)]
 
 
 class Attention(Section):
@@ -319,7 +300,7 @@ class Table(Section):
     """
 
     steps: Range = None
-    layers: Annotated[tuple[Word, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    layers: Annotated[tuple[Word, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
 class Schedule(Section):
@@ -334,8 +315,8 @@ class Schedule(Section):
 
     dense_steps: Amount = 0
     palette: dict[Letter, Change] = Field(default_factory=dict)
-    tables: Annotated[tuple[Table, ...], BeforeValidator(_as_tuple)] = ()
-    rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple)] = ()
+    tables: Annotated[tuple[Table, ...], BeforeValidator(as_tuple)] = ()
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(as_tuple)] = ()
 
 
 class Kernel(Section):
@@ -399,7 +380,7 @@ class HighResolution(Section):
     proportional_attention: bool = True
     low_resolution_guidance: Annotated[Number, Field(ge=0, le=1)] = 0.0
     dense_below: Annotated[int, Field(ge=0)] = 8192
-    stages: Annotated[tuple[StageOverride, ...], BeforeValidator(_as_tuple)] = ()
+    stages: Annotated[tuple[StageOverride, ...], BeforeValidator(as_tuple)] = ()
 
 
 class Memory(Section):
@@ -495,7 +476,7 @@ class Evidence(Section):
     recall: Number
     output_error: Number
     loss: Number
-    patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(_as_tuple)]
+    patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(as_tuple)]
     check: CheckEvidence | None = None
 
 
@@ -507,6 +488,7 @@ class Preset(Section):
         highres: how large pictures come about; None takes the defaults of the section.
         guard: share of full attention that each layer has to keep: those that keep less, by what is measured while the
             run goes on, go wider (`grat_cli.attention.guard`), in every stage; 0 or None for no guard.
+        cache: what steps take over from those before them, in every stage; None for nothing.
         evidence: of a tuned one.
     """
 
@@ -520,6 +502,7 @@ class Preset(Section):
     memory: Memory = Memory()
     highres: HighResolution | None = None
     guard: Annotated[float | None, BeforeValidator(_share_or_none)] = None
+    cache: Annotated[Cache | None, BeforeValidator(cache_from)] = None
     evidence: Evidence | None = None
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ class Progress:
     def __init__(self) -> None:
         self.events: list[Any] = []
         self.notes: list[str] = []
+        self.works: list[str] = []
         self.bytes_written: list[int] = []
 
     def phase(self, name: str) -> None:
@@ -36,6 +37,9 @@ class Progress:
 
     def step(self, done: int, total: int) -> None:
         self.events.append((done, total))
+
+    def work(self, text: str) -> None:
+        self.works.append(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

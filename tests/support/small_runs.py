@@ -36,6 +36,7 @@ class Progress:
     def __init__(self, after: int | None = None, at_phase: str | None = None) -> None:
         self.events: list[Any] = []
         self.notes: list[str] = []
+        self.works: list[str] = []
         self._after, self._at_phase = after, at_phase
 
     @property
@@ -52,6 +53,9 @@ class Progress:
         self.events.append((done, total))
         if len(self.steps) == self._after:
             raise KeyboardInterrupt
+
+    def work(self, text: str) -> None:
+        self.works.append(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
