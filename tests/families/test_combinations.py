@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from combinations import ATTENTIONS, FEATURES, MODELS, cell
+from combinations import ATTENTIONS, FEATURES, MODELS, cascade_cell, cell
 
 # What diffusers itself does not serve, and what is refused, by what is said of it.
 REFUSED = {
@@ -25,3 +25,9 @@ def test_each_combination_equals_stock_or_the_same_without(model: str, feature: 
 
 def _is_cache(feature: str) -> bool:
     return FEATURES[feature].plain is None
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_each_runs_in_the_stages_of_large_pictures(feature: str) -> None:
+    found = cascade_cell(feature)
+    assert found.outcome == ("near" if _is_cache(feature) else "equal"), found

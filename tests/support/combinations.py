@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pytest
+import small_pictures
 import tiny_flux
 import tiny_hunyuan
 import tiny_qwen
@@ -24,6 +26,8 @@ from accelerate import cpu_offload
 import grat_cli
 from grat_cli.errors import BadInput
 from grat_cli.families import family_of_transformer
+from grat_cli.generation import run as generation
+from grat_cli.models.loading import LoadedModel, load_model
 from grat_cli.models.offloading import offload
 from grat_cli.presets import Preset
 
@@ -33,6 +37,7 @@ EQUAL = 1e-4
 # A cache that reuses what far attention gave may be off by as much as one that reuses what full attention gave, and by
 # as much again as the two attentions differ.
 SLACK = 3.0
+FAR_APART = 40.0  # grey levels, mean: those of another picture are further apart
 CPU = torch.device("cpu")
 THRESHOLD = 1.0  # small random models move further from step to step than trained ones
 
@@ -401,15 +406,77 @@ def cell(name: str, feature_name: str, attention: Attention) -> Cell:
     return Cell("near" if fine else "wrong", f"moves it by {apart:.2f} (full attention: {of_stock:.2f})")
 
 
+# ---- Large pictures in stages
+
+
+def _bundled() -> Any:
+    return load_model(small_pictures.DEMO, device=CPU, dtype=torch.float32).pipe
+
+
+CASCADE = Model(_bundled, {}, dict, (4, 4), (2, 2))
+
+
+# Pipelines of diffusers tell their caches too little for this, so these are the presets' own.
+CACHES: Mapping[str, Mapping[str, Any]] = {
+    "first-block": {"threshold": 0.5},
+    "mag": {"threshold": 0.3, "ratios": [1.0, 0.98, 0.96, 0.94, 0.92, 0.9]},
+    "taylor": {"cache_interval": 2, "disable_cache_before_step": 1},
+    "pab": {"timesteps": "0-1000"},
+    "faster": {"timesteps": "0-1000"},
+}
+
+
+def _cascaded(pipe: Any, cache_name: str | None = None) -> torch.Tensor:
+    """Pixels of a picture in two stages, sparse in the second, from a pipeline as it is."""
+    made, chosen = LoadedModel(pipe, None), small_pictures.sparse_stages(STEPS)
+    if cache_name is not None:
+        section = {"kind": cache_name, **CACHES[cache_name]}
+        chosen = Preset.model_validate({**chosen.model_dump(), "cache": section})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "load_model", lambda *arguments, **options: made)
+        (picture,) = small_pictures.generate_staged(chosen)
+    return torch.from_numpy(picture.pixels).float()
+
+
+@cache
+def _plain_cascade() -> torch.Tensor:
+    return _cascaded(_bundled())
+
+
+def cascade_cell(feature_name: str) -> Cell:
+    """Runs a feature in the stages of a large picture, and holds it to the same stages without it."""
+    feature = FEATURES[feature_name]
+
+    if feature.plain is None:
+        moved = (_cascaded(_bundled(), feature_name) - _plain_cascade()).abs().mean().item()
+        return Cell("near" if 0 < moved < FAR_APART else "wrong", f"moves it by {moved:.1f} grey levels")
+
+    def made() -> Any:
+        pipe = _bundled() if feature.made is None else feature.made(CASCADE)
+        feature.apply(pipe)
+        return pipe
+
+    try:
+        result = _cascaded(made())
+    except BadInput as error:
+        return Cell("refused", str(error))
+    moved = (result - _plain_cascade()).abs().mean().item()
+    if feature.changes and not moved:
+        return Cell("wrong", "it does nothing")
+    apart = (result - _cascaded(feature.plain(made(), CASCADE))).abs().max().item()
+    return Cell("equal" if apart <= 1 else "wrong", f"{apart:.0f} grey levels at most from the same without")
+
+
 def main() -> None:
     """Prints every cell."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "with", *ATTENTIONS)
+    table = Table("model", "with", *ATTENTIONS, "cascade")
     for name in MODELS:
         for feature_name in FEATURES:
             cells = [cell(name, feature_name, attention) for attention in ATTENTIONS]
+            cells += [cascade_cell(feature_name)] if name == "Flux" else [Cell("refused", "no stages")]
             table.add_row(name, feature_name, *(f"{each.outcome}: {each.text}" for each in cells))
         table.add_section()
     Console(width=220).print(table, markup=False)
