@@ -184,13 +184,20 @@ class AttentionOptions:
         complete=complete_backend,
     )
 
-    def preset_for(self, choice: ModelChoice, sampling: SamplingOptions, highres: str | None = None) -> Preset:
+    def preset_for(
+        self,
+        choice: ModelChoice,
+        sampling: SamplingOptions,
+        highres: str | None = None,
+        then: tuple[Preset, str] | None = None,
+    ) -> Preset:
         """The resolved preset of a run.
 
         Args:
             choice: the model.
             sampling: gives steps and guidance.
             highres: `--highres`.
+            then: of an output that is repeated the preset, and the name of its model.
 
         Raises:
             BadInput: as `select_preset`.
@@ -210,6 +217,7 @@ class AttentionOptions:
             highres=highres,
             guard=self.guard,
             set_items=self.set_items or (),
+            then=then,
         )
 
 
@@ -385,6 +393,11 @@ EITHER_MODEL = option(
     "Default: flux-dev with a CUDA device, else demo.",
     MODEL,
     complete=complete_any_model,
+)
+PREVIEW = option(
+    "STEPS",
+    "Every so many steps, write a small picture of where it is to NAME.preview.png; removed at the end.",
+    OUTPUT,
 )
 OUT = option("PATH", "File or folder to write to. Default: a telling name in the current folder.", OUTPUT)
 OUT_BESIDE = option("PATH", "File or folder to write to. Default: beside FILE, by its name.", OUTPUT)

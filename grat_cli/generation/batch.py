@@ -29,7 +29,7 @@ from grat_cli.generation.denoising import Text
 from grat_cli.generation.inputs import refuse_sizes
 from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.run import Generator, take_up
-from grat_cli.generation.stored import request_data
+from grat_cli.generation.stored import request_data, told_model
 from grat_cli.models.devices import choose_device
 
 # Outputs are made here, with all that is kept of one until it is written, and moved to their place whole.
@@ -66,11 +66,11 @@ class Batch:
     def told(self, sample: Sample) -> dict[str, Any]:
         """What the report of a sample says of the batch: its place in the file, and all that stands there."""
         return {
-            "file": str(self.file),
+            "file": self.file.name,
             "place": sample.entry.place,
             "sample": sample.index,
             "layout": self.layout.name,
-            "item": dict(sample.entry.item),
+            "item": _told_item(sample.entry),
         }
 
 
@@ -256,6 +256,16 @@ def _request(template: Request, sample: Sample) -> Request:
     return replace(template, **told, **pictures_of(sample.entry))
 
 
+def _told_item(entry: PromptEntry) -> dict[str, Any]:
+    """What stands in the file, with the names of pictures alone."""
+    names = {
+        kind: [path.name for path in paths] if isinstance(entry.item.get(kind), list) else paths[0].name
+        for kind, paths in entry.pictures.items()
+        if paths
+    }
+    return {**entry.item, **names}
+
+
 def pictures_of(entry: PromptEntry) -> dict[str, Any]:
     """The pictures of an entry, as requests take them."""
     one = {name: next(iter(entry.pictures.get(name, ())), None) for name in ("init_image", "mask", "control")}
@@ -335,7 +345,7 @@ def _facts_asked(template: Request, sample: Sample) -> str:
         "negative prompt": request.negative_prompt,
         "seed": sample.seed,
         "size": [request.width, request.height],
-        "model": request.model.source,
+        "model": told_model(request.model)["source"],
         "quantization": request.weights.quantize,
         "pictures": [path.name for files in sample.entry.pictures.values() for path in files],
         **_facts_of_preset(request.preset.model_dump(mode="json")),

@@ -23,12 +23,14 @@ from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.request import Request
 from grat_cli.generation.stage import stages_for
 from grat_cli.generation.stored import (
+    MOST_REFERENCES,
     MOST_STEPS,
     Count,
     Name,
     Number,
     Seed,
     Side,
+    StoredPicture,
     Text,
     request_data,
     request_from_data,
@@ -376,6 +378,7 @@ class _StoredReport(BaseModel):
     density: Number
     guard: _StoredGuard | None
     peak_memory_kind: Annotated[str, Field(max_length=200)]
+    pictures: Annotated[tuple[StoredPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()
 
 
 class _StoredStage(BaseModel):

@@ -62,6 +62,7 @@ class Studio:
         surroundings: for reports.
         picture: latents `[1, C, h, w]` of the picture that every output of a request starts from, where the first stage
             is no sampling from noise.
+        known: what the files of its pictures are known by.
     """
 
     pipe: Any
@@ -70,6 +71,7 @@ class Studio:
     stages: tuple[Stage, ...]
     surroundings: report.Surroundings
     picture: Callable[[Request], torch.Tensor]
+    known: inputs.Known
 
 
 class Denoising:
@@ -233,7 +235,7 @@ class Denoising:
             record,
             datetime.now().astimezone(),
             self._stages[0].strength,
-            inputs.told(self._request, run.pictures, run.start_size),
+            inputs.told(self._request, run.pictures, run.start_size, self._studio.known),
         )
         return replace(
             run,

@@ -12,7 +12,14 @@ from grat_cli.files import whole
 from grat_cli.generation.checkpoint import Run, discard_run, files_of
 from grat_cli.generation.denoising import Denoising, Studio, Text
 from grat_cli.generation.finishing import Made, decode_run, finish, keep_latents, kept_latents, tidy_up
-from grat_cli.generation.inputs import read_pictures, read_start, reference_tokens, refuse_sizes
+from grat_cli.generation.inputs import (
+    known_before,
+    known_files,
+    read_pictures,
+    read_start,
+    reference_tokens,
+    refuse_sizes,
+)
 from grat_cli.generation.machine import memory_advice, offload_chooser, phases_of, release, surroundings
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
 from grat_cli.generation.stage import stages_for, upscaled
@@ -115,7 +122,8 @@ class Generator:
         self._pipe = self._model.pipe
         self._family.prepare(self._pipe)
         told = surroundings(self._model, self._device)
-        self._studio = Studio(self._pipe, self._device, progress, self.stages, told, self._latents_of_picture)
+        picture, known = self._latents_of_picture, self._known
+        self._studio = Studio(self._pipe, self._device, progress, self.stages, told, picture, known)
         if begun is not None:
             begun.refuse_other_weights(self._model.revision)
 
@@ -124,8 +132,10 @@ class Generator:
         self._taken = _files(request)
         if begun is not None:
             self._pictures, self._picture, self._start_size = begun.pictures, begun.picture, begun.start_size
+            self._known = known_before(begun.report)
         else:
             refuse_sizes(request)
+            self._known = known_files(request)
             start = read_start(request, self._progress)
             self._pictures = read_pictures(request, self._progress)
             self._picture, self._start_size = start, start and start.size
@@ -135,7 +145,7 @@ class Generator:
         """Reads the pictures of what is encoded or made next, where they are others than before."""
         if _files(request) != self._taken:
             self._read(request)
-            self._studio = replace(self._studio, stages=self.stages)
+            self._studio = replace(self._studio, stages=self.stages, known=self._known)
 
     @property
     def _lets_go(self) -> bool:
@@ -230,11 +240,19 @@ def _files(request: Request) -> tuple[object, ...]:
 def take_up(run: Run, device: torch.device, progress: Progress) -> None:
     """Makes a run's files this process's own, and computes on as many CPU threads as it was begun with: on others sums
     are rounded in another order."""
-    import torch
-
     for kept in files_of(run):
         whole.adopt(kept)
     threads, here = run.report.get("device", {}).get("threads"), cpu_threads(device)
-    if threads and here and threads != here:
+    if compute_on(threads, device):
         progress.note(f"the run was begun on {threads} CPU threads, and goes on with as many, not {here}")
-        torch.set_num_threads(threads)
+
+
+def compute_on(threads: int | None, device: torch.device) -> bool:
+    """Computes on so many CPU threads, if the device is a CPU; returns whether these are others than before."""
+    import torch
+
+    here = cpu_threads(device)
+    if not threads or not here or threads == here:
+        return False
+    torch.set_num_threads(threads)
+    return True
