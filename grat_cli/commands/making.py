@@ -76,6 +76,7 @@ def planned_request(
         format=format,
         quality=quality,
         checkpoint_every=checkpoint_every,
+        text_cache=not model.no_text_cache,
         **({} if pictures is None else pictures.given),
     )
     check_pictures(request)

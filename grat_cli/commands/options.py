@@ -252,6 +252,10 @@ class ModelOptions:
         "none",
     )
 
+    no_text_cache: bool = switch(
+        "Encode the prompt even if it has been before, and keep nothing of it (see grat env).", MODEL
+    )
+
     def check(self) -> None:
         """Refuses what is wrong whatever the model.
 

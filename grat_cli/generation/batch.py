@@ -36,7 +36,7 @@ from grat_cli.models.devices import choose_device
 UNFINISHED = "unfinished"
 _NOT_SHOWN_OF_PRESETS = ("name", "description", "model", "kernel", "evidence")
 # What says how an output is kept and told of, not what it shows.
-_NOT_OF_THE_OUTPUT = ("command", "checkpoint_every", "preview_every", "save_latents")
+_NOT_OF_THE_OUTPUT = ("command", "checkpoint_every", "preview_every", "save_latents", "text_cache")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ class _Worker:
 
     def __init__(self, batch: Batch, samples: Sequence[Sample], progress: _SaidOnce) -> None:
         self._batch, self._progress = batch, progress
-        self._generator = Generator(_request(batch.template, samples[0]), progress)
+        first, *later = (_request(batch.template, sample) for sample in samples)
+        self._generator = Generator(first, progress, later=later)
         self._texts: dict[tuple[Any, ...], Text] = {}
         for sample in samples:
             request = _request(batch.template, sample)

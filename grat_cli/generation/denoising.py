@@ -42,12 +42,14 @@ class Text:
         guidances: of each stage.
         lengths: text tokens of the joint sequence in each call of a step, that of the prompt first.
         phases: what encoding took, until an output is made for which it counts.
+        known: whether they have been encoded before, and are from the cache of texts.
     """
 
     tensors: Mapping[str, torch.Tensor]
     guidances: tuple[Guidance, ...]
     lengths: tuple[int, ...]
     phases: Phases
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ class Denoising:
             datetime.now().astimezone(),
             self._stages[0].strength,
             inputs.told(self._request, run.pictures, run.start_size, self._studio.known),
+            text_known=self._text.known,
         )
         return replace(
             run,

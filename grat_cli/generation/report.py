@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = "grat.report/1"
 
 # What a run cost says nothing about how to repeat it, and stays out of the output.
-_COSTS = ("phases", "steps", "peak_memory_bytes", "peak_memory_kind", "memory")
+_COSTS = ("phases", "steps", "text", "peak_memory_bytes", "peak_memory_kind", "memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,8 @@ def build_report(
     created: datetime,
     strength: float | None = None,
     pictures: Sequence[Mapping[str, Any]] = (),
+    *,
+    text_known: bool = False,
 ) -> dict[str, Any]:
     """Everything about one output as plain data, but for what it cost, which `measured` adds.
 
@@ -111,6 +113,7 @@ def build_report(
         created: when, with time zone.
         strength: share of the steps that are run on the picture that the output starts from, or None.
         pictures: that the output is made from, of `inputs.told`.
+        text_known: whether its text was in the cache of texts.
     """
     schedule, asked = record.schedule, told_request(request)
     image_tokens = schedule.grid.tokens
@@ -162,6 +165,7 @@ def build_report(
             "offload_reason": surroundings.offload_reason,
             "quantize": request.weights.quantize,
         },
+        "text": {"from": "cache" if text_known else "encoders"},
         "versions": versions(),
         "peak_memory_kind": surroundings.memory_kind,
     }

@@ -114,6 +114,7 @@ class StoredRequest(BaseModel):
     preview_every: Annotated[int, Field(ge=0)]
     save_latents: bool
     metadata: bool
+    text_cache: bool = True
     command: Text
 
     @property
@@ -157,7 +158,7 @@ def _weights_data(weights: Weights) -> dict[str, Any]:
 _TOLD_ELSEWHERE = ("prompt", "negative_prompt", "preset", "width", "height", "frames", "fps", "seeds", "command")
 _NOT_REPEATED: Mapping[str, Any] = {
     **{"checkpoint_every": None, "preview_every": 0, "save_latents": False},
-    "metadata": True,
+    **{"metadata": True, "text_cache": True},
 }
 
 

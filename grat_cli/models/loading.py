@@ -62,6 +62,7 @@ def load_model(
     weights: Weights = AS_THEY_ARE,
     choose_offload: Callable[[Any], tuple[str, str]] | None = None,
     pictures: frozenset[PictureKind] = NO_PICTURES,
+    are_texts_known: Callable[[Path, Mapping[str, torch.dtype]], bool] | None = None,
 ) -> LoadedModel:
     """Loads a model and puts it on a device.
 
@@ -73,6 +74,8 @@ def load_model(
         weights: how they come.
         choose_offload: the kind for a pipeline that is still on the CPU, and why; `auto` needs it.
         pictures: kinds of the pictures that the pipeline is to take.
+        are_texts_known: whether all texts are encoded already, by the folder of the pipeline's parts and the dtypes of
+            these; then those that encode are not loaded, and are None.
 
     Raises:
         ModelUnavailable: if it is missing, gated, damaged or out of reach, with what to do.
@@ -83,7 +86,7 @@ def load_model(
     quantized = configurations(weights.quantize, family_of(choice).large_encoder, dtype)
     dtypes = family_of(choice).dtypes(_NEURAL_PARTS, device, dtype)
     with _without_pointless_warnings():
-        pipe, folder = _load(choice, dtypes, pictures, weights.base, quantized)
+        pipe, folder = _load(choice, dtypes, pictures, weights.base, quantized, are_texts_known)
     pipe.set_progress_bar_config(disable=True)
     kind, reason = offload, "chosen by name"
     if offload == "auto":
@@ -118,13 +121,16 @@ def _load(
     pictures: frozenset[PictureKind],
     base: str | None,
     quantized: Mapping[str, Any],
+    are_texts_known: Callable[[Path, Mapping[str, torch.dtype]], bool] | None,
 ) -> tuple[Any, Path]:
     """The pipeline on the CPU, and the folder that it was read from."""
     family = family_of(choice)
     pipeline = family.pipeline_of(choice, choice.needs | pictures)
     folder = _folder_of_parts(choice, pipeline, base)
+    known = are_texts_known is not None and are_texts_known(folder, dtypes)
+    given: dict[str, Any] = dict.fromkeys(family.text_parts) if known else {}
     if choice.kind != "file":
-        return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
+        return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized, **given), folder
     assert base is not None, "a file has a base, or is refused"
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     if "transformer_2" in read_index(folder / "model_index.json").classes(base, family.classes):
@@ -133,7 +139,7 @@ def _load(
             "give a folder with both as --model"
         )
     transformer = _load_file(choice, base, dtypes["transformer"], quantized.get("transformer"))
-    return _load_folder(pipeline, folder, base, family, dtypes, quantized, transformer=transformer), folder
+    return _load_folder(pipeline, folder, base, family, dtypes, quantized, transformer=transformer, **given), folder
 
 
 def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
