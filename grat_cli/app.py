@@ -20,6 +20,7 @@ from grat_cli.commands.info import info
 from grat_cli.commands.parameters import with_options
 from grat_cli.commands.plan import plan
 from grat_cli.commands.presets import presets
+from grat_cli.commands.rerun import rerun
 from grat_cli.commands.resume import resume
 from grat_cli.commands.tune import tune
 from grat_cli.commands.video import video
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (image, video, batch, resume, decode, plan, attend, tune, bench, compare, presets, env, info):
+for command in (image, video, batch, resume, rerun, decode, plan, attend, tune, bench, compare, presets, env, info):
     app.command()(with_options(command))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,24 @@ torch.set_num_threads(1)
 
 settings.register_profile("grat", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("grat")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_all_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing is read from the user's cache, nor written to it, by processes that tests start neither."""
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("cache")
+    patch.setenv("GRAT_CACHE", str(folder / "of fixtures"))
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def cache_of_a_test(cache_of_all_tests: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A cache that begins empty with each test; the folder is made when something is kept there."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = cache_of_all_tests / sha256(request.node.nodeid.encode()).hexdigest()[:16]
+        patch.setenv("GRAT_CACHE", str(folder))
+        yield folder
 
 
 # Files of few tests that take long begin first, so that no process is left with one of them at the end.

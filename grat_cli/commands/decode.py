@@ -51,7 +51,7 @@ def decode(
     from grat_cli.commands import making
     from grat_cli.errors import BadInput
     from grat_cli.files import outputs
-    from grat_cli.files.formats import choose_format, require_writable
+    from grat_cli.files.formats import choose_format, kept_format, require_writable
     from grat_cli.files.whole import claimed
     from grat_cli.generation.checkpoint import find_run, place_of, read_run
     from grat_cli.generation.finishing import decode_run
@@ -73,10 +73,7 @@ def decode(
         if value is not None:
             noun = "pictures" if request.frames else "videos"
             raise BadInput(f"{flag} is for {noun}, and {kept} is none of one: leave it out")
-    by_name = out is not None and bool(out.suffix) and not out.is_dir()
-    chosen_format, suffix = choose_format(
-        request.model.medium, out, request.format if format is None and not by_name else format
-    )
+    chosen_format, suffix = choose_format(request.model.medium, out, kept_format(out, format, request.format))
     encoding = crf if quality is None else quality
     request = replace(
         request,

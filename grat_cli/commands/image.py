@@ -26,11 +26,7 @@ def image(
     highres: str | None = options.HIGHRES,
     attention: options.AttentionOptions,
     model: options.ModelOptions,
-    preview: int | None = option(
-        "STEPS",
-        "Every so many steps, write a small picture of where it is to NAME.preview.png; removed at the end.",
-        options.OUTPUT,
-    ),
+    preview: int | None = options.PREVIEW,
     out: Path | None = options.OUT,
     format: str | None = option(
         "NAME",

@@ -77,6 +77,7 @@ def planned_request(
         format=format,
         quality=quality,
         checkpoint_every=checkpoint_every,
+        text_cache=not model.no_text_cache,
         **({} if pictures is None else pictures.given),
     )
     check_pictures(request)
@@ -116,13 +117,14 @@ def refuse_unfit(request: Request, size: Any) -> None:
     )
 
 
-def placed(request: Request, out: Path | None, suffix: str) -> Request:
+def placed(request: Request, out: Path | None, suffix: str, never: Path | None = None) -> Request:
     """The request with a place for the output of each seed.
 
     Args:
         request: with prompt and seeds.
         out: `--out`.
         suffix: of the files.
+        never: a file that is replaced in no case, nor is what lies beside it under its name.
 
     Raises:
         BadInput: if something is there that may not be overwritten, or cannot be written.
@@ -130,6 +132,10 @@ def placed(request: Request, out: Path | None, suffix: str) -> Request:
     now, word = datetime.now().astimezone(), variant_word(request.preset)
     names = [outputs.default_name(now, request.prompt, request.size, word, seed, suffix) for seed in request.seeds]
     paths = outputs.output_paths(out, names, request.seeds, suffix)
+    kept = set() if never is None else {never.resolve(), outputs.report_path(never).resolve()}
+    for path in paths:
+        if kept & {path.resolve(), outputs.report_path(path).resolve()}:
+            raise BadInput(f"{path} is what is repeated, and stays as it is: use another --out")
     refuse_unwritable(paths, overwrite=request.overwrite, previews=request.preview_every > 0)
     return replace(request, outputs=tuple(paths))
 

@@ -198,13 +198,20 @@ class AttentionOptions:
         complete=complete_backend,
     )
 
-    def preset_for(self, choice: ModelChoice, sampling: SamplingOptions, highres: str | None = None) -> Preset:
+    def preset_for(
+        self,
+        choice: ModelChoice,
+        sampling: SamplingOptions,
+        highres: str | None = None,
+        then: tuple[Preset, str] | None = None,
+    ) -> Preset:
         """The resolved preset of a run.
 
         Args:
             choice: the model.
             sampling: gives steps and guidance.
             highres: `--highres`.
+            then: of an output that is repeated the preset, and the name of its model.
 
         Raises:
             BadInput: as `select_preset`.
@@ -225,6 +232,7 @@ class AttentionOptions:
             guard=self.guard,
             cache=self.cache,
             set_items=self.set_items or (),
+            then=then,
         )
 
 
@@ -281,6 +289,10 @@ class ModelOptions:
         "none",
     )
     allow_pickle: bool = switch("Read tensors from .bin, .pt and .ckpt files too, and nothing else of them.", MODEL)
+
+    no_text_cache: bool = switch(
+        "Encode the prompt even if it has been before, and keep nothing of it (see grat env).", MODEL
+    )
 
     def check(self) -> None:
         """Refuses what is wrong whatever the model.
@@ -447,6 +459,11 @@ EITHER_MODEL = option(
     "Default: flux-dev with a CUDA device, else demo.",
     MODEL,
     complete=complete_any_model,
+)
+PREVIEW = option(
+    "STEPS",
+    "Every so many steps, write a small picture of where it is to NAME.preview.png; removed at the end.",
+    OUTPUT,
 )
 OUT = option("PATH", "File or folder to write to. Default: a telling name in the current folder.", OUTPUT)
 OUT_BESIDE = option("PATH", "File or folder to write to. Default: beside FILE, by its name.", OUTPUT)

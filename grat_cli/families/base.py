@@ -245,6 +245,7 @@ class Family(ABC):
         text_encoders: of the known models that are not bundled.
         autoencoder: likewise.
         tile: side in pixels of what its autoencoder decodes at once, where nothing else is asked for.
+        looks_at: kinds of pictures that the encoders of text look at as well.
         large_encoder: the part, beside the transformer, that is large enough to be quantized.
         autoencoder_dtype: dtype of the autoencoder, where that is always the same.
         half_beside: dtype of the parts beside the transformer where that is in half precision on a CUDA device; None
@@ -277,6 +278,7 @@ class Family(ABC):
     text_encoders: ClassVar[tuple[TextEncoderShape, ...]]
     autoencoder: ClassVar[AutoencoderShape]
     tile: ClassVar[int] = 256
+    looks_at: ClassVar[frozenset[PictureKind]] = NO_PICTURES
     large_encoder: ClassVar[str]
     autoencoder_dtype: ClassVar[str | None] = None
     half_beside: ClassVar[str | None] = None
@@ -402,6 +404,11 @@ class Family(ABC):
         return 0
 
     # ---- Loading
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Parts of a pipeline that encode text, and are for nothing else."""
+        return tuple(part for part in self.classes if part.startswith(("text_encoder", "tokenizer")))
 
     @abstractmethod
     def pipeline_class(self, kinds: frozenset[PictureKind] = NO_PICTURES) -> Any:

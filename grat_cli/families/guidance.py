@@ -31,6 +31,17 @@ class Guidance:
     notes: tuple[str, ...] = ()
 
 
+def encoded_negative(model: ModelChoice, preset: Preset, negative_prompt: str | None) -> str | None:
+    """The negative prompt of `choose_guidance`, which is known before a model is loaded."""
+    if not model.true_guidance:
+        return negative_prompt
+    given = preset.sampling.guidance
+    scale = model.default_guidance if given is None else given
+    if scale is None or scale <= 1:
+        return None
+    return model.negative_prompt if negative_prompt is None else negative_prompt
+
+
 def choose_guidance(pipe: Any, model: ModelChoice, preset: Preset, negative_prompt: str | None) -> Guidance:
     """The guidance for a model.
 
@@ -41,10 +52,10 @@ def choose_guidance(pipe: Any, model: ModelChoice, preset: Preset, negative_prom
     family, given = family_of(model), preset.sampling.guidance
     scale = model.default_guidance if given is None else given
     if model.true_guidance:
-        if scale is None or scale <= 1:
+        negative = encoded_negative(model, preset, negative_prompt)
+        if negative is None:
             ignored = ("without guidance above 1 the negative prompt has no effect",) if negative_prompt else ()
             return Guidance(None, family.guided(model, None), notes=ignored)
-        negative = model.negative_prompt if negative_prompt is None else negative_prompt
         return Guidance(scale, family.guided(model, scale), negative)
 
     if pipe.transformer.config.guidance_embeds:

@@ -167,6 +167,7 @@ class Hunyuan(Family):
     text_first = False
     text_encoders = (_LLAMA_8B, CLIP_L)
     autoencoder = _AUTOENCODER
+    looks_at: ClassVar[frozenset[PictureKind]] = frozenset(["start"])
     large_encoder = "text_encoder"
     half_beside = "float16"  # as in its own example, in diffusers and on its model card
     lets_go = True

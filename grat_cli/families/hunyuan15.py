@@ -306,6 +306,7 @@ class Hunyuan15(Family):
     text_first = False
     text_encoders = (_QWEN_7B, _BYT5)
     autoencoder = _AUTOENCODER
+    looks_at: ClassVar[frozenset[PictureKind]] = frozenset(["start"])
     large_encoder = "text_encoder"
     lets_go = True
     full_note = (

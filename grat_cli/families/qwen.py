@@ -220,6 +220,7 @@ class Qwen(Family):
     text_encoders = (_QWEN_VL_7B,)
     autoencoder = _AUTOENCODER
     tile = QwenImageAutoencoder.tile
+    looks_at: ClassVar[frozenset[PictureKind]] = frozenset(["reference"])
     large_encoder = "text_encoder"
     lets_go = True
     stages = True

@@ -33,6 +33,12 @@ def choose_format(medium: str, out: Path | None, name: str | None) -> tuple[str,
     return chosen, SUFFIXES[chosen]
 
 
+def kept_format(out: Path | None, name: str | None, then: str) -> str | None:
+    """`--format` of an output that follows an earlier one: as typed, None where `--out` ends in one, else as then."""
+    ends_in_one = out is not None and bool(out.suffix) and not out.is_dir()
+    return then if name is None and not ends_in_one else name
+
+
 def require_writable(format: str, width: int, height: int, *, fps: int | None, quality: int | None) -> None:
     """Makes sure, before any work is done, that an output can be written in a format.
 

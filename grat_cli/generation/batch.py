@@ -31,7 +31,7 @@ from grat_cli.generation.denoising import Text
 from grat_cli.generation.inputs import refuse_sizes
 from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.run import Generator, take_up
-from grat_cli.generation.stored import request_data
+from grat_cli.generation.stored import request_data, told_model
 from grat_cli.models.devices import choose_device
 from grat_cli.models.lora import own_name
 from grat_cli.models.weights import Lora
@@ -40,7 +40,7 @@ from grat_cli.models.weights import Lora
 UNFINISHED = "unfinished"
 _NOT_SHOWN_OF_PRESETS = ("name", "description", "model", "kernel", "evidence")
 # What says how an output is kept and told of, not what it shows.
-_NOT_OF_THE_OUTPUT = ("command", "checkpoint_every", "preview_every", "save_latents")
+_NOT_OF_THE_OUTPUT = ("command", "checkpoint_every", "preview_every", "save_latents", "text_cache")
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Batch:
     def told(self, sample: Sample) -> dict[str, Any]:
         """What the report of a sample says of the batch: its place in the file, and all that stands there."""
         return {
-            "file": str(self.file),
+            "file": self.file.name,
             "place": sample.entry.place,
             "sample": sample.index,
             "layout": self.layout.name,
-            "item": dict(sample.entry.item),
+            "item": _told_item(sample.entry),
         }
 
 
@@ -169,7 +169,8 @@ class _Worker:
 
     def __init__(self, batch: Batch, samples: Sequence[Sample], progress: _SaidOnce) -> None:
         self._batch, self._progress = batch, progress
-        self._generator = Generator(_request(batch.template, samples[0]), progress)
+        first, *later = (_request(batch.template, sample) for sample in samples)
+        self._generator = Generator(first, progress, later=later)
         self._texts: dict[tuple[Any, ...], Text] = {}
         for sample in samples:
             request = _request(batch.template, sample)
@@ -263,6 +264,16 @@ def _request(template: Request, sample: Sample) -> Request:
     return replace(template, **told, **pictures_of(sample.entry))
 
 
+def _told_item(entry: PromptEntry) -> dict[str, Any]:
+    """What stands in the file, with the names of pictures alone."""
+    names = {
+        kind: [path.name for path in paths] if isinstance(entry.item.get(kind), list) else paths[0].name
+        for kind, paths in entry.pictures.items()
+        if paths
+    }
+    return {**entry.item, **names}
+
+
 def pictures_of(entry: PromptEntry) -> dict[str, Any]:
     """The pictures of an entry, as requests take them."""
     one = {name: next(iter(entry.pictures.get(name, ())), None) for name in ("init_image", "mask", "control")}
@@ -342,7 +353,7 @@ def _facts_asked(template: Request, sample: Sample) -> str:
         "negative prompt": request.negative_prompt,
         "seed": sample.seed,
         "size": [request.width, request.height],
-        "model": request.model.source,
+        "model": told_model(request.model)["source"],
         **_loras_asked(request.weights.loras),
         "quantization": [request.weights.quantize, request.weights.cast],
         "text encoder": request.weights.text_encoder and Path(request.weights.text_encoder).name,

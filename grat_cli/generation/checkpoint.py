@@ -23,6 +23,7 @@ from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.request import Request
 from grat_cli.generation.stage import stages_for
 from grat_cli.generation.stored import (
+    MOST_REFERENCES,
     MOST_STEPS,
     Count,
     Name,
@@ -31,6 +32,7 @@ from grat_cli.generation.stored import (
     Ranges,
     Seed,
     Side,
+    StoredPicture,
     Text,
     request_data,
     request_from_data,
@@ -440,6 +442,7 @@ class _StoredReport(BaseModel):
     guard: _StoredGuard | None
     cache: _StoredCaching | None = None
     peak_memory_kind: Annotated[str, Field(max_length=200)]
+    pictures: Annotated[tuple[StoredPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()
 
 
 class _StoredStage(BaseModel):

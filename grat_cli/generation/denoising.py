@@ -48,12 +48,14 @@ class Text:
         guidances: of each stage.
         lengths: text tokens of the joint sequence in each call of a step, that of the prompt first.
         phases: what encoding took, until an output is made for which it counts.
+        known: whether they have been encoded before, and are from the cache of texts.
     """
 
     tensors: Mapping[str, torch.Tensor]
     guidances: tuple[Guidance, ...]
     lengths: tuple[int, ...]
     phases: Phases
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Studio:
         surroundings: for reports.
         picture: latents `[1, C, h, w]` of the picture that every output of a request starts from, where the first stage
             is no sampling from noise.
+        known: what the files of its pictures are known by.
     """
 
     pipe: Any
@@ -76,6 +79,7 @@ class Studio:
     stages: tuple[Stage, ...]
     surroundings: report.Surroundings
     picture: Callable[[Request], torch.Tensor]
+    known: inputs.Known
 
 
 class Denoising:
@@ -260,7 +264,8 @@ class Denoising:
             record,
             datetime.now().astimezone(),
             self._stages[0].strength,
-            inputs.told(self._request, run.pictures, run.start_size),
+            inputs.told(self._request, run.pictures, run.start_size, self._studio.known),
+            text_known=self._text.known,
         )
         return replace(
             run,

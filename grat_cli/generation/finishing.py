@@ -17,6 +17,7 @@ from grat_cli.generation import report
 from grat_cli.generation.checkpoint import LATENTS_ENDING, Run, discard_run, write_run
 from grat_cli.generation.frames import FrameCheck, checked_frames
 from grat_cli.generation.request import Request, WritingProgress
+from grat_cli.generation.stored import told_model
 from grat_cli.generation.timing import Phases, phase_of
 from grat_cli.models.devices import (
     choose_device,
@@ -67,21 +68,24 @@ def decode_run(
             )
         request.family.prepare(pipe, tile)
         if command:
-            run = replace(run, report={**run.report, **_decoded(request, tile, command)})
+            run = replace(run, report={**run.report, **_decoded(run, request, tile, command)})
         return finish(pipe, device, run, request, output, phases, progress, tile)
 
 
-def _decoded(request: Request, tile: int | None, command: str) -> dict[str, Any]:
+def _decoded(run: Run, request: Request, tile: int | None, command: str) -> dict[str, Any]:
     """What a report says of an output that was not decoded by the run itself."""
-    of_video = {}
+    asked, of_video = run.report.get("asked"), {}
+    if isinstance(asked, dict):
+        asked = {"asked": {**asked, "format": request.format, "quality": request.quality}}
     if request.frames and request.fps:
         seconds = round(request.frames / request.fps, 3)
         of_video = {"fps": request.fps, "seconds": seconds, "format": request.format, "crf": request.quality}
     return {
+        **(asked or {}),
         **of_video,
         "decoded": {
-            "command": command,
-            "model": request.model.source,
+            "command": report.without_folders(command),
+            "model": told_model(request.model)["source"],
             "device": request.device,
             "dtype": request.dtype,
             "tile": tile,

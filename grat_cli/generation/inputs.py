@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
-from grat_cli.families.base import ModelChoice, Pictures
+from grat_cli.families.base import ModelChoice, PictureKind, Pictures
+from grat_cli.files.fingerprint import fingerprint
 from grat_cli.files.pictures import MOST_PIXELS, picture_size, read_picture
 from grat_cli.generation.request import Progress, Request
 from grat_cli.models.picture_kinds import OPTIONS
@@ -65,9 +66,7 @@ def start_size(request: Request, picture: tuple[int, int]) -> tuple[int, int]:
 
 
 def _given(request: Request) -> list[tuple[Path, str]]:
-    one = {"start": request.init_image, "mask": request.mask, "control": request.control}
-    given = [(path, OPTIONS[kind]) for kind, path in one.items() if path is not None]  # pyright: ignore
-    return given + [(path, OPTIONS["reference"]) for path in request.references]
+    return [(path, OPTIONS[kind]) for kind, path in _files(request)]
 
 
 def _size(path: Path, option: str) -> tuple[int, int]:
@@ -137,25 +136,69 @@ def _note_cut(request: Request, path: Path, picture: Image.Image, progress: Prog
         )
 
 
-def told(request: Request, pictures: Pictures, start: tuple[int, int] | None) -> list[dict[str, Any]]:
-    """Kind, file name and size in pixels of each picture that an output is made from, for reports.
+Known = Mapping[PictureKind, Sequence[Mapping[str, Any]]]
+"""What the files of pictures are known by: of each kind, in the order in which they are given."""
+
+
+def known_files(request: Request) -> Known:
+    """Size in bytes and SHA-256 of the files of a request's pictures.
+
+    Raises:
+        BadInput: if one cannot be read.
+    """
+    known: dict[PictureKind, list[Mapping[str, Any]]] = {}
+    for kind, path in _files(request):
+        try:
+            found = fingerprint(path)
+        except OSError as error:
+            raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+        known.setdefault(kind, []).append({"bytes": found.bytes, "sha256": found.sha256})
+    return known
+
+
+def known_before(report: Mapping[str, Any]) -> Known:
+    """The same of a run that is taken up, as its report says."""
+    known: dict[PictureKind, list[Mapping[str, Any]]] = {}
+    for picture in report.get("pictures", ()):
+        own = {name: picture[name] for name in ("bytes", "sha256") if name in picture}
+        known.setdefault(picture["kind"], []).append(own)
+    return known
+
+
+def _files(request: Request) -> list[tuple[PictureKind, Path]]:
+    one: dict[PictureKind, Path | None] = {
+        "start": request.init_image,
+        "mask": request.mask,
+        "control": request.control,
+    }
+    given: list[tuple[PictureKind, Path]] = [(kind, path) for kind, path in one.items() if path is not None]
+    return [*given, *(("reference", path) for path in request.references)]
+
+
+def told(
+    request: Request, pictures: Pictures, start: tuple[int, int] | None, known: Known | None = None
+) -> list[dict[str, Any]]:
+    """Kind, file name, size in pixels and identity of each picture that an output is made from, for reports.
 
     Args:
         request: which files.
         pictures: that the pipeline is given.
         start: width and height of the picture that is redone, or None.
+        known: what the files are known by.
     """
     one = {"start": pictures.start, "mask": pictures.mask, "control": pictures.control}
     sizes = {kind: picture.size for kind, picture in one.items() if picture is not None}
     if start is not None:
         sizes["start"] = start
-    paths = {"start": request.init_image, "mask": request.mask, "control": request.control}
-    parts = [(kind, path, sizes[kind]) for kind, path in paths.items() if path is not None and kind in sizes]
-    parts += [
-        ("reference", path, picture.size)
-        for path, picture in zip(request.references, pictures.references, strict=False)
-    ]
-    return [{"kind": kind, "file": path.name, "width": size[0], "height": size[1]} for kind, path, size in parts]
+    of_references = iter([picture.size for picture in pictures.references])
+    identities = {kind: iter(ones) for kind, ones in (known or {}).items()}
+    parts = []
+    for kind, path in _files(request):
+        identity = next(identities.get(kind, iter(())), {})
+        size = next(of_references, None) if kind == "reference" else sizes.get(kind)
+        if size is not None:
+            parts.append({"kind": kind, "file": path.name, "width": size[0], "height": size[1], **identity})
+    return parts
 
 
 # ---- In files of a run

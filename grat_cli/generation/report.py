@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.console.run_tables import ranges_text
 from grat_cli.estimates.stages import Stage, stage_data
+from grat_cli.generation.stored import told_request
 from grat_cli.generation.timing import StepTiming, by_name, of_stage
+from grat_cli.models.catalogue import HUB_ID
 from grat_cli.models.environment import versions
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = "grat.report/1"
 
 # What a run cost says nothing about how to repeat it, and stays out of the output.
-_COSTS = ("phases", "steps", "peak_memory_bytes", "peak_memory_kind", "memory")
+_COSTS = ("phases", "steps", "text", "peak_memory_bytes", "peak_memory_kind", "memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,8 @@ def build_report(
     created: datetime,
     strength: float | None = None,
     pictures: Sequence[Mapping[str, Any]] = (),
+    *,
+    text_known: bool = False,
 ) -> dict[str, Any]:
     """Everything about one output as plain data, but for what it cost, which `measured` adds.
 
@@ -153,13 +158,14 @@ def build_report(
         created: when, with time zone.
         strength: share of the steps that are run on the picture that the output starts from, or None.
         pictures: that the output is made from, of `inputs.told`.
+        text_known: whether its text was in the cache of texts.
     """
-    schedule = record.schedule
+    schedule, asked = record.schedule, told_request(request)
     image_tokens = schedule.grid.tokens
     return {
         "schema": SCHEMA,
         "created": created.isoformat(timespec="seconds"),
-        "command": request.command,
+        "command": without_folders(request.command),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": seed,
@@ -167,16 +173,17 @@ def build_report(
         "height": request.height,
         **_of_medium(request, strength),
         "pictures": [dict(picture) for picture in pictures],
+        "asked": asked,
         "preset": request.preset.model_dump(mode="json"),
         "model": {
-            "name": request.model.name,
-            "source": request.model.source,
+            "name": asked["model"]["name"],
+            "source": asked["model"]["source"],
             "family": request.model.presets,
             "revision": surroundings.revision,
-            "base": request.weights.base,
             "loras": [dict(lora) for lora in surroundings.loras],
             "text_encoder": _name_of(request.weights.text_encoder),
             "weights": [dict(file) for file in surroundings.weights],
+            "base": asked["weights"]["base"],
             "reason": request.model.reason,
         },
         "sampling": {"steps": record.stage.steps, "guidance": record.guidance, "shift": record.shift},
@@ -208,6 +215,7 @@ def build_report(
             "quantize": request.weights.quantize,
             "cast": request.weights.cast,
         },
+        "text": {"from": "cache" if text_known else "encoders"},
         "versions": versions(),
         "peak_memory_kind": surroundings.memory_kind,
     }
@@ -216,6 +224,44 @@ def build_report(
 def _name_of(file: str | None) -> str | None:
     """A file's own name: where it lies is nobody's business."""
     return None if file is None else Path(file).name
+
+
+# Options whose values are files, and those whose values may also be hub ids.
+_OF_FILES = (
+    *("--out", "--init-image", "--mask", "--control", "--reference", "--preset"),
+    *("--model", "--base", "--lora", "--text-encoder"),
+)
+_OF_HUB_IDS = ("--model", "--base", "--lora", "--text-encoder")
+
+
+def without_folders(command: str) -> str:
+    """A command line with the names of files alone: where they lay is nobody's business, and helps nobody elsewhere."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of a file that somebody else wrote
+        return ""
+    told, before = [], ""
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        told.append(f"{option}={_name_alone(option, value)}" if equals else _name_alone(option, word))
+        before = word
+    return shlex.join(told)
+
+
+def _name_alone(option: str, value: str) -> str:
+    """What stands after an option, or anywhere, in a command line: of a path its last part."""
+    place = value.partition("@")[0]
+    looks_so = value.startswith(("/", "~", "./", "../")) and not any(map(str.isspace, value))
+    of_hub = option in _OF_HUB_IDS and HUB_ID.match(value) and not _exists(place)
+    is_path = looks_so or (option in _OF_FILES and not of_hub) or _exists(place)
+    return value.rstrip("/").rpartition("/")[2] if "/" in value and is_path else value
+
+
+def _exists(place: str) -> bool:
+    try:
+        return Path(place).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # a prompt, which no path could be
+        return False
 
 
 def _of_medium(request: Request, strength: float | None) -> dict[str, Any]:
@@ -229,7 +275,7 @@ def _of_medium(request: Request, strength: float | None) -> dict[str, Any]:
             "crf": request.quality,
         }
     return {
-        "init_image": None if request.init_image is None else str(request.init_image),
+        "init_image": None if request.init_image is None else request.init_image.name,
         "strength": None if request.init_image is None else strength,
     }
 

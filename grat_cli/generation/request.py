@@ -58,6 +58,7 @@ class Request:
         save_latents: whether the latents are kept beside the output.
         checkpoint_every: steps between checkpoints; 0 for none, None for one about every two minutes.
         preview_every: steps between previews; 0 for none.
+        text_cache: whether embeddings of the prompt are read from the cache of texts, and kept there.
         command: the command line as typed, for the report.
     """
 
@@ -87,6 +88,7 @@ class Request:
     save_latents: bool = False
     checkpoint_every: int | None = None
     preview_every: int = 0
+    text_cache: bool = True
     command: str = ""
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,15 @@ from grat_cli.files import whole
 from grat_cli.generation.checkpoint import Run, discard_run, files_of
 from grat_cli.generation.denoising import Denoising, Studio, Text
 from grat_cli.generation.finishing import Made, decode_run, finish, keep_latents, kept_latents, tidy_up
-from grat_cli.generation.inputs import read_pictures, read_start, reference_tokens, refuse_sizes
+from grat_cli.generation.inputs import (
+    known_before,
+    known_files,
+    read_pictures,
+    read_start,
+    reference_tokens,
+    refuse_sizes,
+)
+from grat_cli.generation.known_texts import KnownTexts, negative_of
 from grat_cli.generation.machine import memory_advice, offload_chooser, phases_of, release, surroundings
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
 from grat_cli.generation.stage import stages_for, upscaled
@@ -83,7 +91,13 @@ class Generator:
         stages: of the outputs of a request.
     """
 
-    def __init__(self, request: Request, progress: WritingProgress, begun: Run | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        progress: WritingProgress,
+        begun: Run | None = None,
+        later: Sequence[Request] = (),
+    ) -> None:
         """Loads the model.
 
         Args:
@@ -91,13 +105,21 @@ class Generator:
                 with `take` in the pictures that they are made from.
             progress: told how it goes on.
             begun: the run that is taken up.
+            later: what is made afterwards, as far as it is known: where the texts of all are, no encoder is loaded.
         """
         self._device, self._progress, self._family = choose_device(request.device), progress, request.family
         self._picture: Image.Image | torch.Tensor | None
         self._read(request, begun)
         self._common = phases_of(self._device)
+        texts = [(one, negative_of(one, self.stages)) for one in (request, *later)]
+        self._texts = KnownTexts(texts, self._device, progress)
+        self._load(request, self._texts.look)
+        if begun is not None:
+            self.refuse_other_weights(begun)
 
+    def _load(self, request: Request, are_texts_known: Callable[..., bool] | None = None) -> None:
         # 2. Load.
+        progress = self._progress
         with memory_advice(request, self._device, self.stages[0]):
             progress.phase("load")
             with self._common("load"):
@@ -109,6 +131,7 @@ class Generator:
                     choose_offload=offload_chooser(request, self._device, self._reference_tokens(request)),
                     pictures=request.kinds,
                     weights=request.weights,
+                    are_texts_known=are_texts_known,
                 )
             if request.offload == "auto":
                 progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")
@@ -118,17 +141,18 @@ class Generator:
         self._pipe = self._model.pipe
         self._family.prepare(self._pipe)
         told = surroundings(self._model, self._device)
-        self._studio = Studio(self._pipe, self._device, progress, self.stages, told, self._latents_of_picture)
-        if begun is not None:
-            self.refuse_other_weights(begun)
+        picture, known = self._latents_of_picture, self._known
+        self._studio = Studio(self._pipe, self._device, progress, self.stages, told, picture, known)
 
     def _read(self, request: Request, begun: Run | None = None) -> None:
         """Pictures and stages of a request; of a run that is taken up, as they were."""
         self._taken = _files(request)
         if begun is not None:
             self._pictures, self._picture, self._start_size = begun.pictures, begun.picture, begun.start_size
+            self._known = known_before(begun.report)
         else:
             refuse_sizes(request)
+            self._known = known_files(request)
             start = read_start(request, self._progress)
             self._pictures = read_pictures(request, self._progress)
             self._picture, self._start_size = start, start and start.size
@@ -138,7 +162,7 @@ class Generator:
         """Reads the pictures of what is encoded or made next, where they are others than before."""
         if _files(request) != self._taken:
             self._read(request)
-            self._studio = replace(self._studio, stages=self.stages)
+            self._studio = replace(self._studio, stages=self.stages, known=self._known)
 
     @property
     def _lets_go(self) -> bool:
@@ -179,10 +203,20 @@ class Generator:
             phases = phases_of(self._device)
             with phases("text"):
                 negative = next((one.negative_prompt for one in guidances if one.negative_prompt is not None), None)
-                pipe = self._family.pipeline_for(self._pipe, request.handed)
-                tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
+                tensors, known = self._texts.find(request, negative), True
+                if tensors is None:
+                    tensors, known = self._encoded(request, negative), False
+                    self._texts.keep(request, negative, tensors)
                 lengths = self._family.text_lens(tensors)
-                return Text({name: tensor.cpu() for name, tensor in tensors.items()}, guidances, lengths, phases)
+                return Text(tensors, guidances, lengths, phases, known)
+
+    def _encoded(self, request: Request, negative: str | None) -> dict[str, torch.Tensor]:
+        """In main memory."""
+        if self._texts.all_known:  # but for one that nobody told of before
+            self._load(request)
+        pipe = self._family.pipeline_for(self._pipe, request.handed)
+        tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
@@ -232,11 +266,19 @@ def _files(request: Request) -> tuple[object, ...]:
 def take_up(run: Run, device: torch.device, progress: Progress) -> None:
     """Makes a run's files this process's own, and computes on as many CPU threads as it was begun with: on others sums
     are rounded in another order."""
-    import torch
-
     for kept in files_of(run):
         whole.adopt(kept)
     threads, here = run.report.get("device", {}).get("threads"), cpu_threads(device)
-    if threads and here and threads != here:
+    if compute_on(threads, device):
         progress.note(f"the run was begun on {threads} CPU threads, and goes on with as many, not {here}")
-        torch.set_num_threads(threads)
+
+
+def compute_on(threads: int | None, device: torch.device) -> bool:
+    """Computes on so many CPU threads, if the device is a CPU; returns whether these are others than before."""
+    import torch
+
+    here = cpu_threads(device)
+    if not threads or not here or threads == here:
+        return False
+    torch.set_num_threads(threads)
+    return True

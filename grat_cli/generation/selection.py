@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from grat_cli.errors import BadInput, choices
 from grat_cli.families import family_of, family_of_presets
 from grat_cli.families.base import Medium, ModelChoice
-from grat_cli.models.catalogue import medium_of_name
+from grat_cli.models.catalogue import KNOWN_MODELS, medium_of_name
 from grat_cli.presets import VARIANTS, Preset, Sampling, load_preset, preset_names, resolve_preset
 
 RECOMMENDED = "far"
@@ -31,6 +32,7 @@ def select_preset(
     guard: float | None = None,
     cache: str | None = None,
     set_items: Sequence[str] = (),
+    then: tuple[Preset, str] | None = None,
 ) -> Preset:
     """The resolved preset of a run.
 
@@ -38,11 +40,20 @@ def select_preset(
     preset's own. On videos `x` is short for `planes`, as the authors of GRAT-X published it, or with a share of 2 for
     `lines`. A preset that comes with grat serves all models of a family, so steps, guidance and shift are the model's.
 
+    Of an output that is repeated, `then` is its preset and the name of its model: what is not typed stays as it was,
+    but for what only followed from another model.
+
     Raises:
         BadInput: naming the option that does not fit.
     """
     variants = family_of(model).presets[model.presets]
-    if preset is None:
+    word = None if then is None else then[0].name.removeprefix(f"{then[0].model}-")
+    ours = then is not None and then[0].name in preset_names() and word in variants
+    if then is not None and preset is None and (variant is None or not ours):
+        base = then[0]
+        if ours and base.model != model.presets:
+            base = load_preset(f"{model.presets}-{word}")
+    elif preset is None:
         if variant == "x" and variant not in variants:
             variant = "lines" if share == 2 else "planes"
         if variant is not None and variant not in variants:
@@ -58,7 +69,9 @@ def select_preset(
             )
     if len(base.attention.group) != family_of(model).axes:
         raise BadInput(f"preset {base.name} is for {base.model} models, {model.name} is not one: see grat presets")
-    if base.name in preset_names():
+    if then is not None and preset is None:
+        base = base.model_copy(update=_kept_of(*then, model))
+    elif base.name in preset_names():
         shift = model.default_shift if base.sampling.shift is None else base.sampling.shift
         sampling = Sampling(steps=model.default_steps, guidance=model.default_guidance, shift=shift)
         base = base.model_copy(update={"sampling": sampling})
@@ -76,6 +89,30 @@ def select_preset(
         guard=guard,
         cache=cache,
     )
+
+
+def _kept_of(then: Preset, of: str, model: ModelChoice) -> dict[str, Any]:
+    """What of a preset stays when its output is repeated by a model: all but attention and when it changes.
+
+    Args:
+        then: the preset.
+        of: name of the model of then.
+        model: that repeats it.
+    """
+    sampling, before = then.sampling, KNOWN_MODELS[model.medium].get(of)
+    if of != model.name and before is not None:
+
+        def followed(value: Any, default: Any, own: Any) -> Any:
+            return own if value == default else value
+
+        sampling = Sampling(
+            steps=followed(sampling.steps, before.default_steps, model.default_steps),
+            guidance=followed(sampling.guidance, before.default_guidance, model.default_guidance),
+            shift=followed(sampling.shift, before.default_shift, model.default_shift),
+        )
+    kept = {name: getattr(then, name) for name in Preset.model_fields}
+    not_kept = ("name", "description", "model", "attention", "schedule", "evidence")
+    return {name: value for name, value in kept.items() if name not in not_kept} | {"sampling": sampling}
 
 
 def choose_medium(model: str | None, made_for: str | None, of_video: bool) -> Medium:

@@ -7,7 +7,7 @@ it may replace.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from grat_cli.families import Medium, ModelChoice
 from grat_cli.files import formats, videos
 from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
 from grat_cli.generation.request import Request, check
-from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
+from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model, is_known
 from grat_cli.models.lora import LARGEST_SCALE, MOST_LORAS, is_weight_name, refuse_alike
 from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import CASTS, QUANTIZATIONS
@@ -101,6 +101,20 @@ class StoredForm(BaseModel):
         return Weights(**dict(self) | {"base": _base(self.base), "loras": loras})
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class StoredPicture(BaseModel):
+    """What a report says of a picture that an output is made from."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["start", "mask", "control", "reference"]
+    file: PathText
+    bytes: Annotated[int, Field(ge=0)] | None = None
+    sha256: Sha256 | None = None
+
+
 class StoredRequest(BaseModel):
     """What a file says of a request: all but where its outputs go and what they may replace, which no file decides."""
 
@@ -130,7 +144,13 @@ class StoredRequest(BaseModel):
     preview_every: Annotated[int, Field(ge=0)]
     save_latents: bool
     metadata: bool
+    text_cache: bool = True
     command: Text
+
+    @property
+    def medium(self) -> Medium:
+        """What is asked for."""
+        return "image" if self.frames is None else "video"
 
 
 _PICTURES = ("init_image", "mask", "control")
@@ -170,6 +190,56 @@ def _weights_data(weights: Weights) -> dict[str, Any]:
     return data
 
 
+# What reports say of a request at other places than in their section of it, and what is none of their business.
+_TOLD_ELSEWHERE = ("prompt", "negative_prompt", "preset", "width", "height", "frames", "fps", "seeds", "command")
+_NOT_REPEATED: Mapping[str, Any] = {
+    **{"checkpoint_every": None, "preview_every": 0, "save_latents": False},
+    **{"metadata": True, "text_cache": True},
+}
+
+
+def told_model(model: ModelChoice) -> dict[str, str]:
+    """A model as reports tell of it: by the name it is known by, its hub id, or its folder's or file's own name."""
+    if is_known(model):
+        name, source = model.name, model.source if model.kind == "hub" else model.name
+    else:
+        name = source = model.source if model.kind == "hub" else Path(model.source).expanduser().resolve().name
+    return {"name": name, "source": source, "kind": model.kind}
+
+
+def told_request(request: Request) -> dict[str, Any]:
+    """What reports say of a request so that it can be repeated elsewhere: of files the names alone."""
+    data = {**request_data(request), "model": told_model(request.model)}
+    left_out = {*_TOLD_ELSEWHERE, *_NOT_REPEATED}
+    return {name: _names_alone(value) for name, value in data.items() if name not in left_out}
+
+
+def _names_alone(value: Any) -> Any:
+    """Data of a request, in which all that lies on this machine has an absolute path."""
+    if isinstance(value, Mapping):
+        return {name: _names_alone(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_names_alone(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def request_of_report(report: Mapping[str, Any]) -> StoredRequest:
+    """The request that a report tells of, with the names of files in place of paths.
+
+    Raises:
+        ValueError: in one line, if it is damaged, or of another version of grat.
+    """
+    section = report.get("asked")
+    if not isinstance(section, Mapping) or section.keys() & {*_TOLD_ELSEWHERE, *_NOT_REPEATED}:
+        raise ValueError("asked: Input should be what a report says of it")
+    elsewhere = {name: report.get(name) for name in _TOLD_ELSEWHERE}
+    stored: StoredRequest = stored_as(
+        StoredRequest, {**section, **elsewhere, **_NOT_REPEATED, "seeds": [report.get("seed")], "command": ""}
+    )
+    _require_sense(stored)
+    return stored
+
+
 def request_from_data(data: Any, place: Path, seed: int, model: str | None = None) -> Request:
     """The request that `request_data` was made of; what it says is held to what may be typed.
 
@@ -185,21 +255,18 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
     """
     try:
         stored: StoredRequest = stored_as(StoredRequest, data)
-        if stored.preset.sampling.steps > MOST_STEPS:
-            raise ValueError(f"preset.sampling.steps: more than {MOST_STEPS:,}")
-        if seed not in stored.seeds or len(set(stored.seeds)) < len(stored.seeds):
-            raise ValueError("seeds: one is missing, or there twice")
-        of_videos = stored.frames is not None
-        if of_videos != (stored.format in videos.FORMATS):
-            raise ValueError(f"format: {stored.format} is none of {'videos' if of_videos else 'pictures'}")
+        _require_sense(stored)
+        if seed not in stored.seeds:
+            raise ValueError("seeds: one is missing")
         suffix, beginning = formats.SUFFIXES[stored.format], place.name.removesuffix(f"-s{seed}")
         names = [place.name if one == seed else f"{beginning}-s{one}" for one in stored.seeds]
         same = {name: getattr(stored, name) for name in StoredRequest.model_fields}
-        medium: Medium = "video" if of_videos else "image"
         request = Request(
             **same
             | {
-                "model": _chosen(stored.model, medium) if model is None else choose_model(model, medium=medium),
+                "model": (
+                    _chosen(stored.model, stored.medium) if model is None else choose_model(model, medium=stored.medium)
+                ),
                 "weights": stored.weights.as_weights(),
                 **{name: None if same[name] is None else Path(same[name]) for name in _PICTURES},
                 "references": tuple(map(Path, stored.references)),
@@ -210,6 +277,17 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
     except (TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"the request is damaged, or of another version of grat: {error}") from error
     return request
+
+
+def _require_sense(stored: StoredRequest) -> None:
+    """Raises ValueError for what fits field by field and not as a whole."""
+    if stored.preset.sampling.steps > MOST_STEPS:
+        raise ValueError(f"preset.sampling.steps: more than {MOST_STEPS:,}")
+    if len(set(stored.seeds)) < len(stored.seeds):
+        raise ValueError("seeds: one is there twice")
+    of_videos = stored.frames is not None
+    if of_videos != (stored.format in videos.FORMATS):
+        raise ValueError(f"format: {stored.format} is none of {'videos' if of_videos else 'pictures'}")
 
 
 def stored_as(kind: type[Any], data: Any) -> Any:

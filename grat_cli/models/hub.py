@@ -122,6 +122,17 @@ def revision_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def present_revision(hub_id: str) -> str | None:
+    """The commit of a pipeline that would be loaded: the hub's newest, out of its reach that in the cache, or None."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.model_info(hub_id).sha
+    except Exception:  # loading says more of what is wrong
+        cached = huggingface_hub.try_to_load_from_cache(hub_id, "model_index.json")
+        return revision_of(Path(cached).parent) if isinstance(cached, str) else None
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The first exception of a chain: libraries wrap the one that says what happened."""
     return _chain(error)[-1]

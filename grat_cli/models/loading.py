@@ -78,6 +78,7 @@ def load_model(
     weights: Weights = AS_THEY_ARE,
     choose_offload: Callable[[Any], tuple[str, str]] | None = None,
     pictures: frozenset[PictureKind] = NO_PICTURES,
+    are_texts_known: Callable[[Path, Mapping[str, torch.dtype]], bool] | None = None,
 ) -> LoadedModel:
     """Loads a model and puts it on a device.
 
@@ -89,6 +90,8 @@ def load_model(
         weights: how they come.
         choose_offload: the kind for a pipeline that is still on the CPU, and why; `auto` needs it.
         pictures: kinds of the pictures that the pipeline is to take.
+        are_texts_known: whether all texts are encoded already, by the folder of the pipeline's parts and the dtypes of
+            these; then those that encode are not loaded, and are None.
 
     Raises:
         ModelUnavailable: if it is missing, gated, damaged or out of reach, with what to do.
@@ -105,7 +108,7 @@ def load_model(
         configurations(weights.quantize, family.large_encoder, dtype),
     )
     with _without_pointless_warnings():
-        pipe, folder, files = _load(choice, pictures, how)
+        pipe, folder, files = _load(choice, pictures, how, are_texts_known)
     pipe.set_progress_bar_config(disable=True)
     # Before anything is moved or hooked, so that offloading and its choice count them as part of the model.
     loras = apply_loras(pipe, choice, weights)
@@ -161,14 +164,21 @@ class _How:
     quantized: Mapping[str, Any]
 
 
-def _load(choice: ModelChoice, pictures: frozenset[PictureKind], how: _How) -> tuple[Any, Path, tuple[WeightFile, ...]]:
+def _load(
+    choice: ModelChoice,
+    pictures: frozenset[PictureKind],
+    how: _How,
+    are_texts_known: Callable[[Path, Mapping[str, torch.dtype]], bool] | None,
+) -> tuple[Any, Path, tuple[WeightFile, ...]]:
     """The pipeline on the CPU, the folder that it was read from, and the files of its weights."""
     family = family_of(choice)
     pipeline = family.pipeline_of(choice, choice.needs | pictures)
     base = _source_of(how.weights.base, choice)
     folder = _folder_of_parts(choice, pipeline, base)
+    known = are_texts_known is not None and are_texts_known(folder, how.dtypes)
+    given: dict[str, Any] = dict.fromkeys(family.text_parts) if known else {}
     if choice.kind != "file":
-        pipe, files = _load_folder(pipeline, folder, choice.name, family, how)
+        pipe, files = _load_folder(pipeline, folder, choice.name, family, how, **given)
         return pipe, folder, files
     assert base is not None, "a file has a base, or is refused"
     if "transformer_2" in read_index(folder / "model_index.json").classes(base, family.classes):
@@ -179,7 +189,7 @@ def _load(choice: ModelChoice, pictures: frozenset[PictureKind], how: _How) -> t
     transformer = _load_file(choice, base, how)
     with _damage_of(choice.name, family):
         own = known_file(Path(choice.source), "transformer")
-    pipe, files = _load_folder(pipeline, folder, base, family, how, transformer=transformer)
+    pipe, files = _load_folder(pipeline, folder, base, family, how, transformer=transformer, **given)
     return pipe, folder, (own, *files)
 
 

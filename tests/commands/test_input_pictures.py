@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,9 @@ def test_reports_and_info_name_the_pictures() -> None:
         {"kind": "mask", "file": "m.png", "width": 96, "height": 80},
     ]
     made = json.loads(Path("b.json").read_text())
+    for picture in made["pictures"]:
+        content = Path(picture["file"]).read_bytes()
+        assert (picture.pop("bytes"), picture.pop("sha256")) == (len(content), sha256(content).hexdigest())
     assert (made["pictures"], made["init_image"], made["strength"]) == (told, "a.png", 1.0)
     shown = " ".join(grat("info", "b.png").out.split())
     assert "start a.png (96x80), mask m.png (96x80)" in shown

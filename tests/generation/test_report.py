@@ -135,7 +135,7 @@ def test_the_preset_in_a_report_is_whole(medium: Any) -> None:
 def test_what_the_run_cost_stays_out_of_the_output(medium: Any) -> None:
     made = build(medium=medium)
     inside = report.provenance(made)
-    assert {"phases", "steps", "peak_memory_bytes", "peak_memory_kind", "memory"} == set(made) - set(inside)
+    assert {"phases", "steps", "text", "peak_memory_bytes", "peak_memory_kind", "memory"} == set(made) - set(inside)
     assert inside["stages"] == [{name: value for name, value in made["stages"][0].items() if name != "phases"}]
     assert inside["preset"] == made["preset"]
 

@@ -149,7 +149,7 @@ def names(folder: Path) -> list[str]:
 
 def untimed(report: Mapping[str, Any]) -> dict[str, Any]:
     """A report without what differs from run to run."""
-    costs = ("created", "memory", "peak_memory_bytes", "command")
+    costs = ("created", "memory", "peak_memory_bytes", "command", "text")
     steps = [{name: step[name] for name in ("index", "timestep", "density", "stage")} for step in report["steps"]]
     stages = [{**stage, "phases": sorted(stage["phases"])} for stage in report["stages"]]
     same = {name: value for name, value in report.items() if name not in costs}

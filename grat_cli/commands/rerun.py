@@ -1,0 +1,210 @@
+"""`grat rerun`: a picture or video once more, from what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from grat_cli.commands import options
+from grat_cli.commands.parameters import argument, changed, option
+
+if TYPE_CHECKING:
+    from grat_cli.families.base import PictureKind
+    from grat_cli.generation.repeating import Repeatable
+    from grat_cli.generation.stored import StoredRequest
+
+_AS_THEN = "Default: as then."
+_KINDS: Mapping[str, PictureKind] = {"init_image": "start", "mask": "mask", "control": "control"}
+
+
+def rerun(
+    context: typer.Context,
+    file: Annotated[Path, argument("FILE", "A picture or video by grat, or its report.")],
+    *,
+    prompt: str | None = option("PROMPT", f"What it shows. {_AS_THEN}", options.PICTURE),
+    extent: Annotated[
+        options.SizeOptions,
+        changed(
+            res=option("SIZE", f"As for grat image and grat video. {_AS_THEN}", options.PICTURE),
+            aspect=f"Shape of a video: 16:9, 9:16, 1:1, 4:3. {_AS_THEN}",
+            seconds=f"Length of a video. {_AS_THEN}",
+            fps=f"Frames per second. {_AS_THEN}",
+        ),
+    ],
+    sampling: Annotated[
+        options.SamplingOptions,
+        changed(
+            seed=f"One seed or several: one picture or video each. {_AS_THEN}",
+            steps=f"Denoising steps. {_AS_THEN}",
+            guidance=f"How closely to follow the prompt. {_AS_THEN}",
+        ),
+    ],
+    pictures: Annotated[
+        options.PictureOptions,
+        changed(
+            init_image="A picture to start from, or a video's first frame. Default: the one then, looked for by its "
+            "name beside FILE and in this folder; so are the others.",
+            strength=f"How much of --init-image to redo, 0 to 1. {_AS_THEN}",
+        ),
+    ],
+    highres: str | None = options.HIGHRES,
+    attention: Annotated[
+        options.AttentionOptions,
+        changed(
+            preset=option(
+                "NAME",
+                f"A preset by name or from a YAML file. {_AS_THEN}",
+                options.ATTENTION,
+                complete=options.complete_preset,
+            ),
+            guard=f"How much of full attention each layer has to keep. {_AS_THEN}",
+        ),
+    ],
+    model: Annotated[
+        options.ModelOptions,
+        changed(
+            model=option(
+                "NAME",
+                f"As for grat image and grat video. {_AS_THEN}",
+                options.MODEL,
+                complete=options.complete_any_model,
+            ),
+            device=option("NAME", f"auto, cpu, cuda, cuda:1 or mps. {_AS_THEN}", options.MODEL),
+            dtype=option("NAME", f"auto, float32, bfloat16 or float16. {_AS_THEN}", options.MODEL),
+            offload=option("HOW", f"none, model, group, sequential or auto. {_AS_THEN}", options.MODEL),
+            quantize=option("HOW", f"none, int8, fp8 or nf4. {_AS_THEN}", options.MODEL),
+        ),
+    ],
+    preview: int | None = options.PREVIEW,
+    out: Path | None = options.OUT,
+    format: str | None = option(
+        "NAME", "As for grat image and grat video. Default: as --out ends, else as then.", options.OUTPUT
+    ),
+    quality: int | None = options.QUALITY,
+    crf: int | None = options.CRF,
+    keeping: options.KeepingOptions,
+    overwrite: bool = options.OVERWRITE,
+    no_metadata: bool = options.NO_METADATA,
+    terminal: options.TerminalOptions,
+) -> None:
+    """Make a picture or video once more, to the same pixels, or with other options."""
+    from grat_cli.commands import making
+    from grat_cli.errors import BadInput
+    from grat_cli.files import formats
+    from grat_cli.generation.repeating import read_repeatable
+    from grat_cli.generation.run import compute_on
+    from grat_cli.generation.seeds import resolve_seeds
+    from grat_cli.generation.selection import mismatch_note, require_choice
+    from grat_cli.models.devices import choose_device, choose_dtype
+    from grat_cli.models.video_size import parse_size
+    from grat_cli.presets import HIGHRES_MODES
+
+    output = terminal.output()
+
+    # 1. What can be refused without looking at any model.
+    model.check()
+    require_choice("--highres", highres, HIGHRES_MODES)
+    if preview is not None and preview < 1:
+        raise BadInput(f"--preview {preview}: expected a number of steps, such as --preview 5")
+    if prompt is not None and not prompt.strip():
+        raise BadInput("--prompt is empty: leave it out for the one then")
+    repeatable = read_repeatable(file)
+    stored, told = repeatable.stored, repeatable.told
+    _refuse_other_medium(
+        repeatable,
+        of_pictures={
+            **{"--highres": highres, "--mask": pictures.mask, "--control": pictures.control},
+            **{"--reference": pictures.reference, "--strength": pictures.strength},
+            **{"--preview": preview, "--quality": quality},
+        },
+        of_videos={f"--{name}": value for name, value in vars(extent).items() if name != "res"} | {"--crf": crf},
+    )
+    seeds = resolve_seeds(str(told.seed) if sampling.seed is None else sampling.seed, sampling.n)
+
+    # 2. What was asked for then, with what is to be different now.
+    choice = repeatable.model(model.model)
+    chosen = attention.preset_for(choice, sampling, highres, then=(stored.preset, stored.model.name))
+    size = parse_size(choice, *_size(stored, extent))
+    found = repeatable.pictures(
+        {
+            **{"start": _one(pictures.init_image), "mask": _one(pictures.mask), "control": _one(pictures.control)},
+            "reference": pictures.reference or (),
+        }
+    )
+    given = {
+        "strength": stored.strength if pictures.strength is None else pictures.strength,
+        **{name: next(iter(found.get(kind, ())), None) for name, kind in _KINDS.items()},
+        "reference": found.get("reference"),
+    }
+    pictures = options.PictureOptions(**given)
+    pictures.check()
+    machine = {name: getattr(stored, name) if value is None else value for name, value in model.machine.items()}
+    chosen_format, suffix = formats.choose_format(stored.medium, out, formats.kept_format(out, format, stored.format))
+    encoding = crf if quality is None else quality
+    same_encoding = encoding is None and chosen_format == stored.format
+    request, runs = making.planned_request(
+        choice,
+        chosen,
+        size,
+        replace(model, **machine),
+        format=chosen_format,
+        quality=stored.quality if same_encoding else encoding,
+        checkpoint_every=keeping.checkpoint_every,
+        negative=stored.negative_prompt if sampling.negative is None else sampling.negative,
+        pictures=pictures,
+    )
+    request = replace(
+        request,
+        prompt=stored.prompt if prompt is None else prompt,
+        seeds=seeds,
+        weights=repeatable.weights(model.weights),
+        preview_every=preview or 0,
+        save_latents=keeping.save_latents,
+        metadata=not no_metadata,
+        overwrite=overwrite,
+        command=options.command_line(context),
+    )
+
+    # 3. Where the outputs go, and whether they fit.
+    request = making.placed(request, out, suffix, never=file)
+    making.refuse_unfit(request, size)
+
+    # 4. What they will be, and what is no more as it was.
+    output.hint(f"{choice.name}, {request.title}, {sum(run.schedule.steps for run in runs)} steps")
+    output.hint(*getattr(size, "notes", ()))
+    output.hint(f"{chosen.name}: {chosen.attention.summary}")
+    output.hint(mismatch_note(chosen, choice))
+    output.hint(f"seed {', '.join(map(str, seeds))}")
+    device = choose_device(request.device)
+    dtype = str(choose_dtype(request.dtype, device)).removeprefix("torch.")
+    output.hint(*repeatable.differences(choice, request.weights, device, dtype))
+    compute_on(told.device.threads, device)
+
+    # 5. Make them, one by one; each is written as soon as it is done.
+    making.make(request, output)
+
+
+def _one(path: Path | None) -> Sequence[Path]:
+    return () if path is None else (path,)
+
+
+def _refuse_other_medium(repeatable: Repeatable, of_pictures: Mapping[str, Any], of_videos: Mapping[str, Any]) -> None:
+    """Raises BadInput for an option that suits the other medium alone."""
+    from grat_cli.errors import BadInput
+
+    is_video = repeatable.stored.medium == "video"
+    for flag, value in (of_pictures if is_video else of_videos).items():
+        if value is not None:
+            nouns = ("pictures", "a video") if is_video else ("videos", "a picture")
+            raise BadInput(f"{flag} is for {nouns[0]}, and {repeatable.file} is {nouns[1]}: leave it out")
+
+
+def _size(stored: StoredRequest, extent: options.SizeOptions) -> tuple[Any, ...]:
+    """As then, but for what is given; as `parse_size` takes it."""
+    res = f"{stored.width}x{stored.height}" if extent.res is None and extent.aspect is None else extent.res
+    frames = stored.frames if extent.frames is None and extent.seconds is None else extent.frames
+    return res, extent.aspect, extent.seconds, frames, stored.fps if extent.fps is None else extent.fps
