@@ -85,13 +85,13 @@ def _scale(text: str, typed: str) -> float:
 
 def _named(name: str, scale: float, noise: Noise) -> Lora:
     """A LoRA by what stands before its scale."""
-    path = Path(name).expanduser() if not name.startswith("~") or _has_home(name) else Path(name)
+    path = _path(name)
     if _is_file(path):
         return Lora(source=str(path), scale=scale, noise=noise)
     folder, weight = path, None
     # A folder's name may hold colons, and so may that of a file in it.
     for colon in [] if _is_folder(path) else [match.start() for match in re.finditer(":", name)]:
-        if _is_folder(before := Path(name[:colon]).expanduser()):
+        if _is_folder(before := _path(name[:colon])):
             folder, weight = before, name[colon + 1 :]
     if _is_folder(folder):
         return Lora(source=str(_in_folder(folder, weight)), scale=scale, noise=noise)
@@ -122,17 +122,15 @@ def _in_folder(folder: Path, name: str | None) -> Path:
     return files[0]
 
 
-def _has_home(name: str) -> bool:
+def _path(name: str) -> Path:
     try:
-        Path(name).expanduser()
-    except RuntimeError:
-        return False
-    return True
+        return Path(name).expanduser()
+    except RuntimeError:  # the home of nobody
+        return Path(name)
 
 
 def _is_there(name: str) -> bool:
-    path = Path(name).expanduser() if _has_home(name) else Path(name)
-    return _is_file(path) or _is_folder(path)
+    return _is_file(_path(name)) or _is_folder(_path(name))
 
 
 def _is_file(path: Path) -> bool:
