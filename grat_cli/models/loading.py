@@ -56,6 +56,11 @@ class LoadedModel:
     offload_reason: str = "chosen by name"
     loras: tuple[AppliedLora, ...] = ()
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know of how it was loaded, in sentences."""
+        return [lora.note for lora in self.loras if lora.note is not None]
+
 
 def load_model(
     choice: ModelChoice,
