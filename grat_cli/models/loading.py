@@ -16,7 +16,7 @@ from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.models.catalogue import is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
-from grat_cli.models.lora import refuse_loras
+from grat_cli.models.lora import files_of_loras, refuse_loras
 from grat_cli.models.lora_layers import AppliedLora, apply_loras
 from grat_cli.models.offloading import offload as offload_pipeline
 from grat_cli.models.offloading import require_offload
@@ -88,7 +88,8 @@ def load_model(
         BadInput: if offload, quantization, LoRAs and device do not fit.
     """
     require_offload(offload, device)
-    refuse_weights(choice, weights, pictures)
+    with _without_pointless_warnings():
+        files = files_of_loras(choice, weights, pictures)
     require_quantization(weights.quantize, device, offload=offload, is_demo=choice.is_demo)
     quantized = configurations(weights.quantize, family_of(choice).large_encoder, dtype)
     dtypes = family_of(choice).dtypes(_NEURAL_PARTS, device, dtype)
@@ -96,7 +97,7 @@ def load_model(
         pipe, folder = _load(choice, dtypes, pictures, weights.base, quantized)
     pipe.set_progress_bar_config(disable=True)
     # Before anything is moved or hooked, so that offloading and its choice count them as part of the model.
-    loras = apply_loras(pipe, choice, weights)
+    loras = apply_loras(pipe, choice, weights, files)
     kind, reason = offload, "chosen by name"
     if offload == "auto":
         kind, reason = "none", f"the run is on {device.type}"

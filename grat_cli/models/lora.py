@@ -216,6 +216,23 @@ def refuse_loras(choice: ModelChoice, weights: Weights, pictures: frozenset[Pict
             read_header(Path(lora.source), own_name(lora), "text_encoder" in pipeline._lora_loadable_modules)
 
 
+def files_of_loras(
+    choice: ModelChoice, weights: Weights, pictures: frozenset[PictureKind] = NO_PICTURES
+) -> tuple[Path, ...]:
+    """The file of each LoRA, those of the hub downloaded where they are not here; arguments as `refuse_loras`.
+
+    Raises:
+        BadInput, ModelUnavailable: as `refuse_loras`, and if one is out of reach.
+    """
+    refuse_loras(choice, weights, pictures)
+    from grat_cli.models.hub import download_lora
+
+    return tuple(
+        Path(lora.source) if lora.kind == "file" else download_lora(lora.source, lora.weight_name, SUFFIXES)
+        for lora in weights.loras
+    )
+
+
 @dataclass(frozen=True)
 class Header:
     """What a file says before its tensors.

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from lora_files import diffusers_layout, layers_of, write
 from grat_cli.errors import BadInput, GratError, ModelUnavailable
 from grat_cli.models import lora as module
 from grat_cli.models.catalogue import choose_model
-from grat_cli.models.lora import LARGEST_SCALE, own_name, parse_lora, parse_loras, refuse_loras
+from grat_cli.models.lora import LARGEST_SCALE, files_of_loras, own_name, parse_lora, parse_loras, refuse_loras
 from grat_cli.models.weights import Lora, Weights
 
 # ---- What is typed
@@ -228,3 +229,74 @@ def test_models_options_and_loras_that_do_not_fit_are_refused(
     assert "b.safetensors is also for a text encoder (1 weights" in refused("hunyuan", Lora(source=str(of_text)))
     monkeypatch.setattr(module, "installed", lambda _: False)
     assert refused("flux-dev", lora) == "--lora needs peft, which is not installed: pip install 'grat-cli[lora]'"
+
+
+# ---- From the hub
+
+
+class Hub:
+    """The hub as a LoRA's repository is seen in it: files in a folder, which may be out of reach."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        self.folder, self.online, self.cached = folder, True, True
+        for name in ("model_info", "snapshot_download", "hf_hub_download"):
+            monkeypatch.setattr(huggingface_hub, name, getattr(self, name))
+
+    def model_info(self, hub_id: str) -> Any:
+        if not self.online:
+            raise ConnectionError("Name or service not known")
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names()])
+
+    def names(self) -> list[str]:
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+    def snapshot_download(self, hub_id: str, *, local_files_only: bool, allow_patterns: list[str]) -> str:
+        assert local_files_only
+        if not self.cached:
+            raise FileNotFoundError("no snapshot folder")
+        return str(self.folder)
+
+    def hf_hub_download(self, hub_id: str, name: str, *, local_files_only: bool) -> str:
+        assert local_files_only != self.online
+        if name not in self.names():
+            from huggingface_hub.errors import RemoteEntryNotFoundError
+
+            raise RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, status_code=404, request=None))
+        return str(self.folder / name)
+
+
+def test_a_lora_of_the_hub_is_the_named_one_or_the_only_one(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, flux = Hub(tmp_path, monkeypatch), choose_model("flux-dev")
+
+    def file(text: str) -> Path:
+        (found,) = files_of_loras(flux, Weights(loras=(parse_lora(text),)))
+        return found
+
+    one = write(tmp_path / "one.safetensors", tensors)
+    (tmp_path / "README.md").touch()
+    for hub.online in (True, False):
+        assert file("owner/name@0.5") == file("owner/name:one.safetensors") == one
+    hub.online = True
+    with pytest.raises(ModelUnavailable, match=r"owner/name has no file two\.safetensors: check the name behind"):
+        file("owner/name:two.safetensors")
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "deep.safetensors", tensors)
+    assert file("owner/name") == one
+    write(tmp_path / "two.safetensors", tensors)
+    with pytest.raises(
+        ModelUnavailable, match=r"has 2 \.safetensors files \(one\.safetensors, two\.safetensors\): name"
+    ):
+        file("owner/name")
+    usual = write(tmp_path / "pytorch_lora_weights.safetensors", tensors)
+    assert file("owner/name") == usual
+    hub.online = hub.cached = False
+    with pytest.raises(ModelUnavailable) as caught:
+        file("owner/name")
+    assert str(caught.value) == (
+        "the LoRA owner/name is not in the local cache and cannot be downloaded (Name or service not known): "
+        "go online, or give a local file"
+    )

@@ -214,7 +214,8 @@ def built() -> Callable[[str], Any]:
 
 def apply(pipe: Any, model: Any, *loras: Path | Lora, fuse: bool = False) -> tuple[AppliedLora, ...]:
     asked = tuple(lora if isinstance(lora, Lora) else Lora(source=str(lora)) for lora in loras)
-    return apply_loras(pipe, model, Weights(loras=asked, fuse_loras=fuse))
+    files = [Path(lora.source) for lora in asked]
+    return apply_loras(pipe, model, Weights(loras=asked, fuse_loras=fuse), files)
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
