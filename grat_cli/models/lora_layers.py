@@ -183,6 +183,8 @@ def _add(
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             raise BadInput(f"{name} does not fit {choice.name}: {first_line(error)}") from error
         layers += _require_whole(module, own, adapter, name)
+        if fuse:
+            _refuse_few_bits(module, own, choice.name)
     return AppliedLora(
         name=name,
         scale=lora.scale,
@@ -336,7 +338,21 @@ def _require_whole(module: Any, own: Mapping[str, torch.Tensor], adapter: str, n
             raise BadInput(f"{name}: peft adds no LoRA to {printable(place)[:80]}, a {type(layer).__name__}")
         for half in (layer.lora_A[adapter], layer.lora_B[adapter]):
             half.requires_grad_(False)
+            # Peft takes the dtype of the weights, but where these are the bytes of quantized ones.
+            if not layer.base_layer.weight.is_floating_point():
+                half.to(module.dtype)
     return len(places)
+
+
+def _refuse_few_bits(module: Any, own: Mapping[str, torch.Tensor], model: str) -> None:
+    """Raises BadInput unless products can be added to weights as they are."""
+    import torch
+
+    modules = dict(module.named_modules())
+    for place in {match["module"] for key in own if (match := _TENSOR.fullmatch(key))}:
+        weight = modules[place].base_layer.weight
+        if type(weight) is not torch.nn.Parameter or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise BadInput(f"--fuse-lora: {model} is quantized, and a sum would be rounded to few bits: leave it out")
 
 
 def _activate(module: Any, scales: Mapping[str, float], *, fuse: bool) -> None:
