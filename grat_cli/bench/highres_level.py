@@ -30,6 +30,7 @@ from grat_cli.generation.timing import StepRecorder
 from grat_cli.models.catalogue import ModelChoice
 from grat_cli.models.devices import choose_device, choose_dtype
 from grat_cli.models.loading import load_model
+from grat_cli.models.weights import AS_THEY_ARE, Weights
 from grat_cli.presets import HighResolution, Preset
 
 BASE = "base"
@@ -49,6 +50,7 @@ class HighresSettings:
         device: as in `--device`.
         dtype: as in `--dtype`.
         command: that asked for it, for the record.
+        added: LoRAs, in all rows.
     """
 
     model: ModelChoice
@@ -60,6 +62,7 @@ class HighresSettings:
     device: str = "auto"
     dtype: str = "auto"
     command: str = ""
+    added: Weights = AS_THEY_ARE
 
 
 @dataclass
@@ -105,7 +108,9 @@ def run_highres_level(settings: HighresSettings, progress: Progress | None = Non
 
     # 2. The model.
     progress.phase("loading the model")
-    loaded = load_model(settings.model, device=device, dtype=dtype)
+    loaded = load_model(settings.model, device=device, dtype=dtype, weights=settings.added)
+    for note in loaded.notes:
+        progress.note(note)
 
     # 3. All pictures of one prompt, then all of the next.
     progress.phase("making pictures")
@@ -136,6 +141,7 @@ def run_highres_level(settings: HighresSettings, progress: Progress | None = Non
         settings={
             "model": settings.model.name,
             "model_revision": loaded.revision,
+            **({"loras": [lora.told() for lora in loaded.loras]} if loaded.loras else {}),
             "preset": settings.preset.name,
             "prompts": list(settings.prompts),
             "seeds": list(range(len(settings.prompts))),

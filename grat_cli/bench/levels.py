@@ -112,6 +112,7 @@ def _whole(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.Im
         frames=getattr(size, "frames", None),
         steps=request.steps,
         recall=not request.no_recall,
+        added=request.added,
         **_common(request),
     )
     output.hint(f"{model.name} ({model.reason}), {size}")
@@ -146,6 +147,7 @@ def _highres(request: BenchRequest, output: Output) -> tuple[BenchResult, Image.
         dtype=request.dtype,
         command=request.command,
         prompts=_prompts(request, "image", 4),
+        added=request.added,
     )
     output.hint(f"{model.name} ({model.reason}), {resolution}, {preset.name}")
     with output.progress() as progress:

@@ -12,6 +12,8 @@ from grat_cli.bench.sizes import TOKEN_SIDE, Size, grid_sizes, picture_sizes
 from grat_cli.errors import BadInput
 from grat_cli.fidelity.variants import Request, parse_modes, parse_peers, parse_variants
 from grat_cli.generation.selection import DTYPES, require_choice, require_device
+from grat_cli.models.lora import parse_loras
+from grat_cli.models.weights import Weights
 from grat_cli.presets.schema import BACKENDS
 
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -47,6 +49,8 @@ _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "steps": ("image", "video", "highres"),
     "no_recall": ("image", "video"),
     "preset": ("highres",),
+    "lora": ("image", "video", "highres"),
+    "fuse_lora": ("image", "video", "highres"),
 }
 _LEAST: Mapping[str, int] = {"text": 0, "heads": 1, "head_dim": 1, "reps": 1, "steps": 1}
 
@@ -81,12 +85,15 @@ class BenchRequest:
     device: str
     dtype: str
     command: str
+    lora: list[str] | None = None
+    fuse_lora: bool | None = None
 
     def check(self) -> None:
         """Refuses what is wrong whatever the model.
 
         Raises:
             BadInput: naming the option.
+            ModelUnavailable: if a LoRA is not there.
         """
         require_choice("--level", self.level, LEVELS)
         for name, levels in _ONLY_FOR.items():
@@ -107,6 +114,7 @@ class BenchRequest:
             require_choice("--weights", self.weights, WEIGHTS)
         _ = self.modes if self.level == "highres" else self.variants
         _ = self.peer_names
+        _ = self.added
         if self.level == "attention":
             _ = self.sizes()
 
@@ -146,6 +154,15 @@ class BenchRequest:
             BadInput: as `parse_peers`.
         """
         return parse_peers(self.peers) if self.peers is not None else ()
+
+    @property
+    def added(self) -> Weights:
+        """LoRAs, which whole runs have in every row.
+
+        Raises:
+            BadInput, ModelUnavailable: as `parse_loras`.
+        """
+        return Weights(loras=parse_loras(self.lora or ()), fuse_loras=bool(self.fuse_lora))
 
     def sizes(self, token_side: int = TOKEN_SIDE) -> list[Size]:
         """Those of `--res`, then those of `--grid`.

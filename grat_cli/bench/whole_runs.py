@@ -38,6 +38,7 @@ from grat_cli.installation import PipelineClock, step_under_way
 from grat_cli.models.catalogue import ModelChoice
 from grat_cli.models.devices import choose_device, choose_dtype, is_out_of_memory, wait_for
 from grat_cli.models.loading import load_model
+from grat_cli.models.weights import AS_THEY_ARE, Weights
 from grat_kernels import Backend, Full, Grid, Grouping, can_run
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class RunSettings:
         max_seconds: most time for one row, warm-up included; None for no limit.
         recall: whether to measure what each variant keeps of full attention, which takes further runs of that.
         command: that asked for it, for the record.
+        added: LoRAs, in all rows, that of full attention included.
     """
 
     model: ModelChoice
@@ -96,6 +98,7 @@ class RunSettings:
     max_seconds: float | None = None
     recall: bool = True
     command: str = ""
+    added: Weights = AS_THEY_ARE
 
     @property
     def orders(self) -> list[tuple[str, int]]:
@@ -155,7 +158,9 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
 
     # 2. The model, and the prompts as it reads them.
     progress.phase("loading the model")
-    model = load_model(request.model, device=device, dtype=dtype)
+    model = load_model(request.model, device=device, dtype=dtype, weights=settings.added)
+    for note in model.notes:
+        progress.note(note)
     studio = _Studio(model.pipe, request, settings, device, progress)
 
     # 3. What computes each row.
@@ -207,6 +212,7 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
         settings={
             "model": request.model.name,
             "model_revision": model.revision,
+            **({"loras": [lora.told() for lora in model.loras]} if model.loras else {}),
             "prompts": list(settings.prompts),
             "seeds": [seed for _, seed in studio.orders],
             "steps": steps,

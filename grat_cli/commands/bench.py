@@ -12,6 +12,8 @@ from grat_cli.commands import options
 from grat_cli.commands.parameters import only, option, switch
 
 _WHAT, _SIZE, _HOW = "What", "Size", "How"
+_LORA = "For image, video and highres: a LoRA that every row has, as for grat image; may be repeated."
+_FUSE = "For image, video and highres: add LoRAs to the weights once, not at every product."
 
 
 def complete_compare(incomplete: str) -> list[str]:
@@ -154,7 +156,7 @@ def bench(
     context: typer.Context,
     *,
     asked: BenchOptions,
-    machine: Annotated[options.ModelOptions, only("device", "dtype")],
+    machine: Annotated[options.ModelOptions, only("device", "dtype", lora=_LORA, fuse_lora=_FUSE)],
     out: Path | None = option(
         "NAME",
         "Where to write NAME.json, NAME.md and NAME.html; an existing folder gets a telling name. "
@@ -176,6 +178,8 @@ def bench(
         **{**vars(asked), "no_recall": asked.no_recall or None},
         device=machine.device,
         dtype=machine.dtype,
+        lora=machine.lora,
+        fuse_lora=machine.fuse_lora or None,
         command=options.command_line(context),
     )
     request.check()

@@ -308,6 +308,8 @@ def attend(
         request.family.prepare(model.pipe)
         phases["load"] = 1000 * (time.perf_counter() - began)
         note_expectations(request, progress)
+        for note in model.notes:
+            progress.note(note)
         shape = request.family.transformer_shape(model.pipe.transformer.config)
         recorder = AttentionRecorder(
             [one.attention for one in candidates],

@@ -132,8 +132,9 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
 
     # 2. Runs with full attention, one per prompt; those that are on file are not repeated.
     progress.phase("load")
-    dtype = choose_dtype(request.request.dtype, device)
-    model = load_model(request.request.model, device=device, dtype=dtype, weights=request.request.weights)
+    model = load_model(asked.model, device=device, dtype=choose_dtype(asked.dtype, device), weights=asked.weights)
+    for note in model.notes:
+        progress.note(note)
     asked.family.prepare(model.pipe)
     parts = []
     for number, prompt in enumerate(request.prompts):

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from grat_cli.generation.run import Generator, take_up
 from grat_cli.generation.stored import request_data, told_model
 from grat_cli.models.devices import choose_device
 from grat_cli.models.lora import own_name
-from grat_cli.models.weights import Lora
 
 # Outputs are made here, with all that is kept of one until it is written, and moved to their place whole.
 UNFINISHED = "unfinished"
@@ -66,6 +65,20 @@ class Batch:
     def overwrite(self) -> bool:
         """Whether outputs of other requests may be replaced."""
         return self.template.overwrite
+
+    @cached_property
+    def loras(self) -> dict[str, Any]:
+        """What every sample says of the LoRAs that it is made with; nothing without any, as earlier versions."""
+        told = [
+            {
+                "name": own_name(lora),
+                "scale": lora.scale,
+                "noise": lora.noise,
+                "sha256": fingerprint(Path(lora.source)).sha256 if lora.kind == "file" else None,
+            }
+            for lora in self.template.weights.loras
+        ]
+        return _loras_told(told)
 
     def told(self, sample: Sample) -> dict[str, Any]:
         """What the report of a sample says of the batch: its place in the file, and all that stands there."""
@@ -106,7 +119,7 @@ def missing(batch: Batch) -> list[Sample]:
         for path in (sample.output, sample.report):
             _make_folder(path.parent)
         # A report of the same that lacks its output is what a killed process left.
-        if same := _facts_found(sample.report) == _facts_asked(batch.template, sample):
+        if same := _facts_found(sample.report) == _facts_asked(batch, sample):
             adopt(sample.report)
         refuse_unwritable([sample.output], overwrite=batch.overwrite)
         refuse_unwritable([sample.report], overwrite=batch.overwrite or same)
@@ -316,7 +329,7 @@ def _is_there(batch: Batch, sample: Sample) -> bool:
         )
     if not sample.output.exists():
         return False
-    asked, found = _facts_asked(batch.template, sample), _facts_found(sample.report)
+    asked, found = _facts_asked(batch, sample), _facts_found(sample.report)
     if found == asked:
         return True
     if not overwrite:
@@ -337,7 +350,7 @@ def _not_told_of(batch: Batch) -> list[Sample]:
     outputs = {_facts_found(path): path.with_name(path.stem + suffix) for path in sorted(batch.out.glob("grat-*.json"))}
     left = []
     for sample in batch.samples:
-        output = outputs.get(_facts_asked(batch.template, sample))
+        output = outputs.get(_facts_asked(batch, sample))
         if output is None:
             left.append(sample)
         elif not output.exists():
@@ -345,16 +358,16 @@ def _not_told_of(batch: Batch) -> list[Sample]:
     return left
 
 
-def _facts_asked(template: Request, sample: Sample) -> str:
+def _facts_asked(batch: Batch, sample: Sample) -> str:
     """All that decides what a sample shows, as JSON; device, dtype and kernels do not, but for rounding."""
-    request = _request(template, sample)
+    request = _request(batch.template, sample)
     facts = {
         "prompt": request.prompt,
         "negative prompt": request.negative_prompt,
         "seed": sample.seed,
         "size": [request.width, request.height],
         "model": told_model(request.model)["source"],
-        **_loras_asked(request.weights.loras),
+        **batch.loras,
         "quantization": [request.weights.quantize, request.weights.cast],
         "text encoder": request.weights.text_encoder and Path(request.weights.text_encoder).name,
         "pictures": [path.name for files in sample.entry.pictures.values() for path in files],
@@ -366,23 +379,8 @@ def _facts_asked(template: Request, sample: Sample) -> str:
     return json.dumps(facts)
 
 
-@lru_cache(maxsize=1)
-def _loras_asked(loras: tuple[Lora, ...]) -> dict[str, Any]:
-    """What a sample says of its LoRAs; nothing where it has none, as samples of earlier versions."""
-    told = [
-        {
-            "name": own_name(lora),
-            "scale": lora.scale,
-            "noise": lora.noise,
-            "sha256": fingerprint(Path(lora.source)).sha256 if lora.kind == "file" else None,
-        }
-        for lora in loras
-    ]
-    return _loras_told(told)
-
-
 def _loras_told(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Likewise from a report. Files are known by what they hold, those of the hub by their names."""
+    """LoRAs of a report by what tells them apart: files by what they hold, those of the hub by their names."""
     known = [
         [lora["name"], lora["scale"], lora["noise"], None if "/" in lora["name"] else lora["sha256"]] for lora in told
     ]

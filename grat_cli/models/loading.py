@@ -18,7 +18,7 @@ from grat_cli.files.json_objects import read_json
 from grat_cli.models.catalogue import KNOWN_MODELS, is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
-from grat_cli.models.lora import refuse_loras
+from grat_cli.models.lora import files_of_loras, refuse_loras
 from grat_cli.models.lora_layers import AppliedLora, apply_loras
 from grat_cli.models.offloading import offload as offload_pipeline
 from grat_cli.models.offloading import require_offload
@@ -68,6 +68,11 @@ class LoadedModel:
     loras: tuple[AppliedLora, ...] = ()
     files: tuple[WeightFile, ...] = ()
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know of how it was loaded, in sentences."""
+        return [lora.note for lora in self.loras if lora.note is not None]
+
 
 def load_model(
     choice: ModelChoice,
@@ -99,7 +104,8 @@ def load_model(
     """
     family = family_of(choice)
     require_offload(offload, device)
-    refuse_weights(choice, weights, pictures)
+    with _without_pointless_warnings():
+        lora_files = files_of_loras(choice, weights, pictures)
     require_quantization(weights.quantize, device, offload=offload, is_demo=choice.is_demo)
     require_cast(weights.cast, weights.quantize)
     how = _How(
@@ -111,7 +117,7 @@ def load_model(
         pipe, folder, files = _load(choice, pictures, how, are_texts_known)
     pipe.set_progress_bar_config(disable=True)
     # Before anything is moved or hooked, so that offloading and its choice count them as part of the model.
-    loras = apply_loras(pipe, choice, weights)
+    loras = apply_loras(pipe, choice, weights, lora_files)
     for transformer in family.transformers(pipe):
         require_cast(weights.cast, weights.quantize, is_quantized=quantization_of(transformer))
         cast(transformer, weights.cast, dtype)

@@ -85,13 +85,13 @@ def _scale(text: str, typed: str) -> float:
 
 def _named(name: str, scale: float, noise: Noise) -> Lora:
     """A LoRA by what stands before its scale."""
-    path = Path(name).expanduser() if not name.startswith("~") or _has_home(name) else Path(name)
+    path = _path(name)
     if _is_file(path):
         return Lora(source=str(path), scale=scale, noise=noise)
     folder, weight = path, None
     # A folder's name may hold colons, and so may that of a file in it.
     for colon in [] if _is_folder(path) else [match.start() for match in re.finditer(":", name)]:
-        if _is_folder(before := Path(name[:colon]).expanduser()):
+        if _is_folder(before := _path(name[:colon])):
             folder, weight = before, name[colon + 1 :]
     if _is_folder(folder):
         return Lora(source=str(_in_folder(folder, weight)), scale=scale, noise=noise)
@@ -122,17 +122,15 @@ def _in_folder(folder: Path, name: str | None) -> Path:
     return files[0]
 
 
-def _has_home(name: str) -> bool:
+def _path(name: str) -> Path:
     try:
-        Path(name).expanduser()
-    except RuntimeError:
-        return False
-    return True
+        return Path(name).expanduser()
+    except RuntimeError:  # the home of nobody
+        return Path(name)
 
 
 def _is_there(name: str) -> bool:
-    path = Path(name).expanduser() if _has_home(name) else Path(name)
-    return _is_file(path) or _is_folder(path)
+    return _is_file(_path(name)) or _is_folder(_path(name))
 
 
 def _is_file(path: Path) -> bool:
@@ -216,6 +214,23 @@ def refuse_loras(choice: ModelChoice, weights: Weights, pictures: frozenset[Pict
             raise BadInput(f"{choice.name} has one transformer: leave {lora.noise}= out of --lora")
         if lora.kind == "file":
             read_header(Path(lora.source), own_name(lora), "text_encoder" in pipeline._lora_loadable_modules)
+
+
+def files_of_loras(
+    choice: ModelChoice, weights: Weights, pictures: frozenset[PictureKind] = NO_PICTURES
+) -> tuple[Path, ...]:
+    """The file of each LoRA, those of the hub downloaded where they are not here; arguments as `refuse_loras`.
+
+    Raises:
+        BadInput, ModelUnavailable: as `refuse_loras`, and if one is out of reach.
+    """
+    refuse_loras(choice, weights, pictures)
+    from grat_cli.models.hub import download_lora
+
+    return tuple(
+        Path(lora.source) if lora.kind == "file" else download_lora(lora.source, lora.weight_name, SUFFIXES)
+        for lora in weights.loras
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from grat_cli.errors import BadInput, ModelUnavailable, first_line, printable
 from grat_cli.families import family_of
 from grat_cli.families.base import ModelChoice
 from grat_cli.files.fingerprint import fingerprint
-from grat_cli.models.lora import SUFFIXES, own_name, read_header
+from grat_cli.models.lora import own_name, read_header
 from grat_cli.models.weights import Lora, Noise, Weights
 
 if TYPE_CHECKING:
@@ -90,17 +90,18 @@ class AppliedLora:
         )
 
 
-def apply_loras(pipe: Any, choice: ModelChoice, weights: Weights) -> tuple[AppliedLora, ...]:
+def apply_loras(pipe: Any, choice: ModelChoice, weights: Weights, files: Sequence[Path]) -> tuple[AppliedLora, ...]:
     """Adds LoRAs to a pipeline on the CPU that nothing has hooked yet.
 
     Args:
         pipe: the pipeline.
         choice: its model.
         weights: how its weights come.
+        files: of the LoRAs, of `lora.files_of_loras`.
 
     Raises:
-        BadInput: if one is of another model, or its scale cannot be fused.
-        ModelUnavailable: if one cannot be had, or is damaged.
+        BadInput: if one is of another model, or cannot be fused.
+        ModelUnavailable: if one is damaged.
     """
     if not weights.loras:
         return ()
@@ -108,9 +109,9 @@ def apply_loras(pipe: Any, choice: ModelChoice, weights: Weights) -> tuple[Appli
         raise BadInput(f"--fuse-lora: {choice.name} is quantized, and a sum would be rounded to few bits: leave it out")
     applied, scales = [], dict[str, dict[str, float]]()
     with _quiet() as unread:
-        for number, lora in enumerate(weights.loras):
+        for number, (lora, file) in enumerate(zip(weights.loras, files, strict=True)):
             adapter = f"lora_{number}"
-            one = _add(pipe, choice, lora, adapter, weights.fuse_loras, unread)
+            one = _add(pipe, choice, lora, file, adapter, weights.fuse_loras, unread)
             for part in one.parts:
                 scales.setdefault(part, {})[adapter] = lora.scale
             applied.append(one)
@@ -123,16 +124,13 @@ def _parts(pipe: Any) -> dict[str, Any]:
     return {name: part for name in _PARTS if (part := getattr(pipe, name, None)) is not None}
 
 
-def _add(pipe: Any, choice: ModelChoice, lora: Lora, adapter: str, fuse: bool, unread: list[str]) -> AppliedLora:
+def _add(
+    pipe: Any, choice: ModelChoice, lora: Lora, path: Path, adapter: str, fuse: bool, unread: list[str]
+) -> AppliedLora:
     """Puts one LoRA into the parts of a pipeline that it is for, under the name of an adapter, with a scale of 1."""
     from safetensors.torch import load_file
 
     title, takes_text = family_of(choice).title, "text_encoder" in pipe._lora_loadable_modules
-    path = Path(lora.source)
-    if lora.kind == "hub":
-        from grat_cli.models.hub import download_lora
-
-        path = download_lora(lora.source, lora.weight_name, SUFFIXES)
     name = own_name(lora)
 
     # 1. The file, whose tensors become those of a pipeline of diffusers.
@@ -185,6 +183,8 @@ def _add(pipe: Any, choice: ModelChoice, lora: Lora, adapter: str, fuse: bool, u
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             raise BadInput(f"{name} does not fit {choice.name}: {first_line(error)}") from error
         layers += _require_whole(module, own, adapter, name)
+        if fuse:
+            _refuse_few_bits(module, own, choice.name)
     return AppliedLora(
         name=name,
         scale=lora.scale,
@@ -338,7 +338,21 @@ def _require_whole(module: Any, own: Mapping[str, torch.Tensor], adapter: str, n
             raise BadInput(f"{name}: peft adds no LoRA to {printable(place)[:80]}, a {type(layer).__name__}")
         for half in (layer.lora_A[adapter], layer.lora_B[adapter]):
             half.requires_grad_(False)
+            # Peft takes the dtype of the weights, but where these are the bytes of quantized ones.
+            if not layer.base_layer.weight.is_floating_point():
+                half.to(module.dtype)
     return len(places)
+
+
+def _refuse_few_bits(module: Any, own: Mapping[str, torch.Tensor], model: str) -> None:
+    """Raises BadInput unless products can be added to weights as they are."""
+    import torch
+
+    modules = dict(module.named_modules())
+    for place in {match["module"] for key in own if (match := _TENSOR.fullmatch(key))}:
+        weight = modules[place].base_layer.weight
+        if type(weight) is not torch.nn.Parameter or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise BadInput(f"--fuse-lora: {model} is quantized, and a sum would be rounded to few bits: leave it out")
 
 
 def _activate(module: Any, scales: Mapping[str, float], *, fuse: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import lora_files
 import pytest
 import tiny_flux
@@ -16,11 +17,13 @@ import tiny_hunyuan
 import tiny_qwen
 import tiny_wan
 import torch
+from accelerate import cpu_offload
 from diffusers.pipelines.flux.pipeline_flux_fill import FluxFillPipeline
 from lora_files import diffusers_layout, layers_of, other_layout, write
 
 import grat_cli
 from grat_cli.errors import BadInput, ModelUnavailable
+from grat_cli.families import FAMILIES
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.lora_layers import AppliedLora, apply_loras
 from grat_cli.models.weights import Lora, Weights
@@ -214,7 +217,8 @@ def built() -> Callable[[str], Any]:
 
 def apply(pipe: Any, model: Any, *loras: Path | Lora, fuse: bool = False) -> tuple[AppliedLora, ...]:
     asked = tuple(lora if isinstance(lora, Lora) else Lora(source=str(lora)) for lora in loras)
-    return apply_loras(pipe, model, Weights(loras=asked, fuse_loras=fuse))
+    files = [Path(lora.source) for lora in asked]
+    return apply_loras(pipe, model, Weights(loras=asked, fuse_loras=fuse), files)
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -549,8 +553,68 @@ def test_files_that_do_not_fit_are_refused_in_a_line(damage: str, flux: Any, tmp
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_quantized_weights_are_not_fused(flux: Any, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.safetensors", attention_layers(flux))
-    flux.transformer.hf_quantizer = object()
-    with pytest.raises(BadInput, match="--fuse-lora: flux-dev is quantized"):
-        apply(flux, FLUX.choice, file, fuse=True)
+def quantized(pipe: Any) -> Any:
+    """With queries in 8 bits, as a GGUF file has them."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+    from gguf import GGMLQuantizationType, quantize
+
+    kind = GGMLQuantizationType.Q8_0
+    for name, layer in list(pipe.transformer.named_modules()):
+        if name.endswith("to_q"):
+            own = GGUFLinear(layer.in_features, layer.out_features, bias=True, compute_dtype=torch.float32)
+            packed = torch.from_numpy(quantize(layer.weight.numpy(), kind))
+            own.weight = GGUFParameter(packed, quant_type=kind)
+            own.bias = layer.bias
+            pipe.transformer.set_submodule(name, own)
+    return pipe
+
+
+def test_weights_in_few_bits_have_a_lora_beside_them_and_are_not_fused(flux: Any, tmp_path: Path) -> None:
+    tensors = diffusers_layout(layers_of(flux.transformer, "to_q", "to_k"))
+    file = write(tmp_path / "a.safetensors", {name: tensor.half() for name, tensor in tensors.items()})
+    stock = quantized(copy.deepcopy(flux))
+    stock.load_lora_weights(str(file))
+    with pytest.raises(BadInput, match="--fuse-lora: flux-dev is quantized, and a sum would be rounded to few bits"):
+        apply(quantized(copy.deepcopy(flux)), FLUX.choice, file, fuse=True)
+    plain = FLUX.call(quantized(flux))
+    apply(flux, FLUX.choice, file)
+    assert {weight.dtype for name, weight in flux.transformer.named_parameters() if "lora_" in name} == {torch.float32}
+    made = FLUX.installed(flux)
+    assert difference(made, plain) > 0.01
+    assert difference(made, FLUX.call(stock)) < 0.002  # in which halves are products in fp16
+
+
+@pytest.mark.parametrize("kind", ["model", "group", "sequential"])
+def test_offloaded_models_have_it(kind: str, flux: Any, tmp_path: Path) -> None:
+    from grat_cli.models.offloading import offload
+
+    apply(flux, FLUX.choice, write(tmp_path / "a.safetensors", own_layout(flux)))
+    expected = FLUX.installed(flux)
+    if kind == "sequential":
+        # As the pipeline's own method, which refuses CPUs.
+        for block in (*flux.transformer.transformer_blocks, *flux.transformer.single_transformer_blocks):
+            cpu_offload(block, execution_device=torch.device("cpu"), offload_buffers=True)
+        assert any(weight.is_meta for name, weight in flux.transformer.named_parameters() if "lora_A" in name)
+    else:
+        offload(flux, kind, torch.device("cpu"))
+    assert difference(FLUX.installed(flux, chunk_tokens=256), expected) < RELATIVE
+
+
+def test_a_lora_from_text_fits_a_model_that_goes_on_from_a_picture(tmp_path: Path) -> None:
+    case, pipe = CASES["wan"], tiny_wan.pipeline("picture")
+    stock = copy.deepcopy(pipe)
+    file = write(tmp_path / "a.safetensors", diffusers_layout(layers_of(tiny_wan.transformer())))
+    stock.load_lora_weights(str(file))
+    (applied,) = apply(pipe, case.choice, file)
+    assert applied.left_out == 0
+    text = FAMILIES["wan"].encode_text(pipe, case.choice, "snow", None)
+    given = {"prompt_embeds": text["prompt_embeds"], "guidance_scale": 1.0, "image": tiny_wan.picture(80, 48)}
+    case = replace(case, arguments=lambda: given)
+    assert difference(case.installed(pipe), case.call(stock)) < RELATIVE
+
+
+def test_diffusers_reads_loras_for_all_pipelines_but_those_that_are_refused() -> None:
+    for family in FAMILIES.values():
+        for name in family.pipelines:
+            has = hasattr(getattr(diffusers, name), "lora_state_dict")
+            assert has == (family.name != "hunyuan15"), name
