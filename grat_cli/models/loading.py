@@ -32,6 +32,7 @@ from grat_cli.models.quantization import (
     configurations,
     quantization_of,
     require_cast,
+    require_movable,
     require_quantization,
 )
 from grat_cli.models.single_file import read_weights, text_encoder_of, transformer_of
@@ -112,6 +113,8 @@ def load_model(
             assert choose_offload is not None, "nobody knows what the run will need"
             kind, reason = choose_offload(pipe)
         require_quantization(weights.quantize, device, offload=kind)
+    for transformer in family.transformers(pipe):
+        require_movable(transformer, weights.cast, kind)
     offload_pipeline(pipe, kind, device)
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, files)
 
