@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.layer import CallObserver
     from grat_kernels import Backend, Plan
 
+_OF_CONTROLNETS = "a ControlNet's residuals are in raster order, the tokens are in group order"
 _REDONE: frozenset[PictureKind] = frozenset(["start", "mask"])
 _DEMO = ModelChoice(
     name="demo",
@@ -181,7 +182,15 @@ class Flux(Family):
         "feature_extractor": {"CLIPImageProcessor": "transformers"},
     }
     not_loaded: ClassVar[frozenset[str]] = frozenset({"image_encoder", "feature_extractor"})  # of image prompts
-    refused: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = {
+        "FluxControlNetPipeline": _OF_CONTROLNETS,
+        "FluxControlNetImg2ImgPipeline": _OF_CONTROLNETS,
+        "FluxControlNetInpaintPipeline": _OF_CONTROLNETS,
+        "FluxControlImg2ImgPipeline": "it follows one picture and redoes another, and is given one of them here",
+        "FluxControlInpaintPipeline": "it follows one picture and redoes a part of another, and is given one here",
+        "FluxKontextInpaintPipeline": "it refers to one picture and redoes a part of another, and is given one here",
+        "FluxPriorReduxPipeline": "it makes no pictures, but what stands for one in a prompt",
+    }
     models = (_DEV, _SCHNELL, _FILL, _CANNY, _DEPTH, _KONTEXT, _DEMO)
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux": _VARIANTS, "demo": _VARIANTS}
     larger: ClassVar[Mapping[str, str]] = {"flux": "flux-4k", "demo": "demo-4x"}

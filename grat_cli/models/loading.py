@@ -34,6 +34,7 @@ from grat_cli.models.quantization import (
     configurations,
     quantization_of,
     require_cast,
+    require_movable,
     require_quantization,
 )
 from grat_cli.models.single_file import read_weights, text_encoder_of, transformer_of
@@ -128,6 +129,8 @@ def load_model(
             assert choose_offload is not None, "nobody knows what the run will need"
             kind, reason = choose_offload(pipe)
         require_quantization(weights.quantize, device, offload=kind)
+    for transformer in family.transformers(pipe):
+        require_movable(transformer, weights.cast, kind)
     offload_pipeline(pipe, kind, device)
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, loras, files)
 
@@ -345,6 +348,7 @@ def _load_part(loader: Any, folder: Path, part: str, how: _How) -> Any:
         folder,
         dtype=how.dtypes[part],
         use_safetensors=not stored.is_pickle,
+        ignore_mismatched_sizes=True,  # they are told in the report, and refused
         local_files_only=True,
         output_loading_info=True,
         **options,
@@ -370,12 +374,14 @@ def _load_encoder(loader: Any, path: Path, folder: Path, part: str, how: _How) -
 
 def _require_complete(report: Mapping[str, Any], *, strictly: bool = False) -> None:
     """Raises ValueError if a part lacks weights, or strictly also if weights are left over."""
-    lacking = sorted(map(_key, (*report["missing_keys"], *report["mismatched_keys"])))
-    left_over = sorted(map(_key, report["unexpected_keys"])) if strictly else []
-    if lacking or left_over:
-        problem = "it lacks" if lacking else "its configuration has no place for"
-        keys = lacking or left_over
-        raise ValueError(f"{problem} {len(keys)} weights, such as {keys[0]}")
+    amiss = {
+        "it lacks {} weights": report["missing_keys"],
+        "{} of its weights are of other shapes than its configuration says": report["mismatched_keys"],
+        "its configuration has no place for {} weights": report["unexpected_keys"] if strictly else (),
+    }
+    for problem, keys in amiss.items():
+        if keys:
+            raise ValueError(f"{problem.format(len(keys))}, such as {min(map(_key, keys))}")
 
 
 def _key(entry: Any) -> str:
@@ -415,6 +421,10 @@ def _without_pointless_warnings() -> Iterator[None]:
         ("diffusers.models.modeling_utils", "Some weights of"),
         ("diffusers.models.modeling_utils", "An error occurred while trying to fetch"),
         ("transformers.modeling_utils", "LOAD REPORT"),
+        ("transformers.modeling_utils", "This checkpoint seem corrupted"),
+        # The configuration is that of a folder, and not the file's own.
+        ("transformers.modeling_gguf_pytorch_utils", "Can't find a way to retrieve missing config"),
+        ("transformers.configuration_utils", "Can't find a way to retrieve missing config"),
         # Said of an empty list of modules, after loading a single file.
         ("diffusers.models.modeling_utils", "kept in float32: []"),
         # They are, again.

@@ -19,7 +19,7 @@ from grat_cli.errors import ModelUnavailable, first_line, printable
 from grat_cli.families.base import Classes
 from grat_cli.files.json_objects import read_json
 from grat_cli.models.quantization import PACKAGES, installed
-from grat_cli.models.weight_files import require_weights
+from grat_cli.models.weight_files import require_fetched, require_no_pickle
 
 _GET_AGAIN = "get the folder again, or use --model demo"
 # Keys that make a loader run a module, or read files of any name.
@@ -126,6 +126,7 @@ def require_plain_part(folder: Path, what: str, *, allow_pickle: bool = False, h
         OSError: if they cannot be read.
         ValueError: if they are damaged.
     """
+    require_fetched(folder, what)
     for path in sorted(folder.glob("*.json")):
         if path.name == "adapter_config.json":
             raise _reaches_out(what, path.name, "an adapter, which is loaded from anywhere")
@@ -138,7 +139,7 @@ def require_plain_part(folder: Path, what: str, *, allow_pickle: bool = False, h
         elif path.name in _CONFIGURATIONS:
             require_plain_config(read_json(path), what, path.name)
     if has_weights:
-        require_weights(folder, what, allow_pickle=allow_pickle)
+        require_no_pickle(folder, what, allow_pickle=allow_pickle)
 
 
 def require_plain_config(config: Mapping[str, Any], what: str, file: str = "config.json") -> None:

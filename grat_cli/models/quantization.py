@@ -91,6 +91,28 @@ def require_cast(kind: str, quantize: str, *, is_quantized: str | None = None) -
         raise BadInput(f"--cast {kind}: the weights are quantized already, {is_quantized}: leave it out")
 
 
+def require_movable(transformer: Any, cast: str, offload: str) -> None:
+    """Makes sure that a transformer's weights survive how they are offloaded.
+
+    Args:
+        transformer: as loaded.
+        cast: one of `CASTS`.
+        offload: how they are offloaded, never `auto`.
+
+    Raises:
+        BadInput: if they do not, with what to use.
+    """
+    if offload != "sequential":
+        return
+    by = quantization_of(transformer)
+    what = "weights of a GGUF file" if by == "gguf" else f"--cast {cast}" if cast != "none" else None
+    if what is not None:
+        raise BadInput(
+            f"{what} with --offload sequential: its hooks rebuild weights, which loses in which form they wait; "
+            "use --offload group or model"
+        )
+
+
 def cast(transformer: Any, kind: str, dtype: torch.dtype) -> None:
     """Has the weights of a transformer wait in 8 bits, but for norms and the like that diffusers leaves out.
 

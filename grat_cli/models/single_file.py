@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,8 +234,9 @@ def _of_pickle(path: Path, *, allow_pickle: bool) -> Tensors:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
+        with open(path, "rb") as file:  # of a path the library looks at how it ends
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (MemoryError, OSError):
         raise
     except Exception:  # an unpickler raises whatever a damaged file makes it
         raise ValueError("it is damaged, or holds more than tensors") from None
@@ -362,7 +365,7 @@ def text_encoder_of(
     """
     config = model.config_class.from_pretrained(folder, local_files_only=True)
     options: dict[str, Any] = {} if quantized is None else {"quantization_config": quantized}
-    source = None
+    source, silent = None, nullcontext()
     if format_of(path) == "gguf":
         architecture = require_gguf(path).facts.get("general.architecture")
         if model.__name__ not in _ENCODERS_OF_GGUF or architecture not in _T5_OF_GGUF:
@@ -371,11 +374,19 @@ def text_encoder_of(
                 f"is read from GGUF, and this one is a {model.__name__}: give --text-encoder a .safetensors file"
             )
         source, options["gguf_file"] = path.parent, path.name
+        silent = redirect_stderr(StringIO())  # there is a progress bar that nothing turns off
     else:
         options["state_dict"] = plain(_unquantized(path, allow_pickle=allow_pickle), dtype)
-    return model.from_pretrained(
-        source, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **options
-    )
+    with silent:
+        return model.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told in the loading info, and refused
+            local_files_only=True,
+            **options,
+        )
 
 
 def _sides(shape: tuple[int, ...]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from grat_cli.errors import ModelUnavailable
+from grat_cli.errors import ModelUnavailable, printable
 from grat_cli.files.fingerprint import Fingerprint, fingerprint
 from grat_cli.files.json_objects import read_json
 from grat_cli.models.headers import is_pointer, read_header
@@ -105,22 +105,26 @@ def known_file(path: Path, part: str) -> WeightFile:
     return WeightFile(part, path.name, fingerprint(path), types)
 
 
-def require_weights(folder: Path, what: str, *, allow_pickle: bool) -> None:
-    """Makes sure that a part's folder holds weights that may be read.
+def require_fetched(folder: Path, what: str) -> None:
+    """Makes sure that the files of a part are there, and no pointers of Git LFS in their place.
 
     Args:
         folder: of the part.
         what: it is, for messages.
-        allow_pickle: whether these may be pickles.
 
     Raises:
-        ModelUnavailable: if there are only pointers of Git LFS, or pickles, with what to do.
-        OSError: if files cannot be read.
+        ModelUnavailable: if one is such a pointer.
+        OSError: if they cannot be read.
     """
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in (*_SUFFIXES, ".json", ".model", ".txt") and path.is_file() and is_pointer(path):
+        if path.is_file() and is_pointer(path):
             raise ModelUnavailable(
-                f"{what} is not there: {path.name} is a pointer of Git LFS\nrun `git lfs pull` in the model's folder"
+                f"{what} is not there: {printable(path.name)} is a pointer of Git LFS\n"
+                "run `git lfs pull` in the model's folder"
             )
+
+
+def require_no_pickle(folder: Path, what: str, *, allow_pickle: bool) -> None:
+    """Raises ModelUnavailable if a part's weights are pickles and may not be, with what to do."""
     if variant_of(folder).is_pickle and not allow_pickle:
         raise pickle_refusal(f"{what}, a .bin file,")
