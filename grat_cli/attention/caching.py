@@ -559,10 +559,10 @@ def _tidied(module: Any, forward: Any, had_registry: bool) -> None:
         return
     if not had_registry:
         vars(module).pop("_diffusers_hook", None)
-        if forward is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = forward
+    if forward is not None:
+        module.forward = forward
+    elif getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del module.forward
 
 
 @contextmanager
