@@ -105,8 +105,8 @@ class StepCaches:
             BadInput: if it is not whole.
         """
         try:
-            if len(kept) > _MOST_PARTS:
-                raise ValueError("it is too much")
+            if not 0 < len(kept) <= _MOST_PARTS:
+                raise ValueError("there is nothing, or too much")
             for one in kept:
                 place = int(one["holder"]), str(one["context"])
                 values = {name: _thawed(value, tensors) for name, value in one["values"].items()}
