@@ -29,9 +29,11 @@ from flux_runs import GUIDED, HEIGHT, WIDTH, NoHostReads, call, preset, relative
 import grat_cli
 from grat_cli.attention.work import Work
 from grat_cli.errors import BadInput
+from grat_cli.estimates.memory import cached_bytes
+from grat_cli.families import FAMILIES
 from grat_cli.presets import Preset
 from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
-from grat_kernels import Grid
+from grat_kernels import Grid, Plan
 
 STEPS = 7
 RELATIVE = 5e-6  # two computations of one fp32 pass, as without a cache
@@ -461,8 +463,6 @@ def test_a_model_without_known_ratios_is_told_how_to_measure_them(pipe: Any) -> 
 
 
 def test_the_ratios_of_flux_are_known() -> None:
-    from grat_cli.families import FAMILIES
-
     flux = FAMILIES["flux"]
     config = {"num_layers": 19, "num_single_layers": 38, "in_channels": 64, "out_channels": None}
     ratios = flux.mag_ratios(config)
@@ -492,3 +492,30 @@ def test_transformers_that_are_not_known_take_no_cache() -> None:
 def test_caches_that_are_none_are_refused(pipe: Any, text: str, says: str) -> None:
     with pytest.raises(BadInput, match=says):
         grat_cli.install(pipe, preset(), **SIZE, cache=text).__enter__()
+
+
+# ---- Memory
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_what_a_cache_keeps_was_foretold(pipe: Any, name: str) -> None:
+    steps, sizes = [], []
+    with grat_cli.install(pipe, preset("b", radius=0), **SIZE, cache=CACHES[name]) as installation:
+        caches = installation.caches
+        assert caches is not None
+
+        def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            kept = caches.snapshot()
+            assert kept is not None
+            steps.append(step)
+            sizes.append(kept.nbytes)
+            return {}
+
+        run(pipe, callback_on_step_end=look)
+        plan = installation.last_schedule.plan(0, 0)
+    assert isinstance(plan, Plan)
+    shape = FAMILIES["flux"].transformer_shape(dict(pipe.transformer.config))
+    foretold = cached_bytes(CACHES[name], shape, plan, 4)
+    # Of blocks, what is alive within a call as well.
+    within = 2 if isinstance(CACHES[name], FirstBlock | Mag) else 1
+    assert foretold / within * 0.8 <= max(sizes) <= foretold * 1.01
