@@ -15,7 +15,7 @@ from grat_cli.generation.finishing import Made, decode_run, finish, keep_latents
 from grat_cli.generation.inputs import read_pictures, read_start, reference_tokens, refuse_sizes
 from grat_cli.generation.machine import memory_advice, offload_chooser, phases_of, release, surroundings
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
-from grat_cli.generation.stage import stages_for, upscaled
+from grat_cli.generation.stage import refuse_cache, stages_for, upscaled
 from grat_cli.models.devices import (
     choose_device,
     choose_dtype,
@@ -95,6 +95,7 @@ class Generator:
         self._device, self._progress, self._family = choose_device(request.device), progress, request.family
         self._picture: Image.Image | torch.Tensor | None
         self._read(request, begun)
+        refuse_cache(request)
         self._common = phases_of(self._device)
 
         # 2. Load.
