@@ -105,8 +105,8 @@ class StepCaches:
             BadInput: if it is not whole.
         """
         try:
-            if len(kept) > _MOST_PARTS:
-                raise ValueError("it is too much")
+            if not 0 < len(kept) <= _MOST_PARTS:
+                raise ValueError("there is nothing, or too much")
             for one in kept:
                 place = int(one["holder"]), str(one["context"])
                 values = {name: _thawed(value, tensors) for name, value in one["values"].items()}
@@ -170,6 +170,28 @@ def attached(
                 stack.enter_context(one.enabled(cache, ratios))
             stack.enter_context(one.served())
         yield StepCaches(cache, watched)
+
+
+def refuse(model: Any, blocks: Sequence[Any], cache: Cache, ratios: Sequence[float] | None) -> None:
+    """Raises BadInput, with the reason and what can be had instead, if a cache cannot run in a transformer.
+
+    Args:
+        model: the transformer.
+        blocks: whose attention takes a plan.
+        cache: which one.
+        ratios: of `Mag`, where they are known for the model.
+    """
+    name = type(model).__name__
+    if (reason := obstacle(model, blocks, cache)) is not None:
+        others = [word for word, kind in KINDS.items() if obstacle(model, blocks, kind()) is None]
+        instead = f"use {' or '.join(others)}" if others else "leave out the cache"
+        raise BadInput(f"cache {cache.kind} cannot run in a {name}: {reason}; {instead}")
+    if isinstance(cache, Mag) and not (cache.calibrate or cache.ratios or ratios):
+        raise BadInput(
+            f"cache mag does not know how a {name} like this one changes from step to step: run once with "
+            "--cache mag:calibrate=true, and put the ratios of its report into a preset, "
+            "cache: {kind: mag, ratios: [...]}"
+        )
 
 
 def obstacle(model: Any, blocks: Sequence[Any], cache: Cache) -> str | None:
@@ -259,6 +281,7 @@ class _Watched:
     def __init__(self, called: Any, adapter: Adapter, settings: Cache | None, clock: Clock, runs: _Runs) -> None:
         self._model, self._called, self._blocks = adapter.model, called, adapter.blocks
         self._settings, self._clock, self._runs = settings, clock, runs
+        self._is_compiled = adapter.is_compiled
         self.ratios: dict[int, float] = {}
         self._seen: Any = None
         self._managers: list[Any] = []  # diffusers' own, with a state for each context
@@ -288,15 +311,14 @@ class _Watched:
             BadInput: if it cannot be.
         """
         name = type(self._model).__name__
+        if self._is_compiled:
+            raise BadInput("a cache inside a compiled transformer is not supported: leave out one of the two")
         if self.config is not None:
             raise BadInput(
                 f"the {name} has a cache enabled already, {type(self.config).__name__}: call its disable_cache(), "
                 "or leave out the cache here"
             )
-        if (reason := obstacle(self._model, self._blocks, cache)) is not None:
-            others = [word for word, kind in KINDS.items() if obstacle(self._model, self._blocks, kind()) is None]
-            instead = f"use {' or '.join(others)}" if others else "leave out the cache"
-            raise BadInput(f"cache {cache.kind} cannot run in a {name}: {reason}; {instead}")
+        refuse(self._model, self._blocks, cache, ratios)
         before = {
             module: (vars(module).get("forward"), "_diffusers_hook" in vars(module)) for module in self._model.modules()
         }
@@ -323,12 +345,6 @@ class _Watched:
             return hooks.FirstBlockCacheConfig(threshold=cache.threshold)
         if isinstance(cache, Mag):
             known = cache.ratios or ratios
-            if known is None and not cache.calibrate:
-                raise BadInput(
-                    f"cache mag does not know how a {type(self._model).__name__} like this one changes from step to "
-                    "step: run once with --cache mag:calibrate=true, and put the ratios of its report into a preset, "
-                    "cache: {kind: mag, ratios: [...]}"
-                )
             # Steps and ratios are set when a run begins.
             return hooks.MagCacheConfig(
                 threshold=cache.threshold,
@@ -559,10 +575,10 @@ def _tidied(module: Any, forward: Any, had_registry: bool) -> None:
         return
     if not had_registry:
         vars(module).pop("_diffusers_hook", None)
-        if forward is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = forward
+    if forward is not None:
+        module.forward = forward
+    elif getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del module.forward
 
 
 @contextmanager

@@ -65,18 +65,18 @@ def in_chunks(blocks: Sequence[Any], forwards: Mapping[type, Forward], chunk: in
         forwards: likewise.
         chunk: None changes nothing.
     """
-    made: list[tuple[Any, Any]] = []
+    made: list[tuple[Any, Any, bool]] = []
     try:
         if chunk is not None:
             for block in blocks:
                 holder, name = _own_forward(block)
                 forward = forwards[type(block)](block, chunk)
-                made.append((block, forward))
+                made.append((block, forward, "forward" in vars(block)))
                 setattr(holder, name, forward)
         yield
     finally:
-        for block, forward in reversed(made):
-            _restore(block, forward)
+        for block, forward, had_own in reversed(made):
+            _restore(block, forward, had_own)
 
 
 def _places(block: Any) -> list[tuple[Any, str]]:
@@ -98,11 +98,17 @@ def _own_forward(block: Any) -> tuple[Any, str]:
     return next((place for place in places if getattr(getattr(*place), "__func__", None) is own), places[0])
 
 
-def _restore(block: Any, forward: Any) -> None:
-    """Puts a block's own forward back, wherever a forward has got to: hooks may have come and gone meanwhile."""
+def _restore(block: Any, forward: Any, had_own: bool) -> None:
+    """Puts a block's own forward back, wherever the one in chunks has got to: hooks may have come and gone meanwhile.
+
+    Args:
+        block: as `in_chunks` left it.
+        forward: in chunks.
+        had_own: whether the block had a forward beside its class's before.
+    """
     for holder, name in _places(block):
         if getattr(holder, name) is forward:
-            if (holder, name) == (block, "forward"):
+            if holder is block and name == "forward" and not had_own:
                 del block.forward
             else:
                 setattr(holder, name, type(block).forward.__get__(block))

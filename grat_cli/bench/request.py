@@ -14,6 +14,7 @@ from grat_cli.fidelity.variants import Request, parse_modes, parse_peers, parse_
 from grat_cli.generation.selection import DTYPES, require_choice, require_device
 from grat_cli.models.lora import parse_loras
 from grat_cli.models.weights import Weights
+from grat_cli.presets import cache_from_text
 from grat_cli.presets.schema import BACKENDS
 
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -35,6 +36,7 @@ _MAX_SECONDS: Mapping[str, float | None] = {
 
 # Which options say something to which level; the others are refused rather than ignored.
 _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "cache": ("image", "video"),
     "peers": ("attention",),
     "heads": ("attention",),
     "head_dim": ("attention",),
@@ -65,6 +67,7 @@ class BenchRequest:
 
     level: str
     compare: str | None
+    cache: str | None
     peers: str | None
     model: str | None
     prompts: str | None
@@ -125,12 +128,19 @@ class BenchRequest:
 
     @cached_property
     def variants(self) -> tuple[Request, ...]:
-        """Of `--compare`.
+        """Of `--compare`, and full attention and each of these once more with each of `--cache`.
 
         Raises:
-            BadInput: as `parse_variants`.
+            BadInput: as `parse_variants` and `cache_from_text`.
         """
-        return parse_variants(self.compared, self.level)
+        caches = self.cache.split(",") if self.cache is not None else ()
+        for cache in caches:
+            cache_from_text(cache, "--cache")
+        plain = parse_variants(self.compared, self.level)
+        names = [request.name for request in plain]
+        without = dict.fromkeys(["full", *(request.name for request in plain if request.cache is None)])
+        more = [f"{name}+{cache}" for cache in caches for name in without]
+        return parse_variants(",".join([*names, *more]), self.level)
 
     @property
     def variants_beside_full(self) -> tuple[Request, ...]:

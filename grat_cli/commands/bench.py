@@ -70,10 +70,18 @@ class BenchOptions:
         "full, full-list, na, clear, sta, grat-b, grat-x, grat-bx, grat-far, also with parameters: "
         "grat-b:radius=2, na:window=49, grat-x:share=2, grat-far:block=8x8:group=16x16. Short for some: "
         "b, x, bx, far, and for videos planes and lines. For attention also grat-heads, for heads that differ. "
-        "For image and video also presets, by name or from a YAML file, with their schedules. "
+        "For image and video also presets, by name or from a YAML file, with their schedules, and each with a cache: "
+        "far+first-block, demo-tuned+taylor:cache_interval=3. "
         "For highres: off, direct, cascade. Default: full,na,grat-b for attention.",
         _WHAT,
         complete=complete_compare,
+    )
+    cache: str | None = option(
+        "NAME,...",
+        "For image and video: caches, as for grat image with colons between settings; full attention and each of "
+        "--compare is made once more with each.",
+        _WHAT,
+        complete=options.complete_cache,
     )
     peers: str | None = option(
         "NAME,...",

@@ -144,6 +144,8 @@ def plan(
 
     # 4. Show it.
     output.hint(mismatch_note(chosen, choice))
+    if chosen.cache:
+        output.hint(f"cache {chosen.cache.summary}: its memory is counted, the time that it saves is not")
     output.data(
         {
             **result.as_dict(),

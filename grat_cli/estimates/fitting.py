@@ -88,6 +88,7 @@ def needs(runs: Sequence[Forecast], components: Components, execution: Execution
             guided_twice=stage.architecture.calls_per_step(stage.preset.sampling.guidance) == 2,
             encodes=number > 0 or bool(stage.architecture.model.needs),
             lets_go=family_of(stage.architecture.model).lets_go,
+            cache=stage.preset.cache,
         )
         offloaded = memory.offloaded
         for phase in memory.phases:

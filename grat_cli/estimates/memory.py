@@ -14,6 +14,7 @@ from typing import Literal
 
 from grat_cli.families.autoencoders import Coding, Pixels
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerCall, TransformerShape
+from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
 from grat_cli.presets.schema import chunk_for
 from grat_kernels import Plan
 
@@ -151,6 +152,7 @@ def run_memory(
     guided_twice: bool = False,
     encodes: bool = False,
     lets_go: bool = False,
+    cache: Cache | None = None,
 ) -> RunMemory:
     """What a run needs, or one stage of a run over several sizes.
 
@@ -162,10 +164,11 @@ def run_memory(
         guided_twice: whether guidance takes a second transformer call per step.
         encodes: whether the stage begins with a picture, which is encoded.
         lets_go: whether parts are let go of once the run is done with them, where they are not offloaded.
+        cache: what keeps attention or blocks from step to step.
     """
     weights = component_weights(components, execution)
     decoding = _peak_of(components.autoencoder.decode_moments(size, execution.coding))
-    denoising = _peak_of(denoise_moments(components, list(plans), execution, guided_twice))
+    denoising = _peak_of(denoise_moments(components, list(plans), execution, guided_twice, cache))
     saving = _peak_of(save_moments(size, execution))
     resident = _resident(weights, components, execution, lets_go)
     phases = [PhaseMemory("text", resident["text"], *_peak_of(_text_moments(components, execution)))]
@@ -287,7 +290,11 @@ def _text_moments(components: Components, execution: Execution) -> dict[str, flo
 
 
 def denoise_moments(
-    components: Components, plans: list[Plan], execution: Execution, guided_twice: bool = False
+    components: Components,
+    plans: list[Plan],
+    execution: Execution,
+    guided_twice: bool = False,
+    cache: Cache | None = None,
 ) -> dict[str, float]:
     """Bytes besides weights at the moments of a denoising step that may be its peak."""
     shape = components.transformer
@@ -295,9 +302,30 @@ def denoise_moments(
     for plan in plans:
         turned_back = components.transformer_bytes is not None
         outside = _outside_blocks(shape, plan, len(plans), execution, guided_twice, turned_back)
+        outside += cached_bytes(cache, shape, plan, execution.element) * (1 + guided_twice)
         for moment, size in shape.moments(_call(shape, plan, execution)).items():
             moments[moment] = max(moments.get(moment, 0.0), outside + size)
     return moments
+
+
+def cached_bytes(cache: Cache | None, shape: TransformerShape, plan: Plan, element: int) -> float:
+    """Bytes that a cache keeps from step to step, of one of the calls of a step."""
+    row = shape.width * element
+    image, joint = (plan.tokens - plan.text_len) * row, plan.tokens * row
+    if isinstance(cache, FirstBlock):
+        # The first block's output and residual, and what the others add to image and text.
+        return image + 2 * joint
+    if isinstance(cache, Mag):
+        return 2 * image  # what blocks are given, and what they add
+    if isinstance(cache, Taylor):
+        if cache.use_lite_mode:
+            return (cache.max_order + 1) * (plan.tokens - plan.text_len) * shape.token_channels * element
+        kept = {"auto": element, "float32": 4}.get(cache.taylor_factors_dtype, 2) / element
+        per_layer = 1 if shape.joins_text else 2  # attention to text is one more
+        return (cache.max_order + 1) * shape.layers * per_layer * joint * kept
+    if isinstance(cache, Broadcast | Faster):
+        return (1 if isinstance(cache, Broadcast) else 2) * shape.layers * joint
+    return 0.0
 
 
 def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> TransformerCall:

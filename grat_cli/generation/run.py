@@ -23,7 +23,7 @@ from grat_cli.generation.inputs import (
 from grat_cli.generation.known_texts import KnownTexts, negative_of
 from grat_cli.generation.machine import memory_advice, offload_chooser, phases_of, release, surroundings
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
-from grat_cli.generation.stage import stages_for, upscaled
+from grat_cli.generation.stage import refuse_cache, stages_for, upscaled
 from grat_cli.models.devices import (
     choose_device,
     choose_dtype,
@@ -110,6 +110,7 @@ class Generator:
         self._device, self._progress, self._family = choose_device(request.device), progress, request.family
         self._picture: Image.Image | torch.Tensor | None
         self._read(request, begun)
+        refuse_cache(request)
         self._common = phases_of(self._device)
         texts = [(one, negative_of(one, self.stages)) for one in (request, *later)]
         self._texts = KnownTexts(texts, self._device, progress)

@@ -52,6 +52,34 @@ class Installed:
     installation: Installation
 
 
+def refuse_cache(request: Request) -> None:
+    """Makes sure, before weights are loaded, that the model can have the cache of a request.
+
+    Raises:
+        BadInput: with the reason if it cannot.
+    """
+    if (cache := request.preset.cache) is None:
+        return
+    import torch
+
+    # What is imported while tensors are made without data has none for good.
+    from diffusers.hooks import mag_cache  # noqa: F401
+
+    from grat_cli.attention import caching
+
+    family = request.family
+    try:
+        config, kind = family.transformer_config(request.model), family.transformer_class()
+        # What decides are the classes of its blocks, not how many there are.
+        few = {name: value for name, value in family.with_blocks(config, (2, 2)).items() if name in config}
+        with torch.device("meta"):
+            small = kind.from_config(few)
+        blocks = family.adapter(small, request.grid).blocks
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError):
+        return  # loading will say what is wrong with it
+    caching.refuse(small, blocks, cache, family.mag_ratios(config))
+
+
 @contextmanager
 def installed(
     pipe: Any,

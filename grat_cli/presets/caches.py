@@ -67,7 +67,8 @@ def _text(value: Any) -> str:
 
 
 class FirstBlock(_Cache):
-    """Computes the first block; where it says nearly the same as before, all others are taken over.
+    """Computes the first block; where it says nearly the same as before, all others are taken over. Alone of all, it
+    waits for the device at every call, to know.
 
     Attributes:
         threshold: mean change of the first block's residual, over its mean size, up to which nothing more is computed.

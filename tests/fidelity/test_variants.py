@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +24,69 @@ from grat_cli.fidelity.variants import (
     parse_variants,
     variant_for,
 )
-from grat_cli.presets import Preset, load_preset
+from grat_cli.presets import Preset, load_preset, preset_yaml, resolve_preset
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, SlidingTile, Union, build_plan
 
 FLUX_4K, VIDEO = Grid((256, 256)), Grid((33, 45, 80))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "summary"),
+    [
+        ("full+first-block", "full", "first-block"),
+        ("far+taylor:cache_interval=3:max_order=2", "grat-far", "taylor, cache_interval 3, max_order 2"),
+        ("grat-b:radius=2+pab:timesteps=100-900", "grat-b", "pab, timesteps 100-900"),
+        ("demo-far+mag:calibrate=true", "preset", "mag, calibrate true"),
+    ],
+)
+def test_names_may_have_a_cache(text: str, kind: str, summary: str) -> None:
+    [request] = parse_variants(text, "image")
+    assert request.cache is not None
+    assert (request.name, request.kind, request.cache.summary) == (text, kind, summary)
+    found = variant_for(request, Grid((32, 32)))
+    assert found.cache == request.cache
+    assert found.description.endswith(f"; cache {summary}")
+    plain = variant_for(parse_variants(text.rpartition("+")[0], "image")[0], Grid((32, 32)))
+    assert (found.grouping, found.pattern, found.preset) == (plain.grouping, plain.pattern, plain.preset)
+
+
+@pytest.mark.parametrize(
+    ("text", "level", "says"),
+    [
+        ("far+tailor", "image", r"--compare far with tailor: did you mean 'taylor'\?"),
+        ("far+", "image", "choose from full"),
+        ("+taylor", "image", "a name is empty"),
+        ("far+taylor:interval=3", "image", "taylor has no 'interval': did you mean 'cache_interval'"),
+        ("far+taylor:cache_interval=1", "video", "cache_interval: expected 2 or more, not 1"),
+        ("na+taylor", "image", "na is compared without a cache: give na alone"),
+        ("far+taylor", "step", "caches are for --level image and video.*give far alone"),
+        ("far+taylor,far+taylor", "image", "twice"),
+    ],
+)
+def test_caches_that_do_not_fit_are_refused(text: str, level: str, says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        parse_variants(text, level)
+
+
+def test_a_file_may_have_a_plus_in_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "b+c.yaml"
+    path.write_text(preset_yaml(load_preset("demo-b")))
+    [plain, cached] = parse_variants(f"{path},{path}+pab", "image")
+    assert (plain.cache, cached.cache and cached.cache.kind) == (None, "pab")
+    assert plain.preset == cached.preset == load_preset("demo-b")
+
+
+def test_a_preset_brings_its_own_cache(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(preset_yaml(resolve_preset(load_preset("demo-b"), cache="taylor")))
+    [own, other, none] = parse_variants(f"{path},{path}+pab,{path}+none", "image")
+    assert [request.cache and request.cache.kind for request in (own, other, none)] == ["taylor", "pab", None]
+
+
+@given(st.text(alphabet="fartylob+:=-,.x0123456789 ", max_size=30))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    with contextlib.suppress(BadInput):
+        parse_variants(f"far+{text}", "image")
 
 
 def variant(text: str, grid: Grid = FLUX_4K):
