@@ -175,7 +175,7 @@ def batch(
                 progress.note(f"{result.sample.output.name} failed: {result.reason}")
                 continue
             made.append(result[0])
-            output.line(str(result[0].output))
+            output.file(result[0].output)
 
     # 5. What came of it.
     output.data(

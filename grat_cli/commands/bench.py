@@ -194,4 +194,4 @@ def bench(
     output.data(result.as_dict())
     output.show(*bench_tables(result), "")
     for path in written:
-        output.line(str(path))
+        output.file(path)

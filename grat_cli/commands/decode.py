@@ -51,6 +51,7 @@ def decode(
     from grat_cli.errors import BadInput
     from grat_cli.files import outputs
     from grat_cli.files.formats import choose_format, require_writable
+    from grat_cli.files.places import is_folder
     from grat_cli.files.whole import claimed
     from grat_cli.generation.checkpoint import find_run, place_of, read_run
     from grat_cli.generation.finishing import decode_run
@@ -72,7 +73,7 @@ def decode(
         if value is not None:
             noun = "pictures" if request.frames else "videos"
             raise BadInput(f"{flag} is for {noun}, and {kept} is none of one: leave it out")
-    by_name = out is not None and bool(out.suffix) and not out.is_dir()
+    by_name = out is not None and bool(out.suffix) and not is_folder(out)
     chosen_format, suffix = choose_format(
         request.model.medium, out, request.format if format is None and not by_name else format
     )
@@ -101,5 +102,5 @@ def decode(
     output.hint(f"{kept.name}: {request.model.name}, {request.size}, seed {run.seed}")
     with claimed([path]), output.progress() as progress:
         made = decode_run(run, request, path, progress, tile, options.command_line(context))
-        output.line(str(made.path))
+        output.file(made.path)
     making.show([made], request, output)

@@ -128,7 +128,7 @@ class SamplingOptions:
     n: int | None = option("COUNT", "So many pictures or videos, with consecutive seeds.", PICTURE)
     steps: int | None = option("COUNT", "Denoising steps. Default: the preset's.", PICTURE)
     guidance: float | None = option("SCALE", "How closely to follow the prompt. Default: the preset's.", PICTURE)
-    negative: str | None = option("PROMPT", "What to keep out of the picture or video.", PICTURE)
+    negative: str | None = option("PROMPT", "What to keep out of the picture or video.", PICTURE, is_text=True)
 
     def seeds(self) -> tuple[int, ...]:
         """One for each output.

@@ -7,6 +7,7 @@ what may be typed, and decides neither where an output goes nor what it may repl
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from grat_cli.estimates.stages import Stage
 from grat_cli.families import Medium, ModelChoice
 from grat_cli.families.base import Pictures
 from grat_cli.files import formats, outputs, tensors, videos, whole
+from grat_cli.files.places import expanded
 from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
 from grat_cli.generation.inputs import pictures_in, tensors_of
 from grat_cli.generation.report import SCHEMA
@@ -481,7 +483,7 @@ _PICTURES = ("init_image", "mask", "control")
 
 
 def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.expanduser().resolve())
+    return None if path is None else str(expanded(path).resolve())
 
 
 def request_data(request: Request) -> dict[str, Any]:
@@ -490,8 +492,8 @@ def request_data(request: Request) -> dict[str, Any]:
     model = {"name": request.model.name, "source": request.model.source, "kind": request.model.kind}
     if request.model.kind != "hub":
         model["source"] = str(Path(request.model.source).resolve())
-    if request.base is not None and Path(request.base).expanduser().exists():
-        data["base"] = str(Path(request.base).expanduser().resolve())
+    if request.base is not None and os.path.exists(expanded(request.base)):
+        data["base"] = str(expanded(request.base).resolve())
     return {
         **data,
         "preset": request.preset.model_dump(mode="json"),
