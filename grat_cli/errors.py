@@ -99,6 +99,18 @@ def shortened(text: str, longest: int = 160) -> str:
     return f"{text[: end if end > 0 else longest]} ..."
 
 
+def steadier(dtype: object, *others: str) -> str:
+    """What to try after NaN: the dtypes of greater range or precision than the one in use, or else.
+
+    Args:
+        dtype: in use, torch's own or its name.
+        others: what else may help, such as `another --backend`; needed of float32, which none is steadier than.
+    """
+    finer = {"float32": (), "float64": (), "bfloat16": ("--dtype float32",)}
+    advice = (*finer.get(str(dtype).removeprefix("torch."), ("--dtype float32 or bfloat16",)), *others)
+    return f"try {', or '.join(advice)}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` is most likely a slip of, or None where nothing is close."""
     if len(word) > _LONGEST_NAME:  # comparing takes time that grows with its square

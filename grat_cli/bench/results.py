@@ -65,6 +65,7 @@ class Row:
         fidelity: of attention inside the model, in whole runs.
         preset: whose attention and schedule the row ran; None for other variants.
         skipped: why there are no figures, in words; None where there are.
+        not_finite: whether it was skipped because NaN or infinities came of it, or nothing but one colour.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Row:
     fidelity: Fidelity | None = None
     preset: Mapping[str, Any] | None = None
     skipped: str | None = None
+    not_finite: bool = False
 
     @property
     def median_ms(self) -> float | None:

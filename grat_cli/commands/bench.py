@@ -195,3 +195,8 @@ def bench(
     output.show(*bench_tables(result), "")
     for path in written:
         output.file(path)
+    rows = [row for case in result.cases for row in case.rows]
+    if all(row.skipped for row in rows) and (failed := [row for row in rows if row.not_finite]):
+        from grat_cli.errors import NumericalFailure
+
+        raise NumericalFailure(f"no variant could be measured; {failed[0].name}: {failed[0].skipped}")

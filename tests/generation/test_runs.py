@@ -426,10 +426,9 @@ def test_the_first_step_that_is_not_finite_is_named(loaded: Any, small: Small, t
     loaded.transformer.register_forward_hook(spoil)
     progress = Progress()
     steps = small.stages[0].steps
-    with pytest.raises(NumericalFailure, match=f"NaN or infinite at step 3 of {steps}"):
+    with pytest.raises(NumericalFailure, match=f"NaN or infinite at step 3 of {steps}: try another --backend$"):
         generate(small.of(tmp_path / "a", checkpoint_every=every), progress)
-    last = 3 if every else steps
-    assert progress.events[-1] == (last, steps)  # seen at the checkpoint, hours before the end
+    assert progress.events[-1] == (3, steps)  # hours before the end
     assert names(tmp_path) == (["a.checkpoint.safetensors"] if every else [])
 
 
