@@ -12,6 +12,9 @@ def main() -> None:
     # allocates and frees gigabytes, and without them spends a third of its time in page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
+        from grat_cli.console.streams import open_closed_descriptors
+
+        open_closed_descriptors()
         from grat_cli.app import run
 
         sys.exit(run(sys.argv[1:]))

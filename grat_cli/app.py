@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
+import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +31,11 @@ from grat_cli.commands.resume import resume
 from grat_cli.commands.tune import tune
 from grat_cli.commands.video import video
 from grat_cli.console.output import print_error
-from grat_cli.errors import INTERRUPTED, BadInput, GratError, nearest
+from grat_cli.console.streams import SteadyStream, steady_streams
+from grat_cli.errors import INTERRUPTED, BadInput, CannotWrite, GratError, first_line, nearest, printable
+
+# As of every program that writes to one that has ended, such as head.
+_READER_LEFT = 128 + 13
 
 app = typer.Typer(
     name="grat",
@@ -61,6 +71,13 @@ def run(arguments: Sequence[str]) -> int:
     Args:
         arguments: as typed, without the program's name.
     """
+    with steady_streams() as out, _interrupted_by_signals():
+        code = _run(arguments)
+        out.flush()
+        return code or _code_of(out)
+
+
+def _run(arguments: Sequence[str]) -> int:
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     try:
         # Outside its standalone mode Typer leaves errors to us, and turns Ctrl-C and typer.Exit into a return value.
@@ -69,12 +86,50 @@ def run(arguments: Sequence[str]) -> int:
         )
     except Exception as error:
         if "--debug" in options:
-            traceback.print_exc()
-        print_error(_message(error))
+            sys.stderr.write(printable(traceback.format_exc(), lines=True))
+        print_error(_message(error, arguments))
         return error.exit_code if isinstance(error, GratError) else BadInput.exit_code if _is_usage_error(error) else 1
     if code == INTERRUPTED:
         print_error("interrupted")
     return code if isinstance(code, int) else 0
+
+
+def _code_of(out: SteadyStream) -> int:
+    """Of a run that is done, but could not say so."""
+    if out.obstacle is not None:
+        print_error(f"what was to be printed is lost: cannot write to stdout: {out.obstacle}")
+        return CannotWrite.exit_code
+    return _READER_LEFT if out.reader_left else 0
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """While it lasts, what schedulers and closed terminals send (SIGTERM, SIGHUP) does what Ctrl-C does.
+
+    Terminals and shells may each send one, schedulers several: those after the first change nothing, so that what is
+    done can be kept. What is to be ignored (nohup) stays ignored.
+    """
+    names = ("SIGTERM", "SIGHUP")  # Windows lacks one
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        numbers = []
+    told = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            raise KeyboardInterrupt
+
+    before: dict[Any, Any] = {number: signal.getsignal(number) for number in numbers}
+    taken = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 def _is_usage_error(error: Exception) -> bool:
@@ -82,14 +137,11 @@ def _is_usage_error(error: Exception) -> bool:
     return hasattr(error, "format_message") and hasattr(error, "ctx")
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, arguments: Sequence[str]) -> str:
     if isinstance(error, GratError):
         return str(error)
     if not _is_usage_error(error):
-        what = str(error) or type(error).__name__
-        return (
-            f"{type(error).__name__}: {what.splitlines()[0]}\nThis was not foreseen: --debug shows where it happened."
-        )
+        return f"{type(error).__name__}: {first_line(error)}\nThis was not foreseen: --debug shows where it happened."
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "grat"
     if hasattr(error, "option_name") and hasattr(error, "possibilities"):  # an unknown option
@@ -97,7 +149,19 @@ def _message(error: Exception) -> str:
         known = [name for parameter in context.command.params for name in parameter.opts] if context else []
         closest = nearest(option, [name for name in known if name.startswith("-")])
         advice = f"did you mean {closest}?" if closest else f"see {path} --help"
-        return f"{path} has no option {option}: {advice}"
+        return f"{path} has no option {option}: {advice}{_after_dashes(context, option, arguments)}"
     text = str(getattr(error, "format_message")()).rstrip(".")  # noqa: B009
     text = f"{text[:1].lower()}{text[1:]}"
     return text if text.endswith("?") else f"{text}: see {path} --help"
+
+
+def _after_dashes(context: Any, option: str, arguments: Sequence[str]) -> str:
+    """A line for who meant a prompt: what begins with a dash and stands first, or holds a space."""
+    parameters = context.command.params if context else ()
+    wanted = next((one for one in parameters if one.param_type_name == "argument" and one.required), None)
+    meant = next((number for number, one in enumerate(arguments) if one.startswith(option)), None)
+    if wanted is None or meant is None or not (meant == 1 or " " in arguments[meant]):
+        return ""
+    others = "" if len(arguments) == 2 else " ..."
+    typed = f"{context.command_path}{others} -- {shlex.quote(arguments[meant])}"
+    return f"\na {wanted.metavar} that begins with a dash goes to the end, after --: {typed}"

@@ -18,6 +18,7 @@ from grat_cli.bench.dense import dense_rate, fastest_dense
 from grat_cli.bench.measure import (
     CannotRun,
     Measurement,
+    NotFinite,
     Progress,
     Run,
     Unwatched,
@@ -283,7 +284,7 @@ class _AttentionBench:
             tensors = output, scene.query, scene.key, scene.value
             sampled = sampled_error(*tensors, candidate.attended, text_start=text_start, samples=_SAMPLED_ROWS)
             if not math.isfinite(sampled.error):
-                raise CannotRun("its output is not finite")
+                raise NotFinite("its output is not finite")
             errors[name] = sampled
 
         return Run(
@@ -310,7 +311,7 @@ class _AttentionBench:
         if measured is None:
             return row
         if measured.skipped:
-            return replace(row, skipped=measured.skipped)
+            return replace(row, skipped=measured.skipped, not_finite=measured.not_finite)
         median = statistics.median(measured.times_ms)
         speedup = full_ms / median if full_ms is not None else None
         tflops = 4 * candidate.pairs * self.heads * self.head_dim / median / 1e9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from grat_cli.bench.results import WHOLE_RUNS, BenchResult
 from grat_cli.files import outputs
+from grat_cli.files.places import is_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,8 +23,8 @@ def result_paths(out: Path | None, level: str) -> dict[str, Path]:
         out: `--out`: a name with or without the suffix, an existing folder, which gets a telling name, or None.
         level: of the benchmark.
     """
-    if out is None or out.is_dir() or str(out).endswith(os.sep):
-        stem = (out or Path()) / f"grat-bench-{datetime.now():%Y%m%d-%H%M%S}-{level}"
+    if out is None or is_folder(out):
+        stem = Path(out or "") / f"grat-bench-{datetime.now():%Y%m%d-%H%M%S}-{level}"
     else:
         stem = out.with_suffix("") if out.suffix in (".json", ".md", ".html") else out
     kinds = ("json", "md", "html", "png") if level in WHOLE_RUNS else ("json", "md", "html")

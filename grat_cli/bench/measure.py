@@ -55,6 +55,10 @@ class CannotRun(Exception):
     """A call cannot run here; its text says why. The row is skipped with these words."""
 
 
+class NotFinite(CannotRun):
+    """A call ran, and NaN or infinities came of it."""
+
+
 def guarded(name: str, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """A call of a kernel that depends on its surroundings: what it raises becomes the reason why it has no figures.
 
@@ -102,11 +106,13 @@ class Measurement:
         times_ms: of each repetition; empty where the run was skipped.
         peak_memory_bytes: of one call, `held_bytes` included; None where the device cannot tell.
         skipped: the reason in words, None where the run was measured.
+        not_finite: whether the reason is that NaN or infinities came of it.
     """
 
     times_ms: tuple[float, ...] = ()
     peak_memory_bytes: int | None = None
     skipped: str | None = None
+    not_finite: bool = False
 
 
 def measure(
@@ -136,9 +142,9 @@ def measure(
     waiting = list(runs)
     done, total = 0, len(runs) * (repetitions + 1)
 
-    def skip(run: Run, reason: str) -> None:
+    def skip(run: Run, reason: str | CannotRun) -> None:
         nonlocal total
-        found[run.name] = Measurement(skipped=reason)
+        found[run.name] = Measurement(skipped=str(reason), not_finite=isinstance(reason, NotFinite))
         waiting.remove(run)
         progress.note(f"{run.name} is skipped: {reason}")
 
@@ -368,12 +374,12 @@ def _warm_up(run: Run, device: torch.device, repetitions: int, max_seconds: floa
         raise CannotRun(_too_long(spent + repetitions * once, repetitions, max_seconds))
 
 
-def _attempt(call: Callable[[], object]) -> str | None:
+def _attempt(call: Callable[[], object]) -> str | CannotRun | None:
     """Runs a call; why it failed, if it lacked memory or cannot run here."""
     try:
         call()
     except CannotRun as reason:
-        return str(reason)
+        return type(reason)(str(reason))  # without the traceback, which would hold the tensors of the failed call
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -67,6 +67,7 @@ class Row:
         cache: what steps took over from those before them; None for nothing.
         steps_computed: with a cache, steps of a run in which all attention was computed, mean.
         skipped: why there are no figures, in words; None where there are.
+        not_finite: whether it was skipped because NaN or infinities came of it, or nothing but one colour.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Row:
     cache: Mapping[str, Any] | None = None
     steps_computed: float | None = None
     skipped: str | None = None
+    not_finite: bool = False
 
     @property
     def median_ms(self) -> float | None:

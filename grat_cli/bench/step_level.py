@@ -18,6 +18,7 @@ from grat_cli.bench.inside_models import Attach, Host, Inside, backend_for
 from grat_cli.bench.measure import (
     CannotRun,
     Measurement,
+    NotFinite,
     Progress,
     Run,
     Unwatched,
@@ -35,7 +36,7 @@ from grat_cli.bench.random_weights import (
 )
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Row
-from grat_cli.errors import BadInput, OutOfMemory
+from grat_cli.errors import BadInput, OutOfMemory, steadier
 from grat_cli.families import family_of
 from grat_cli.families.base import ModelChoice
 from grat_cli.families.shapes import TransformerShape
@@ -321,9 +322,10 @@ class _Watched:
 
 
 def _refuse_not_finite(prediction: object) -> None:
-    """Raises CannotRun if a prediction has NaN or infinities: there is something wrong with it then."""
+    """Raises NotFinite if a prediction has NaN or infinities: there is something wrong with it then."""
     if not bool(torch.as_tensor(prediction).isfinite().all()):
-        raise CannotRun("its prediction is not finite: try --dtype float32 or bfloat16")
+        tensor = torch.as_tensor(prediction)
+        raise NotFinite(f"its prediction is not finite: {steadier(tensor.dtype, 'another --backend')}")
 
 
 def _row(variant: Variant, **values: Any) -> Row:
@@ -344,7 +346,7 @@ def _measured_row(
     """
     known = {"density": inside.density, "reach_tokens": variant.reach()}
     if measurement.skipped is not None:
-        return _row(variant, **known, skipped=measurement.skipped)
+        return _row(variant, **known, skipped=measurement.skipped, not_finite=measurement.not_finite)
     total_ms = statistics.median(total for total, _ in times)
     attention_ms = statistics.median(attention for _, attention in times)
     speedup = efficiency = None

@@ -296,6 +296,7 @@ class _Entry:
     Attributes:
         inside: what computes it; None where it is skipped from the start.
         skipped: why it is skipped, None where it is not.
+        not_finite: whether because of NaN, or because nothing but one colour is shown.
         output: the one made last, until it is compared.
         shown: pictures for the contact sheet.
         found: how close each output comes to that of full attention.
@@ -309,6 +310,7 @@ class _Entry:
     variant: Variant
     inside: Inside | None
     skipped: str | None = None
+    not_finite: bool = False
     output: Any = None
     shown: list[Image.Image] = field(default_factory=list)
     found: list[Likeness] = field(default_factory=list)
@@ -342,7 +344,8 @@ class _Entry:
                 known["density"] = mean([step.density for steps in self.steps for step in steps])
                 known["steps_computed"] = mean([sum(not step.computed for step in steps) for steps in self.steps])
         if self.skipped is not None or self.inside is None:
-            return Row(variant.name, variant.role, variant.description, **known, skipped=self.skipped)
+            known |= {"skipped": self.skipped, "not_finite": self.not_finite}
+            return Row(variant.name, variant.role, variant.description, **known)
         compared = self is not full and full.skipped is None
         return Row(
             variant.name,
@@ -522,7 +525,7 @@ class _Studio:
         try:
             attempt()
         except (CannotRun, NumericalFailure) as error:
-            entry.skipped = str(error)
+            entry.skipped, entry.not_finite = str(error), isinstance(error, NumericalFailure)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

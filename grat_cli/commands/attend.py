@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def attend(
     context: typer.Context,
-    prompt: Annotated[str, argument("PROMPT", "What the picture or video shows.")],
+    prompt: Annotated[str, argument("PROMPT", "What the picture or video shows.", is_text=True)],
     *,
     extent: Annotated[options.SizeOptions, only("res", "aspect", "seconds", "frames")],
     sampling: Annotated[
@@ -152,4 +152,4 @@ def attend(
     output.data({"folder": str(folder), **data})
     output.show(table(pattern_figures(attended)), "", " ".join(data["findings"]))
     output.hint(density_hint(attended))
-    output.line(str(folder / "index.html"))
+    output.file(folder / "index.html")

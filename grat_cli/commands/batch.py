@@ -175,7 +175,7 @@ def batch(
                 progress.note(f"{result.sample.output.name} failed: {result.reason}")
                 continue
             made.append(result[0])
-            output.line(str(result[0].output))
+            output.file(result[0].output)
 
     # 5. What came of it.
     output.data(
@@ -195,7 +195,7 @@ def batch(
         more = f" and {len(failures) - _FAILURES_NAMED} more" if len(failures) > _FAILURES_NAMED else ""
         raise NumericalFailure(
             f"{len(failures)} of {len(left)} failed: {names}{more}\n"
-            "the same command tries these again; try --dtype float32 or bfloat16, or another --backend"
+            f"{failures[0].reason}; the same command tries these again"
         )
 
 

@@ -206,4 +206,9 @@ def bench(
     output.data(result.as_dict())
     output.show(*bench_tables(result), "")
     for path in written:
-        output.line(str(path))
+        output.file(path)
+    rows = [row for case in result.cases for row in case.rows]
+    if all(row.skipped for row in rows) and (failed := [row for row in rows if row.not_finite]):
+        from grat_cli.errors import NumericalFailure
+
+        raise NumericalFailure(f"no variant could be measured; {failed[0].name}: {failed[0].skipped}")

@@ -74,7 +74,7 @@ def compare(
     output.data(_data(found, mean))
     output.show(_table(found, mean))
     if sheet is not None:
-        output.line(str(sheet))
+        output.file(sheet)
     elif terminal.quiet:
         output.line(f"{mean.ssim:.6f}")
 

@@ -103,5 +103,5 @@ def decode(
     output.hint(f"{kept.name}: {request.model.name}, {request.size}, seed {run.seed}")
     with claimed([path]), output.progress() as progress:
         made = decode_run(run, request, path, progress, tile, options.command_line(context))
-        output.line(str(made.path))
+        output.file(made.path)
     making.show([made], request, output)

@@ -14,7 +14,7 @@ from grat_cli.commands.parameters import argument, option
 
 def image(
     context: typer.Context,
-    prompt: Annotated[str, argument("PROMPT", "What the picture shows.")],
+    prompt: Annotated[str, argument("PROMPT", "What the picture shows.", is_text=True)],
     *,
     res: str | None = option(
         "SIZE",

@@ -171,7 +171,7 @@ def make(request: Request, output: Output, begun: Run | None = None) -> None:
     with claimed(request.outputs), output.progress() as progress:
         for one in generate(request, progress, begun):
             made.append(one)
-            output.line(str(one.path))
+            output.file(one.path)
     show(made, request, output)
 
 

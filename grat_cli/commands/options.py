@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ class SamplingOptions:
     n: int | None = option("COUNT", "So many pictures or videos, with consecutive seeds.", PICTURE)
     steps: int | None = option("COUNT", "Denoising steps. Default: the preset's.", PICTURE)
     guidance: float | None = option("SCALE", "How closely to follow the prompt. Default: the preset's.", PICTURE)
-    negative: str | None = option("PROMPT", "What to keep out of the picture or video.", PICTURE)
+    negative: str | None = option("PROMPT", "What to keep out of the picture or video.", PICTURE, is_text=True)
 
     def seeds(self) -> tuple[int, ...]:
         """One for each output.
@@ -302,6 +303,7 @@ class ModelOptions:
             ModelUnavailable: if a LoRA is not there.
         """
         from grat_cli.errors import BadInput
+        from grat_cli.files.places import expanded
         from grat_cli.generation.selection import DTYPES, require_choice, require_device
         from grat_cli.models.offloading import OFFLOADS
         from grat_cli.models.quantization import CASTS, QUANTIZATIONS, require_cast
@@ -313,7 +315,7 @@ class ModelOptions:
         _ = self.weights
         require_choice("--cast", self.cast, CASTS)
         require_cast(self.cast, self.quantize)
-        if self.text_encoder is not None and not Path(self.text_encoder).expanduser().is_file():
+        if self.text_encoder is not None and not os.path.isfile(expanded(self.text_encoder)):
             raise BadInput(f"--text-encoder {self.text_encoder}: there is no such file")
 
     @property

@@ -14,13 +14,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from grat_cli.errors import BadInput
+from grat_cli.files.places import typed_path
 
 
 def option(
@@ -32,6 +35,7 @@ def option(
     flag: str | None = None,
     complete: Callable[..., list[str]] | None = None,
     show_default: bool = False,
+    is_text: bool = False,
 ) -> Any:
     """A field of a group, or the default of a command's parameter, that is an option with a value.
 
@@ -43,9 +47,11 @@ def option(
         flag: as typed; None for the name of the field or parameter.
         complete: for shell completion.
         show_default: whether the help text gives the default, which it otherwise says in words.
+        is_text: whether a model reads the value, and no file or preset has it for a name.
     """
     settings = {"help": help, "rich_help_panel": panel, "metavar": metavar, "show_default": show_default}
-    return field(default=default, metadata={"flag": flag, **settings, "autocompletion": complete})
+    metadata = {"flag": flag, "is_text": is_text, **settings, "autocompletion": complete}
+    return field(default=default, metadata=metadata)
 
 
 def switch(help: str, panel: str | None = None, *, flag: str | None = None) -> Any:
@@ -53,9 +59,21 @@ def switch(help: str, panel: str | None = None, *, flag: str | None = None) -> A
     return field(default=False, metadata={"flag": flag, "help": help, "rich_help_panel": panel})
 
 
-def argument(metavar: str, help: str, complete: Callable[..., list[str]] | None = None) -> Any:
+@dataclass(frozen=True)
+class _Argument:
+    """What `argument` is given."""
+
+    metavar: str
+    help: str
+    complete: Callable[..., list[str]] | None
+    is_text: bool
+
+
+def argument(
+    metavar: str, help: str, complete: Callable[..., list[str]] | None = None, *, is_text: bool = False
+) -> Any:
     """In `Annotated`: a parameter of a command that is no option; the help text says its default in words."""
-    return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
+    return _Argument(metavar, help, complete, is_text)
 
 
 @dataclass(frozen=True)
@@ -107,10 +125,13 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         elif isinstance(parameter.default, Field):
             parameters.append(_parameter(name, hint, parameter.default))
         else:
+            if notes and isinstance(notes[0], _Argument):
+                hint = _annotation_of_argument(group, notes[0])
             parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
+        _require_working_folder()
         built = {name: group(**{each: values.pop(each) for each in names}) for name, (group, names) in groups.items()}
         command(**values, **built)
 
@@ -122,11 +143,56 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 def _parameter(name: str, hint: Any, declared: Field[Any]) -> inspect.Parameter:
     settings = dict(declared.metadata)
     flag = settings.pop("flag") or f"--{name.replace('_', '-')}"
-    for kind in (int, float):
-        if kind in (hint, *get_args(hint)):
-            settings["parser"] = _number(flag, kind)
+    hint, parser = _parsed(hint, flag, is_text=settings.pop("is_text", False))
+    if parser is not None:
+        settings["parser"] = parser
     annotation = Annotated[hint, typer.Option(flag, **settings)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation)
+
+
+def _annotation_of_argument(hint: Any, declared: _Argument) -> Any:
+    hint, parser = _parsed(hint, declared.metavar, is_text=declared.is_text)
+    settings: dict[str, Any] = {} if parser is None else {"parser": parser}
+    told = typer.Argument(
+        metavar=declared.metavar, help=declared.help, show_default=False, autocompletion=declared.complete, **settings
+    )
+    return Annotated[hint, told]
+
+
+def _parsed(hint: Any, flag: str, *, is_text: bool) -> tuple[Any, Callable[[str], Any] | None]:
+    """The type that Typer is told, and the parser of a value; None where Typer has one that says enough."""
+    kinds = {hint, *get_args(hint), *(kind for part in get_args(hint) for kind in get_args(part))}
+    for kind in (int, float):
+        if kind in kinds:
+            return hint, _number(flag, kind)
+    if Path in kinds:
+        # Typer would make a plain path of it, and a slash at its end would be lost.
+        as_typed = list[str] if list[Path] in kinds else str
+        is_optional = type(None) in kinds
+        return (as_typed | None if is_optional else as_typed), functools.partial(typed_path, option=flag)
+    return hint, functools.partial(_text, flag) if is_text else None
+
+
+def _text(flag: str, text: str) -> str:
+    """What was typed, as the text that it is: UTF-8, also where the system's language would have it read otherwise.
+
+    Raises:
+        BadInput: if it is none.
+    """
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError as error:
+        raise BadInput(f"{flag} {text}: it is not UTF-8 text: type it anew, or set the terminal to UTF-8") from error
+
+
+def _require_working_folder() -> None:
+    """Raises BadInput where somebody has removed it: most paths lead from there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise BadInput("the folder that grat is started in is gone: cd to one that is there") from error
 
 
 def _number(flag: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:

@@ -182,7 +182,7 @@ def plan(
         from grat_cli.estimates.pattern_figure import pattern_figure
 
         outputs.write_png(pattern_figure(result.schedule, result.preset), picture, None, overwrite=overwrite)
-        output.line(str(picture))
+        output.file(picture)
     elif output.mode is Mode.HUMAN:
         output.show("", text_picture(result.main_plan, min(output.console.width, 80)))
     elif output.mode is Mode.QUIET:

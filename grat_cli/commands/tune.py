@@ -142,7 +142,7 @@ def tune(
     output.data({"preset": str(file), "observations": str(request.folder), **evidence.model_dump(mode="json")})
     output.show(_patterns(evidence), "", _sentence(evidence))
     output.hint(f"{request.folder} keeps what was observed: another target takes no new runs; remove it when done")
-    output.line(str(file))
+    output.file(file)
 
 
 def _patterns(evidence: Evidence) -> RenderableType:

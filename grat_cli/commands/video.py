@@ -14,7 +14,7 @@ from grat_cli.commands.parameters import argument, changed, only, option
 
 def video(
     context: typer.Context,
-    prompt: Annotated[str, argument("PROMPT", "What the video shows.")],
+    prompt: Annotated[str, argument("PROMPT", "What the video shows.", is_text=True)],
     *,
     extent: Annotated[
         options.SizeOptions,

@@ -112,7 +112,7 @@ class LiveProgress(ProgressDisplay):
 
         self._output = output
         self._progress = Progress(
-            SpinnerColumn(),
+            SpinnerColumn("dots" if output.error_console.encoding.startswith("utf") else "line"),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[steps]}", markup=False),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from grat_cli.errors import BadInput, NumericalFailure
+from grat_cli.errors import BadInput, NumericalFailure, steadier
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def decode(
     def decode_tile(window: torch.Tensor) -> torch.Tensor:
         pixels = (pixels_of or pixels_by_factor)(window.to(device, pipe.vae.dtype)).float().cpu()
         if not pixels.isfinite().all():
-            raise NumericalFailure("the picture has NaN after decoding: try --dtype float32 or bfloat16")
+            raise NumericalFailure(f"the picture has NaN after decoding: {steadier(pipe.vae.dtype, 'another --seed')}")
         return pixels
 
     scale = pipe.vae_scale_factor

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.files import pictures, videos
+from grat_cli.files.places import is_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ def choose_format(medium: str, out: Path | None, name: str | None) -> tuple[str,
 
 def kept_format(out: Path | None, name: str | None, then: str) -> str | None:
     """`--format` of an output that follows an earlier one: as typed, None where `--out` ends in one, else as then."""
-    ends_in_one = out is not None and bool(out.suffix) and not out.is_dir()
+    ends_in_one = out is not None and bool(out.suffix) and not is_folder(out)
     return then if name is None and not ends_in_one else name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.errors import BadInput
 from grat_cli.files import ffmpeg, pictures, tensors
 from grat_cli.files.gif_comment import read_comments
+from grat_cli.files.places import LONGEST_NAME_BYTES, is_folder, means_folder
 from grat_cli.files.whole import part_of, write_whole
 
 if TYPE_CHECKING:
@@ -24,6 +26,14 @@ OUTPUT_SUFFIXES = (*pictures.SUFFIXES, ".mp4", ".webm", ".gif")
 GIF_COMMENT_PREFIX = b"grat="
 FIRST_FRAME = "frame-0001.png"
 _EBML_SIGNATURE = b"\x1aE\xdf\xa3"
+
+LONGEST_SLUG_BYTES = 100
+"""So that all that is put around and behind it stays within `LONGEST_NAME_BYTES`."""
+
+_ACCENTED = re.compile(r"([a-z])[\u0300-\u036f]+")  # decomposed
+_SELECTORS = "\ufe0e\ufe0f\u20e3"  # of how a pictograph looks
+_WITHIN_WORDS = "\u200c\u200d"
+_LONGEST_ENDING = ".checkpoint.safetensors"  # of what may lie beside an output
 
 
 def default_name(when: datetime, prompt: str, size: str, variant: str, seed: int, suffix: str = ".png") -> str:
@@ -41,12 +51,52 @@ def default_name(when: datetime, prompt: str, size: str, variant: str, seed: int
 
 
 def slug(prompt: str, longest: int = 40) -> str:
-    """The first words of a prompt in lower-case ASCII letters and digits, joined by dashes."""
-    ascii_text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    words = re.findall(r"[a-z0-9]+", ascii_text)
-    name = "-".join(words)[: longest + 1]
-    # Drop a word that was cut, unless it is the only one.
-    return (name.rpartition("-")[0] or name[:longest]) if len(name) > longest else name or "untitled"
+    """The first words of a prompt in lower-case letters and digits of any script, joined by dashes.
+
+    Latin letters lose their accents, pictographs are named (`fox-face`), and what the file system's encoding has no
+    character for is left out.
+
+    Args:
+        prompt: any text.
+        longest: characters; of UTF-8 it is at most `LONGEST_SLUG_BYTES`.
+    """
+    name = "-".join(_words(prompt))
+    kept = _within(name, longest, LONGEST_SLUG_BYTES)
+    if kept != name and name[len(kept)] != "-":
+        # Drop a word that was cut, unless it is the only one.
+        kept = kept.rpartition("-")[0] or kept
+    return kept.rstrip("-") or "untitled"
+
+
+def _words(prompt: str) -> list[str]:
+    plain = _ACCENTED.sub(r"\1", unicodedata.normalize("NFKD", prompt).lower())
+    words = [""]
+    for character in unicodedata.normalize("NFC", plain):
+        kind = unicodedata.category(character)
+        if kind[0] in "LN" and _is_storable(character):
+            words[-1] += character
+        elif kind[0] == "M" and words[-1] and _is_storable(character) and character not in _SELECTORS:
+            words[-1] += character  # a vowel of many scripts
+        elif character not in _WITHIN_WORDS:
+            named = unicodedata.name(character, "") if kind == "So" else ""
+            words += [*re.findall(r"[a-z0-9]+", named.lower()), ""]
+    return [word for word in words if word]
+
+
+def _is_storable(character: str) -> bool:
+    try:
+        os.fsencode(character)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _within(text: str, characters: int, size_bytes: int) -> str:
+    """The beginning of a text of so many characters and bytes of UTF-8, with no letter taken from its marks."""
+    kept = text[:characters].encode()[:size_bytes].decode(errors="ignore")
+    while kept and len(kept) < len(text) and unicodedata.category(text[len(kept)])[0] == "M":
+        kept = kept[:-1]
+    return kept
 
 
 def output_paths(out: Path | None, names: Sequence[str], seeds: Sequence[int], suffix: str = ".png") -> list[Path]:
@@ -59,20 +109,27 @@ def output_paths(out: Path | None, names: Sequence[str], seeds: Sequence[int], s
         suffix: of the format; empty where each output is a folder of frames, which may have any name.
 
     Raises:
-        BadInput: if `out` names a file of another format.
+        BadInput: if `out` names a file of another format, or is so long that nothing can lie beside it.
     """
-    if out is None or out.is_dir() or str(out).endswith(os.sep):
-        return [(out or Path()) / name for name in names]
+    is_new_folder_of_frames = out is not None and not suffix and means_folder(out) and not out.is_dir()
+    if out is None or (is_folder(out) and not is_new_folder_of_frames):
+        return [Path(out or "", name) for name in names]
     if suffix and out.suffix.lower() != suffix.lower():
         format_word = suffix[1:].upper() if suffix == ".png" else suffix[1:]
         things = "these pictures" if suffix in pictures.SUFFIXES else "these videos"
         raise BadInput(
             f"--out {out}: {things} are {format_word} files: use {out.with_suffix(suffix)}, or an existing folder"
         )
-    if len(seeds) == 1:
-        return [out]
     stem, ending = (out.stem, out.suffix) if suffix else (out.name, "")
-    return [out.with_name(f"{stem}-s{seed}{ending}") for seed in seeds]
+    paths = [out] if len(seeds) == 1 else [out.with_name(f"{stem}-s{seed}{ending}") for seed in seeds]
+    for path in paths:
+        excess = len(os.fsencode(_beside(path, _LONGEST_ENDING).name)) - LONGEST_NAME_BYTES
+        if excess > 0:
+            raise BadInput(
+                f"--out {path.name[:40]}...: the name is too long for what is kept beside it: "
+                f"make it {excess} bytes shorter"
+            )
+    return paths
 
 
 def report_path(output: Path) -> Path:
@@ -92,7 +149,7 @@ def latents_path(output: Path) -> Path:
 
 def checkpoint_path(output: Path) -> Path:
     """Where the checkpoint of the run that makes an output goes."""
-    return _beside(output, ".checkpoint.safetensors")
+    return _beside(output, _LONGEST_ENDING)
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -117,7 +174,8 @@ def refuse_unwritable(paths: Sequence[Path], *, overwrite: bool) -> None:
 def _refuse_unwritable(path: Path, overwrite: bool) -> None:
     folder = path.parent
     if not folder.is_dir():
-        raise BadInput(f"the folder {folder} does not exist: create it first (mkdir -p {folder}), or use another --out")
+        made = shlex.quote(str(folder))
+        raise BadInput(f"the folder {folder} does not exist: create it first (mkdir -p {made}), or use another --out")
     if path.is_dir():
         raise BadInput(f"{path} is a folder: use another --out")
     if os.path.lexists(path) and not overwrite:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, choices
+from grat_cli.files.places import is_folder
 from grat_cli.files.whole import write_whole
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def choose_picture_format(out: Path | None, format_name: str | None) -> PictureF
     name = None if format_name is None else aliases.get(format_name.lower(), format_name.lower())
     if name is not None and name not in FORMATS:
         raise BadInput(f"--format {format_name}: {choices(name, tuple(FORMATS))}")
-    is_file = out is not None and not out.is_dir() and not str(out).endswith(os.sep)
+    is_file = out is not None and not is_folder(out)
     suffix = out.suffix.lower() if is_file and out is not None else ""
     by_suffix = next((format for format in FORMATS.values() if suffix in format.suffixes), None)
     if suffix and by_suffix is None:

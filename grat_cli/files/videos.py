@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.errors import BadInput, CannotWrite, choices
 from grat_cli.files import ffmpeg, outputs, pictures
 from grat_cli.files.gif_comment import append_comment
+from grat_cli.files.places import is_folder
 from grat_cli.files.whole import cannot_write, part_of, place
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def choose_video_format(out: Path | None, format_name: str | None) -> str:
     """
     if format_name is not None and format_name not in FORMATS:
         raise BadInput(f"--format {format_name}: {choices(format_name, FORMATS)}")
-    suffix = "" if out is None or out.is_dir() else out.suffix.lower()
+    suffix = "" if out is None or is_folder(out) else out.suffix.lower()
     named = next((name for name, known in SUFFIXES.items() if known and known == suffix), None)
     if format_name is None:
         if named is None and suffix:

@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grat_cli.errors import BadInput
+from grat_cli.errors import BadInput, printable, shortened
 from grat_cli.files.outputs import report_path, write_text
+from grat_cli.files.places import LONGEST_NAME_BYTES
 from grat_cli.files.prompts import LARGEST_SEED, PromptEntry
 from grat_cli.models.catalogue import Medium
 
 REPORTS = "reports"
 VIDEOS = "videos"
-_LONGEST_NAME_BYTES = 255  # of ext4, APFS, NTFS and most others
 _NEEDED_BY_GENEVAL = ("prompt", "tag", "include")
 
 
@@ -174,18 +174,18 @@ def _refuse_unfit(entry: PromptEntry, layout: Layout, suffix: str) -> None:
                 "give its evaluation_metadata.jsonl, or use --layout plain"
             )
     if layout.name == "vbench":
-        shown = entry.prompt if len(entry.prompt) <= 40 else f"{entry.prompt[:40]}..."
-        if set(entry.prompt) & {"/", os.sep, "\0", "\n", "\r"}:
+        shown = shortened(entry.prompt, 40)
+        if set(entry.prompt) & {"/", os.sep} or printable(entry.prompt) != entry.prompt:
             raise BadInput(
                 f"{entry.place}: VBench names videos after their prompts, and {shown!r} cannot be part of a file's "
-                "name (a slash or a line break is in it): change the prompt, or use --layout plain"
+                "name (a slash or a control character is in it): change the prompt, or use --layout plain"
             )
         # The report's suffix is the longest.
         length = len(f"{entry.prompt}-999{max(suffix, '.json', key=len)}".encode())
-        if length > _LONGEST_NAME_BYTES:
+        if length > LONGEST_NAME_BYTES:
             raise BadInput(
                 f"{entry.place}: VBench names videos after their prompts, and {shown!r} is "
-                f"{length - _LONGEST_NAME_BYTES} bytes too long for a file's name: shorten it, or use --layout plain"
+                f"{length - LONGEST_NAME_BYTES} bytes too long for a file's name: shorten it, or use --layout plain"
             )
 
 

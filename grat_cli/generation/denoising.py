@@ -140,7 +140,7 @@ class Denoising:
             raise
 
     def remove_preview(self) -> None:
-        """The output itself is there."""
+        """The output itself is there, or there will be none: what is kept to go on from makes previews of its own."""
         if self._preview is not None:
             self._preview.remove()
 
@@ -300,7 +300,8 @@ class Denoising:
 
             self._progress.phase("decode")
             with self._phases(phase_of("decode", run.stage)):
-                (frame,) = checked_frames([self._family.decode(self._pipe, run.latents)], FrameCheck())
+                decoded = self._family.decode(self._pipe, run.latents)
+                (frame,) = checked_frames([decoded], FrameCheck(self._pipe.vae.dtype))
                 upscale = Image.fromarray(frame)
         with self._phases(phase_of("encode", run.stage + 1)):
             start = upscaled(self._pipe, self._request, upscale, stage)

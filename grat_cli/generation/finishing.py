@@ -127,7 +127,7 @@ def finish(
 
     # 7. Write.
     progress.phase("save")
-    check = FrameCheck()
+    check = FrameCheck(pipe.vae.dtype)
     with phases("save"):
         inside = report.provenance(run.report) if request.metadata else None
         whole = formats.write_output(

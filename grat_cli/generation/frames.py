@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from grat_cli.errors import NumericalFailure
+from grat_cli.errors import NumericalFailure, steadier
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,13 +19,17 @@ class FrameCheck:
 
     Attributes:
         frames: frames seen.
+
+    Args:
+        dtype: of the autoencoder, for advice; pixels may have been decoded in another than they have.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.frames = 0
         self._flat: list[int] = []
         self._identical = True
         self._first: np.ndarray | None = None
+        self._dtype = dtype
 
     def require_finite(self, pixels: torch.Tensor) -> None:
         """Looks at the next frame as it was decoded.
@@ -36,9 +40,10 @@ class FrameCheck:
         Raises:
             NumericalFailure: if it has NaN or infinity; names the frame, counted from 1.
         """
+        self._dtype = self._dtype or pixels.dtype
         if not pixels.isfinite().all():
             raise NumericalFailure(
-                f"frame {self.frames + 1} has NaN or infinity after decoding: try --dtype float32 or bfloat16"
+                f"frame {self.frames + 1} has NaN or infinity after decoding: {steadier(self._dtype, 'another --seed')}"
             )
 
     def see(self, frame: np.ndarray) -> None:
@@ -61,7 +66,7 @@ class FrameCheck:
             every = "every frame of the video is one flat colour, from frame 1 on"
             raise NumericalFailure(
                 f"{'the picture is one flat colour' if self.frames == 1 else every}: "
-                "try another --seed, --dtype float32, or more --steps"
+                f"{steadier(self._dtype, 'another --seed', 'more --steps')}"
             )
         notes = []
         if self._flat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.console.run_tables import ranges_text
 from grat_cli.estimates.stages import Stage, stage_data
+from grat_cli.files.places import expanded
 from grat_cli.generation.stored import told_request
 from grat_cli.generation.timing import StepTiming, by_name, of_stage
 from grat_cli.models.catalogue import HUB_ID
@@ -259,7 +261,7 @@ def _name_alone(option: str, value: str) -> str:
 
 def _exists(place: str) -> bool:
     try:
-        return Path(place).expanduser().exists()
+        return os.path.exists(expanded(place))
     except (OSError, ValueError, RuntimeError):  # a prompt, which no path could be
         return False
 

@@ -242,19 +242,21 @@ class Generator:
             # Of an earlier run, which would be taken for this one's.
             discard_run(output, overwrite=request.overwrite)
 
-        # 4. Denoise in stages, with GRAT attention installed; a checkpoint now and then.
-        run = making.denoised()
-        if self._lets_go and is_last:
-            release(self._pipe, *(name for name in _TRANSFORMERS if getattr(self._pipe, name, None) is not None))
+        try:
+            # 4. Denoise in stages, with GRAT attention installed; a checkpoint now and then.
+            run = making.denoised()
+            if self._lets_go and is_last:
+                release(self._pipe, *(name for name in _TRANSFORMERS if getattr(self._pipe, name, None) is not None))
 
-        # 5. Keep the latents until the output is written: decoding is where memory runs out.
-        kept = keep_latents(run, request, output, self._progress)
+            # 5. Keep the latents until the output is written: decoding is where memory runs out.
+            kept = keep_latents(run, request, output, self._progress)
 
-        # 6. to 8. Decode, write, report.
-        with kept_latents(kept, request, output, self._progress):
-            made = finish(self._pipe, self._device, run, request, output, phases, self._progress)
+            # 6. to 8. Decode, write, report.
+            with kept_latents(kept, request, output, self._progress):
+                made = finish(self._pipe, self._device, run, request, output, phases, self._progress)
+        finally:
+            making.remove_preview()
         self._pipe.maybe_free_model_hooks()
-        making.remove_preview()
         tidy_up(run, request, output, kept)
         return made
 

@@ -95,4 +95,4 @@ def frames_of(pipe: Any, request: Request, latents: torch.Tensor) -> list[np.nda
     Raises:
         NumericalFailure: if there are NaN, or nothing is shown.
     """
-    return list(checked_frames([request.family.decode(pipe, latents)], FrameCheck()))
+    return list(checked_frames([request.family.decode(pipe, latents)], FrameCheck(pipe.vae.dtype)))

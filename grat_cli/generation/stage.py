@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.attention.extrapolation import Extrapolation
-from grat_cli.errors import BadInput, NumericalFailure
+from grat_cli.errors import BadInput, NumericalFailure, steadier
 from grat_cli.estimates.stages import Stage, stages_of
 from grat_cli.families.base import NO_PICTURES, PictureKind
 from grat_cli.families.time_shift import time_shift
 from grat_cli.generation.low_resolution_guidance import low_resolution_guidance
 from grat_cli.generation.request import Progress, Request
 from grat_cli.installation import Installation, install
+from grat_cli.models.devices import wait_for
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +180,9 @@ def upscaled(pipe: Any, request: Request, before: Image.Image | torch.Tensor, st
 
 
 class StepWatch:
-    """The pipeline's callback after every step: tells progress, and collects without waiting whether all is finite.
+    """The pipeline's callback after every step: tells progress, and ends a run whose latents are not finite.
+
+    It waits for nothing: on a GPU the answer comes one or two steps later, and the rest need not be run.
 
     Args:
         progress: to be told.
@@ -192,23 +195,72 @@ class StepWatch:
     ) -> None:
         self._progress, self._before = progress, before
         self._first_step, self._steps = first_step, first_step
-        self._finite: list[torch.Tensor] = []
+        self._finite: _FiniteSteps | None = None
+        self._dtype: torch.dtype | None = None
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        self._finite.append(tensors["latents"].isfinite().all())
-        self._steps = self._first_step + pipe.num_timesteps
+        latents = tensors["latents"]
+        if self._finite is None:
+            self._finite = _FiniteSteps(latents.device, pipe.num_timesteps)
+            self._dtype = getattr(getattr(pipe, "transformer", None), "dtype", latents.dtype)
+            self._steps = self._first_step + pipe.num_timesteps
+        self._finite.add(latents)
         self._before(self._first_step + step)
         self._progress.step(self._first_step + step + 1, self._steps)
+        self._refuse(self._finite.first_not(wait=False))
         return {}
 
     def raise_if_not_finite(self) -> None:
         """Raises NumericalFailure with the first step whose latents were not finite; waits for the device."""
+        if self._finite is not None:
+            self._refuse(self._finite.first_not(wait=True))
+
+    def _refuse(self, step: int | None) -> None:
+        if step is not None:
+            raise NumericalFailure(
+                f"latents turned NaN or infinite at step {self._first_step + step + 1} of {self._steps}: "
+                f"{steadier(self._dtype, 'another --backend')}"
+            )
+
+
+class _FiniteSteps:
+    """Whether the latents of each step are finite: answers on their way from the device to the host."""
+
+    def __init__(self, device: torch.device, steps: int) -> None:
         import torch
 
-        finite = torch.stack(self._finite).tolist() if self._finite else []
-        if not all(finite):
-            first = self._first_step + finite.index(False) + 1
-            raise NumericalFailure(
-                f"latents turned NaN or infinite at step {first} of {self._steps}: "
-                "try --dtype float32 or bfloat16, or another --backend"
-            )
+        self._device = device
+        self._answers = torch.zeros(steps, dtype=torch.bool, pin_memory=device.type == "cuda")
+        # Of the same memory: reading it asks no tensor for its value.
+        self._read = self._answers.numpy()
+        self._arrived: list[torch.cuda.Event] = []
+        self._sent = self._seen = 0
+
+    def add(self, latents: torch.Tensor) -> None:
+        """The latents after the next step."""
+        import torch
+
+        self._answers[self._sent].copy_(latents.isfinite().all(), non_blocking=True)
+        self._sent += 1
+        if self._device.type == "cuda":
+            self._arrived.append(torch.cuda.Event())
+            self._arrived[-1].record(torch.cuda.current_stream(self._device))
+
+    def first_not(self, *, wait: bool) -> int | None:
+        """The first step, counted from 0, whose latents are known not to be finite; None where there is none.
+
+        Args:
+            wait: for all that were added; else only what is known already counts.
+        """
+        if wait:
+            wait_for(self._device)
+        while self._seen < self._sent and (wait or self._is_known(self._seen)):
+            if not self._read[self._seen]:
+                return self._seen
+            self._seen += 1
+        return None
+
+    def _is_known(self, step: int) -> bool:
+        if self._device.type == "cuda":
+            return self._arrived[step].query()
+        return self._device.type == "cpu"

@@ -7,6 +7,7 @@ it may replace.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from grat_cli.errors import BadInput, choices
 from grat_cli.families import Medium, ModelChoice
 from grat_cli.files import formats, videos
+from grat_cli.files.places import expanded
 from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
 from grat_cli.generation.request import Request, check
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model, is_known
@@ -157,7 +159,7 @@ _PICTURES = ("init_image", "mask", "control")
 
 
 def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.expanduser().resolve())
+    return None if path is None else str(expanded(path).resolve())
 
 
 def request_data(request: Request) -> dict[str, Any]:
@@ -181,10 +183,10 @@ def _weights_data(weights: Weights) -> dict[str, Any]:
     data = asdict(weights)
     del data["allow_pickle"]
     is_known_name = any(weights.base in known for known in KNOWN_MODELS.values())
-    if weights.base is not None and not is_known_name and Path(weights.base).expanduser().exists():
-        data["base"] = str(Path(weights.base).expanduser().resolve())
+    if weights.base is not None and not is_known_name and os.path.exists(expanded(weights.base)):
+        data["base"] = str(expanded(weights.base).resolve())
     if weights.text_encoder is not None:
-        data["text_encoder"] = str(Path(weights.text_encoder).expanduser().resolve())
+        data["text_encoder"] = str(expanded(weights.text_encoder).resolve())
     for lora in data["loras"]:
         lora["source"] = str(Path(lora["source"]).resolve()) if lora["kind"] == "file" else lora["source"]
     return data
@@ -203,7 +205,7 @@ def told_model(model: ModelChoice) -> dict[str, str]:
     if is_known(model):
         name, source = model.name, model.source if model.kind == "hub" else model.name
     else:
-        name = source = model.source if model.kind == "hub" else Path(model.source).expanduser().resolve().name
+        name = source = model.source if model.kind == "hub" else expanded(model.source).resolve().name
     return {"name": name, "source": source, "kind": model.kind}
 
 

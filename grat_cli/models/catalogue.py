@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
 from grat_cli.families import FAMILIES, families_of, family_of_pipeline
 from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.files.json_objects import read_json
+from grat_cli.files.places import expanded
 from grat_cli.models.parts import read_index, validation_problem
 
 _Blocks = Annotated[list[int] | None, Field(max_length=8)]
@@ -64,10 +66,10 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
         return known[name]
     if medium_of_name(name) not in (None, medium):
         raise wrong_medium(name, medium)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expanded(name)
+    if os.path.isdir(path):  # which says no to what can be no path, where Path.is_dir raises OSError
         return _choose_folder(name, path, medium)
-    if path.suffix.lower() in _SINGLE_FILE_SUFFIXES or path.is_file():
+    if path.suffix.lower() in _SINGLE_FILE_SUFFIXES or os.path.isfile(path):
         return _choose_file(name, path, medium)
     if HUB_ID.fullmatch(name):
         return replace(_kin(name, medium), name=name, source=name, reason="hub id")
@@ -90,8 +92,8 @@ def medium_of_name(name: str) -> Medium | None:
     media: list[Medium] = [medium for medium, known in KNOWN_MODELS.items() if name in known]
     if media:
         return media[0] if len(media) == 1 else None
-    index = Path(name).expanduser() / "model_index.json"
-    return medium_of_pipeline(read_index(index).class_name) if index.is_file() else None
+    index = expanded(name) / "model_index.json"
+    return medium_of_pipeline(read_index(index).class_name) if os.path.isfile(index) else None
 
 
 def medium_of_pipeline(class_name: Any) -> Medium | None:
@@ -143,7 +145,7 @@ def _kin(name: str, medium: Medium) -> ModelChoice:
 def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
     if path.suffix.lower() not in _SINGLE_FILE_SUFFIXES:
         raise ModelUnavailable(f"{name} is not a .safetensors or .gguf file: other formats are not supported")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelUnavailable(f"there is no file {name}: check the path, or use --model demo")
     return replace(_kin(path.stem, medium), name=name, source=str(path), kind="file", reason="a file of that name")
 

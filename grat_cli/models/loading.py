@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
 from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.files.json_objects import read_json
+from grat_cli.files.places import expanded
 from grat_cli.models.catalogue import KNOWN_MODELS, is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
@@ -208,7 +210,7 @@ def _source_of(base: str | None, choice: ModelChoice) -> str | None:
         return None
     if base in KNOWN_MODELS[choice.medium]:
         return KNOWN_MODELS[choice.medium][base].source
-    return str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    return str(expanded(base)) if os.path.isdir(expanded(base)) else base
 
 
 def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Path:
@@ -230,8 +232,8 @@ def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Pa
             f"{choice.name} holds a transformer alone: give the other parts of the pipeline with --base, "
             f"a folder or a hub id such as --base {family.base}"
         )
-    folder = Path(base).expanduser()
-    if not folder.is_dir():
+    folder = expanded(base)
+    if not os.path.isdir(folder):
         return download_pipeline(pipeline, base, family, leave_out="transformer")
     if medium_of_name(str(folder)) not in (None, choice.medium):
         raise BadInput(f"--base {base} is of no model of {choice.medium}s: try --base {family.base}")
@@ -315,8 +317,8 @@ def _load_folder(
             loader = load_class(library, family.read_as.get(kind, kind))
             if part == family.large_encoder and other_encoder is not None:
                 with _damage_of(Path(other_encoder).name, family):
-                    given[part] = _load_encoder(loader, Path(other_encoder).expanduser(), folder / part, part, how)
-                    files.append(known_file(Path(other_encoder).expanduser(), part))
+                    given[part] = _load_encoder(loader, expanded(other_encoder), folder / part, part, how)
+                    files.append(known_file(expanded(other_encoder), part))
                 continue
             with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:

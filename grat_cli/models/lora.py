@@ -11,6 +11,7 @@ from pathlib import Path
 from grat_cli.errors import BadInput, ModelUnavailable, first_line, printable
 from grat_cli.families import family_of
 from grat_cli.families.base import NO_PICTURES, ModelChoice, PictureKind
+from grat_cli.files.places import expanded
 from grat_cli.models.catalogue import HUB_ID
 from grat_cli.models.quantization import installed
 from grat_cli.models.weights import Lora, Noise, Weights
@@ -124,7 +125,7 @@ def _in_folder(folder: Path, name: str | None) -> Path:
 
 def _path(name: str) -> Path:
     try:
-        return Path(name).expanduser()
+        return expanded(name)
     except RuntimeError:  # the home of nobody
         return Path(name)
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from grat_cli.errors import ModelUnavailable, first_line, printable
+from grat_cli.errors import ModelUnavailable, first_line, printable, shortened
 from grat_cli.families.base import Classes
 from grat_cli.files.json_objects import read_json
 from grat_cli.models.quantization import PACKAGES, installed
@@ -104,7 +104,8 @@ def read_index(path: Path) -> PipelineIndex:
 def validation_problem(error: ValidationError) -> str:
     """The first thing that is wrong with a file's content, without that content."""
     problem = error.errors(include_input=False, include_url=False)[0]
-    return printable(".".join(str(key) for key in problem["loc"] if key != "[key]"))[:80] + f": {problem['msg']}"
+    place = ".".join(str(key) for key in problem["loc"] if key != "[key]")
+    return f"{shortened(printable(place), 80)}: {problem['msg']}"
 
 
 def load_class(library: str, kind: str) -> Any:
@@ -135,7 +136,7 @@ def require_plain_part(folder: Path, what: str, *, allow_pickle: bool = False, h
             suffix = ".bin" if allow_pickle and ".bin." in path.name else ".safetensors"
             strange = sorted(name for name in names if Path(name).name != name or not name.endswith(suffix))
             if strange and (suffix == ".bin" or ".bin." not in path.name):
-                raise _reaches_out(what, path.name, f"{printable(strange[0])[:80]}, no {suffix} beside it")
+                raise _reaches_out(what, path.name, f"{shortened(printable(strange[0]), 80)}, no {suffix} beside it")
         elif path.name in _CONFIGURATIONS:
             require_plain_config(read_json(path), what, path.name)
     if has_weights:

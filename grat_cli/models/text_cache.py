@@ -24,6 +24,7 @@ from grat_cli.families import family_of
 from grat_cli.families.base import ModelChoice, PictureKind
 from grat_cli.files.cache_folder import cache_folder
 from grat_cli.files.fingerprint import fingerprint
+from grat_cli.files.places import expanded
 from grat_cli.files.tensors import SUFFIX, read_tensors, write_tensors
 from grat_cli.files.whole import cannot_write, discard_leftovers
 from grat_cli.models.devices import cpu_threads, device_name
@@ -242,8 +243,8 @@ def encoders_identity(
 
 def _known(value: Any) -> Any:
     """A file by what it holds."""
-    is_file = isinstance(value, str) and Path(value).expanduser().is_file()
-    return asdict(fingerprint(Path(value).expanduser())) if is_file else value
+    is_file = isinstance(value, str) and os.path.isfile(expanded(value))
+    return asdict(fingerprint(expanded(value))) if is_file else value
 
 
 def text_key(identity: Mapping[str, Any], prompt: str, negative: str | None) -> str:

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]+")
+# With what turns text around (UAX #9, section 2).
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]+")
 _IMAGE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
 def plain(text: object) -> str:
-    """Text in one line, without characters that steer terminals or that XML forbids."""
+    """Text in one line, without characters that steer terminals, turn text around, or that XML forbids."""
     return _CONTROL.sub(" ", str(text))
 
 

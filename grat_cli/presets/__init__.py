@@ -105,7 +105,7 @@ def load_preset(name_or_path: str) -> Preset:
         text = (files("grat_presets") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
         return preset_from(read_text(text, f"{name_or_path}.yaml"))
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or os.sep in name_or_path or path.is_file():
+    if path.suffix in (".yaml", ".yml") or os.sep in name_or_path or os.path.isfile(path):
         return preset_from(read_file(path))
     closest = nearest(name_or_path, names)
     advice = f"did you mean {closest}?" if closest else "grat presets lists them"

@@ -117,7 +117,16 @@ def _refuse_surprises(node: yaml.Node, place: Callable[[yaml.Mark], str], seen: 
         reading = _surprising_reading(node.tag.removeprefix(_TAG), node.value)
         if reading:
             where, text = place(node.start_mark), node.value
-            raise BadInput(f"{where}: YAML reads {text} as {reading}: quote it as '{text}' if text is meant")
+            raise BadInput(f"{where}: YAML reads {text} as {reading}: {_unmistakable(reading, text)}")
+
+
+def _unmistakable(reading: str, text: str) -> str:
+    """How to write what is meant, by what it is read as."""
+    plain = [reading.removeprefix("the number ")]
+    if re.fullmatch(r"[-+]?0[0-9_]*[1-9][0-9_]*", text):  # octal for YAML alone
+        plain.insert(0, str(int(text)))
+    number = "" if reading == "a date" else f"{' or '.join(dict.fromkeys(plain))}, or "
+    return f"write {number}'{text}' in quotes for text"
 
 
 def _surprising_reading(tag: str, text: str) -> str | None:

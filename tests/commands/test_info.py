@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import grat
+from command_line import grat, refusal
 
 from grat_cli.files import outputs
 from grat_cli.files.tensors import write_tensors
@@ -80,3 +80,16 @@ def test_info_reads_latents_and_checkpoints(name: str, tmp_path: Path) -> None:
         assert grat("info", path, "--json").data["schema"] == schema
     assert "12 of 28 are done" in grat("info", checkpoint).out
     assert "are done" not in grat("info", kept).out
+
+
+def test_info_shows_text_of_others_as_text(tmp_path: Path) -> None:
+    evil = "a [/] [red]fox[/red] \x1b]0;title\x07\u202e\x9b"
+    about = {**provenance(), "prompt": evil, "command": evil}
+    path = tmp_path / "x [final].json"
+    outputs.write_json(about, path)
+    shown = grat("info", path)
+    assert shown.code == 0
+    assert r"a [/] [red]fox[/red] \x1b]0;title\x07\u202e\x9b" in shown.out
+    assert grat("info", path, "--quiet").out == "a [/] [red]fox[/red] \\x1b]0;title\\x07\\u202e\\x9b\n"
+    assert grat("info", path, "--json").data == about
+    assert f"cannot read {tmp_path}/x [gone].png" in refusal("info", tmp_path / "x [gone].png")

@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from grat_cli.errors import BadInput
 from grat_cli.files import outputs, pictures
+from grat_cli.files.places import typed_path
 from grat_cli.files.whole import write_whole
 
 PROVENANCE = {"schema": "grat.report/1", "prompt": "ein Füchslein 🦊", "seed": 7}
@@ -35,19 +37,44 @@ def test_names_of_videos_tell_their_frames_and_format() -> None:
     assert outputs.default_name(when, "waves", "1280x720x129", "x", 7, "") == stem
 
 
-@given(st.text(max_size=80))
-def test_slugs_are_safe_in_any_file_system(prompt: str) -> None:
+@given(prompt=st.text(max_size=80), batch=st.integers(1, 999))
+@example(prompt="狐" * 80, batch=999)
+@example(prompt="\U00020000" * 80, batch=999)
+@example(prompt="🦊", batch=1)
+def test_slugs_are_safe_in_any_file_system(prompt: str, batch: int) -> None:
     slug = outputs.slug(prompt)
     assert 0 < len(slug) <= 40
-    assert set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
-    assert not slug.startswith("-")
+    assert all(one == "-" or unicodedata.category(one)[0] in "LMN" for one in slug)
+    assert unicodedata.category(slug[0])[0] in "LN"
     assert not slug.endswith("-")
+    assert slug == outputs.slug(slug)
+    when, most = datetime(2025, 1, 31, 14, 25, 1), 2**63 - 1
+    name = outputs.default_name(when, prompt, "16384x16384x99999", "planes-far", most, f"-{batch}.png")
+    assert len(os.fsencode(outputs.checkpoint_path(Path(name)).name)) <= 255
 
 
 def test_slugs_are_cut_between_words() -> None:
     assert outputs.slug("a quiet harbour at dawn with twenty fishing boats") == "a-quiet-harbour-at-dawn-with-twenty"
     assert outputs.slug("x" * 90) == "x" * 40
-    assert outputs.slug("狐") == "untitled"
+    assert outputs.slug("a" * 40 + " fox") == "a" * 40
+    assert outputs.slug("!?") == "untitled"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "slug"),
+    [
+        ("狐が走る、夜に", "狐が走る-夜に"),
+        ("й ё Лиса", "й-ё-лиса"),
+        ("हिन्दी में लोमड़ी", "हिन्दी-में-लोमड़ी"),
+        ("한국어 여우", "한국어-여우"),
+        ("Füchslein größer İstanbul", "fuchslein-großer-istanbul"),
+        ("🦊 in ❄️", "fox-face-in-snowflake"),
+        ("👩‍🚀", "woman-rocket"),
+    ],
+)
+def test_slugs_keep_letters_of_any_script(prompt: str, slug: str) -> None:
+    found = outputs.slug(prompt)
+    assert found == unicodedata.normalize("NFC", slug)
 
 
 def test_one_name_for_one_picture_and_seeds_in_the_names_of_several(tmp_path: Path) -> None:
@@ -74,6 +101,45 @@ def test_videos_go_where_pictures_would(tmp_path: Path) -> None:
     folder = tmp_path / "waves.v2"
     assert outputs.output_paths(folder, ["n"], [7], "") == [folder]
     assert outputs.output_paths(folder, ["n", "m"], [7, 8], "")[1] == tmp_path / "waves.v2-s8"
+
+
+def test_a_folder_that_is_typed_with_a_slash_is_one_before_it_is_there(tmp_path: Path) -> None:
+    out = typed_path(f"{tmp_path}/sub/", "--out")
+    paths = outputs.output_paths(out, ["n.png"], [7])
+    assert paths == [tmp_path / "sub" / "n.png"]
+    with pytest.raises(BadInput, match=r"the folder .*sub does not exist: create it first \(mkdir -p "):
+        outputs.refuse_unwritable(paths, overwrite=False)
+    assert outputs.output_paths(out, ["n"], [7], "") == [tmp_path / "sub"]  # of frames
+    assert outputs.output_paths(typed_path(f"{tmp_path}/sub", "--out"), ["n"], [7], "") == [tmp_path / "sub"]
+    tmp_path.joinpath("sub").mkdir()
+    assert outputs.output_paths(out, ["n"], [7], "") == [tmp_path / "sub" / "n"]
+
+
+@pytest.mark.parametrize("text", ["https://example.org/a.png", "s3://bucket/a.png", "", "a\0b", "x" * 256, "é/" * 1400])
+def test_what_can_be_no_path_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match=r"^--init-image "):
+        typed_path(text, "--init-image")
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="\0", codec="utf-8"), max_size=300))
+def test_paths_are_what_was_typed_or_refused(text: str) -> None:
+    try:
+        path = typed_path(text, "--out")
+    except BadInput:
+        assert not text or "://" in text or max(len(part.encode()) for part in text.split("/")) > 255
+        return
+    assert path == Path(text)
+    path.is_dir()  # does not raise
+
+
+@pytest.mark.parametrize("seeds", [[7], [7, 8]])
+def test_names_leave_room_for_what_is_kept_beside_them(seeds: list[int], tmp_path: Path) -> None:
+    longest = 255 - len(".checkpoint.safetensors") - (len("-s7") if len(seeds) > 1 else 0)
+    for stem in ("x" * longest, "é" * (longest // 2)):
+        for path in outputs.output_paths(tmp_path / f"{stem}.png", [], seeds):
+            outputs.checkpoint_path(path).touch()
+    with pytest.raises(BadInput, match="make it 1 bytes shorter"):
+        outputs.output_paths(tmp_path / f"{'x' * (longest + 1)}.png", [], seeds)
 
 
 def test_what_lies_beside_an_output_has_its_name() -> None:

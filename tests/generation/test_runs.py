@@ -6,6 +6,7 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from grat_cli.generation import run as generation
 from grat_cli.generation.checkpoint import Run, find_run, read_run
 from grat_cli.generation.finishing import decode_run
 from grat_cli.generation.request import Request
+from grat_cli.generation.stage import StepWatch
 from grat_cli.models.loading import LoadedModel
 
 pytestmark = pytest.mark.usefixtures("loaded")
@@ -426,10 +428,9 @@ def test_the_first_step_that_is_not_finite_is_named(loaded: Any, small: Small, t
     loaded.transformer.register_forward_hook(spoil)
     progress = Progress()
     steps = small.stages[0].steps
-    with pytest.raises(NumericalFailure, match=f"NaN or infinite at step 3 of {steps}"):
+    with pytest.raises(NumericalFailure, match=f"NaN or infinite at step 3 of {steps}: try another --backend$"):
         generate(small.of(tmp_path / "a", checkpoint_every=every), progress)
-    last = 3 if every else steps
-    assert progress.events[-1] == (last, steps)  # seen at the checkpoint, hours before the end
+    assert progress.events[-1] == (3, steps)  # hours before the end
     assert names(tmp_path) == (["a.checkpoint.safetensors"] if every else [])
 
 
@@ -477,6 +478,38 @@ def test_frames_of_nan_or_one_colour_are_a_failure(loaded: Any, small: Small, tm
     with pytest.raises(NumericalFailure, match=rf"{says}(.|\n)*its latents are kept"):
         generate(small.of(tmp_path / "a"))
     assert names(tmp_path) == ["a.latents.safetensors"]
+
+
+def test_what_turned_nan_is_told_after_each_step_with_what_may_help() -> None:
+    for dtype, advice in ((torch.bfloat16, "--dtype float32, or another"), (torch.float32, "another")):
+        pipe = SimpleNamespace(num_timesteps=3, transformer=SimpleNamespace(dtype=dtype))
+        watch = StepWatch(progress := Progress(), 4)
+        watch(pipe, 0, None, {"latents": torch.zeros(1)})
+        with pytest.raises(NumericalFailure, match=rf"at step 6 of 7: try {advice} --backend$"):
+            watch(pipe, 1, None, {"latents": torch.tensor([torch.inf])})
+        assert progress.steps == [(5, 7), (6, 7)]
+
+
+@pytest.mark.parametrize("small", ["picture", "cascade"], indirect=True)
+@pytest.mark.parametrize("stop", [{"after": 4}, {"at_phase": "save"}])
+def test_a_run_that_is_broken_off_leaves_no_preview(
+    written: dict[str, np.ndarray], small: Small, tmp_path: Path, stop: dict[str, Any]
+) -> None:
+    asked = small.of(tmp_path / "a", preview_every=1)
+    seen: list[bool] = []
+
+    class Watching(Progress):
+        def step(self, done: int, total: int) -> None:
+            seen.append((tmp_path / "a.preview.png").is_file())
+            super().step(done, total)
+
+    with pytest.raises(Interrupted):
+        generate(asked, Watching(**stop))
+    assert any(seen)
+    assert len(names(tmp_path)) == 1
+    run, again = read_run(find_run(asked.outputs[0]))
+    generate(again, None, run)
+    assert names(tmp_path) == ["a.json", "a.png"]
 
 
 @of_all

@@ -187,7 +187,7 @@ def test_patterns() -> None:
         (MINIMAL + "schedule: {rules: [{variant: x, radius: 2}]}\n", "rules[0].radius: radius has no meaning"),
         (MINIMAL + "schedule: {rules: [{group: [6, 6]}]}\n", "6x6 does not in 16x16: use 4x4 or 8x8"),
         (MINIMAL + "name: twice\n", "mine.yaml:4: 'name' is given twice"),
-        (MINIMAL.replace("mine", "on"), "mine.yaml:1: YAML reads on as true: quote it as 'on'"),
+        (MINIMAL.replace("mine", "on"), "mine.yaml:1: YAML reads on as true: write true, or 'on' in quotes for text"),
         (MINIMAL + "description: no\n", "YAML reads no as false"),
         (MINIMAL + "schedule: {rules: [{steps: 1:30}]}\n", "YAML reads 1:30 as the number 90"),
         (MINIMAL + "sampling: {steps: 010}\n", "YAML reads 010 as the number 8"),
