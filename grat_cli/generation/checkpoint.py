@@ -31,7 +31,7 @@ from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import QUANTIZATIONS
 from grat_cli.models.resolution import LARGEST_SIDE, Resolution
 from grat_cli.models.video_size import MOST_FRAMES
-from grat_cli.presets import Preset
+from grat_cli.presets import MOST_STEPS, Preset
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ _SCHEMAS = {
     CHECKPOINT_ENDING: ("grat.checkpoint/2", "a checkpoint"),
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
-MOST_STEPS, MOST_REFERENCES = 100_000, 100
+MOST_REFERENCES = 100
 _HISTORY, _MOST_OF_HISTORY = "history.", 64  # what a name of such a tensor begins with; solvers go back a few steps
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
@@ -517,8 +517,6 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
     """
     try:
         stored: _StoredRequest = stored_as(_StoredRequest, data)
-        if stored.preset.sampling.steps > MOST_STEPS:
-            raise ValueError(f"preset.sampling.steps: more than {MOST_STEPS:,}")
         if seed not in stored.seeds or len(set(stored.seeds)) < len(stored.seeds):
             raise ValueError("seeds: one is missing, or there twice")
         of_videos = stored.frames is not None

@@ -21,6 +21,7 @@ from grat_cli.presets.schema import (
     BACKENDS,
     FIELDS_OF_VARIANT,
     HIGHRES_MODES,
+    MOST_STEPS,
     VARIANTS,
     Attention,
     Change,
@@ -44,6 +45,7 @@ from grat_cli.presets.yaml_source import YamlSource, read_file, read_text
 __all__ = [
     "BACKENDS",
     "HIGHRES_MODES",
+    "MOST_STEPS",
     "VARIANTS",
     "Attention",
     "Change",
