@@ -279,9 +279,25 @@ def _in_png(file: IO[bytes], path: Path) -> bytes | None:
         if keyword == PROVENANCE_KEY.encode():
             if checksum != struct.pack(">I", zlib.crc32(kind + chunk)):
                 raise BadInput(f"the provenance in {path} is damaged: its checksum is wrong")
-            # Compression flag and method, language, translated keyword, then the text (PNG 1.2, section 4.2.3.3).
-            return rest[2:].split(b"\0", 2)[2]
+            return _text_of_chunk(rest, path)
     return None
+
+
+def _text_of_chunk(rest: bytes, path: Path) -> bytes:
+    """The text of an iTXt chunk after its keyword: compression flag and method, language, translated keyword, text.
+
+    Programs that pack pictures anew may compress it (PNG 1.2, section 4.2.3.3).
+    """
+    damaged = f"the provenance in {path} is damaged"
+    packed, fields = rest[:1] == b"\1", rest[2:].split(b"\0", 2)
+    if len(fields) < 3:
+        raise BadInput(f"{damaged}: it is too short")
+    if not packed:
+        return fields[2]
+    try:
+        return zlib.decompressobj().decompress(fields[2], _LONGEST_PROVENANCE)
+    except zlib.error as error:
+        raise BadInput(f"{damaged}: {error}") from error
 
 
 def read_picture(path: Path) -> Image:

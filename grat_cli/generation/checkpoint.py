@@ -6,31 +6,48 @@ what may be typed, and decides neither where an output goes nor what it may repl
 
 from __future__ import annotations
 
-import json
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from grat_cli.attention.guard import GuardState
 from grat_cli.errors import BadInput, choices
 from grat_cli.estimates.stages import Stage
 from grat_cli.families import Medium, ModelChoice
 from grat_cli.families.base import Pictures
 from grat_cli.files import formats, outputs, tensors, videos, whole
-from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
+from grat_cli.files.json_objects import validated
+from grat_cli.files.prompts import MOST_OUTPUTS
 from grat_cli.generation.inputs import pictures_in, tensors_of
 from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.request import Request, check
 from grat_cli.generation.stage import stages_for
 from grat_cli.generation.timing import StepTiming
+from grat_cli.generation.told import (
+    MOST_REFERENCES,
+    MOST_STAGES,
+    Bytes,
+    Count,
+    Frames,
+    KeptReport,
+    Number,
+    Phases,
+    Rate,
+    Seed,
+    Side,
+    Text,
+    Time,
+    ToldStage,
+)
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
 from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import QUANTIZATIONS
-from grat_cli.models.resolution import LARGEST_SIDE, Resolution
-from grat_cli.models.video_size import MOST_FRAMES
+from grat_cli.models.resolution import Resolution
 from grat_cli.presets import MOST_STEPS, Preset
 
 if TYPE_CHECKING:
@@ -42,8 +59,9 @@ _SCHEMAS = {
     CHECKPOINT_ENDING: ("grat.checkpoint/2", "a checkpoint"),
     LATENTS_ENDING: ("grat.latents/2", "a latents file"),
 }
-MOST_REFERENCES = 100
 _HISTORY, _MOST_OF_HISTORY = "history.", 64  # what a name of such a tensor begins with; solvers go back a few steps
+_LARGEST_LATENT = 1_000_000  # far beyond those of any model
+_STATE_BYTES_CPU, _STATE_BYTES_CUDA, _TWISTER = 5056, 16, 624
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
 
@@ -141,7 +159,7 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
         phases=dict(run.phases_ms),
         memory=dict(run.memory_bytes),
         stages=tuple(dict(stage) for stage in run.stages),
-        guard=None if run.guard is None else dict(run.guard),
+        guard=None if run.guard is None else validated(GuardState, run.guard),
         start_size=run.start_size,
     )
     about = {
@@ -231,8 +249,8 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
     held, about = tensors.read_tensors(path, *_SCHEMAS[ending])
     place = place_of(path)
     try:
-        seed = stored_as(_StoredReport, about).seed
-        state: _StoredState = stored_as(_StoredState, about.get("state"))
+        seed = validated(KeptReport, about).seed
+        state = validated(_StoredState, about.get("state"))
         request = request_from_data(about.get("request"), place, seed, model)
         stages = stages_for(request, None if state.start_size is None else Resolution(*state.start_size))
         _require_stages(state, stages)
@@ -245,9 +263,9 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             phases_ms=state.phases,
             memory_bytes=state.memory,
             report={name: value for name, value in about.items() if name not in ("request", "state", *_COUNTS)}
-            | {"schema": SCHEMA},
+            | {"schema": SCHEMA, **({"stages": list(state.stages)} if "stages" in about else {})},
             stages=state.stages,
-            guard=state.guard,
+            guard=None if state.guard is None else state.guard.model_dump(mode="json"),
             history={name.removeprefix(_HISTORY): tensor for name, tensor in held.items() if name.startswith(_HISTORY)},
             start_size=state.start_size,
             kept=path,
@@ -272,7 +290,7 @@ def _require_stages(state: _StoredState, stages: Sequence[Stage]) -> None:
         if number > state.stage or steps > stages[number].steps:
             raise BadInput(f"stage {number + 1} has {steps} steps done, and it is at stage {state.stage + 1}")
     for number, stage in enumerate(stages[: len(state.stages)]):
-        told: _StoredStage = stored_as(_StoredStage, state.stages[number])
+        told = validated(ToldStage, state.stages[number])
         if (told.number, told.width, told.height, told.steps) != (number, stage.width, stage.height, stage.steps):
             raise BadInput(f"stage {number + 1} is told to be another one")
         if number < state.stage and done[number] < stage.steps:
@@ -281,7 +299,6 @@ def _require_stages(state: _StoredState, stages: Sequence[Stage]) -> None:
 
 def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents_alone: bool) -> None:
     """Raises ValueError unless a run's tensors are of its request, and of the stage under way."""
-    import torch
 
     stage = stages[run.stage]
 
@@ -301,23 +318,49 @@ def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents
     }
     for name, wanted in expected.items():
         tensor = getattr(run, name)
-        if tensor is not None and (tuple(tensor.shape) != wanted or not tensor.is_floating_point()):
-            raise ValueError(f"its {name} is {list(tensor.shape)}, {tensor.dtype}, and not {wanted and list(wanted)}")
-        if tensor is None and wanted is not None:
+        if tensor is not None:
+            _require_numbers(tensor, wanted, name)
+        elif wanted is not None:
             raise ValueError(f"it has no {name}")
     if run.history and (not expected["latents"] or run.done_in_stage == stage.steps):
         raise ValueError("it remembers steps of a stage that is not under way")
     if len(run.history) > _MOST_OF_HISTORY:
         raise ValueError(f"it remembers {len(run.history)} tensors")
     for tensor in run.history.values():
-        if tuple(tensor.shape) != expected["latents"] or not tensor.is_floating_point():
-            raise ValueError(f"what it remembers of a step is {list(tensor.shape)}, {tensor.dtype}")
-        if not tensor.isfinite().all():
-            raise ValueError("what it remembers of a step is not finite")
+        _require_numbers(tensor, expected["latents"], "memory of a step")
     for name in ("noise_state", "random_state"):
         tensor = getattr(run, name)
-        if not run.finished and (tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 1):
+        if not run.finished and (tensor is None or not _is_random_state(tensor)):
             raise ValueError(f"its {name.replace('_', ' ')} is none")
+
+
+def _require_numbers(tensor: torch.Tensor, shape: tuple[int, ...] | None, what: str) -> None:
+    """Raises ValueError unless a tensor has a shape, which may be no shape at all, and numbers that a model takes."""
+    import torch
+
+    known = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if tuple(tensor.shape) != shape or tensor.dtype not in known:
+        raise ValueError(f"its {what} is {list(tensor.shape)}, {tensor.dtype}, and not {shape and list(shape)}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"its {what} is not finite")
+    if tensor.abs().max() > _LARGEST_LATENT:
+        raise ValueError(f"its {what} has numbers beyond {_LARGEST_LATENT:,}")
+
+
+def _is_random_state(state: torch.Tensor) -> bool:
+    """Whether bytes are the state of a generator that torch can go on from; it checks less itself, and reads beyond."""
+    import torch
+
+    if state.dtype != torch.uint8 or state.ndim != 1:
+        return False
+    if state.numel() == _STATE_BYTES_CUDA:
+        return True
+    if state.numel() != _STATE_BYTES_CPU:
+        return False
+    # Of the Mersenne Twister: seed, numbers left before all are made anew, whether there is a seed, the next one's
+    # place (torch, aten/src/ATen/CPUGeneratorImpl.cpp). A new generator has one left, and begins anew with it.
+    _, left, seeded, following = struct.unpack("<QiiQ", state[:24].numpy().tobytes())
+    return seeded == 1 and ((left, following) == (1, 0) or (left > 0 and left + following == _TWISTER + 1))
 
 
 # ---- What files say
@@ -332,78 +375,7 @@ def _one_of(known: Iterable[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-Text = Annotated[str, Field(max_length=1_000_000)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096)]
-Name = Annotated[str, Field(max_length=80)]
-Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Count = Annotated[int, Field(ge=0, le=MOST_STEPS)]
-Number = Annotated[float, Field(ge=-1e15, le=1e15)]
-
-
-class _StoredDevice(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    threads: Annotated[int, Field(ge=1, le=4096)] | None
-
-
-class _StoredWeights(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    revision: Annotated[str, Field(max_length=200)] | None
-
-
-class _StoredLowest(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    step: Count
-    layer: Count
-    kept: Number
-
-
-class _StoredWidening(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    step: Count
-    layer: Count
-    to: Text
-
-
-class _StoredGuard(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    bar: Number
-    layers: Count
-    planned_density: Number | None
-    lowest: _StoredLowest | None
-    widened: Annotated[tuple[_StoredWidening, ...], Field(max_length=MOST_STEPS)]
-
-
-class _StoredReport(BaseModel):
-    """What of a report decides how a run goes on, and what of it is shown."""
-
-    model_config = ConfigDict(strict=True)
-
-    seed: Seed
-    device: _StoredDevice
-    model: _StoredWeights
-    sampling: dict[str, Any]
-    density: Number
-    guard: _StoredGuard | None
-    peak_memory_kind: Annotated[str, Field(max_length=200)]
-
-
-class _StoredStage(BaseModel):
-    """What is shown of a stage that is done."""
-
-    model_config = ConfigDict(strict=True)
-
-    number: Count
-    width: Side
-    height: Side
-    steps: Count
-    density: Number
-    guard: _StoredGuard | None
 
 
 class _StoredStep(BaseModel):
@@ -413,11 +385,11 @@ class _StoredStep(BaseModel):
 
     index: Count
     timestep: Number
-    total_ms: Number
-    attention_ms: Number
+    total_ms: Time
+    attention_ms: Time
     other_ms: Number
     density: Number
-    stage: Annotated[int, Field(ge=0, le=100)]
+    stage: Annotated[int, Field(ge=0, le=MOST_STAGES)]
 
 
 class _StoredState(BaseModel):
@@ -425,12 +397,12 @@ class _StoredState(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    stage: Annotated[int, Field(ge=0, le=100)]
+    stage: Annotated[int, Field(ge=0, le=MOST_STAGES)]
     steps: Annotated[tuple[_StoredStep, ...], Field(max_length=MOST_STEPS)]
-    phases: dict[Name, Annotated[Number, Field(ge=0)]]
-    memory: dict[Name, Annotated[int, Field(ge=0, le=2**63)]]
-    stages: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)]
-    guard: dict[str, Any] | None
+    phases: Phases
+    memory: dict[Annotated[str, Field(max_length=80)], Bytes]
+    stages: Annotated[tuple[dict[str, Any], ...], Field(max_length=MOST_STAGES)]
+    guard: GuardState | None
     start_size: tuple[Side, Side] | None
 
 
@@ -456,8 +428,8 @@ class _StoredRequest(BaseModel):
     base: PathText | None
     width: Side
     height: Side
-    frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)] | None
-    fps: Annotated[int, Field(ge=1, le=videos.FASTEST)] | None
+    frames: Frames | None
+    fps: Rate | None
     init_image: PathText | None
     mask: PathText | None = None
     control: PathText | None = None
@@ -516,7 +488,7 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
         ModelUnavailable: if its model is not here.
     """
     try:
-        stored: _StoredRequest = stored_as(_StoredRequest, data)
+        stored = validated(_StoredRequest, data)
         if seed not in stored.seeds or len(set(stored.seeds)) < len(stored.seeds):
             raise ValueError("seeds: one is missing, or there twice")
         of_videos = stored.frames is not None
@@ -540,21 +512,6 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
     except (TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"the request is damaged, or of another version of grat: {error}") from error
     return request
-
-
-def stored_as(kind: type[Any], data: Any) -> Any:
-    """What was read from a file, as a pydantic model of it.
-
-    Raises:
-        ValueError: in one line, if it does not fit.
-    """
-    try:
-        return kind.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        # A name may be anything that somebody wrote into a file.
-        raise ValueError(f"{ascii(where)[1:-1][:80]}: {first['msg'].splitlines()[0][:160]}") from error
 
 
 def _chosen(stored: _StoredModel, medium: Medium) -> ModelChoice:
