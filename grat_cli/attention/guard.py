@@ -18,12 +18,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from grat_cli.attention.schedule import AttentionSchedule, Width
 from grat_cli.errors import BadInput
+from grat_cli.files.json_objects import validated
+from grat_cli.presets import MOST_STEPS
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +38,49 @@ if TYPE_CHECKING:
 ROWS = 32
 DELAY_STEPS = 2
 _HORIZON_STEPS = DELAY_STEPS * Width.FULL  # as many as it takes to climb to full attention
+
+
+_MOST_LAYERS = 1000
+_Step = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+_Layer = Annotated[int, Field(ge=0, le=_MOST_LAYERS)]
+_Width = Annotated[int, Field(ge=Width.OWN, le=Width.FULL)]
+_Figure = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
+_Number = Annotated[str, Field(pattern="^[0-9]{1,6}$")]
+
+
+class _StoredWidening(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    step: _Step
+    layer: _Layer
+    measured_step: _Step
+    kept: _Figure
+    recall: _Figure
+    error: _Figure | None
+    width: _Width
+    to: Annotated[str, Field(max_length=4096)]
+
+
+class GuardState(BaseModel):
+    """What `RecallGuard.state` writes, read from a file: `widened` as they are, the others as lists of figures."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    widened: Annotated[tuple[_StoredWidening, ...], Field(max_length=_MOST_LAYERS * Width.FULL)]
+    lowest: tuple[_Step, _Layer, tuple[_Figure, _Figure, _Figure | None, _Width]] | None
+    measured: Annotated[
+        dict[
+            _Number,
+            Annotated[tuple[tuple[_Layer, _Figure, _Figure, _Figure | None, _Width], ...], Field(max_length=10_000)],
+        ],
+        Field(max_length=1000),
+    ]
+
+    @property
+    def layers(self) -> set[int]:
+        """All that it tells of."""
+        told = {one.layer for one in self.widened} | {one[0] for of_step in self.measured.values() for one in of_step}
+        return told if self.lowest is None else told | {self.lowest[1]}
 
 
 class Measured(NamedTuple):
@@ -271,14 +317,17 @@ class RecallGuard:
         self._start_anew()
         self._step = done - 1
         try:
-            self._widenings = [Widening(**one) for one in state["widened"]]
-            self._lowest = state["lowest"] and _Seen.read(*state["lowest"])
-            self._pending = {
-                int(step): [_Known({int(layer): Measured(*figures) for layer, *figures in measured})]
-                for step, measured in state["measured"].items()
-            }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput("what the guard had done is damaged, or of another version of grat") from error
+            known = validated(GuardState, state)
+            if not known.layers <= set(range(self._layers)):
+                raise ValueError(f"layers beyond the model's {self._layers}")
+        except ValueError as error:
+            raise BadInput(f"what the guard had done is damaged, or of another version of grat: {error}") from error
+        self._widenings = [Widening(**dict(one)) for one in known.widened]
+        self._lowest = known.lowest and _Seen.read(*known.lowest)
+        self._pending = {
+            int(step): [_Known({layer: Measured(*figures) for layer, *figures in measured})]
+            for step, measured in known.measured.items()
+        }
 
 
 class _Call:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from grat_cli.files.prompts import PromptEntry
     from grat_cli.models.catalogue import Medium
 
-_FAILURES_NAMED = 3
+_FAILURES_NAMED, _KEYS_NAMED = 3, 8
 _OUTPUTS: Mapping[Medium, str] = {"image": "pictures", "video": "videos"}
 
 
@@ -28,7 +28,8 @@ def batch(
         argument(
             "FILE",
             "Prompts: .txt with one per line, .jsonl with an object per line, or .json with a list of them "
-            "(prompt; if wanted negative, seed, n, and picture files: init_image, mask, control, reference; "
+            "(prompt; if wanted negative or negative_prompt, seed, n, and picture files: init_image, mask, control, "
+            "reference; "
             "other keys are kept).",
         ),
     ],
@@ -87,7 +88,7 @@ def batch(
     from grat_cli.estimates.time import planned_seconds
     from grat_cli.files import outputs
     from grat_cli.files.formats import choose_format
-    from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS, read_prompts
+    from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS, read_prompts, unknown_keys
     from grat_cli.generation.batch import Batch, Failure, make_samples, missing, refuse_pictures
     from grat_cli.generation.batch_layout import LAYOUTS, lay_out
     from grat_cli.generation.request import note_expectations
@@ -109,6 +110,9 @@ def batch(
         raise BadInput(f"--out {out}: a batch goes into a folder: use --out {out.with_suffix('')}")
     require_choice("--highres", highres, HIGHRES_MODES)
     entries = read_prompts(file)
+    if ignored := unknown_keys(entries):
+        named = ", ".join(ignored[:_KEYS_NAMED]) + (" and more" if len(ignored) > _KEYS_NAMED else "")
+        output.hint(f"{file}: kept, but without meaning here: {named}")
 
     # 2. Model, preset, size; whether they fit one another and this machine.
     of_one: dict[Medium, dict[str, Any]] = {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from grat_cli.commands import options
 from grat_cli.commands.parameters import argument
 from grat_cli.console.output import Mode, Output, bytes_text, fact_table
+
+if TYPE_CHECKING:
+    from grat_cli.presets import Preset
 
 
 def info(
@@ -21,30 +25,50 @@ def info(
     from grat_cli.files import outputs
 
     output = terminal.output()
-    found = outputs.read_provenance(file)
-    output.data(found)
+    told = outputs.read_provenance(file)
+    output.data(told)
+    if output.mode is Mode.JSON:
+        return
     try:
-        facts = _facts(found) | _file_facts(file, output)
-        timings = [run_tables.timing_table(found), run_tables.phases_line(found)] if "steps" in found else []
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BadInput(f"{file} is not a whole report of this version of grat: --json shows it as it is") from error
+        found, preset = _checked(told)
+    except ValueError as error:
+        raise BadInput(
+            f"{file} is not a whole report of this version of grat ({error}): --json shows it as it is"
+        ) from error
+    facts = _facts(found, preset) | _file_facts(file, output)
+    timings = [run_tables.timing_table(found), run_tables.phases_line(found)] if "steps" in found else []
     output.show(fact_table(facts), *timings)
     if terminal.quiet:
-        output.line(str(found["command"]))
+        output.line(found["command"])
 
 
-def _facts(found: dict[str, Any]) -> dict[str, str]:
+def _checked(told: Mapping[str, Any]) -> tuple[dict[str, Any], Preset]:
+    """What is shown of a report, each field of its type; what is not there is left out.
+
+    Raises:
+        ValueError: if one is not, in one line.
+    """
+    from grat_cli.files.json_objects import validated
+    from grat_cli.generation.told import ShownReport
+
+    # Of text that was typed in bytes which are none, what can be shown.
+    readable = json.loads(json.dumps(told, ensure_ascii=False).encode("utf-8", "replace"))
+    report = validated(ShownReport, readable)
+    return {name: value for name, value in report.model_dump().items() if value is not None}, report.preset
+
+
+def _facts(found: Mapping[str, Any], preset: Preset) -> dict[str, str]:
     from grat_cli.console import run_tables
-    from grat_cli.presets import Preset
 
-    preset = Preset.model_validate(found["preset"])
     model, device, backend, sampling = found["model"], found["device"], found["backend"], found["sampling"]
     facts = {
         "prompt": found["prompt"],
         "negative": found.get("negative_prompt"),
         "seed": str(found["seed"]),
         "size": _size(found),
-        "from": f"{found['init_image']}, strength {found['strength']}" if found.get("strength") else None,
+        "from": f"{found['init_image']}, strength {found['strength']:g}"
+        if {"init_image", "strength"} <= set(found)
+        else None,
         "pictures": ", ".join(_picture(picture) for picture in found.get("pictures", ())),
         "model": f"{model['name']} ({model['source']})" if model["source"] != model["name"] else model["name"],
         "revision": model.get("revision"),
@@ -98,19 +122,19 @@ def _file_facts(file: Path, output: Output) -> dict[str, str]:
     return {"file": f"{facts.codec}, {facts.width}x{facts.height}, {facts.frames} frames{rate}"}
 
 
-def _size(found: dict[str, Any]) -> str:
+def _size(found: Mapping[str, Any]) -> str:
     size = f"{found['width']}x{found['height']}"
     if "frames" not in found:
         return size
     return f"{size}, {found['frames']} frames at {found['fps']:g} per second ({found['seconds']:.3g} s)"
 
 
-def _steps(found: dict[str, Any]) -> str:
+def _steps(found: Mapping[str, Any]) -> str:
     done, total = found.get("steps_done"), found.get("steps_total")
     return str(found["sampling"]["steps"]) if done == total else f"{done} of {total} are done"
 
 
-def _peak_memory(found: dict[str, Any]) -> str | None:
+def _peak_memory(found: Mapping[str, Any]) -> str | None:
     """Only reports say it, pictures do not."""
     if "peak_memory_bytes" not in found:
         return None

@@ -23,6 +23,7 @@ def resume(
     from grat_cli.files import outputs
     from grat_cli.files.formats import SUFFIXES
     from grat_cli.generation.checkpoint import files_of, find_run, read_run
+    from grat_cli.generation.finishing import written_already
 
     output = terminal.output()
 
@@ -35,9 +36,15 @@ def resume(
         paths = outputs.output_paths(out, [path.name for path in paths], left, SUFFIXES[request.format])
     weights = replace(request.weights, allow_pickle=model.allow_pickle)
     request = replace(request, seeds=left, outputs=tuple(paths), overwrite=overwrite, weights=weights)
-    making.refuse_unwritable(paths, overwrite=overwrite, own=files_of(run), previews=request.preview_every > 0)
+    there = written_already(run, request, paths[0])
+    making.refuse_unwritable(
+        paths[1:] if there else paths, overwrite=overwrite, own=files_of(run), previews=request.preview_every > 0
+    )
     output.hint(f"{kept.name}: {request.model.name}, {request.size}, {request.preset.name}")
     output.hint(f"seed {', '.join(map(str, left))}: step {run.done} of {run.total} is done")
+    if there:
+        tidied = "" if request.save_latents else ": what was kept of it is removed"
+        output.hint(f"{there.path} is there, whole{tidied}")
 
     # 2. The rest.
     making.make(request, output, run)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from grat_cli.errors import BadInput
 from grat_cli.families import Medium
+from grat_cli.files.texts import read_text
+
+_LONGEST_COUNT, _LONGEST_BYTES = 9, 1 << 23
 
 
 def built_in_prompts(medium: Medium) -> tuple[str, ...]:
@@ -49,13 +52,15 @@ def chosen_prompts(text: str, built_in: tuple[str, ...], option: str = "--prompt
         BadInput: if there are not so many, or the text is neither a count nor such a file.
     """
     if text.isascii() and text.isdigit():
-        if not 1 <= int(text) <= len(built_in):
+        if len(text) > _LONGEST_COUNT or not 1 <= int(text) <= len(built_in):
             raise BadInput(f"{option} {text}: there are {len(built_in)} built-in prompts")
         return built_in[: int(text)]
     try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{option} {text}: expected a count or a text file with a prompt on each line") from error
+        lines = read_text(Path(text), _LONGEST_BYTES).splitlines()
+    except BadInput as error:
+        raise BadInput(
+            f"{option} {text}: expected a count or a text file with a prompt on each line ({error})"
+        ) from error
     found = tuple(line.strip() for line in lines if line.strip())
     if not found:
         raise BadInput(f"{option} {text}: the file is empty")

@@ -60,6 +60,18 @@ def require_writable(format: str, width: int, height: int, *, fps: int | None, q
         pictures.require_writable(pictures.FORMATS[format], width, height, quality)
 
 
+def require_whole(path: Path, format: str) -> None:
+    """Decodes a picture or video from end to end.
+
+    Raises:
+        BadInput: if it cannot be.
+    """
+    if format in videos.FORMATS:
+        videos.probe_video(path)
+    else:
+        pictures.read_picture(path)
+
+
 def write_output(
     frames: Iterable[np.ndarray],
     path: Path,

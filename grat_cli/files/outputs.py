@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
-from grat_cli.files import ffmpeg, pictures, tensors
+from grat_cli.files import ffmpeg, pictures, tensors, texts
 from grat_cli.files.gif_comment import read_comments
+from grat_cli.files.json_objects import parsed
 from grat_cli.files.places import LONGEST_NAME_BYTES, is_folder, means_folder
 from grat_cli.files.whole import part_of, write_whole
 
@@ -25,6 +26,7 @@ PROVENANCE_KEY = pictures.PROVENANCE_KEY
 OUTPUT_SUFFIXES = (*pictures.SUFFIXES, ".mp4", ".webm", ".gif")
 GIF_COMMENT_PREFIX = b"grat="
 FIRST_FRAME = "frame-0001.png"
+_LONGEST_REPORT = 1 << 26
 _EBML_SIGNATURE = b"\x1aE\xdf\xa3"
 
 LONGEST_SLUG_BYTES = 100
@@ -220,18 +222,27 @@ def read_provenance(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: if there is no such file, or nothing of grat's in it.
     """
-    try:
-        if path.suffix.lower() == ".json":
-            return _checked(path.read_bytes(), path)
-        embedded = _embedded(path / FIRST_FRAME if path.is_dir() else path)
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
-    if embedded is not None:
-        return _checked(embedded, path)
+    if path.suffix.lower() == ".json":
+        return _checked(texts.read_bytes(path, _LONGEST_REPORT), path)
+    if (embedded := embedded_provenance(path)) is not None:
+        return embedded
     report = path.with_suffix(".json") if path.is_file() else report_path(path)
     if report.is_file():
         return read_provenance(report)
     raise BadInput(f"{path} does not say how it was made, and there is no {report.name} beside it")
+
+
+def embedded_provenance(path: Path) -> dict[str, Any] | None:
+    """What made an output, from the file itself or the first of a folder of frames; None where it does not say.
+
+    Raises:
+        BadInput: if there is no such file, or what it says is damaged.
+    """
+    try:
+        embedded = _embedded(path / FIRST_FRAME if path.is_dir() else path)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise texts.unreadable(path, error) from error
+    return None if embedded is None else _checked(embedded, path)
 
 
 def _embedded(path: Path) -> bytes | str | None:
@@ -255,8 +266,8 @@ def _embedded(path: Path) -> bytes | str | None:
 
 def _checked(text: bytes | str, path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parsed(text)
+    except ValueError as error:
         raise BadInput(f"{path} is not a report of grat: it is not valid JSON") from error
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("grat."):
         raise BadInput(f"{path} is not a report of grat")

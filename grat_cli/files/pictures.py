@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from grat_cli.errors import BadInput, choices
+from grat_cli.errors import BadInput, choices, first_line
 from grat_cli.files.places import is_folder
 from grat_cli.files.whole import write_whole
 
@@ -37,6 +37,12 @@ _PREFIX = f"{PROVENANCE_KEY}="
 # Likewise its orientation (section 4.6.4), of which these swap width and height.
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 _PREDICTOR, _HORIZONTAL_DIFFERENCES = 317, 2
+
+# Formats of which viewers show frame after frame; further pages of a TIFF or a camera's JPEG are not shown.
+_MOVING = ("GIF", "PNG", "WEBP", "AVIF", "FLI")
+# For these Pillow starts Ghostscript, or asks the system.
+_PROGRAMS = ("EPS", "WMF")
+_PROFILE = "icc_profile"
 
 # Pictures of untrusted files above this are refused: a small file can claim any size. It is the largest that the
 # planner takes, and 0.8 GB in memory.
@@ -280,23 +286,40 @@ def _in_png(file: IO[bytes], path: Path) -> bytes | None:
         if keyword == PROVENANCE_KEY.encode():
             if checksum != struct.pack(">I", zlib.crc32(kind + chunk)):
                 raise BadInput(f"the provenance in {path} is damaged: its checksum is wrong")
-            # Compression flag and method, language, translated keyword, then the text (PNG 1.2, section 4.2.3.3).
-            return rest[2:].split(b"\0", 2)[2]
+            return _text_of_chunk(rest, path)
     return None
 
 
-def read_picture(path: Path) -> Image:
-    """A picture of any format that Pillow reads, upright, as RGB.
+def _text_of_chunk(rest: bytes, path: Path) -> bytes:
+    """The text of an iTXt chunk after its keyword: compression flag and method, language, translated keyword, text.
 
-    Those of up to `MOST_PIXELS` are read, where Pillow by itself would warn of 89 megapixels and refuse 179.
+    Programs that pack pictures anew may compress it (PNG 1.2, section 4.2.3.3).
+    """
+    damaged = f"the provenance in {path} is damaged"
+    packed, fields = rest[:1] == b"\1", rest[2:].split(b"\0", 2)
+    if len(fields) < 3:
+        raise BadInput(f"{damaged}: it is too short")
+    if not packed:
+        return fields[2]
+    try:
+        return zlib.decompressobj().decompress(fields[2], _LONGEST_PROVENANCE)
+    except zlib.error as error:
+        raise BadInput(f"{damaged}: {error}") from error
+
+
+def read_picture(path: Path) -> Image:
+    """A picture of any format and mode that Pillow reads, upright, as RGB, as a viewer shows it.
+
+    Of 16 bits the upper eight are taken, transparent parts are white, colours are those of the profile inside. Those of
+    up to `MOST_PIXELS` are read, where Pillow by itself would warn of 89 megapixels and refuse 179.
 
     Raises:
-        BadInput: if it cannot be read as a picture, or is larger.
+        BadInput: if it cannot be read as a picture, is larger, moves, or has numbers that are no shades.
     """
     from PIL import ImageOps
 
     with _opened(path) as picture:
-        return _eight_bits(ImageOps.exif_transpose(picture)).convert("RGB")
+        return _as_shown(ImageOps.exif_transpose(picture), path)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -316,26 +339,77 @@ def _opened(path: Path) -> Iterator[Image]:
     from PIL import Image
 
     try:
-        with _any_size(), Image.open(path) as picture:
+        with _any_size(), Image.open(path, formats=_readable_formats()) as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 raise BadInput(
                     f"{path} has {picture.width}x{picture.height} pixels, more than 16384x16384: scale it down first"
                 )
+            _refuse_unshown(picture, path)
             yield picture
     except FileNotFoundError:
         raise BadInput(f"there is no picture {path}: check the path") from None
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error) as error:
-        raise BadInput(f"{path} cannot be read as a picture: {error}") from error
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:  # as in embedded_provenance
+        raise BadInput(f"{path} cannot be read as a picture: {first_line(error)}") from error
 
 
-def _eight_bits(picture: Image) -> Image:
-    """Depth maps come in 16 bits, of which Pillow makes no colours."""
-    if not picture.mode.startswith("I;16"):
-        return picture
-    import numpy as np
+def _readable_formats() -> list[str]:
+    """Pillow's names of the formats that are read: not those for which it starts another program."""
     from PIL import Image
 
-    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    Image.init()
+    return [name for name in Image.ID if name not in _PROGRAMS]
+
+
+def _refuse_unshown(picture: Image, path: Path) -> None:
+    """Raises BadInput for what viewers show in ways of their own."""
+    moving = getattr(picture, "n_frames", 1) if picture.format in _MOVING else 1
+    if moving > 1:
+        raise BadInput(f"{path} moves, in {moving} frames: save the one that is meant as a PNG")
+    if picture.mode == "F" or (picture.mode.startswith("I") and not _is_of_16_bits(picture)):
+        kind = "floating-point" if picture.mode == "F" else "32-bit"
+        raise BadInput(
+            f"{path} has {kind} numbers, which have no white of their own: save it with 8 or 16 bits per channel"
+        )
+
+
+def _is_of_16_bits(picture: Image) -> bool:
+    # Pillow has the 16 bits of a PNG or PGM in 32.
+    return picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM")
+
+
+def _as_shown(picture: Image, path: Path) -> Image:
+    """Pixels of any mode as RGB."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):
+        import numpy as np
+
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return _colours(picture)
+    layer = picture.convert("RGBA")
+    seen = Image.new("RGB", picture.size, "white")
+    seen.paste(_colours(layer.convert("RGB"), picture.info.get(_PROFILE)), mask=layer.getchannel("A"))
+    return seen
+
+
+def _colours(picture: Image, profile: Any = None) -> Image:
+    """The colours that a picture's profile means, in sRGB; as they stand where there is none, or none that fits."""
+    from PIL import ImageCms
+
+    profile = profile or picture.info.get(_PROFILE)
+    if not isinstance(profile, bytes) or picture.mode not in ("L", "RGB", "CMYK"):
+        return picture.convert("RGB")
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(own).lower():
+            return picture.convert("RGB")
+        shown = ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return picture.convert("RGB")
+    return shown or picture.convert("RGB")
 
 
 @contextmanager

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grat_cli.errors import BadInput, shortened
+from grat_cli.files.json_objects import parsed
 from grat_cli.files.places import typed_path
+from grat_cli.files.texts import read_text
 
 LARGEST_SEED = 2**63 - 1
 MOST_OUTPUTS = 1000  # of a prompt
 SUFFIXES = (".txt", ".jsonl", ".json")
 # VBench's VBench_full_info.json (github.com/Vchitect/VBench) calls the prompt so.
 _PROMPT_NAMES = ("prompt", "prompt_en")
+_NEGATIVE_NAMES = ("negative", "negative_prompt")  # the latter in reports of grat
+_COUNTS = ("seed", "n")
+# What these benchmarks say of a prompt besides, for their evaluators.
+_OF_BENCHMARKS = ("tag", "include", "exclude", "dimension", "auxiliary_info")
+_LONGEST_BYTES = 1 << 26
 _PICTURES = ("init_image", "mask", "control", "reference")
 _LONGEST_PATH, _MOST_REFERENCES = 4096, 100
 
@@ -48,20 +55,15 @@ def read_prompts(path: Path) -> list[PromptEntry]:
     """The prompts of a file, in its order.
 
     A `.txt` has one per line; empty lines are left out. A `.jsonl` has one object per line, a `.json` a list of them:
-    `prompt` (or `prompt_en`), and if wanted `negative`, `seed`, `n`, and names of picture files under `init_image`,
-    `mask`, `control` and `reference`, the last of which may be a list. Other keys are kept.
+    `prompt` (or `prompt_en`), and if wanted `negative` (or `negative_prompt`), `seed`, `n`, and names of picture files
+    under `init_image`, `mask`, `control` and `reference`, the last of which may be a list. Other keys are kept.
 
     Raises:
         BadInput: if it cannot be read, or an entry makes no sense, with its place.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise BadInput(f"{path}: prompts stand in .txt, .jsonl or .json files: give it such a name")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text: save it as UTF-8") from error
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    text = read_text(path, _LONGEST_BYTES)
     if path.suffix.lower() == ".json":
         entries = _of_list(text, path)
     else:
@@ -72,6 +74,12 @@ def read_prompts(path: Path) -> list[PromptEntry]:
     if not entries:
         raise BadInput(f"{path} has no prompts: write one per line")
     return entries
+
+
+def unknown_keys(entries: Sequence[PromptEntry]) -> list[str]:
+    """Keys of entries that mean nothing, neither here nor to the public benchmarks, in the order of the file."""
+    known = {*_PROMPT_NAMES, *_NEGATIVE_NAMES, *_COUNTS, *_PICTURES, *_OF_BENCHMARKS}
+    return list(dict.fromkeys(key for entry in entries for key in entry.item if key not in known))
 
 
 def _of_text(line: str, place: str, path: Path) -> PromptEntry:
@@ -93,9 +101,9 @@ def _of_list(text: str, path: Path) -> list[PromptEntry]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = str(error).partition(":")[0].lower() if isinstance(error, ValueError) else "too deeply nested"
+        return parsed(text)
+    except ValueError as error:
+        reason = str(error).partition(":")[0].lower()
         raise BadInput(f'{where} is not valid JSON ({reason}): expected {{"prompt": "a red fox"}}') from error
 
 
@@ -112,12 +120,16 @@ def _entry(item: Any, place: str, path: Path) -> PromptEntry:
     name = next((name for name in _PROMPT_NAMES if name in item), None)
     if name is None:
         raise BadInput(f'{where} has no prompt: expected {{"prompt": "a red fox", ...}}')
-    prompt, negative = item[name], item.get("negative")
+    prompt = item[name]
+    negatives = [item[name] for name in _NEGATIVE_NAMES if item.get(name) is not None]
+    negative = negatives[0] if negatives else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadInput(f"{where}: {name} must be text, not {shortened(json.dumps(prompt), 40)}")
     if not isinstance(negative, str | None):
         raise BadInput(f"{where}: negative must be text, not {shortened(json.dumps(negative), 40)}")
-    if any("\ud800" <= character <= "\udfff" for character in f"{prompt}{negative}"):
+    if len(negatives) > 1 and negatives[1] != negative:
+        raise BadInput(f"{where}: {' and '.join(_NEGATIVE_NAMES)} mean the same and differ: leave one out")
+    if any("\ud800" <= character <= "\udfff" for character in json.dumps(item, ensure_ascii=False)):
         raise BadInput(f"{where}: the text has half a character (a lone surrogate): write the file again")
     return PromptEntry(
         place,

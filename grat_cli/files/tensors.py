@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
+from grat_cli.files.json_objects import parsed
+from grat_cli.files.texts import unreadable
 from grat_cli.files.whole import write_whole
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ SUFFIX = ".safetensors"
 KEY = "grat"
 # The limit of the safetensors library itself.
 LONGEST_HEADER = 100_000_000
+_LONGEST_OWN_HEADER = 1 << 25  # a run of the most steps that there may be is half of it
 
 
 def write_tensors(
@@ -65,7 +68,8 @@ def read_tensors(path: Path, schema: str, what: str) -> tuple[dict[str, torch.Te
     _require_schema(path, about, schema, what)
     try:
         return load_file(path), about
-    except (SafetensorError, OSError, ValueError) as error:
+    # What torch does not know of a type or shape is a LookupError, an AttributeError or a RuntimeError.
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path} is damaged or cut off ({error}): it cannot be used") from error
 
 
@@ -80,14 +84,13 @@ def read_about(path: Path) -> dict[str, Any] | None:
         with open(path, "rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 0 < length <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
+            if not 0 < length <= min(_LONGEST_OWN_HEADER, os.fstat(file.fileno()).st_size - 8):
                 raise BadInput(damaged)
             header = json.loads(file.read(length))
             text = header["__metadata__"][KEY] if KEY in header.get("__metadata__", {}) else None
-            about = None if text is None else json.loads(text)
-            json.dumps(about, allow_nan=False)  # as it was written
+            about = None if text is None else parsed(text)
     except OSError as error:
-        raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+        raise unreadable(path, error) from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(damaged) from error
     if about is not None and not isinstance(about, dict):

@@ -305,6 +305,8 @@ def probe_video(path: Path) -> VideoFacts:
     if done.returncode or not counted:
         raise BadInput(f"{path} is not a whole video: it is damaged or cut off")
     codec, width, height, fps = stream.groups()
+    if int(width) * int(height) > pictures.MOST_PIXELS:
+        raise BadInput(f"{path} has frames of {width}x{height} pixels, more than 16384x16384: scale it down first")
     hours, minutes, seconds = duration.groups()
     frames, length = int(counted[-1]), int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     # A gif has a delay per frame, in hundredths of a second: only the mean is its rate.
@@ -325,27 +327,24 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 
     facts = probe_video(path)
     if path.is_dir():
-        from PIL import Image
-
         for number in range(1, facts.frames + 1):
-            with Image.open(path / frame_name(number), formats=["PNG"]) as frame:
-                yield np.asarray(frame.convert("RGB"))
+            frame = pictures.read_picture(path / frame_name(number))
+            if frame.size != (facts.width, facts.height):
+                raise BadInput(
+                    f"{path / frame_name(number)} is {frame.width}x{frame.height}, and {frame_name(1)} "
+                    f"{facts.width}x{facts.height}: these are no frames of one video"
+                )
+            yield np.asarray(frame)
         return
     for frame in ffmpeg.read_raw(path, facts.height * facts.width * 3):
         yield np.frombuffer(frame, np.uint8).reshape(facts.height, facts.width, 3)
 
 
 def _probe_folder(path: Path) -> VideoFacts:
-    from PIL import Image
-
     count = 0
     while (path / frame_name(count + 1)).is_file():
         count += 1
     if not count:
         raise BadInput(f"{path} is no folder of frames: there is no {frame_name(1)} in it")
-    try:
-        with Image.open(path / frame_name(1), formats=["PNG"]) as first:
-            width, height = first.size
-    except OSError as error:
-        raise BadInput(f"cannot read {path / frame_name(1)}: {(error.strerror or str(error)).lower()}") from error
+    width, height = pictures.picture_size(path / frame_name(1))
     return VideoFacts(width, height, count, None, None, "png")

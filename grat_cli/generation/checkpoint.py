@@ -6,6 +6,7 @@ what may be typed, and decides neither where an output goes nor what it may repl
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,33 +15,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from grat_cli.attention.guard import GuardState
 from grat_cli.errors import BadInput
 from grat_cli.estimates.stages import Stage
 from grat_cli.families.base import Pictures
 from grat_cli.files import outputs, tensors, whole
+from grat_cli.files.json_objects import validated
 from grat_cli.generation.inputs import pictures_in, tensors_of
 from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.request import Request
 from grat_cli.generation.stage import stages_for
-from grat_cli.generation.stored import (
-    MOST_REFERENCES,
-    MOST_STEPS,
+from grat_cli.generation.stored import request_data, request_from_data
+from grat_cli.generation.timing import StepTiming
+from grat_cli.generation.told import (
+    MOST_STAGES,
+    Bytes,
     Count,
+    KeptReport,
     Name,
     Number,
-    PathText,
+    Phases,
     Ranges,
-    Seed,
     Side,
-    StoredPicture,
-    Text,
-    request_data,
-    request_from_data,
-    stored_as,
+    Time,
+    ToldStage,
 )
-from grat_cli.generation.timing import StepTiming
-from grat_cli.models.lora import MOST_LORAS
 from grat_cli.models.resolution import Resolution
+from grat_cli.presets import MOST_STEPS
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,8 @@ _SCHEMAS = {
 }
 _HISTORY, _MOST_OF_HISTORY = "history.", 64  # what a name of such a tensor begins with; solvers go back a few steps
 _CACHE, _MOST_OF_CACHE = "cache.", 100_000  # likewise of what a cache keeps
+_LARGEST_LATENT = 1_000_000  # far beyond those of any model
+_STATE_BYTES_CPU, _STATE_BYTES_CUDA, _TWISTER = 5056, 16, 624
 _TENSORS = ("latents", "picture", "start", "noise_state", "random_state")
 
 
@@ -172,7 +175,7 @@ def write_run(run: Run, request: Request, output: Path) -> Path:
         phases=dict(run.phases_ms),
         memory=dict(run.memory_bytes),
         stages=tuple(dict(stage) for stage in run.stages),
-        guard=None if run.guard is None else dict(run.guard),
+        guard=None if run.guard is None else validated(GuardState, run.guard),
         cache=None if run.cache is None else tuple(_StoredCache(**state) for state in states),
         start_size=run.start_size,
     )
@@ -263,8 +266,8 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
     held, about = tensors.read_tensors(path, *_SCHEMAS[ending])
     place = place_of(path)
     try:
-        seed = stored_as(_StoredReport, about).seed
-        state: _StoredState = stored_as(_StoredState, about.get("state"))
+        seed = validated(KeptReport, about).seed
+        state = validated(_StoredState, about.get("state"))
         request = request_from_data(about.get("request"), place, seed, model)
         stages = stages_for(request, None if state.start_size is None else Resolution(*state.start_size))
         _require_stages(state, stages)
@@ -277,9 +280,9 @@ def read_run(path: Path, model: str | None = None) -> tuple[Run, Request]:
             phases_ms=state.phases,
             memory_bytes=state.memory,
             report={name: value for name, value in about.items() if name not in ("request", "state", *_COUNTS)}
-            | {"schema": SCHEMA},
+            | {"schema": SCHEMA, **({"stages": list(state.stages)} if "stages" in about else {})},
             stages=state.stages,
-            guard=state.guard,
+            guard=None if state.guard is None else state.guard.model_dump(mode="json"),
             history=_beginning(_HISTORY, held),
             cache=None
             if state.cache is None
@@ -312,7 +315,7 @@ def _require_stages(state: _StoredState, stages: Sequence[Stage]) -> None:
         if number > state.stage or steps > stages[number].steps:
             raise BadInput(f"stage {number + 1} has {steps} steps done, and it is at stage {state.stage + 1}")
     for number, stage in enumerate(stages[: len(state.stages)]):
-        told: _StoredStage = stored_as(_StoredStage, state.stages[number])
+        told = validated(ToldStage, state.stages[number])
         if (told.number, told.width, told.height, told.steps) != (number, stage.width, stage.height, stage.steps):
             raise BadInput(f"stage {number + 1} is told to be another one")
         if number < state.stage and done[number] < stage.steps:
@@ -321,7 +324,6 @@ def _require_stages(state: _StoredState, stages: Sequence[Stage]) -> None:
 
 def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents_alone: bool) -> None:
     """Raises ValueError unless a run's tensors are of its request, and of the stage under way."""
-    import torch
 
     stage = stages[run.stage]
 
@@ -341,122 +343,52 @@ def _require_fit(run: Run, request: Request, stages: Sequence[Stage], *, latents
     }
     for name, wanted in expected.items():
         tensor = getattr(run, name)
-        if tensor is not None and (tuple(tensor.shape) != wanted or not tensor.is_floating_point()):
-            raise ValueError(f"its {name} is {list(tensor.shape)}, {tensor.dtype}, and not {wanted and list(wanted)}")
-        if tensor is None and wanted is not None:
+        if tensor is not None:
+            _require_numbers(tensor, wanted, name)
+        elif wanted is not None:
             raise ValueError(f"it has no {name}")
     if run.history and (not expected["latents"] or run.done_in_stage == stage.steps):
         raise ValueError("it remembers steps of a stage that is not under way")
     if len(run.history) > _MOST_OF_HISTORY:
         raise ValueError(f"it remembers {len(run.history)} tensors")
     for tensor in run.history.values():
-        if tuple(tensor.shape) != expected["latents"] or not tensor.is_floating_point():
-            raise ValueError(f"what it remembers of a step is {list(tensor.shape)}, {tensor.dtype}")
-        if not tensor.isfinite().all():
-            raise ValueError("what it remembers of a step is not finite")
+        _require_numbers(tensor, expected["latents"], "memory of a step")
     for name in ("noise_state", "random_state"):
         tensor = getattr(run, name)
-        if not run.finished and (tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 1):
+        if not run.finished and (tensor is None or not _is_random_state(tensor)):
             raise ValueError(f"its {name.replace('_', ' ')} is none")
 
 
+def _require_numbers(tensor: torch.Tensor, shape: tuple[int, ...] | None, what: str) -> None:
+    """Raises ValueError unless a tensor has a shape, which may be no shape at all, and numbers that a model takes."""
+    import torch
+
+    known = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if tuple(tensor.shape) != shape or tensor.dtype not in known:
+        raise ValueError(f"its {what} is {list(tensor.shape)}, {tensor.dtype}, and not {shape and list(shape)}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"its {what} is not finite")
+    if tensor.abs().max() > _LARGEST_LATENT:
+        raise ValueError(f"its {what} has numbers beyond {_LARGEST_LATENT:,}")
+
+
+def _is_random_state(state: torch.Tensor) -> bool:
+    """Whether bytes are the state of a generator that torch can go on from; it checks less itself, and reads beyond."""
+    import torch
+
+    if state.dtype != torch.uint8 or state.ndim != 1:
+        return False
+    if state.numel() == _STATE_BYTES_CUDA:
+        return True
+    if state.numel() != _STATE_BYTES_CPU:
+        return False
+    # Of the Mersenne Twister: seed, numbers left before all are made anew, whether there is a seed, the next one's
+    # place (torch, aten/src/ATen/CPUGeneratorImpl.cpp). A new generator has one left, and begins anew with it.
+    _, left, seeded, following = struct.unpack("<QiiQ", state[:24].numpy().tobytes())
+    return seeded == 1 and ((left, following) == (1, 0) or (left > 0 and left + following == _TWISTER + 1))
+
+
 # ---- What files say
-
-
-class _StoredDevice(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    threads: Annotated[int, Field(ge=1, le=4096)] | None
-
-
-class _StoredLoraTold(BaseModel):
-    """What of a report says which LoRA it was."""
-
-    model_config = ConfigDict(strict=True)
-
-    name: PathText
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _StoredWeights(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    revision: Annotated[str, Field(max_length=200)] | None
-    loras: Annotated[tuple[_StoredLoraTold, ...], Field(max_length=MOST_LORAS)] = ()
-
-
-class _StoredLowest(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    step: Count
-    layer: Count
-    kept: Number
-
-
-class _StoredWidening(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    step: Count
-    layer: Count
-    to: Text
-
-
-class _StoredGuard(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    bar: Number
-    layers: Count
-    planned_density: Number | None
-    lowest: _StoredLowest | None
-    widened: Annotated[tuple[_StoredWidening, ...], Field(max_length=MOST_STEPS)]
-
-
-class _StoredAlike(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    steps: Ranges
-    count: Count
-    computed: Annotated[tuple[Ranges, ...], Field(max_length=16)] | None
-
-
-class _StoredCaching(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    kind: Name
-    skipped: Name
-    layers: Count
-    planned_density: Number
-    steps: Annotated[tuple[_StoredAlike, ...], Field(max_length=MOST_STEPS)]
-
-
-class _StoredReport(BaseModel):
-    """What of a report decides how a run goes on, and what of it is shown."""
-
-    model_config = ConfigDict(strict=True)
-
-    seed: Seed
-    device: _StoredDevice
-    model: _StoredWeights
-    sampling: dict[str, Any]
-    density: Number
-    guard: _StoredGuard | None
-    cache: _StoredCaching | None = None
-    peak_memory_kind: Annotated[str, Field(max_length=200)]
-    pictures: Annotated[tuple[StoredPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()
-
-
-class _StoredStage(BaseModel):
-    """What is shown of a stage that is done."""
-
-    model_config = ConfigDict(strict=True)
-
-    number: Count
-    width: Side
-    height: Side
-    steps: Count
-    density: Number
-    guard: _StoredGuard | None
-    cache: _StoredCaching | None = None
 
 
 class _StoredStep(BaseModel):
@@ -466,11 +398,11 @@ class _StoredStep(BaseModel):
 
     index: Count
     timestep: Number
-    total_ms: Number
-    attention_ms: Number
+    total_ms: Time
+    attention_ms: Time
     other_ms: Number
     density: Number
-    stage: Annotated[int, Field(ge=0, le=100)]
+    stage: Annotated[int, Field(ge=0, le=MOST_STAGES)]
     computed: Annotated[tuple[Ranges, ...], Field(max_length=16)] = ()
 
 
@@ -490,11 +422,11 @@ class _StoredState(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    stage: Annotated[int, Field(ge=0, le=100)]
+    stage: Annotated[int, Field(ge=0, le=MOST_STAGES)]
     steps: Annotated[tuple[_StoredStep, ...], Field(max_length=MOST_STEPS)]
-    phases: dict[Name, Annotated[Number, Field(ge=0)]]
-    memory: dict[Name, Annotated[int, Field(ge=0, le=2**63)]]
-    stages: Annotated[tuple[dict[str, Any], ...], Field(max_length=100)]
-    guard: dict[str, Any] | None
+    phases: Phases
+    memory: dict[Name, Bytes]
+    stages: Annotated[tuple[dict[str, Any], ...], Field(max_length=MOST_STAGES)]
+    guard: GuardState | None
     cache: Annotated[tuple[_StoredCache, ...], Field(max_length=_MOST_OF_CACHE)] | None = None
     start_size: tuple[Side, Side] | None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.errors import CannotWrite, GratError, Interrupted, OutOfMemory
+from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted, OutOfMemory
 from grat_cli.files import formats, outputs, whole
 from grat_cli.generation import report
 from grat_cli.generation.checkpoint import LATENTS_ENDING, Run, discard_run, write_run
@@ -70,6 +70,34 @@ def decode_run(
         if command:
             run = replace(run, report={**run.report, **_decoded(run, request, tile, command)})
         return finish(pipe, device, run, request, output, phases, progress, tile)
+
+
+def written_already(run: Run, request: Request, output: Path) -> Made | None:
+    """The output of latents that are still there because the process that wrote it was killed before it tidied up.
+
+    Args:
+        run: that was taken up.
+        request: how its output was to be written.
+        output: where.
+
+    Returns:
+        None where there is no output, or another one, or it is not whole, or it does not say what made it.
+    """
+    if not (run.finished and request.metadata):
+        return None
+    own, beside = report.provenance(run.report), outputs.report_path(output)
+    try:
+        if outputs.embedded_provenance(output) != own:
+            return None
+        formats.require_whole(output, request.format)
+        if beside.is_file():
+            made = outputs.read_provenance(beside)
+            return Made(output, made) if report.provenance(made) == own else None
+    except BadInput:
+        return None
+    made = report.measured(run.report, run.steps, run.stages, run.phases_ms, run.memory_bytes)
+    outputs.write_json(made, beside)
+    return Made(output, made)
 
 
 def _decoded(run: Run, request: Request, tile: int | None, command: str) -> dict[str, Any]:

@@ -16,18 +16,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from grat_cli.errors import BadInput
 from grat_cli.families.base import PictureKind
 from grat_cli.files.fingerprint import fingerprint
+from grat_cli.files.json_objects import validated
 from grat_cli.files.outputs import read_provenance
 from grat_cli.generation.report import SCHEMA
-from grat_cli.generation.stored import (
-    MOST_REFERENCES,
-    Seed,
-    Sha256,
-    StoredModel,
-    StoredPicture,
-    StoredRequest,
-    request_of_report,
-    stored_as,
-)
+from grat_cli.generation.stored import StoredModel, StoredRequest, request_of_report
+from grat_cli.generation.told import MOST_REFERENCES, KeptPicture, Seed, Sha256
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
 from grat_cli.models.environment import versions
 from grat_cli.models.hub import present_revision
@@ -103,7 +96,7 @@ class Told(BaseModel):
     model: _ToldModel
     device: _ToldDevice
     versions: dict[_Word, _Word | None]
-    pictures: Annotated[tuple[StoredPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()
+    pictures: Annotated[tuple[KeptPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()
     decoded: dict[str, Any] | None = None
 
 
@@ -197,7 +190,7 @@ class Repeatable:
         names: list[tuple[PictureKind, str]] = [(kind, name) for kind, name in one.items() if name is not None]
         return [*names, *(("reference", name) for name in stored.references)]
 
-    def _place_of_picture(self, picture: StoredPicture) -> Path:
+    def _place_of_picture(self, picture: KeptPicture) -> Path:
         self._require(_is_name(picture.file), "pictures.file: Input should be the name of a file alone")
         option, others = OPTIONS[picture.kind], []
         for folder in self.folders:
@@ -283,7 +276,7 @@ def read_repeatable(file: Path) -> Repeatable:
             "grat info shows the command, to be typed again"
         )
     try:
-        return Repeatable(file, request_of_report(found), stored_as(Told, found))
+        return Repeatable(file, request_of_report(found), validated(Told, found))
     except (ValueError, TypeError) as error:
         raise BadInput(f"{file} cannot be repeated: it is damaged, or of another version of grat: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from grat_cli.families.guidance import choose_guidance
 from grat_cli.files import whole
 from grat_cli.generation.checkpoint import Run, discard_run, files_of
 from grat_cli.generation.denoising import Denoising, Studio, Text
-from grat_cli.generation.finishing import Made, decode_run, finish, keep_latents, kept_latents, tidy_up
+from grat_cli.generation.finishing import Made, decode_run, finish, keep_latents, kept_latents, tidy_up, written_already
 from grat_cli.generation.inputs import (
     known_before,
     known_files,
@@ -62,7 +63,7 @@ def generate(request: Request, progress: WritingProgress, begun: Run | None = No
         jobs = jobs[request.seeds.index(begun.seed) :]
         if begun.finished:
             _, output = jobs.pop(0)
-            yield decode_run(begun, request, output, progress)
+            yield written_already(begun, request, output) or decode_run(begun, request, output, progress)
             tidy_up(begun, request, output, None)
     if not jobs:
         return
@@ -79,6 +80,8 @@ def generate(request: Request, progress: WritingProgress, begun: Run | None = No
         run = begun if begun is not None and begun.seed == seed else generator.new_run(seed)
         yield generator.make(request, run, output, text, is_last=number == len(jobs) - 1)
 
+
+_MOST_THREADS_PER_CORE = 32
 
 # What of a pipeline no output needs any more once its prompt is encoded, or its latents are made.
 _ENCODERS, _TRANSFORMERS = ("text_encoder", "text_encoder_2"), ("transformer", "transformer_2")
@@ -271,7 +274,12 @@ def take_up(run: Run, device: torch.device, progress: Progress) -> None:
     for kept in files_of(run):
         whole.adopt(kept)
     threads, here = run.report.get("device", {}).get("threads"), cpu_threads(device)
-    if compute_on(threads, device):
+    if threads and here and threads > _MOST_THREADS_PER_CORE * (os.cpu_count() or 1):
+        progress.note(
+            f"the run was begun on {threads} CPU threads, which is too many for this machine: it goes on with {here}, "
+            "and sums may be rounded in another order"
+        )
+    elif compute_on(threads, device):
         progress.note(f"the run was begun on {threads} CPU threads, and goes on with as many, not {here}")
 
 

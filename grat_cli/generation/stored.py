@@ -6,31 +6,28 @@ it may replace.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from grat_cli.errors import BadInput, choices
 from grat_cli.families import Medium, ModelChoice
 from grat_cli.files import formats, videos
+from grat_cli.files.json_objects import validated
 from grat_cli.files.places import expanded
-from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
+from grat_cli.files.prompts import MOST_OUTPUTS
 from grat_cli.generation.request import Request, check
+from grat_cli.generation.told import MOST_REFERENCES, Frames, PathText, Rate, Seed, Side, Text
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model, is_known
 from grat_cli.models.lora import LARGEST_SCALE, MOST_LORAS, is_weight_name, refuse_alike
 from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import CASTS, QUANTIZATIONS
-from grat_cli.models.resolution import LARGEST_SIDE
-from grat_cli.models.video_size import MOST_FRAMES
 from grat_cli.models.weights import Lora, Noise, Weights
 from grat_cli.presets import Preset
-
-MOST_STEPS, MOST_REFERENCES = 100_000, 100
 
 
 def one_of(known: Iterable[str]) -> AfterValidator:
@@ -40,16 +37,6 @@ def one_of(known: Iterable[str]) -> AfterValidator:
         return word
 
     return AfterValidator(check)
-
-
-Text = Annotated[str, Field(max_length=1_000_000)]
-PathText = Annotated[str, Field(min_length=1, max_length=4096)]
-Name = Annotated[str, Field(max_length=80)]
-Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Count = Annotated[int, Field(ge=0, le=MOST_STEPS)]
-Number = Annotated[float, Field(ge=-1e15, le=1e15)]
-Ranges = Annotated[str, Field(max_length=10_000, pattern=r"^[0-9, -]*$")]
 
 
 class StoredModel(BaseModel):
@@ -103,20 +90,6 @@ class StoredForm(BaseModel):
         return Weights(**dict(self) | {"base": _base(self.base), "loras": loras})
 
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class StoredPicture(BaseModel):
-    """What a report says of a picture that an output is made from."""
-
-    model_config = ConfigDict(strict=True)
-
-    kind: Literal["start", "mask", "control", "reference"]
-    file: PathText
-    bytes: Annotated[int, Field(ge=0)] | None = None
-    sha256: Sha256 | None = None
-
-
 class StoredRequest(BaseModel):
     """What a file says of a request: all but where its outputs go and what they may replace, which no file decides."""
 
@@ -129,8 +102,8 @@ class StoredRequest(BaseModel):
     weights: StoredForm
     width: Side
     height: Side
-    frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)] | None
-    fps: Annotated[int, Field(ge=1, le=videos.FASTEST)] | None
+    frames: Frames | None
+    fps: Rate | None
     init_image: PathText | None
     mask: PathText | None = None
     control: PathText | None = None
@@ -235,7 +208,7 @@ def request_of_report(report: Mapping[str, Any]) -> StoredRequest:
     if not isinstance(section, Mapping) or section.keys() & {*_TOLD_ELSEWHERE, *_NOT_REPEATED}:
         raise ValueError("asked: Input should be what a report says of it")
     elsewhere = {name: report.get(name) for name in _TOLD_ELSEWHERE}
-    stored: StoredRequest = stored_as(
+    stored = validated(
         StoredRequest, {**section, **elsewhere, **_NOT_REPEATED, "seeds": [report.get("seed")], "command": ""}
     )
     _require_sense(stored)
@@ -256,7 +229,7 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
         ModelUnavailable: if its model is not here.
     """
     try:
-        stored: StoredRequest = stored_as(StoredRequest, data)
+        stored = validated(StoredRequest, data)
         _require_sense(stored)
         if seed not in stored.seeds:
             raise ValueError("seeds: one is missing")
@@ -283,28 +256,11 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
 
 def _require_sense(stored: StoredRequest) -> None:
     """Raises ValueError for what fits field by field and not as a whole."""
-    if stored.preset.sampling.steps > MOST_STEPS:
-        raise ValueError(f"preset.sampling.steps: more than {MOST_STEPS:,}")
     if len(set(stored.seeds)) < len(stored.seeds):
         raise ValueError("seeds: one is there twice")
     of_videos = stored.frames is not None
     if of_videos != (stored.format in videos.FORMATS):
         raise ValueError(f"format: {stored.format} is none of {'videos' if of_videos else 'pictures'}")
-
-
-def stored_as(kind: type[Any], data: Any) -> Any:
-    """What was read from a file, as a pydantic model of it.
-
-    Raises:
-        ValueError: in one line, if it does not fit.
-    """
-    try:
-        return kind.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        # A name may be anything that somebody wrote into a file.
-        raise ValueError(f"{ascii(where)[1:-1][:80]}: {first['msg'].splitlines()[0][:160]}") from error
 
 
 def _chosen(stored: StoredModel, medium: Medium) -> ModelChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -30,10 +31,11 @@ def problem_of(error: ErrorDetails) -> Problem:
         "tuple_type": "a list",
         "greater_than": f"more than {context.get('gt', 0):g}",
         "greater_than_equal": f"{context.get('ge', 0):g} or more",
-        "less_than_equal": f"{context.get('le', 0):g} or less",
+        "less_than_equal": f"{context.get('le', 0):,.15g} or less",
+        "too_long": f"at most {context.get('max_length', 0):,} entries",
+        "string_too_long": f"text of at most {context.get('max_length', 0):,} characters",
         "bool_type": "true or false",
         "too_short": f"{context.get('min_length', 0)} or more of them",
-        "too_long": f"{context.get('max_length', 0)} or fewer of them",
         "string_pattern_mismatch": "a name of letters, digits, dots and dashes",
     }
     if error["type"] == "missing":
@@ -74,7 +76,8 @@ def nesting_sizes(inner: tuple[int, ...], outer: tuple[int, ...]) -> str:
     """The sizes nearest to `inner` that nest in `outer`, for an error message."""
     smaller, larger = [], []
     for size, limit in zip(inner, outer, strict=True):
-        divisors = [number for number in range(1, limit + 1) if limit % number == 0]
+        small = [number for number in range(1, math.isqrt(limit) + 1) if limit % number == 0]
+        divisors = sorted({*small, *(limit // number for number in small)})
         smaller.append(max(number for number in divisors if number <= size))
         larger.append(min((number for number in divisors if number >= size), default=limit))
     return " or ".join(dict.fromkeys([shape_text(tuple(smaller)), shape_text(tuple(larger))]))

@@ -40,7 +40,11 @@ PositionsName = Literal["none", "ntk", "yarn", "dype"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
-SMALLEST_CHUNK = 256
+SMALLEST_CHUNK, _LARGEST_CHUNK = 256, 1_000_000_000
+# Far beyond what means anything, and within what every computation with them takes.
+LARGEST_COUNT, MOST_STEPS = 1_000_000, 100_000
+_SMALLEST_GROWTH = 1.1  # each stage makes a picture
+_MOST_RULES, _MOST_LEVELS, _MOST_LAYERS, _LONGEST_TEXT, _LONGEST_NAME, _LONGEST_RANGE = 1000, 16, 1000, 10_000, 100, 40
 # Above so many image tokens (2,896 pixels a side with Flux) wide results take more memory than attention; chunks of
 # the second size keep any device busy.
 _MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
@@ -73,9 +77,20 @@ def _known_model(value: str) -> str:
 
 
 def _whole_numbers(value: Any, least: int, example: str) -> tuple[int, ...]:
-    if isinstance(value, list | tuple) and value and all(type(item) is int and item >= least for item in value):
-        return tuple(value)
-    raise ValueError(f"expected a list of whole numbers from {least} up, such as {example}, not {shown(value)}")
+    items = value if isinstance(value, list | tuple) else ()
+    if not items or not all(type(item) is int and item >= least for item in items):
+        raise ValueError(f"expected a list of whole numbers from {least} up, such as {example}, not {shown(value)}")
+    for number in items:
+        _refuse_outside(number, least)
+    return tuple(items)
+
+
+def _refuse_outside(number: int, least: int) -> None:
+    """Raises ValueError for a whole number that means nothing."""
+    if number < least:
+        raise ValueError(f"expected {least} or more, not {shown(number)}")
+    if number > LARGEST_COUNT:
+        raise ValueError(f"expected {LARGEST_COUNT:,} or less, not {shown(number)}")
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
@@ -98,8 +113,7 @@ def _number_or_list(value: Any, least: int, example: str) -> int | tuple[int, ..
     if value is None:
         return None
     if type(value) is int:
-        if value < least:
-            raise ValueError(f"expected {least} or more, not {value}")
+        _refuse_outside(value, least)
         return value
     return _whole_numbers(value, least, example)
 
@@ -107,13 +121,15 @@ def _number_or_list(value: Any, least: int, example: str) -> int | tuple[int, ..
 def _range(value: Any) -> int | str | None:
     if value is not None and type(value) is not int and not isinstance(value, str):
         raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
+    if isinstance(value, str) and len(value) > _LONGEST_RANGE:
+        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
     if value is not None:
         ranges.covered(value, 1)
     return value
 
 
 def _amount(value: Any) -> int | float:
-    if type(value) is int and value >= 0:
+    if type(value) is int and 0 <= value <= LARGEST_COUNT:
         return value
     if type(value) is float and 0.0 <= value <= 1.0:
         return value
@@ -134,9 +150,11 @@ def _strength_or_none(value: Any) -> float | tuple[float, ...] | None:
 
 
 def _chunk_tokens(value: Any) -> int | str | None:
-    if value is None or value == "auto" or (type(value) is int and value >= SMALLEST_CHUNK):
+    if value is None or value == "auto" or (type(value) is int and SMALLEST_CHUNK <= value <= _LARGEST_CHUNK):
         return value
-    raise ValueError(f"expected auto, null or a whole number from {SMALLEST_CHUNK} up, not {shown(value)}")
+    raise ValueError(
+        f"expected auto, null or a whole number from {SMALLEST_CHUNK} to {_LARGEST_CHUNK:,}, not {shown(value)}"
+    )
 
 
 def _share_or_none(value: Any) -> float | None:
@@ -151,9 +169,12 @@ Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
 Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
 ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
 Letter = Annotated[str, Field(pattern=r"^[A-Za-z]$")]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z]+$")]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z]+$", max_length=_MOST_LAYERS)]
 
 
 def without_unused(attention: Mapping[str, Any], variant: str) -> dict[str, Any]:
@@ -166,11 +187,12 @@ def without_unused(attention: Mapping[str, Any], variant: str) -> dict[str, Any]
 class FarLevel(Section):
     """Groups more than `beyond` groups away are attended as means over blocks of `block` tokens."""
 
-    beyond: Annotated[int, Field(ge=0)]
+    beyond: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
     block: Sizes
 
 
-FarLevels = Annotated[tuple[FarLevel, ...] | None, BeforeValidator(as_tuple)]
+Levels = Annotated[tuple[FarLevel, ...], Field(max_length=_MOST_LEVELS)]
+FarLevels = Annotated[Levels | None, BeforeValidator(as_tuple)]
 
 
 class Attention(Section):
@@ -188,7 +210,7 @@ class Attention(Section):
     variant: Variant
     group: Sizes
     radius: Radius = None
-    share: Annotated[int, Field(ge=1)] | None = None
+    share: Count | None = None
     window: Window = None
     far: FarLevels = None
 
@@ -267,7 +289,7 @@ class Change(Section):
     variant: Variant | None = None
     group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes_or_none)] = None
     radius: Radius = None
-    share: Annotated[int, Field(ge=1)] | None = None
+    share: Count | None = None
     window: Window = None
     far: FarLevels = None
 
@@ -300,7 +322,7 @@ class Table(Section):
     """
 
     steps: Range = None
-    layers: Annotated[tuple[Word, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+    layers: Annotated[tuple[Word, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=_MOST_LAYERS)]
 
 
 class Schedule(Section):
@@ -315,8 +337,8 @@ class Schedule(Section):
 
     dense_steps: Amount = 0
     palette: dict[Letter, Change] = Field(default_factory=dict)
-    tables: Annotated[tuple[Table, ...], BeforeValidator(as_tuple)] = ()
-    rules: Annotated[tuple[Rule, ...], BeforeValidator(as_tuple)] = ()
+    tables: Annotated[tuple[Table, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)] = ()
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)] = ()
 
 
 class Kernel(Section):
@@ -328,7 +350,7 @@ class Kernel(Section):
 class Sampling(Section):
     """How the picture is sampled; None leaves the model's own value."""
 
-    steps: Annotated[int, Field(ge=1)] = 28
+    steps: Steps = 28
     guidance: Annotated[Number, Field(ge=0)] | None = None
     shift: Annotated[Number, Field(gt=0)] | None = None
 
@@ -344,7 +366,7 @@ class StageOverride(Section):
     """
 
     strength: Annotated[float | None, BeforeValidator(_strength_or_none)] = None
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Steps | None = None
     attention: Attention | None = None
     schedule: Schedule | None = None
 
@@ -370,17 +392,17 @@ class HighResolution(Section):
     """
 
     mode: HighresMode = "cascade"
-    growth: Annotated[Number, Field(gt=1)] | None = 2.0
+    growth: Annotated[Number, Field(ge=_SMALLEST_GROWTH)] | None = 2.0
     upscale: Literal["pixel", "latent"] = "pixel"
     strength: Annotated[float | tuple[float, ...], BeforeValidator(_strength)] = 0.6
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Steps | None = None
     guidance: Annotated[Number, Field(ge=0)] | None = None
     shift: Annotated[Number, Field(gt=0)] | None = None
     positions: PositionsName = "ntk"
     proportional_attention: bool = True
     low_resolution_guidance: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    dense_below: Annotated[int, Field(ge=0)] = 8192
-    stages: Annotated[tuple[StageOverride, ...], BeforeValidator(as_tuple)] = ()
+    dense_below: Annotated[int, Field(ge=0, le=_LARGEST_CHUNK)] = 8192
+    stages: Annotated[tuple[StageOverride, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_LEVELS)] = ()
 
 
 class Memory(Section):
@@ -418,7 +440,7 @@ class PatternEvidence(Section):
         loss: mean square of that distance itself.
     """
 
-    attention: str
+    attention: Text
     share: Number
     density: Number
     recall: Number
@@ -464,19 +486,19 @@ class Evidence(Section):
         check: None where nothing was checked.
     """
 
-    model: str
-    revision: str | None = None
-    size: str
+    model: Text
+    revision: Text | None = None
+    size: Text
     tokens: Sizes
-    text_tokens: int
-    steps: int
+    text_tokens: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+    steps: Steps
     prompts: Texts
-    target: str
+    target: Text
     density: Number
     recall: Number
     output_error: Number
     loss: Number
-    patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(as_tuple)]
+    patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
     check: CheckEvidence | None = None
 
 
@@ -492,8 +514,8 @@ class Preset(Section):
         evidence: of a tuned one.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    description: str = ""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)]
+    description: Text = ""
     model: Annotated[str, AfterValidator(_known_model)]
     attention: Attention
     schedule: Schedule = Schedule()

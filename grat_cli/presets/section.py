@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from grat_cli.errors import choices
 from grat_cli.presets.problems import invalid
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+LARGEST_NUMBER = 1e6
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 
 
 class Section(BaseModel):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import grat, refusal
+from PIL import Image
 
 from grat_cli.files import outputs
 from grat_cli.files.tensors import write_tensors
@@ -93,3 +98,73 @@ def test_info_shows_text_of_others_as_text(tmp_path: Path) -> None:
     assert grat("info", path, "--quiet").out == "a [/] [red]fox[/red] \\x1b]0;title\\x07\\u202e\\x9b\n"
     assert grat("info", path, "--json").data == about
     assert f"cannot read {tmp_path}/x [gone].png" in refusal("info", tmp_path / "x [gone].png")
+
+
+# ---- What somebody else has written
+
+
+def png_with(content: bytes) -> bytes:
+    """A small PNG with an iTXt chunk."""
+    made = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(made, "PNG")
+    head, rest = made.getvalue()[:33], made.getvalue()[33:]
+    return head + struct.pack(">I", len(content)) + b"iTXt" + content + crc(b"iTXt" + content) + rest
+
+
+def crc(data: bytes) -> bytes:
+    return struct.pack(">I", zlib.crc32(data))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        *((content, "is damaged: it is too short") for content in (b"grat", b"grat\0", b"grat\0\0", b"grat\0\0\0en\0")),
+        (b"grat\0\1\0\0\0xx", "is damaged: "),
+        (b"grat\0\0\0\0\0{", "it is not valid JSON"),
+        (b'grat\0\0\0\0\0{"schema": "grat.report/1", "density": NaN}', "it is not valid JSON"),
+    ],
+    ids=str,
+)
+def test_text_in_pictures_that_is_short_or_damaged_is_told(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "fox.png"
+    path.write_bytes(png_with(content))
+    assert says in refusal("info", path).replace("\n", " ")
+
+
+def test_text_in_pictures_that_another_program_has_packed_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "fox.png"
+    path.write_bytes(png_with(b"grat\0\1\0\0\0" + zlib.compress(json.dumps(provenance()).encode())))
+    assert grat("info", path, "--json").data == provenance()
+
+
+@pytest.mark.parametrize("wrong", [5, "x", [1], {}, 10**400], ids=lambda wrong: str(wrong)[:9])
+def test_reports_with_values_of_the_wrong_kind_are_shown_or_refused(wrong: Any, tmp_path: Path) -> None:
+    path = tmp_path / "fox.json"
+    guard = {"bar": 0.9, "layers": 3, "planned_density": 0.1, "lowest": {"step": 1, "layer": 2, "kept": 0.5}}
+    step = {"index": 0, "total_ms": 5.0, "attention_ms": 2.0, "density": 0.5, "stage": 0}
+    whole = provenance() | {
+        "guard": guard | {"widened": [{"step": 1, "layer": 2, "to": "full"}]},
+        "steps": [step],
+        "phases": {"load": 1.0},
+        "pictures": [{"kind": "start", "file": "a.png", "width": 5, "height": 5}],
+        "stages": [{"number": 0, "width": 64, "height": 48, "steps": 1, "density": 0.1}],
+    }
+    path.write_text(json.dumps(whole))
+    assert "1 of 3 layers went wider" in grat("info", path).out.replace("\n", " ")
+    for name, value in whole.items():
+        inside = [{name: wrong}]
+        if isinstance(value, dict):
+            inside += [{name: value | {key: wrong}} for key in value]
+        if isinstance(value, list):
+            inside += [{name: [value[0] | {key: wrong}]} for key in value[0]]
+        for changes in inside:
+            path.write_text(json.dumps(whole | changes))
+            result = grat("info", path)
+            assert result.code in (0, 2), (changes, result.err)
+
+
+@pytest.mark.parametrize(
+    "name", ["/dev/zero", "/dev/null", "", ".", "a\0b", "x" * 300, "missing.json", "/dev/zero.json"]
+)
+def test_places_that_hold_no_report_are_refused(name: str) -> None:
+    assert refusal("info", name)

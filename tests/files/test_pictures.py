@@ -6,12 +6,13 @@ import errno
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, WebPImagePlugin
+from PIL import Image, ImageCms, ImageFile, WebPImagePlugin
 
 from grat_cli.errors import BadInput, CannotWrite
 from grat_cli.files import outputs, pictures
@@ -60,7 +61,7 @@ def test_provenance_is_read_without_decoding(name: str, tmp_path: Path, monkeypa
 
     for reader in (ImageFile.ImageFile, WebPImagePlugin.WebPImageFile):
         monkeypatch.setattr(reader, "load", decode)
-    with pytest.raises(AssertionError, match="decoded"):
+    with pytest.raises(BadInput, match="pixels are decoded"):
         read_picture(path)
     assert outputs.read_provenance(path) == PROVENANCE
 
@@ -231,3 +232,110 @@ def test_the_size_of_a_picture_is_that_of_the_upright_one(tmp_path: Path) -> Non
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     with pytest.raises(BadInput, match="cannot be read as a picture"):
         pictures.picture_size(tmp_path / "torn.png")
+
+
+# ---- Modes: what a viewer shows
+
+
+def read_back(made: Image.Image, path: Path, **options: Any) -> list[Any]:
+    made.save(path, **options)
+    read = read_picture(path)
+    assert read.mode == "RGB"
+    assert pictures.picture_size(path) == read.size == made.size
+    return np.asarray(read)[0].tolist()
+
+
+RED, WHITE, HALF = [255, 0, 0], [255, 255, 255], [255, 128, 128]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tiff"])
+def test_transparent_parts_are_white(name: str, tmp_path: Path) -> None:
+    made = Image.new("RGBA", (3, 1))
+    made.putdata([(255, 0, 0, 255), (0, 0, 0, 0), (255, 0, 0, 127)])
+    options = {"lossless": True} if name.endswith("webp") else {}
+    np.testing.assert_allclose(read_back(made, tmp_path / name, **options), [RED, WHITE, HALF], atol=1)
+
+
+def test_transparency_is_white_in_every_mode_that_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    grey = Image.new("LA", (2, 1))
+    grey.putdata([(10, 255), (10, 0)])
+    assert read_back(grey, path) == [[10, 10, 10], WHITE]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putdata([0, 1])
+    assert read_back(palette, path) == [RED, [0, 0, 255]]
+    assert read_back(palette, path, transparency=1) == [RED, WHITE]
+    assert read_back(palette, tmp_path / "a.gif", transparency=1) == [RED, WHITE]
+    keyed = Image.new("RGB", (2, 1))
+    keyed.putdata([(255, 0, 0), (0, 0, 255)])
+    assert read_back(keyed, path, transparency=(0, 0, 255)) == [RED, WHITE]
+
+
+def test_two_shades_grey_and_printers_colours_are_shown(tmp_path: Path) -> None:
+    bits = Image.new("1", (2, 1))
+    bits.putdata([0, 255])
+    assert read_back(bits, tmp_path / "a.png") == [[0, 0, 0], WHITE]
+    assert read_back(Image.new("L", (1, 1), 77), tmp_path / "a.jpg") == [[77, 77, 77]]
+    for name in ("a.tiff", "a.jpg"):
+        ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+        np.testing.assert_allclose(read_back(ink, tmp_path / name)[0], RED, atol=6)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.pgm", "a.tiff"])
+def test_the_upper_of_16_bits_are_shown(name: str, tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 255, 256, 0x7FFF, 0x8000, 0xFFFF]], np.uint16)).save(tmp_path / name)
+    assert np.asarray(read_picture(tmp_path / name))[0, :, 0].tolist() == [0, 0, 1, 127, 128, 255]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floating-point"), (np.int32, "32-bit")])
+def test_numbers_without_a_white_are_refused(dtype: type, kind: str, tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "a.tiff")
+    for read in (read_picture, pictures.picture_size):
+        with pytest.raises(BadInput, match=f"has {kind} numbers"):
+            read(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
+def test_pictures_that_move_are_refused(name: str, tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / name, save_all=True, append_images=[second])
+    for read in (read_picture, pictures.picture_size):
+        with pytest.raises(BadInput, match=r"moves, in 2 frames: save the one that is meant"):
+            read(tmp_path / name)
+    first.save(tmp_path / name)
+    np.testing.assert_allclose(np.asarray(read_picture(tmp_path / name))[0, 0], RED, atol=2)
+
+
+def test_of_several_pages_the_first_is_shown(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "a.tiff", save_all=True, append_images=[second])
+    first.save(tmp_path / "a.mpo", save_all=True, append_images=[second])
+    for name in ("a.tiff", "a.mpo"):
+        np.testing.assert_allclose(np.asarray(read_picture(tmp_path / name))[0, 0], RED, atol=2)
+
+
+def test_colours_are_those_of_the_profile_inside(tmp_path: Path) -> None:
+    grey = Image.new("RGB", (1, 1), (128, 128, 128))
+    linear = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ"))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert read_back(grey, tmp_path / "a.png", icc_profile=srgb) == [[128, 128, 128]]
+    # With red and blue exchanged, and another name.
+    other = srgb.replace(b"rXYZ", b"tXYZ").replace(b"bXYZ", b"rXYZ").replace(b"tXYZ", b"bXYZ")
+    other = other.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+    red = Image.new("RGB", (1, 1), (255, 0, 0))
+    np.testing.assert_allclose(read_back(red, tmp_path / "a.png", icc_profile=other), [[0, 0, 255]], atol=1)
+    layered = Image.new("RGBA", (1, 1), (255, 0, 0, 255))
+    np.testing.assert_allclose(read_back(layered, tmp_path / "a.png", icc_profile=other), [[0, 0, 255]], atol=1)
+    # None of these is one for the pixels that there are.
+    for profile in (lab, linear.tobytes()[:90], b"no profile"):
+        assert read_back(grey, tmp_path / "a.png", icc_profile=profile) == [[128, 128, 128]]
+
+
+def test_no_other_program_is_started_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    monkeypatch.setattr("subprocess.check_call", None)
+    with pytest.raises(BadInput, match="cannot be read as a picture"):
+        read_picture(path)

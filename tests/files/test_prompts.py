@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from grat_cli.errors import BadInput
-from grat_cli.files.prompts import PromptEntry, read_prompts
+from grat_cli.files.prompts import PromptEntry, read_prompts, unknown_keys
 from grat_cli.generation.batch_layout import LAYOUTS, Sample, lay_out
 
 
@@ -39,6 +42,41 @@ def test_objects_say_seed_samples_and_what_to_keep_out(tmp_path: Path) -> None:
     assert second == PromptEntry("line 2", "a line\u2028separator", items[1])
 
 
+def test_what_to_keep_out_has_the_name_that_reports_give_it_too(tmp_path: Path) -> None:
+    items = [{"prompt": "a", "negative_prompt": "blur"}, {"prompt": "a", "negative_prompt": None, "negative": "snow"}]
+    path = written(tmp_path, "p.json", json.dumps([*items, {"prompt": "a", "negative_prompt": ""}]))
+    assert [entry.negative for entry in read_prompts(path)] == ["blur", "snow", ""]
+
+
+def test_keys_that_mean_nothing_are_named(tmp_path: Path) -> None:
+    items = [
+        {"prompt": "a", "tag": "colors", "include": [], "steps": 5, "negativ": "blur"},
+        {"prompt_en": "b", "dimension": ["scene"], "auxiliary_info": {}, "seed": 1, "n": 1, "steps": 6, "mask": None},
+    ]
+    assert unknown_keys(read_prompts(written(tmp_path, "p.json", json.dumps(items)))) == ["steps", "negativ"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(["prompt", "prompt_en", "negative", "negative_prompt", "seed", "n", "mask", "reference", "tag"])
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(items=st.lists(st.dictionaries(KEYS, JSON) | JSON, max_size=3), odd=st.binary(max_size=3), lines=st.booleans())
+def test_any_file_gives_prompts_that_can_be_written_or_is_refused(
+    tmp_path: Path, items: list[Any], odd: bytes, lines: bool
+) -> None:
+    text = "\n".join(map(json.dumps, items)) if lines else json.dumps(items)
+    path = written(tmp_path, "p.jsonl" if lines else "p.json", text.encode() + odd)
+    with contextlib.suppress(BadInput):
+        for entry in read_prompts(path):
+            assert json.loads(json.dumps(entry.item, ensure_ascii=False, indent=2, allow_nan=False).encode())
+            assert entry.prompt.encode()
+
+
 def test_vbench_lists_its_prompts(tmp_path: Path) -> None:
     items = [{"prompt_en": "In a still frame, a stop sign", "dimension": ["temporal_flickering"]}]
     (entry,) = read_prompts(written(tmp_path, "VBench_full_info.json", json.dumps(items)))
@@ -64,6 +102,13 @@ def test_vbench_lists_its_prompts(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "n": 0}', "n must be a whole number from 1 to 1000, not 0"),
         ("p.jsonl", '{"prompt": "a", "n": 1.5}', "n must be a whole number from 1 to 1000, not 1.5"),
         ("p.jsonl", '{"prompt": "\\ud800"}', "a lone surrogate"),
+        ("p.jsonl", '{"prompt": "a", "tag": ["\\ud800"]}', "a lone surrogate"),
+        ("p.jsonl", '{"prompt": "a", "tag": NaN}', "is not valid JSON"),
+        ("p.jsonl", '{"prompt": "a", "tag": 1e999}', "is not valid JSON"),
+        ("p.jsonl", '{"prompt": "a", "tag": ' + "[" * 200 + "]" * 200 + "}", "nested too deeply"),
+        ("p.jsonl", '{"prompt": "a", "seed": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ("p.jsonl", '{"prompt": "a", "negative": "b", "negative_prompt": "c"}', "mean the same and differ"),
+        ("p.jsonl", b'{"prompt": "fu\xdfball"}', "is not UTF-8 text"),
         ("p.jsonl", "[" * 100_000, "line 1 is not valid JSON"),
         ("p.json", '{"prompt": "a"}', "expected a list of objects"),
         ("p.json", '[{"prompt": "a"}, {}]', "p.json, entry 2 has no prompt"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,16 @@ import numpy as np
 import pytest
 import small_runs
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from small_runs import STEPS, Progress, Small, broken_off, generate, names, run_after, tamper, untimed
 
 from grat_cli.errors import BadInput
-from grat_cli.files import outputs
+from grat_cli.files import outputs, tensors
 from grat_cli.files import whole as whole_files
 from grat_cli.files.pictures import read_picture
 from grat_cli.files.tensors import write_tensors
+from grat_cli.generation import checkpoint
 from grat_cli.generation.checkpoint import (
     discard_run,
     find_run,
@@ -51,7 +57,9 @@ def test_a_run_stands_where_it_stood(small: Small, tmp_path: Path, dtype: torch.
     asked = small.of(tmp_path / "a")
     run = run_after(asked, 3)
     assert run.latents is not None
-    run = replace(run, latents=run.latents.to(dtype), guard={"widened": [1]})
+    run = replace(
+        run, latents=run.latents.to(dtype), guard={"widened": [], "lowest": [1, 2, [0.5, 0.5, None, 1]], "measured": {}}
+    )
     kept = write_run(run, asked, asked.outputs[0])
     found, restored = read_run(kept)
     assert (kept.name, restored) == ("a.checkpoint.safetensors", asked)
@@ -457,12 +465,118 @@ def test_tensors_of_another_shape_than_the_request_are_refused(small: Small, tmp
         read_run(kept)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda latents: latents.long(), r"torch\.int64"),
+        (lambda latents: latents.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (lambda latents: latents.to(torch.complex64), "torch.complex64"),
+        (lambda latents: latents * torch.nan, "its latents is not finite"),
+        (lambda latents: latents.index_fill(-1, torch.tensor(2), torch.inf), "its latents is not finite"),
+        (lambda latents: latents + 1e30, "its latents has numbers beyond 1,000,000"),
+    ],
+)
+@pytest.mark.parametrize("done", [2, STEPS])
+def test_latents_that_no_run_has_are_refused(
+    small: Small, tmp_path: Path, done: int, change: Callable[[torch.Tensor], torch.Tensor], says: str
+) -> None:
+    kept = written_after(small.of(tmp_path / "a"), done)
+    latents = read_run(kept)[0].latents
+    assert latents is not None
+    tamper(kept, {"latents": change(latents)})
+    refused(kept, says)
+
+
+def guard_state(**changes: Any) -> dict[str, Any]:
+    widening = {"step": 2, "layer": 1, "measured_step": 0, "kept": 0.4, "recall": 0.4, "error": None, "width": 1}
+    measured = {"1": [[0, 0.5, 0.5, None, 0]]}
+    return {
+        "widened": [widening | {"to": "full"}],
+        "lowest": [0, 1, [0.4, 0.4, None, 0]],
+        "measured": measured,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"widened": [{}]},
+        {"widened": [{**guard_state()["widened"][0], "width": 3}]},
+        {"widened": [{**guard_state()["widened"][0], "layer": HUGE}]},
+        {"lowest": [0, 1]},
+        {"lowest": [0, 1, [[], 0.4, None, 0]]},
+        {"measured": {"x": []}},
+        {"measured": {"1": [[0, "0.5", 0.5, None, 0]]}},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_guards_that_no_run_had_are_refused(small: Small, tmp_path: Path, damage: dict[str, Any]) -> None:
+    kept = written_after(small.of(tmp_path / "a"), 2, guard=guard_state())
+    assert read_run(kept)[0].guard == guard_state()
+    tamper(kept, state={"guard": guard_state(**damage)})
+    refused(kept, "guard")
+
+
+@pytest.mark.parametrize("name", ["noise_state", "random_state"])
+def test_random_states_that_would_be_read_beyond_their_end_are_refused(small: Small, tmp_path: Path, name: str) -> None:
+    """torch takes them, and draws numbers from the memory that follows."""
+    kept = written_after(small.of(tmp_path / "a"), 2)
+    state = torch.Generator().manual_seed(0).get_state()
+    for left, seeded, following in ((624, 1, 624), (600, 1, 600), (100, 1, 2**63), (0, 1, 625), (1, 0, 0)):
+        head = torch.frombuffer(bytearray(struct.pack("<QiiQ", 1, left, seeded, following)), dtype=torch.uint8)
+        tamper(kept, {name: torch.cat([head, state[24:]])})
+        refused(kept, f"its {name.replace('_', ' ')} is none")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 2**16 - 1), min_size=1, max_size=9))
+def test_whatever_was_drawn_the_random_state_is_taken(drawn: list[int]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for count in drawn:
+        torch.rand(count, generator=generator)
+        assert checkpoint._is_random_state(generator.get_state())
+
+
 @pytest.mark.parametrize("name", ["noise_state", "random_state"])
 def test_random_states_that_are_none_are_refused(small: Small, tmp_path: Path, name: str) -> None:
     kept = written_after(small.of(tmp_path / "a"), 2)
     for state in (None, torch.zeros(3), torch.zeros(3, 3, dtype=torch.uint8)):
         tamper(kept, {name: state})
         refused(kept, f"its {name.replace('_', ' ')} is none")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+) | st.sampled_from([HUGE, -HUGE, 2**63, 1e308, "/dev/zero", "\x1b[31m", "[/]", "\udcff", "x" * 10_000])
+
+
+def paths_in(value: Any) -> Iterator[tuple[str | int, ...]]:
+    """Of each value within plain data."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in inner:
+        yield (key,)
+        yield from ((key, *path) for path in paths_in(below))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_file_says_it_is_read_or_refused(small: Small, tmp_path: Path, data: st.DataObject) -> None:
+    kept = written_after(small.of(tmp_path / "a", overwrite=True), 2, guard=guard_state())
+    told = tensors.read_about(kept)
+    assert told is not None
+    *above, last = data.draw(st.sampled_from(list(paths_in(told))))
+    section: Any = told
+    for part in above:
+        section = section[part]
+    section[last] = data.draw(VALUES)
+    tamper(kept, **{name: None for name in told} | told)
+    with contextlib.suppress(BadInput):
+        run, asked = read_run(kept)
+        write_run(run, asked, asked.outputs[0])  # all that was taken can be written
 
 
 def test_files_that_are_no_runs_are_refused(small: Small, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import grat, refusal
 from PIL import Image
 from small_runs import STEPS, Progress, Small, broken_off, generate, goes_on_as_if_whole, names, untimed
 
@@ -254,6 +255,46 @@ def test_a_guarded_run_without_the_state_of_its_guard_is_refused(small: Small, t
     assert run.guard is not None
     with pytest.raises(BadInput, match="what the guard had done is damaged"):
         generate(asked, begun=replace(run, guard=None))
+
+
+class Killed(BaseException):
+    """Ends a run as the end of its process does."""
+
+
+def killed(*_: object, **__: object) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("killed_at", ["report", "tidying up"])
+def test_an_output_that_a_killed_process_left_whole_is_tidied_up(
+    monkeypatch: pytest.MonkeyPatch, small: Small, tmp_path: Path, killed_at: str
+) -> None:
+    asked = small.of(tmp_path / "a-s7", tmp_path / "a-s8")
+    module, name = (finishing.outputs, "write_json") if killed_at == "report" else (generation, "tidy_up")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, killed)
+        with pytest.raises(Killed):
+            generate(asked)
+    output, other = asked.outputs
+    left = names(tmp_path)
+    assert f"a-s7{small.ending}" in left
+    assert "a-s7.latents.safetensors" in left
+    assert ("a-s7.json" in left) == (killed_at == "tidying up")
+    content = output.read_bytes()
+
+    # One that is not whole, or is another's, is not taken for it.
+    for damaged in (content[: len(content) // 2], b"mine"):
+        output.write_bytes(damaged)
+        assert f"{output} exists: use --overwrite" in refusal("resume", output)
+        assert output.read_bytes() == damaged
+    output.write_bytes(content)
+
+    result = grat("resume", output)
+    assert result.code == 0, result.err
+    assert f"{output} is there, whole: what was kept of it is removed" in result.err.replace("\n", "")
+    assert [line for line in result.out.splitlines() if line.endswith(small.ending)] == [str(output), str(other)]
+    assert output.read_bytes() == content
+    assert names(tmp_path) == sorted(f"a-s{seed}{ending}" for seed in (7, 8) for ending in (".json", small.ending))
 
 
 @pytest.mark.parametrize("state", ["noise_state", "random_state"])

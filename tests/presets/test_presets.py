@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +30,9 @@ from grat_cli.presets import (
     preset_yaml,
     resolve_preset,
 )
+from grat_cli.presets.problems import nesting_sizes
 from grat_cli.presets.schema import Attention, axes_by_model
-from grat_cli.presets.yaml_source import read_text
+from grat_cli.presets.yaml_source import YamlSource, read_text
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Pattern, SlidingTile, Union
 
 MINIMAL = "name: mine\nmodel: flux\nattention: {variant: b, group: [16, 16]}\n"
@@ -198,8 +202,21 @@ def test_patterns() -> None:
         (MINIMAL + "sampling: &a {steps: 2}\nkernel: *a\n", "mine.yaml:4: aliases (*name) are not supported"),
         (MINIMAL + "<<: {model: demo}\n", "mine.yaml:4: merge keys"),
         (MINIMAL + "sampling: {steps: 2\n", "not valid YAML"),
-        (MINIMAL + "description: !!python/object:os.system x\n", "mine.yaml:4: not valid YAML"),
+        (MINIMAL + "description: !!python/object:os.system x\n", "mine.yaml:4: tags (!!python/object:os.system)"),
         ("[" * 20000, "nested too deeply"),
+        *((MINIMAL + f"sampling:\n  steps: !!{tag} ''\n", f"mine.yaml:5: tags (!!{tag}) are not supported")
+          for tag in ("int", "float", "bool", "timestamp", "null", "binary", "set", "omap")),
+        (MINIMAL + "sampling: !!map {steps: 2}\nkernel: !!seq x\n", "mine.yaml:5: tags (!!seq) are not supported"),
+        (MINIMAL.replace("[16, 16]", f"[{10**12}, 16]"), "expected 1,000,000 or less, not 1000000000000"),
+        (MINIMAL.replace("[16, 16]", f"[16, {'9' * 120}]"), "attention.group: expected 1,000,000 or less, not 99999"),
+        (MINIMAL.replace("[16, 16]", f"[16, {'9' * 5000}]"), "not valid YAML: Exceeds the limit"),
+        (attention(f"radius: {'9' * 120}"), "attention.radius: expected 1,000,000 or less"),
+        (attention(f"far: [{{beyond: {'9' * 120}, block: [4, 4]}}]"), "far[0].beyond: expected 1,000,000 or less"),
+        (MINIMAL + f"sampling: {{steps: {'9' * 120}}}\n", "sampling.steps: expected 100,000 or less, not 9999"),
+        (MINIMAL + f"sampling: {{guidance: {'9' * 120}}}\n", "sampling.guidance: expected 1,000,000 or less"),
+        (MINIMAL + "highres: {growth: 1.0000001}\n", "highres.growth: expected 1.1 or more, not 1.0000001"),
+        (MINIMAL + f"schedule: {{dense_steps: {'9' * 120}}}\n", "schedule.dense_steps: expected a count of steps"),
+        (MINIMAL + "schedule:\n  rules:\n" + "  - {layers: 0}\n" * 1001, "rules: expected at most 1,000 entries"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_line_and_key(text: str, complaint: str) -> None:
@@ -207,6 +224,49 @@ def test_mistakes_are_named_with_line_and_key(text: str, complaint: str) -> None
         read(text)
     assert complaint in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_sizes_that_would_nest_are_found_at_once_however_large() -> None:
+    assert nesting_sizes((999_999, 7), (10**12, 10)) == "800000x5 or 1000000x10"
+
+
+def values(value: Any) -> Iterator[tuple[str | int, ...]]:
+    """The path of each value within plain data."""
+    for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (key,)
+        yield from ((key, *path) for path in values(below))
+
+
+FULL = load_preset("demo-4x").model_dump(mode="json") | {
+    "schedule": {"dense_steps": 1, "rules": [{"layers": "0-1", "group": [4, 4]}], "tables": [{"layers": ["aa"]}],
+                 "palette": {"a": {"variant": "b", "far": [{"beyond": 1, "block": [2, 2]}]}}}
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=2000)
+@given(
+    st.sampled_from(sorted(values(FULL), key=str)),
+    st.one_of(
+        st.sampled_from([10**12, 10**120, -(10**120), 2**63, 1e308, 1e-300, "9" * 120, [10**12, 16], [], {}, None]),
+        st.recursive(
+            st.integers() | st.floats() | st.text(max_size=9) | st.booleans(), lambda one: st.lists(one, max_size=3)
+        ),
+    ),
+)
+def test_whatever_a_value_is_a_preset_is_planned_or_bad_input_at_once(path: tuple[str | int, ...], value: Any) -> None:
+    data: Any = deepcopy(FULL)
+    section = data
+    for part in path[:-1]:
+        section = section[part]
+    section[path[-1]] = value
+    with suppress(BadInput):
+        preset = preset_from(YamlSource(data, "mine.yaml", yaml.compose("a: 1")))
+        assert schedule_for(preset, architecture_for(choose_model("demo")), Resolution(256, 192)).density > 0
+
+
+def test_files_that_never_end_are_not_read_to_their_end() -> None:
+    with pytest.raises(BadInput, match="/dev/zero is longer than 1 MiB"):
+        load_preset("/dev/zero")
 
 
 def test_in_rules_absent_is_not_null() -> None:
@@ -236,7 +296,7 @@ def test_unknown_names_and_files_that_cannot_be_read(tmp_path: Path) -> None:
         "": "there is no preset ''",
         str(tmp_path / "missing.yaml"): "no such file",
         str(tmp_path): "is a directory",
-        str(tmp_path / "latin.yaml"): "not a text file in UTF-8",
+        str(tmp_path / "latin.yaml"): "is not UTF-8 text",
         "name\0.yaml": "null byte",
     }.items():
         with pytest.raises(BadInput, match=complaint):
