@@ -72,6 +72,7 @@ def planned_request(
         frames=getattr(size, "frames", None),
         fps=fps,
         **model.machine,
+        compile=model.compile,
         base=model.base,
         format=format,
         quality=quality,

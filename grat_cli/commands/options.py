@@ -242,6 +242,11 @@ class ModelOptions:
         MODEL,
         "none",
     )
+    compile: bool = switch(
+        "Compile the transformer's blocks at the first step, which takes a minute or so: for long runs and many "
+        "outputs.",
+        MODEL,
+    )
 
     def check(self) -> None:
         """Refuses what is wrong whatever the model.

@@ -468,6 +468,7 @@ class _StoredRequest(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     offload: Annotated[str, _one_of(OFFLOADS)]
     quantize: Annotated[str, _one_of(QUANTIZATIONS)]
+    compile: bool = False
     format: Annotated[str, _one_of(formats.SUFFIXES)]
     quality: Annotated[int, Field(ge=0, le=100)] | None
     checkpoint_every: Annotated[int, Field(ge=0)] | None

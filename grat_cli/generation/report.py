@@ -156,6 +156,7 @@ def build_report(
             "offload": surroundings.offload,
             "offload_reason": surroundings.offload_reason,
             "quantize": request.quantize,
+            "compile": request.compile,
         },
         "versions": versions(),
         "peak_memory_kind": surroundings.memory_kind,

@@ -49,6 +49,7 @@ class Request:
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         offload: one of `offloading.OFFLOADS`.
         quantize: one of `quantization.QUANTIZATIONS`.
+        compile: whether the transformer's blocks are compiled; see `compiling`.
         base: folder or hub id of the other parts, for a model that is a file of a transformer alone.
         outputs: file, or folder of frames, of each seed's output; all in one folder. Empty where none is written.
         overwrite: whether existing files may be replaced; it is typed, and never read from a file.
@@ -79,6 +80,7 @@ class Request:
     dtype: str = "auto"
     offload: str = "none"
     quantize: str = "none"
+    compile: bool = False
     base: str | None = None
     outputs: tuple[Path, ...] = ()
     overwrite: bool = False
@@ -257,6 +259,11 @@ def note_expectations(request: Request, progress: Progress) -> None:
         )
     from grat_cli.estimates.stages import FAIR_AREA, uses_highres
 
+    if request.compile:
+        from grat_cli.models.compiling import expectation
+
+        outputs = max(1, len(request.seeds))
+        progress.note(expectation(request.grid.tokens * preset.sampling.steps * outputs))
     if request.handed and uses_highres(preset, model, request.width, request.height):
         progress.note(
             f"{request.size} is made in one stage, not from a smaller picture: the given ones say what is where"

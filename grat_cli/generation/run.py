@@ -16,6 +16,7 @@ from grat_cli.generation.inputs import read_pictures, read_start, reference_toke
 from grat_cli.generation.machine import memory_advice, offload_chooser, phases_of, release, surroundings
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
 from grat_cli.generation.stage import stages_for, upscaled
+from grat_cli.models.compiling import compile_blocks, require_compile
 from grat_cli.models.devices import (
     choose_device,
     choose_dtype,
@@ -98,6 +99,8 @@ class Generator:
         self._common = phases_of(self._device)
 
         # 2. Load.
+        if request.compile:
+            require_compile(self._device, request.offload)
         with memory_advice(request, self._device, self.stages[0]):
             progress.phase("load")
             with self._common("load"):
@@ -114,6 +117,9 @@ class Generator:
             if request.offload == "auto":
                 progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")
         self._pipe = self._model.pipe
+        if request.compile:
+            require_compile(self._device, self._model.offload)  # which auto may have chosen
+            compile_blocks(self._family.transformers(self._pipe))
         self._family.prepare(self._pipe)
         told = surroundings(self._model, self._device)
         self._studio = Studio(self._pipe, self._device, progress, self.stages, told, self._latents_of_picture)
