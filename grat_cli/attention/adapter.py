@@ -155,6 +155,11 @@ class Adapter(ABC):
         return len(self.blocks)
 
     @property
+    def called(self) -> torch.nn.Module:
+        """The transformer, with what `torch.compile` put around it before the installation."""
+        return self._called
+
+    @property
     def is_compiled(self) -> bool:
         """Whether `torch.compile` made something of the transformer or its blocks."""
         return self.is_compiled_whole or any(map(_in_place, self.blocks))

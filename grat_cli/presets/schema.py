@@ -6,12 +6,13 @@ what depends on the grid. `grat_cli.presets` reads the files.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -31,6 +32,9 @@ from grat_cli.presets import ranges
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
 from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
 from grat_kernels.geometry import nests
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Variant = Literal["full", "b", "x", "bx", "sta"]
 BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
@@ -180,6 +184,19 @@ class Section(BaseModel):
             if key not in cls.model_fields:
                 raise invalid(f"unknown key: {choices(str(key), cls.model_fields)}", key)
         return values
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, which are held to what a file may say; what follows from them follows anew.
+
+        Args:
+            update: values by field.
+            deep: whether values are copied as well.
+
+        Raises:
+            ValidationError: if the result is not valid.
+        """
+        kept = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self).model_validate({**(copy.deepcopy(kept) if deep else kept), **(update or {})})
 
 
 class FarLevel(Section):

@@ -411,9 +411,9 @@ def test_layers_of_a_compiled_transformer_go_wider_as_those_of_another() -> None
     latents, widened_too = made()
     torch._dynamo.reset()
     assert relative_difference(latents, expected) < RELATIVE_OF_PIPELINES
-    assert widened and [(one["step"], one["layer"]) for one in widened] == [
-        (one["step"], one["layer"]) for one in widened_too
-    ]
+    layers, layers_too = ([(one["step"], one["layer"]) for one in told] for told in (widened, widened_too))
+    assert layers
+    assert layers_too == layers
 
 
 def test_bars_out_of_range_are_refused() -> None:
