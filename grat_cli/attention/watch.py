@@ -105,6 +105,8 @@ class CallWatch:
                 raise BadInput(reason)
 
     def _before_call(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not any(module is adapter.called for adapter in self._adapters):
+            return  # a copy's, whose adapter refuses it
         self.refuse_replaced()
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if torch.is_grad_enabled() and any(one.requires_grad for one in (*tensors, *module.parameters())):

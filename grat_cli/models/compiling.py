@@ -16,6 +16,7 @@ from grat_cli.errors import BadInput, first_line
 if TYPE_CHECKING:
     import torch
 
+BACKEND = "inductor"  # torch's own
 # Some sizes have code of their own: a text of one token, or a batch of one. Beyond so many forms of a kind of block it
 # would run uncompiled without a word.
 _MOST_FORMS = 64
@@ -62,11 +63,12 @@ def compile_blocks(transformers: Iterable[Any]) -> None:
     """Has the repeated blocks of transformers compiled when they are first called, for any size at once: what a run
     computes does not depend on which sizes came before, so one that is taken up goes on the same."""
     import torch._dynamo
+    import torch.fx.experimental._config as shapes
 
-    limit = max(torch._dynamo.config.recompile_limit, _MOST_FORMS)
-    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_FORMS)
+    shapes.use_duck_shape = False  # else as many tokens as a head has channels would always have to be as many
     for transformer in transformers:
-        transformer.compile_repeated_blocks(dynamic=True)
+        transformer.compile_repeated_blocks(dynamic=True, backend=BACKEND)
 
 
 def expectation(token_steps: int) -> str:
@@ -93,4 +95,5 @@ def explained_failures() -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        raise BadInput(f"the transformer cannot be compiled here: {first_line(error)}; leave --compile out") from error
+        said = first_line(getattr(error, "inner_exception", error))
+        raise BadInput(f"the transformer cannot be compiled here: {said}; leave --compile out") from error
