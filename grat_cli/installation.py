@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, choices
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from grat_cli.attention.work import Work
     from grat_cli.families.base import Family
     from grat_kernels import Backend, Grid
+
+
+_LARGEST = 10**9  # of any number of pixels, frames, tokens or steps
 
 
 class PipelineClock:
@@ -102,8 +106,20 @@ class Installation:
         transformer, layers = adapters[0].model, adapters[0].layers
         self.guard = _guard(preset, layers)
         device = pipe._execution_device  # public `device` is where weights rest; with offload they run elsewhere
+        self._head_dim = _head_dim(transformer)
         self.backend, self.backend_reason = _resolve_backend(transformer, device, preset.kernel.backend, grid.tokens)
         _check_kernel(transformer, device, preset, self.backend)
+
+    def require_able(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises BadInput unless the backend can run where, and in what, a call is: a pipeline may have been moved."""
+        from grat_kernels import can_run
+
+        ability = can_run(self.backend, device, dtype, self._head_dim, self.grid.tokens)
+        if not ability:
+            raise BadInput(
+                f"the {self.backend.value} backend, which GRAT was installed with, cannot run this call: "
+                f"{ability.reason}; move the pipeline before `with grat_cli.install(...)`"
+            )
 
     def current_step(self) -> int:
         """The step of the call under way, counted from 0 over the whole run."""
@@ -233,7 +249,11 @@ def install(
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
         NumericalFailure: if the backend's kernel computes wrong results on this machine.
     """
+    whole = {"height": height, "width": width, "num_frames": num_frames, "steps": steps, "first_step": first_step}
+    _require_numbers(**whole, chunk_tokens=None if chunk_tokens == "auto" else chunk_tokens)
     preset = load_preset(preset) if isinstance(preset, str) else preset
+    if not isinstance(preset, Preset):
+        raise BadInput(f"expected a preset, its name or the path of its file, not a {type(preset).__name__}")
     if backend is not None:
         preset = _with_backend(preset, backend)
     if chunk_tokens != "auto":
@@ -250,7 +270,9 @@ def install(
         adapters = _family_adapters(pipe, preset, height, width, num_frames, extrapolation)
     else:
         adapters = [_any_transformer(pipe, preset, tokens, text, check, extrapolation)]
-    if not hasattr(pipe.scheduler, "step_index") or not hasattr(pipe.scheduler, "begin_index"):
+    from grat_cli.attention.watch import CallWatch, counts_steps
+
+    if not counts_steps(pipe.scheduler):
         raise BadInput(
             f"{type(pipe.scheduler).__name__} does not count its steps, which GRAT needs to know: "
             "use FlowMatchEulerDiscreteScheduler"
@@ -267,6 +289,7 @@ def install(
         installation.work = _counter(adapters)
     observer = _observers(installation.guard, installation.work, observer)
     with ExitStack() as stack:
+        stack.enter_context(CallWatch(pipe, adapters, installation.require_able).watching())
         for adapter in adapters:
             stack.enter_context(adapter.attached(installation, installation.backend, observer))
         if family and tokens is None:
@@ -345,6 +368,7 @@ def _any_transformer(
 ) -> AnyTransformer:
     """What runs a transformer of no known family."""
     from grat_cli.attention.any_transformer import AnyTransformer
+    from grat_kernels import Grid
 
     transformer = getattr(pipe, "transformer", None)
     if (family := family_of_transformer(transformer)) is not None:
@@ -353,6 +377,8 @@ def _any_transformer(
         raise BadInput(f"a {type(pipe).__name__} has no transformer: GRAT cannot be tried on it")
     if text not in (None, "first", "last"):
         raise BadInput(f"text {text!r}: expected 'first', 'last' or None")
+    if not isinstance(tokens, Grid):
+        raise BadInput(f"tokens: expected Grid((rows, columns)) or Grid((frames, rows, columns)), not {tokens!r}")
     if len(preset.attention.group) != tokens.axes:
         raise BadInput(
             f"preset {preset.name} is for tokens on {len(preset.attention.group)} axes, not on {tokens.axes}: "
@@ -364,6 +390,15 @@ def _any_transformer(
     if check and getattr(transformer, "is_cache_enabled", False):
         raise BadInput("a cache is enabled on the transformer, which its check would disturb: install with check=False")
     return AnyTransformer(transformer, tokens, text, check=check)
+
+
+def _require_numbers(**given: Any) -> None:
+    """Raises BadInput unless arguments by these names are whole numbers that can be, or None."""
+    for name, number in given.items():
+        if number is not None and not (isinstance(number, Integral) and type(number) is not bool):
+            raise BadInput(f"{name}: expected a whole number, not {number!r}")
+        if number is not None and abs(int(number)) > _LARGEST:
+            raise BadInput(f"{name} is out of range: at most {_LARGEST:,}")
 
 
 def _with_backend(preset: Preset, backend: Backend | str) -> Preset:
@@ -380,6 +415,8 @@ def _with_chunks(preset: Preset, chunk_tokens: int | None) -> Preset:
 
 
 def _with_guard(preset: Preset, guard: float) -> Preset:
+    if type(guard) not in (int, float):
+        raise BadInput(f"guard: expected a share from 0 to 1, such as 0.9, or 0 for none, not {guard!r}")
     if not 0 <= guard <= 1:
         raise BadInput(f"guard {guard:g}: expected a share from 0 to 1, such as 0.9, or 0 for none")
     return preset.model_copy(update={"guard": guard})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.chunking import Forward
-    from grat_cli.attention.dispatching import Named
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.processor import SpanAttentionProcessor
     from grat_cli.attention.schedule import AttentionSchedule
@@ -65,6 +65,7 @@ class Adapter(ABC):
     inverse: torch.Tensor
     preparation: str | None = None
     chunking: tuple[int | None, str] = None, "not attached yet"
+    _caller: int | None = None  # the thread whose call is under way
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class Adapter(ABC):
         self.extrapolation = extrapolation
         self._chunk_tokens: ChunkTokens = chunk_tokens
         self._attend = attend
+        self._hooked: list[torch.nn.Module] = []
         self._parameters = tuple(inspect.signature(type(self.model).forward).parameters)[1:]
 
     # ---- What a family tells
@@ -153,9 +155,32 @@ class Adapter(ABC):
         return len(self.blocks)
 
     @property
+    def called(self) -> torch.nn.Module:
+        """The transformer, with what `torch.compile` put around it before the installation."""
+        return self._called
+
+    @property
     def is_compiled(self) -> bool:
         """Whether `torch.compile` made something of the transformer or its blocks."""
-        return self._called is not self.model or any(map(_in_place, (self.model, *self.blocks)))
+        return self.is_compiled_whole or any(map(_in_place, self.blocks))
+
+    @property
+    def is_compiled_whole(self) -> bool:
+        """Whether it made one thing of all of it."""
+        return self._called is not self.model or _in_place(self.model)
+
+    def whole_obstacle(self) -> str | None:
+        """Why the transformer cannot be compiled as a whole, and what to do; None where it can.
+
+        Tokens that are put in order inside it would be so by hooks that belong to the compiled code, which is not made
+        anew where hooks change.
+        """
+        if not self.hooks():
+            return None
+        return (
+            f"GRAT inside a {type(self.model).__name__} that is compiled as a whole is not supported: leave that out, "
+            "and compile its blocks, transformer.compile_repeated_blocks()"
+        )
 
     def grouped(self, dim: int) -> Callable[..., Any]:
         """A forward hook that puts a module's output, a tensor or several, in group order along an axis."""
@@ -179,12 +204,11 @@ class Adapter(ABC):
         """
         from grat_cli.attention import chunking
 
-        if (reason := self.obstacle()) is not None:
+        reason = self.obstacle()
+        if reason is None and self.is_compiled_whole:
+            reason = self.whole_obstacle()
+        if reason is not None:
             raise BadInput(reason)
-        if observer and self.is_compiled:
-            raise BadInput(
-                "attention inside a compiled transformer cannot be observed: install without an observer and a guard"
-            )
         forwards = self.chunked_blocks()
         self.chunking = chunking.choose(
             self._chunk_tokens, self.grid.tokens, self.blocks, forwards, compiled=self.is_compiled
@@ -193,24 +217,57 @@ class Adapter(ABC):
         layers = [LayerAttention(layer, attend, observer) for layer in range(self.layers)]
         with ExitStack() as stack:
             stack.enter_context(self.attending(layers))
-            before, after = self._around(run, observer, layers)
+            before, after, ended = self._around(run, observer, layers)
             handles = [self._called.register_forward_pre_hook(before, with_kwargs=True)]
-            handles += [module.register_forward_hook(hook) for module, hook in self.hooks()]
+            hooks = self.hooks()
+            self._hooked = [module for module, _ in hooks]
+            handles += [module.register_forward_hook(hook) for module, hook in hooks]
             handles.append(self._called.register_forward_hook(after))
+            handles.append(self._called.register_forward_hook(ended, always_call=True))
             for handle in handles:
                 stack.callback(handle.remove)
             stack.enter_context(chunking.in_chunks(self.blocks, forwards, self.chunking[0]))
             yield
 
+    def _refuse_changed(self, called: torch.nn.Module) -> None:
+        """Raises BadInput where a call would not run what was installed.
+
+        Args:
+            called: the module whose call it is.
+        """
+        if called is not self._called:
+            raise BadInput(
+                "this transformer is a copy of one that GRAT is installed on, which is not part of it: "
+                "copy it outside of `with grat_cli.install(...)`, and install there"
+            )
+        if self._caller not in (None, threading.get_ident()):
+            raise BadInput("two threads call a transformer that GRAT is installed on at once: let them take turns")
+        hooked = [module for module, _ in self.hooks()]
+        if not _same(self.blocks_of(self.model), self.blocks) or not _same(hooked, self._hooked):
+            raise BadInput(
+                "parts of the transformer were replaced inside `with grat_cli.install(...)`: do that outside"
+            )
+        if self.is_compiled_whole and (reason := self.whole_obstacle()):
+            raise BadInput(reason)
+        if self.chunking[0] is not None and self.is_compiled:
+            raise BadInput(
+                "the transformer runs in chunks of tokens, and was compiled inside `with grat_cli.install(...)`: "
+                "compile it before, or give chunk_tokens=None"
+            )
+
     def _around(
         self, run: Run, observer: CallObserver | None, layers: Sequence[LayerAttention]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Hooks before and after a transformer call."""
+    ) -> tuple[Callable[..., Any], ...]:
+        """Hooks before and after a transformer call, and one when it has ended, also by an exception."""
+        import torch
+
         trained = None
         if self.extrapolation is not None and self.extrapolation.proportional_attention:
             trained = math.prod(self.extrapolation.trained_grid)
 
         def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            self._refuse_changed(module)
+            self._caller = threading.get_ident()
             call = dict(zip(self._parameters, args, strict=False)) | kwargs
             text = self.read(call)
             step = run.current_step()
@@ -235,12 +292,14 @@ class Adapter(ABC):
                 observer.end_call()
             return output
 
-        if not _in_place(self.model):
-            return before, after
-        # Hooks of such a module are compiled with it, and these are no tensor code.
-        import torch
+        def ended(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._caller == threading.get_ident():
+                self._caller = None
+                for layer in layers:
+                    layer.forget()
 
-        return torch.compiler.disable(before), torch.compiler.disable(after)
+        # Hooks of a module that is compiled in place, or later, are compiled with it, and these are no tensor code.
+        return tuple(map(torch.compiler.disable, (before, after, ended)))
 
 
 class _ReplacingAdapter(Adapter):
@@ -251,6 +310,7 @@ class _ReplacingAdapter(Adapter):
         super().__init__(transformer, grid, **options)
         self._attentions: list[Any] = [self.attention_of(block) for block in self.blocks]
         self._processors: list[Any] = []
+        self._layers: Sequence[LayerAttention] = ()
 
     def attention_of(self, block: Any) -> Any:
         """The attention module of a block that takes a plan."""
@@ -275,6 +335,7 @@ class _ReplacingAdapter(Adapter):
         stock = [attention.processor for attention in self._attentions]
         for processor in stock:
             self._refuse_replaced(processor)
+        self._layers = layers
         self._processors = [self.processor_for(layer, of_layer) for layer, of_layer in zip(layers, stock, strict=True)]
         try:
             for attention, processor in zip(self._attentions, self._processors, strict=True):
@@ -288,14 +349,21 @@ class _ReplacingAdapter(Adapter):
         """See `Adapter.prepare`.
 
         Raises:
-            BadInput: if processors were replaced.
+            BadInput: if processors were replaced or changed.
         """
-        for attention, processor in zip(self._attentions, self._processors, strict=True):
-            if attention.processor is not processor:
+        if not _same([self.attention_of(block) for block in self.blocks], self._attentions):
+            raise BadInput("attention was replaced inside `with grat_cli.install(...)`: do that outside")
+        for attention, processor, layer in zip(self._attentions, self._processors, self._layers, strict=True):
+            if attention.processor is not processor or not self.is_own(processor, layer):
                 raise BadInput(
-                    "attention processors were replaced inside `with grat_cli.install(...)`: do that outside"
+                    "attention processors were replaced inside `with grat_cli.install(...)`, or what they name was: "
+                    "do that outside"
                 )
         super().prepare(tokens)
+
+    def is_own(self, processor: Any, layer: LayerAttention) -> bool:
+        """Whether a processor of `processor_for` still is as it was made."""
+        return True
 
     def _refuse_replaced(self, processor: Any) -> None:
         """Raises BadInput unless attention is as diffusers made it."""
@@ -335,7 +403,7 @@ class ProcessorAdapter(_ReplacingAdapter):
         """See `_ReplacingAdapter`."""
         from grat_cli.attention.processor import SpanAttentionProcessor
 
-        return SpanAttentionProcessor(layer, self.contiguous)
+        return SpanAttentionProcessor(layer, text_first=self.text_first, contiguous=self.contiguous)
 
     def prepare(self, tokens: torch.Tensor) -> None:
         """See `Adapter.prepare`.
@@ -354,7 +422,7 @@ class ProcessorAdapter(_ReplacingAdapter):
 class DispatchAdapter(_ReplacingAdapter):
     """An adapter of blocks whose stock processors call diffusers' attention dispatcher, and go on doing so.
 
-    Each is a copy of the stock one that names a backend of its layer's own; see `dispatching`.
+    Each is a copy of the stock one that names the backend of layers, and its own; see `dispatching`.
     """
 
     def __init__(self, transformer: torch.nn.Module, grid: Grid, *, fused: bool | None = None, **options: Any) -> None:
@@ -364,24 +432,20 @@ class DispatchAdapter(_ReplacingAdapter):
             BadInput: if attention is to be prepared by a fused kernel.
         """
         super().__init__(transformer, grid, **options)
-        self._backends: dict[LayerAttention, Named] = {}
         if fused:
             raise BadInput(f"no fused kernel prepares the attention of a {type(self.model).__name__}")
 
-    @contextmanager
-    def attending(self, layers: Sequence[LayerAttention]) -> Iterator[None]:
-        """See `Adapter.attending`."""
-        from grat_cli.attention.dispatching import backend_of, registered
-
-        self._backends = {layer: backend_of(layer) for layer in layers}
-        with registered(tuple(self._backends.values())), super().attending(layers):
-            yield
-
     def processor_for(self, layer: LayerAttention, stock: Any) -> Any:
         """See `_ReplacingAdapter`."""
-        from grat_cli.attention.dispatching import with_backend
+        from grat_cli.attention.dispatching import with_layer
 
-        return with_backend(stock, self._backends[layer])
+        return with_layer(stock, layer)
+
+    def is_own(self, processor: Any, layer: LayerAttention) -> bool:
+        """See `_ReplacingAdapter`."""
+        from grat_cli.attention.dispatching import attends_by
+
+        return attends_by(processor, layer)
 
 
 def _orders(plan: Plan | HeadPlan, references: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -402,6 +466,10 @@ def _orders(plan: Plan | HeadPlan, references: int, device: torch.device) -> tup
 def _in_place(module: Any) -> bool:
     """Whether `module.compile()` was called."""
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
 
 
 def _ordered(output: Any, dim: int, order: torch.Tensor) -> Any:

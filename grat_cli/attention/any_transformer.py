@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from grat_cli.attention.adapter import Run
     from grat_kernels import Backend, Grid
 
+_COMPILED = "a compiled transformer that GRAT does not know is not supported: leave torch.compile out"
+
 TextPlace = Literal["first", "last"]
 
 
@@ -59,8 +61,9 @@ class AnyTransformer:
             BadInput: if no attention of the transformer calls the dispatcher.
         """
         self.model: Any = getattr(transformer, "_orig_mod", transformer)
-        if self.model is not transformer:
-            raise BadInput("a compiled transformer that GRAT does not know is not supported: leave torch.compile out")
+        modules = [] if self.model is not transformer else list(self.model.modules())
+        if not modules or any(module._compiled_call_impl is not None for module in modules):
+            raise BadInput(_COMPILED)
         self.grid, self.text_first = grid, text != "last"
         self._has_text, self._check = text is not None, check
         self._attentions = [
@@ -81,6 +84,15 @@ class AnyTransformer:
             raise BadInput(
                 "GRAT is already installed on this transformer: leave the other `with grat_cli.install(...)` first"
             )
+
+    @property
+    def called(self) -> torch.nn.Module:
+        """The transformer."""
+        return self.model
+
+    def whole_obstacle(self) -> str | None:
+        """See `adapter.Adapter`."""
+        return _COMPILED
 
     @contextmanager
     def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:

@@ -1,8 +1,10 @@
 """Attentions as backends of diffusers' attention dispatcher, so that stock processors attend over spans.
 
 Processors of diffusers hand query, key and value, `[B, N, H, D]` each, to `dispatch_attention_fn`, with the backend
-that they name. Here each layer is such a backend while it is installed: the dispatcher tells a backend nothing of who
-calls it, and layers have plans of their own. Read against diffusers 0.42.1, `models/attention_dispatch.py`.
+that they name. Here there is one more, for the layers of all known models: which layer calls it, it is told by what the
+processor names for its sequence's way over several devices, the one thing besides tensors that the dispatcher hands on.
+One name for all layers keeps code that is compiled around them the same. Attentions of a transformer that is not known
+are backends of their own while GRAT is tried on it. Read against diffusers 0.42.1, `models/attention_dispatch.py`.
 """
 
 from __future__ import annotations
@@ -62,30 +64,45 @@ def with_backend(processor: Any, backend: Named) -> Any:
     return own
 
 
+def with_layer(processor: Any, layer: LayerAttention) -> Any:
+    """A copy of a stock processor whose attention is a layer's of a known model."""
+    if _LAYERS.name not in _AttentionBackendRegistry._backends:
+        # Never taken back: compiled code remembers what the dispatcher knew when it was made.
+        _AttentionBackendRegistry.register(_LAYERS.name)(_LAYERS.compute)
+    own = with_backend(processor, _LAYERS)
+    own._parallel_config = layer
+    return own
+
+
+def attends_by(processor: Any, layer: LayerAttention) -> bool:
+    """Whether a processor of `with_layer` still is as it was made."""
+    return processor._attention_backend is _LAYERS.name and processor._parallel_config is layer
+
+
 def is_of_layer(processor: Any) -> bool:
-    """Whether a processor is one of `with_backend`."""
+    """Whether a processor is one of `with_backend` or `with_layer`."""
     return str(getattr(getattr(processor, "_attention_backend", None), "value", "")).startswith(_PREFIX)
 
 
-def backend_of(layer: LayerAttention) -> Named:
-    """A layer of a known model family as a backend.
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """Attention of the layer that a processor of `with_layer` names.
 
     The mask that it is given is that of padded text, which a plan and `text_valid` stand for.
     """
+    if dropout_p or is_causal or scale is not None or key.shape != query.shape:
+        raise BadInput("attention over spans is neither causal, dropped out, scaled otherwise, nor of shared heads")
+    attended: torch.Tensor = _parallel_config(query, key, value)
+    return attended
 
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        _parallel_config: Any = None,
-    ) -> torch.Tensor:
-        if dropout_p or is_causal or scale is not None or key.shape != query.shape:
-            raise BadInput("attention over spans is neither causal, dropped out, scaled otherwise, nor of shared heads")
-        return layer(query, key, value)
 
-    return named(attend)
+_LAYERS = named(_attend)

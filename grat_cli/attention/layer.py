@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from grat_cli.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -81,18 +83,43 @@ class LayerAttention:
     """Attention of one layer; the adapter sets its attributes before every transformer call.
 
     Attributes:
-        plan: what attends what in the next call.
         text_valid: valid text tokens of each sample `[B]` in the next call, None where all are valid.
         scaling: of the scores, beside 1/√D; likewise.
+        number: by which compiled code finds it; see `operators`.
     """
 
-    plan: Plan | HeadPlan
     text_valid: torch.Tensor | None = None
     scaling = Scaling()
 
     def __init__(self, layer: int, attend: Attend, observer: CallObserver | None) -> None:
+        from grat_cli.attention.operators import numbered
+
         self._layer, self._attend = layer, attend
         self._observed = observer.attention if observer else nullcontext
+        self._plan: Plan | HeadPlan | None = None
+        self.number = numbered(self)
+
+    @property
+    def plan(self) -> Plan | HeadPlan:
+        """What attends what in the call under way.
+
+        Raises:
+            BadInput: if none is.
+        """
+        if self._plan is None:
+            raise BadInput(
+                "a part of the transformer that GRAT is installed on was called past the transformer itself: "
+                "call the pipeline, or the transformer as it is in the pipeline"
+            )
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan | HeadPlan) -> None:
+        self._plan = plan
+
+    def forget(self) -> None:
+        """The call is over: there is no plan until the next one."""
+        self._plan = None
 
     def __call__(
         self,
@@ -101,15 +128,62 @@ class LayerAttention:
         value: torch.Tensor,
         summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attention of the joint sequence, `[B, N, H, D]` like each input; see `AttentionInputs`."""
+        """Attention of the joint sequence, `[B, N, H, D]` like each input; see `AttentionInputs`.
+
+        Compiled code calls an operator in its place, which knows of no summaries: see `operators`.
+        """
+        import torch
+
+        query, key, value = _as_autocast(query, key, value)
+        if torch.compiler.is_compiling():
+            from grat_cli.attention import operators
+
+            return operators.attend(query, key, value, self.number)
+        return self.compute(query, key, value, summaries)
+
+    def compute(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        may_change: bool = True,
+    ) -> torch.Tensor:
+        """The same, of inputs of one dtype, outside of compiled code.
+
+        Args:
+            query: `[B, N, H, D]`.
+            key: likewise.
+            value: likewise.
+            summaries: see `AttentionInputs`.
+            may_change: whether queries may be scaled where they are.
+        """
         # Scores are scaled through the queries, one more pass over them, because keys share their rotation tables and
         # kernels take one scale. Where all queries have one factor, which is then the kernel's, it costs nothing.
         if self.scaling.queries is not None:
-            query.mul_(self.scaling.queries)
+            query = query.mul_(self.scaling.queries) if may_change else query * self.scaling.queries
         scale = self.scaling.factor / math.sqrt(query.shape[-1])
         inputs = AttentionInputs(self._layer, query, key, value, self.plan, scale, self.text_valid, summaries)
-        with self._observed(inputs):
+        with without_autocast(query.device), self._observed(inputs):
             return self._attend(inputs)
+
+
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors in the dtype in which torch's own attention would take them under `torch.autocast`."""
+    import torch
+
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or any(tensor.dtype == torch.float64 for tensor in tensors):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """While inside, computations run in the dtype of what they are given."""
+    import torch
+
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def over_spans(backend: Backend) -> Attend:

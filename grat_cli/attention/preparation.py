@@ -41,6 +41,8 @@ def choose(
     obstacle = next(filter(None, map(_norm_obstacle, attentions)), None)
     if references:
         obstacle = "the fused kernel knows no tokens of references"
+    elif torch.is_autocast_enabled(device.type):
+        obstacle = "under autocast projections are of another dtype than norms"
     if obstacle is None and wanted:
         obstacle = rope_norm.obstacle(device, dtype, head_dim)
     elif obstacle is None:
@@ -63,18 +65,29 @@ def at_once(
         rotation: see `rope_norm.rope_norm`.
         plan: of the attention to come.
     """
-    norms = _weights(attention.norm_q, attention.norm_k)
-    text_norms = None
-    if text is not None:
-        has_own = attention.added_kv_proj_dim is not None
-        text_norms = _weights(attention.norm_added_q, attention.norm_added_k) if has_own else norms
+    norms, text_norms = norms_of(attention, has_text=text is not None)
     return rope_norm.rope_norm(image, norms, rotation, plan, text=text, text_norms=text_norms, fused=True)
 
 
-def as_stock(
-    attention: Any, image: Projections, text: Projections | None, rotation: Any, plan: Plan | HeadPlan
-) -> Joined:
-    """The joint sequence, normalised and rotated by the modules and functions of stock attention; as `at_once`."""
+def norms_of(attention: Any, *, has_text: bool) -> tuple[Norms, Norms | None]:
+    """Norms of queries and keys of the image, and where text is apart of the text, as the fused kernel takes them."""
+    norms = _weights(attention.norm_q, attention.norm_k)
+    if not has_text:
+        return norms, None
+    has_own = attention.added_kv_proj_dim is not None
+    return norms, _weights(attention.norm_added_q, attention.norm_added_k) if has_own else norms
+
+
+def as_stock(attention: Any, image: Projections, text: Projections | None, rotation: Any, text_first: bool) -> Joined:
+    """The joint sequence, normalised and rotated by the modules and functions of stock attention.
+
+    Args:
+        attention: as for `at_once`, like those that follow.
+        image: likewise.
+        text: likewise.
+        rotation: likewise.
+        text_first: whether text comes first in the joint sequence.
+    """
     query, key, value = _normed(attention.norm_q, image.query), _normed(attention.norm_k, image.key), image.value
     # Positions of the image alone, or of all tokens.
     of_image = rotation is not None and rotation[0].shape[0] == query.shape[1]
@@ -83,16 +96,16 @@ def as_stock(
     if text is not None:
         has_own = attention.added_kv_proj_dim is not None
         norms = (attention.norm_added_q, attention.norm_added_k) if has_own else (attention.norm_q, attention.norm_k)
-        query = _joined(query, _normed(norms[0], text.query), plan)
-        key = _joined(key, _normed(norms[1], text.key), plan)
-        value = _joined(value, text.value, plan)
+        query = _joined(query, _normed(norms[0], text.query), text_first)
+        key = _joined(key, _normed(norms[1], text.key), text_first)
+        value = _joined(value, text.value, text_first)
     if rotation is not None and not of_image:
         query, key = _rotated(query, rotation), _rotated(key, rotation)
     return Joined(query, key, value, None)
 
 
-def _joined(image: torch.Tensor, text: torch.Tensor, plan: Plan | HeadPlan) -> torch.Tensor:
-    return torch.cat([text, image] if plan.text_first else [image, text], dim=1)
+def _joined(image: torch.Tensor, text: torch.Tensor, text_first: bool) -> torch.Tensor:
+    return torch.cat([text, image] if text_first else [image, text], dim=1)
 
 
 def _normed(norm: Any, tokens: torch.Tensor) -> torch.Tensor:

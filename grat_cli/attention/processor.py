@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grat_cli.attention import preparation
+from grat_cli.attention import operators, preparation
 from grat_cli.attention.layer import LayerAttention
 from grat_kernels.rope_norm import Projections
 
@@ -19,16 +19,23 @@ class SpanAttentionProcessor:
     """The processor of one attention module.
 
     Attributes:
-        attention: of the layer; its plan says whether text comes first.
+        attention: of the layer.
         fused: whether norms, rotation, joining of text and image, and far-field means are one kernel; the adapter sets
             it before every transformer call.
     """
 
     fused = False
 
-    def __init__(self, attention: LayerAttention, contiguous: bool) -> None:
+    def __init__(self, attention: LayerAttention, *, text_first: bool, contiguous: bool) -> None:
+        """Attends by a layer.
+
+        Args:
+            attention: the layer.
+            text_first: whether text comes first in the joint sequence.
+            contiguous: whether text and image are made contiguous before the output projections.
+        """
         self.attention = attention
-        self._contiguous = contiguous
+        self._text_first, self._contiguous = text_first, contiguous
 
     def __call__(
         self,
@@ -54,14 +61,21 @@ class SpanAttentionProcessor:
         text = None
         if encoder_hidden_states is not None:  # without weights of its own it goes through those of the image
             text = _projected(attn, encoder_hidden_states, of_text=attn.added_kv_proj_dim is not None)
-        prepared = preparation.at_once if self.fused else preparation.as_stock
-        query, key, value, summaries = prepared(attn, image, text, image_rotary_emb, self.attention.plan)
-        del image, text  # else the projections would be kept for as long as attention runs
-
-        attended = self.attention(query, key, value, summaries).flatten(2, 3)
+        if self.fused and torch.compiler.is_compiling():
+            norms, text_norms = preparation.norms_of(attn, has_text=text is not None)
+            attended = operators.prepare_and_attend(
+                image, norms, image_rotary_emb, self.attention.number, text, text_norms
+            ).flatten(2, 3)
+        else:
+            if self.fused:
+                joined = preparation.at_once(attn, image, text, image_rotary_emb, self.attention.plan)
+            else:
+                joined = preparation.as_stock(attn, image, text, image_rotary_emb, self._text_first)
+            del image, text  # else the projections would be kept for as long as attention runs
+            attended = self.attention(*joined).flatten(2, 3)
         if encoder_hidden_states is None:
             return attended
-        if self.attention.plan.text_first:
+        if self._text_first:
             text, image = attended.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         else:
             image, text = attended.tensor_split([hidden_states.shape[1]], dim=1)

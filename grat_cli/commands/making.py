@@ -74,6 +74,7 @@ def planned_request(
         fps=fps,
         **model.machine,
         weights=model.weights,
+        compile=model.compile,
         format=format,
         quality=quality,
         checkpoint_every=checkpoint_every,

@@ -294,6 +294,11 @@ class ModelOptions:
     no_text_cache: bool = switch(
         "Encode the prompt even if it has been before, and keep nothing of it (see grat env).", MODEL
     )
+    compile: bool = switch(
+        "Compile the transformer's blocks at the first step, which takes a minute or so: for long runs and many "
+        "outputs.",
+        MODEL,
+    )
 
     def check(self) -> None:
         """Refuses what is wrong whatever the model.

@@ -739,8 +739,8 @@ def _single_in_chunks(block: Any, chunk: int) -> Callable[..., Any]:
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (rotated(one, image_rotary_emb, sequence_dim=1) for one in (query, key))
-        backend = attn.processor._attention_backend
-        attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3).to(query.dtype)
+        chosen = {"backend": attn.processor._attention_backend, "parallel_config": attn.processor._parallel_config}
+        attended = dispatch_attention_fn(query, key, value, **chosen).flatten(2, 3).to(query.dtype)
         del query, key, value
 
         def rest(tokens: torch.Tensor, attended: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:

@@ -477,8 +477,11 @@ class HunyuanAdapter(ProcessorAdapter):
         return joint_block(handed_on, text_first=False, joined=False, clipped=False)
 
     def obstacle(self) -> str | None:
-        if self.is_compiled:
-            return "GRAT inside a compiled HunyuanVideo transformer is not supported: leave torch.compile out"
+        if self.is_compiled and self._replaces:
+            return (
+                "GRAT inside compiled blocks that replace tokens of the first frame is not supported: "
+                "leave compiling out"
+            )
         return None
 
     @contextmanager

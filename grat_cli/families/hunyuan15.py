@@ -620,11 +620,6 @@ class Hunyuan15Adapter(HunyuanAdapter):
 
         return {HunyuanVideo15TransformerBlock: self.forward_in_chunks()}
 
-    def obstacle(self) -> str | None:
-        if self.is_compiled:
-            return "GRAT inside a compiled HunyuanVideo-1.5 transformer is not supported: leave torch.compile out"
-        return None
-
     def remedy(self, grid: tuple[int, ...]) -> str:
         # Image-to-video chooses its size by the picture, and takes none.
         latents, rows, columns = grid

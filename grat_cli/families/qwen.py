@@ -598,8 +598,6 @@ class QwenAdapter(DispatchAdapter):
 
     def obstacle(self) -> str | None:
         config = self.model.config
-        if self.is_compiled:
-            return "GRAT inside a compiled Qwen-Image transformer is not supported: leave torch.compile out"
         if config.use_layer3d_rope or config.use_additional_t_cond:
             return (
                 "a Qwen-Image that makes layers has positions on a third axis, which GRAT does not support: "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -24,8 +25,9 @@ from grat_cli.generation.frames import FrameCheck, checked_frames
 from grat_cli.generation.preview import Preview, PreviewedSteps
 from grat_cli.generation.request import Request, WritingProgress
 from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
-from grat_cli.generation.timing import Phases, StepRecorder, phase_of, with_work
-from grat_cli.models.devices import is_out_of_memory
+from grat_cli.generation.timing import Phases, StepRecorder, phase_of, while_compiling, with_work
+from grat_cli.models import compiling
+from grat_cli.models.devices import is_out_of_memory, wait_for
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +184,7 @@ class Denoising:
                 lambda *kept: self._keep(run_after(*kept)),
                 caches.snapshot if caches else lambda: None,
             )
-            with self._phases(phase_of("denoise", run.stage)):
+            with self._phases(phase_of("denoise", run.stage)), self._compiling(recorder):
                 try:
                     latents = self._family.denoise(
                         inside.pipe,
@@ -214,6 +216,20 @@ class Denoising:
                         raise BadInput("what the cache had kept does not fit the run: start it anew") from error
                     raise
             self._run = run_after(stage.steps, latents, {}, None)
+
+    @contextmanager
+    def _compiling(self, recorder: StepRecorder) -> Iterator[None]:
+        """While inside, what compiling takes is a phase of its own, and no part of the steps that wait for it."""
+        if not self._request.compile:
+            yield
+            return
+
+        def compiled(milliseconds: float) -> None:
+            self._phases.set_apart(phase_of("compile", self._run.stage), milliseconds)
+            recorder.leave_out(milliseconds)
+
+        with compiling.explained_failures(), while_compiling(lambda: wait_for(self._device), compiled):
+            yield
 
     def _after(
         self,

@@ -216,6 +216,7 @@ def build_report(
             "offload_reason": surroundings.offload_reason,
             "quantize": request.weights.quantize,
             "cast": request.weights.cast,
+            "compile": request.compile,
         },
         "text": {"from": "cache" if text_known else "encoders"},
         "versions": versions(),

@@ -50,6 +50,7 @@ class Request:
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         offload: one of `offloading.OFFLOADS`.
         weights: how they come.
+        compile: whether the transformer's blocks are compiled; see `compiling`.
         outputs: file, or folder of frames, of each seed's output; all in one folder. Empty where none is written.
         overwrite: whether existing files may be replaced; it is typed, and never read from a file.
         format: of the outputs, one of `pictures.FORMATS` or `videos.FORMATS`.
@@ -80,6 +81,7 @@ class Request:
     dtype: str = "auto"
     offload: str = "none"
     weights: Weights = AS_THEY_ARE
+    compile: bool = False
     outputs: tuple[Path, ...] = ()
     overwrite: bool = False
     format: str = ""
@@ -264,6 +266,11 @@ def note_expectations(request: Request, progress: Progress) -> None:
         )
     from grat_cli.estimates.stages import FAIR_AREA, uses_highres
 
+    if request.compile:
+        from grat_cli.models.compiling import expectation
+
+        outputs = max(1, len(request.seeds))
+        progress.note(expectation(request.grid.tokens * preset.sampling.steps * outputs))
     if request.handed and uses_highres(preset, model, request.width, request.height):
         progress.note(
             f"{request.size} is made in one stage, not from a smaller picture: the given ones say what is where"

@@ -25,6 +25,7 @@ from grat_cli.generation.known_texts import KnownTexts, negative_of
 from grat_cli.generation.machine import memory_advice, offload_chooser, phases_of, release, surroundings
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
 from grat_cli.generation.stage import refuse_cache, stages_for, upscaled
+from grat_cli.models.compiling import compile_blocks, require_compile
 from grat_cli.models.devices import (
     choose_device,
     choose_dtype,
@@ -124,6 +125,8 @@ class Generator:
     def _load(self, request: Request, are_texts_known: Callable[..., bool] | None = None) -> None:
         # 2. Load.
         progress = self._progress
+        if request.compile:
+            require_compile(self._device, request.offload)
         with memory_advice(request, self._device, self.stages[0]):
             progress.phase("load")
             with self._common("load"):
@@ -142,6 +145,9 @@ class Generator:
             for note in self._model.notes:
                 progress.note(note)
         self._pipe = self._model.pipe
+        if request.compile:
+            require_compile(self._device, self._model.offload)  # which auto may have chosen
+            compile_blocks(self._family.transformers(self._pipe))
         self._family.prepare(self._pipe)
         told = surroundings(self._model, self._device)
         picture, known = self._latents_of_picture, self._known

@@ -113,6 +113,7 @@ class StoredRequest(BaseModel):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     offload: Annotated[str, one_of(OFFLOADS)]
+    compile: bool = False
     format: Annotated[str, one_of(formats.SUFFIXES)]
     quality: Annotated[int, Field(ge=0, le=100)] | None
     checkpoint_every: Annotated[int, Field(ge=0)] | None

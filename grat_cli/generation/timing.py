@@ -49,6 +49,7 @@ class _Call:
     begin: Any
     end: Any = None
     attentions: list[tuple[Any, Any]] = field(default_factory=list)
+    left_out_ms: float = 0.0
 
 
 class StepRecorder:
@@ -77,6 +78,11 @@ class StepRecorder:
         yield
         self._calls[-1].attentions.append((begin, self._mark()))
 
+    def leave_out(self, milliseconds: float) -> None:
+        """Time of the transformer call under way, if any, that is not its own: the device did nothing in it."""
+        if self._calls and self._calls[-1].end is None:
+            self._calls[-1].left_out_ms += milliseconds
+
     def steps(self, timesteps: Sequence[float]) -> list[StepTiming]:
         """Timings of all finished calls by step; waits for the device.
 
@@ -89,7 +95,8 @@ class StepRecorder:
         for call in self._calls:
             if call.end is None:
                 continue
-            totals[call.step] = totals.get(call.step, 0.0) + self._elapsed_ms(call.begin, call.end)
+            total = max(0.0, self._elapsed_ms(call.begin, call.end) - call.left_out_ms)
+            totals[call.step] = totals.get(call.step, 0.0) + total
             inside = sum(self._elapsed_ms(begin, end) for begin, end in call.attentions)
             attentions[call.step] = attentions.get(call.step, 0.0) + inside
             densities[call.step] = call.density
@@ -168,17 +175,23 @@ class Phases:
         self.memory_bytes: dict[str, int] = {}
         self._wait, self._forget_peak, self._peak_bytes = wait, forget_peak, peak_bytes
         self._running: tuple[str, float] | None = None
+        self._apart_ms = 0.0  # of the running phase
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._forget_peak()
-        self._running = name, time.perf_counter()
+        self._running, self._apart_ms = (name, time.perf_counter()), 0.0
         try:
             yield
             self._wait()
             self.phases_ms, self.memory_bytes = self.so_far()
         finally:
             self._running = None
+
+    def set_apart(self, name: str, milliseconds: float) -> None:
+        """Counts time of the running phase as that of another."""
+        self.phases_ms[name] = self.phases_ms.get(name, 0.0) + milliseconds
+        self._apart_ms += milliseconds
 
     def take(self, other: Phases) -> None:
         """Adds what other phases have, and leaves them nothing."""
@@ -193,9 +206,43 @@ class Phases:
         phases_ms, memory_bytes = dict(self.phases_ms), dict(self.memory_bytes)
         if self._running is not None:
             name, began = self._running
-            phases_ms[name] = phases_ms.get(name, 0.0) + (time.perf_counter() - began) * 1000
+            passed = (time.perf_counter() - began) * 1000 - self._apart_ms
+            phases_ms[name] = phases_ms.get(name, 0.0) + max(0.0, passed)
             memory_bytes[name] = max(memory_bytes.get(name, 0), self._peak_bytes())
         return phases_ms, memory_bytes
+
+
+@contextmanager
+def while_compiling(wait: Callable[[], None], tell: Callable[[float], None]) -> Iterator[None]:
+    """While inside, tells how long `torch.compile` took, each time that it has made something.
+
+    It is dynamo that says when it begins and ends, tracing and code generation of its backend included. What was issued
+    before is waited for, so that a device computes nothing meanwhile, and the time is none of its own. Kernels that are
+    loaded or tuned when they first run count as the step that runs them.
+
+    Args:
+        wait: returns when the device has finished what was issued to it.
+        tell: is given milliseconds.
+    """
+    from torch._dynamo.callback import callback_handler
+
+    began = 0.0
+
+    def begin(about: Any) -> None:
+        nonlocal began
+        wait()
+        began = time.perf_counter()
+
+    def end(about: Any) -> None:
+        tell((time.perf_counter() - began) * 1000)
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(begin)
+        callback_handler.remove_end_callback(end)
 
 
 def phase_of(name: str, stage: int) -> str:

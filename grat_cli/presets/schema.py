@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -31,6 +31,9 @@ from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_
 from grat_cli.presets.section import Number, Section, as_tuple
 from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
 from grat_kernels.geometry import nests
+
+if TYPE_CHECKING:
+    pass
 
 Variant = Literal["full", "b", "x", "bx", "sta"]
 BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]

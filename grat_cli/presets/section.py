@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grat_cli.errors import choices
 from grat_cli.presets.problems import invalid
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LARGEST_NUMBER = 1e6
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
@@ -25,6 +30,19 @@ class Section(BaseModel):
             if key not in cls.model_fields:
                 raise invalid(f"unknown key: {choices(str(key), cls.model_fields)}", key)
         return values
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, which are held to what a file may say; what follows from them follows anew.
+
+        Args:
+            update: values by field.
+            deep: whether values are copied as well.
+
+        Raises:
+            ValidationError: if the result is not valid.
+        """
+        kept = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self).model_validate({**(copy.deepcopy(kept) if deep else kept), **(update or {})})
 
 
 def as_tuple(value: Any) -> Any:

@@ -397,14 +397,23 @@ def test_the_denoising_loop_reads_nothing_but_what_was_measured_two_steps_ago(mo
     assert installation.last_schedule.density_of_step(4) == 1
 
 
-def test_a_compiled_transformer_is_refused() -> None:
+def test_layers_of_a_compiled_transformer_go_wider_as_those_of_another() -> None:
     pipe = tiny_flux.pipeline()
-    pipe.transformer.compile(backend="eager")
-    with (
-        pytest.raises(BadInput, match="cannot be observed: install without an observer and a guard"),
-        grat_cli.install(pipe, preset("x"), height=HEIGHT, width=WIDTH, guard=0.9),
-    ):
-        pass
+
+    def made() -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        with grat_cli.install(pipe, preset("b"), height=HEIGHT, width=WIDTH, guard=0.9) as installation:
+            latents = call(pipe, num_inference_steps=5)
+        assert installation.guard
+        return latents, installation.guard.report()["widened"]
+
+    expected, widened = made()
+    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True, dynamic=True)
+    latents, widened_too = made()
+    torch._dynamo.reset()
+    assert relative_difference(latents, expected) < RELATIVE_OF_PIPELINES
+    layers, layers_too = ([(one["step"], one["layer"]) for one in told] for told in (widened, widened_too))
+    assert layers
+    assert layers_too == layers
 
 
 def test_bars_out_of_range_are_refused() -> None:

@@ -364,7 +364,7 @@ def test_the_fused_kernel_stays_inside_one_compiled_graph() -> None:
     with FluxAdapter(called, grid, fused=True).attached(run, Backend.SDPA):
         for run.step in range(2):
             assert relative_difference(called(**inputs)[0], expected[run.step]) < RELATIVE
-    assert all(graph.count("grat.rope_norm") == 2 for graph in graphs)
+    assert [graph.count("grat.prepared_layer_attention") for graph in graphs] == [2]  # one graph for both steps
     torch._dynamo.reset()
 
 
@@ -403,9 +403,10 @@ def test_compiled_transformers_attend_over_spans(form: str) -> None:
     with FluxAdapter(called, grid).attached(run, Backend.SDPA):
         for run.step in range(2):
             assert relative_difference(called(**inputs)[0], expected[run.step]) < RELATIVE
-    with (
-        pytest.raises(BadInput, match="compiled transformer cannot be observed"),
-        FluxAdapter(called, grid).attached(run, Backend.SDPA, observer=StepRecorder()),
-    ):
-        pass
+    recorder = StepRecorder()
+    with FluxAdapter(called, grid).attached(run, Backend.SDPA, observer=recorder):
+        for run.step in range(2):
+            assert relative_difference(called(**inputs)[0], expected[run.step]) < RELATIVE
+    for step in recorder.steps([2.0, 1.0]):
+        assert 0 < step.attention_ms < step.total_ms
     torch._dynamo.reset()

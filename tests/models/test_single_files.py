@@ -30,7 +30,6 @@ from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.families import family_of_class
 from grat_cli.files.fingerprint import fingerprint
-from grat_cli.generation import checkpoint
 from grat_cli.models import loading
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model

@@ -1,0 +1,57 @@
+"""Compiled blocks under GRAT: one graph for each kind of block, whatever the layers, steps and sizes, as uncompiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from flux_runs import RELATIVE, relative_difference
+from small_transformers import MODELS, Model, Run
+from torch._dynamo.utils import counters
+
+from grat_cli.generation.timing import StepRecorder
+from grat_kernels import Backend, Grid
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def steps(model: Model, transformer: Any, grid: Grid, observer: Any = None) -> list[torch.Tensor]:
+    """Predictions of four steps."""
+    adapter = model.adapter(transformer, grid)
+    run, inputs, made = Run(adapter), model.inputs(grid), []
+    with torch.no_grad(), adapter.attached(run, Backend.SDPA, observer):  # pyright: ignore[reportArgumentType]
+        for run.step in range(4):
+            made.append(transformer(**inputs)[0])
+    return made
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_kind_of_block_is_compiled_once_for_all_layers_steps_and_sizes(name: str) -> None:
+    """`fullgraph` makes dynamo refuse whatever would break a graph."""
+    model = MODELS[name]
+    transformer = model.make()
+    expected = {grid: steps(model, transformer, grid) for grid in model.grids}
+    with torch.no_grad():
+        stock = transformer(**model.inputs(model.grids[0]))[0]
+    adapter = model.adapter(transformer, model.grids[0])
+    for block in adapter.blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=True)
+    assert adapter.is_compiled
+    assert not adapter.is_compiled_whole
+
+    recorder = StepRecorder()
+    for grid in (*model.grids, model.grids[0]):  # each in an installation of its own
+        for result, uncompiled in zip(steps(model, transformer, grid, recorder), expected[grid], strict=True):
+            assert relative_difference(result, uncompiled) < RELATIVE
+        assert counters["stats"]["unique_graphs"] == model.forms
+    assert all(0 < step.attention_ms < step.total_ms for step in recorder.steps([4.0, 3.0, 2.0, 1.0]))
+    with torch.no_grad():
+        assert relative_difference(transformer(**model.inputs(model.grids[0]))[0], stock) < RELATIVE
