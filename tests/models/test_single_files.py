@@ -30,6 +30,7 @@ from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.families import family_of_class
 from grat_cli.files.fingerprint import fingerprint
+from grat_cli.generation import stored
 from grat_cli.models import loading
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
@@ -383,13 +384,13 @@ def test_a_run_from_a_file_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     encoder = shutil.copy(DEMO_FLUX.path / "text_encoder_2" / "model.safetensors", "t5.safetensors")
     weights = Weights(base="demo", cast="fp8", text_encoder=encoder, allow_pickle=True)
-    stored = stored._weights_data(weights)
-    assert stored == {"base": "demo", "quantize": "none", "cast": "fp8", "text_encoder": str(Path(encoder).resolve())}
-    read = stored.StoredForm.model_validate(stored).as_weights()
+    data = stored._weights_data(weights)
+    assert data == {"base": "demo", "quantize": "none", "cast": "fp8", "text_encoder": str(Path(encoder).resolve())}
+    read = stored.StoredForm.model_validate(data).as_weights()
     assert read == Weights(base="demo", cast="fp8", text_encoder=str(Path(encoder).resolve()))
     for wrong in ({"allow_pickle": True}, {"text_encoder": "t5.safetensors"}, {"cast": "fp4"}, {"base": "nothing"}):
         with pytest.raises(ValueError, match=r"allow_pickle|text_encoder|cast|base"):
-            stored.StoredForm.model_validate({**stored, **wrong}).as_weights()
+            stored.StoredForm.model_validate({**data, **wrong}).as_weights()
 
 
 def test_other_parts_may_be_those_of_a_model_by_name(tmp_path: Path) -> None:
