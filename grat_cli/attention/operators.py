@@ -9,21 +9,40 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from grat_kernels import rope_norm
+from grat_kernels import HeadPlan, Plan, rope_norm
 from grat_kernels.rope_norm import Norms, Projections
 
-if TYPE_CHECKING:
-    from grat_cli.attention.layer import LayerAttention
 
-_LAYERS: weakref.WeakValueDictionary[int, LayerAttention] = weakref.WeakValueDictionary()
+class Layer(Protocol):
+    """What operators ask of a `layer.LayerAttention`."""
+
+    @property
+    def plan(self) -> Plan | HeadPlan:
+        """What attends what in the call under way."""
+        ...
+
+    def compute(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        may_change: bool = True,
+    ) -> torch.Tensor:
+        """Its attention."""
+        ...
+
+
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def numbered(layer: LayerAttention) -> torch.Tensor:
+def numbered(layer: Layer) -> torch.Tensor:
     """The number of a layer, by which operators find it as long as it is kept: an integer in main memory, so that
     reading it waits for no device."""
     number = next(_numbers)
