@@ -16,14 +16,12 @@ import tiny_qwen
 import tiny_wan
 import torch
 from accelerate import cpu_offload
-from diffusers import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-)
+from diffusers.hooks.faster_cache import FasterCacheConfig
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 from diffusers.hooks.group_offloading import apply_group_offloading
+from diffusers.hooks.mag_cache import MagCacheConfig
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
+from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from flux_runs import GUIDED, HEIGHT, WIDTH, NoHostReads, call, preset, relative_difference
 
 import grat_cli
