@@ -65,11 +65,6 @@ class StepCaches:
         self.settings, self._watched = settings, watched
 
     @property
-    def enabled(self) -> bool:
-        """Whether any transformer has a cache, whoever enabled it."""
-        return any(watched.config is not None for watched in self._watched)
-
-    @property
     def is_restored(self) -> bool:
         """Whether the step under way is the first with what was restored: whether that fits is seen in it."""
         return any(watched.is_restored for watched in self._watched)

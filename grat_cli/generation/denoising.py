@@ -26,6 +26,7 @@ from grat_cli.generation.request import Request, WritingProgress
 from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
 from grat_cli.generation.timing import Phases, StepRecorder, phase_of, with_work
 from grat_cli.models.devices import is_out_of_memory
+from grat_cli.presets.caches import Mag
 
 if TYPE_CHECKING:
     import torch
@@ -313,7 +314,9 @@ class Denoising:
     def _keep(self, run: Run) -> None:
         """Writes a checkpoint. A run does not end because there is no room for one."""
         if not run.is_keepable:
-            self._progress.note("what the cache keeps is too much for a checkpoint: there is none within this stage")
+            measures = isinstance(cache := self._request.preset.cache, Mag) and cache.calibrate
+            why = "a run that measures ratios" if measures else "a cache that keeps so much"
+            self._progress.note(f"{why} has no checkpoint within a stage: step {run.done} is not kept")
             return
         try:
             write_run(run, self._request, self._output)
