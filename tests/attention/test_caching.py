@@ -350,6 +350,19 @@ def test_a_cache_that_the_caller_enabled_before_or_inside_works(name: str, chunk
         assert block.forward.__func__ is type(block).forward
 
 
+def test_a_cache_that_the_caller_enables_anew_as_it_was_works() -> None:
+    pipe = tiny_flux.pipeline(tiny_flux.FluxImg2ImgPipeline)
+    image = torch.rand(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
+    config = stock_config(pipe, "first-block")
+    with grat_cli.install(pipe, preset(), **SIZE):
+        pipe.transformer.enable_cache(config)
+        made = run(pipe, image=image, strength=0.8)
+        pipe.transformer.disable_cache()
+        pipe.transformer.enable_cache(config)
+        assert torch.equal(run(pipe, image=image, strength=0.8), made)
+    pipe.transformer.disable_cache()
+
+
 def test_two_caches_at_once_are_refused() -> None:
     pipe = tiny_flux.pipeline()
     with stock_cache(pipe, "taylor"), pytest.raises(BadInput, match=r"enabled already.*disable_cache\(\)"):
