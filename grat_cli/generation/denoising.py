@@ -27,7 +27,6 @@ from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
 from grat_cli.generation.timing import Phases, StepRecorder, phase_of, with_work
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.presets.caches import Mag
-from grat_kernels import BackendUnavailable, KernelMismatch
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +207,8 @@ class Denoising:
                         self._run = run_after(callback.done, latents, callback.history, callback.cache)
                     raise
                 except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+                    from grat_kernels import BackendUnavailable, KernelMismatch
+
                     of_kernels = isinstance(error, BackendUnavailable | KernelMismatch)
                     if caches and caches.is_restored and not (of_kernels or is_out_of_memory(error)):
                         raise BadInput("what the cache had kept does not fit the run: start it anew") from error
