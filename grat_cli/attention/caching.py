@@ -65,11 +65,6 @@ class StepCaches:
         self.settings, self._watched = settings, watched
 
     @property
-    def enabled(self) -> bool:
-        """Whether any transformer has a cache, whoever enabled it."""
-        return any(watched.config is not None for watched in self._watched)
-
-    @property
     def is_restored(self) -> bool:
         """Whether the step under way is the first with what was restored: whether that fits is seen in it."""
         return any(watched.is_restored for watched in self._watched)
@@ -284,6 +279,7 @@ class _Watched:
         self._is_compiled = adapter.is_compiled
         self.ratios: dict[int, float] = {}
         self._seen: Any = None
+        self._hooks: list[tuple[Any, Any]] = []  # with their registries
         self._managers: list[Any] = []  # diffusers' own, with a state for each context
         self._holders: list[Any] = []  # hooks with a single state
         self._by_call: dict[str, list[Any]] = {}  # states of these by call, where they are ours to keep apart
@@ -412,7 +408,8 @@ class _Watched:
         if (config := self.config) is None:
             self._seen = None
             return
-        if config is not self._seen:
+        # The caller may have enabled it anew with the same configuration.
+        if config is not self._seen or not all(hook in registry.hooks.values() for registry, hook in self._hooks[:1]):
             self._seen = config
             self._find()
         step = self._clock.current_step()
@@ -445,13 +442,12 @@ class _Watched:
         from diffusers.hooks.hooks import StateManager
 
         managers: dict[int, Any] = {}
-        self._holders = []
-        for module in self._model.modules():
-            registry = vars(module).get("_diffusers_hook")
-            for hook in registry.hooks.values() if registry is not None else ():
-                managers |= {id(value): value for value in vars(hook).values() if isinstance(value, StateManager)}
-                if hook._is_stateful and hasattr(hook, "state"):
-                    self._holders.append(hook)
+        registries = [vars(module).get("_diffusers_hook") for module in self._model.modules()]
+        found = [(registry, hook) for registry in registries if registry for hook in registry.hooks.values()]
+        for _, hook in found:
+            managers |= {id(value): value for value in vars(hook).values() if isinstance(value, StateManager)}
+        self._holders = [hook for _, hook in found if hook._is_stateful and hasattr(hook, "state")]
+        self._hooks = [(registry, hook) for registry, hook in found if hook._is_stateful]
         self._managers, self._by_call, self._run = list(managers.values()), {}, None
 
     def _begin(self) -> None:

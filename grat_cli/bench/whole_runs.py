@@ -452,7 +452,7 @@ class _Studio:
             with self._cached(entry, Work(adapters[0].layers)):
                 pass
         except BadInput as reason:
-            entry.skipped = str(reason)
+            entry.skipped, entry.inside = str(reason), None
             self._progress.note(f"{entry.variant.name} is skipped: {entry.skipped}")
 
     @contextmanager

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from grat_cli.errors import BadInput, choices, nearest
-from grat_cli.presets.caches import Cache, cache_from_text
 from grat_kernels import (
     Block,
     CrissCross,
@@ -38,7 +37,7 @@ from grat_kernels import (
 )
 
 if TYPE_CHECKING:
-    from grat_cli.presets import Preset
+    from grat_cli.presets import Cache, Preset
 
 Role = Literal["full", "pattern", "baseline", "peer", "noise floor"]
 # The parameters that each name takes.
@@ -281,6 +280,8 @@ def _split_cache(text: str) -> tuple[str, str]:
 
 def _cached_request(text: str, without: str, cache: str, level: str | None, option: str) -> Request:
     """A name with a cache."""
+    from grat_cli.presets import cache_from_text
+
     if level not in (None, *_LEVELS_OF_PRESETS):
         raise BadInput(
             f"{option} {text}: caches are for --level {' and '.join(_LEVELS_OF_PRESETS)}, where there are steps to "

@@ -28,6 +28,7 @@ from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
 from grat_cli.generation.timing import Phases, StepRecorder, phase_of, while_compiling, with_work
 from grat_cli.models import compiling
 from grat_cli.models.devices import is_out_of_memory, wait_for
+from grat_cli.presets.caches import Mag
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +213,10 @@ class Denoising:
                         self._run = run_after(callback.done, latents, callback.history, callback.cache)
                     raise
                 except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-                    if caches and caches.is_restored and not is_out_of_memory(error):
+                    from grat_kernels import BackendUnavailable, KernelMismatch
+
+                    of_kernels = isinstance(error, BackendUnavailable | KernelMismatch)
+                    if caches and caches.is_restored and not (of_kernels or is_out_of_memory(error)):
                         raise BadInput("what the cache had kept does not fit the run: start it anew") from error
                     raise
             self._run = run_after(stage.steps, latents, {}, None)
@@ -335,7 +339,9 @@ class Denoising:
     def _keep(self, run: Run) -> None:
         """Writes a checkpoint. A run does not end because there is no room for one."""
         if not run.is_keepable:
-            self._progress.note("what the cache keeps is too much for a checkpoint: there is none within this stage")
+            measures = isinstance(cache := self._request.preset.cache, Mag) and cache.calibrate
+            why = "a run that measures ratios" if measures else "a cache that keeps so much"
+            self._progress.note(f"{why} has no checkpoint within a stage: step {run.done} is not kept")
             return
         try:
             write_run(run, self._request, self._output)

@@ -16,14 +16,12 @@ import tiny_qwen
 import tiny_wan
 import torch
 from accelerate import cpu_offload
-from diffusers import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-)
+from diffusers.hooks.faster_cache import FasterCacheConfig
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 from diffusers.hooks.group_offloading import apply_group_offloading
+from diffusers.hooks.mag_cache import MagCacheConfig
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
+from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from flux_runs import GUIDED, HEIGHT, WIDTH, NoHostReads, call, preset, relative_difference
 
 import grat_cli
@@ -350,6 +348,19 @@ def test_a_cache_that_the_caller_enabled_before_or_inside_works(name: str, chunk
     assert torch.equal(run(pipe), stock)
     for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
         assert block.forward.__func__ is type(block).forward
+
+
+def test_a_cache_that_the_caller_enables_anew_as_it_was_works() -> None:
+    pipe = tiny_flux.pipeline(tiny_flux.FluxImg2ImgPipeline)
+    image = torch.rand(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
+    config = stock_config(pipe, "first-block")
+    with grat_cli.install(pipe, preset(), **SIZE):
+        pipe.transformer.enable_cache(config)
+        made = run(pipe, image=image, strength=0.8)
+        pipe.transformer.disable_cache()
+        pipe.transformer.enable_cache(config)
+        assert torch.equal(run(pipe, image=image, strength=0.8), made)
+    pipe.transformer.disable_cache()
 
 
 def test_two_caches_at_once_are_refused() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import grat
+from command_line import grat, refusal
 from PIL import Image
 
+import grat_cli
 from grat_cli.bench.inside_models import Host, stock_attention
 from grat_cli.bench.measure import Unwatched
+from grat_cli.bench.request import BenchRequest
 from grat_cli.bench.results import BenchResult, Row
 from grat_cli.bench.whole_runs import NOISE_FLOOR, Pictures, RunSettings, compare_runs, noise_floor
 from grat_cli.demo import DEMO_FLUX, unknown_words, vocabulary
@@ -239,3 +241,68 @@ def test_the_command_makes_a_contact_sheet(tmp_path: Any) -> None:
     with Image.open(tmp_path / "made.png") as sheet:
         assert sheet.width > 2 * WIDTH
         assert sheet.height > 3 * HEIGHT
+
+
+def test_rows_with_caches_stand_beside_those_without() -> None:
+    names = ("full+taylor:cache_interval=2", "b:group=4:radius=0", "b:group=4:radius=0+pab:timesteps=0-1000", "b+mag")
+    progress = Progress()
+    asked = settings(compare=parse_variants(",".join(names), "image"), steps=4, prompts=PROMPTS[:1], recall=False)
+    result, _ = compare_runs(asked, progress)
+    found = rows(result)
+    assert list(found) == ["full", *names, NOISE_FLOOR]
+    taylor, plain, pab, mag = (found[name] for name in names)
+    assert (taylor.density, taylor.steps_computed) == (pytest.approx(3 / 4), 3)
+    assert plain.density is not None
+    assert (pab.density, pab.steps_computed) == (pytest.approx(plain.density / 2), 2)
+    assert (plain.steps_computed, found["full"].steps_computed) == (None, None)
+    assert taylor.cache is not None
+    assert taylor.cache["cache_interval"] == 2
+    assert taylor.quality is not None
+    assert taylor.quality.ssim < 1
+    assert mag.skipped is not None
+    assert "mag:calibrate=true" in mag.skipped
+    assert [note.partition(":")[0] for note in progress.notes] == ["b+mag is skipped"]
+    assert BenchResult.from_json(json.dumps(result.as_dict(), allow_nan=False)).cases == result.cases
+
+
+def test_a_row_with_a_cache_is_the_picture_that_a_run_with_it_makes() -> None:
+    """The same caches, inside `grat_cli.install` and inside a benchmark."""
+    asked = settings(
+        compare=parse_variants("demo-b+taylor:cache_interval=2", "image"), steps=4, prompts=PROMPTS[:1], recall=False
+    )
+    _, pictures = compare_runs(asked)
+    pipe: Any = load_pipeline(DEMO_FLUX.path)
+    pipe.set_progress_bar_config(disable=True)
+    with grat_cli.install(pipe, "demo-b", height=HEIGHT, width=WIDTH, cache="taylor:cache_interval=2"):
+        made = pipe(
+            PROMPTS[0],
+            negative_prompt="",
+            true_cfg_scale=DEMO_FLUX.guidance,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=4,
+            max_sequence_length=DEMO_FLUX.text_tokens,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+    (of_bench,) = dict(pictures.rows)["demo-b+taylor:cache_interval=2"]
+    assert np.abs(np.asarray(made).astype(int) - np.asarray(of_bench).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("compare", "cache", "names"),
+    [
+        ("full,b", "taylor", ["full", "b", "full+taylor", "b+taylor"]),
+        ("b,x+pab", "mag,pab", ["b", "x+pab", "full+mag", "b+mag", "full+pab", "b+pab"]),
+    ],
+)
+def test_caches_are_added_to_every_row(compare: str, cache: str, names: list[str]) -> None:
+    given = dict.fromkeys(BenchRequest.__dataclass_fields__)
+    fixed = {"level": "image", "backend": "auto", "device": "auto", "dtype": "auto", "command": ""}
+    asked = BenchRequest(**{**given, **fixed, "compare": compare, "cache": cache})  # pyright: ignore
+    assert [request.name for request in asked.variants] == names
+    assert [request.name for request in asked.variants_beside_full] == [name for name in names if name != "full"]
+
+
+def test_caches_of_a_benchmark_that_cannot_be_are_refused() -> None:
+    assert "--cache tailor: did you mean 'taylor'" in refusal("bench", "--level", "image", "--cache", "tailor")
+    assert "it is for image and video" in refusal("bench", "--level", "step", "--cache", "taylor")

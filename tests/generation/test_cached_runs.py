@@ -17,6 +17,9 @@ from grat_cli.errors import BadInput, Interrupted
 from grat_cli.files import tensors
 from grat_cli.generation.checkpoint import find_run, read_run
 from grat_cli.generation.request import Request
+from grat_cli.generation.selection import select_preset
+from grat_cli.generation.stage import refuse_cache
+from grat_cli.models.catalogue import choose_model, medium_of_name
 
 # Of runs of five steps, of which each leaves some of the attention out.
 CACHES: dict[str, dict[str, Any]] = {
@@ -166,7 +169,7 @@ def test_what_is_too_much_for_a_checkpoint_is_said_and_not_kept(
     progress = Progress(after=3)
     with pytest.raises(KeyboardInterrupt):
         generate(cached(small, CACHES["taylor"], tmp_path / "a", checkpoint_every=1), progress)
-    assert progress.notes[-1] == "what the cache keeps is too much for a checkpoint: there is none within this stage"
+    assert progress.notes[-1] == "a cache that keeps so much has no checkpoint within a stage: step 3 is not kept"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,3 +219,34 @@ def test_stages_tell_of_their_caches_apart(small: Small, tmp_path: Path) -> None
     (line,) = run_tables.cache_lines([made.report])
     assert line.startswith("cache pab: 64x64 ")
     assert "; 128x128 " in line
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "says"),
+    [
+        ("flux2-klein-4b", "first-block", "some of its blocks return text and image apart"),
+        ("hunyuan15-480p", "mag", "diffusers does not know what its HunyuanVideo15TransformerBlock takes and returns"),
+        ("wan2.2-14b", "mag", "run once with --cache mag:calibrate=true"),
+    ],
+)
+def test_a_cache_that_a_model_cannot_have_is_refused_before_its_weights_are_there(
+    model: str, cache: str, says: str, tmp_path: Path
+) -> None:
+    choice = choose_model(model, medium=medium_of_name(model) or "image")
+    size = {"width": 832, "height": 480, **({"frames": 17, "fps": 16} if choice.video else {})}
+    preset = select_preset(choice, cache=cache)
+    ending = ".mp4" if choice.video else ".png"
+    format = ending[1:]
+    asked = Request(
+        prompt="a", preset=preset, model=choice, **size, seeds=(1,), outputs=(tmp_path / f"a{ending}",), format=format
+    )
+    with pytest.raises(BadInput, match=f"^cache {cache} .*{says}"):
+        generate(asked)
+
+
+@pytest.mark.parametrize("model", ["flux-dev", "qwen-image", "hunyuan", "wan2.1-14b"])
+def test_caches_that_diffusers_has_for_a_model_are_not_refused(model: str) -> None:
+    choice = choose_model(model, medium=medium_of_name(model) or "image")
+    size = {"width": 832, "height": 480, **({"frames": 17, "fps": 16} if choice.video else {})}
+    for cache in ("first-block", "taylor", "taylor:use_lite_mode=true", "pab", "faster", "mag:calibrate=true"):
+        refuse_cache(Request(prompt="a", preset=select_preset(choice, cache=cache), model=choice, **size))

@@ -42,7 +42,10 @@ def test_a_typed_cache_is_resolved_into_the_preset_and_written_whole(text: str, 
 
 
 def test_a_kind_alone_has_diffusers_defaults() -> None:
-    from diffusers import FasterCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+    from diffusers.hooks.faster_cache import FasterCacheConfig
+    from diffusers.hooks.mag_cache import MagCacheConfig
+    from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
+    from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 
     def own(kind: str) -> dict[str, Any]:
         cache = cache_from_text(kind, "--cache")
