@@ -111,7 +111,7 @@ def refuse_unfit(request: Request, size: Any) -> None:
         device=request.device,
         dtype=request.dtype,
         offload=request.offload,
-        quantize=request.weights.quantize,
+        weights=request.weights,
     )
 
 

@@ -190,7 +190,8 @@ def component_weights(components: Components, execution: Execution) -> dict[str,
     return {
         "text": sum(_encoder_weights(encoder, execution) for encoder in components.text_encoders),
         "transformer": components.transformers
-        * (blocks * QUANTIZED_BYTES.get(execution.quantize, element) + transformer.other_parameters * element),
+        * (blocks * QUANTIZED_BYTES.get(execution.quantize, element) + transformer.other_parameters * element)
+        + components.added * element,
         "autoencoder": components.autoencoder.parameters * execution.autoencoder_element,
     }
 

@@ -320,12 +320,14 @@ class Components:
         transformer: each of those that take turns.
         autoencoder: for pixels.
         transformers: how many take turns.
+        added: numbers in LoRAs beside the weights of all of these.
     """
 
     text_encoders: tuple[TextEncoderShape, ...]
     transformer: TransformerShape
     autoencoder: AutoencoderShape
     transformers: int = 1
+    added: int = 0
 
     @property
     def text_parameters(self) -> int:
@@ -335,4 +337,5 @@ class Components:
     @property
     def parameters(self) -> int:
         """All weights."""
-        return self.text_parameters + self.transformers * self.transformer.parameters + self.autoencoder.parameters
+        denoising = self.transformers * self.transformer.parameters + self.added
+        return self.text_parameters + denoising + self.autoencoder.parameters
