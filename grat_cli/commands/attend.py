@@ -114,7 +114,7 @@ def attend(
         """Without the stages of large pictures."""
         return [forecast(watched, choice.name, architecture, size, in_dtype)]
 
-    refuse_unfit_here(choice, forecasts, size, **model.machine, quantize=model.quantize, cast=model.cast)
+    refuse_unfit_here(choice, forecasts, size, **model.machine, weights=model.weights)
 
     # 4. Run and watch.
     from dataclasses import replace

@@ -113,8 +113,7 @@ def refuse_unfit(request: Request, size: Any) -> None:
         device=request.device,
         dtype=request.dtype,
         offload=request.offload,
-        quantize=request.weights.quantize,
-        cast=request.weights.cast,
+        weights=request.weights,
     )
 
 

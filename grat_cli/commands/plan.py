@@ -58,7 +58,7 @@ def plan(
         "Default: the GPU of this machine.",
         options.MODEL,
     ),
-    weights: Annotated[options.ModelOptions, only("offload", "quantize", "cast")],
+    weights: Annotated[options.ModelOptions, only("offload", "quantize", "cast", "lora", "fuse_lora")],
     picture: Path | None = option("FILE.png", "Draw the pattern into a file instead of the terminal.", options.OUTPUT),
     overwrite: bool = options.OVERWRITE,
     terminal: options.TerminalOptions,
@@ -66,7 +66,7 @@ def plan(
     """Show tokens, density, attention work, memory and the pattern of a run, without loading a model."""
     from grat_cli.console.pattern import text_picture
     from grat_cli.errors import BadInput
-    from grat_cli.estimates.components import components_of
+    from grat_cli.estimates.components import components_of, with_loras
     from grat_cli.estimates.fitting import judge, refuse_unfit, what_fits
     from grat_cli.estimates.hardware import GPUS, device_named, present_cpu, present_gpu
     from grat_cli.estimates.planning import run_forecasts
@@ -133,8 +133,8 @@ def plan(
         stages = [stage_data(stage, made.schedule) for stage, made in parts]
 
     # 3. Memory and time by phase, on the device that is meant.
-    components = components_of(choice)
-    if device is not None and device.kind == "cpu" and weights != options.ModelOptions(cast=weights.cast):
+    components = with_loras(components_of(choice), weights.weights)
+    if device is not None and device.kind == "cpu" and (weights.offload, weights.quantize) != ("none", "none"):
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
     how = {"offload": weights.offload, "quantize": weights.quantize, "cast": weights.cast}
     verdict = judge(runs, components, choice, device or GPUS["h200"], **how, at_size=forecasts)

@@ -21,6 +21,8 @@ from grat_cli.families.shapes import Components, TextEncoderShape, TransformerSh
 from grat_cli.files.json_objects import read_json
 from grat_cli.files.tensors import LONGEST_HEADER
 from grat_cli.models.catalogue import is_known
+from grat_cli.models.lora import own_name, read_header
+from grat_cli.models.weights import Weights
 
 _ENCODERS = ("text_encoder*", "image_encoder")
 
@@ -44,6 +46,20 @@ def components_of(choice: ModelChoice) -> Components:
             replace(autoencoder, parameters=stored_parameters(folder / "vae")),
             choice.transformers,
         )
+
+
+def with_loras(components: Components, weights: Weights) -> Components:
+    """The parts with the LoRAs beside them that are in files: of those of the hub nothing is known beforehand.
+
+    Raises:
+        ModelUnavailable, BadInput: if one is damaged, or none.
+    """
+    added = 0
+    for lora in weights.loras:
+        if lora.kind == "file" and not weights.fuse_loras:
+            read_header(Path(lora.source), own_name(lora))
+            added += stored_numbers(Path(lora.source)) * (2 if lora.noise == "both" else 1)
+    return replace(components, added=added)
 
 
 def denoising_shapes(choice: ModelChoice) -> tuple[TransformerShape, AutoencoderShape]:
@@ -124,10 +140,10 @@ def stored_parameters(folder: Path) -> int:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no .safetensors file")
-    return sum(_elements(path) for path in files)
+    return sum(map(stored_numbers, files))
 
 
-def _elements(path: Path) -> int:
+def stored_numbers(path: Path) -> int:
     """Numbers in a file: its first 8 bytes are the length of a JSON header (huggingface/safetensors, README)."""
     with open(path, "rb") as file:
         start = file.read(8)

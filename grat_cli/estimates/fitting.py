@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.console.output import bytes_text
 from grat_cli.errors import GratError, ModelUnavailable, OutOfMemory
-from grat_cli.estimates.components import components_of, components_of_pipeline
+from grat_cli.estimates.components import components_of, components_of_pipeline, with_loras
 from grat_cli.estimates.hardware import GPUS, Device, cuda_device, present_cpu
 from grat_cli.estimates.memory import OFFLOAD_KINDS, PHASES, Execution, PhaseMemory, RunMemory, run_memory
 from grat_cli.estimates.planning import Forecast
@@ -20,6 +20,7 @@ from grat_cli.families.shapes import Components
 from grat_cli.models.catalogue import is_known
 from grat_cli.models.offloading import choose_offload
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.weights import AS_THEY_ARE, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -142,8 +143,7 @@ def offload_for(
     runs: Sequence[Forecast],
     device: torch.device,
     *,
-    quantize: str = "none",
-    cast: str = "none",
+    weights: Weights = AS_THEY_ARE,
 ) -> tuple[str, str]:
     """The fastest kind of offload with which a run fits a CUDA device, and why; what `--offload auto` stands for.
 
@@ -152,17 +152,17 @@ def offload_for(
         choice: of the model.
         runs: forecasts of its stages.
         device: where it is to run.
-        quantize: `--quantize`.
-        cast: `--cast`.
+        weights: how they come.
     """
     import torch
 
     free = torch.cuda.mem_get_info(device)[0]
     there = cuda_device(torch.cuda.get_device_name(device), free)
     components = components_of(choice) if is_known(choice) else components_of_pipeline(pipe, choice)
+    components = with_loras(components, weights)
     needed = {}
     for kind in OFFLOAD_KINDS:
-        execution = execution_of(choice, runs[-1], there, offload=kind, quantize=quantize, cast=cast)
+        execution = execution_of(choice, runs[-1], there, offload=kind, quantize=weights.quantize, cast=weights.cast)
         needed[kind] = there.with_overhead(needs(runs, components, execution).peak)
     return choose_offload(needed, free)
 
@@ -195,8 +195,7 @@ def refuse_unfit_here(
     device: str,
     dtype: str,
     offload: str,
-    quantize: str,
-    cast: str = "none",
+    weights: Weights = AS_THEY_ARE,
 ) -> None:
     """Makes sure, before anything is loaded, that a run fits the device that it is for.
 
@@ -209,8 +208,7 @@ def refuse_unfit_here(
         device: as for `devices.choose_device`.
         dtype: as for `devices.choose_dtype`.
         offload: `--offload`.
-        quantize: `--quantize`.
-        cast: `--cast`.
+        weights: how they come.
 
     Raises:
         OutOfMemory: if it does not fit, with what does.
@@ -230,7 +228,7 @@ def refuse_unfit_here(
     else:
         return
     try:
-        components = components_of(choice)
+        components = with_loras(components_of(choice), weights)
     except ModelUnavailable:  # loading says more of what is wrong
         return
     in_dtype = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
@@ -240,7 +238,14 @@ def refuse_unfit_here(
 
     refuse_unfit(
         judge(
-            forecasts(size), components, choice, there, offload=offload, quantize=quantize, cast=cast, at_size=forecasts
+            forecasts(size),
+            components,
+            choice,
+            there,
+            offload=offload,
+            quantize=weights.quantize,
+            cast=weights.cast,
+            at_size=forecasts,
         )
     )
 

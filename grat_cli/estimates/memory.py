@@ -204,7 +204,7 @@ def component_weights(components: Components, execution: Execution) -> dict[str,
         size = components.transformer_bytes
     return {
         "text": sum(_encoder_weights(encoder, execution) for encoder in components.text_encoders),
-        "transformer": components.transformers * size,
+        "transformer": components.transformers * size + components.added * element,
         "autoencoder": components.autoencoder.parameters * execution.autoencoder_element,
     }
 

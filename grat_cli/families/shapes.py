@@ -333,6 +333,7 @@ class Components:
         autoencoder: for pixels.
         transformers: how many take turns.
         transformer_bytes: of each, where its weights stay as a file has them; None where the run decides.
+        added: numbers in LoRAs beside the weights of all of these.
     """
 
     text_encoders: tuple[TextEncoderShape, ...]
@@ -340,6 +341,7 @@ class Components:
     autoencoder: AutoencoderShape
     transformers: int = 1
     transformer_bytes: int | None = None
+    added: int = 0
 
     @property
     def text_parameters(self) -> int:
@@ -349,4 +351,5 @@ class Components:
     @property
     def parameters(self) -> int:
         """All weights."""
-        return self.text_parameters + self.transformers * self.transformer.parameters + self.autoencoder.parameters
+        denoising = self.transformers * self.transformer.parameters + self.added
+        return self.text_parameters + denoising + self.autoencoder.parameters

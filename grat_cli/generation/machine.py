@@ -73,9 +73,7 @@ def offload_chooser(request: Request, device: torch.device, references: int = 0)
             size = VideoSize(request.width, request.height, request.frames, request.fps)
         dtype = str(choose_dtype(request.dtype, device)).removeprefix("torch.")
         runs = run_forecasts(request.preset, request.model, size, dtype, handed=request.handed, references=references)
-        return offload_for(
-            pipe, request.model, runs, device, quantize=request.weights.quantize, cast=request.weights.cast
-        )
+        return offload_for(pipe, request.model, runs, device, weights=request.weights)
 
     return choose
 

@@ -21,7 +21,7 @@ MOST_LORAS, LARGEST_SCALE = 32, 100.0
 _NOISES: Mapping[str, Noise] = {"high": "high", "low": "low", "both": "both"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.ASCII | re.IGNORECASE)
 _LFS, _PICKLES = b"version https://git-lfs", (b"PK\x03\x04", b"\x80")
-_MOST_KEYS = 200_000
+_MOST_KEYS, _LONGEST_NAME = 200_000, 120
 _NO_LAYER = re.compile(r"\d{5}")  # conversions count up to the numbers that names of weights hold
 # What other ways of adding to weights are known by, and why these are not read.
 _OTHER_KINDS: Mapping[str, str] = {
@@ -247,7 +247,7 @@ class Header:
     adapter: str
 
 
-def read_header(path: Path, name: str, takes_text: bool) -> Header:
+def read_header(path: Path, name: str, takes_text: bool = True) -> Header:
     """Of a LoRA's file.
 
     Args:
@@ -287,16 +287,22 @@ def read_header(path: Path, name: str, takes_text: bool) -> Header:
             f"{name} holds no LoRA: none of its {len(keys)} weights is one; a whole model is given with --model"
         )
     if strange := next((key for key in keys if _NO_LAYER.search(key)), None):
-        raise ModelUnavailable(f"{name} is damaged: it names a layer that no model has, {printable(strange)[:80]}")
+        raise ModelUnavailable(f"{name} is damaged: it names a layer that no model has, {shown(strange)}")
     of_text = sorted(key for key in keys if key.startswith(("lora_te", "text_encoder")))
     if of_text and not takes_text:
         raise BadInput(
-            f"{name} is also for a text encoder ({len(of_text)} weights, such as {printable(of_text[0])[:80]}), which "
+            f"{name} is also for a text encoder ({len(of_text)} weights, such as {shown(of_text[0])}), which "
             "diffusers reads no LoRAs for with this model: it is of another model, or has to be split"
         )
     return Header(keys, about.get("lora_adapter_metadata", ""))
 
 
+def shown(name: str) -> str:
+    """A name out of a file, as messages have it."""
+    text = printable(name)
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
+
+
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name)[:80] for name in names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+    first = ", ".join(map(shown, names[:5]))
+    return f"{first} and {len(names) - 5} more" if len(names) > 5 else first

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from grat_cli.errors import BadInput, ModelUnavailable, first_line, printable
+from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
 from grat_cli.families.base import ModelChoice
 from grat_cli.files.fingerprint import fingerprint
-from grat_cli.models.lora import own_name, read_header
+from grat_cli.models.lora import own_name, read_header, shown
 from grat_cli.models.weights import Lora, Noise, Weights
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _add(
     if not parts:
         raise BadInput(
             f"{name} is of another model than {choice.name}: none of its {len(read)} weights has a place there, "
-            f"such as {printable(next(iter(read)))[:80]}"
+            f"such as {shown(next(iter(read)))}"
         )
     left += [*unread, *factors.unused(parts)]
 
@@ -195,7 +195,7 @@ def _add(
         parts=tuple(parts),
         layers=layers,
         left_out=len(left),
-        example=printable(left[0])[:80] if left else "",
+        example=shown(left[0]) if left else "",
     )
 
 
@@ -209,7 +209,7 @@ def _converted(
     # Conversions divide by powers of two until an alpha fits, which one below zero never does.
     for key, alpha in raw.items():
         if key.endswith(".alpha") and (alpha.numel() != 1 or not 0 <= float(alpha) <= _LARGEST_ALPHA):
-            raise ModelUnavailable(f"{name} is damaged: {printable(key)[:80]} is no number that can be")
+            raise ModelUnavailable(f"{name} is damaged: {shown(key)} is no number that can be")
     try:
         read = pipeline.lora_state_dict(raw, **({"return_alphas": True} if with_alphas else {}))
     except Exception as error:
@@ -287,17 +287,17 @@ def _fitting(
     if len(absent) > _MOST_ABSENT * (len(absent) + len(halves)):
         raise BadInput(
             f"{name} is of another model than {model}: {len(absent)} of its {len(absent) + len(halves)} layers have no "
-            f"place there, such as {printable(min(absent))[:80]}"
+            f"place there, such as {shown(min(absent))}"
         )
     fitting = {}
     for place, keys in halves.items():
         if not {"lora_A.weight", "lora_B.weight"} <= keys.keys():
-            raise ModelUnavailable(f"{name} is incomplete: of {printable(place)[:80]} it has one half; get it again")
+            raise ModelUnavailable(f"{name} is incomplete: of {shown(place)} it has one half; get it again")
         down, up = own[keys["lora_A.weight"]], own[keys["lora_B.weight"]]
         found = _widths(modules[place])
         assert found is not None, "it has a place"
         if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1] or not 1 <= len(down) <= _LARGEST_RANK:
-            raise ModelUnavailable(f"{name} is damaged: the halves of {printable(place)[:80]} do not fit each other")
+            raise ModelUnavailable(f"{name} is damaged: the halves of {shown(place)} do not fit each other")
         if place == _INPUT and down.shape[1] > found[0]:
             raise BadInput(
                 f"{name} widens the input of the model from {found[0]} to {down.shape[1]} channels, as a LoRA of a "
@@ -307,7 +307,7 @@ def _fitting(
             down = torch.nn.functional.pad(down, (0, found[0] - down.shape[1]))
         if (down.shape[1], up.shape[0]) != found:
             raise BadInput(
-                f"{name} is of another model than {model}: its {printable(place)[:80]} takes {down.shape[1]} channels "
+                f"{name} is of another model than {model}: its {shown(place)} takes {down.shape[1]} channels "
                 f"to {up.shape[0]}, that of the model {found[0]} to {found[1]}"
             )
         factor = factors.factor(place, len(down))
@@ -315,7 +315,7 @@ def _fitting(
         if "lora_B.bias" in keys:
             tensors[f"{place}.lora_B.bias"] = own[keys["lora_B.bias"]] * factor
         if not all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in tensors.values()):
-            raise ModelUnavailable(f"{name} is damaged: {printable(place)[:80]} holds what are no finite numbers")
+            raise ModelUnavailable(f"{name} is damaged: {shown(place)} holds what are no finite numbers")
         fitting |= tensors
     return fitting, left
 
@@ -335,7 +335,7 @@ def _require_whole(module: Any, own: Mapping[str, torch.Tensor], adapter: str, n
     for place in places:
         layer = modules[place]
         if adapter not in getattr(layer, "lora_A", ()) or any(weight.is_meta for weight in layer.parameters()):
-            raise BadInput(f"{name}: peft adds no LoRA to {printable(place)[:80]}, a {type(layer).__name__}")
+            raise BadInput(f"{name}: peft adds no LoRA to {shown(place)}, a {type(layer).__name__}")
         for half in (layer.lora_A[adapter], layer.lora_B[adapter]):
             half.requires_grad_(False)
             # Peft takes the dtype of the weights, but where these are the bytes of quantized ones.
@@ -440,11 +440,11 @@ class _Factors:
                     continue
                 for key, value in settings.items():
                     if key not in _OF_TRAINING and value and value != usual.get(key):
-                        raise BadInput(f"{name} was trained with {printable(key)[:40]}, which is not supported")
+                        raise BadInput(f"{name} was trained with {shown(key)[:40]}, which is not supported")
                 adapters[part] = _Adapter.model_validate(settings)
                 if strange := [key for key in adapters[part].alpha_pattern if not _LITERAL.fullmatch(key)]:
                     raise BadInput(
-                        f"{name} gives its alphas by the pattern {printable(strange[0])[:80]}, and not by names of "
+                        f"{name} gives its alphas by the pattern {shown(strange[0])}, and not by names of "
                         "layers, which is not supported"
                     )
         except (ValueError, ValidationError, RecursionError) as error:

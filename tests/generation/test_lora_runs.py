@@ -165,6 +165,50 @@ def test_samples_of_a_batch_are_those_of_their_loras(lora: Path, tensors: dict[s
     assert "was made with other options (LoRAs)" in refusal(*with_lora)
 
 
+class _Seen(Exception):
+    """Ends a command where it loads its model."""
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("bench.whole_runs", ("bench", "--level", "image", "--model", "demo")),
+        ("bench.highres_level", ("bench", "--level", "highres", "--model", "demo", "--res", "512")),
+        ("fidelity.tuning", ("tune", "1", "--model", "demo", "--target-density", "0.5")),
+        ("models.loading", ("attend", "a red fox", "--model", "demo")),
+        ("generation.run", ("image", "a red fox", "--model", "demo")),
+        ("generation.run", ("video", "waves at night", "--model", "demo")),
+    ],
+)
+def test_every_command_that_runs_a_model_loads_it_with_its_loras(
+    module: str, command: tuple[str, ...], lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def load(*_: Any, weights: Weights, **__: Any) -> Any:
+        seen.append(weights)
+        raise _Seen
+
+    monkeypatch.setattr(f"grat_cli.{module}.load_model", load)
+    monkeypatch.setattr("grat_cli.estimates.time.planned_seconds", lambda *_: 2.0)
+    grat(*command, "--lora", f"{lora}@0.5", "--fuse-lora")
+    assert seen == [Weights(loras=(Lora(source=str(lora), scale=0.5),), fuse_loras=True)]
+
+
+def test_plans_count_the_weights_of_loras(lora: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def planned(*options: object) -> float:
+        phases = grat("plan", "--model", "wan2.2-14b", "--gpu", "h200", "--json", *options).data["phases"]
+        return next(phase["weights_bytes"] for phase in phases if phase["phase"] == "denoise")
+
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    plain = planned()
+    assert planned("--lora", f"high={lora}") - plain == 2 * numbers
+    assert planned("--lora", f"both={lora}") - plain == 4 * numbers
+    assert planned("--lora", f"both={lora}", "--fuse-lora") == plain
+    lora.write_bytes(lora.read_bytes()[:100])
+    assert "style.safetensors is damaged" in refusal("plan", "demo-far", "--lora", lora, code=3)
+
+
 def test_options_of_loras_are_refused_in_a_line(lora: Path) -> None:
     assert "there is no file none.safetensors" in refusal(*FOX, "--lora", "none.safetensors", code=3)
     assert "a scale is a number" in refusal(*FOX, "--lora", f"{lora}@nan")

@@ -19,6 +19,8 @@ import tiny_wan
 import torch
 from accelerate import cpu_offload
 from diffusers.pipelines.flux.pipeline_flux_fill import FluxFillPipeline
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lora_files import diffusers_layout, layers_of, other_layout, write
 
 import grat_cli
@@ -488,8 +490,8 @@ def test_weights_without_a_place_are_told(flux: Any, tmp_path: Path) -> None:
 def test_a_lora_of_another_family_is_refused(family: str, built: Callable[[str], Any], tmp_path: Path) -> None:
     case = CASES[family]
     for other, of_other in CASES.items():
-        layouts = of_other.layouts if other != family else {}
-        for layout, tensors in layouts.items():
+        layouts = ("diffusers", "original") if other != family else ()
+        for layout, tensors in ((layout, of_other.layouts[layout]) for layout in layouts):
             file = write(tmp_path / f"{other}-{layout}.safetensors", tensors(built(other)))
             pipe = built(family)
             with pytest.raises((BadInput, ModelUnavailable), match=f"^{file.name} ") as caught:
@@ -551,6 +553,48 @@ def test_files_that_do_not_fit_are_refused_in_a_line(damage: str, flux: Any, tmp
     with pytest.raises((BadInput, ModelUnavailable), match=f"^a.safetensors {words}") as caught:
         apply(flux, FLUX.choice, file)
     assert len(str(caught.value).splitlines()) == 1
+
+
+MARKS = ("transformer.", "lora_unet_", "lora_A", "lora_B", "lora_down", ".weight", ".", "blocks", "0", "attn", "to_q")
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "shorter": lambda tensor: tensor[:1],
+    "none": lambda tensor: tensor[:0],
+    "flat": lambda tensor: tensor.reshape(-1),
+    "deeper": lambda tensor: tensor[..., None, None],
+    "bytes": lambda tensor: tensor.to(torch.uint8),
+    "half": lambda tensor: tensor.half(),
+    "eighth": lambda tensor: tensor.to(torch.float8_e4m3fn),
+    "infinite": lambda tensor: tensor * torch.inf,
+}
+
+
+@given(
+    family=st.sampled_from(["flux", "wan", "qwen"]),
+    layout=st.sampled_from(["diffusers", "kohya", "original"]),
+    renamed=st.lists(st.tuples(st.integers(0, 99), *[st.sampled_from((*MARKS, "", "9999", ".alpha"))] * 2), max_size=3),
+    changed=st.lists(st.tuples(st.integers(0, 99), st.sampled_from(list(CHANGES))), max_size=2),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_is_added_or_refused_in_a_line(
+    built: Callable[[str], Any], tmp_path: Path, family: str, layout: str, renamed: list[Any], changed: list[Any]
+) -> None:
+    case, pipe = CASES[family], built(family)
+    tensors = case.layouts[layout](pipe)
+    for number, mark, other in renamed:
+        name = list(tensors)[number % len(tensors)]
+        tensors[name.replace(mark, other, 1) if mark else name + other] = tensors.pop(name)
+    for number, change in changed:
+        name = list(tensors)[number % len(tensors)]
+        tensors[name] = CHANGES[change](tensors[name]) if tensors[name].ndim else tensors[name]
+    file = write(tmp_path / "a.safetensors", tensors)
+    try:
+        (applied,) = apply(pipe, case.choice, file)
+        made = 2 * applied.layers
+    except (BadInput, ModelUnavailable) as error:
+        made, said = 0, str(error)
+        if len(said.splitlines()) != 1 or not said.startswith("a.safetensors "):
+            raise
+    assert made == sum("lora_" in name for name, _ in pipe.transformer.named_parameters()) or not made
 
 
 def quantized(pipe: Any) -> Any:
