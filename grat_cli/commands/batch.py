@@ -62,6 +62,7 @@ def batch(
                 "else demo.",
                 options.MODEL,
                 complete=options.complete_any_model,
+                is_place=True,
             )
         ),
     ],

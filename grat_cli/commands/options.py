@@ -222,9 +222,13 @@ class ModelOptions:
         "Default: flux-dev with a CUDA device, else demo.",
         MODEL,
         complete=complete_model,
+        is_place=True,
     )
     base: str | None = option(
-        "MODEL", "Folder or Hub id with the text encoders and autoencoder for a .safetensors --model.", MODEL
+        "MODEL",
+        "Folder or Hub id with the text encoders and autoencoder for a .safetensors --model.",
+        MODEL,
+        is_place=True,
     )
     device: str = option("NAME", "auto, cpu, cuda, cuda:1 or mps.", MODEL, "auto")
     dtype: str = option("NAME", "auto, float32, bfloat16 or float16.", MODEL, "auto")
@@ -377,6 +381,7 @@ EITHER_MODEL = option(
     "Default: flux-dev with a CUDA device, else demo.",
     MODEL,
     complete=complete_any_model,
+    is_place=True,
 )
 OUT = option("PATH", "File or folder to write to. Default: a telling name in the current folder.", OUTPUT)
 OUT_BESIDE = option("PATH", "File or folder to write to. Default: beside FILE, by its name.", OUTPUT)

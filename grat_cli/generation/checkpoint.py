@@ -7,7 +7,6 @@ what may be typed, and decides neither where an output goes nor what it may repl
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,6 @@ from grat_cli.estimates.stages import Stage
 from grat_cli.families import Medium, ModelChoice
 from grat_cli.families.base import Pictures
 from grat_cli.files import formats, outputs, tensors, videos, whole
-from grat_cli.files.places import expanded
 from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS
 from grat_cli.generation.inputs import pictures_in, tensors_of
 from grat_cli.generation.report import SCHEMA
@@ -211,10 +209,9 @@ def find_run(path: Path) -> Path:
     if ending and path.is_file():
         return path
     # A run whose checkpoint is gone may have got as far as its latents.
-    output = path.with_name(path.name.removesuffix(ending))
-    for kept in (outputs.latents_path(output), outputs.checkpoint_path(output)):
-        if kept.is_file():
-            return kept
+    output = path.with_name(path.name.removesuffix(ending)) if path.name else path
+    for kept in outputs.kept_beside(output):
+        return kept
     raise BadInput(f"there is no checkpoint and there are no latents of {path}: there is nothing to go on with")
 
 
@@ -483,7 +480,7 @@ _PICTURES = ("init_image", "mask", "control")
 
 
 def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(expanded(path).resolve())
+    return None if path is None else str(path.expanduser().resolve())
 
 
 def request_data(request: Request) -> dict[str, Any]:
@@ -492,8 +489,8 @@ def request_data(request: Request) -> dict[str, Any]:
     model = {"name": request.model.name, "source": request.model.source, "kind": request.model.kind}
     if request.model.kind != "hub":
         model["source"] = str(Path(request.model.source).resolve())
-    if request.base is not None and os.path.exists(expanded(request.base)):
-        data["base"] = str(expanded(request.base).resolve())
+    if request.base is not None and Path(request.base).expanduser().exists():
+        data["base"] = str(Path(request.base).expanduser().resolve())
     return {
         **data,
         "preset": request.preset.model_dump(mode="json"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
 from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
-from grat_cli.files.places import expanded
 from grat_cli.models.catalogue import is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
@@ -127,7 +125,7 @@ def _load(
     if choice.kind != "file":
         return _load_folder(pipeline, folder, choice.name, family, dtypes, quantized), folder
     assert base is not None, "a file has a base, or is refused"
-    base = str(expanded(base)) if os.path.isdir(expanded(base)) else base
+    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     if "transformer_2" in read_index(folder / "model_index.json").classes(base, family.classes):
         raise BadInput(
             f"{base} has two transformers, and {choice.name} would replace one of them: "
@@ -156,8 +154,8 @@ def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Pa
             f"{choice.name} holds a transformer alone: give the other parts of the pipeline with --base, "
             f"a folder or a hub id such as --base {family.base}"
         )
-    folder = expanded(base)
-    if not os.path.isdir(folder):
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
         return download_pipeline(pipeline, base, family, leave_out="transformer")
     if medium_of_name(str(folder)) not in (None, choice.medium):
         raise BadInput(f"--base {base} is of no model of {choice.medium}s: try --base {family.base}")

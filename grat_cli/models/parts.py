@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from grat_cli.errors import ModelUnavailable, first_line, printable, shortened
+from grat_cli.errors import ModelUnavailable, first_line, printable
 from grat_cli.families.base import Classes
 from grat_cli.files.json_objects import read_json
 from grat_cli.models.quantization import PACKAGES
@@ -105,8 +105,7 @@ def read_index(path: Path) -> PipelineIndex:
 def validation_problem(error: ValidationError) -> str:
     """The first thing that is wrong with a file's content, without that content."""
     problem = error.errors(include_input=False, include_url=False)[0]
-    place = ".".join(str(key) for key in problem["loc"] if key != "[key]")
-    return f"{shortened(printable(place), 80)}: {problem['msg']}"
+    return printable(".".join(str(key) for key in problem["loc"] if key != "[key]"))[:80] + f": {problem['msg']}"
 
 
 def load_class(library: str, kind: str) -> Any:
@@ -133,8 +132,7 @@ def require_plain_part(folder: Path, what: str) -> None:
             names = set(map(str, read_json(path)["weight_map"].values()))
             strange = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
             if strange:
-                named = shortened(printable(strange[0]), 80)
-                raise _reaches_out(what, path.name, f"{named}, no .safetensors beside it")
+                raise _reaches_out(what, path.name, f"{printable(strange[0])[:80]}, no .safetensors beside it")
         elif path.name in _CONFIGURATIONS:
             require_plain_config(read_json(path), what, path.name)
 

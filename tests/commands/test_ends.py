@@ -223,3 +223,17 @@ def test_a_benchmark_whose_rows_all_failed_is_a_failure(tmp_path: Path, monkeypa
         assert result.code == code
         assert ("no variant could be measured; full: NaN" in result.err) == (code == 5)
         assert (tmp_path / f"{failed}-{skipped}.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["resume", "decode"])
+@pytest.mark.parametrize("name", [".", "/", "..", "x" * 250, "missing.png", "sub/"])
+def test_there_is_nothing_to_go_on_with_beside_what_is_no_output(command: str, name: str) -> None:
+    assert refusal(command, name).startswith("there is no checkpoint and there are no latents of ")
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_advice_names_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal("plan", "demo-b", "--picture", name).endswith(".png")
+    assert refusal("compare", "a.png", "b.png", "--sheet", name)
+    assert refusal("tune", "2", "--target-density", "0.1", "--out", name, "--model", "demo").endswith(".yaml")
