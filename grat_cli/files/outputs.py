@@ -213,12 +213,12 @@ def write_json(data: Mapping[str, Any], path: Path, *, overwrite: bool = False) 
 
 
 def write_text(text: str, path: Path, *, overwrite: bool = False) -> None:
-    """Writes text, whole or not at all.
+    """Writes text in UTF-8, whole or not at all; names of files that are no text are written out in it.
 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    write_whole(path, lambda file: file.write(text.encode()), overwrite=overwrite)
+    write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")), overwrite=overwrite)
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

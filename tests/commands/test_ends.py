@@ -237,3 +237,14 @@ def test_advice_names_a_file(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert refusal("plan", "demo-b", "--picture", name).endswith(".png")
     assert refusal("compare", "a.png", "b.png", "--sheet", name)
     assert refusal("tune", "2", "--target-density", "0.1", "--out", name, "--model", "demo").endswith(".yaml")
+
+
+def test_where_the_system_knows_ascii_alone_names_are_what_was_typed(tmp_path: Path) -> None:
+    env = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env.pop("PYTHONIOENCODING", None)
+    command = [*PLAN, "--picture", "é 狐 [x].png".encode()]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert os.listdir(os.fsencode(tmp_path)) == ["é 狐 [x].png".encode()]
+    assert done.stdout.splitlines()[-1] == "é 狐 [x].png".encode()  # so that a script finds it
+    assert all(line.isascii() for line in done.stdout.splitlines()[:-1])
