@@ -146,15 +146,14 @@ def _parameter(name: str, hint: Any, declared: Field[Any]) -> inspect.Parameter:
     settings = dict(declared.metadata)
     flag = settings.pop("flag") or f"--{name.replace('_', '-')}"
     kind = {"is_text": settings.pop("is_text", False), "is_place": settings.pop("is_place", False)}
-    hint, parser = _parsed(hint, flag, **kind)
-    if parser is not None:
+    if (parser := _parser(hint, flag, **kind)) is not None:
         settings["parser"] = parser
     annotation = Annotated[hint, typer.Option(flag, **settings)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation)
 
 
 def _annotation_of_argument(hint: Any, declared: _Argument) -> Any:
-    hint, parser = _parsed(hint, declared.metavar, is_text=declared.is_text)
+    parser = _parser(hint, declared.metavar, is_text=declared.is_text)
     settings: dict[str, Any] = {} if parser is None else {"parser": parser}
     told = typer.Argument(
         metavar=declared.metavar, help=declared.help, show_default=False, autocompletion=declared.complete, **settings
@@ -162,18 +161,15 @@ def _annotation_of_argument(hint: Any, declared: _Argument) -> Any:
     return Annotated[hint, told]
 
 
-def _parsed(hint: Any, flag: str, *, is_text: bool, is_place: bool = False) -> tuple[Any, Callable[[str], Any] | None]:
-    """The type that Typer is told, and the parser of a value; None where Typer has one that says enough."""
+def _parser(hint: Any, flag: str, *, is_text: bool, is_place: bool = False) -> Callable[[str], Any] | None:
+    """The parser of a value of a type; None where Typer has one that says enough."""
     kinds = {hint, *get_args(hint), *(kind for part in get_args(hint) for kind in get_args(part))}
     for kind in (int, float):
         if kind in kinds:
-            return hint, _number(flag, kind)
+            return _number(flag, kind)
     if Path in kinds:
-        # Typer would make a plain path of it, and a slash at its end would be lost.
-        as_typed = list[str] if list[Path] in kinds else str
-        is_optional = type(None) in kinds
-        return (as_typed | None if is_optional else as_typed), functools.partial(typed_path, option=flag)
-    return hint, functools.partial(_text, flag) if is_text else functools.partial(_place, flag) if is_place else None
+        return functools.partial(typed_path, option=flag)
+    return functools.partial(_text, flag) if is_text else functools.partial(_place, flag) if is_place else None
 
 
 def _text(flag: str, text: str) -> str:
