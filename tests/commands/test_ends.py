@@ -16,7 +16,7 @@ import pytest
 from command_line import grat, refusal
 from sample_benchmarks import ATTENTION
 
-from grat_cli.app import run
+from grat_cli.app import interrupted_by_signals, run
 
 IMAGE = ("image", "a red fox", "--model", "demo")
 PLAN = (sys.executable, "-m", "grat_cli", "plan", "demo-b", "--res", "64")
@@ -96,7 +96,8 @@ def test_signals_do_what_ctrl_c_does(name: str, monkeypatch: pytest.MonkeyPatch)
     number = getattr(signal, name)
     before = signal.getsignal(number)
     seen = interrupted_by(monkeypatch, number, signal.SIGTERM, signal.SIGHUP, number)
-    assert refusal("plan", code=130) == "interrupted"
+    with interrupted_by_signals():
+        assert refusal("plan", code=130) == "interrupted"
     assert seen == ["kept"]
     assert signal.getsignal(number) is before
 
@@ -105,14 +106,20 @@ def test_what_is_to_be_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("grat_cli.estimates.planning.forecast", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        assert refusal("plan", code=1).startswith("AttributeError")  # it went on
+        with interrupted_by_signals():
+            assert refusal("plan", code=1).startswith("AttributeError")  # it went on
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_in_other_threads_signals_are_left_alone() -> None:
     codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(run(["presets", "demo-b", "--quiet"])))
+
+    def aside() -> None:
+        with interrupted_by_signals():
+            codes.append(run(["presets", "demo-b", "--quiet"]))
+
+    thread = threading.Thread(target=aside)
     thread.start()
     thread.join()
     assert codes == [0]
