@@ -15,9 +15,11 @@ def main() -> None:
         from grat_cli.console.streams import open_closed_descriptors
 
         open_closed_descriptors()
-        from grat_cli.app import run
+        from grat_cli.app import interrupted_by_signals, run
 
-        sys.exit(run(sys.argv[1:]))
+        with interrupted_by_signals():
+            code = run(sys.argv[1:])
+        sys.exit(code)
     except KeyboardInterrupt:  # before the command line was read, or while its error was printed
         sys.exit(130)
 

@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     Args:
         arguments: as typed, without the program's name.
     """
-    with steady_streams() as out, _interrupted_by_signals():
+    with steady_streams() as out:
         code = _run(arguments)
         out.flush()
         return code or _code_of(out)
@@ -103,7 +103,7 @@ def _code_of(out: SteadyStream) -> int:
 
 
 @contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
+def interrupted_by_signals() -> Iterator[None]:
     """While it lasts, what schedulers and closed terminals send (SIGTERM, SIGHUP) does what Ctrl-C does.
 
     Terminals and shells may each send one, schedulers several: those after the first change nothing, so that what is

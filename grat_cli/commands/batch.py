@@ -63,6 +63,7 @@ def batch(
                 "else demo.",
                 options.MODEL,
                 complete=options.complete_any_model,
+                is_place=True,
             )
         ),
     ],

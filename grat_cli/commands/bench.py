@@ -94,6 +94,7 @@ class BenchOptions:
         "For step, image, video and highres. Default: as for grat image and grat video.",
         _WHAT,
         complete=options.complete_any_model,
+        is_place=True,
     )
     prompts: str | None = option(
         "COUNT|FILE",

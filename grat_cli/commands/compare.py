@@ -32,13 +32,14 @@ def compare(
     from grat_cli.fidelity.comparison import compare_pair, pairs_of
     from grat_cli.fidelity.quality import summary
     from grat_cli.files import outputs
+    from grat_cli.files.places import renamed
     from grat_cli.pages import contact_sheet
 
     output = terminal.output()
     pairs, left_out = pairs_of(first, second)
     if sheet is not None:
         if sheet.suffix.lower() != ".png":
-            raise BadInput(f"--sheet {sheet}: sheets are PNG files: use {sheet.with_suffix('.png')}")
+            raise BadInput(f"--sheet {sheet}: sheets are PNG files: use {renamed(sheet, '.png')}")
         outputs.refuse_unwritable([sheet], overwrite=overwrite)
     if left_out:
         output.hint(f"only in one of the folders, left out: {', '.join(left_out)}")

@@ -32,6 +32,7 @@ def decode(
                 "The model whose autoencoder decodes. Default: the one that made the latents.",
                 options.MODEL,
                 complete=options.complete_any_model,
+                is_place=True,
             ),
             device=option("NAME", "auto, cpu, cuda, cuda:1 or mps. Default: as for the latents.", options.MODEL),
             dtype=option("NAME", "auto, float32, bfloat16 or float16. Default: as for the latents.", options.MODEL),

@@ -251,14 +251,19 @@ class ModelOptions:
         "Default: flux-dev with a CUDA device, else demo.",
         MODEL,
         complete=complete_model,
+        is_place=True,
     )
     base: str | None = option(
         "MODEL",
         "Folder, Hub id or name of a model with the text encoders and autoencoder for a file as --model.",
         MODEL,
+        is_place=True,
     )
     text_encoder: str | None = option(
-        "FILE", "A .safetensors file, or a GGUF one of T5, in place of the model's own large text encoder.", MODEL
+        "FILE",
+        "A .safetensors file, or a GGUF one of T5, in place of the model's own large text encoder.",
+        MODEL,
+        is_place=True,
     )
     device: str = option("NAME", "auto, cpu, cuda, cuda:1 or mps.", MODEL, "auto")
     dtype: str = option("NAME", "auto, float32, bfloat16 or float16.", MODEL, "auto")
@@ -466,6 +471,7 @@ EITHER_MODEL = option(
     "Default: flux-dev with a CUDA device, else demo.",
     MODEL,
     complete=complete_any_model,
+    is_place=True,
 )
 PREVIEW = option(
     "STEPS",

@@ -22,8 +22,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from grat_cli.errors import BadInput
-from grat_cli.files.places import typed_path
+from grat_cli.errors import BadInput, ModelUnavailable
+from grat_cli.files.places import expanded, refuse_impossible, typed_path
 
 
 def option(
@@ -36,6 +36,7 @@ def option(
     complete: Callable[..., list[str]] | None = None,
     show_default: bool = False,
     is_text: bool = False,
+    is_place: bool = False,
 ) -> Any:
     """A field of a group, or the default of a command's parameter, that is an option with a value.
 
@@ -48,9 +49,10 @@ def option(
         complete: for shell completion.
         show_default: whether the help text gives the default, which it otherwise says in words.
         is_text: whether a model reads the value, and no file or preset has it for a name.
+        is_place: whether it names a model by its path, if not otherwise.
     """
     settings = {"help": help, "rich_help_panel": panel, "metavar": metavar, "show_default": show_default}
-    metadata = {"flag": flag, "is_text": is_text, **settings, "autocompletion": complete}
+    metadata = {"flag": flag, "is_text": is_text, "is_place": is_place, **settings, "autocompletion": complete}
     return field(default=default, metadata=metadata)
 
 
@@ -143,15 +145,15 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 def _parameter(name: str, hint: Any, declared: Field[Any]) -> inspect.Parameter:
     settings = dict(declared.metadata)
     flag = settings.pop("flag") or f"--{name.replace('_', '-')}"
-    hint, parser = _parsed(hint, flag, is_text=settings.pop("is_text", False))
-    if parser is not None:
+    kind = {"is_text": settings.pop("is_text", False), "is_place": settings.pop("is_place", False)}
+    if (parser := _parser(hint, flag, **kind)) is not None:
         settings["parser"] = parser
     annotation = Annotated[hint, typer.Option(flag, **settings)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation)
 
 
 def _annotation_of_argument(hint: Any, declared: _Argument) -> Any:
-    hint, parser = _parsed(hint, declared.metavar, is_text=declared.is_text)
+    parser = _parser(hint, declared.metavar, is_text=declared.is_text)
     settings: dict[str, Any] = {} if parser is None else {"parser": parser}
     told = typer.Argument(
         metavar=declared.metavar, help=declared.help, show_default=False, autocompletion=declared.complete, **settings
@@ -159,18 +161,15 @@ def _annotation_of_argument(hint: Any, declared: _Argument) -> Any:
     return Annotated[hint, told]
 
 
-def _parsed(hint: Any, flag: str, *, is_text: bool) -> tuple[Any, Callable[[str], Any] | None]:
-    """The type that Typer is told, and the parser of a value; None where Typer has one that says enough."""
+def _parser(hint: Any, flag: str, *, is_text: bool, is_place: bool = False) -> Callable[[str], Any] | None:
+    """The parser of a value of a type; None where Typer has one that says enough."""
     kinds = {hint, *get_args(hint), *(kind for part in get_args(hint) for kind in get_args(part))}
     for kind in (int, float):
         if kind in kinds:
-            return hint, _number(flag, kind)
+            return _number(flag, kind)
     if Path in kinds:
-        # Typer would make a plain path of it, and a slash at its end would be lost.
-        as_typed = list[str] if list[Path] in kinds else str
-        is_optional = type(None) in kinds
-        return (as_typed | None if is_optional else as_typed), functools.partial(typed_path, option=flag)
-    return hint, functools.partial(_text, flag) if is_text else None
+        return functools.partial(typed_path, option=flag)
+    return functools.partial(_text, flag) if is_text else functools.partial(_place, flag) if is_place else None
 
 
 def _text(flag: str, text: str) -> str:
@@ -185,6 +184,21 @@ def _text(flag: str, text: str) -> str:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError as error:
         raise BadInput(f"{flag} {text}: it is not UTF-8 text: type it anew, or set the terminal to UTF-8") from error
+
+
+def _place(flag: str, text: str) -> str:
+    """The name of a model, which may be a path.
+
+    Raises:
+        ModelUnavailable: if it is one that there cannot be.
+    """
+    if text.startswith("~") and expanded(text) == Path(text):
+        raise ModelUnavailable(f"{flag} {text}: there is no home folder of that name: write the path out")
+    try:
+        refuse_impossible(text, flag)
+    except BadInput as error:
+        raise ModelUnavailable(str(error)) from error
+    return text
 
 
 def _require_working_folder() -> None:

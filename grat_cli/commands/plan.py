@@ -49,6 +49,7 @@ def plan(
                 "hunyuan with options of videos.",
                 options.MODEL,
                 complete=options.complete_any_model,
+                is_place=True,
             ),
         ),
     ],
@@ -74,6 +75,7 @@ def plan(
     from grat_cli.estimates.time import phase_seconds
     from grat_cli.files import outputs
     from grat_cli.files.pictures import picture_size
+    from grat_cli.files.places import renamed
     from grat_cli.generation import inputs
     from grat_cli.generation.request import Request, check_pictures
     from grat_cli.generation.selection import choose_medium, mismatch_note, require_choice
@@ -102,7 +104,7 @@ def plan(
     output.hint(*getattr(size, "notes", ()))
     if picture is not None:
         if picture.suffix.lower() != ".png":
-            raise BadInput(f"--picture {picture}: pictures are PNG files: use {picture.with_suffix('.png')}")
+            raise BadInput(f"--picture {picture}: pictures are PNG files: use {renamed(picture, '.png')}")
         outputs.refuse_unwritable([picture], overwrite=overwrite)
     device = device_named(gpu) if gpu is not None else present_gpu() or (present_cpu() if choice.is_demo else None)
     dtype = "float32" if device is not None and device.kind == "cpu" and model.dtype == "auto" else model.dtype

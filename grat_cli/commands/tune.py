@@ -72,6 +72,7 @@ def tune(
     from grat_cli.fidelity.palette import palette
     from grat_cli.fidelity.prompts import built_in_prompts, chosen_prompts
     from grat_cli.files import outputs
+    from grat_cli.files.places import renamed
     from grat_cli.presets import preset_yaml
 
     output = terminal.output()
@@ -95,7 +96,7 @@ def tune(
     target = f"d{target_density:g}" if target_density is not None else f"r{target_recall:g}"
     file = out or Path(f"{choice.presets}-tuned-{target}.yaml")
     if file.suffix not in (".yaml", ".yml"):
-        raise BadInput(f"--out {file}: presets are YAML files: use {file.with_suffix('.yaml')}")
+        raise BadInput(f"--out {file}: presets are YAML files: use {renamed(file, '.yaml')}")
     outputs.refuse_unwritable([file], overwrite=overwrite)
 
     # 3. Observe, choose, check.

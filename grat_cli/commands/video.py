@@ -37,6 +37,7 @@ def video(
                 ".gguf file. Default: hunyuan with a CUDA device, else demo.",
                 options.MODEL,
                 complete=options.complete_video_model,
+                is_place=True,
             )
         ),
     ],

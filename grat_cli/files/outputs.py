@@ -16,7 +16,7 @@ from grat_cli.errors import BadInput
 from grat_cli.files import ffmpeg, pictures, tensors, texts
 from grat_cli.files.gif_comment import read_comments
 from grat_cli.files.json_objects import parsed
-from grat_cli.files.places import LONGEST_NAME_BYTES, is_folder, means_folder
+from grat_cli.files.places import LONGEST_NAME_BYTES, is_folder, means_folder, renamed
 from grat_cli.files.whole import part_of, write_whole
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def output_paths(out: Path | None, names: Sequence[str], seeds: Sequence[int], s
         format_word = suffix[1:].upper() if suffix == ".png" else suffix[1:]
         things = "these pictures" if suffix in pictures.SUFFIXES else "these videos"
         raise BadInput(
-            f"--out {out}: {things} are {format_word} files: use {out.with_suffix(suffix)}, or an existing folder"
+            f"--out {out}: {things} are {format_word} files: use {renamed(out, suffix)}, or an existing folder"
         )
     stem, ending = (out.stem, out.suffix) if suffix else (out.name, "")
     paths = [out] if len(seeds) == 1 else [out.with_name(f"{stem}-s{seed}{ending}") for seed in seeds]
@@ -152,6 +152,16 @@ def latents_path(output: Path) -> Path:
 def checkpoint_path(output: Path) -> Path:
     """Where the checkpoint of the run that makes an output goes."""
     return _beside(output, _LONGEST_ENDING)
+
+
+def kept_beside(output: Path) -> list[Path]:
+    """Latents and checkpoint of an output, those of them that are there; beside a folder without a name there are none.
+
+    A name may be so long that nothing can lie beside it.
+    """
+    if not output.name:
+        return []
+    return [path for path in (latents_path(output), checkpoint_path(output)) if os.path.isfile(path)]
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -205,12 +215,12 @@ def write_json(data: Mapping[str, Any], path: Path, *, overwrite: bool = False) 
 
 
 def write_text(text: str, path: Path, *, overwrite: bool = False) -> None:
-    """Writes text, whole or not at all.
+    """Writes text in UTF-8, whole or not at all; names of files that are no text are written out in it.
 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    write_whole(path, lambda file: file.write(text.encode()), overwrite=overwrite)
+    write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")), overwrite=overwrite)
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

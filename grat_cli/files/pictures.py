@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, choices, first_line
-from grat_cli.files.places import is_folder
+from grat_cli.files.places import is_folder, renamed
 from grat_cli.files.whole import write_whole
 
 if TYPE_CHECKING:
@@ -114,16 +114,14 @@ def choose_picture_format(out: Path | None, format_name: str | None) -> PictureF
         known = FORMATS[name or "png"].suffixes[0]
         assert out is not None
         raise BadInput(
-            f"--out {out}: pictures are png, jpg, webp or tiff files: use {out.with_suffix(known)}, "
-            "or an existing folder"
+            f"--out {out}: pictures are png, jpg, webp or tiff files: use {renamed(out, known)}, or an existing folder"
         )
     if name is None:
         return by_suffix or FORMATS["png"]
     if by_suffix not in (None, FORMATS[name]):
         assert out is not None
         raise BadInput(
-            f"--out {out} is no {name} file: use --out {out.with_suffix(FORMATS[name].suffixes[0])}, "
-            "or leave out --format"
+            f"--out {out} is no {name} file: use --out {renamed(out, FORMATS[name].suffixes[0])}, or leave out --format"
         )
     return FORMATS[name]
 

@@ -77,6 +77,11 @@ def means_folder(path: Path) -> bool:
     return isinstance(path, TypedPath) and path.ends_with_slash
 
 
+def renamed(path: Path, suffix: str) -> Path:
+    """The same path with another suffix, to advise; of a folder that has no name of its own, a file in it."""
+    return path.with_suffix(suffix) if path.name else path / f"NAME{suffix}"
+
+
 def expanded(name: str | Path) -> Path:
     """A path with the home folder in place of `~`; of nobody's that is known here, as it stands."""
     return Path(os.path.expanduser(name))

@@ -115,8 +115,7 @@ def _entry(item: Any, place: str, path: Path) -> PromptEntry:
     """
     where = f"{path}, {place}"
     if not isinstance(item, dict):
-        found = shortened(json.dumps(item), 40)
-        raise BadInput(f'{where}: expected an object such as {{"prompt": "a red fox"}}, not {found}')
+        raise BadInput(f'{where}: expected an object such as {{"prompt": "a red fox"}}, not {json.dumps(item)[:40]}')
     name = next((name for name in _PROMPT_NAMES if name in item), None)
     if name is None:
         raise BadInput(f'{where} has no prompt: expected {{"prompt": "a red fox", ...}}')
@@ -124,7 +123,7 @@ def _entry(item: Any, place: str, path: Path) -> PromptEntry:
     negatives = [item[name] for name in _NEGATIVE_NAMES if item.get(name) is not None]
     negative = negatives[0] if negatives else None
     if not isinstance(prompt, str) or not prompt.strip():
-        raise BadInput(f"{where}: {name} must be text, not {shortened(json.dumps(prompt), 40)}")
+        raise BadInput(f"{where}: {name} must be text, not {json.dumps(prompt)[:40]}")
     if not isinstance(negative, str | None):
         raise BadInput(f"{where}: negative must be text, not {shortened(json.dumps(negative), 40)}")
     if len(negatives) > 1 and negatives[1] != negative:
@@ -147,8 +146,8 @@ def _files(value: Any, name: str, prompts: Path, where: str) -> tuple[Path, ...]
     names: list[Any] = value if isinstance(value, list) and name == "reference" else [] if value is None else [value]
     for one in names:
         if not isinstance(one, str) or not 0 < len(one) <= _LONGEST_PATH or "\0" in one:
-            raise BadInput(f"{where}: {name} must be the name of a picture, not {shortened(json.dumps(value), 40)}")
-        typed_path(one, f"{where}: {name}")
+            raise BadInput(f"{where}: {name} must be the name of a picture, not {json.dumps(value)[:40]}")
+        typed_path(one, f"{where}: {name}")  # refuses what is no path
     if len(names) > _MOST_REFERENCES:
         raise BadInput(f"{where}: {len(names)} pictures under {name}, more than {_MOST_REFERENCES}")
     return tuple(prompts.parent / one for one in names)
@@ -158,5 +157,5 @@ def _whole_number(value: Any, least: int, most: int, what: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise BadInput(f"{what} must be a whole number from {least} to {most}, not {shortened(json.dumps(value), 40)}")
+        raise BadInput(f"{what} must be a whole number from {least} to {most}, not {json.dumps(value)[:40]}")
     return value

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grat_cli.errors import BadInput, CannotWrite, choices
 from grat_cli.files import ffmpeg, outputs, pictures
 from grat_cli.files.gif_comment import append_comment
-from grat_cli.files.places import is_folder
+from grat_cli.files.places import is_folder, renamed
 from grat_cli.files.whole import cannot_write, part_of, place
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def choose_video_format(out: Path | None, format_name: str | None) -> str:
 
 def _with_suffix(out: Path | None, suffix: str) -> Path:
     assert out is not None
-    return out.with_suffix(suffix)
+    return renamed(out, suffix)
 
 
 def require_encodable(format: str, *, fps: float, crf: int | None) -> None:

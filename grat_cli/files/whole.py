@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -232,8 +233,8 @@ def _lock(path: Path) -> int | None:
 
 def _beginning(path: Path) -> str:
     """How the names of an output's parts begin."""
-    kept = path.name.encode(errors="surrogateescape")[:_LONGEST_BEGINNING_BYTES]
-    return f".{kept.decode(errors='ignore')}."
+    kept = os.fsencode(path.name)[:_LONGEST_BEGINNING_BYTES]
+    return f".{kept.decode(sys.getfilesystemencoding(), 'ignore')}."
 
 
 def discard(part: Path) -> None:

@@ -244,10 +244,9 @@ def find_run(path: Path) -> Path:
     if ending and path.is_file():
         return path
     # A run whose checkpoint is gone may have got as far as its latents.
-    output = path.with_name(path.name.removesuffix(ending))
-    for kept in (outputs.latents_path(output), outputs.checkpoint_path(output)):
-        if kept.is_file():
-            return kept
+    output = path.with_name(path.name.removesuffix(ending)) if path.name else path
+    for kept in outputs.kept_beside(output):
+        return kept
     raise BadInput(f"there is no checkpoint and there are no latents of {path}: there is nothing to go on with")
 
 

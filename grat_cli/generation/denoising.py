@@ -143,7 +143,7 @@ class Denoising:
             raise
 
     def remove_preview(self) -> None:
-        """The output itself is there, or there will be none: what is kept to go on from makes previews of its own."""
+        """The output itself is there, or is made another time."""
         if self._preview is not None:
             self._preview.remove()
 

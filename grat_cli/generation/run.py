@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grat_cli.errors import Interrupted
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.files import whole
 from grat_cli.generation.checkpoint import Run, discard_run, files_of
@@ -263,9 +264,11 @@ class Generator:
             # 6. to 8. Decode, write, report.
             with kept_latents(kept, request, output, self._progress):
                 made = finish(self._pipe, self._device, run, request, output, phases, self._progress)
-        finally:
-            making.remove_preview()
+        except (KeyboardInterrupt, Interrupted):
+            making.remove_preview()  # what is kept to go on from makes previews of its own
+            raise
         self._pipe.maybe_free_model_hooks()
+        making.remove_preview()
         tidy_up(run, request, output, kept)
         return made
 

@@ -232,8 +232,8 @@ def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Pa
             f"{choice.name} holds a transformer alone: give the other parts of the pipeline with --base, "
             f"a folder or a hub id such as --base {family.base}"
         )
-    folder = expanded(base)
-    if not os.path.isdir(folder):
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
         return download_pipeline(pipeline, base, family, leave_out="transformer")
     if medium_of_name(str(folder)) not in (None, choice.medium):
         raise BadInput(f"--base {base} is of no model of {choice.medium}s: try --base {family.base}")

@@ -104,8 +104,7 @@ def read_index(path: Path) -> PipelineIndex:
 def validation_problem(error: ValidationError) -> str:
     """The first thing that is wrong with a file's content, without that content."""
     problem = error.errors(include_input=False, include_url=False)[0]
-    place = ".".join(str(key) for key in problem["loc"] if key != "[key]")
-    return f"{shortened(printable(place), 80)}: {problem['msg']}"
+    return printable(".".join(str(key) for key in problem["loc"] if key != "[key]"))[:80] + f": {problem['msg']}"
 
 
 def load_class(library: str, kind: str) -> Any:

@@ -16,7 +16,7 @@ import pytest
 from command_line import grat, refusal
 from sample_benchmarks import ATTENTION
 
-from grat_cli.app import run
+from grat_cli.app import interrupted_by_signals, run
 
 IMAGE = ("image", "a red fox", "--model", "demo")
 PLAN = (sys.executable, "-m", "grat_cli", "plan", "demo-b", "--res", "64")
@@ -96,7 +96,8 @@ def test_signals_do_what_ctrl_c_does(name: str, monkeypatch: pytest.MonkeyPatch)
     number = getattr(signal, name)
     before = signal.getsignal(number)
     seen = interrupted_by(monkeypatch, number, signal.SIGTERM, signal.SIGHUP, number)
-    assert refusal("plan", code=130) == "interrupted"
+    with interrupted_by_signals():
+        assert refusal("plan", code=130) == "interrupted"
     assert seen == ["kept"]
     assert signal.getsignal(number) is before
 
@@ -105,14 +106,20 @@ def test_what_is_to_be_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("grat_cli.estimates.planning.forecast", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        assert refusal("plan", code=1).startswith("AttributeError")  # it went on
+        with interrupted_by_signals():
+            assert refusal("plan", code=1).startswith("AttributeError")  # it went on
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_in_other_threads_signals_are_left_alone() -> None:
     codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(run(["presets", "demo-b", "--quiet"])))
+
+    def aside() -> None:
+        with interrupted_by_signals():
+            codes.append(run(["presets", "demo-b", "--quiet"]))
+
+    thread = threading.Thread(target=aside)
     thread.start()
     thread.join()
     assert codes == [0]
@@ -223,3 +230,28 @@ def test_a_benchmark_whose_rows_all_failed_is_a_failure(tmp_path: Path, monkeypa
         assert result.code == code
         assert ("no variant could be measured; full: NaN" in result.err) == (code == 5)
         assert (tmp_path / f"{failed}-{skipped}.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["resume", "decode"])
+@pytest.mark.parametrize("name", [".", "/", "..", "x" * 250, "missing.png", "sub/"])
+def test_there_is_nothing_to_go_on_with_beside_what_is_no_output(command: str, name: str) -> None:
+    assert refusal(command, name).startswith("there is no checkpoint and there are no latents of ")
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_advice_names_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal("plan", "demo-b", "--picture", name).endswith(".png")
+    assert refusal("compare", "a.png", "b.png", "--sheet", name)
+    assert refusal("tune", "2", "--target-density", "0.1", "--out", name, "--model", "demo").endswith(".yaml")
+
+
+def test_where_the_system_knows_ascii_alone_names_are_what_was_typed(tmp_path: Path) -> None:
+    env = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env.pop("PYTHONIOENCODING", None)
+    command = [*PLAN, "--picture", "é 狐 [x].png".encode()]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert os.listdir(os.fsencode(tmp_path)) == ["é 狐 [x].png".encode()]
+    assert done.stdout.splitlines()[-1] == "é 狐 [x].png".encode()  # so that a script finds it
+    assert all(line.isascii() for line in done.stdout.splitlines()[:-1])
