@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grat_cli.families import cut_prompts
+from grat_cli.families.cut_prompts import watched
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.files import whole
 from grat_cli.generation.checkpoint import Run, discard_run, files_of
@@ -182,7 +184,10 @@ class Generator:
             with phases("text"):
                 negative = next((one.negative_prompt for one in guidances if one.negative_prompt is not None), None)
                 pipe = self._family.pipeline_for(self._pipe, request.handed)
-                tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
+                with watched(pipe, self._family.longest_text(pipe, request.model)) as cuts:
+                    tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
+                for note in cut_prompts.notes(cuts, request.prompt, negative):
+                    self._progress.note(note)
                 lengths = self._family.text_lens(tensors)
                 return Text({name: tensor.cpu() for name, tensor in tensors.items()}, guidances, lengths, phases)
 
