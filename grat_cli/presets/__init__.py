@@ -21,6 +21,7 @@ from grat_cli.presets.schema import (
     BACKENDS,
     FIELDS_OF_VARIANT,
     HIGHRES_MODES,
+    LARGEST_COUNT,
     MOST_STEPS,
     VARIANTS,
     Attention,
@@ -45,6 +46,7 @@ from grat_cli.presets.yaml_source import YamlSource, read_file, read_text
 __all__ = [
     "BACKENDS",
     "HIGHRES_MODES",
+    "LARGEST_COUNT",
     "MOST_STEPS",
     "VARIANTS",
     "Attention",
