@@ -174,6 +174,7 @@ Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
 ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
+Figure = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
@@ -460,11 +461,11 @@ class PatternEvidence(Section):
     """
 
     attention: Text
-    share: Number
-    density: Number
-    recall: Number
-    output_error: Number
-    loss: Number
+    share: Figure
+    density: Figure
+    recall: Figure
+    output_error: Figure
+    loss: Figure
 
 
 class CheckEvidence(Section):
@@ -479,10 +480,10 @@ class CheckEvidence(Section):
     """
 
     prompts: Texts
-    density: Number
-    ssim: Number
-    ssim_interval: Number | None = None
-    psnr_db: Number
+    density: Figure
+    ssim: Figure
+    ssim_interval: Figure | None = None
+    psnr_db: Figure
 
 
 class Evidence(Section):
@@ -513,10 +514,10 @@ class Evidence(Section):
     steps: Steps
     prompts: Texts
     target: Text
-    density: Number
-    recall: Number
-    output_error: Number
-    loss: Number
+    density: Figure
+    recall: Figure
+    output_error: Figure
+    loss: Figure
     patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(_as_tuple), Field(max_length=_MOST_RULES)]
     check: CheckEvidence | None = None
 
