@@ -325,7 +325,7 @@ class RecallGuard:
         self._widenings = [Widening(**dict(one)) for one in known.widened]
         self._lowest = known.lowest and _Seen.read(*known.lowest)
         self._pending = {
-            int(step): [_Known({layer: Measured(*figures) for layer, *figures in measured})]
+            int(step): [_Known({one[0]: Measured(one[1], one[2], one[3], one[4]) for one in measured})]
             for step, measured in known.measured.items()
         }
 

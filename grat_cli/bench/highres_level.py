@@ -20,6 +20,7 @@ from grat_cli.bench.results import BenchResult, Case, Row
 from grat_cli.bench.whole_runs import Pictures
 from grat_cli.errors import BadInput
 from grat_cli.estimates.stages import Stage, stages_of, uses_highres
+from grat_cli.families.cut_prompts import watched
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.fidelity.quality import Likeness, likeness, summary
 from grat_cli.fidelity.variants import MODES
@@ -186,7 +187,8 @@ def _make(entry: _Entry, pipe: Any, device: torch.device, settings: HighresSetti
     spent = 0.0
     for stage in entry.stages:
         guidance = choose_guidance(pipe, settings.model, stage.preset, None)
-        text = request.family.encode_text(pipe, settings.model, prompt, guidance.negative_prompt)
+        with watched(pipe):
+            text = request.family.encode_text(pipe, settings.model, prompt, guidance.negative_prompt)
         start = None if before is None else upscaled(pipe, request, before, stage)
         recorder, watch = StepRecorder(device), StepWatch(Unwatched())
         with installed(pipe, request, stage, start=start, observer=recorder) as inside:

@@ -23,6 +23,7 @@ from grat_cli.bench.measure import CannotRun, PeakMemory, Progress, Unwatched, m
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Fidelity, Level, Row
 from grat_cli.errors import BadInput, NumericalFailure
+from grat_cli.families.cut_prompts import watched
 from grat_cli.families.guidance import Guidance, choose_guidance
 from grat_cli.families.time_shift import shift_of, time_shift
 from grat_cli.fidelity import perceptual
@@ -435,7 +436,10 @@ class _Studio:
         self._texts: dict[str, dict[str, Any]] = {}
         for prompt in dict.fromkeys(settings.prompts):
             note_expectations(replace(request, prompt=prompt), progress)
-            self._texts[prompt] = request.family.encode_text(pipe, request.model, prompt, self.guidance.negative_prompt)
+            with watched(pipe):
+                self._texts[prompt] = request.family.encode_text(
+                    pipe, request.model, prompt, self.guidance.negative_prompt
+                )
         self.orders = settings.orders
         lengths = {prompt: request.family.text_lens(text) for prompt, text in self._texts.items()}
         self.text_len: int = max(max(found) for found in lengths.values())

@@ -76,6 +76,7 @@ def attend(
     from grat_cli.files import outputs
     from grat_cli.files.formats import require_writable
     from grat_cli.generation.selection import mismatch_note
+    from grat_cli.presets import LARGEST_COUNT
 
     output = terminal.output()
 
@@ -84,8 +85,8 @@ def attend(
         raise BadInput('the prompt is empty: try grat attend "a red fox in the snow"')
     model.check()
     seeds = sampling.seeds()
-    if rows < 2:
-        raise BadInput(f"--rows {rows}: expected 2 or more, or no interval could be given")
+    if not 2 <= rows <= LARGEST_COUNT:
+        raise BadInput(f"--rows {rows}: expected 2 to {LARGEST_COUNT:,}; of one no interval could be given")
 
     # 2. Model, preset, size, patterns, steps and queries; whether they fit one another.
     choice = model.choice_for(attention.preset, extent)

@@ -73,7 +73,8 @@ def tune(
     from grat_cli.fidelity.prompts import built_in_prompts, chosen_prompts
     from grat_cli.files import outputs
     from grat_cli.files.places import renamed
-    from grat_cli.presets import preset_yaml
+    from grat_cli.files.prompts import MOST_OUTPUTS
+    from grat_cli.presets import LARGEST_COUNT, MOST_STEPS, preset_yaml
 
     output = terminal.output()
 
@@ -83,9 +84,13 @@ def tune(
     for flag, value in (("--target-density", target_density), ("--target-recall", target_recall)):
         if value is not None and not 0 < value <= 1:
             raise BadInput(f"{flag} {value:g}: expected a share above 0 and up to 1")
-    for flag, count, least in (("--check", check, 0), ("--stretches", stretches, 1), ("--rows", rows, 2)):
-        if count < least:
-            raise BadInput(f"{flag} {count}: expected {least} or more")
+    for flag, count, least, most in (
+        ("--check", check, 0, MOST_OUTPUTS),
+        ("--stretches", stretches, 1, MOST_STEPS),
+        ("--rows", rows, 2, LARGEST_COUNT),
+    ):
+        if not least <= count <= most:
+            raise BadInput(f"{flag} {count}: expected {least} to {most:,}")
     model.check()
 
     # 2. Model, size and patterns.

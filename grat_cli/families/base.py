@@ -458,6 +458,10 @@ class Family(ABC):
     def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
         """A prompt as the pipeline takes it, padded or cut to so many tokens, by the names of its arguments."""
 
+    def longest_text(self, pipe: Any, model: ModelChoice) -> int | None:
+        """Tokens of a prompt, its template included, of which a pipeline takes embeddings; None for all it reads."""
+        return None
+
     def guided(self, model: ModelChoice, scale: float | None) -> dict[str, float]:
         """Arguments of a pipeline call for true classifier-free guidance of a strength; None for none."""
         return {} if scale is None else {"true_cfg_scale": scale}

@@ -337,6 +337,11 @@ class Qwen(Family):
 
     # ---- Making
 
+    def longest_text(self, pipe: Any, model: ModelChoice) -> int | None:
+        if "Edit" in type(pipe).__name__:
+            return None
+        return pipe.prompt_template_encode_start_idx + model.text_tokens
+
     def encode_prompt(self, pipe: Any, prompt: str, tokens: int) -> dict[str, torch.Tensor]:
         return _encoded(pipe, prompt, tokens)
 

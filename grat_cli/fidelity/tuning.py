@@ -14,24 +14,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from grat_cli.attention.adapter import AttentionInputs
 from grat_cli.attention.record import AttentionRecorder, observation_preset
-from grat_cli.errors import BadInput
+from grat_cli.errors import BadInput, first_line
 from grat_cli.fidelity.fitted_preset import schedule_of, stretches_of
 from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
 from grat_cli.fidelity.quality import Likeness, likeness, summary
+from grat_cli.files.json_objects import validated
 from grat_cli.files.tensors import read_tensors, write_tensors
+from grat_cli.files.whole import part_of
 from grat_cli.generation.request import Progress, Request
 from grat_cli.generation.single import frames_of, latents_of
 from grat_cli.models.devices import choose_device, choose_dtype
 from grat_cli.models.loading import LoadedModel, load_model
-from grat_cli.presets import Attention, CheckEvidence, Evidence, PatternEvidence, Preset, ranges
+from grat_cli.presets import LARGEST_COUNT, Attention, CheckEvidence, Evidence, PatternEvidence, Preset, ranges
 
 SCHEMA = "grat.tune/1"
+_FILE = "observed-{:03d}.safetensors"
+_ROUNDING, _MOST_QUERIES, _LARGEST_FIGURE = 1e-3, 1e12, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +133,7 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
     asked, base = request.request, request.request.preset
     observing = observation_preset(base, request.candidates)
     request.steps_observed()
+    _make_folder(request.folder)
     device = choose_device(request.request.device)
 
     # 2. Runs with full attention, one per prompt; those that are on file are not repeated.
@@ -137,14 +143,15 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         progress.note(note)
     asked.family.prepare(model.pipe)
     parts = []
+    shape = asked.family.transformer_shape(model.pipe.transformer.config)
     for number, prompt in enumerate(request.prompts):
         about = _about(request, model, prompt, number)
-        path = request.folder / f"observed-{number:03d}.safetensors"
+        path = request.folder / _FILE.format(number)
         if not path.exists():
             progress.phase(f"observing {number + 1} of {len(request.prompts)}: {prompt}")
             found, text_tokens = _observed(model.pipe, request, observing, prompt, number, progress)
             _write(path, found, about | {"text_tokens": text_tokens})
-        parts.append(_read(path, about))
+        parts.append(_read(path, about, (base.sampling.steps, shape.layers, shape.heads, len(request.candidates))))
     observations = Observations.merged([part for part, _ in parts])
     text_tokens = parts[0][1]  # as the densities: those of the first prompt
 
@@ -281,15 +288,19 @@ def _observed(
 def _write(path: Path, found: Observations, about: Mapping[str, Any]) -> None:
     import torch
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         field.name: torch.from_numpy(np.ascontiguousarray(getattr(found, field.name))) for field in fields(found)
     }
     write_tensors(path, tensors, {"schema": SCHEMA, **about})
 
 
-def _read(path: Path, about: Mapping[str, Any]) -> tuple[Observations, int]:
+def _read(path: Path, about: Mapping[str, Any], shape: tuple[int, int, int, int]) -> tuple[Observations, int]:
     """What a file holds, and its text tokens.
+
+    Args:
+        path: of the file.
+        about: what it is to be of.
+        shape: its steps, layers, heads and candidates.
 
     Raises:
         BadInput: if it is of something else, or damaged.
@@ -302,10 +313,53 @@ def _read(path: Path, about: Mapping[str, Any]) -> tuple[Observations, int]:
             "or give another --out"
         )
     try:
+        told = validated(_Told, found)
         observations = Observations(**{field.name: tensors[field.name].numpy() for field in fields(Observations)})
-        return observations, int(found["text_tokens"])
+        _require_whole(observations, shape, about["steps"])
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} is damaged: remove it") from error
+        raise BadInput(f"{path} is damaged ({first_line(error)}): remove it") from error
+    return observations, told.text_tokens
+
+
+class _Told(BaseModel):
+    """What an observation says besides what it is of."""
+
+    model_config = ConfigDict(strict=True)
+
+    text_tokens: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+
+
+def _require_whole(found: Observations, shape: tuple[int, int, int, int], observed: Sequence[int]) -> None:
+    """Raises ValueError unless observations have figures of so many steps, layers, heads and candidates."""
+    steps, layers, _, candidates = shape
+    known = {
+        "densities": ((candidates,), 1 + _ROUNDING),
+        "queries": ((steps, layers), _MOST_QUERIES),
+        "recall": (shape, 1 + _ROUNDING),
+        "error": (shape, _LARGEST_FIGURE),
+        "loss": (shape, _LARGEST_FIGURE),
+    }
+    for name, (wanted, most) in known.items():
+        values = getattr(found, name)
+        kinds = "iu" if name == "queries" else "f"
+        if values.shape != wanted or values.dtype.kind not in kinds:
+            raise ValueError(f"its {name} is {list(values.shape)}, {values.dtype}, and not {list(wanted)}")
+        if not ((values >= -_ROUNDING) & (values <= most)).all():  # NaN is neither
+            raise ValueError(f"its {name} goes beyond 0 to {most:g}")
+    if not (found.queries[list(observed)] > 0).all():
+        raise ValueError("its queries are none at a step that was observed")
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises BadInput if it cannot be made, or nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with part_of(folder / _FILE.format(0)):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"--observations {folder}: {(error.strerror or str(error)).lower()}: give a folder that can be written to"
+        ) from error
 
 
 def _evidence(

@@ -249,7 +249,10 @@ def embedded_provenance(path: Path) -> dict[str, Any] | None:
         BadInput: if there is no such file, or what it says is damaged.
     """
     try:
-        embedded = _embedded(path / FIRST_FRAME if path.is_dir() else path)
+        is_folder = path.is_dir()
+        if is_folder and not (path / FIRST_FRAME).is_file():
+            raise BadInput(f"{path} is no folder of frames: there is no {FIRST_FRAME} in it")
+        embedded = _embedded(path / FIRST_FRAME if is_folder else path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise texts.unreadable(path, error) from error
     return None if embedded is None else _checked(embedded, path)

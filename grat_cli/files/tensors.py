@@ -99,7 +99,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
 
 def _require_schema(path: Path, about: Mapping[str, Any], schema: str, what: str) -> None:
-    found = str(about.get("schema"))
+    found = str(about.get("schema"))[:80]
     if found == schema:
         return
     if found.rpartition("/")[0] == schema.rpartition("/")[0]:

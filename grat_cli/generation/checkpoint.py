@@ -240,6 +240,8 @@ def find_run(path: Path) -> Path:
     Raises:
         BadInput: if there is none.
     """
+    if not path.name:  # as of the current folder
+        raise BadInput(f"{path} is a folder: give a checkpoint or latents in it, or the output that they are to become")
     ending = next((ending for ending in _SCHEMAS if path.name.endswith(ending)), "")
     if ending and path.is_file():
         return path

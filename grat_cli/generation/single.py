@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from grat_cli.estimates.stages import Stage
 from grat_cli.families.base import Call
+from grat_cli.families.cut_prompts import notes, watched
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.generation.frames import FrameCheck, checked_frames
 from grat_cli.generation.request import Progress, Request
@@ -79,7 +80,10 @@ def latents_of(
     """
     request = replace(request, prompt=prompt, preset=preset)
     guidance = choose_guidance(pipe, request.model, preset, request.negative_prompt)
-    text = request.family.encode_text(pipe, request.model, prompt, guidance.negative_prompt)
+    with watched(pipe, request.family.longest_text(pipe, request.model)) as cuts:
+        text = request.family.encode_text(pipe, request.model, prompt, guidance.negative_prompt)
+    for note in notes(cuts, prompt, guidance.negative_prompt):
+        progress.note(note)
     watch = StepWatch(progress)
     size = Resolution(request.width, request.height)
     stage = Stage(0, size.width, size.height, preset, strength=None, trained=size)

@@ -172,6 +172,7 @@ Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
 Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
 ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
+Figure = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
@@ -444,11 +445,11 @@ class PatternEvidence(Section):
     """
 
     attention: Text
-    share: Number
-    density: Number
-    recall: Number
-    output_error: Number
-    loss: Number
+    share: Figure
+    density: Figure
+    recall: Figure
+    output_error: Figure
+    loss: Figure
 
 
 class CheckEvidence(Section):
@@ -463,10 +464,10 @@ class CheckEvidence(Section):
     """
 
     prompts: Texts
-    density: Number
-    ssim: Number
-    ssim_interval: Number | None = None
-    psnr_db: Number
+    density: Figure
+    ssim: Figure
+    ssim_interval: Figure | None = None
+    psnr_db: Figure
 
 
 class Evidence(Section):
@@ -497,10 +498,10 @@ class Evidence(Section):
     steps: Steps
     prompts: Texts
     target: Text
-    density: Number
-    recall: Number
-    output_error: Number
-    loss: Number
+    density: Figure
+    recall: Figure
+    output_error: Figure
+    loss: Figure
     patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
     check: CheckEvidence | None = None
 

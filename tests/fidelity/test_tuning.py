@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.bench.measure import Unwatched
 from grat_cli.errors import BadInput
+from grat_cli.fidelity import tuning
 from grat_cli.fidelity.fitted_preset import LETTERS, schedule_of, stretches_of
 from grat_cli.fidelity.palette import palette
 from grat_cli.fidelity.tuning import Observations, TuneRequest, choose, tune
@@ -187,6 +190,50 @@ def test_a_damaged_observation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "observed-000.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(BadInput, match="observed-000"):
         tune(tune_request(tmp_path), Unwatched())
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Observations)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values[:1],
+        lambda values: values[:0],
+        lambda values: values[None],
+        lambda values: values.astype(bool),
+        lambda values: -values - 1,
+        lambda values: values * 1e30,
+        lambda values: values * np.nan,
+    ],
+    ids=["short", "empty", "deeper", "bool", "negative", "huge", "nan"],
+)
+def test_observations_that_no_run_made_are_refused(
+    tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    found, path, about = observations(), tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
+    shape = (STEPS, 2, 3, len(CANDIDATES))
+    tuning._write(path, found, about | {"text_tokens": 5})
+    assert tuning._read(path, about, shape)[1] == 5
+    path.unlink()
+    tuning._write(path, replace(found, **{name: change(getattr(found, name))}), about | {"text_tokens": 5})
+    with pytest.raises(BadInput, match=r"is damaged \(.*\): remove it"):
+        tuning._read(path, about, shape)
+
+
+@pytest.mark.parametrize("tokens", [-1, 10**400, "5", None])
+def test_observations_of_an_absurd_text_are_refused(tmp_path: Path, tokens: Any) -> None:
+    path, about = tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
+    tuning._write(path, observations(), about | {"text_tokens": tokens})
+    with pytest.raises(BadInput, match="text_tokens"):
+        tuning._read(path, about, (STEPS, 2, 3, len(CANDIDATES)))
+
+
+@pytest.mark.parametrize("folder", ["/proc/observations", "/dev/null", "/dev/null/x"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "load_model", None)
+    with pytest.raises(BadInput, match=f"--observations {folder}: .*: give a folder that can be written to"):
+        tune(tune_request(Path(folder)), Unwatched())
 
 
 def test_full_attention_for_everything_is_full_attention(tmp_path: Path) -> None:

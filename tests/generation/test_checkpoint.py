@@ -583,6 +583,9 @@ def test_files_that_are_no_runs_are_refused(small: Small, tmp_path: Path) -> Non
     asked = small.of(tmp_path / "a")
     with pytest.raises(BadInput, match="nothing to go on with"):
         find_run(asked.outputs[0])
+    for folder in (".", "/"):
+        with pytest.raises(BadInput, match="is a folder: give a checkpoint or latents in it"):
+            find_run(Path(folder))
     kept = written_after(asked, 2)
     latents = kept.with_name("a.latents.safetensors")
     latents.write_bytes(kept.read_bytes())
