@@ -103,7 +103,8 @@ def rerun(
     }
     pictures = options.PictureOptions(**given)
     pictures.check()
-    machine = {name: getattr(stored, name) if value is None else value for name, value in model.machine.items()}
+    asked = vars(model).keys() & type(stored).model_fields.keys() - {"model"}
+    machine = {name: getattr(stored, name) for name in asked if getattr(model, name) in (None, False)}
     chosen_format, suffix = formats.choose_format(stored.medium, out, formats.kept_format(out, format, stored.format))
     encoding = crf if quality is None else quality
     same_encoding = encoding is None and chosen_format == stored.format

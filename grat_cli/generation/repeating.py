@@ -174,7 +174,8 @@ class Repeatable:
             BadInput: if it is a folder that is not found.
         """
         stored = self.stored.weights.base
-        if typed is not None or stored is None or HUB_ID.fullmatch(stored):
+        known = KNOWN_MODELS[self.stored.medium]
+        if typed is not None or stored is None or stored in known or HUB_ID.fullmatch(stored):
             return typed or stored
         self._require(_is_name(stored), "weights.base: neither a name nor a hub id")
         for folder in self.folders:
@@ -268,7 +269,7 @@ class Repeatable:
             device: where.
             dtype: of the transformer.
         """
-        from grat_cli.models.devices import cpu_threads, device_name
+        from grat_cli.models.devices import can_compute_on, cpu_threads, device_name
 
         told, found = self.told, versions()
         differing = [
@@ -284,7 +285,10 @@ class Repeatable:
             notes.append(f"another dtype: {told.device.dtype} then, {dtype} now")
         threads = cpu_threads(device)
         if threads and told.device.threads and threads != told.device.threads:
-            notes.append(f"it was made on {told.device.threads} CPU threads: as many are used, not {threads}")
+            used = f"as many are used, not {threads}"
+            if not can_compute_on(told.device.threads):
+                used = f"too many for this machine, {threads} are used, and sums may be rounded in another order"
+            notes.append(f"it was made on {told.device.threads} CPU threads: {used}")
         stored = self.stored.model
         then = told.model.revision if model.kind == "hub" and model.source == stored.source else None
         if then is not None and (revision := present_revision(model.source)) not in (None, then):

@@ -25,12 +25,14 @@ from grat_cli.generation.machine import memory_advice, offload_chooser, phases_o
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
 from grat_cli.generation.stage import stages_for, upscaled
 from grat_cli.models.devices import (
+    can_compute_on,
     choose_device,
     choose_dtype,
     cpu_threads,
 )
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.text_cache import Embedded
 
 if TYPE_CHECKING:
     import torch
@@ -201,20 +203,22 @@ class Generator:
             phases = phases_of(self._device)
             with phases("text"):
                 negative = next((one.negative_prompt for one in guidances if one.negative_prompt is not None), None)
-                tensors, known = self._texts.find(request, negative), True
-                if tensors is None:
-                    tensors, known = self._encoded(request, negative), False
-                    self._texts.keep(request, negative, tensors)
-                lengths = self._family.text_lens(tensors)
-                return Text(tensors, guidances, lengths, phases, known)
+                text, known = self._texts.find(request, negative), True
+                if text is None:
+                    text, known = self._encoded(request, negative), False
+                    self._texts.keep(request, negative, text)
+                for note in text.notes:
+                    self._progress.note(note)
+                lengths = self._family.text_lens(text.tensors)
+                return Text(text.tensors, guidances, lengths, phases, known)
 
-    def _encoded(self, request: Request, negative: str | None) -> dict[str, torch.Tensor]:
-        """In main memory."""
+    def _encoded(self, request: Request, negative: str | None) -> Embedded:
+        """By the encoders."""
         if self._texts.all_known:  # but for one that nobody told of before
             self._load(request)
         pipe = self._family.pipeline_for(self._pipe, request.handed)
         tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+        return Embedded({name: tensor.cpu() for name, tensor in tensors.items()})
 
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
@@ -276,7 +280,7 @@ def compute_on(threads: int | None, device: torch.device) -> bool:
     import torch
 
     here = cpu_threads(device)
-    if not threads or not here or threads == here:
+    if not threads or not here or threads == here or not can_compute_on(threads):
         return False
     torch.set_num_threads(threads)
     return True

@@ -14,6 +14,9 @@ from grat_cli.presets import VARIANTS, Preset, Sampling, load_preset, preset_nam
 
 RECOMMENDED = "far"
 
+# What of a preset says what it is, and what is attended when.
+_OF_ATTENTION = {"name", "description", "model", "attention", "schedule", "evidence"}
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -97,7 +100,7 @@ def _usual(then: Preset, model: ModelChoice | None) -> Preset | None:
 
 def _typed(then: Preset, usual: Preset, base: Preset) -> dict[str, Any]:
     """What was typed for another preset besides its attention, for one that takes its place."""
-    sections = ("kernel", "memory", "highres", "guard")
+    sections = Preset.model_fields.keys() - _OF_ATTENTION - {"sampling"}
     typed = {name: getattr(then, name) for name in sections if getattr(then, name) != getattr(usual, name)}
     pairs = zip(then.sampling, usual.sampling, strict=True)
     sampling = {name: value for (name, value), (_, other) in pairs if value != other}

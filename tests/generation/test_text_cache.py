@@ -30,10 +30,10 @@ from grat_cli.generation import run
 from grat_cli.generation.checkpoint import read_run
 from grat_cli.models import loading, text_cache
 from grat_cli.models.catalogue import choose_model, medium_of_name
-from grat_cli.models.text_cache import TextCache, encoders_identity, text_key
+from grat_cli.models.text_cache import Embedded, TextCache, encoders_identity, text_key
 from grat_cli.models.weights import AS_THEY_ARE, Weights
 
-KEY = "0" * 64
+KEY, NOTES = "0" * 64, ("the prompt is cut",)
 
 
 @pytest.fixture
@@ -227,13 +227,14 @@ def embeddings(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def test_entries_come_back_bit_for_bit(cache: TextCache) -> None:
     assert cache.read(KEY) is None
-    cache.write(KEY, embeddings())
+    cache.write(KEY, Embedded(embeddings(), NOTES))
     held = cache.read(KEY)
     assert held is not None
-    assert held.keys() == embeddings().keys()
+    assert held.notes == NOTES
+    assert held.tensors.keys() == embeddings().keys()
     for name, tensor in embeddings().items():
-        assert held[name].dtype == tensor.dtype
-        assert torch.equal(held[name], tensor)
+        assert held.tensors[name].dtype == tensor.dtype
+        assert torch.equal(held.tensors[name], tensor)
     assert cache.read("1" * 64) is None
 
 
@@ -243,54 +244,54 @@ def _flipped(content: bytes) -> Iterator[bytes]:
 
 
 def test_damaged_entries_are_as_good_as_none_and_written_anew(cache: TextCache) -> None:
-    cache.write(KEY, embeddings())
+    cache.write(KEY, Embedded(embeddings(), NOTES))
     (path,) = cache.entries()
     content = path.read_bytes()
     for damaged in (b"", b"x", content[:-1], content[: len(content) // 2], *_flipped(content)):
         path.write_bytes(damaged)
         held = cache.read(KEY)
         if held is not None:  # a flipped bit may be one of padding
-            assert {name: tensor.tolist() for name, tensor in held.items()} == {
+            assert {name: tensor.tolist() for name, tensor in held.tensors.items()} == {
                 name: tensor.tolist() for name, tensor in embeddings().items()
             }
-    cache.write(KEY, embeddings(1))
+    cache.write(KEY, Embedded(embeddings(1)))
     held = cache.read(KEY)
     assert held is not None
-    assert torch.equal(held["prompt_embeds"], embeddings(1)["prompt_embeds"])
+    assert torch.equal(held.tensors["prompt_embeds"], embeddings(1)["prompt_embeds"])
 
 
 def test_an_entry_of_another_name_or_with_other_tensors_is_none(cache: TextCache) -> None:
-    cache.write(KEY, embeddings())
+    cache.write(KEY, Embedded(embeddings(), NOTES))
     (path,) = cache.entries()
     path.rename(path.with_name("1" * 64 + ".safetensors"))
     assert cache.read("1" * 64) is None
     for strange in ({"output_type": torch.zeros(1)}, {"latents": torch.zeros(1, 3)}):
         with pytest.raises(ValueError, match="tensors"):
-            cache.write(KEY, strange)
+            cache.write(KEY, Embedded(strange))
 
 
 def test_what_is_not_finite_is_not_kept(cache: TextCache) -> None:
-    cache.write(KEY, {"prompt_embeds": torch.full((1, 2, 3), torch.nan)})
+    cache.write(KEY, Embedded({"prompt_embeds": torch.full((1, 2, 3), torch.nan)}))
     assert not cache.entries()
 
 
 def test_those_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:
     cache = TextCache(tmp_path / "texts")
     for number in range(3):
-        cache.write(str(number) * 64, embeddings(number))
+        cache.write(str(number) * 64, Embedded(embeddings(number)))
         os.utime(cache.folder / f"{str(number) * 64}.safetensors", (number, number))
     size = sum(found.st_size for found in cache.entries().values())
     assert cache.read("0" * 64) is not None
     smaller = TextCache(cache.folder, most_bytes=size)
-    smaller.write("3" * 64, embeddings(3))
+    smaller.write("3" * 64, Embedded(embeddings(3)))
     assert {path.name[0] for path in smaller.entries()} == {"0", "2", "3"}
-    TextCache(cache.folder, most_bytes=1).write("4" * 64, embeddings(4))
+    TextCache(cache.folder, most_bytes=1).write("4" * 64, Embedded(embeddings(4)))
     assert "4" * 64 + ".safetensors" not in {path.name for path in smaller.entries()}
 
 
 def test_clearing_removes_entries_and_nothing_else(cache: TextCache) -> None:
     assert cache.clear() == 0
-    cache.write(KEY, embeddings())
+    cache.write(KEY, Embedded(embeddings(), NOTES))
     mine = cache.folder / "mine.safetensors"
     mine.write_bytes(b"mine")
     (cache.folder / ("2" * 64 + ".safetensors")).symlink_to(mine)
@@ -304,7 +305,7 @@ def test_clearing_removes_entries_and_nothing_else(cache: TextCache) -> None:
 def test_a_folder_without_leave_to_write_is_told(cache: TextCache) -> None:
     cache.folder.parent.chmod(0o500)
     with pytest.raises(CannotWrite):
-        cache.write(KEY, embeddings())
+        cache.write(KEY, Embedded(embeddings(), NOTES))
 
 
 def test_a_run_goes_on_without_room_for_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +338,7 @@ def test_the_folder_is_the_platforms_or_what_is_set(
 
 
 def test_env_shows_the_cache_and_clears_it(cache_of_a_test: Path) -> None:
-    text_cache.text_cache().write(KEY, embeddings())
+    text_cache.text_cache().write(KEY, Embedded(embeddings()))
     told = grat("env", "--json").data["text_cache"]
     assert (told["folder"], told["entries"]) == (str(cache_of_a_test / "texts"), 1)
     assert told["bytes"] > 500
