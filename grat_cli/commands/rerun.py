@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +64,6 @@ def rerun(
     output = terminal.output()
 
     # 1. What can be refused without looking at any model.
-    model.check()
     require_choice("--highres", highres, HIGHRES_MODES)
     if preview is not None and preview < 1:
         raise BadInput(f"--preview {preview}: expected a number of steps, such as --preview 5")
@@ -72,6 +71,8 @@ def rerun(
         raise BadInput("--prompt is empty: leave it out for the one then")
     repeatable = read_repeatable(file)
     stored, told = repeatable.stored, repeatable.told
+    machine = _filled(model, stored)
+    machine.check()
     _refuse_other_medium(
         repeatable,
         {
@@ -103,8 +104,6 @@ def rerun(
     }
     pictures = options.PictureOptions(**given)
     pictures.check()
-    asked = vars(model).keys() & type(stored).model_fields.keys() - {"model"}
-    machine = {name: getattr(stored, name) for name in asked if getattr(model, name) in (None, False)}
     chosen_format, suffix = formats.choose_format(stored.medium, out, formats.kept_format(out, format, stored.format))
     encoding = crf if quality is None else quality
     same_encoding = encoding is None and chosen_format == stored.format
@@ -112,7 +111,7 @@ def rerun(
         choice,
         chosen,
         size,
-        replace(model, **machine),
+        machine,
         format=chosen_format,
         quality=stored.quality if same_encoding else encoding,
         checkpoint_every=keeping.checkpoint_every,
@@ -170,6 +169,12 @@ def _refuse_other_medium(repeatable: Repeatable, of_one: Mapping[Medium, Mapping
         for flag, value in given.items():
             if value is not None and medium != repeatable.stored.medium:
                 raise BadInput(f"{flag} is for {_OUTPUTS[medium]}, and {repeatable.file} is none: leave it out")
+
+
+def _filled(model: options.ModelOptions, stored: StoredRequest) -> options.ModelOptions:
+    """On what and how it runs: as given, else as then; what is said elsewhere has its default."""
+    left = [each for each in fields(model) if getattr(model, each.name) in (None, False) and each.name != "model"]
+    return replace(model, **{each.name: getattr(stored, each.name, each.default) for each in left})
 
 
 def _size(stored: StoredRequest, extent: options.SizeOptions) -> tuple[Any, ...]:
