@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from grat_cli.commands import options
 from grat_cli.commands.parameters import switch
 from grat_cli.console.output import bytes_text, fact_table
@@ -23,7 +25,7 @@ def env(
         output.data({"text_cache": {**cache.describe(), "removed": removed}})
         output.show(f"{removed} prompts removed from {cache.folder}, {bytes_text(before)}")
         return
-    found = environment.describe() | {"text_cache": cache.describe()}
+    found: dict[str, Any] = environment.describe() | {"text_cache": cache.describe()}
     output.data(found)
     facts = {"system": found["system"]}
     facts |= {name: version or "not installed" for name, version in found["versions"].items()}

@@ -204,7 +204,7 @@ class AttentionOptions:
         choice: ModelChoice,
         sampling: SamplingOptions,
         highres: str | None = None,
-        then: tuple[Preset, str] | None = None,
+        then: tuple[Preset, ModelChoice | None] | None = None,
     ) -> Preset:
         """The resolved preset of a run.
 
@@ -212,7 +212,7 @@ class AttentionOptions:
             choice: the model.
             sampling: gives steps and guidance.
             highres: `--highres`.
-            then: of an output that is repeated the preset, and the name of its model.
+            then: of an output that is repeated the preset, and its model.
 
         Raises:
             BadInput: as `select_preset`.

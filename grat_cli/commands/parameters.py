@@ -84,11 +84,13 @@ class _Shown:
 
     names: tuple[str, ...] | None
     instead: Mapping[str, Any]
+    as_then: bool = False
 
     def of(self, group: Any) -> dict[str, Field[Any]]:
         """By name, in the group's order."""
+        reworded = _reworded_as_then if self.as_then else _reworded
         return {
-            each.name: _reworded(each, self.instead.get(each.name, each))
+            each.name: reworded(each, self.instead.get(each.name, each))
             for each in fields(group)
             if self.names is None or each.name in self.names or each.name in self.instead
         }
@@ -101,6 +103,15 @@ def _reworded(declared: Field[Any], instead: Field[Any] | str) -> Field[Any]:
     return field(default=default, metadata={**declared.metadata, "help": instead})
 
 
+def _reworded_as_then(declared: Field[Any], instead: Field[Any] | str) -> Field[Any]:
+    meant = _reworded(declared, instead)
+    if meant.default is False:
+        return meant
+    text = meant.metadata["help"].partition(" Default: ")[0]
+    default: Any = None
+    return field(default=default, metadata={**meant.metadata, "help": f"{text} Default: as then."})
+
+
 def only(*names: str, **instead: Any) -> _Shown:
     """In `Annotated[Group, only(...)]`: the command has these fields alone, some with another help text or anew."""
     return _Shown(names, instead)
@@ -109,6 +120,11 @@ def only(*names: str, **instead: Any) -> _Shown:
 def changed(**instead: Any) -> _Shown:
     """In `Annotated[Group, changed(...)]`: the command has all fields, these with another help text or anew."""
     return _Shown(None, instead)
+
+
+def as_then(**instead: Any) -> _Shown:
+    """Likewise where an earlier output says what is not given: fields are None then, but for switches."""
+    return _Shown(None, instead, as_then=True)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

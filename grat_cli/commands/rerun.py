@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from grat_cli.commands import options
-from grat_cli.commands.parameters import argument, changed, option
+from grat_cli.commands.parameters import argument, as_then, option
 
 if TYPE_CHECKING:
-    from grat_cli.families.base import PictureKind
+    from grat_cli.families.base import Medium, PictureKind
     from grat_cli.generation.repeating import Repeatable
     from grat_cli.generation.stored import StoredRequest
 
-_AS_THEN = "Default: as then."
+_OUTPUTS: Mapping[Medium, str] = {"image": "pictures", "video": "videos"}
 _KINDS: Mapping[str, PictureKind] = {"init_image": "start", "mask": "mask", "control": "control"}
 
 
@@ -25,60 +25,19 @@ def rerun(
     context: typer.Context,
     file: Annotated[Path, argument("FILE", "A picture or video by grat, or its report.")],
     *,
-    prompt: str | None = option("PROMPT", f"What it shows. {_AS_THEN}", options.PICTURE),
-    extent: Annotated[
-        options.SizeOptions,
-        changed(
-            res=option("SIZE", f"As for grat image and grat video. {_AS_THEN}", options.PICTURE),
-            aspect=f"Shape of a video: 16:9, 9:16, 1:1, 4:3. {_AS_THEN}",
-            seconds=f"Length of a video. {_AS_THEN}",
-            fps=f"Frames per second. {_AS_THEN}",
-        ),
-    ],
-    sampling: Annotated[
-        options.SamplingOptions,
-        changed(
-            seed=f"One seed or several: one picture or video each. {_AS_THEN}",
-            steps=f"Denoising steps. {_AS_THEN}",
-            guidance=f"How closely to follow the prompt. {_AS_THEN}",
-        ),
-    ],
+    prompt: str | None = option("PROMPT", "What it shows. Default: as then.", options.PICTURE),
+    extent: Annotated[options.SizeOptions, as_then()],
+    sampling: Annotated[options.SamplingOptions, as_then()],
     pictures: Annotated[
         options.PictureOptions,
-        changed(
-            init_image="A picture to start from, or a video's first frame. Default: the one then, looked for by its "
-            "name beside FILE and in this folder; so are the others.",
-            strength=f"How much of --init-image to redo, 0 to 1. {_AS_THEN}",
+        as_then(
+            init_image="A picture to start from, or a video's first frame; it and the other pictures of then are found "
+            "by their names, beside FILE and in this folder."
         ),
     ],
     highres: str | None = options.HIGHRES,
-    attention: Annotated[
-        options.AttentionOptions,
-        changed(
-            preset=option(
-                "NAME",
-                f"A preset by name or from a YAML file. {_AS_THEN}",
-                options.ATTENTION,
-                complete=options.complete_preset,
-            ),
-            guard=f"How much of full attention each layer has to keep. {_AS_THEN}",
-        ),
-    ],
-    model: Annotated[
-        options.ModelOptions,
-        changed(
-            model=option(
-                "NAME",
-                f"As for grat image and grat video. {_AS_THEN}",
-                options.MODEL,
-                complete=options.complete_any_model,
-            ),
-            device=option("NAME", f"auto, cpu, cuda, cuda:1 or mps. {_AS_THEN}", options.MODEL),
-            dtype=option("NAME", f"auto, float32, bfloat16 or float16. {_AS_THEN}", options.MODEL),
-            offload=option("HOW", f"none, model, group, sequential or auto. {_AS_THEN}", options.MODEL),
-            quantize=option("HOW", f"none, int8, fp8 or nf4. {_AS_THEN}", options.MODEL),
-        ),
-    ],
+    attention: Annotated[options.AttentionOptions, as_then()],
+    model: Annotated[options.ModelOptions, as_then(model=options.EITHER_MODEL)],
     preview: int | None = options.PREVIEW,
     out: Path | None = options.OUT,
     format: str | None = option(
@@ -96,17 +55,15 @@ def rerun(
     from grat_cli.errors import BadInput
     from grat_cli.files import formats
     from grat_cli.generation.repeating import read_repeatable
-    from grat_cli.generation.run import compute_on
     from grat_cli.generation.seeds import resolve_seeds
     from grat_cli.generation.selection import mismatch_note, require_choice
-    from grat_cli.models.devices import choose_device, choose_dtype
+    from grat_cli.models.catalogue import KNOWN_MODELS
     from grat_cli.models.video_size import parse_size
     from grat_cli.presets import HIGHRES_MODES
 
     output = terminal.output()
 
     # 1. What can be refused without looking at any model.
-    model.check()
     require_choice("--highres", highres, HIGHRES_MODES)
     if preview is not None and preview < 1:
         raise BadInput(f"--preview {preview}: expected a number of steps, such as --preview 5")
@@ -114,20 +71,25 @@ def rerun(
         raise BadInput("--prompt is empty: leave it out for the one then")
     repeatable = read_repeatable(file)
     stored, told = repeatable.stored, repeatable.told
+    machine = _filled(model, stored)
+    machine.check()
     _refuse_other_medium(
         repeatable,
-        of_pictures={
-            **{"--highres": highres, "--mask": pictures.mask, "--control": pictures.control},
-            **{"--reference": pictures.reference, "--strength": pictures.strength},
-            **{"--preview": preview, "--quality": quality},
+        {
+            "image": {
+                **{"--highres": highres, "--mask": pictures.mask, "--control": pictures.control},
+                **{"--reference": pictures.reference, "--strength": pictures.strength},
+                **{"--preview": preview, "--quality": quality},
+            },
+            "video": {f"--{name}": value for name, value in vars(extent).items() if name != "res"} | {"--crf": crf},
         },
-        of_videos={f"--{name}": value for name, value in vars(extent).items() if name != "res"} | {"--crf": crf},
     )
     seeds = resolve_seeds(str(told.seed) if sampling.seed is None else sampling.seed, sampling.n)
 
     # 2. What was asked for then, with what is to be different now.
     choice = repeatable.model(model.model)
-    chosen = attention.preset_for(choice, sampling, highres, then=(stored.preset, stored.model.name))
+    of = choice if model.model is None else KNOWN_MODELS[stored.medium].get(stored.model.name)
+    chosen = attention.preset_for(choice, sampling, highres, then=(stored.preset, of))
     size = parse_size(choice, *_size(stored, extent))
     found = repeatable.pictures(
         {
@@ -142,7 +104,6 @@ def rerun(
     }
     pictures = options.PictureOptions(**given)
     pictures.check()
-    machine = {name: getattr(stored, name) if value is None else value for name, value in model.machine.items()}
     chosen_format, suffix = formats.choose_format(stored.medium, out, formats.kept_format(out, format, stored.format))
     encoding = crf if quality is None else quality
     same_encoding = encoding is None and chosen_format == stored.format
@@ -150,7 +111,7 @@ def rerun(
         choice,
         chosen,
         size,
-        replace(model, **machine),
+        machine,
         format=chosen_format,
         quality=stored.quality if same_encoding else encoding,
         checkpoint_every=keeping.checkpoint_every,
@@ -174,6 +135,9 @@ def rerun(
     making.refuse_unfit(request, size)
 
     # 4. What they will be, and what is no more as it was.
+    from grat_cli.generation.run import compute_on
+    from grat_cli.models.devices import choose_device, choose_dtype
+
     output.hint(f"{choice.name}, {request.title}, {sum(run.schedule.steps for run in runs)} steps")
     output.hint(*getattr(size, "notes", ()))
     output.hint(f"{chosen.name}: {chosen.attention.summary}")
@@ -192,15 +156,25 @@ def _one(path: Path | None) -> Sequence[Path]:
     return () if path is None else (path,)
 
 
-def _refuse_other_medium(repeatable: Repeatable, of_pictures: Mapping[str, Any], of_videos: Mapping[str, Any]) -> None:
-    """Raises BadInput for an option that suits the other medium alone."""
+def _refuse_other_medium(repeatable: Repeatable, of_one: Mapping[Medium, Mapping[str, Any]]) -> None:
+    """Raises BadInput for an option that suits another medium alone than the output's.
+
+    Args:
+        repeatable: the output.
+        of_one: options that suit one alone, with what was given for them or None.
+    """
     from grat_cli.errors import BadInput
 
-    is_video = repeatable.stored.medium == "video"
-    for flag, value in (of_pictures if is_video else of_videos).items():
-        if value is not None:
-            nouns = ("pictures", "a video") if is_video else ("videos", "a picture")
-            raise BadInput(f"{flag} is for {nouns[0]}, and {repeatable.file} is {nouns[1]}: leave it out")
+    for medium, given in of_one.items():
+        for flag, value in given.items():
+            if value is not None and medium != repeatable.stored.medium:
+                raise BadInput(f"{flag} is for {_OUTPUTS[medium]}, and {repeatable.file} is none: leave it out")
+
+
+def _filled(model: options.ModelOptions, stored: StoredRequest) -> options.ModelOptions:
+    """On what and how it runs: as given, else as then; what is said elsewhere has its default."""
+    left = [each for each in fields(model) if getattr(model, each.name) in (None, False) and each.name != "model"]
+    return replace(model, **{each.name: getattr(stored, each.name, each.default) for each in left})
 
 
 def _size(stored: StoredRequest, extent: options.SizeOptions) -> tuple[Any, ...]:

@@ -160,6 +160,10 @@ def offload_for(
     there = cuda_device(torch.cuda.get_device_name(device), free)
     components = components_of(choice) if is_known(choice) else components_of_pipeline(pipe, choice)
     components = with_loras(components, weights)
+    parts = getattr(pipe, "components", {})
+    if "text_encoder" in parts and parts["text_encoder"] is None:  # texts are known: what encodes them was not loaded
+        left = tuple(encoder for encoder in components.text_encoders if encoder.of_pictures)
+        components = replace(components, text_encoders=left)
     needed = {}
     for kind in OFFLOAD_KINDS:
         execution = execution_of(choice, runs[-1], there, offload=kind, quantize=weights.quantize, cast=weights.cast)

@@ -242,7 +242,7 @@ def _resident(
         }
     if execution.offload == "model":
         return {
-            "text": max(encoders),
+            "text": max(encoders, default=0.0),
             "autoencoder": weights["autoencoder"],
             "denoise": weights["transformer"] / components.transformers,
             "decode": weights["autoencoder"],
@@ -250,7 +250,7 @@ def _resident(
     transformer = components.transformer
     share = weights["transformer"] / (components.transformers * transformer.parameters)
     layers = [encoder.layers for encoder in components.text_encoders]
-    one_layer = max(size / (count + 1) for size, count in zip(encoders, layers, strict=True))
+    one_layer = max((size / (count + 1) for size, count in zip(encoders, layers, strict=True)), default=0.0)
     if execution.offload == "group":
         # The block at work and the one that is on its way, what is outside of blocks, and the autoencoder.
         outside = components.transformers * transformer.other_parameters
@@ -262,7 +262,7 @@ def _resident(
         }
     # One module at a time.
     return {
-        "text": max(encoder.width * encoder.vocabulary for encoder in components.text_encoders) * execution.element,
+        "text": max((one.width * one.vocabulary for one in components.text_encoders), default=0) * execution.element,
         "autoencoder": 0.0,
         "denoise": transformer.largest_matrix * share,
         "decode": 9 * max(components.autoencoder.channels) ** 2 * execution.autoencoder_element,
@@ -273,7 +273,7 @@ def _resident(
 
 
 def _text_moments(components: Components, execution: Execution) -> dict[str, float]:
-    """The largest layer of the largest encoder."""
+    """The largest layer of the largest encoder; nothing where the text is known and none is loaded."""
     element = DTYPE_BYTES[execution.text_dtype or execution.dtype]
 
     def layer(encoder: TextEncoderShape) -> float:
@@ -283,7 +283,7 @@ def _text_moments(components: Components, execution: Execution) -> dict[str, flo
         feed_forward = 3 * hidden + 3 * encoder.tokens * encoder.feed_forward * element
         return (encoder.layers + 1) * hidden + max(attention, feed_forward)
 
-    return {"text encoder": max(layer(encoder) for encoder in components.text_encoders)}
+    return {"text encoder": max(map(layer, components.text_encoders), default=0.0)}
 
 
 # ---- Denoising

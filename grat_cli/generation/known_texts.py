@@ -10,7 +10,7 @@ from grat_cli.errors import CannotWrite
 from grat_cli.estimates.stages import Stage
 from grat_cli.families.guidance import encoded_negative
 from grat_cli.generation.request import Progress, Request
-from grat_cli.models.text_cache import encoders_identity, is_kept, text_cache, text_key
+from grat_cli.models.text_cache import Embedded, encoders_identity, is_kept, text_cache, text_key
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class KnownTexts:
         """
         self._texts, self._device, self._progress = texts, device, progress
         self._identity: Mapping[str, Any] | None = None
-        self._found: dict[str, dict[str, torch.Tensor]] = {}
+        self._found: dict[str, Embedded] = {}
         self.all_known = False
 
     def look(self, folder: Path, dtypes: Mapping[str, torch.dtype]) -> bool:
@@ -60,8 +60,8 @@ class KnownTexts:
         self.all_known = all([self.find(*text) is not None for text in self._texts])
         return self.all_known
 
-    def find(self, request: Request, negative: str | None) -> dict[str, torch.Tensor] | None:
-        """The embeddings of a request, on the CPU; None where they are not known."""
+    def find(self, request: Request, negative: str | None) -> Embedded | None:
+        """The text of a request; None where it is not known."""
         key = self._key(request, negative)
         if key is None:
             return None
@@ -69,13 +69,13 @@ class KnownTexts:
             self._found[key] = held
         return self._found.get(key)
 
-    def keep(self, request: Request, negative: str | None, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keeps embeddings for the next time. A run does not end because there is no room for them."""
+    def keep(self, request: Request, negative: str | None, text: Embedded) -> None:
+        """Keeps a text for the next time. A run does not end because there is no room for them."""
         key = self._key(request, negative)
         if key is None:
             return
         try:
-            text_cache().write(key, tensors)
+            text_cache().write(key, text)
         except CannotWrite as error:
             reason = str(error).partition(": use --overwrite")[0]
             self._progress.note(f"{reason}: the prompt is encoded again the next time; --no-text-cache does without")

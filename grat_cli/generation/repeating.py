@@ -6,20 +6,21 @@ what it says decides neither where anything is written nor what may be replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from grat_cli.errors import BadInput
+from grat_cli.errors import BadInput, printable
+from grat_cli.families import family_of
 from grat_cli.families.base import PictureKind
 from grat_cli.files.fingerprint import fingerprint
 from grat_cli.files.json_objects import validated
 from grat_cli.files.outputs import read_provenance
 from grat_cli.generation.report import SCHEMA
-from grat_cli.generation.stored import StoredModel, StoredRequest, request_of_report
+from grat_cli.generation.stored import StoredForm, StoredModel, StoredRequest, request_of_report
 from grat_cli.generation.told import MOST_REFERENCES, KeptPicture, Seed, Sha256
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
 from grat_cli.models.environment import versions
@@ -56,6 +57,7 @@ class _ToldFile(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    part: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{0,80}$")] = ""
     name: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_inside)]
     bytes: Annotated[int, Field(ge=0)] | None = None
     sha256: Sha256 | None = None
@@ -149,7 +151,9 @@ class Repeatable:
         found: dict[PictureKind, list[Path]] = {kind: list(paths) for kind, paths in given.items() if paths}
         for picture in self.told.pictures:
             if not given.get(picture.kind):
-                found.setdefault(picture.kind, []).append(self._place_of_picture(picture))
+                said, option = f"was made from {picture.file}", OPTIONS[picture.kind]
+                place = self._same_file(picture.file, picture.sha256, said, option)
+                found.setdefault(picture.kind, []).append(place)
         asked = self._names_of_pictures()
         told = [(picture.kind, picture.file) for picture in self.told.pictures]
         self._require(sorted(told) == sorted(asked), "pictures: they are not those of the request")
@@ -162,7 +166,8 @@ class Repeatable:
             BadInput: if it is a folder that is not found.
         """
         stored = self.stored.weights.base
-        if typed is not None or stored is None or HUB_ID.fullmatch(stored):
+        known = KNOWN_MODELS[self.stored.medium]
+        if typed is not None or stored is None or stored in known or HUB_ID.fullmatch(stored):
             return typed or stored
         self._require(_is_name(stored), "weights.base: neither a name nor a hub id")
         for folder in self.folders:
@@ -177,8 +182,17 @@ class Repeatable:
             BadInput: if something of them is not found here.
         """
         asked = {name: value for name, value in vars(given).items() if value not in (None, (), False)}
-        base = self.base(given.base)
-        return replace(self.stored.weights.model_copy(update={"base": None}).as_weights(), **asked | {"base": base})
+        then = self.stored.weights.model_dump(mode="json") | {"base": None}
+        if (encoder := then.get("text_encoder")) is not None:
+            path = asked.get("text_encoder") or self._place(encoder, self.told.model.weights, "text-encoder")
+            then["text_encoder"] = str(Path(path).expanduser().resolve())
+        if "loras" in asked:
+            then["loras"] = []
+        for lora in then.get("loras", ()):
+            if lora["kind"] == "file":
+                lora["source"] = str(self._place(lora["source"], self.told.model.loras, "lora").resolve())
+        form: StoredForm = self._checked(validated, StoredForm, then)
+        return replace(self._checked(form.as_weights), **asked | {"base": self.base(given.base)})
 
     def _names_of_pictures(self) -> list[tuple[PictureKind, str]]:
         stored = self.stored
@@ -190,18 +204,27 @@ class Repeatable:
         names: list[tuple[PictureKind, str]] = [(kind, name) for kind, name in one.items() if name is not None]
         return [*names, *(("reference", name) for name in stored.references)]
 
-    def _place_of_picture(self, picture: KeptPicture) -> Path:
-        self._require(_is_name(picture.file), "pictures.file: Input should be the name of a file alone")
-        option, others = OPTIONS[picture.kind], []
+    def _place(self, name: str, told: Sequence[_ToldFile], option: str) -> Path:
+        """Where a file of weights is found: of that name, and the same as then."""
+        digest = next((one.sha256 for one in told if one.name == name), None)
+        return self._same_file(name, digest, f"was made with {name}", f"--{option}")
+
+    def _same_file(self, name: str, digest: str | None, said: str, option: str) -> Path:
+        self._require(_is_name(name), f"{printable(name)[:80]}: Input should be the name of a file alone")
+        others = []
         for folder in self.folders:
-            place = folder / picture.file
-            if not place.is_file():
-                continue
-            if picture.sha256 is not None and _is_same(place, picture.sha256):
+            place = folder / name
+            if place.is_file() and digest is not None and _is_same(place, digest):
                 return place
-            others.append(place)
-        why = f"{others[0]} is another picture" if others else "which is neither beside it nor in this folder"
-        raise BadInput(f"{self.file} was made from {picture.file}, {why}: give it with {option} FILE")
+            others += [place] if place.is_file() else []
+        why = f"and {others[0]} is another file" if others else "which is neither beside it nor in this folder"
+        raise BadInput(f"{self.file} {said}, {why}: give it with {option} FILE")
+
+    def _checked(self, read: Callable[..., Any], *data: Any) -> Any:
+        try:
+            return read(*data)
+        except ValueError as error:
+            raise BadInput(f"{self.file} cannot be repeated: {error}") from error
 
     def _place_of_model(self, stored: StoredModel) -> Path:
         self._require(_is_name(stored.source), "model.source: Input should be the name of a file or folder alone")
@@ -210,12 +233,20 @@ class Repeatable:
             place = folder / stored.source
             if not (place / "model_index.json").is_file() if stored.kind == "folder" else not place.is_file():
                 continue
-            if not list(changed_files(place, self.told.model.weights)):
+            if not self._has_other_weights(place, stored):
                 return place.resolve()
             others.append(place)
         why = f"{others[0]} has other weights" if others else "which is neither beside it nor in this folder"
         what = "FOLDER" if stored.kind == "folder" else "FILE"
         raise BadInput(f"{self.file} was made by the model {stored.source}, {why}: give it with --model {what}")
+
+    def _has_other_weights(self, place: Path, stored: StoredModel) -> bool:
+        told = [one for one in self.told.model.weights if one.part and one.sha256]
+        if stored.kind == "file":
+            return any(not _is_same(place, str(one.sha256)) for one in told if one.part.startswith("transformer"))
+        # One part may have come from a file of its own.
+        there = [(path, one) for one in told if (path := place / one.part / one.name).is_file()]
+        return any(not _is_same(path, str(one.sha256)) for path, one in there)
 
     def _require(self, holds: bool, problem: str) -> None:
         if not holds:
@@ -230,7 +261,7 @@ class Repeatable:
             device: where.
             dtype: of the transformer.
         """
-        from grat_cli.models.devices import cpu_threads, device_name
+        from grat_cli.models.devices import can_compute_on, cpu_threads, device_name
 
         told, found = self.told, versions()
         differing = [
@@ -239,20 +270,22 @@ class Repeatable:
             if name in told.versions and told.versions[name] != version
         ]
         notes = [f"other versions: {', '.join(differing)}"] if differing else []
-        then, now = f"{told.device.model} ({told.device.name})", f"{device_name(device)} ({device})"
-        if then != now:
-            notes.append(f"another device: {then} then, {now} now")
+        devices = f"{told.device.model} ({told.device.name})", f"{device_name(device)} ({device})"
+        if devices[0] != devices[1]:
+            notes.append(f"another device: {devices[0]} then, {devices[1]} now")
         if told.device.dtype != dtype:
             notes.append(f"another dtype: {told.device.dtype} then, {dtype} now")
         threads = cpu_threads(device)
         if threads and told.device.threads and threads != told.device.threads:
-            notes.append(f"it was made on {told.device.threads} CPU threads: as many are used, not {threads}")
+            used = f"as many are used, not {threads}"
+            if not can_compute_on(told.device.threads):
+                used = f"too many for this machine, {threads} are used, and sums may be rounded in another order"
+            notes.append(f"it was made on {told.device.threads} CPU threads: {used}")
         stored = self.stored.model
-        if model.kind == "hub" and model.source == stored.source and told.model.revision:
-            if (revision := present_revision(model.source)) not in (None, told.model.revision):
-                notes.append(f"another revision of {model.source}: {told.model.revision} then, {revision} now")
-        elif model.kind != "hub" and told.model.weights:
-            notes += list(changed_files(Path(model.source), told.model.weights))
+        then = told.model.revision if model.kind == "hub" and model.source == stored.source else None
+        if then is not None and (revision := present_revision(model.source)) not in (None, then):
+            notes.append(f"another revision of {model.source}: {then} then, {revision} now")
+        notes += list(changed_files(model, weights, told.model.weights))
         if told.decoded is not None:
             notes.append("it was decoded from latents that were kept: here the run itself goes on to the end")
         return notes
@@ -281,21 +314,33 @@ def read_repeatable(file: Path) -> Repeatable:
         raise BadInput(f"{file} cannot be repeated: it is damaged, or of another version of grat: {error}") from error
 
 
-def changed_files(place: Path, told: Sequence[_ToldFile]) -> Iterator[str]:
-    """What is no more what it was of a model's files: a sentence for each that is missing or another one.
+def changed_files(model: ModelChoice, weights: Weights, told: Sequence[_ToldFile]) -> Iterator[str]:
+    """What is no more what it was of the files of weights: a sentence for each that is missing or another one.
 
     Args:
-        place: its folder or file.
-        told: of a report; those of a folder by their paths in it.
+        model: that is here.
+        weights: how they come.
+        told: of a report.
     """
     for one in told:
-        path = place / one.name if place.is_dir() else place
-        if one.sha256 is None:
+        path = _path_of(one, model, weights)
+        if path is None or one.sha256 is None:
             continue
         if not path.is_file():
-            yield f"{one.name} of the model is missing"
+            yield f"other weights: {one.part} has no {one.name} here"
         elif not _is_same(path, one.sha256):
-            yield f"other weights: {one.name} of the model is another file than then"
+            yield f"other weights: {path.name} of {one.part} is another file than then"
+
+
+def _path_of(one: _ToldFile, model: ModelChoice, weights: Weights) -> Path | None:
+    """Where a file of weights of then is here; None of one that comes from a hub."""
+    encoder = getattr(weights, "text_encoder", None)
+    if encoder is not None and one.part == family_of(model).large_encoder:
+        return Path(encoder).expanduser()
+    if model.kind == "file" and one.part.startswith("transformer"):
+        return Path(model.source).expanduser()
+    place = weights.base if model.kind == "file" else model.source if model.kind == "folder" else None
+    return Path(place).expanduser() / one.part / one.name if place and Path(place).expanduser().is_dir() else None
 
 
 def _is_name(text: str) -> bool:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grat_cli.errors import Interrupted
+from grat_cli.families import cut_prompts
+from grat_cli.families.cut_prompts import watched
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.files import whole
 from grat_cli.generation.checkpoint import Run, discard_run, files_of
@@ -28,12 +30,14 @@ from grat_cli.generation.request import Progress, Request, WritingProgress, chec
 from grat_cli.generation.stage import refuse_cache, stages_for, upscaled
 from grat_cli.models.compiling import compile_blocks, require_compile
 from grat_cli.models.devices import (
+    can_compute_on,
     choose_device,
     choose_dtype,
     cpu_threads,
 )
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.text_cache import Embedded
 
 if TYPE_CHECKING:
     import torch
@@ -213,20 +217,24 @@ class Generator:
             phases = phases_of(self._device)
             with phases("text"):
                 negative = next((one.negative_prompt for one in guidances if one.negative_prompt is not None), None)
-                tensors, known = self._texts.find(request, negative), True
-                if tensors is None:
-                    tensors, known = self._encoded(request, negative), False
-                    self._texts.keep(request, negative, tensors)
-                lengths = self._family.text_lens(tensors)
-                return Text(tensors, guidances, lengths, phases, known)
+                text, known = self._texts.find(request, negative), True
+                if text is None:
+                    text, known = self._encoded(request, negative), False
+                    self._texts.keep(request, negative, text)
+                for note in text.notes:
+                    self._progress.note(note)
+                lengths = self._family.text_lens(text.tensors)
+                return Text(text.tensors, guidances, lengths, phases, known)
 
-    def _encoded(self, request: Request, negative: str | None) -> dict[str, torch.Tensor]:
-        """In main memory."""
+    def _encoded(self, request: Request, negative: str | None) -> Embedded:
+        """By the encoders."""
         if self._texts.all_known:  # but for one that nobody told of before
             self._load(request)
         pipe = self._family.pipeline_for(self._pipe, request.handed)
-        tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+        with watched(pipe, self._family.longest_text(pipe, request.model)) as cuts:
+            tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
+        notes = cut_prompts.notes(cuts, request.prompt, negative)
+        return Embedded({name: tensor.cpu() for name, tensor in tensors.items()}, tuple(notes))
 
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
@@ -297,7 +305,7 @@ def compute_on(threads: int | None, device: torch.device) -> bool:
     import torch
 
     here = cpu_threads(device)
-    if not threads or not here or threads == here:
+    if not threads or not here or threads == here or not can_compute_on(threads):
         return False
     torch.set_num_threads(threads)
     return True

@@ -9,10 +9,13 @@ from typing import Any
 from grat_cli.errors import BadInput, choices
 from grat_cli.families import family_of, family_of_presets
 from grat_cli.families.base import Medium, ModelChoice
-from grat_cli.models.catalogue import KNOWN_MODELS, medium_of_name
+from grat_cli.models.catalogue import medium_of_name
 from grat_cli.presets import VARIANTS, Preset, Sampling, load_preset, preset_names, resolve_preset
 
 RECOMMENDED = "far"
+
+# What of a preset says what it is, and what is attended when.
+_OF_ATTENTION = {"name", "description", "model", "attention", "schedule", "evidence"}
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -32,7 +35,7 @@ def select_preset(
     guard: float | None = None,
     cache: str | None = None,
     set_items: Sequence[str] = (),
-    then: tuple[Preset, str] | None = None,
+    then: tuple[Preset, ModelChoice | None] | None = None,
 ) -> Preset:
     """The resolved preset of a run.
 
@@ -40,20 +43,20 @@ def select_preset(
     preset's own. On videos `x` is short for `planes`, as the authors of GRAT-X published it, or with a share of 2 for
     `lines`. A preset that comes with grat serves all models of a family, so steps, guidance and shift are the model's.
 
-    Of an output that is repeated, `then` is its preset and the name of its model: what is not typed stays as it was,
-    but for what only followed from another model.
+    Of an output that is repeated, `then` is its preset and its model, None of one that is not known any more: what is
+    not typed stays as it was, but for what only followed from another model or preset.
 
     Raises:
         BadInput: naming the option that does not fit.
     """
     variants = family_of(model).presets[model.presets]
-    word = None if then is None else then[0].name.removeprefix(f"{then[0].model}-")
-    ours = then is not None and then[0].name in preset_names() and word in variants
-    if then is not None and preset is None and (variant is None or not ours):
-        base = then[0]
-        if ours and base.model != model.presets:
-            base = load_preset(f"{model.presets}-{word}")
-    elif preset is None:
+    usual = None if then is None else _usual(*then)
+    if then is not None and usual is not None and preset is None and variant is None and then[1] != model:
+        word = usual.name.removeprefix(f"{usual.model}-")  # the same, of another model
+        variant = word if word in variants else None
+    elif then is not None and preset is None and (variant is None or usual is None):
+        preset = then[0].name
+    if preset is None:
         if variant == "x" and variant not in variants:
             variant = "lines" if share == 2 else "planes"
         if variant is not None and variant not in variants:
@@ -61,7 +64,8 @@ def select_preset(
         base = load_preset(f"{model.presets}-{variant or RECOMMENDED}")
         variant = None
     else:
-        base = load_preset(preset)
+        as_then = then is not None and preset == then[0].name
+        base = then[0] if then is not None and as_then else load_preset(preset)
         if variant is not None and variant not in VARIANTS and variant in variants:
             raise BadInput(
                 f"--variant {variant} is short for the preset {model.presets}-{variant}: leave out --preset, "
@@ -69,12 +73,12 @@ def select_preset(
             )
     if len(base.attention.group) != family_of(model).axes:
         raise BadInput(f"preset {base.name} is for {base.model} models, {model.name} is not one: see grat presets")
-    if then is not None and preset is None:
-        base = base.model_copy(update=_kept_of(*then, model))
-    elif base.name in preset_names():
+    if base.name in preset_names() and not (then is not None and base is then[0]):
         shift = model.default_shift if base.sampling.shift is None else base.sampling.shift
         sampling = Sampling(steps=model.default_steps, guidance=model.default_guidance, shift=shift)
         base = base.model_copy(update={"sampling": sampling})
+    if then is not None and usual is not None and base is not then[0]:
+        base = base.model_copy(update=_typed(then[0], usual, base))
     return resolve_preset(
         base,
         set_items=set_items,
@@ -91,28 +95,18 @@ def select_preset(
     )
 
 
-def _kept_of(then: Preset, of: str, model: ModelChoice) -> dict[str, Any]:
-    """What of a preset stays when its output is repeated by a model: all but attention and when it changes.
+def _usual(then: Preset, model: ModelChoice | None) -> Preset | None:
+    """A preset as it is where nothing is typed; None of one that did not come with grat, or of an unknown model."""
+    return select_preset(model, preset=then.name) if model is not None and then.name in preset_names() else None
 
-    Args:
-        then: the preset.
-        of: name of the model of then.
-        model: that repeats it.
-    """
-    sampling, before = then.sampling, KNOWN_MODELS[model.medium].get(of)
-    if of != model.name and before is not None:
 
-        def followed(value: Any, default: Any, own: Any) -> Any:
-            return own if value == default else value
-
-        sampling = Sampling(
-            steps=followed(sampling.steps, before.default_steps, model.default_steps),
-            guidance=followed(sampling.guidance, before.default_guidance, model.default_guidance),
-            shift=followed(sampling.shift, before.default_shift, model.default_shift),
-        )
-    kept = {name: getattr(then, name) for name in Preset.model_fields}
-    not_kept = ("name", "description", "model", "attention", "schedule", "evidence")
-    return {name: value for name, value in kept.items() if name not in not_kept} | {"sampling": sampling}
+def _typed(then: Preset, usual: Preset, base: Preset) -> dict[str, Any]:
+    """What was typed for another preset besides its attention, for one that takes its place."""
+    sections = Preset.model_fields.keys() - _OF_ATTENTION - {"sampling"}
+    typed = {name: getattr(then, name) for name in sections if getattr(then, name) != getattr(usual, name)}
+    pairs = zip(then.sampling, usual.sampling, strict=True)
+    sampling = {name: value for (name, value), (_, other) in pairs if value != other}
+    return {**typed, "sampling": base.sampling.model_copy(update=sampling)}
 
 
 def choose_medium(model: str | None, made_for: str | None, of_video: bool) -> Medium:

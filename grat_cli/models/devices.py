@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from contextlib import suppress
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+_MOST_THREADS_PER_CORE = 32
 DEVICE_KINDS = ("auto", "cpu", "cuda", "mps")
 
 
@@ -80,6 +82,11 @@ def cpu_threads(device: torch.device) -> int | None:
     import torch
 
     return torch.get_num_threads() if device.type == "cpu" else None
+
+
+def can_compute_on(threads: int) -> bool:
+    """Whether so many CPU threads, which a file may ask for, are no more than a machine like this one bears."""
+    return threads <= _MOST_THREADS_PER_CORE * (os.cpu_count() or 1)
 
 
 def wait_for(device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Embeddings of prompts that have been encoded before, so that text encoders need not be loaded for them again.
 
 An entry is a file of tensors named after all that decides them: files of encoders and tokenizers, dtypes, device,
-libraries, and the texts, none of which can be read from it. What it holds is checked before it is used; a damaged entry
-is as good as none.
+libraries, and the texts, which are not in it, but for what a note on one quotes. What it holds is checked before it is
+used; a damaged entry is as good as none.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ _PACKAGES = ("grat", "torch", "diffusers", "transformers")
 _NOT_OF_TEXT = ("base", "loras", "fuse_loras", "cast", "allow_pickle")
 
 _Name = Annotated[str, Field(pattern=r"^(negative_)?(pooled_)?prompt_(embeds|attention_mask)(_mask)?(_2)?$")]
+_Note = Annotated[str, Field(max_length=1000)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -63,6 +64,20 @@ class _StoredText(BaseModel):
     schema_: Annotated[str, Field(alias="schema")]
     key: _Digest
     tensors: Annotated[dict[_Name, _StoredTensor], Field(min_length=1, max_length=16)]
+    notes: Annotated[tuple[_Note, ...], Field(max_length=16)]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A text as pipelines take it.
+
+    Attributes:
+        tensors: on the CPU, by the names of a pipeline's arguments.
+        notes: what to know of how it was encoded, in sentences.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,8 @@ class TextCache:
     folder: Path
     most_bytes: int = MOST_BYTES
 
-    def read(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of an entry, on the CPU; None where there is none, or a damaged one."""
+    def read(self, key: str) -> Embedded | None:
+        """The text of an entry; None where there is none, or a damaged one."""
         path = self._path(key)
         try:
             if not path.is_file() or path.stat().st_size > _LARGEST_ENTRY:
@@ -93,16 +108,16 @@ class TextCache:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # it was used last
-        return held
+        return Embedded(held, told.notes)
 
-    def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keeps tensors, and makes room for them. Those that are not finite, or too large, are not kept.
+    def write(self, key: str, text: Embedded) -> None:
+        """Keeps a text, and makes room for them. Those that are not finite, or too large, are not kept.
 
         Raises:
             CannotWrite: if there is no room, or no leave.
         """
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        about = {"schema": SCHEMA, "key": key, "tensors": _described(held)}
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in text.tensors.items()}
+        about = {"schema": SCHEMA, "key": key, "tensors": _described(held), "notes": list(text.notes)}
         fits = sum(tensor.nbytes for tensor in held.values()) <= min(_LARGEST_ENTRY, self.most_bytes) // 2
         if not fits or not all(tensor.isfinite().all() for tensor in held.values()):
             return

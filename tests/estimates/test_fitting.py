@@ -198,3 +198,7 @@ def test_auto_offload_is_the_fastest_kind_that_the_estimate_says_fits(monkeypatc
     # What its name does not tell, the pipeline does: it is far smaller than what its kin are.
     small = load_model(choose_model("demo"), device=torch.device("cpu"), dtype=torch.float32).pipe
     assert chosen(20 * 10**9, replace(FLUX, name="someone/tuned"), small)[0] == "none"
+    # Where texts are known their encoders are not loaded, and need no room.
+    small.text_encoder = small.text_encoder_2 = None
+    assert [chosen(free * 10**9, FLUX, small)[0] for free in (30, 20, 1)] == ["none", "group", "sequential"]
+    assert chosen(20 * 10**9, replace(FLUX, name="someone/tuned"), small)[0] == "none"
