@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from grat_cli.estimates.memory import RunMemory
     from grat_cli.estimates.planning import Forecast
+    from grat_cli.models.catalogue import ModelChoice
 
 _VARIANTS_OF_VIDEOS = ("planes", "lines")
 _FEW_PATTERNS = 6  # are listed one by one
@@ -77,7 +78,8 @@ def plan(
     from grat_cli.generation import inputs
     from grat_cli.generation.request import Request, check_pictures
     from grat_cli.generation.selection import choose_medium, mismatch_note, require_choice
-    from grat_cli.models.catalogue import choose_model, models_for
+    from grat_cli.models.catalogue import choose_model, is_known, models_for
+    from grat_cli.models.hub_metadata import ask_hub
     from grat_cli.models.resolution import Resolution
     from grat_cli.presets import HIGHRES_MODES, load_preset
 
@@ -95,6 +97,14 @@ def plan(
     of_video = extent.of_video or (made_for is None and attention.variant in _VARIANTS_OF_VIDEOS)
     medium = choose_medium(model.model, made_for, of_video)
     choice = choose_model(models_for(made_for, medium)[0].name if model.model is None else model.model, medium)
+    told: Mapping[str, int] | None = None
+    if choice.kind == "hub" and not is_known(choice):
+        answer = ask_hub(choice.source, medium)
+        if isinstance(answer, str):
+            output.hint(f"the hub tells nothing of {choice.name} ({answer}): shapes are those of its nearest kin")
+        else:
+            choice, told = answer.choice, answer.parameters
+            output.hint(f"shapes and weights of {choice.name} are those that the hub tells")
     chosen = attention.preset_for(choice, sampling, highres)
 
     # 2. The size, and everything that follows from it.
@@ -133,7 +143,9 @@ def plan(
         stages = [stage_data(stage, made.schedule) for stage, made in parts]
 
     # 3. Memory and time by phase, on the device that is meant.
-    components = components_of(choice)
+    components = components_of(choice, told)
+    if components.transformer_bytes is not None and (weights.quantize, weights.cast) != ("none", "none"):
+        raise BadInput(f"{choice.name} is quantized already: leave out --quantize and --cast")
     if device is not None and device.kind == "cpu" and weights != options.ModelOptions(cast=weights.cast):
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
     how = {"offload": weights.offload, "quantize": weights.quantize, "cast": weights.cast}
@@ -143,6 +155,7 @@ def plan(
     took = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
 
     # 4. Show it.
+    stored = _stored_in(choice)
     output.hint(mismatch_note(chosen, choice))
     output.data(
         {
@@ -163,10 +176,14 @@ def plan(
             "offload": verdict.execution.offload,
             "quantize": weights.quantize,
             "cast": weights.cast,
+            "file": stored,
             "verdict": verdict.as_dict() if device else None,
         }
     )
-    output.show(fact_table(_facts(result, stages)), "", _phase_table(verdict.memory, took))
+    facts = _facts(result, stages)
+    if stored is not None:
+        facts["weights"] = f"{stored['weights']:,} in {Path(choice.source).name}: {_types_text(stored['types'])}"
+    output.show(fact_table(facts), "", _phase_table(verdict.memory, took))
     if verdict.execution.offload != "none":
         waiting = bytes_text(verdict.memory.offloaded)
         output.show(f"--offload {verdict.execution.offload}: {waiting} of weights wait in main memory")
@@ -209,6 +226,21 @@ def _phase_table(memory: RunMemory, seconds: Mapping[str, float]) -> RenderableT
             phase.moment,
         )
     return table
+
+
+def _stored_in(choice: ModelChoice) -> dict[str, Any] | None:
+    """What the header of a file tells; None where the model is no file."""
+    from grat_cli.files.weight_headers import read_header
+
+    if choice.kind != "file":
+        return None
+    header = read_header(Path(choice.source))
+    return {"format": header.format, "weights": header.numbers, "types": header.types}
+
+
+def _types_text(types: Mapping[str, int]) -> str:
+    """`Q8_0 11.8 GiB, F32 3.2 MiB`."""
+    return ", ".join(f"{name} {bytes_text(count)}" for name, count in types.items() if count)
 
 
 def _time(seconds: float) -> str:

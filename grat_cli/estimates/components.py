@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,29 +15,43 @@ from grat_cli.families.autoencoders import AutoencoderShape
 from grat_cli.families.base import ModelChoice
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerShape
 from grat_cli.files.json_objects import read_json
-from grat_cli.files.tensors import LONGEST_HEADER
+from grat_cli.files.weight_headers import read_header
 from grat_cli.models.catalogue import is_known
+from grat_cli.models.single_file import without_prefix
 
+# Scales, and what else a file may hold beside weights, as a share of these.
+_STRAY = 0.02
 _ENCODERS = ("text_encoder*", "image_encoder")
 
 
-def components_of(choice: ModelChoice) -> Components:
+def components_of(choice: ModelChoice, parameters: Mapping[str, int] | None = None) -> Components:
     """The parts of a chosen model: of a folder as its files say, else those of its kin.
+
+    Args:
+        choice: which.
+        parameters: weights of each part of a folder that holds its configurations alone; None for one that has them.
 
     Raises:
         ModelUnavailable: if a folder lacks the configuration or the weights of a part, or they are damaged.
     """
     transformer, autoencoder = denoising_shapes(choice)
     if choice.kind != "folder":
-        return Components(family_of(choice).text_encoders_of(choice), transformer, autoencoder, choice.transformers)
+        encoders, stays = family_of(choice).text_encoders_of(choice), None
+        if choice.kind == "file":
+            stays = _bytes_that_stay(choice, transformer)
+        return Components(encoders, transformer, autoencoder, choice.transformers, stays)
     folder = Path(choice.source)
     with _damage_of(choice):
         encoders = [part for kind in _ENCODERS for part in sorted(folder.glob(kind)) if part.is_dir()]
         encoders = [part for part in encoders if part.name not in family_of(choice).not_loaded]
+
+        def count(part: Path) -> int:
+            return stored_parameters(part) if parameters is None else parameters[part.name]
+
         return Components(
-            tuple(_text_encoder(read_json(part / "config.json"), stored_parameters(part), choice) for part in encoders),
+            tuple(_text_encoder(read_json(part / "config.json"), count(part), choice) for part in encoders),
             transformer,
-            replace(autoencoder, parameters=stored_parameters(folder / "vae")),
+            replace(autoencoder, parameters=count(folder / "vae")),
             choice.transformers,
         )
 
@@ -76,11 +86,31 @@ def components_of_pipeline(pipe: Any, choice: ModelChoice) -> Components:
     )
 
 
+def _bytes_that_stay(choice: ModelChoice, transformer: TransformerShape) -> int | None:
+    """Bytes of the weights of a file that stay as they are stored, which those of GGUF do; None for all others."""
+    path = Path(choice.source)
+    with _damage_of(choice):
+        header = read_header(path)
+        tensors = without_prefix(header.tensors)
+        held = sum(tensor.numbers for tensor in tensors.values())
+        if abs(held - transformer.parameters) > _STRAY * transformer.parameters:
+            raise ValueError(
+                f"it holds {held:,} weights, and a transformer of {family_of(choice).title} of its shape has "
+                f"{transformer.parameters:,}"
+            )
+        return sum(tensor.bytes for tensor in tensors.values()) if header.format == "gguf" else None
+
+
 @contextmanager
 def _damage_of(choice: ModelChoice) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        if choice.kind == "file":
+            raise ModelUnavailable(
+                f"{choice.name} is damaged, or holds no transformer that is known ({first_line(error)}): "
+                "get the file again, or plan for the model that it was made from"
+            ) from error
         raise ModelUnavailable(
             f"{choice.name} is incomplete: in {choice.source} a configuration or weights are missing or damaged "
             f"({first_line(error)})\n"
@@ -124,15 +154,4 @@ def stored_parameters(folder: Path) -> int:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no .safetensors file")
-    return sum(_elements(path) for path in files)
-
-
-def _elements(path: Path) -> int:
-    """Numbers in a file: its first 8 bytes are the length of a JSON header (huggingface/safetensors, README)."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
-            raise ValueError(f"{path} is cut off")
-        header = json.loads(file.read(length))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return sum(read_header(path).numbers for path in files)

@@ -313,6 +313,11 @@ class Hunyuan15(Family):
         "more for every pair of tokens in every layer, it makes all the same, though its kernel runs without it here."
     )
     masks_text = True
+    named_in_files = ("context_embedder_2.", "byt5_in.", "cond_type_embed")
+    blocks_in_files: ClassVar[Mapping[str, tuple[str, ...]]] = {"num_layers": ("transformer_blocks", "double_blocks")}
+    shapes_in_files: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {
+        "width": (("x_embedder.proj.weight", "img_in.proj.weight"), 0),
+    }
 
     # ---- Which model
 

@@ -14,6 +14,7 @@ from grat_cli.errors import BadInput, ModelUnavailable, first_line, nearest
 from grat_cli.families import FAMILIES, families_of, family_of_pipeline
 from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.files.json_objects import read_json
+from grat_cli.files.weight_headers import read_header
 from grat_cli.models.parts import read_index, validation_problem
 
 _Blocks = Annotated[list[int] | None, Field(max_length=8)]
@@ -90,6 +91,8 @@ def medium_of_name(name: str) -> Medium | None:
     media: list[Medium] = [medium for medium, known in KNOWN_MODELS.items() if name in known]
     if media:
         return media[0] if len(media) == 1 else None
+    if (family := _family_of_file(Path(name).expanduser())) is not None:
+        return family.medium
     index = Path(name).expanduser() / "model_index.json"
     return medium_of_pipeline(read_index(index).class_name) if index.is_file() else None
 
@@ -145,7 +148,26 @@ def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
         raise ModelUnavailable(f"{name} is not a .safetensors or .gguf file: other formats are not supported")
     if not path.is_file():
         raise ModelUnavailable(f"there is no file {name}: check the path, or use --model demo")
-    return replace(_kin(path.stem, medium), name=name, source=str(path), kind="file", reason="a file of that name")
+    family = _family_of_file(path)
+    kin = _kin(path.stem, medium)
+    if family is not None:
+        kin = replace(family.kin(path.stem), source=str(path), kind="file")
+        try:
+            kin = family.of_file(path.stem, family.transformer_config(kin))
+        except (OSError, ValueError, LookupError, TypeError):  # loading says more of what is wrong
+            kin = family.kin(path.stem)
+    return replace(kin, name=name, source=str(path), kind="file", reason="a file of that name")
+
+
+def _family_of_file(path: Path) -> Family | None:
+    """The family that a file's weights are of; None where their names do not tell, or cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        names = read_header(path).tensors
+    except (OSError, ValueError):  # loading says more of what is wrong
+        return None
+    return next((family for family in FAMILIES.values() if family.holds(names)), None)
 
 
 def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:

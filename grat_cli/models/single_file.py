@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, ModelUnavailable, printable
-from grat_cli.models.headers import Header, format_of, read_header
+from grat_cli.files.weight_headers import Header, format_of, read_header
 from grat_cli.models.quantization import installed
 
 if TYPE_CHECKING:
