@@ -209,7 +209,7 @@ class _Worker:
                 continue
             try:
                 run, _ = read_run(kept)
-                run.refuse_other_weights(self._generator.revision)
+                run.refuse_other_weights(self._generator.revision, self._generator.files)
             except BadInput as error:
                 self._progress.note(f"{error}: {work.stem} is begun anew")
                 continue

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from grat_cli.errors import BadInput, choices
+from grat_cli.errors import BadInput, choices, printable
 from grat_cli.estimates.stages import Stage
 from grat_cli.families import Medium, ModelChoice
 from grat_cli.families.base import Pictures
@@ -31,6 +31,7 @@ from grat_cli.models.offloading import OFFLOADS
 from grat_cli.models.quantization import CASTS, QUANTIZATIONS
 from grat_cli.models.resolution import LARGEST_SIDE, Resolution
 from grat_cli.models.video_size import MOST_FRAMES
+from grat_cli.models.weight_files import WeightFile
 from grat_cli.models.weights import Weights
 from grat_cli.presets import Preset
 
@@ -108,8 +109,15 @@ class Run:
         """Whether nothing is left but to decode."""
         return self.done == self.total
 
-    def refuse_other_weights(self, revision: str | None) -> None:
-        """Raises BadInput if the run was begun with other weights than those of `revision`."""
+    def refuse_other_weights(self, revision: str | None, files: Sequence[WeightFile] = ()) -> None:
+        """Raises BadInput if the run was begun with other weights than those of `revision`, or of `files`."""
+        here = {(file.part, file.fingerprint.sha256) for file in files}
+        for file in self.report.get("model", {}).get("weights", ()):
+            if (file["part"], file["sha256"]) not in here:
+                raise BadInput(
+                    f"the run was begun with another {printable(file['name'])} as {file['part']} than is here: "
+                    "its result would be another; start the run anew"
+                )
         begun_with = self.report.get("model", {}).get("revision", revision)
         if begun_with != revision:
             raise BadInput(
@@ -348,10 +356,21 @@ class _StoredDevice(BaseModel):
     threads: Annotated[int, Field(ge=1, le=4096)] | None
 
 
+class _StoredFile(BaseModel):
+    """What a `WeightFile` is known by."""
+
+    model_config = ConfigDict(strict=True)
+
+    part: Annotated[str, Field(pattern=r"^[a-z][a-z_0-9]{0,40}$")]
+    name: Annotated[str, Field(max_length=255)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class _StoredWeights(BaseModel):
     model_config = ConfigDict(strict=True)
 
     revision: Annotated[str, Field(max_length=200)] | None
+    weights: Annotated[tuple[_StoredFile, ...], Field(max_length=1000)] = ()
 
 
 class _StoredLowest(BaseModel):

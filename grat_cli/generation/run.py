@@ -23,6 +23,7 @@ from grat_cli.models.devices import (
 )
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.weight_files import WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,7 @@ class Generator:
         told = surroundings(self._model, self._device)
         self._studio = Studio(self._pipe, self._device, progress, self.stages, told, self._latents_of_picture)
         if begun is not None:
-            begun.refuse_other_weights(self._model.revision)
+            begun.refuse_other_weights(self._model.revision, self._model.files)
 
     def _read(self, request: Request, begun: Run | None = None) -> None:
         """Pictures and stages of a request; of a run that is taken up, as they were."""
@@ -145,6 +146,11 @@ class Generator:
     def revision(self) -> str | None:
         """Of the weights; None where they have none."""
         return self._model.revision
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        """That the weights were read from, but for those that the revision tells of."""
+        return self._model.files
 
     def new_run(self, seed: int) -> Run:
         """A run of which nothing is done."""

@@ -113,8 +113,9 @@ def load_model(
             assert choose_offload is not None, "nobody knows what the run will need"
             kind, reason = choose_offload(pipe)
         require_quantization(weights.quantize, device, offload=kind)
-    for transformer in family.transformers(pipe):
-        require_movable(transformer, weights.cast, kind)
+    for part in pipe.components.values():
+        is_cast = any(part is transformer for transformer in family.transformers(pipe))
+        require_movable(part, weights.cast if is_cast else "none", kind, device)
     offload_pipeline(pipe, kind, device)
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, files)
 

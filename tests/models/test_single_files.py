@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -31,6 +32,7 @@ from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.families import family_of_class
 from grat_cli.files.fingerprint import fingerprint
 from grat_cli.generation import checkpoint
+from grat_cli.generation.checkpoint import Run
 from grat_cli.models import loading
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
@@ -399,6 +401,16 @@ def test_other_parts_may_be_those_of_a_model_by_name(tmp_path: Path) -> None:
     assert_same(by_name.text_encoder_2.state_dict(), by_folder.text_encoder_2.state_dict())
 
 
+def test_weights_of_another_file_are_not_gone_on_with(tmp_path: Path) -> None:
+    files = load(write(tmp_path / "tuned.safetensors", WEIGHTS)).files
+    begun = Run(seed=1, total=4, report={"model": {"revision": None, "weights": [file.as_dict() for file in files]}})
+    begun.refuse_other_weights(None, files)
+    weights = WEIGHTS | {"proj_out.bias": WEIGHTS["proj_out.bias"] + 1}
+    others = load(write(tmp_path / "tuned.safetensors", weights)).files
+    with pytest.raises(BadInput, match=r"begun with another tuned\.safetensors as transformer than is here"):
+        begun.refuse_other_weights(None, others)
+
+
 # ---- Offloading and casts
 
 
@@ -432,14 +444,14 @@ def test_weights_in_fewer_bits_are_offloaded_as_any_others(tmp_path: Path, form:
     wanted = picture(small_pipeline(form, tmp_path))
     for kind in ("model", "group"):
         pipe = small_pipeline(form, tmp_path)
-        require_movable(pipe.transformer, "fp8" if form == "cast" else "none", kind)
+        require_movable(pipe.transformer, "fp8" if form == "cast" else "none", kind, CPU)
         offload(pipe, kind, CPU)
         assert torch.equal(picture(pipe), wanted), kind
     pipe = small_pipeline(form, tmp_path)
     with pytest.raises(
         BadInput, match=r"--offload sequential: its hooks rebuild weights.* use --offload group or model"
     ):
-        require_movable(pipe.transformer, "fp8" if form == "cast" else "none", "sequential")
+        require_movable(pipe.transformer, "fp8" if form == "cast" else "none", "sequential", CPU)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -474,3 +486,19 @@ def test_a_cast_run_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
     other_layouts.write_gguf(Path("tuned.gguf"), WEIGHTS, "Q8_0")
     said = refusal(*asked[:2], "--model", "tuned.gguf", "--base", "demo", "--res", "64", "--cast", "fp8")
     assert "--cast fp8: the weights are quantized already, gguf: leave it out" in said
+
+
+@pytest.mark.parametrize(
+    ("by", "offload", "device", "says"),
+    [
+        ("bitsandbytes", "none", "cpu", "for CUDA devices, and the run is on cpu"),
+        ("bitsandbytes", "group", "cuda", "bitsandbytes with --offload group: scales are beside them"),
+        ("torchao", "sequential", "cuda", "weights quantized by torchao with --offload sequential"),
+    ],
+)
+def test_what_is_quantized_is_moved_only_where_that_works(by: str, offload: str, device: Any, says: str) -> None:
+    config = SimpleNamespace(quant_method=SimpleNamespace(value=by))
+    part = SimpleNamespace(hf_quantizer=SimpleNamespace(quantization_config=config))
+    with pytest.raises(BadInput, match=says):
+        require_movable(part, "none", offload, torch.device(device))
+    require_movable(part, "none", "model", torch.device("cuda"))
