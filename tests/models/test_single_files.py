@@ -156,6 +156,10 @@ def scale_of_another_shape(tensors: Tensors) -> None:
     tensors["img_in.scale_weight"] = torch.ones(7)
 
 
+def empty_scale(tensors: Tensors) -> None:
+    tensors["img_in.scale_weight"] = torch.ones(0)
+
+
 def stored_in_another_way(tensors: Tensors) -> None:
     tensors["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
 
@@ -192,13 +196,14 @@ def half_prefixed(tensors: Tensors) -> None:
         (scale_of_no_8_bits, "img_in has a scale, and no weight of 8-bit floats"),
         (scale_not_finite, "scale of img_in.weight is no positive number"),
         (scale_of_zero, "scale of img_in.weight is no positive number"),
+        (empty_scale, "scale of img_in.weight is no positive number"),
         (scale_of_another_shape, "scale of img_in.weight does not fit it"),
         (stored_in_another_way, "img_in.comfy_quant is stored as nvfp4, and only float8_e4m3fn is read"),
         (stored_as_nonsense, "img_in.comfy_quant is stored as None"),
         (packed, "linear_1.weight is stored as uint8, in no way of quantizing that is read"),
-        (one_more, "holds 1 weights that .* has no place for, such as img_in.lora_up"),
+        (one_more, "holds 1 weights that demo has no place for, such as img_in.lora_up"),
         (one_less, "it lacks final_layer.linear.bias"),
-        (another_shape, "proj_out.bias is 5, and that of .* 16"),
+        (another_shape, "proj_out.bias is 5, and that of demo 16"),
         (half_prefixed, "only some of its weights are named model.diffusion_model"),
     ],
 )
@@ -349,6 +354,19 @@ def test_wans_own_layout_is_read_with_what_has_five_dimensions(tmp_path: Path) -
         tensors = read_weights(tmp_path / file, torch.float32, allow_pickle=False)
         found = transformer_of(type(stock), tensors, dict(stock.config), str(tmp_path), torch.float32)
         assert_same(found.state_dict(), stock.state_dict())
+
+
+@pytest.mark.parametrize("shape", [[1 << 30], [-4, -4], [0]])
+def test_original_shapes_of_gguf_that_lie_are_told(tmp_path: Path, shape: list[int]) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "odd.gguf"), "flux")
+    writer.add_array("comfy.gguf.orig_shape.a", shape)
+    writer.add_tensor("a", np.ones(16, np.float32), raw_dtype=gguf.GGMLQuantizationType.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelUnavailable, match="a does not hold as many numbers as its original shape says"):
+        load(tmp_path / "odd.gguf")
 
 
 def test_hunyuanvideo_15_has_no_files_of_a_transformer_alone() -> None:
