@@ -17,6 +17,7 @@ from grat_cli.families.shapes import Components, TextEncoderShape, TransformerSh
 from grat_cli.files.json_objects import read_json
 from grat_cli.files.weight_headers import read_header
 from grat_cli.models.catalogue import is_known
+from grat_cli.models.quantization import quantization_of
 from grat_cli.models.single_file import without_prefix
 
 # Scales, and what else a file may hold beside weights, as a share of these.
@@ -35,12 +36,10 @@ def components_of(choice: ModelChoice, parameters: Mapping[str, int] | None = No
         ModelUnavailable: if a folder lacks the configuration or the weights of a part, or they are damaged.
     """
     transformer, autoencoder = denoising_shapes(choice)
-    if choice.kind != "folder":
-        encoders, stays = family_of(choice).text_encoders_of(choice), None
-        if choice.kind == "file":
-            stays = _bytes_that_stay(choice, transformer)
+    stays = _bytes_that_stay(choice, transformer) if choice.kind == "file" else None
+    if (folder := choice.folder) is None:
+        encoders = family_of(choice).text_encoders_of(choice)
         return Components(encoders, transformer, autoencoder, choice.transformers, stays)
-    folder = Path(choice.source)
     with _damage_of(choice):
         encoders = [part for kind in _ENCODERS for part in sorted(folder.glob(kind)) if part.is_dir()]
         encoders = [part for part in encoders if part.name not in family_of(choice).not_loaded]
@@ -53,6 +52,7 @@ def components_of(choice: ModelChoice, parameters: Mapping[str, int] | None = No
             transformer,
             replace(autoencoder, parameters=count(folder / "vae")),
             choice.transformers,
+            stays,
         )
 
 
@@ -67,13 +67,16 @@ def denoising_shapes(choice: ModelChoice) -> tuple[TransformerShape, Autoencoder
     family = family_of(choice)
     with _damage_of(choice):
         transformer = family.transformer_shape(family.transformer_config(choice))
-        if choice.kind != "folder":
+        if choice.folder is None:
             return transformer, family.autoencoder_of(choice)
-        return transformer, family.autoencoder_shape(read_json(Path(choice.source) / "vae" / "config.json"))
+        return transformer, family.autoencoder_shape(read_json(choice.folder / "vae" / "config.json"))
 
 
 def components_of_pipeline(pipe: Any, choice: ModelChoice) -> Components:
     """The parts of a loaded pipeline of a chosen model."""
+    stays = None
+    if quantization_of(pipe.transformer) == "gguf":
+        stays = sum(weight.numel() * weight.element_size() for weight in pipe.transformer.parameters())
     encoders = [
         part for kind in _ENCODERS for name, part in pipe.components.items() if fnmatch(name, kind) and part is not None
     ]
@@ -83,6 +86,7 @@ def components_of_pipeline(pipe: Any, choice: ModelChoice) -> Components:
         family_of(choice).transformer_shape(pipe.transformer.config),
         family_of(choice).autoencoder_shape(autoencoder, pipe.vae.num_parameters()),
         len(family_of(choice).transformers(pipe)),
+        stays,
     )
 
 

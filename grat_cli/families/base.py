@@ -96,6 +96,8 @@ class ModelChoice:
         transformers: how many take turns over the steps.
         later_guidance: guidance of the second of these, by that of the first.
         config: name of its transformer's bundled configuration, where a family has several of a kind.
+        other_parts: of a file: the folder with the other parts, whose transformer it replaces; empty where that is not
+            on this machine.
     """
 
     name: str
@@ -123,6 +125,13 @@ class ModelChoice:
     transformers: int = 1
     later_guidance: float = 1.0
     config: str = ""
+    other_parts: str = ""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its configurations are; None where they are not known before it is loaded."""
+        place = self.source if self.kind == "folder" else self.other_parts
+        return Path(place) if place else None
 
     def redoes(self, kinds: frozenset[PictureKind]) -> bool:
         """Whether it redoes a picture to start from at a strength, where it is given such pictures.
@@ -337,8 +346,8 @@ class Family(ABC):
         Raises:
             OSError, ValueError: if it is missing or damaged.
         """
-        if model.kind == "folder":
-            return read_json(Path(model.source) / "transformer" / "config.json")
+        if model.folder is not None:
+            return read_json(model.folder / "transformer" / "config.json")
         config = read_json(self.configs / f"{self.bundled_config(model)}.json")
         if model.kind == "file" and format_of(Path(model.source)) != "pickle":  # of which nothing is known
             shapes = {name: tensor.shape for name, tensor in read_header(Path(model.source)).tensors.items()}

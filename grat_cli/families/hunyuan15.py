@@ -349,7 +349,7 @@ class Hunyuan15(Family):
 
     def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
         config = super().transformer_config(model)
-        if model.kind == "folder":
+        if model.folder is not None:
             return config
         task = "i2v" if "start" in model.takes else "t2v"
         return {**config, "target_size": model.native_side, "task_type": task}

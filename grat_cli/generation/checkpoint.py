@@ -577,7 +577,9 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
         request = Request(
             **same
             | {
-                "model": _chosen(stored.model, medium) if model is None else choose_model(model, medium=medium),
+                "model": _chosen(stored.model, medium, stored.weights.base)
+                if model is None
+                else choose_model(model, medium, stored.weights.base),
                 "weights": stored.weights.as_weights(),
                 **{name: None if same[name] is None else Path(same[name]) for name in _PICTURES},
                 "references": tuple(map(Path, stored.references)),
@@ -605,12 +607,12 @@ def stored_as(kind: type[Any], data: Any) -> Any:
         raise ValueError(f"{ascii(where)[1:-1][:80]}: {first['msg'].splitlines()[0][:160]}") from error
 
 
-def _chosen(stored: _StoredModel, medium: Medium) -> ModelChoice:
+def _chosen(stored: _StoredModel, medium: Medium, base: str | None) -> ModelChoice:
     """The model of a request as if it were typed: one on this machine is not looked for on the hub, nor the reverse."""
     name = stored.name if stored.name in KNOWN_MODELS[medium] else stored.source
     if name == stored.source and stored.kind != "hub" and not Path(name).is_absolute():
         raise ValueError("model.source: not an absolute path")
-    choice = choose_model(name, medium=medium)
+    choice = choose_model(name, medium, _base(base))
     if choice.kind != stored.kind:
         raise ValueError(f"model: {name!a} was a {stored.kind} and is a {choice.kind} here")
     return replace(choice, name=stored.name)

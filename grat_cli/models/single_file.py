@@ -301,6 +301,8 @@ def transformer_of(
     with init_empty_weights():
         empty = model.from_config(config)
     expected = empty.state_dict()
+    if 2 * sum("lora_" in name or ".lora." in name for name in tensors) > len(tensors):
+        raise ValueError("it is a LoRA, which goes with a model: give it as --lora")
     if 2 * len(expected.keys() & tensors.keys()) < len(expected):
         tensors = _converted(conversion["checkpoint_mapping_fn"], tensors, config)
     ignored = model._keys_to_ignore_on_load_unexpected or ()

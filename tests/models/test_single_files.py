@@ -174,7 +174,7 @@ def packed(tensors: Tensors) -> None:
 
 
 def one_more(tensors: Tensors) -> None:
-    tensors["img_in.lora_up"] = torch.ones(3)
+    tensors["img_in.more"] = torch.ones(3)
 
 
 def one_less(tensors: Tensors) -> None:
@@ -201,7 +201,7 @@ def half_prefixed(tensors: Tensors) -> None:
         (stored_in_another_way, "img_in.comfy_quant is stored as nvfp4, and only float8_e4m3fn is read"),
         (stored_as_nonsense, "img_in.comfy_quant is stored as None"),
         (packed, "linear_1.weight is stored as uint8, in no way of quantizing that is read"),
-        (one_more, "holds 1 weights that demo has no place for, such as img_in.lora_up"),
+        (one_more, "holds 1 weights that demo has no place for, such as img_in.more"),
         (one_less, "it lacks final_layer.linear.bias"),
         (another_shape, "proj_out.bias is 5, and that of demo 16"),
         (half_prefixed, "only some of its weights are named model.diffusion_model"),
@@ -411,6 +411,67 @@ def test_a_run_from_a_file_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.M
     for wrong in ({"allow_pickle": True}, {"text_encoder": "t5.safetensors"}, {"cast": "fp4"}, {"base": "nothing"}):
         with pytest.raises(ValueError, match=r"allow_pickle|text_encoder|cast|base"):
             checkpoint._StoredForm.model_validate({**stored, **wrong}).as_weights()
+
+
+def test_a_file_is_what_its_base_is_but_for_its_weights(tmp_path: Path) -> None:
+    file = write(tmp_path / "tuned.safetensors", ORIGINAL)
+    demo = choose_model("demo")
+    own: dict[str, Any] = {"name": str(file), "source": str(file), "kind": "file", "reason": "a file of that name"}
+    wanted = replace(demo, **own, is_demo=False, other_parts=demo.source)
+    assert choose_model(str(file), base="demo") == wanted
+    folder = shutil.copytree(DEMO_FLUX.path, tmp_path / "folder")
+    assert choose_model(str(file), base=str(folder)).text_tokens == demo.text_tokens
+    assert choose_model(str(file), base="flux-dev").default_steps == 28
+    assert choose_model(str(file), base="owner/flux").default_steps == 4  # nothing is known but the file
+    save_file(tiny_qwen.transformer().state_dict(), tmp_path / "qwen.safetensors")
+    with pytest.raises(BadInput, match="transformer of Qwen-Image, and demo is Flux: try --base Qwen/Qwen-Image"):
+        choose_model(str(tmp_path / "qwen.safetensors"), base="demo")
+
+
+def test_a_picture_from_a_file_is_that_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    other_layouts.write_gguf(Path("same.gguf"), ORIGINAL, "BF16")
+    write(Path("same.safetensors"), {f"model.diffusion_model.{name}": weight for name, weight in ORIGINAL.items()})
+    made = ("--res", "64", "--steps", "2", "--seed", "2", "--guidance", "2")
+    for model in (("demo",), ("same.gguf", "--base", "demo"), ("same.safetensors", "--base", "demo")):
+        assert grat("image", "a red fox", "--model", *model, *made, "--out", f"{model[0]}.png").code == 0
+    pictures = [np.asarray(Image.open(f"{name}.png")) for name in ("demo", "same.gguf", "same.safetensors")]
+    assert np.array_equal(pictures[0], pictures[1])
+    assert np.array_equal(pictures[0], pictures[2])
+
+
+def test_a_video_from_a_gguf_file_is_that_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny_wan.pipeline()
+    pipe.save_pretrained("folder")
+    other_layouts.write_gguf(Path("wan.gguf"), other_layouts.of_wan(pipe.transformer.state_dict()), "F32")
+    asked = (
+        "--res",
+        "64x64",
+        "--frames",
+        "5",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--variant",
+        "full",
+        "--format",
+        "frames",
+    )
+    for number, model in enumerate((("folder",), ("wan.gguf", "--base", "folder"))):
+        result = grat("video", "a fox", "--model", *model, *asked, "--out", str(number))
+        assert result.code == 0, result.err
+    first, second = (sorted(Path(folder).glob("*.png")) for folder in ("0", "1"))
+    assert len(first) == 5
+    for one, other in zip(first, second, strict=True):
+        assert np.abs(np.asarray(Image.open(one), np.int16) - np.asarray(Image.open(other), np.int16)).max() <= 1
+
+
+def test_a_lora_is_no_transformer(tmp_path: Path) -> None:
+    file = write(tmp_path / "lora.safetensors", {"transformer.x_embedder.lora_A.weight": torch.ones(4, 16)})
+    with pytest.raises(ModelUnavailable, match="it is a LoRA, which goes with a model: give it as --lora"):
+        load(file)
 
 
 def test_other_parts_may_be_those_of_a_model_by_name(tmp_path: Path) -> None:
