@@ -121,7 +121,7 @@ def batch(
         "video": {f"--{name}": value for name, value in vars(extent).items() if name != "res"} | {"--crf": crf},
     }
     medium = _medium(chosen_layout.medium, chosen_layout.name, model.model, of_one)
-    choice = choose_model(model.model, medium)
+    choice = choose_model(model.model, medium, model.base)
     chosen = attention.preset_for(choice, sampling, highres)
     output.hint(f"{choice.name} ({choice.reason}), {chosen.name}: {chosen.attention.summary}")
     output.hint(mismatch_note(chosen, choice))

@@ -64,7 +64,7 @@ def image(
         raise BadInput(f"--preview {preview}: expected a number of steps, such as --preview 5")
 
     # 2. Model, preset, size; whether they fit one another.
-    choice = choose_model(model.model)
+    choice = choose_model(model.model, base=model.base)
     chosen = attention.preset_for(choice, sampling, highres)
     size = parse_resolution(res, choice.native_side, choice.size_multiple)
     request, runs = making.planned_request(

@@ -375,7 +375,7 @@ class ModelOptions:
         medium = choose_medium(self.model, made_for, extent.of_video)
         usual = models_for(made_for, medium)
         bundled_alone = self.model is None and all(model.is_demo for model in usual)
-        return choose_model(usual[0].name if bundled_alone else self.model, medium)
+        return choose_model(usual[0].name if bundled_alone else self.model, medium, self.base)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from grat_cli.estimates.memory import RunMemory
     from grat_cli.estimates.planning import Forecast
+    from grat_cli.models.catalogue import ModelChoice
 
 _VARIANTS_OF_VIDEOS = ("planes", "lines")
 _FEW_PATTERNS = 6  # are listed one by one
@@ -79,7 +80,8 @@ def plan(
     from grat_cli.generation import inputs
     from grat_cli.generation.request import Request, check_pictures
     from grat_cli.generation.selection import choose_medium, mismatch_note, require_choice
-    from grat_cli.models.catalogue import choose_model, models_for
+    from grat_cli.models.catalogue import choose_model, is_known, models_for
+    from grat_cli.models.hub_metadata import ask_hub
     from grat_cli.models.resolution import Resolution
     from grat_cli.presets import HIGHRES_MODES, load_preset
 
@@ -97,6 +99,14 @@ def plan(
     of_video = extent.of_video or (made_for is None and attention.variant in _VARIANTS_OF_VIDEOS)
     medium = choose_medium(model.model, made_for, of_video)
     choice = choose_model(models_for(made_for, medium)[0].name if model.model is None else model.model, medium)
+    told: Mapping[str, int] | None = None
+    if choice.kind == "hub" and not is_known(choice):
+        answer = ask_hub(choice.source, medium)
+        if isinstance(answer, str):
+            output.hint(f"the hub tells nothing of {choice.name} ({answer}): shapes are those of its nearest kin")
+        else:
+            choice, told = answer.choice, answer.parameters
+            output.hint(f"shapes and weights of {choice.name} are those that the hub tells")
     chosen = attention.preset_for(choice, sampling, highres)
 
     # 2. The size, and everything that follows from it.
@@ -135,7 +145,9 @@ def plan(
         stages = [stage_data(stage, made.schedule) for stage, made in parts]
 
     # 3. Memory and time by phase, on the device that is meant.
-    components = with_loras(components_of(choice), weights.weights)
+    components = with_loras(components_of(choice, told), weights.weights)
+    if components.transformer_bytes is not None and (weights.quantize, weights.cast) != ("none", "none"):
+        raise BadInput(f"{choice.name} is quantized already: leave out --quantize and --cast")
     if device is not None and device.kind == "cpu" and (weights.offload, weights.quantize) != ("none", "none"):
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
     how = {"offload": weights.offload, "quantize": weights.quantize, "cast": weights.cast}
@@ -145,6 +157,7 @@ def plan(
     took = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
 
     # 4. Show it.
+    stored = _stored_in(choice)
     output.hint(mismatch_note(chosen, choice))
     if chosen.cache:
         output.hint(f"cache {chosen.cache.summary}: its memory is counted, the time that it saves is not")
@@ -167,10 +180,14 @@ def plan(
             "offload": verdict.execution.offload,
             "quantize": weights.quantize,
             "cast": weights.cast,
+            "file": stored,
             "verdict": verdict.as_dict() if device else None,
         }
     )
-    output.show(fact_table(_facts(result, stages)), "", _phase_table(verdict.memory, took))
+    facts = _facts(result, stages)
+    if stored is not None:
+        facts["weights"] = f"{stored['weights']:,} in {Path(choice.source).name}: {_types_text(stored['types'])}"
+    output.show(fact_table(facts), "", _phase_table(verdict.memory, took))
     if verdict.execution.offload != "none":
         waiting = bytes_text(verdict.memory.offloaded)
         output.show(f"--offload {verdict.execution.offload}: {waiting} of weights wait in main memory")
@@ -213,6 +230,21 @@ def _phase_table(memory: RunMemory, seconds: Mapping[str, float]) -> RenderableT
             phase.moment,
         )
     return table
+
+
+def _stored_in(choice: ModelChoice) -> dict[str, Any] | None:
+    """What the header of a file tells; None where the model is no file."""
+    from grat_cli.files.weight_headers import read_header
+
+    if choice.kind != "file":
+        return None
+    header = read_header(Path(choice.source))
+    return {"format": header.format, "weights": header.numbers, "types": header.types}
+
+
+def _types_text(types: Mapping[str, int]) -> str:
+    """`Q8_0 11.8 GiB, F32 3.2 MiB`."""
+    return ", ".join(f"{name} {bytes_text(count)}" for name, count in types.items() if count)
 
 
 def _time(seconds: float) -> str:

@@ -75,7 +75,7 @@ def video(
     seeds = sampling.seeds()
 
     # 2. Model, preset, size; whether they fit one another.
-    choice = choose_model(model.model, medium="video")
+    choice = choose_model(model.model, "video", model.base)
     chosen = attention.preset_for(choice, sampling)
     size = extent.size_for(choice)
     request, (expected,) = making.planned_request(

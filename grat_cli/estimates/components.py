@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,32 +15,46 @@ from grat_cli.families.autoencoders import AutoencoderShape
 from grat_cli.families.base import ModelChoice
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerShape
 from grat_cli.files.json_objects import read_json
-from grat_cli.files.tensors import LONGEST_HEADER
+from grat_cli.files.weight_headers import read_header
+from grat_cli.models import lora as loras
 from grat_cli.models.catalogue import is_known
-from grat_cli.models.lora import own_name, read_header
+from grat_cli.models.quantization import quantization_of
+from grat_cli.models.single_file import without_prefix
 from grat_cli.models.weights import Weights
 
+# Scales, and what else a file may hold beside weights, as a share of these.
+_STRAY = 0.02
 _ENCODERS = ("text_encoder*", "image_encoder")
 
 
-def components_of(choice: ModelChoice) -> Components:
+def components_of(choice: ModelChoice, parameters: Mapping[str, int] | None = None) -> Components:
     """The parts of a chosen model: of a folder as its files say, else those of its kin.
+
+    Args:
+        choice: which.
+        parameters: weights of each part of a folder that holds its configurations alone; None for one that has them.
 
     Raises:
         ModelUnavailable: if a folder lacks the configuration or the weights of a part, or they are damaged.
     """
     transformer, autoencoder = denoising_shapes(choice)
-    if choice.kind != "folder":
-        return Components(family_of(choice).text_encoders_of(choice), transformer, autoencoder, choice.transformers)
-    folder = Path(choice.source)
+    stays = _bytes_that_stay(choice, transformer) if choice.kind == "file" else None
+    if (folder := choice.folder) is None:
+        encoders = family_of(choice).text_encoders_of(choice)
+        return Components(encoders, transformer, autoencoder, choice.transformers, stays)
     with _damage_of(choice):
         encoders = [part for kind in _ENCODERS for part in sorted(folder.glob(kind)) if part.is_dir()]
         encoders = [part for part in encoders if part.name not in family_of(choice).not_loaded]
+
+        def count(part: Path) -> int:
+            return stored_parameters(part) if parameters is None else parameters[part.name]
+
         return Components(
-            tuple(_text_encoder(read_json(part / "config.json"), stored_parameters(part), choice) for part in encoders),
+            tuple(_text_encoder(read_json(part / "config.json"), count(part), choice) for part in encoders),
             transformer,
-            replace(autoencoder, parameters=stored_parameters(folder / "vae")),
+            replace(autoencoder, parameters=count(folder / "vae")),
             choice.transformers,
+            stays,
         )
 
 
@@ -57,8 +67,8 @@ def with_loras(components: Components, weights: Weights) -> Components:
     added = 0
     for lora in weights.loras:
         if lora.kind == "file" and not weights.fuse_loras:
-            read_header(Path(lora.source), own_name(lora))
-            added += stored_numbers(Path(lora.source)) * (2 if lora.noise == "both" else 1)
+            header = loras.read_header(Path(lora.source), loras.own_name(lora))
+            added += header.numbers * (2 if lora.noise == "both" else 1)
     return replace(components, added=added)
 
 
@@ -73,13 +83,16 @@ def denoising_shapes(choice: ModelChoice) -> tuple[TransformerShape, Autoencoder
     family = family_of(choice)
     with _damage_of(choice):
         transformer = family.transformer_shape(family.transformer_config(choice))
-        if choice.kind != "folder":
+        if choice.folder is None:
             return transformer, family.autoencoder_of(choice)
-        return transformer, family.autoencoder_shape(read_json(Path(choice.source) / "vae" / "config.json"))
+        return transformer, family.autoencoder_shape(read_json(choice.folder / "vae" / "config.json"))
 
 
 def components_of_pipeline(pipe: Any, choice: ModelChoice) -> Components:
     """The parts of a loaded pipeline of a chosen model."""
+    stays = None
+    if quantization_of(pipe.transformer) == "gguf":
+        stays = sum(weight.numel() * weight.element_size() for weight in pipe.transformer.parameters())
     encoders = [
         part for kind in _ENCODERS for name, part in pipe.components.items() if fnmatch(name, kind) and part is not None
     ]
@@ -89,7 +102,23 @@ def components_of_pipeline(pipe: Any, choice: ModelChoice) -> Components:
         family_of(choice).transformer_shape(pipe.transformer.config),
         family_of(choice).autoencoder_shape(autoencoder, pipe.vae.num_parameters()),
         len(family_of(choice).transformers(pipe)),
+        stays,
     )
+
+
+def _bytes_that_stay(choice: ModelChoice, transformer: TransformerShape) -> int | None:
+    """Bytes of the weights of a file that stay as they are stored, which those of GGUF do; None for all others."""
+    path = Path(choice.source)
+    with _damage_of(choice):
+        header = read_header(path)
+        tensors = without_prefix(header.tensors)
+        held = sum(tensor.numbers for tensor in tensors.values())
+        if abs(held - transformer.parameters) > _STRAY * transformer.parameters:
+            raise ValueError(
+                f"it holds {held:,} weights, and a transformer of {family_of(choice).title} of its shape has "
+                f"{transformer.parameters:,}"
+            )
+        return sum(tensor.bytes for tensor in tensors.values()) if header.format == "gguf" else None
 
 
 @contextmanager
@@ -97,6 +126,11 @@ def _damage_of(choice: ModelChoice) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        if choice.kind == "file":
+            raise ModelUnavailable(
+                f"{choice.name} is damaged, or holds no transformer that is known ({first_line(error)}): "
+                "get the file again, or plan for the model that it was made from"
+            ) from error
         raise ModelUnavailable(
             f"{choice.name} is incomplete: in {choice.source} a configuration or weights are missing or damaged "
             f"({first_line(error)})\n"
@@ -140,15 +174,4 @@ def stored_parameters(folder: Path) -> int:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no .safetensors file")
-    return sum(map(stored_numbers, files))
-
-
-def stored_numbers(path: Path) -> int:
-    """Numbers in a file: its first 8 bytes are the length of a JSON header (huggingface/safetensors, README)."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length <= min(LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
-            raise ValueError(f"{path} is cut off")
-        header = json.loads(file.read(length))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return sum(read_header(path).numbers for path in files)

@@ -222,7 +222,7 @@ def refuse_unfit_here(
 
     from grat_cli.models.devices import choose_device, choose_dtype
 
-    if choice.kind != "folder" and not is_known(choice):
+    if choice.folder is None and not is_known(choice):
         return
     chosen = choose_device(device)
     if chosen.type == "cuda":

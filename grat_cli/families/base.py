@@ -7,8 +7,9 @@ pipeline import what they need when they run.
 from __future__ import annotations
 
 import contextlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -21,6 +22,7 @@ from grat_cli.families.autoencoders import AutoencoderShape, autoencoder_shape
 from grat_cli.families.resumption import LaterSteps
 from grat_cli.families.shapes import TextEncoderShape, TransformerShape
 from grat_cli.files.json_objects import read_json
+from grat_cli.files.weight_headers import format_of, read_header
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
@@ -94,6 +96,8 @@ class ModelChoice:
         transformers: how many take turns over the steps.
         later_guidance: guidance of the second of these, by that of the first.
         config: name of its transformer's bundled configuration, where a family has several of a kind.
+        other_parts: of a file: the folder with the other parts, whose transformer it replaces; empty where that is not
+            on this machine.
     """
 
     name: str
@@ -121,6 +125,13 @@ class ModelChoice:
     transformers: int = 1
     later_guidance: float = 1.0
     config: str = ""
+    other_parts: str = ""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its configurations are; None where they are not known before it is loaded."""
+        place = self.source if self.kind == "folder" else self.other_parts
+        return Path(place) if place else None
 
     def redoes(self, kinds: frozenset[PictureKind]) -> bool:
         """Whether it redoes a picture to start from at a strength, where it is given such pictures.
@@ -256,6 +267,11 @@ class Family(ABC):
         stages: whether outputs that are much larger than those it was trained on come about in stages.
         fits_positions: whether positions and scores can be fitted to larger outputs than it was trained on.
         configs: where the configurations of its transformers are bundled.
+        named_in_files: parts of names of weights, one of which is in every file of its transformers.
+        not_named_in_files: likewise, none of which is.
+        blocks_in_files: names of lists of blocks in files, by the field of a configuration that counts them.
+        shapes_in_files: ends of names of weights in files, and an axis, by the field that has that axis' size; `width`
+            is that of hidden states, and no field.
     """
 
     name: ClassVar[str]
@@ -288,6 +304,10 @@ class Family(ABC):
     stages: ClassVar[bool] = False
     fits_positions: ClassVar[bool] = False
     configs: ClassVar[Path] = Path(__file__).parent / "configs"
+    named_in_files: ClassVar[tuple[str, ...]]
+    not_named_in_files: ClassVar[tuple[str, ...]] = ()
+    blocks_in_files: ClassVar[Mapping[str, tuple[str, ...]]]
+    shapes_in_files: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]]
 
     # ---- Which model
 
@@ -328,9 +348,66 @@ class Family(ABC):
         Raises:
             OSError, ValueError: if it is missing or damaged.
         """
-        if model.kind == "folder":
-            return read_json(Path(model.source) / "transformer" / "config.json")
-        return read_json(self.configs / f"{self.bundled_config(model)}.json")
+        if model.folder is not None:
+            return read_json(model.folder / "transformer" / "config.json")
+        config = read_json(self.configs / f"{self.bundled_config(model)}.json")
+        if model.kind == "file" and format_of(Path(model.source)) != "pickle":  # of which nothing is known
+            shapes = {name: tensor.shape for name, tensor in read_header(Path(model.source)).tensors.items()}
+            return self.config_of_file(config, shapes)
+        return config
+
+    def holds(self, names: Collection[str]) -> bool:
+        """Whether weights of a file, by these names, are those of one of its transformers."""
+
+        def named(parts: tuple[str, ...]) -> bool:
+            return any(part in name for part in parts for name in names)
+
+        return named(self.named_in_files) and not named(self.not_named_in_files)
+
+    def config_of_file(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """A configuration with what weights of a file tell: how many blocks, how wide, of how many channels.
+
+        Args:
+            config: of the known model that it is most likely kin to.
+            shapes: of the weights, by their names in whichever layout.
+
+        Raises:
+            ValueError: if they are of no such transformer.
+        """
+        found = dict(config)
+        for field_name, lists in self.blocks_in_files.items():
+            place = re.compile(rf"(?:^|\.)(?:{'|'.join(lists)})\.(\d{{1,4}})\.")
+            numbers = {int(match[1]) for match in map(place.search, shapes) if match}
+            found[field_name] = max(numbers, default=-1) + 1
+        sizes: dict[str, int] = {}
+        for field_name, (ends, axis) in self.shapes_in_files.items():
+            # What begins with a dot is in blocks, and all else outside of them.
+            inside, outside = tuple(end for end in ends if end[0] == "."), tuple(end for end in ends if end[0] != ".")
+            told = (
+                shape
+                for name, shape in shapes.items()
+                if name.endswith(inside if "blocks." in name else outside) and len(shape) > axis
+            )
+            if (shape := next(told, None)) is not None:
+                sizes[field_name] = shape[axis]
+        width = sizes.pop("width", 0)
+        found |= sizes
+        heads_dim = found["attention_head_dim"]
+        if min(width, heads_dim) < 1 or width % heads_dim or not any(found[name] for name in self.blocks_in_files):
+            raise ValueError(f"its tensors are not those of a transformer of {self.title}")
+        found["num_attention_heads"] = width // heads_dim
+        if "guidance_embeds" in found:
+            found["guidance_embeds"] = any("guidance" in name for name in shapes)
+        return found
+
+    def of_file(self, name: str, config: Mapping[str, Any]) -> ModelChoice:
+        """The known model that a file's is kin to.
+
+        Args:
+            name: of the file.
+            config: of `config_of_file`.
+        """
+        return self.kin(name)
 
     def bundled_config(self, model: ModelChoice) -> str:
         """Which of the bundled configurations is that of a model from a hub, or of one that it is kin to."""

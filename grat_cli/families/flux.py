@@ -189,6 +189,8 @@ class Flux(Family):
         "FluxControlImg2ImgPipeline": "it follows one picture and redoes another, and is given one of them here",
         "FluxControlInpaintPipeline": "it follows one picture and redoes a part of another, and is given one here",
         "FluxKontextInpaintPipeline": "it refers to one picture and redoes a part of another, and is given one here",
+        "VisualClozePipeline": "it fills in one of a grid of pictures",
+        "VisualClozeGenerationPipeline": "it fills in one of a grid of pictures",
         "FluxPriorReduxPipeline": "it makes no pictures, but what stands for one in a prompt",
     }
     models = (_DEV, _SCHNELL, _FILL, _CANNY, _DEPTH, _KONTEXT, _DEMO)
@@ -202,6 +204,20 @@ class Flux(Family):
     large_encoder = "text_encoder_2"
     stages = True
     fits_positions = True
+    named_in_files = ("time_text_embed.text_embedder.", "vector_in.")
+    not_named_in_files = ("token_refiner",)
+    blocks_in_files: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "num_layers": ("transformer_blocks", "double_blocks"),
+        "num_single_layers": ("single_transformer_blocks", "single_blocks"),
+    }
+    shapes_in_files: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {
+        "width": (("x_embedder.weight", "img_in.weight"), 0),
+        "in_channels": (("x_embedder.weight", "img_in.weight"), 1),
+        "out_channels": (("proj_out.bias", "final_layer.linear.bias"), 0),
+        "joint_attention_dim": (("context_embedder.weight", "txt_in.weight"), 1),
+        "pooled_projection_dim": (("text_embedder.linear_1.weight", "vector_in.in_layer.weight"), 1),
+        "attention_head_dim": ((".norm_q.weight", ".query_norm.scale"), 0),
+    }
 
     # ---- Which model
 
@@ -211,6 +227,14 @@ class Flux(Family):
             return _SCHNELL
         words = {"fill": _FILL, "canny": _CANNY, "depth": _DEPTH, "kontext": _KONTEXT}
         return next((words[word] for word in re.split("[^a-z]+", name.lower()) if word in words), _DEV)
+
+    def of_file(self, name: str, config: Mapping[str, Any]) -> ModelChoice:
+        kin, joining = self.kin(name), _joining_channels(config)
+        if joining is not None:
+            return kin if kin.needs == joining.needs else joining
+        if not config["guidance_embeds"]:
+            return _SCHNELL
+        return _DEV if kin.needs else kin
 
     def of_folder(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> ModelChoice:
         # AutoencoderTiny does not store its own block_out_channels.

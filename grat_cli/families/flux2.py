@@ -274,6 +274,17 @@ class Flux2(Family):
     tile = picture_coding.TILE
     large_encoder = "text_encoder"
     lets_go = True
+    named_in_files = ("double_stream_modulation_img.",)
+    blocks_in_files: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "num_layers": ("transformer_blocks", "double_blocks"),
+        "num_single_layers": ("single_transformer_blocks", "single_blocks"),
+    }
+    shapes_in_files: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {
+        "width": (("x_embedder.weight", "img_in.weight"), 0),
+        "in_channels": (("x_embedder.weight", "img_in.weight"), 1),
+        "joint_attention_dim": (("context_embedder.weight", "txt_in.weight"), 1),
+        "attention_head_dim": ((".norm_q.weight", ".query_norm.scale"), 0),
+    }
 
     # ---- Which model
 

@@ -176,6 +176,18 @@ class Hunyuan(Family):
         "which would keep torch from its fastest kernels."
     )
     masks_text = True
+    named_in_files = ("token_refiner",)
+    not_named_in_files = ("context_embedder_2.", "byt5_in.", "cond_type_embed")
+    blocks_in_files: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "num_layers": ("transformer_blocks", "double_blocks"),
+        "num_single_layers": ("single_transformer_blocks", "single_blocks"),
+    }
+    shapes_in_files: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {
+        "width": (("x_embedder.proj.weight", "img_in.proj.weight"), 0),
+        "text_embed_dim": (("context_embedder.proj_in.weight", "txt_in.input_embedder.weight"), 1),
+        "pooled_projection_dim": (("vector_in.in_layer.weight",), 1),
+        "attention_head_dim": ((".attn.norm_q.weight", ".img_attn_q_norm.weight"), 0),
+    }
 
     # ---- Which model
 

@@ -314,6 +314,11 @@ class Hunyuan15(Family):
         "more for every pair of tokens in every layer, it makes all the same, though its kernel runs without it here."
     )
     masks_text = True
+    named_in_files = ("context_embedder_2.", "byt5_in.", "cond_type_embed")
+    blocks_in_files: ClassVar[Mapping[str, tuple[str, ...]]] = {"num_layers": ("transformer_blocks", "double_blocks")}
+    shapes_in_files: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {
+        "width": (("x_embedder.proj.weight", "img_in.proj.weight"), 0),
+    }
 
     # ---- Which model
 
@@ -345,7 +350,7 @@ class Hunyuan15(Family):
 
     def transformer_config(self, model: ModelChoice) -> dict[str, Any]:
         config = super().transformer_config(model)
-        if model.kind == "folder":
+        if model.folder is not None:
             return config
         task = "i2v" if "start" in model.takes else "t2v"
         return {**config, "target_size": model.native_side, "task_type": task}

@@ -225,6 +225,14 @@ class Qwen(Family):
     lets_go = True
     stages = True
     fits_positions = True
+    named_in_files = ("txt_norm.weight",)
+    blocks_in_files: ClassVar[Mapping[str, tuple[str, ...]]] = {"num_layers": ("transformer_blocks",)}
+    shapes_in_files: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {
+        "width": (("img_in.weight",), 0),
+        "in_channels": (("img_in.weight",), 1),
+        "joint_attention_dim": (("txt_in.weight",), 1),
+        "attention_head_dim": ((".norm_q.weight",), 0),
+    }
 
     # ---- Which model
 

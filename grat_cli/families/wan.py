@@ -316,6 +316,13 @@ class Wan(Family):
     large_encoder = "text_encoder"
     autoencoder_dtype = "float32"  # as on its model cards
     lets_go = True
+    named_in_files = ("patch_embedding.",)
+    blocks_in_files: ClassVar[Mapping[str, tuple[str, ...]]] = {"num_layers": ("blocks",)}
+    shapes_in_files: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {
+        "width": (("patch_embedding.weight",), 0),
+        "ffn_dim": ((".ffn.net.0.proj.bias", ".ffn.0.bias"), 0),
+        "text_dim": (("text_embedder.linear_1.weight", "text_embedding.0.weight"), 1),
+    }
 
     # ---- Which model
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from grat_cli.attention.guard import GuardState
-from grat_cli.errors import BadInput
+from grat_cli.errors import BadInput, printable
 from grat_cli.estimates.stages import Stage
 from grat_cli.families.base import Pictures
 from grat_cli.files import outputs, tensors, whole
@@ -41,6 +41,7 @@ from grat_cli.generation.told import (
     ToldStage,
 )
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.weight_files import WeightFile
 from grat_cli.presets import MOST_STEPS
 
 if TYPE_CHECKING:
@@ -123,13 +124,24 @@ class Run:
         """Whether nothing is left but to decode."""
         return self.done == self.total
 
-    def refuse_other_weights(self, revision: str | None, loras: Sequence[Mapping[str, Any]] = ()) -> None:
+    def refuse_other_weights(
+        self, revision: str | None, files: Sequence[WeightFile] = (), loras: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Raises BadInput if the run was begun with other weights.
 
         Args:
             revision: of those that are here.
+            files: that these were read from, but for those that the revision tells of.
             loras: that these have, of `lora.AppliedLora.told`.
         """
+        # What encodes text is not read where texts are known, whose entries say by what they were encoded.
+        read, here = {file.part for file in files}, {(file.part, file.fingerprint.sha256) for file in files}
+        for file in self.report.get("model", {}).get("weights", ()):
+            if file["part"] in read and (file["part"], file["sha256"]) not in here:
+                raise BadInput(
+                    f"the run was begun with another {printable(file['name'])} as {file['part']} than is here: "
+                    "its result would be another; start the run anew"
+                )
         begun_with = self.report.get("model", {}).get("revision", revision)
         if begun_with != revision:
             raise BadInput(

@@ -38,6 +38,7 @@ from grat_cli.models.devices import (
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.text_cache import Embedded
+from grat_cli.models.weight_files import WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +185,13 @@ class Generator:
 
     def refuse_other_weights(self, run: Run) -> None:
         """Raises BadInput if a run was begun with other weights than these."""
-        run.refuse_other_weights(self._model.revision, [lora.told() for lora in self._model.loras])
+        told = [lora.told() for lora in self._model.loras]
+        run.refuse_other_weights(self._model.revision, self._model.files, told)
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        """That the weights were read from, but for those that the revision tells of."""
+        return self._model.files
 
     def new_run(self, seed: int) -> Run:
         """A run of which nothing is done."""

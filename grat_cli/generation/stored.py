@@ -241,7 +241,9 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
             **same
             | {
                 "model": (
-                    _chosen(stored.model, stored.medium) if model is None else choose_model(model, medium=stored.medium)
+                    _chosen(stored.model, stored.medium, stored.weights.base)
+                    if model is None
+                    else choose_model(model, stored.medium, stored.weights.base)
                 ),
                 "weights": stored.weights.as_weights(),
                 **{name: None if same[name] is None else Path(same[name]) for name in _PICTURES},
@@ -264,12 +266,12 @@ def _require_sense(stored: StoredRequest) -> None:
         raise ValueError(f"format: {stored.format} is none of {'videos' if of_videos else 'pictures'}")
 
 
-def _chosen(stored: StoredModel, medium: Medium) -> ModelChoice:
+def _chosen(stored: StoredModel, medium: Medium, base: str | None) -> ModelChoice:
     """The model of a request as if it were typed: one on this machine is not looked for on the hub, nor the reverse."""
     name = stored.name if stored.name in KNOWN_MODELS[medium] else stored.source
     if name == stored.source and stored.kind != "hub" and not Path(name).is_absolute():
         raise ValueError("model.source: not an absolute path")
-    choice = choose_model(name, medium=medium)
+    choice = choose_model(name, medium, _base(base))
     if choice.kind != stored.kind:
         raise ValueError(f"model: {name!a} was a {stored.kind} and is a {choice.kind} here")
     return replace(choice, name=stored.name)

@@ -227,10 +227,19 @@ class KeptLora(Told):
     sha256: Sha256
 
 
+class KeptFile(Told):
+    """What says which file weights were read from."""
+
+    part: Annotated[str, Field(pattern=r"^[a-z][a-z_0-9]{0,40}$")]
+    name: Annotated[str, Field(max_length=255)]
+    sha256: Sha256
+
+
 class KeptWeights(Told):
     """What of a model decides how a run goes on."""
 
     revision: Line | None
+    weights: Annotated[tuple[KeptFile, ...], Field(max_length=1000)] = ()
     loras: Annotated[tuple[KeptLora, ...], Field(max_length=MOST_LORAS)] = ()
 
 

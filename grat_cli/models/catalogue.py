@@ -16,6 +16,7 @@ from grat_cli.families import FAMILIES, families_of, family_of_pipeline
 from grat_cli.families.base import Family, Medium, ModelChoice
 from grat_cli.files.json_objects import read_json
 from grat_cli.files.places import expanded
+from grat_cli.files.weight_headers import read_header
 from grat_cli.models.parts import read_index, validation_problem
 
 _Blocks = Annotated[list[int] | None, Field(max_length=8)]
@@ -40,7 +41,7 @@ def is_known(model: ModelChoice) -> bool:
     return model.name in KNOWN_MODELS[model.medium]
 
 
-def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
+def choose_model(name: str | None, medium: Medium = "image", base: str | None = None) -> ModelChoice:
     """The model that a name means: a known name, a folder, a file of weights, or a hub id `owner/name`.
 
     Without a name it is the first of the medium's first family where a CUDA device is present, else the bundled one;
@@ -49,6 +50,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     Args:
         name: as typed, or None.
         medium: what it is to make; `demo` is another model for each.
+        base: of a file: a known name, a folder or a hub id with the other parts.
 
     Raises:
         ModelUnavailable: if the name means nothing, or a folder is not that of a supported pipeline.
@@ -70,7 +72,7 @@ def choose_model(name: str | None, medium: Medium = "image") -> ModelChoice:
     if os.path.isdir(path):  # which says no to what can be no path, where Path.is_dir raises OSError
         return _choose_folder(name, path, medium)
     if path.suffix.lower() in _SINGLE_FILE_SUFFIXES or os.path.isfile(path):
-        return _choose_file(name, path, medium)
+        return _choose_file(name, path, medium, base)
     if HUB_ID.fullmatch(name):
         return replace(_kin(name, medium), name=name, source=name, reason="hub id")
     closest = nearest(name, known)
@@ -92,6 +94,8 @@ def medium_of_name(name: str) -> Medium | None:
     media: list[Medium] = [medium for medium, known in KNOWN_MODELS.items() if name in known]
     if media:
         return media[0] if len(media) == 1 else None
+    if (family := _family_of_file(expanded(name))) is not None:
+        return family.medium
     index = expanded(name) / "model_index.json"
     return medium_of_pipeline(read_index(index).class_name) if os.path.isfile(index) else None
 
@@ -142,12 +146,50 @@ def _kin(name: str, medium: Medium) -> ModelChoice:
     return max(families_of(medium), key=fits).kin(name)
 
 
-def _choose_file(name: str, path: Path, medium: Medium) -> ModelChoice:
+def _choose_file(name: str, path: Path, medium: Medium, base: str | None) -> ModelChoice:
+    """A file; the pipeline that it is to be a part of tells most, where that is known before it is loaded."""
     if path.suffix.lower() not in _SINGLE_FILE_SUFFIXES:
         raise ModelUnavailable(f"{name} is not a .safetensors or .gguf file: other formats are not supported")
     if not os.path.isfile(path):
         raise ModelUnavailable(f"there is no file {name}: check the path, or use --model demo")
-    return replace(_kin(path.stem, medium), name=name, source=str(path), kind="file", reason="a file of that name")
+    family = _family_of_file(path)
+    if base is not None and (whole := _whole(base, medium)) is not None:
+        if family is not None and family.name != whole.family:
+            raise BadInput(
+                f"{name} holds a transformer of {family.title}, and {base} is {FAMILIES[whole.family].title}: "
+                f"try --base {family.base}"
+            )
+        own = {"name": name, "source": str(path), "kind": "file", "reason": "a file of that name"}
+        return replace(whole, **own, is_demo=False, other_parts=whole.source if whole.kind == "folder" else "")
+    kin = _kin(path.stem, medium)
+    if family is not None:
+        kin = replace(family.kin(path.stem), source=str(path), kind="file")
+        try:
+            kin = family.of_file(path.stem, family.transformer_config(kin))
+        except (OSError, ValueError, LookupError, TypeError):  # loading says more of what is wrong
+            kin = family.kin(path.stem)
+    return replace(kin, name=name, source=str(path), kind="file", reason="a file of that name")
+
+
+def _whole(base: str, medium: Medium) -> ModelChoice | None:
+    """The model that a base is, where that is known before it is loaded."""
+    if base in KNOWN_MODELS[medium]:
+        return KNOWN_MODELS[medium][base]
+    path = expanded(base)
+    if not os.path.isdir(path) or medium_of_name(base) not in (None, medium):
+        return None
+    return _choose_folder(base, path, medium)
+
+
+def _family_of_file(path: Path) -> Family | None:
+    """The family that a file's weights are of; None where their names do not tell, or cannot be read."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        names = read_header(path).tensors
+    except (OSError, ValueError):  # loading says more of what is wrong
+        return None
+    return next((family for family in FAMILIES.values() if family.holds(names)), None)
 
 
 def _choose_folder(name: str, path: Path, medium: Medium) -> ModelChoice:

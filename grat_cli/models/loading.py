@@ -131,8 +131,9 @@ def load_model(
             assert choose_offload is not None, "nobody knows what the run will need"
             kind, reason = choose_offload(pipe)
         require_quantization(weights.quantize, device, offload=kind)
-    for transformer in family.transformers(pipe):
-        require_movable(transformer, weights.cast, kind)
+    for part in pipe.components.values():
+        is_cast = any(part is transformer for transformer in family.transformers(pipe))
+        require_movable(part, weights.cast if is_cast else "none", kind, device)
     offload_pipeline(pipe, kind, device)
     return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, loras, files)
 
@@ -253,7 +254,10 @@ def _load_file(choice: ModelChoice, base: str, how: _How) -> Any:
         config: Any = model.load_config(base, subfolder="transformer")
         require_plain_config(config, f"transformer of {base}")
         if config.pop("quantization_config", None):
-            raise BadInput(f"the transformer of {base} is quantized, and its configuration fits no other file")
+            raise BadInput(
+                f"the transformer of {how.weights.base} is quantized, and its configuration fits no other file: "
+                f"give another --base, such as {family.base}"
+            )
         # Else weights would be left out without a word.
         setting = signature(model.__init__).parameters.get("guidance_embeds")
         if embeds_guidance != config.get("guidance_embeds", setting.default if setting else False):
@@ -261,7 +265,7 @@ def _load_file(choice: ModelChoice, base: str, how: _How) -> Any:
                 f"{choice.name} and {base} do not fit: only one of them embeds guidance; "
                 f"{family.matching_base(embeds_guidance)}"
             )
-        transformer = transformer_of(model, weights, config, base, dtype, quantized)
+        transformer = transformer_of(model, weights, config, base, dtype, quantized, called=how.weights.base)
         lacking = [name for name, weight in transformer.named_parameters() if weight.is_meta]
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")

@@ -157,6 +157,14 @@ def require_plain_config(config: Mapping[str, Any], what: str, file: str = "conf
             raise _reaches_out(what, file, f"weights quantized by none of {', '.join(sorted(set(PACKAGES.values())))}")
         if method is not None and not installed(method):
             raise ModelUnavailable(f"{what} is quantized by {method}, which is not installed: pip install {method}")
+        if method == "bitsandbytes":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ModelUnavailable(
+                    f"{what} is quantized by bitsandbytes, which takes a CUDA device, and there is none here: "
+                    "get the model as its makers saved it"
+                )
         # Libraries repeat some in warnings. A tokenizer's may hold control characters: they are its tokens.
         texts = (text for pair in entries.items() for text in pair if isinstance(text, str))
         if file != "tokenizer_config.json" and not all(text.isprintable() for text in texts):

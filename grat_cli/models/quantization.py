@@ -91,24 +91,30 @@ def require_cast(kind: str, quantize: str, *, is_quantized: str | None = None) -
         raise BadInput(f"--cast {kind}: the weights are quantized already, {is_quantized}: leave it out")
 
 
-def require_movable(transformer: Any, cast: str, offload: str) -> None:
-    """Makes sure that a transformer's weights survive how they are offloaded.
+def require_movable(part: Any, cast: str, offload: str, device: torch.device) -> None:
+    """Makes sure that a part's weights survive how they are moved.
 
     Args:
-        transformer: as loaded.
+        part: as loaded.
         cast: one of `CASTS`.
         offload: how they are offloaded, never `auto`.
+        device: where the run is.
 
     Raises:
         BadInput: if they do not, with what to use.
     """
-    if offload != "sequential":
-        return
-    by = quantization_of(transformer)
-    what = "weights of a GGUF file" if by == "gguf" else f"--cast {cast}" if cast != "none" else None
-    if what is not None:
+    by = quantization_of(part)
+    if by == "bitsandbytes" and device.type != "cuda":
+        raise BadInput(f"the model is quantized by bitsandbytes, for CUDA devices, and the run is on {device.type}")
+    if by == "bitsandbytes" and offload in ("group", "sequential"):
         raise BadInput(
-            f"{what} with --offload sequential: its hooks rebuild weights, which loses in which form they wait; "
+            f"weights quantized by bitsandbytes with --offload {offload}: scales are beside them, which these hooks "
+            "leave behind; use --offload model"
+        )
+    form = f"--cast {cast}" if cast != "none" else None if by is None else f"weights quantized by {by}"
+    if form is not None and offload == "sequential":
+        raise BadInput(
+            f"{form} with --offload sequential: its hooks rebuild weights, which loses in which form they wait; "
             "use --offload group or model"
         )
 

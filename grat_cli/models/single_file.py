@@ -14,6 +14,7 @@ Every weight that the model has must be there, in its shape, and nothing else: l
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stderr
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput, ModelUnavailable, printable
-from grat_cli.models.headers import Header, format_of, read_header
+from grat_cli.files.weight_headers import Header, format_of, read_header
 from grat_cli.models.quantization import installed
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _spread(scale: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tenso
     import torch
 
     scale = scale.to(torch.float32)
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if not scale.numel() or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(f"the scale of {_shown(name)} is no positive number")
     if scale.numel() == 1:
         return scale.reshape(())
@@ -196,6 +197,8 @@ def _of_gguf(path: Path) -> Tensors:
         if stored.type == "BF16":
             tensor = tensor.as_tensor().contiguous().view(torch.bfloat16).reshape(stored.shape)
         if shape is not None and tuple(shape) != stored.shape:
+            if not isinstance(shape, list) or min(shape, default=1) < 0 or math.prod(shape) != stored.numbers:
+                raise ValueError(f"{_shown(name)} does not hold as many numbers as its original shape says")
             tensor = _turned_back(tensor).reshape(shape)
         found[name] = tensor
     return found
@@ -261,7 +264,14 @@ def _of_pickle(path: Path, *, allow_pickle: bool) -> Tensors:
 
 
 def transformer_of(
-    model: Any, tensors: Tensors, config: Mapping[str, Any], base: str, dtype: torch.dtype, quantized: Any = None
+    model: Any,
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    base: str,
+    dtype: torch.dtype,
+    quantized: Any = None,
+    *,
+    called: str | None = None,
 ) -> Any:
     """A transformer with the weights of a file.
 
@@ -272,6 +282,7 @@ def transformer_of(
         base: folder or hub id with that configuration.
         dtype: of weights that are not quantized, and of products.
         quantized: `quantization_config` of weights that are to be quantized here.
+        called: how `base` is called in messages; None for as it is.
 
     Raises:
         ModelUnavailable: if diffusers reads no such files.
@@ -290,11 +301,13 @@ def transformer_of(
     with init_empty_weights():
         empty = model.from_config(config)
     expected = empty.state_dict()
+    if 2 * sum("lora_" in name or ".lora." in name for name in tensors) > len(tensors):
+        raise ValueError("it is a LoRA, which goes with a model: give it as --lora")
     if 2 * len(expected.keys() & tensors.keys()) < len(expected):
         tensors = _converted(conversion["checkpoint_mapping_fn"], tensors, config)
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     tensors = {name: tensor for name, tensor in tensors.items() if not any(re.search(one, name) for one in ignored)}
-    _require_all(tensors, expected, base)
+    _require_all(tensors, expected, called or base)
     matrices = {f"{name}.weight" for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}
     kept = set(model._keep_in_fp32_modules or ())
     for name, tensor in tensors.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from grat_cli.errors import ModelUnavailable, printable
 from grat_cli.files.fingerprint import Fingerprint, fingerprint
 from grat_cli.files.json_objects import read_json
-from grat_cli.models.headers import is_pointer, read_header
+from grat_cli.files.weight_headers import is_pointer, read_header
 from grat_cli.models.single_file import pickle_refusal
 
 # As diffusers and transformers name them: STEM[.VARIANT][-00001-of-00002].safetensors, or the variant after the shard.
@@ -59,8 +60,19 @@ class Stored:
 
 def variant_of(folder: Path) -> Stored:
     """The plain files where there are any, else those of one variant; pickles where there is nothing else."""
+    return _stored([path.name for path in folder.iterdir()])
+
+
+def names_read(names: Iterable[str]) -> list[str]:
+    """Which of the names of files in a part's folder are those of weights that would be read; none of pickles."""
+    names = sorted(names)
+    stored = _stored(names)
+    return [] if stored.is_pickle else [match.string for match in _read(names, stored) if not match["index"]]
+
+
+def _stored(names: Iterable[str]) -> Stored:
     for is_pickle, suffix in enumerate(_SUFFIXES):
-        variants = {_variant(match) for match in _matches(folder) if match["suffix"] == suffix[1:]}
+        variants = {_variant(match) for match in _matches(names) if match["suffix"] == suffix[1:]}
         if None in variants:
             return Stored(None, bool(is_pickle))
         if variants:
@@ -69,8 +81,14 @@ def variant_of(folder: Path) -> Stored:
     return Stored(None, False)
 
 
-def _matches(folder: Path) -> list[re.Match[str]]:
-    return [match for path in sorted(folder.iterdir()) if (match := _NAME.fullmatch(path.name))]
+def _matches(names: Iterable[str]) -> list[re.Match[str]]:
+    return [match for name in names if (match := _NAME.fullmatch(name))]
+
+
+def _read(names: Iterable[str], stored: Stored) -> list[re.Match[str]]:
+    """Files of weights, and their index where there is one, that are read in a form."""
+    suffix = "bin" if stored.is_pickle else "safetensors"
+    return [match for match in _matches(names) if (_variant(match), match["suffix"]) == (stored.variant, suffix)]
 
 
 def _variant(match: re.Match[str]) -> str | None:
@@ -83,9 +101,7 @@ def files_of_part(folder: Path) -> tuple[WeightFile, ...]:
     Raises:
         OSError, ValueError: if one cannot be read.
     """
-    stored = variant_of(folder)
-    suffix = "bin" if stored.is_pickle else "safetensors"
-    read = [match for match in _matches(folder) if (_variant(match), match["suffix"]) == (stored.variant, suffix)]
+    read = _read([path.name for path in folder.iterdir()], variant_of(folder))
     names = {match.string for match in read if not match["index"]}
     for index in (match.string for match in read if match["index"]):
         names = set(read_json(folder / index)["weight_map"].values())

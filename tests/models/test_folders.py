@@ -181,6 +181,16 @@ def test_quantized_folders_need_the_package_that_quantized_them(folder: Path, pa
     assert said == f"transformer of {folder} is quantized by {package}, which is not installed: pip install {package}"
 
 
+def test_bitsandbytes_takes_a_cuda_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "transformer" / "config.json"
+    quantization = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantization))
+    monkeypatch.setattr("grat_cli.models.parts.installed", lambda package: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelUnavailable, match="which takes a CUDA device, and there is none here"):
+        load(folder)
+
+
 @pytest.mark.parametrize("channels", [96, 32], ids=["fill", "control"])
 def test_a_folder_with_the_channels_of_another_pipeline_asks_for_its_pictures(folder: Path, channels: int) -> None:
     path = folder / "transformer" / "config.json"

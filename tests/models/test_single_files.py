@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -31,6 +32,7 @@ from grat_cli.errors import BadInput, ModelUnavailable
 from grat_cli.families import family_of_class
 from grat_cli.files.fingerprint import fingerprint
 from grat_cli.generation import stored
+from grat_cli.generation.checkpoint import Run
 from grat_cli.models import loading
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
@@ -154,6 +156,10 @@ def scale_of_another_shape(tensors: Tensors) -> None:
     tensors["img_in.scale_weight"] = torch.ones(7)
 
 
+def empty_scale(tensors: Tensors) -> None:
+    tensors["img_in.scale_weight"] = torch.ones(0)
+
+
 def stored_in_another_way(tensors: Tensors) -> None:
     tensors["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
 
@@ -168,7 +174,7 @@ def packed(tensors: Tensors) -> None:
 
 
 def one_more(tensors: Tensors) -> None:
-    tensors["img_in.lora_up"] = torch.ones(3)
+    tensors["img_in.more"] = torch.ones(3)
 
 
 def one_less(tensors: Tensors) -> None:
@@ -190,13 +196,14 @@ def half_prefixed(tensors: Tensors) -> None:
         (scale_of_no_8_bits, "img_in has a scale, and no weight of 8-bit floats"),
         (scale_not_finite, "scale of img_in.weight is no positive number"),
         (scale_of_zero, "scale of img_in.weight is no positive number"),
+        (empty_scale, "scale of img_in.weight is no positive number"),
         (scale_of_another_shape, "scale of img_in.weight does not fit it"),
         (stored_in_another_way, "img_in.comfy_quant is stored as nvfp4, and only float8_e4m3fn is read"),
         (stored_as_nonsense, "img_in.comfy_quant is stored as None"),
         (packed, "linear_1.weight is stored as uint8, in no way of quantizing that is read"),
-        (one_more, "holds 1 weights that .* has no place for, such as img_in.lora_up"),
+        (one_more, "holds 1 weights that demo has no place for, such as img_in.more"),
         (one_less, "it lacks final_layer.linear.bias"),
-        (another_shape, "proj_out.bias is 5, and that of .* 16"),
+        (another_shape, "proj_out.bias is 5, and that of demo 16"),
         (half_prefixed, "only some of its weights are named model.diffusion_model"),
     ],
 )
@@ -349,6 +356,19 @@ def test_wans_own_layout_is_read_with_what_has_five_dimensions(tmp_path: Path) -
         assert_same(found.state_dict(), stock.state_dict())
 
 
+@pytest.mark.parametrize("shape", [[1 << 30], [-4, -4], [0]])
+def test_original_shapes_of_gguf_that_lie_are_told(tmp_path: Path, shape: list[int]) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "odd.gguf"), "flux")
+    writer.add_array("comfy.gguf.orig_shape.a", shape)
+    writer.add_tensor("a", np.ones(16, np.float32), raw_dtype=gguf.GGMLQuantizationType.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelUnavailable, match="a does not hold as many numbers as its original shape says"):
+        load(tmp_path / "odd.gguf")
+
+
 def test_hunyuanvideo_15_has_no_files_of_a_transformer_alone() -> None:
     stock = tiny_hunyuan15.transformer()
     with pytest.raises(ModelUnavailable, match=r"no file of a HunyuanVideo15Transformer3DModel alone: give a folder"):
@@ -393,10 +413,81 @@ def test_a_run_from_a_file_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.M
             stored.StoredForm.model_validate({**data, **wrong}).as_weights()
 
 
+def test_a_file_is_what_its_base_is_but_for_its_weights(tmp_path: Path) -> None:
+    file = write(tmp_path / "tuned.safetensors", ORIGINAL)
+    demo = choose_model("demo")
+    own: dict[str, Any] = {"name": str(file), "source": str(file), "kind": "file", "reason": "a file of that name"}
+    wanted = replace(demo, **own, is_demo=False, other_parts=demo.source)
+    assert choose_model(str(file), base="demo") == wanted
+    folder = shutil.copytree(DEMO_FLUX.path, tmp_path / "folder")
+    assert choose_model(str(file), base=str(folder)).text_tokens == demo.text_tokens
+    assert choose_model(str(file), base="flux-dev").default_steps == 28
+    assert choose_model(str(file), base="owner/flux").default_steps == 4  # nothing is known but the file
+    save_file(tiny_qwen.transformer().state_dict(), tmp_path / "qwen.safetensors")
+    with pytest.raises(BadInput, match="transformer of Qwen-Image, and demo is Flux: try --base Qwen/Qwen-Image"):
+        choose_model(str(tmp_path / "qwen.safetensors"), base="demo")
+
+
+def test_a_picture_from_a_file_is_that_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    other_layouts.write_gguf(Path("same.gguf"), ORIGINAL, "BF16")
+    write(Path("same.safetensors"), {f"model.diffusion_model.{name}": weight for name, weight in ORIGINAL.items()})
+    made = ("--res", "64", "--steps", "2", "--seed", "2", "--guidance", "2")
+    for model in (("demo",), ("same.gguf", "--base", "demo"), ("same.safetensors", "--base", "demo")):
+        assert grat("image", "a red fox", "--model", *model, *made, "--out", f"{model[0]}.png").code == 0
+    pictures = [np.asarray(Image.open(f"{name}.png")) for name in ("demo", "same.gguf", "same.safetensors")]
+    assert np.array_equal(pictures[0], pictures[1])
+    assert np.array_equal(pictures[0], pictures[2])
+
+
+def test_a_video_from_a_gguf_file_is_that_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny_wan.pipeline()
+    pipe.save_pretrained("folder")
+    other_layouts.write_gguf(Path("wan.gguf"), other_layouts.of_wan(pipe.transformer.state_dict()), "F32")
+    asked = (
+        "--res",
+        "64x64",
+        "--frames",
+        "5",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--variant",
+        "full",
+        "--format",
+        "frames",
+    )
+    for number, model in enumerate((("folder",), ("wan.gguf", "--base", "folder"))):
+        result = grat("video", "a fox", "--model", *model, *asked, "--out", str(number))
+        assert result.code == 0, result.err
+    first, second = (sorted(Path(folder).glob("*.png")) for folder in ("0", "1"))
+    assert len(first) == 5
+    for one, other in zip(first, second, strict=True):
+        assert np.abs(np.asarray(Image.open(one), np.int16) - np.asarray(Image.open(other), np.int16)).max() <= 1
+
+
+def test_a_lora_is_no_transformer(tmp_path: Path) -> None:
+    file = write(tmp_path / "lora.safetensors", {"transformer.x_embedder.lora_A.weight": torch.ones(4, 16)})
+    with pytest.raises(ModelUnavailable, match="it is a LoRA, which goes with a model: give it as --lora"):
+        load(file)
+
+
 def test_other_parts_may_be_those_of_a_model_by_name(tmp_path: Path) -> None:
     file = write(tmp_path / "tuned.safetensors", WEIGHTS)
     by_name, by_folder = load(file, base="demo").pipe, load(file, base=str(DEMO_FLUX.path)).pipe
     assert_same(by_name.text_encoder_2.state_dict(), by_folder.text_encoder_2.state_dict())
+
+
+def test_weights_of_another_file_are_not_gone_on_with(tmp_path: Path) -> None:
+    files = load(write(tmp_path / "tuned.safetensors", WEIGHTS)).files
+    begun = Run(seed=1, total=4, report={"model": {"revision": None, "weights": [file.as_dict() for file in files]}})
+    begun.refuse_other_weights(None, files)
+    weights = WEIGHTS | {"proj_out.bias": WEIGHTS["proj_out.bias"] + 1}
+    others = load(write(tmp_path / "tuned.safetensors", weights)).files
+    with pytest.raises(BadInput, match=r"begun with another tuned\.safetensors as transformer than is here"):
+        begun.refuse_other_weights(None, others)
 
 
 # ---- Offloading and casts
@@ -432,14 +523,14 @@ def test_weights_in_fewer_bits_are_offloaded_as_any_others(tmp_path: Path, form:
     wanted = picture(small_pipeline(form, tmp_path))
     for kind in ("model", "group"):
         pipe = small_pipeline(form, tmp_path)
-        require_movable(pipe.transformer, "fp8" if form == "cast" else "none", kind)
+        require_movable(pipe.transformer, "fp8" if form == "cast" else "none", kind, CPU)
         offload(pipe, kind, CPU)
         assert torch.equal(picture(pipe), wanted), kind
     pipe = small_pipeline(form, tmp_path)
     with pytest.raises(
         BadInput, match=r"--offload sequential: its hooks rebuild weights.* use --offload group or model"
     ):
-        require_movable(pipe.transformer, "fp8" if form == "cast" else "none", "sequential")
+        require_movable(pipe.transformer, "fp8" if form == "cast" else "none", "sequential", CPU)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -474,3 +565,19 @@ def test_a_cast_run_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
     other_layouts.write_gguf(Path("tuned.gguf"), WEIGHTS, "Q8_0")
     said = refusal(*asked[:2], "--model", "tuned.gguf", "--base", "demo", "--res", "64", "--cast", "fp8")
     assert "--cast fp8: the weights are quantized already, gguf: leave it out" in said
+
+
+@pytest.mark.parametrize(
+    ("by", "offload", "device", "says"),
+    [
+        ("bitsandbytes", "none", "cpu", "for CUDA devices, and the run is on cpu"),
+        ("bitsandbytes", "group", "cuda", "bitsandbytes with --offload group: scales are beside them"),
+        ("torchao", "sequential", "cuda", "weights quantized by torchao with --offload sequential"),
+    ],
+)
+def test_what_is_quantized_is_moved_only_where_that_works(by: str, offload: str, device: Any, says: str) -> None:
+    config = SimpleNamespace(quant_method=SimpleNamespace(value=by))
+    part = SimpleNamespace(hf_quantizer=SimpleNamespace(quantization_config=config))
+    with pytest.raises(BadInput, match=says):
+        require_movable(part, "none", offload, torch.device(device))
+    require_movable(part, "none", "model", torch.device("cuda"))
