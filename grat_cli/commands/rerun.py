@@ -87,7 +87,7 @@ def rerun(
     seeds = resolve_seeds(str(told.seed) if sampling.seed is None else sampling.seed, sampling.n)
 
     # 2. What was asked for then, with what is to be different now.
-    choice = repeatable.model(model.model)
+    choice = repeatable.model(model.model, repeatable.base(model.base))
     of = choice if model.model is None else KNOWN_MODELS[stored.medium].get(stored.model.name)
     chosen = attention.preset_for(choice, sampling, highres, then=(stored.preset, of))
     size = parse_size(choice, *_size(stored, extent))

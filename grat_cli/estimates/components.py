@@ -67,8 +67,8 @@ def with_loras(components: Components, weights: Weights) -> Components:
     added = 0
     for lora in weights.loras:
         if lora.kind == "file" and not weights.fuse_loras:
-            header = loras.read_header(Path(lora.source), loras.own_name(lora))
-            added += header.numbers * (2 if lora.noise == "both" else 1)
+            loras.read_header(Path(lora.source), loras.own_name(lora))  # refuses what is none
+            added += read_header(Path(lora.source)).numbers * (2 if lora.noise == "both" else 1)
     return replace(components, added=added)
 
 

@@ -121,15 +121,19 @@ class Repeatable:
         """Where files of its request are looked for: beside it, and in the working folder."""
         return self.file.parent, Path()
 
-    def model(self, typed: str | None) -> ModelChoice:
+    def model(self, typed: str | None, base: str | None) -> ModelChoice:
         """Its model, or another that is given.
+
+        Args:
+            typed: the other one.
+            base: where the other parts come from of one that is a file.
 
         Raises:
             BadInput: if it lay on the machine that made the output, and is not found here.
             ModelUnavailable: as `choose_model`.
         """
         if typed is not None:
-            return choose_model(typed, medium=self.stored.medium)
+            return choose_model(typed, self.stored.medium, base)
         stored = self.stored.model
         if stored.name in KNOWN_MODELS[self.stored.medium]:
             return choose_model(stored.name, medium=self.stored.medium)
@@ -137,7 +141,7 @@ class Repeatable:
             self._require(HUB_ID.fullmatch(stored.source) is not None, "model.source: neither known nor a hub id")
             return choose_model(stored.source, medium=self.stored.medium)
         place = self._place_of_model(stored)
-        return choose_model(str(place), medium=self.stored.medium)
+        return choose_model(str(place), self.stored.medium, base)
 
     def pictures(self, given: Mapping[PictureKind, Sequence[Path]]) -> dict[PictureKind, list[Path]]:
         """The files that it is made from: those that are given, else those of its names that are the same.
