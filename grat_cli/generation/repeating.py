@@ -6,6 +6,7 @@ what it says decides neither where anything is written nor what may be replaced.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from grat_cli.families.base import PictureKind
 from grat_cli.files.fingerprint import fingerprint
 from grat_cli.files.json_objects import validated
 from grat_cli.files.outputs import read_provenance
+from grat_cli.files.places import expanded
 from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.stored import StoredForm, StoredModel, StoredRequest, request_of_report
 from grat_cli.generation.told import MOST_REFERENCES, KeptPicture, Seed, Sha256
@@ -189,7 +191,7 @@ class Repeatable:
         then = self.stored.weights.model_dump(mode="json") | {"base": None}
         if (encoder := then.get("text_encoder")) is not None:
             path = asked.get("text_encoder") or self._place(encoder, self.told.model.weights, "text-encoder")
-            then["text_encoder"] = str(Path(path).expanduser().resolve())
+            then["text_encoder"] = str(expanded(path).resolve())
         if "loras" in asked:
             then["loras"] = []
         for lora in then.get("loras", ()):
@@ -340,11 +342,11 @@ def _path_of(one: _ToldFile, model: ModelChoice, weights: Weights) -> Path | Non
     """Where a file of weights of then is here; None of one that comes from a hub."""
     encoder = getattr(weights, "text_encoder", None)
     if encoder is not None and one.part == family_of(model).large_encoder:
-        return Path(encoder).expanduser()
+        return expanded(encoder)
     if model.kind == "file" and one.part.startswith("transformer"):
-        return Path(model.source).expanduser()
+        return expanded(model.source)
     place = weights.base if model.kind == "file" else model.source if model.kind == "folder" else None
-    return Path(place).expanduser() / one.part / one.name if place and Path(place).expanduser().is_dir() else None
+    return expanded(place) / one.part / one.name if place and os.path.isdir(expanded(place)) else None
 
 
 def _is_name(text: str) -> bool:

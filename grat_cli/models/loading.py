@@ -233,7 +233,7 @@ def _folder_of_parts(choice: ModelChoice, pipeline: Any, base: str | None) -> Pa
             f"{choice.name} holds a transformer alone: give the other parts of the pipeline with --base, "
             f"a folder or a hub id such as --base {family.base}"
         )
-    folder = Path(base).expanduser()
+    folder = expanded(base)
     if not folder.is_dir():
         return download_pipeline(pipeline, base, family, leave_out="transformer")
     if medium_of_name(str(folder)) not in (None, choice.medium):
