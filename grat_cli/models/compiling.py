@@ -16,6 +16,9 @@ from grat_cli.errors import BadInput, first_line
 if TYPE_CHECKING:
     import torch
 
+# Step caches whose hooks are around blocks and leave most of a block in one piece. By the others dynamo gives up on a
+# block (MagCache), or makes code for each layer and again as its state changes (those in attentions).
+_CACHES = ("first-block",)
 BACKEND = "inductor"  # torch's own
 # Some sizes have code of their own: a text of one token, or a batch of one. Beyond so many forms of a kind of block it
 # would run uncompiled without a word.
@@ -25,12 +28,13 @@ _MOST_FORMS = 64
 _WORTHWHILE_TOKENS = 5_000_000
 
 
-def require_compile(device: torch.device, offload: str = "none") -> None:
+def require_compile(device: torch.device, offload: str = "none", cache: str | None = None) -> None:
     """Makes sure that a transformer can be compiled.
 
     Args:
         device: where it runs.
         offload: how weights are offloaded.
+        cache: the kind of a step cache, None without one.
 
     Raises:
         BadInput: if it cannot, with the reason.
@@ -39,6 +43,11 @@ def require_compile(device: torch.device, offload: str = "none") -> None:
         raise BadInput(
             f"--compile with --offload {offload}: its hooks bring weights in the midst of what is compiled; "
             "use --offload model or none, or leave --compile out"
+        )
+    if cache not in (None, *_CACHES):
+        raise BadInput(
+            f"--compile with --cache {cache}: its hooks in blocks and attentions differ from layer to layer and are no "
+            f"code for a compiler; use --cache {' or '.join(_CACHES)}, or leave --compile out"
         )
     if device.type == "cuda" and find_spec("triton") is None:
         raise BadInput("--compile needs Triton on a CUDA device, which is not installed: leave it out")
@@ -61,7 +70,11 @@ def _require_cpp_compiler() -> None:
 
 def compile_blocks(transformers: Iterable[Any]) -> None:
     """Has the repeated blocks of transformers compiled when they are first called, for any size at once: what a run
-    computes does not depend on which sizes came before, so one that is taken up goes on the same."""
+    computes does not depend on which sizes came before, so one that is taken up goes on the same.
+
+    Raises:
+        BadInput: if diffusers compiles none of a transformer's blocks.
+    """
     import torch._dynamo
     import torch.fx.experimental._config as shapes
 
@@ -69,6 +82,10 @@ def compile_blocks(transformers: Iterable[Any]) -> None:
     shapes.use_duck_shape = False  # else as many tokens as a head has channels would always have to be as many
     for transformer in transformers:
         transformer.compile_repeated_blocks(dynamic=True, backend=BACKEND)
+        lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
+        if not any(block._compiled_call_impl is not None for blocks in lists for block in blocks):
+            kinds = sorted({type(block).__name__ for blocks in lists for block in blocks})
+            raise BadInput(f"--compile: diffusers compiles no blocks of the kind {', '.join(kinds)}: leave it out")
 
 
 def expectation(token_steps: int) -> str:

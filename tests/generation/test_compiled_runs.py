@@ -104,7 +104,10 @@ def test_where_weights_come_and_go_in_the_midst_of_blocks_compiling_is_refused()
     for offload in ("group", "sequential"):
         with pytest.raises(BadInput, match=f"--compile with --offload {offload}: .*; use --offload model or none"):
             compiling.require_compile(cuda, offload)
-    compiling.require_compile(torch.device("cpu"), "none")
+    for cache in ("mag", "taylor", "pab", "faster"):
+        with pytest.raises(BadInput, match=f"--compile with --cache {cache}: .*; use --cache first-block, or leave"):
+            compiling.require_compile(cuda, cache=cache)
+    compiling.require_compile(torch.device("cpu"), "none", "first-block")
     with pytest.raises(BadInput, match="the run is on mps: leave it out"):
         compiling.require_compile(torch.device("mps"))
 
