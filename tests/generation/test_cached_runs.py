@@ -233,7 +233,7 @@ def test_a_cache_that_a_model_cannot_have_is_refused_before_its_weights_are_ther
     model: str, cache: str, says: str, tmp_path: Path
 ) -> None:
     choice = choose_model(model, medium=medium_of_name(model) or "image")
-    size = {"width": 832, "height": 480, **({"frames": 17, "fps": 16} if choice.video else {})}
+    size: dict[str, Any] = {"width": 832, "height": 480, **({"frames": 17, "fps": 16} if choice.video else {})}
     preset = select_preset(choice, cache=cache)
     ending = ".mp4" if choice.video else ".png"
     format = ending[1:]
@@ -247,6 +247,6 @@ def test_a_cache_that_a_model_cannot_have_is_refused_before_its_weights_are_ther
 @pytest.mark.parametrize("model", ["flux-dev", "qwen-image", "hunyuan", "wan2.1-14b"])
 def test_caches_that_diffusers_has_for_a_model_are_not_refused(model: str) -> None:
     choice = choose_model(model, medium=medium_of_name(model) or "image")
-    size = {"width": 832, "height": 480, **({"frames": 17, "fps": 16} if choice.video else {})}
+    size: dict[str, Any] = {"width": 832, "height": 480, **({"frames": 17, "fps": 16} if choice.video else {})}
     for cache in ("first-block", "taylor", "taylor:use_lite_mode=true", "pab", "faster", "mag:calibrate=true"):
         refuse_cache(Request(prompt="a", preset=select_preset(choice, cache=cache), model=choice, **size))
