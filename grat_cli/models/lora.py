@@ -276,6 +276,8 @@ def read_header(path: Path, name: str, takes_text: bool = True) -> Header:
             )
         with safe_open(path, framework="np") as opened:
             keys, about = frozenset(opened.keys()), opened.metadata() or {}
+    except FileNotFoundError:
+        raise ModelUnavailable(f"{name} is not there any more: {path} is no file; put the LoRA back") from None
     except (SafetensorError, OSError, ValueError) as error:
         reason = "it is empty" if _is_file(path) and not path.stat().st_size else first_line(error)
         raise ModelUnavailable(f"{name} is damaged or no .safetensors file ({reason}): get it again") from error
