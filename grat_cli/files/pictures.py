@@ -342,7 +342,7 @@ def _opened(path: Path, formats: Sequence[str] | None) -> Iterator[Image]:
     from PIL import Image
 
     try:
-        with _any_size(), Image.open(path, formats=formats or _readable_formats()) as picture:
+        with _any_size(), Image.open(path, formats=list(formats or _readable_formats())) as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 raise BadInput(
                     f"{path} has {picture.width}x{picture.height} pixels, more than 16384x16384: scale it down first"
