@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -305,39 +305,43 @@ def _text_of_chunk(rest: bytes, path: Path) -> bytes:
         raise BadInput(f"{damaged}: {error}") from error
 
 
-def read_picture(path: Path) -> Image:
+def read_picture(path: Path, formats: Sequence[str] | None = None) -> Image:
     """A picture of any format and mode that Pillow reads, upright, as RGB, as a viewer shows it.
 
     Of 16 bits the upper eight are taken, transparent parts are white, colours are those of the profile inside. Those of
     up to `MOST_PIXELS` are read, where Pillow by itself would warn of 89 megapixels and refuse 179.
+
+    Args:
+        path: of the file.
+        formats: Pillow's names of those that it may have; None for all.
 
     Raises:
         BadInput: if it cannot be read as a picture, is larger, moves, or has numbers that are no shades.
     """
     from PIL import ImageOps
 
-    with _opened(path) as picture:
+    with _opened(path, formats) as picture:
         return _as_shown(ImageOps.exif_transpose(picture), path)
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+def picture_size(path: Path, formats: Sequence[str] | None = None) -> tuple[int, int]:
     """Width and height of what `read_picture` reads, from the beginning of the file; pixels are not decoded.
 
     Raises:
         BadInput: as for `read_picture`.
     """
-    with _opened(path) as picture:
+    with _opened(path, formats) as picture:
         turned = picture.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
         return (picture.height, picture.width) if turned else picture.size
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image]:
+def _opened(path: Path, formats: Sequence[str] | None) -> Iterator[Image]:
     """A picture whose size is known; whatever is wrong with it is BadInput."""
     from PIL import Image
 
     try:
-        with _any_size(), Image.open(path, formats=_readable_formats()) as picture:
+        with _any_size(), Image.open(path, formats=list(formats or _readable_formats())) as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 raise BadInput(
                     f"{path} has {picture.width}x{picture.height} pixels, more than 16384x16384: scale it down first"

@@ -42,6 +42,7 @@ _ENCODING = {
 }
 
 
+_FRAMES_FORMAT = ("PNG",)  # whatever else a file of that name may hold
 _LOSSLESS = ("-c:v", "libx264rgb", "-preset", "ultrafast", "-qp", "0")
 
 
@@ -328,7 +329,7 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
     facts = probe_video(path)
     if path.is_dir():
         for number in range(1, facts.frames + 1):
-            frame = pictures.read_picture(path / frame_name(number))
+            frame = pictures.read_picture(path / frame_name(number), _FRAMES_FORMAT)
             if frame.size != (facts.width, facts.height):
                 raise BadInput(
                     f"{path / frame_name(number)} is {frame.width}x{frame.height}, and {frame_name(1)} "
@@ -346,5 +347,5 @@ def _probe_folder(path: Path) -> VideoFacts:
         count += 1
     if not count:
         raise BadInput(f"{path} is no folder of frames: there is no {frame_name(1)} in it")
-    width, height = pictures.picture_size(path / frame_name(1))
+    width, height = pictures.picture_size(path / frame_name(1), _FRAMES_FORMAT)
     return VideoFacts(width, height, count, None, None, "png")

@@ -47,7 +47,7 @@ def test_a_preset_is_made_that_a_picture_is_then_made_with(tmp_path: Path, monke
         (("--target-density", "0.2", "--target-recall", "0.9"), "give one target"),
         (("--target-density", "1.5"), "expected a share above 0 and up to 1"),
         (("--target-density", "0.2", "--stretches", "9"), "has no 9 stretches"),
-        (("--target-density", "0.2", "--rows", "1"), "--rows 1: expected 2 or more"),
+        (("--target-density", "0.2", "--rows", "1"), "--rows 1: expected 2 to 1,000,000"),
         (("--target-density", "0.2", "--out", "preset.json"), "use preset.yaml"),
         (("--target-density", "0.01"), "no choice of these patterns has a density of 0.01"),
         (("--target-density", "0.2", "--group", "3x3x3"), "expected one size or 2"),

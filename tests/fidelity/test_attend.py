@@ -418,7 +418,7 @@ def test_nothing_is_overwritten_unasked(fox: tuple[Result, Path]) -> None:
     ("options", "says"),
     [
         (("--at", "3-9"), "--at 3-9: the run has 3 steps"),
-        (("--rows", "1"), "expected 2 or more"),
+        (("--rows", "1"), "expected 2 to 1,000,000"),
         (("--rows", "many"), "expected a whole number"),
         (("--query", "16,0"), "the grid has 16x16 tokens"),
         (("--patterns", "grat-b:group=8,x:group=3"), "in two runs"),

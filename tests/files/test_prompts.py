@@ -64,7 +64,7 @@ JSON = st.recursive(
 KEYS = st.sampled_from(["prompt", "prompt_en", "negative", "negative_prompt", "seed", "n", "mask", "reference", "tag"])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(st.dictionaries(KEYS, JSON) | JSON, max_size=3), odd=st.binary(max_size=3), lines=st.booleans())
 def test_any_file_gives_prompts_that_can_be_written_or_is_refused(
     tmp_path: Path, items: list[Any], odd: bytes, lines: bool

@@ -126,6 +126,24 @@ def test_a_batch_makes_the_pictures_of_grat_image_with_one_loaded_model(loads: l
         "item": {"prompt": "a blue boat"},
     }
     assert "a blue boat" in grat("info", data["made"][2]["file"]).out
+    assert "without meaning here" not in result.err
+
+
+def test_what_to_keep_out_is_that_of_reports_too_and_other_keys_are_named() -> None:
+    write_lines("p.jsonl", {"prompt": "a red fox", "negative_prompt": "snow", "steps": 50, "negativ": "rain"})
+    result = grat("batch", "p.jsonl", *SMALL, "--out", "b", "--negative", "nothing of that", "--json")
+    assert result.code == 0, result.err
+    assert result.data["made"][0]["negative_prompt"] == "snow"
+    assert "p.jsonl: kept, but without meaning here: steps, negativ" in result.err
+
+
+def test_a_damaged_file_of_geneval_in_the_way_is_refused() -> None:
+    write_lines("p.jsonl", {"prompt": "a red fox", "tag": "colors", "include": []})
+    Path("b/00000").mkdir(parents=True)
+    Path("b/00000/metadata.jsonl").write_bytes(b"\xff\xfe")
+    assert "is of another prompt than line 1" in refusal(
+        "batch", "p.jsonl", *SMALL, "--layout", "geneval", "--out", "b"
+    )
 
 
 def test_what_is_there_is_skipped_and_what_is_missing_made(loads: list[str]) -> None:

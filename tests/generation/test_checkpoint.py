@@ -562,7 +562,7 @@ def paths_in(value: Any) -> Iterator[tuple[str | int, ...]]:
         yield from ((key, *path) for path in paths_in(below))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_a_file_says_it_is_read_or_refused(small: Small, tmp_path: Path, data: st.DataObject) -> None:
     kept = written_after(small.of(tmp_path / "a", overwrite=True), 2, guard=guard_state())

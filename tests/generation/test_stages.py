@@ -162,7 +162,7 @@ def test_a_picture_to_start_from_takes_the_place_of_the_base_and_of_stages_no_la
     ("item", "says"),
     [
         ("highres.mode=casc", "did you mean 'cascade'"),
-        ("highres.growth=1", "expected more than 1, not 1"),
+        ("highres.growth=1", "expected 1.1 or more, not 1"),
         ("highres.strength=[0.5, 1.5]", "expected a share above 0 and up to 1, or one per stage"),
         ("highres.strength=[]", "expected a share above 0 and up to 1, or one per stage"),
         ("highres.positions=rope", "unknown value 'rope'"),
