@@ -32,7 +32,7 @@ from grat_cli.models.devices import (
 )
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
-from grat_cli.models.text_cache import Embedded
+from grat_cli.models.text_cache import Embedded, laid_out
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +218,7 @@ class Generator:
             self._load(request)
         pipe = self._family.pipeline_for(self._pipe, request.handed)
         tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
-        return Embedded({name: tensor.cpu() for name, tensor in tensors.items()})
+        return Embedded(laid_out(tensors))
 
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""
