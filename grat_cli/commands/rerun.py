@@ -25,7 +25,7 @@ def rerun(
     context: typer.Context,
     file: Annotated[Path, argument("FILE", "A picture or video by grat, or its report.")],
     *,
-    prompt: str | None = option("PROMPT", "What it shows. Default: as then.", options.PICTURE),
+    prompt: str | None = option("PROMPT", "What it shows. Default: as then.", options.PICTURE, is_text=True),
     extent: Annotated[options.SizeOptions, as_then()],
     sampling: Annotated[options.SamplingOptions, as_then()],
     pictures: Annotated[

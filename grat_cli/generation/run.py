@@ -37,7 +37,7 @@ from grat_cli.models.devices import (
 )
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
-from grat_cli.models.text_cache import Embedded
+from grat_cli.models.text_cache import Embedded, laid_out
 from grat_cli.models.weight_files import WeightFile
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class Generator:
         with watched(pipe, self._family.longest_text(pipe, request.model)) as cuts:
             tensors = self._family.encode_text(pipe, request.model, request.prompt, negative, self._pictures)
         notes = cut_prompts.notes(cuts, request.prompt, negative)
-        return Embedded({name: tensor.cpu() for name, tensor in tensors.items()}, tuple(notes))
+        return Embedded(laid_out(tensors), tuple(notes))
 
     def release_text_encoders(self) -> None:
         """Lets go of what no prompt needs any more, unless it waits in main memory anyway."""

@@ -72,12 +72,25 @@ class Embedded:
     """A text as pipelines take it.
 
     Attributes:
-        tensors: on the CPU, by the names of a pipeline's arguments.
+        tensors: on the CPU, by the names of a pipeline's arguments, of `laid_out`.
         notes: what to know of how it was encoded, in sentences.
     """
 
     tensors: Mapping[str, torch.Tensor]
     notes: tuple[str, ...] = ()
+
+
+def laid_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, each contiguous in memory of its own.
+
+    Products round their sums by strides and alignment: a view into an encoder's output, or into a file, would give
+    other last bits than an equal tensor.
+    """
+    import torch
+
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ class TextCache:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # it was used last
-        return Embedded(held, told.notes)
+        return Embedded(laid_out(held), told.notes)
 
     def write(self, key: str, text: Embedded) -> None:
         """Keeps a text, and makes room for them. Those that are not finite, or too large, are not kept.

@@ -243,6 +243,19 @@ def _flipped(content: bytes) -> Iterator[bytes]:
         yield content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
+def test_tensors_lie_in_memory_as_if_they_had_just_been_encoded(loaded_parts: list[str], tmp_path: Path) -> None:
+    """Products of others round differently."""
+    folder = tiny_hunyuan.save(tmp_path / "model", guidance_embeds=False)
+    asked = _asked(folder).of(tmp_path / "a", negative_prompt="a fox")
+    texts = [run.Generator(asked, Progress()).encode(asked) for _ in range(2)]
+    assert [text.known for text in texts] == [False, True]
+    for name, tensor in texts[0].tensors.items():
+        known = texts[1].tensors[name]
+        assert torch.equal(tensor, known)
+        assert tensor.stride() == known.stride()
+        assert (tensor.storage_offset(), tensor.data_ptr() % 64) == (known.storage_offset(), known.data_ptr() % 64)
+
+
 def test_damaged_entries_are_as_good_as_none_and_written_anew(cache: TextCache) -> None:
     cache.write(KEY, Embedded(embeddings(), NOTES))
     (path,) = cache.entries()
