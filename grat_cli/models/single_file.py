@@ -331,7 +331,10 @@ def _converted(conversion: Any, tensors: Tensors, config: Mapping[str, Any]) -> 
         converted = conversion(checkpoint=left, config=config)
     except KeyError as error:
         raise ValueError(f"it lacks {_shown(str(error.args[0]))}, or {unknown}") from None
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError):
+    except RuntimeError:
+        # Its joint projections are taken apart at the width of the full model, which is written in the code.
+        raise ValueError("its matrices are not those of the full model, whose layout it has") from None
+    except (LookupError, ValueError, TypeError, AttributeError):
         raise ValueError(unknown) from None
     return {**left, **converted}
 

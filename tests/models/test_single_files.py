@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers.loaders.single_file_utils as single_file_utils
 import gguf
 import numpy as np
 import other_layouts
@@ -367,6 +368,15 @@ def test_original_shapes_of_gguf_that_lie_are_told(tmp_path: Path, shape: list[i
     writer.close()
     with pytest.raises(ModelUnavailable, match="a does not hold as many numbers as its original shape says"):
         load(tmp_path / "odd.gguf")
+
+
+def test_originals_of_another_width_are_told(tmp_path: Path) -> None:
+    """diffusers has the full model's in its code; `small_originals` is not at work here."""
+    file = write(tmp_path / "narrow.safetensors", ORIGINAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(single_file_utils, "torch", torch)
+        with pytest.raises(ModelUnavailable, match="its matrices are not those of the full model, whose layout it has"):
+            load(file)
 
 
 def test_hunyuanvideo_15_has_no_files_of_a_transformer_alone() -> None:
