@@ -113,6 +113,8 @@ class Generator:
                 )
             if request.offload == "auto":
                 progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")
+            for note in self._model.notes:
+                progress.note(note)
         self._pipe = self._model.pipe
         self._family.prepare(self._pipe)
         told = surroundings(self._model, self._device)

@@ -15,6 +15,7 @@ from grat_cli.errors import BadInput, ModelUnavailable, first_line
 from grat_cli.families import family_of
 from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.files.json_objects import read_json
+from grat_cli.files.weight_headers import format_of
 from grat_cli.models.catalogue import KNOWN_MODELS, is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
@@ -35,7 +36,7 @@ from grat_cli.models.quantization import (
     require_movable,
     require_quantization,
 )
-from grat_cli.models.single_file import read_weights, text_encoder_of, transformer_of
+from grat_cli.models.single_file import holds_other_parts, read_weights, text_encoder_of, transformer_of
 from grat_cli.models.weight_files import WeightFile, files_of_part, known_file, variant_of
 from grat_cli.models.weights import AS_THEY_ARE, Weights
 
@@ -57,6 +58,7 @@ class LoadedModel:
         offload: which weights wait in main memory, never `auto`; see `offloading`.
         offload_reason: why.
         files: that its weights were read from, but for those that a revision tells of.
+        notes: what to know of how it was loaded, a sentence each.
     """
 
     pipe: Any
@@ -64,6 +66,7 @@ class LoadedModel:
     offload: str = "none"
     offload_reason: str = "chosen by name"
     files: tuple[WeightFile, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
@@ -117,7 +120,9 @@ def load_model(
         is_cast = any(part is transformer for transformer in family.transformers(pipe))
         require_movable(part, weights.cast if is_cast else "none", kind, device)
     offload_pipeline(pipe, kind, device)
-    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, files)
+    return LoadedModel(
+        pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, files, _notes(choice, weights)
+    )
 
 
 def load_autoencoder(
@@ -135,6 +140,14 @@ def load_autoencoder(
             autoencoder = _load_part(load_class(*kind), folder / "vae", "vae", how)
         parts = dict.fromkeys(signature(pipeline).parameters)
         return pipeline(**parts | {"vae": autoencoder.to(device)})
+
+
+def _notes(choice: ModelChoice, weights: Weights) -> tuple[str, ...]:
+    if choice.kind != "file" or format_of(Path(choice.source)) == "pickle":
+        return ()
+    if not holds_other_parts(Path(choice.source)):
+        return ()
+    return (f"{choice.name} holds a transformer and other parts: these are those of {weights.base} all the same",)
 
 
 @dataclass(frozen=True)

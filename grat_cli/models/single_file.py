@@ -94,6 +94,15 @@ def without_prefix(tensors: Mapping[str, Any]) -> Tensors:
     return dict(tensors)
 
 
+def holds_other_parts(path: Path) -> bool:
+    """Whether a file holds more of a pipeline than its transformer.
+
+    Raises:
+        OSError, ValueError: if it cannot be read, or tells nothing beforehand.
+    """
+    return any(name.startswith(_BESIDE) for name in read_header(path).tensors)
+
+
 def plain(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tensors:
     """Weights without 8-bit floats: these become numbers of `dtype`, times their scale where they have one.
 

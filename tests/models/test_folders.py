@@ -126,8 +126,9 @@ def test_pickles_are_refused_with_how_to_convert_them_unless_they_are_asked_for(
     assert [(file.types, file.fingerprint.whole) for file in loaded.files] == [({}, True)] * 4
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".CKPT"])
-@pytest.mark.parametrize("inside", [None, "state_dict", "model"])
+@pytest.mark.parametrize(
+    ("suffix", "inside"), [(".bin", None), (".pt", "state_dict"), (".pth", "model"), (".CKPT", None)]
+)
 def test_a_file_that_is_a_pickle_is_read_where_that_is_asked_for(
     tmp_path: Path, suffix: str, inside: str | None
 ) -> None:
