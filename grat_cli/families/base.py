@@ -242,6 +242,8 @@ class Family(ABC):
         pipelines: names of the pipeline classes of diffusers that are supported, the one from text first.
         transformer: name of the transformer's class.
         refused: pipelines that may be taken for supported ones, and why they are not.
+        not_driven: further pipelines of its transformer, around which `install` works where a call does nothing that
+            the adapter refuses, and why commands make nothing with them.
         classes: of each part of a pipeline the classes that may stand in `model_index.json`, with their library.
         optional: parts that some of its models do without.
         not_loaded: parts that are never used.
@@ -281,6 +283,7 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     transformer: ClassVar[str]
     refused: ClassVar[Mapping[str, str]]
+    not_driven: ClassVar[Mapping[str, str]] = {}
     classes: ClassVar[Classes]
     optional: ClassVar[frozenset[str]] = frozenset()
     not_loaded: ClassVar[frozenset[str]] = frozenset()

@@ -182,7 +182,8 @@ class Flux(Family):
         "feature_extractor": {"CLIPImageProcessor": "transformers"},
     }
     not_loaded: ClassVar[frozenset[str]] = frozenset({"image_encoder", "feature_extractor"})  # of image prompts
-    refused: ClassVar[Mapping[str, str]] = {
+    refused: ClassVar[Mapping[str, str]] = {}
+    not_driven: ClassVar[Mapping[str, str]] = {
         "FluxControlNetPipeline": _OF_CONTROLNETS,
         "FluxControlNetImg2ImgPipeline": _OF_CONTROLNETS,
         "FluxControlNetInpaintPipeline": _OF_CONTROLNETS,

@@ -304,6 +304,8 @@ class Wan(Family):
     refused: ClassVar[Mapping[str, str]] = {
         "WanVACEPipeline": "its transformer has further blocks, which see tokens of a control in raster order",
         "WanAnimatePipeline": "its transformer adds tokens of a pose, and of a face between its blocks",
+    }
+    not_driven: ClassVar[Mapping[str, str]] = {
         "LucyEditPipeline": "it edits a video, and grat hands on pictures alone",
         "WanVideoToVideoPipeline": "it starts from a video, and grat hands on pictures alone",
     }

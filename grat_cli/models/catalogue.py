@@ -111,9 +111,10 @@ def refusal_of_pipeline(name: str, class_name: Any, medium: Medium) -> BadInput 
     if medium_of_pipeline(class_name) not in (None, medium):
         return wrong_medium(name, medium)
     for family in FAMILIES.values():
-        if class_name in family.refused:
+        reasons = {**family.refused, **family.not_driven}
+        if class_name in reasons:
             return ModelUnavailable(
-                f"{name} is a {class_name}, which is not supported: {family.refused[class_name]}\n"
+                f"{name} is a {class_name}, which is not supported: {reasons[class_name]}\n"
                 f"give a {family.pipelines[0]}, which makes {family.medium}s from text alone"
             )
     wanted = " or ".join(family.pipelines[0] for family in families_of(medium))

@@ -17,6 +17,7 @@ from grat_cli.families import family_of
 from grat_cli.families.base import NO_PICTURES, Family, ModelChoice, PictureKind
 from grat_cli.files.json_objects import read_json
 from grat_cli.files.places import expanded
+from grat_cli.files.weight_headers import format_of
 from grat_cli.models.catalogue import KNOWN_MODELS, is_known, medium_of_name
 from grat_cli.models.devices import is_out_of_memory
 from grat_cli.models.hub import download_pipeline, revision_of, root_cause
@@ -39,7 +40,7 @@ from grat_cli.models.quantization import (
     require_movable,
     require_quantization,
 )
-from grat_cli.models.single_file import read_weights, text_encoder_of, transformer_of
+from grat_cli.models.single_file import holds_other_parts, read_weights, text_encoder_of, transformer_of
 from grat_cli.models.weight_files import WeightFile, files_of_part, known_file, variant_of
 from grat_cli.models.weights import AS_THEY_ARE, Weights
 
@@ -62,6 +63,7 @@ class LoadedModel:
         offload_reason: why.
         loras: that it has.
         files: that its weights were read from, but for those that a revision tells of.
+        notes: what to know of how it was loaded, a sentence each.
     """
 
     pipe: Any
@@ -70,11 +72,7 @@ class LoadedModel:
     offload_reason: str = "chosen by name"
     loras: tuple[AppliedLora, ...] = ()
     files: tuple[WeightFile, ...] = ()
-
-    @property
-    def notes(self) -> list[str]:
-        """What to know of how it was loaded, in sentences."""
-        return [lora.note for lora in self.loras if lora.note is not None]
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
@@ -135,7 +133,9 @@ def load_model(
         is_cast = any(part is transformer for transformer in family.transformers(pipe))
         require_movable(part, weights.cast if is_cast else "none", kind, device)
     offload_pipeline(pipe, kind, device)
-    return LoadedModel(pipe, revision_of(folder) if choice.kind == "hub" else None, kind, reason, loras, files)
+    revision = revision_of(folder) if choice.kind == "hub" else None
+    notes = (*_notes(choice, weights), *(lora.note for lora in loras if lora.note is not None))
+    return LoadedModel(pipe, revision, kind, reason, loras, files, notes)
 
 
 def refuse_weights(choice: ModelChoice, weights: Weights, pictures: frozenset[PictureKind] = NO_PICTURES) -> None:
@@ -159,6 +159,14 @@ def load_autoencoder(
             autoencoder = _load_part(load_class(*kind), folder / "vae", "vae", how)
         parts = dict.fromkeys(signature(pipeline).parameters)
         return pipeline(**parts | {"vae": autoencoder.to(device)})
+
+
+def _notes(choice: ModelChoice, weights: Weights) -> tuple[str, ...]:
+    if choice.kind != "file" or format_of(Path(choice.source)) == "pickle":
+        return ()
+    if not holds_other_parts(Path(choice.source)):
+        return ()
+    return (f"{choice.name} holds a transformer and other parts: these are those of {weights.base} all the same",)
 
 
 @dataclass(frozen=True)

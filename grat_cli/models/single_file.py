@@ -94,6 +94,15 @@ def without_prefix(tensors: Mapping[str, Any]) -> Tensors:
     return dict(tensors)
 
 
+def holds_other_parts(path: Path) -> bool:
+    """Whether a file holds more of a pipeline than its transformer.
+
+    Raises:
+        OSError, ValueError: if it cannot be read, or tells nothing beforehand.
+    """
+    return any(name.startswith(_BESIDE) for name in read_header(path).tensors)
+
+
 def plain(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tensors:
     """Weights without 8-bit floats: these become numbers of `dtype`, times their scale where they have one.
 
@@ -331,7 +340,10 @@ def _converted(conversion: Any, tensors: Tensors, config: Mapping[str, Any]) -> 
         converted = conversion(checkpoint=left, config=config)
     except KeyError as error:
         raise ValueError(f"it lacks {_shown(str(error.args[0]))}, or {unknown}") from None
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError):
+    except RuntimeError:
+        # Its joint projections are taken apart at the width of the full model, which is written in the code.
+        raise ValueError("its matrices are not those of the full model, whose layout it has") from None
+    except (LookupError, ValueError, TypeError, AttributeError):
         raise ValueError(unknown) from None
     return {**left, **converted}
 

@@ -126,8 +126,9 @@ def test_pickles_are_refused_with_how_to_convert_them_unless_they_are_asked_for(
     assert [(file.types, file.fingerprint.whole) for file in loaded.files] == [({}, True)] * 4
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".CKPT"])
-@pytest.mark.parametrize("inside", [None, "state_dict", "model"])
+@pytest.mark.parametrize(
+    ("suffix", "inside"), [(".bin", None), (".pt", "state_dict"), (".pth", "model"), (".CKPT", None)]
+)
 def test_a_file_that_is_a_pickle_is_read_where_that_is_asked_for(
     tmp_path: Path, suffix: str, inside: str | None
 ) -> None:
@@ -207,7 +208,7 @@ def supported_transformers() -> set[str]:
 
 
 def test_every_other_pipeline_of_a_supported_transformer_is_refused_with_its_reason(folder: Path) -> None:
-    known = {name for family in FAMILIES.values() for name in (*family.pipelines, *family.refused)}
+    known = {name for family in FAMILIES.values() for name in (*family.pipelines, *family.refused, *family.not_driven)}
     index = folder / "model_index.json"
     for name in dir(diffusers):
         if not name.endswith("Pipeline") or "Modular" in name:
@@ -221,7 +222,7 @@ def test_every_other_pipeline_of_a_supported_transformer_is_refused_with_its_rea
         if not supported_transformers().isdisjoint(kinds):
             assert name in known, name
     for family in FAMILIES.values():
-        for name, reason in family.refused.items():
+        for name, reason in {**family.refused, **family.not_driven}.items():
             index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": name}))
             if family.medium == "image":
                 said = refusal("image", "a fox", "--model", folder, code=3)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers.loaders.single_file_utils as single_file_utils
 import gguf
 import numpy as np
 import other_layouts
@@ -81,8 +82,13 @@ def assert_same(found: Tensors, wanted: Tensors) -> None:
         assert torch.equal(found[name].float(), weight.float()), name
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer.", "module."])
-@pytest.mark.parametrize("layout", [WEIGHTS, ORIGINAL], ids=["of diffusers", "of Black Forest Labs"])
+@pytest.mark.parametrize(
+    ("layout", "prefix"),
+    [
+        *((ORIGINAL, prefix) for prefix in ("", "model.diffusion_model.", "module.")),
+        *((WEIGHTS, prefix) for prefix in ("", "diffusion_model.", "transformer.")),
+    ],
+)
 def test_a_file_in_either_layout_is_the_folder_exactly(tmp_path: Path, layout: Tensors, prefix: str) -> None:
     file = write(tmp_path / "tuned.safetensors", {prefix + name: weight for name, weight in layout.items()})
     assert_same(weights_in(load(file).pipe.transformer), WEIGHTS)
@@ -92,7 +98,9 @@ def test_a_file_of_a_whole_pipeline_gives_its_transformer_alone(tmp_path: Path) 
     tensors = {f"model.diffusion_model.{name}": weight for name, weight in ORIGINAL.items()}
     beside = {"vae.decoder.conv_in.weight": torch.ones(1), "text_encoders.t5xxl.shared.weight": torch.ones(1)}
     file = write(tmp_path / "checkpoint.safetensors", tensors | beside)
-    assert_same(weights_in(load(file).pipe.transformer), WEIGHTS)
+    loaded = load(file)
+    assert_same(weights_in(loaded.pipe.transformer), WEIGHTS)
+    assert loaded.notes == (f"{file} holds a transformer and other parts: these are those of demo all the same",)
 
 
 @pytest.mark.parametrize("name", ["tuned.SAFETENSORS", "tuned.sft", "Tuned.Sft"])
@@ -367,6 +375,15 @@ def test_original_shapes_of_gguf_that_lie_are_told(tmp_path: Path, shape: list[i
     writer.close()
     with pytest.raises(ModelUnavailable, match="a does not hold as many numbers as its original shape says"):
         load(tmp_path / "odd.gguf")
+
+
+def test_originals_of_another_width_are_told(tmp_path: Path) -> None:
+    """diffusers has the full model's in its code; `small_originals` is not at work here."""
+    file = write(tmp_path / "narrow.safetensors", ORIGINAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(single_file_utils, "torch", torch)
+        with pytest.raises(ModelUnavailable, match="its matrices are not those of the full model, whose layout it has"):
+            load(file)
 
 
 def test_hunyuanvideo_15_has_no_files_of_a_transformer_alone() -> None:
