@@ -422,7 +422,8 @@ def test_a_run_from_a_file_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.M
     encoder = shutil.copy(DEMO_FLUX.path / "text_encoder_2" / "model.safetensors", "t5.safetensors")
     weights = Weights(base="demo", cast="fp8", text_encoder=encoder, allow_pickle=True)
     data = stored._weights_data(weights)
-    assert data == {"base": "demo", "quantize": "none", "cast": "fp8", "text_encoder": str(Path(encoder).resolve())}
+    told = {"base": "demo", "quantize": "none", "cast": "fp8", "text_encoder": str(Path(encoder).resolve())}
+    assert data == {**told, "loras": (), "fuse_loras": False}
     read = stored.StoredForm.model_validate(data).as_weights()
     assert read == Weights(base="demo", cast="fp8", text_encoder=str(Path(encoder).resolve()))
     for wrong in ({"allow_pickle": True}, {"text_encoder": "t5.safetensors"}, {"cast": "fp4"}, {"base": "nothing"}):
