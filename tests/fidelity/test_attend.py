@@ -254,7 +254,7 @@ def test_patterns_that_cannot_be_judged_are_refused(text: str, says: str) -> Non
 
 def test_patterns_are_judged_whatever_the_preset_itself_attends() -> None:
     """Its schedule need not go with their groups: all of the run is full attention."""
-    rules = {"rules": [{"layers": "0", "group": [2, 2]}]}
+    rules = {"rules": [{"layers": "0", "group": [2, 2], "far": None}]}
     preset = Preset.model_validate({**load_preset("demo-far").model_dump(), "schedule": rules, "highres": None})
     candidate = Candidate("odd", Attention.model_validate({"variant": "b", "group": [3, 3], "radius": 1}))
     watched = watched_preset(preset, [candidate])
