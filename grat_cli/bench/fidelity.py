@@ -26,6 +26,7 @@ from grat_cli.fidelity.variants import Variant
 from grat_cli.generation.request import Request
 from grat_cli.generation.single import latents_of
 from grat_cli.presets import Attention, ranges
+from grat_cli.presets.schema import Schedule
 from grat_kernels import Full, HeadPlan, Plan
 from grat_kernels.geometry import cell_counts, nests
 
@@ -96,7 +97,8 @@ def measure_fidelity(
     for candidates in passes:
         preset = request.preset
         own = Attention(variant="full", group=candidates[0].group)
-        watched = observation_preset(preset.model_copy(update={"attention": own}), candidates)
+        plain = preset.model_copy(update={"attention": own, "schedule": Schedule(), "highres": None})
+        watched = observation_preset(plain, candidates)
         for prompt, seed in chosen:
             recorder = AttentionRecorder(
                 candidates, host.steps, adapter.layers, adapter.heads, rows=QUERIES, recorded=recorded, seed=seed

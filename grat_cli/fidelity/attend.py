@@ -15,6 +15,7 @@ from grat_cli.families import preset_variants
 from grat_cli.fidelity.variants import NAMES, SHORT_NAMES, parse_variants, variant_for
 from grat_cli.presets import Attention, Preset, load_preset, preset_names, ranges
 from grat_cli.presets.problems import problem_of
+from grat_cli.presets.schema import Schedule
 from grat_kernels import Grid, Grouping, build_plan
 
 if TYPE_CHECKING:
@@ -167,8 +168,10 @@ def watched_preset(preset: Preset, candidates: Sequence[Candidate]) -> Preset:
     from grat_cli.attention.record import observation_preset
 
     # The order has to keep the candidates' groups together, not those of the preset that gives the sampling.
-    of_first = preset.model_copy(update={"attention": candidates[0].attention})
+    # Nor those of its schedule, which are full attention's here.
+    others = {"schedule": Schedule(), "highres": None}
     try:
+        of_first = preset.model_copy(update={"attention": candidates[0].attention, **others})
         return observation_preset(of_first, [one.attention for one in candidates])
     except ValidationError as error:
         problem = problem_of(error.errors()[0])

@@ -20,9 +20,14 @@ from grat_kernels import Backend, Grid
 
 @pytest.fixture(autouse=True)
 def _compiler() -> Iterator[None]:
+    import torch.fx.experimental._config as shapes
+
+    dynamo: Any = torch._dynamo.config
+    settings: Any = shapes
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with dynamo.patch(recompile_limit=dynamo.recompile_limit), settings.patch(use_duck_shape=settings.use_duck_shape):
+        yield
     torch._dynamo.reset()
 
 

@@ -19,13 +19,13 @@ from grat_cli.attention.adapter import AttentionInputs
 from grat_cli.attention.recall import BINS
 from grat_cli.attention.record import AttentionRecorder
 from grat_cli.errors import BadInput
-from grat_cli.fidelity.attend import Attended, Candidate, candidates_for, queries_for, recorded_steps
+from grat_cli.fidelity.attend import Attended, Candidate, candidates_for, queries_for, recorded_steps, watched_preset
 from grat_cli.fidelity.figures import Estimate, density_hint, half_distance, pattern_figures, ranked_heads
 from grat_cli.fidelity.overlays import evenly, frames_of, overlay
 from grat_cli.files.outputs import read_provenance
 from grat_cli.files.videos import read_frames
 from grat_cli.pages.plots import WIDTH, text_width
-from grat_cli.presets import Attention, load_preset
+from grat_cli.presets import Attention, Preset, load_preset
 from grat_kernels import Full, Grid, Grouping, build_plan
 
 GRID, TEXT, HEADS, HEAD_DIM = Grid((8, 10)), 5, 2, 8
@@ -250,6 +250,16 @@ def test_patterns_that_cannot_be_judged_are_refused(text: str, says: str) -> Non
 
 
 # Pictures
+
+
+def test_patterns_are_judged_whatever_the_preset_itself_attends() -> None:
+    """Its schedule need not go with their groups: all of the run is full attention."""
+    rules = {"rules": [{"layers": "0", "group": [2, 2], "far": None}]}
+    preset = Preset.model_validate({**load_preset("demo-far").model_dump(), "schedule": rules, "highres": None})
+    candidate = Candidate("odd", Attention.model_validate({"variant": "b", "group": [3, 3], "radius": 1}))
+    watched = watched_preset(preset, [candidate])
+    assert watched.cells[0] == (3, 3)
+    assert (2, 2) not in watched.cells
 
 
 def test_an_overlay_is_dark_where_attention_is_even_and_bright_where_it_peaks() -> None:
