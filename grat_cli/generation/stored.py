@@ -233,7 +233,7 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
         stored = validated(StoredRequest, data)
         _require_sense(stored)
         if seed not in stored.seeds:
-            raise ValueError("seeds: one is missing")
+            raise ValueError("seeds: one is missing, or there twice")
         suffix, beginning = formats.SUFFIXES[stored.format], place.name.removesuffix(f"-s{seed}")
         names = [place.name if one == seed else f"{beginning}-s{one}" for one in stored.seeds]
         same = {name: getattr(stored, name) for name in StoredRequest.model_fields}
@@ -260,7 +260,7 @@ def request_from_data(data: Any, place: Path, seed: int, model: str | None = Non
 def _require_sense(stored: StoredRequest) -> None:
     """Raises ValueError for what fits field by field and not as a whole."""
     if len(set(stored.seeds)) < len(stored.seeds):
-        raise ValueError("seeds: one is there twice")
+        raise ValueError("seeds: one is missing, or there twice")
     of_videos = stored.frames is not None
     if of_videos != (stored.format in videos.FORMATS):
         raise ValueError(f"format: {stored.format} is none of {'videos' if of_videos else 'pictures'}")

@@ -121,7 +121,8 @@ class TextCache:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # it was used last
-        return Embedded(laid_out(held), told.notes)
+        # In their own order, the prompt's first: files of tensors have another.
+        return Embedded(laid_out({name: held[name] for name in told.tensors}), told.notes)
 
     def write(self, key: str, text: Embedded) -> None:
         """Keeps a text, and makes room for them. Those that are not finite, or too large, are not kept.

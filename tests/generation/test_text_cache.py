@@ -231,7 +231,7 @@ def test_entries_come_back_bit_for_bit(cache: TextCache) -> None:
     held = cache.read(KEY)
     assert held is not None
     assert held.notes == NOTES
-    assert held.tensors.keys() == embeddings().keys()
+    assert list(held.tensors) == list(embeddings())
     for name, tensor in embeddings().items():
         assert held.tensors[name].dtype == tensor.dtype
         assert torch.equal(held.tensors[name], tensor)
@@ -249,6 +249,8 @@ def test_tensors_lie_in_memory_as_if_they_had_just_been_encoded(loaded_parts: li
     asked = _asked(folder).of(tmp_path / "a", negative_prompt="a fox")
     texts = [run.Generator(asked, Progress()).encode(asked) for _ in range(2)]
     assert [text.known for text in texts] == [False, True]
+    assert texts[0].lengths == texts[1].lengths
+    assert list(texts[0].tensors) == list(texts[1].tensors)
     for name, tensor in texts[0].tensors.items():
         known = texts[1].tensors[name]
         assert torch.equal(tensor, known)
