@@ -299,11 +299,11 @@ def install(
         yield installation
 
 
-def _counter(adapters: Sequence[Adapter | AnyTransformer]) -> Work | None:
-    """What counts the attentions that are computed; None in compiled transformers, which cannot be observed."""
+def _counter(adapters: Sequence[Adapter | AnyTransformer]) -> Work:
+    """What counts the attentions that are computed."""
     from grat_cli.attention.work import Work
 
-    return None if any(getattr(one, "is_compiled", False) for one in adapters) else Work(adapters[0].layers)
+    return Work(adapters[0].layers)
 
 
 def _cached(

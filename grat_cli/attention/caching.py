@@ -307,8 +307,11 @@ class _Watched:
             BadInput: if it cannot be.
         """
         name = type(self._model).__name__
-        if self._is_compiled:
-            raise BadInput("a cache inside a compiled transformer is not supported: leave out one of the two")
+        if self._is_compiled and not isinstance(cache, FirstBlock):
+            raise BadInput(
+                f"cache {cache.kind} inside a compiled transformer is not supported, its hooks differ from layer to "
+                "layer: use first-block, or leave out one of the two"
+            )
         if self.config is not None:
             raise BadInput(
                 f"the {name} has a cache enabled already, {type(self.config).__name__}: call its disable_cache(), "

@@ -131,8 +131,9 @@ class Generator:
     def _load(self, request: Request, are_texts_known: Callable[..., bool] | None = None) -> None:
         # 2. Load.
         progress = self._progress
+        cache = request.preset.cache and request.preset.cache.kind
         if request.compile:
-            require_compile(self._device, request.offload)
+            require_compile(self._device, request.offload, cache)
         with memory_advice(request, self._device, self.stages[0]):
             progress.phase("load")
             with self._common("load"):
@@ -152,7 +153,7 @@ class Generator:
                 progress.note(note)
         self._pipe = self._model.pipe
         if request.compile:
-            require_compile(self._device, self._model.offload)  # which auto may have chosen
+            require_compile(self._device, self._model.offload, cache)  # which auto may have chosen
             compile_blocks(self._family.transformers(self._pipe))
         self._family.prepare(self._pipe)
         told = surroundings(self._model, self._device)

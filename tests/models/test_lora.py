@@ -263,7 +263,8 @@ class Hub:
         if name not in self.names():
             from huggingface_hub.errors import RemoteEntryNotFoundError
 
-            raise RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, status_code=404, request=None))
+            response: Any = SimpleNamespace(headers={}, status_code=404, request=None)
+            raise RemoteEntryNotFoundError("404", response=response)
         return str(self.folder / name)
 
 

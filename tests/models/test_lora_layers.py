@@ -607,7 +607,8 @@ def quantized(pipe: Any) -> Any:
         if name.endswith("to_q"):
             own = GGUFLinear(layer.in_features, layer.out_features, bias=True, compute_dtype=torch.float32)
             packed = torch.from_numpy(quantize(layer.weight.numpy(), kind))
-            own.weight = GGUFParameter(packed, quant_type=kind)
+            parameter: Any = GGUFParameter
+            own.weight = parameter(packed, quant_type=kind)
             own.bias = layer.bias
             pipe.transformer.set_submodule(name, own)
     return pipe

@@ -135,10 +135,10 @@ def model_transformer(name: str) -> Any:
     return MODELS[name].make().transformer
 
 
-def run(pipe: Any, name: str, attention: Attention) -> torch.Tensor:
+def run(pipe: Any, name: str, attention: Attention, cache: str | None = None) -> torch.Tensor:
     """Latents of a call with GRAT installed."""
     model = MODELS[name]
-    with grat_cli.install(pipe, preset_of(name, attention), **model.size):
+    with grat_cli.install(pipe, preset_of(name, attention), cache=cache, **model.size):
         return latents_of(pipe, model)
 
 
@@ -242,7 +242,7 @@ def _dequantized(pipe: Any, model: Model) -> Any:
 
 def _compiled(pipe: Any) -> None:
     torch._dynamo.reset()
-    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    pipe.transformer.compile_repeated_blocks(backend="aot_eager")
 
 
 def _layer_by_layer(pipe: Any) -> None:
