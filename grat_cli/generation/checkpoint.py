@@ -134,10 +134,9 @@ class Run:
             files: that these were read from, but for those that the revision tells of.
             loras: that these have, of `lora.AppliedLora.told`.
         """
-        # What encodes text is not read where texts are known, whose entries say by what they were encoded.
-        read, here = {file.part for file in files}, {(file.part, file.fingerprint.sha256) for file in files}
+        here = {(file.part, file.fingerprint.sha256) for file in files}
         for file in self.report.get("model", {}).get("weights", ()):
-            if file["part"] in read and (file["part"], file["sha256"]) not in here:
+            if (file["part"], file["sha256"]) not in here:
                 raise BadInput(
                     f"the run was begun with another {printable(file['name'])} as {file['part']} than is here: "
                     "its result would be another; start the run anew"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -303,8 +303,7 @@ def _load_folder(
 
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
-    files: list[WeightFile] = []
-    is_here = revision_of(folder) is None
+    from_elsewhere = {part for part, loaded in given.items() if loaded is not None}
     with _damage_of(name, family), _without_bars():
         index = read_index(folder / "model_index.json")
         kinds = index.classes(name, family.classes)
@@ -330,13 +329,10 @@ def _load_folder(
             if part == family.large_encoder and other_encoder is not None:
                 with _damage_of(Path(other_encoder).name, family):
                     given[part] = _load_encoder(loader, expanded(other_encoder), folder / part, part, how)
-                    files.append(known_file(expanded(other_encoder), part))
                 continue
             with _damage_of(f"{part} of {name}", family):
                 if part in _NEURAL_PARTS:
                     given[part] = _load_part(loader, folder / part, part, how)
-                    if is_here:
-                        files += files_of_part(folder / part)
                 elif (own := family.read_part(part, folder / part, given)) is not None:
                     given[part] = own
                 else:
@@ -345,7 +341,26 @@ def _load_folder(
         # What only other pipelines of the family take is not for this one.
         options = {key: value for key, value in index.options.items() if key in taken}
         pipe = pipeline(**options, **{part: loaded for part, loaded in given.items() if part in taken})
-        return pipe, tuple(files)
+        of_folder = [part for part in possible if part in _NEURAL_PARTS and part not in from_elsewhere]
+        other = {} if other_encoder is None else {family.large_encoder: other_encoder}
+        return pipe, _files_of(folder, of_folder, other)
+
+
+def _files_of(folder: Path, parts: Sequence[str], other: Mapping[str, str]) -> tuple[WeightFile, ...]:
+    """Those that parts are read from, or would be where what they compute is known already; none of a revision's.
+
+    Args:
+        folder: of the parts.
+        parts: in order.
+        other: files that stand for those of a part.
+    """
+    files: list[WeightFile] = []
+    for part in parts:
+        if part in other:
+            files.append(known_file(expanded(other[part]), part))
+        elif revision_of(folder) is None:
+            files += files_of_part(folder / part)
+    return tuple(files)
 
 
 def _load_part(loader: Any, folder: Path, part: str, how: _How) -> Any:

@@ -232,5 +232,5 @@ def test_the_preset_says_how_many() -> None:
     chosen = resolve_preset(load_preset("flux-x"), set_items=["memory.chunk_tokens=4096"])
     assert chosen.memory.chunk_tokens == 4096
     assert resolve_preset(chosen, set_items=["memory.chunk_tokens=null"]).memory.chunk_tokens is None
-    with pytest.raises(BadInput, match="expected auto, null or a whole number from 256 up, not 12"):
+    with pytest.raises(BadInput, match="expected auto, null or a whole number from 256 to 1,000,000,000, not 12"):
         resolve_preset(chosen, set_items=["memory.chunk_tokens=12"])

@@ -340,7 +340,7 @@ def test_a_run_that_is_taken_up_ends_as_if_it_had_not_been_broken_off(tmp_path: 
     [
         ({"history.last_sample": None}, "not what a UniPCMultistepScheduler needs"),
         ({"history.sigmas": torch.zeros(1, 4, 3, 6, 8)}, "not what a UniPCMultistepScheduler needs"),
-        ({"history.last_sample": torch.zeros(3)}, r"what it remembers of a step is \[3\]"),
+        ({"history.last_sample": torch.zeros(3)}, r"its memory of a step is \[3\]"),
         ({"history.last_sample": torch.zeros(1, 4, 3, 6, 8).int()}, r"torch\.int32"),
         ({"history.last_sample": torch.full((1, 4, 3, 6, 8), torch.nan)}, "is not finite"),
         ({f"history.{number}": torch.zeros(1, 4, 3, 6, 8) for number in range(65)}, "it remembers 68 tensors"),
