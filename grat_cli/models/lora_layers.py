@@ -199,6 +199,15 @@ def _add(
     )
 
 
+def _require_alphas(alphas: Mapping[str, Any], name: str) -> None:
+    """Raises ModelUnavailable unless those of a file, tensors or numbers, are such as can be."""
+    for key, alpha in alphas.items():
+        if key.endswith(".alpha") and (
+            getattr(alpha, "numel", lambda: 1)() != 1 or not 0 <= float(alpha) <= _LARGEST_ALPHA
+        ):
+            raise ModelUnavailable(f"{name} is damaged: {shown(key)} is no number that can be")
+
+
 def _converted(
     pipeline: Any, raw: dict[str, torch.Tensor], name: str, title: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -207,9 +216,7 @@ def _converted(
 
     with_alphas = "return_alphas" in signature(pipeline.lora_state_dict).parameters
     # Conversions divide by powers of two until an alpha fits, which one below zero never does.
-    for key, alpha in raw.items():
-        if key.endswith(".alpha") and (alpha.numel() != 1 or not 0 <= float(alpha) <= _LARGEST_ALPHA):
-            raise ModelUnavailable(f"{name} is damaged: {shown(key)} is no number that can be")
+    _require_alphas(raw, name)
     try:
         read = pipeline.lora_state_dict(raw, **({"return_alphas": True} if with_alphas else {}))
     except Exception as error:
@@ -217,6 +224,7 @@ def _converted(
     tensors, alphas = (read[0], read[1] or {}) if with_alphas else (read, {})
     # Of what conversions let through, those of other families are still among the tensors.
     alphas |= {key: tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
+    _require_alphas({f"{key.removesuffix('.alpha')}.alpha": alpha for key, alpha in alphas.items()}, name)
     rest = {key: tensor for key, tensor in tensors.items() if key not in alphas}
     return rest, {key: float(alpha) for key, alpha in alphas.items()}
 

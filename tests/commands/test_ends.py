@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def interrupted_by(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[str]:
     return seen
 
 
+@pytest.fixture
+def _hang_up_is_heeded() -> Iterator[None]:
+    """Whatever these tests were started by: nohup has it ignored, and what it starts inherits that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_hang_up_is_heeded")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signals_do_what_ctrl_c_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     number = getattr(signal, name)
@@ -126,6 +136,7 @@ def test_in_other_threads_signals_are_left_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_hang_up_is_heeded")
 def test_a_run_that_is_ended_by_a_signal_can_be_gone_on_with(tmp_path: Path) -> None:
     options = [
         "--res",

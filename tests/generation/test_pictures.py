@@ -189,8 +189,9 @@ def test_a_picture_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_words_that_the_demo_does_not_know_are_named() -> None:
     progress = Progress()
     generate(progress, prompt="A red Zebra, in the snow with a quokka; zebra!", preset=preset(sampling={"steps": 1}))
-    (note,) = progress.notes
+    note, *of_cuts = progress.notes
     assert note.startswith("the demo model does not know zebra, quokka; it draws fox")
+    assert all(cut.startswith("the prompt is cut: ") for cut in of_cuts)
 
 
 def test_large_pictures_from_noise_are_announced(loaded: Any) -> None:
