@@ -14,7 +14,7 @@ from grat_cli.console import run_tables
 from grat_cli.console.output import Output, bytes_text
 from grat_cli.errors import BadInput
 from grat_cli.files import formats, outputs
-from grat_cli.files.whole import claimed
+from grat_cli.files.whole import claimed, is_own
 from grat_cli.generation import inputs
 from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.selection import require_backend, variant_word
@@ -155,7 +155,7 @@ def refuse_unwritable(
         BadInput: if something exists that may not be overwritten, or cannot be written.
     """
     beside = [*map(outputs.report_path, paths), *(map(outputs.preview_path, paths) if previews else ())]
-    outputs.refuse_unwritable([*paths, *beside], overwrite=overwrite)
+    outputs.refuse_unwritable([path for path in (*paths, *beside) if not is_own(path)], overwrite=overwrite)
     goes_on = set(map(os.path.abspath, own))
     for path in paths:
         for kept in (outputs.checkpoint_path(path), outputs.latents_path(path)):

@@ -20,7 +20,7 @@ def resume(
 ) -> None:
     """Go on with an output that was interrupted, to the same result; it lies beside FILE, by its name, or at --out."""
     from grat_cli.commands import making
-    from grat_cli.files import outputs
+    from grat_cli.files import outputs, whole
     from grat_cli.files.formats import SUFFIXES
     from grat_cli.generation.checkpoint import files_of, find_run, read_run
     from grat_cli.generation.finishing import written_already
@@ -37,6 +37,8 @@ def resume(
     weights = replace(request.weights, allow_pickle=model.allow_pickle)
     request = replace(request, seeds=left, outputs=tuple(paths), overwrite=overwrite, weights=weights)
     there = written_already(run, request, paths[0])
+    if request.preview_every and out is None:
+        whole.adopt(outputs.preview_path(paths[0]))  # of a process that was killed: others remove theirs
     making.refuse_unwritable(
         paths[1:] if there else paths, overwrite=overwrite, own=files_of(run), previews=request.preview_every > 0
     )

@@ -268,3 +268,22 @@ def test_where_the_system_knows_ascii_alone_names_are_what_was_typed(tmp_path: P
     assert os.listdir(os.fsencode(tmp_path)) == ["é 狐 [x].png".encode()]
     assert done.stdout.splitlines()[-1] == "é 狐 [x].png".encode()  # so that a script finds it
     assert all(line.isascii() for line in done.stdout.splitlines()[:-1])
+
+
+def test_a_preview_of_a_process_that_was_killed_is_that_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def step(self: object, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grat_cli.console.progress.LogProgress.step", step)
+        options = ("--res", "64", "--steps", "3", "--seed", "3", "--preview", "2", "--out", "fox.png")
+        assert grat(*IMAGE, *options).code == 130
+    (tmp_path / "fox.preview.png").write_bytes(b"of step 1")
+    resumed = grat("resume", "fox.png")
+    assert resumed.code == 0, resumed.err
+    assert sorted(os.listdir()) == ["fox.json", "fox.png"]
