@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
+from grat_cli.attention.clock import PipelineClock
 from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.families import FAMILIES, family_of_transformer
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
@@ -30,46 +31,6 @@ if TYPE_CHECKING:
 
 
 _LARGEST = 10**9  # of any number of pixels, frames, tokens or steps
-
-
-class PipelineClock:
-    """Steps of a pipeline's runs, from its scheduler's own counters: plain integers, so nothing waits; an
-    `attention.caching.Clock`."""
-
-    def __init__(self, pipe: Any, first_step: int = 0, steps: int | None = None) -> None:
-        """Of a pipeline whose calls go on at a step of a run, which has so many in all; None for those of each call."""
-        self._pipe, self._first_step, self._steps = pipe, first_step, steps
-
-    def current_step(self) -> int:
-        """The step of the call under way."""
-        return self._first_step + step_under_way(self._pipe.scheduler, self.begin_index())
-
-    def begin_index(self) -> int:
-        """Index of the first step that is run: pipelines that do not tell their scheduler run the last so many."""
-        scheduler = self._pipe.scheduler
-        if scheduler.begin_index is not None:
-            return scheduler.begin_index
-        steps = len(scheduler.timesteps)
-        return max(0, steps - getattr(self._pipe, "num_timesteps", steps))
-
-    def steps_to_run(self) -> int:
-        """Steps of the call."""
-        return len(self._pipe.scheduler.timesteps) - self.begin_index()
-
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self._steps or self._first_step + self.steps_to_run()
-
-    def timesteps(self) -> tuple[torch.Tensor, int]:
-        """Of the scheduler, and which of them is under way."""
-        scheduler = self._pipe.scheduler
-        index = scheduler.step_index
-        return scheduler.timesteps, self.begin_index() if index is None else index
-
-    def schedule_length(self) -> int:
-        """Steps of the schedule that the run is the end of."""
-        scheduler = self._pipe.scheduler
-        return len(getattr(scheduler, "whole", scheduler).timesteps)  # see `families.resumption.LaterSteps`
 
 
 class Installation:
@@ -320,17 +281,6 @@ def _cached(
     work = installation.work
     begun = (lambda: None) if work is None else work.clear
     return caching.attached(transformers, adapters, cache, installation.clock, ratios, begun)
-
-
-def step_under_way(scheduler: Any, begin: int | None = None) -> int:
-    """The denoising step that a scheduler is at, counted from 0 over the steps that are run.
-
-    Args:
-        scheduler: of diffusers.
-        begin: index of the first of these; None for what the scheduler was told.
-    """
-    first: int = (scheduler.begin_index or 0) if begin is None else begin
-    return 0 if scheduler.step_index is None else scheduler.step_index - first
 
 
 def _family_adapters(

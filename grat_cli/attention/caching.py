@@ -14,8 +14,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from grat_cli.attention.cache_states import Snapshot, copied, kept, moved, thawed
 from grat_cli.errors import BadInput
 from grat_cli.presets.caches import KINDS, Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
 
@@ -23,35 +24,13 @@ if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.adapter import Adapter
+    from grat_cli.attention.clock import PipelineClock
 
 MOST_KEPT_BYTES = 4 * 2**30
 _CALLS = "cond", "uncond"  # as pipelines name them
 _NEVER = math.inf  # a timestep that no range holds
-_MOST_DEPTH, _MOST_PARTS = 6, 100_000
-_LARGEST_NUMBER = 10**9
-# Set anew by every call before it is read.
-_OF_ONE_CALL = frozenset({"head_block_output", "head_block_input"})
+_MOST_PARTS = 100_000
 _FIRST_STEPS = 2  # that FasterCache has to have computed before it can forecast
-
-
-class Clock(Protocol):
-    """What a cache asks while a pipeline runs. Answers never wait for the device."""
-
-    def current_step(self) -> int:
-        """The denoising step of the call under way, counted from 0 over the whole run."""
-        ...
-
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        ...
-
-    def timesteps(self) -> tuple[torch.Tensor, int]:
-        """Of the scheduler, and which of them is under way."""
-        ...
-
-    def schedule_length(self) -> int:
-        """Steps of the schedule that the run is the end of."""
-        ...
 
 
 class StepCaches:
@@ -104,32 +83,10 @@ class StepCaches:
                 raise ValueError("there is nothing, or too much")
             for one in kept:
                 place = int(one["holder"]), str(one["context"])
-                values = {name: _thawed(value, tensors) for name, value in one["values"].items()}
+                values = {name: thawed(value, tensors) for name, value in one["values"].items()}
                 self._watched[one["transformer"]].restore(place, values)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise BadInput("what the cache had kept is damaged, or of another version of grat") from error
-
-
-class Snapshot:
-    """What caches keep between two steps."""
-
-    def __init__(self, states: Sequence[tuple[int, int, str, dict[str, Any]]]) -> None:
-        self._states = states
-        self.nbytes = sum(tensor.nbytes for *_, values in states for tensor in _tensors_in(values))
-
-    def data(self) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-        """As plain data, and the tensors that it names."""
-        tensors: dict[str, torch.Tensor] = {}
-        states = [
-            {
-                "transformer": transformer,
-                "holder": holder,
-                "context": context,
-                "values": {name: _frozen(value, tensors) for name, value in values.items()},
-            }
-            for transformer, holder, context, values in self._states
-        ]
-        return states, tensors
 
 
 @contextmanager
@@ -137,7 +94,7 @@ def attached(
     transformers: Sequence[Any],
     adapters: Sequence[Adapter],
     cache: Cache | None,
-    clock: Clock,
+    clock: PipelineClock,
     ratios: Sequence[float] | None = None,
     begun: Callable[[], None] = lambda: None,
 ) -> Iterator[StepCaches]:
@@ -273,7 +230,9 @@ class _Watched:
         is_restored: whether the step under way is the first with what was restored.
     """
 
-    def __init__(self, called: Any, adapter: Adapter, settings: Cache | None, clock: Clock, runs: _Runs) -> None:
+    def __init__(
+        self, called: Any, adapter: Adapter, settings: Cache | None, clock: PipelineClock, runs: _Runs
+    ) -> None:
         self._model, self._called, self._blocks = adapter.model, called, adapter.blocks
         self._settings, self._clock, self._runs = settings, clock, runs
         self._is_compiled = adapter.is_compiled
@@ -521,10 +480,10 @@ class _Watched:
             return
         for number, manager in enumerate(self._managers):
             for context, state in manager._state_cache.items():
-                yield number, context, _copied(_kept(state))
+                yield number, context, copied(kept(state))
         for context, states in self._by_call.items():
             for number, state in enumerate(states, start=len(self._managers)):
-                yield number, context, _copied(_kept(state))
+                yield number, context, copied(kept(state))
         if self._since:
             yield -1, "", {"since": self._since}
 
@@ -553,12 +512,12 @@ class _Watched:
                     if context not in self._by_call:
                         self._by_call[context] = [type(hook.state)() for hook in self._holders]
                     state = self._by_call[context][number - len(self._managers)]
-                if unknown := values.keys() - _kept(state).keys():
+                if unknown := values.keys() - kept(state).keys():
                     raise ValueError(f"it has {', '.join(sorted(unknown))}")
             except (IndexError, ValueError) as error:
                 raise BadInput("what the cache had kept is damaged, or of another version of grat") from error
             for name, value in values.items():
-                setattr(state, name, _moved(value, device))
+                setattr(state, name, moved(value, device))
         self.is_restored = bool(restored)
 
 
@@ -590,97 +549,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-# ---- States as plain data
-
-
-def _kept(state: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(state).items() if name not in _OF_ONE_CALL}
-
-
-def _copied(value: Any) -> Any:
-    """Containers anew, around the same tensors; numbers in tensors, which may be changed in place, anew as well."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.clone() if value.ndim == 0 else value
-    if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
-    return value
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors of more than a number on a device, and the device itself where it stands for one."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.to(device) if value.ndim else value
-    if isinstance(value, torch.device):
-        return device
-    if isinstance(value, dict):
-        return {key: _moved(part, device) for key, part in value.items()}
-    return type(value)(_moved(part, device) for part in value) if type(value) in (list, tuple) else value
-
-
-def _frozen(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """A value as plain data; its tensors go into a table."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        name = str(len(tensors))
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": True}
-    if isinstance(value, dict):
-        return {"mapping": [[key, _frozen(part, tensors)] for key, part in value.items()]}
-    if isinstance(value, list | tuple):
-        return {"list" if isinstance(value, list) else "tuple": [_frozen(part, tensors) for part in value]}
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    raise TypeError(f"a cache keeps a {type(value).__name__}")
-
-
-def _thawed(value: Any, tensors: Mapping[str, torch.Tensor], depth: int = 0) -> Any:
-    """What `_frozen` was given; raises ValueError for what it does not make."""
-    import torch
-
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int | float):
-        if not abs(value) <= _LARGEST_NUMBER:
-            raise ValueError("a number is too large")
-        return value
-    if not isinstance(value, dict) or len(value) != 1 or depth > _MOST_DEPTH:
-        raise ValueError("it is no state of a cache")
-    ((kind, held),) = value.items()
-    if kind == "tensor":
-        tensor = tensors[held]
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError("a tensor is not finite")
-        return tensor
-    if kind == "dtype" and held in ("float32", "bfloat16", "float16"):
-        return getattr(torch, held)
-    if kind == "device":
-        return torch.device("cpu")
-    if kind == "mapping":
-        return {int(key): _thawed(part, tensors, depth + 1) for key, part in held}
-    if kind in ("list", "tuple"):
-        parts = [_thawed(part, tensors, depth + 1) for part in held]
-        return parts if kind == "list" else tuple(parts)
-    raise ValueError("it is no state of a cache")

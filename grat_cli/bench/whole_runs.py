@@ -14,6 +14,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.attention.caching import attached
+from grat_cli.attention.clock import PipelineClock, step_under_way
 from grat_cli.attention.observers import Observers
 from grat_cli.attention.work import Work
 from grat_cli.bench.fidelity import Found, measure_fidelity
@@ -35,7 +36,6 @@ from grat_cli.generation.selection import select_preset
 from grat_cli.generation.single import call_for, frames_of
 from grat_cli.generation.stage import StepWatch, explained_backend_failures
 from grat_cli.generation.timing import StepRecorder, StepTiming, with_work
-from grat_cli.installation import PipelineClock, step_under_way
 from grat_cli.models.catalogue import ModelChoice
 from grat_cli.models.devices import choose_device, choose_dtype, is_out_of_memory, wait_for
 from grat_cli.models.loading import load_model

@@ -81,7 +81,7 @@ class Run:
         stages: what there is to report of the stages that are finished.
         guard: of `guard.RecallGuard.state`; None without a guard, and before the first step of a stage.
         history: what the scheduler remembers within a stage; of `families.resumption.remembered`.
-        cache: what a cache keeps within a stage, of `caching.Snapshot.data`; None without one.
+        cache: what a cache keeps within a stage, of `cache_states.Snapshot.data`; None without one.
         is_keepable: whether there is all that the rest of the run depends on.
         start_size: width and height of the picture that the output redoes, or None.
         pictures: that the pipeline is given.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from grat_cli.attention.caching import Snapshot
+    from grat_cli.attention.cache_states import Snapshot
 
 from grat_cli.generation.finishing import command_for
 from grat_cli.generation.machine import memory_advice

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.installation import step_under_way
+from grat_cli.attention.clock import step_under_way
 
 if TYPE_CHECKING:
     import torch

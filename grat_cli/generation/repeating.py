@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from grat_cli.errors import BadInput, printable
 from grat_cli.families import family_of
@@ -23,7 +23,7 @@ from grat_cli.files.outputs import read_provenance
 from grat_cli.files.places import expanded
 from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.stored import StoredForm, StoredModel, StoredRequest, request_of_report
-from grat_cli.generation.told import MOST_REFERENCES, KeptPicture, Seed, Sha256
+from grat_cli.generation.told import MOST_REFERENCES, MOST_THREADS, KeptPicture, Seed, Sha256, Told
 from grat_cli.models.catalogue import HUB_ID, KNOWN_MODELS, choose_model
 from grat_cli.models.environment import versions
 from grat_cli.models.hub import present_revision
@@ -54,10 +54,8 @@ def _inside(text: str) -> str:
 _Word = Annotated[str, StringConstraints(max_length=200)]
 
 
-class _ToldFile(BaseModel):
+class _RepeatedFile(Told):
     """A file of weights, or a LoRA, by what it is known by."""
-
-    model_config = ConfigDict(strict=True)
 
     part: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{0,80}$")] = ""
     name: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_inside)]
@@ -65,24 +63,20 @@ class _ToldFile(BaseModel):
     sha256: Sha256 | None = None
 
 
-class _ToldModel(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _RepeatedModel(Told):
     revision: _Word | None = None
-    weights: Annotated[tuple[_ToldFile, ...], Field(max_length=_MOST_FILES)] = ()
-    loras: Annotated[tuple[_ToldFile, ...], Field(max_length=_MOST_FILES)] = ()
+    weights: Annotated[tuple[_RepeatedFile, ...], Field(max_length=_MOST_FILES)] = ()
+    loras: Annotated[tuple[_RepeatedFile, ...], Field(max_length=_MOST_FILES)] = ()
 
 
-class _ToldDevice(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _RepeatedDevice(Told):
     name: _Word
     model: _Word
     dtype: _Word
-    threads: Annotated[int, Field(ge=1, le=4096)] | None
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None
 
 
-class Told(BaseModel):
+class RepeatedReport(Told):
     """What a report says besides the request that decides the pixels.
 
     Attributes:
@@ -94,11 +88,9 @@ class Told(BaseModel):
         decoded: of latents that were kept; None where the run itself went on to the end.
     """
 
-    model_config = ConfigDict(strict=True)
-
     seed: Seed
-    model: _ToldModel
-    device: _ToldDevice
+    model: _RepeatedModel
+    device: _RepeatedDevice
     versions: dict[_Word, _Word | None]
     pictures: Annotated[tuple[KeptPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()
     decoded: dict[str, Any] | None = None
@@ -116,7 +108,7 @@ class Repeatable:
 
     file: Path
     stored: StoredRequest
-    told: Told
+    told: RepeatedReport
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -210,7 +202,7 @@ class Repeatable:
         names: list[tuple[PictureKind, str]] = [(kind, name) for kind, name in one.items() if name is not None]
         return [*names, *(("reference", name) for name in stored.references)]
 
-    def _place(self, name: str, told: Sequence[_ToldFile], option: str) -> Path:
+    def _place(self, name: str, told: Sequence[_RepeatedFile], option: str) -> Path:
         """Where a file of weights is found: of that name, and the same as then."""
         digest = next((one.sha256 for one in told if one.name == name), None)
         return self._same_file(name, digest, f"was made with {name}", f"--{option}")
@@ -315,12 +307,12 @@ def read_repeatable(file: Path) -> Repeatable:
             "grat info shows the command, to be typed again"
         )
     try:
-        return Repeatable(file, request_of_report(found), validated(Told, found))
+        return Repeatable(file, request_of_report(found), validated(RepeatedReport, found))
     except (ValueError, TypeError) as error:
         raise BadInput(f"{file} cannot be repeated: it is damaged, or of another version of grat: {error}") from error
 
 
-def changed_files(model: ModelChoice, weights: Weights, told: Sequence[_ToldFile]) -> Iterator[str]:
+def changed_files(model: ModelChoice, weights: Weights, told: Sequence[_RepeatedFile]) -> Iterator[str]:
     """What is no more what it was of the files of weights: a sentence for each that is missing or another one.
 
     Args:
@@ -338,7 +330,7 @@ def changed_files(model: ModelChoice, weights: Weights, told: Sequence[_ToldFile
             yield f"other weights: {path.name} of {one.part} is another file than then"
 
 
-def _path_of(one: _ToldFile, model: ModelChoice, weights: Weights) -> Path | None:
+def _path_of(one: _RepeatedFile, model: ModelChoice, weights: Weights) -> Path | None:
     """Where a file of weights of then is here; None of one that comes from a hub."""
     encoder = getattr(weights, "text_encoder", None)
     if encoder is not None and one.part == family_of(model).large_encoder:

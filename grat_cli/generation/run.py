@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,8 +86,6 @@ def generate(request: Request, progress: WritingProgress, begun: Run | None = No
         run = begun if begun is not None and begun.seed == seed else generator.new_run(seed)
         yield generator.make(request, run, output, text, is_last=number == len(jobs) - 1)
 
-
-_MOST_THREADS_PER_CORE = 32
 
 # What of a pipeline no output needs any more once its prompt is encoded, or its latents are made.
 _ENCODERS, _TRANSFORMERS = ("text_encoder", "text_encoder_2"), ("transformer", "transformer_2")
@@ -299,7 +296,7 @@ def take_up(run: Run, device: torch.device, progress: Progress) -> None:
     for kept in files_of(run):
         whole.adopt(kept)
     threads, here = run.report.get("device", {}).get("threads"), cpu_threads(device)
-    if threads and here and threads > _MOST_THREADS_PER_CORE * (os.cpu_count() or 1):
+    if threads and here and not can_compute_on(threads):
         progress.note(
             f"the run was begun on {threads} CPU threads, which is too many for this machine: it goes on with {here}, "
             "and sums may be rounded in another order"

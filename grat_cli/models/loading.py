@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +38,7 @@ from grat_cli.models.quantization import (
     require_movable,
     require_quantization,
 )
+from grat_cli.models.quiet import without_bars, without_pointless_warnings
 from grat_cli.models.single_file import holds_other_parts, read_weights, text_encoder_of, transformer_of
 from grat_cli.models.weight_files import WeightFile, files_of_part, known_file, variant_of
 from grat_cli.models.weights import AS_THEY_ARE, Weights
@@ -105,7 +104,7 @@ def load_model(
     """
     family = family_of(choice)
     require_offload(offload, device)
-    with _without_pointless_warnings():
+    with without_pointless_warnings():
         lora_files = files_of_loras(choice, weights, pictures)
     require_quantization(weights.quantize, device, offload=offload, is_demo=choice.is_demo)
     require_cast(weights.cast, weights.quantize)
@@ -114,7 +113,7 @@ def load_model(
         weights,
         configurations(weights.quantize, family.large_encoder, dtype),
     )
-    with _without_pointless_warnings():
+    with without_pointless_warnings():
         pipe, folder, files = _load(choice, pictures, how, are_texts_known)
     pipe.set_progress_bar_config(disable=True)
     # Before anything is moved or hooked, so that offloading and its choice count them as part of the model.
@@ -140,7 +139,7 @@ def load_model(
 
 def refuse_weights(choice: ModelChoice, weights: Weights, pictures: frozenset[PictureKind] = NO_PICTURES) -> None:
     """Makes sure, before anything is loaded, that a model's weights can come like that; as `lora.refuse_loras`."""
-    with _without_pointless_warnings():
+    with without_pointless_warnings():
         refuse_loras(choice, weights, pictures)
 
 
@@ -149,10 +148,10 @@ def load_autoencoder(
 ) -> Any:
     """A pipeline of nothing but its autoencoder, on a device; arguments and errors are those of `load_model`."""
     family = family_of(choice)
-    with _without_pointless_warnings():
+    with without_pointless_warnings():
         pipeline = family.pipeline_of(choice)
         folder = _folder_of_parts(choice, pipeline, weights.base)
-        with _damage_of(f"vae of {choice.name}", family), _without_bars():
+        with _damage_of(f"vae of {choice.name}", family), without_bars():
             kind = read_index(folder / "model_index.json").classes(choice.name, family.classes)["vae"]
             require_plain_part(folder / "vae", f"vae of {choice.name}", allow_pickle=weights.allow_pickle)
             how = _How(family.dtypes(("vae",), device, dtype), weights, {})
@@ -255,7 +254,7 @@ def _load_file(choice: ModelChoice, base: str, how: _How) -> Any:
     [(class_name, library)] = family.classes["transformer"].items()
     model = load_class(library, class_name)
     dtype, quantized = how.dtypes["transformer"], how.quantized.get("transformer")
-    with _damage_of(choice.name, family), _without_bars():
+    with _damage_of(choice.name, family), without_bars():
         # Read here: by themselves the libraries take a file of another suffix for a pickle.
         weights = read_weights(Path(choice.source), dtype, allow_pickle=how.weights.allow_pickle)
         embeds_guidance = any("guidance" in key for key in weights)
@@ -304,7 +303,7 @@ def _load_folder(
     Left to themselves the libraries go on with random weights, or a tokenizer without words, where files lack.
     """
     from_elsewhere = {part for part, loaded in given.items() if loaded is not None}
-    with _damage_of(name, family), _without_bars():
+    with _damage_of(name, family), without_bars():
         index = read_index(folder / "model_index.json")
         kinds = index.classes(name, family.classes)
         absent = family.not_loaded | (family.optional - kinds.keys())
@@ -438,66 +437,3 @@ def _damage_of(name: str, family: Family) -> Iterator[None]:
         raise ModelUnavailable(
             f"{name} is damaged, incomplete or not {family.title}'s ({why}): get its files again, or use --model demo"
         ) from error
-
-
-@contextmanager
-def _without_pointless_warnings() -> Iterator[None]:
-    """Holds back warnings that are beside the point here; all others pass."""
-    pointless = (
-        # Either the cache has the model, or an error says that the hub is out of reach.
-        ("diffusers.pipelines.pipeline_utils", "Couldn't connect to the Hub"),
-        # What is missing is an error here, and says so itself.
-        ("diffusers.models.modeling_utils", "Some weights of"),
-        ("diffusers.models.modeling_utils", "An error occurred while trying to fetch"),
-        ("transformers.modeling_utils", "LOAD REPORT"),
-        ("transformers.modeling_utils", "This checkpoint seem corrupted"),
-        # The configuration is that of a folder, and not the file's own.
-        ("transformers.modeling_gguf_pytorch_utils", "Can't find a way to retrieve missing config"),
-        ("transformers.configuration_utils", "Can't find a way to retrieve missing config"),
-        # Said of an empty list of modules, after loading a single file.
-        ("diffusers.models.modeling_utils", "kept in float32: []"),
-        # They are, again.
-        ("diffusers.models.modeling_utils", "that should be kept in float32"),
-        # Of every guider that is made.
-        ("diffusers.guiders.guider_utils", "experimental feature"),
-        # Image processors have a twin that does without.
-        ("transformers.utils.import_utils", "requires torchvision"),
-    )
-    filters = [(logging.getLogger(name), _LeavesOut(text)) for name, text in pointless]
-    for logger, leaves_out in filters:
-        logger.addFilter(leaves_out)
-    try:
-        with warnings.catch_warnings():
-            # A pickle that cannot be read for it is an error.
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            yield
-    finally:
-        for logger, leaves_out in filters:
-            logger.removeFilter(leaves_out)
-
-
-class _LeavesOut(logging.Filter):
-    """Drops messages that contain a text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self._text = text
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._text not in record.getMessage()
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Loading from disk shows no progress bars of its own. Downloads, which take minutes, keep theirs."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()

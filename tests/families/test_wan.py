@@ -26,6 +26,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 import grat_cli
 from grat_cli.attention.chunking import in_chunks
+from grat_cli.attention.clock import step_under_way
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.bench.inside_models import Host
 from grat_cli.bench.random_weights import (
@@ -49,7 +50,6 @@ from grat_cli.fidelity.variants import parse_variants, variant_for
 from grat_cli.generation.checkpoint import read_run
 from grat_cli.generation.request import Request
 from grat_cli.generation.timing import StepRecorder
-from grat_cli.installation import step_under_way
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import load_model
 from grat_cli.models.weights import Weights

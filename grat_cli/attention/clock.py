@@ -1,0 +1,58 @@
+"""Which step a pipeline is at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PipelineClock:
+    """Steps of a pipeline's runs, from its scheduler's own counters: plain integers, so nothing waits."""
+
+    def __init__(self, pipe: Any, first_step: int = 0, steps: int | None = None) -> None:
+        """Of a pipeline whose calls go on at a step of a run, which has so many in all; None for those of each call."""
+        self._pipe, self._first_step, self._steps = pipe, first_step, steps
+
+    def current_step(self) -> int:
+        """The step of the call under way."""
+        return self._first_step + step_under_way(self._pipe.scheduler, self.begin_index())
+
+    def begin_index(self) -> int:
+        """Index of the first step that is run: pipelines that do not tell their scheduler run the last so many."""
+        scheduler = self._pipe.scheduler
+        if scheduler.begin_index is not None:
+            return scheduler.begin_index
+        steps = len(scheduler.timesteps)
+        return max(0, steps - getattr(self._pipe, "num_timesteps", steps))
+
+    def steps_to_run(self) -> int:
+        """Steps of the call."""
+        return len(self._pipe.scheduler.timesteps) - self.begin_index()
+
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self._steps or self._first_step + self.steps_to_run()
+
+    def timesteps(self) -> tuple[torch.Tensor, int]:
+        """Of the scheduler, and which of them is under way."""
+        scheduler = self._pipe.scheduler
+        index = scheduler.step_index
+        return scheduler.timesteps, self.begin_index() if index is None else index
+
+    def schedule_length(self) -> int:
+        """Steps of the schedule that the run is the end of."""
+        scheduler = self._pipe.scheduler
+        return len(getattr(scheduler, "whole", scheduler).timesteps)  # see `families.resumption.LaterSteps`
+
+
+def step_under_way(scheduler: Any, begin: int | None = None) -> int:
+    """The denoising step that a scheduler is at, counted from 0 over the steps that are run.
+
+    Args:
+        scheduler: of diffusers.
+        begin: index of the first of these; None for what the scheduler was told.
+    """
+    first: int = (scheduler.begin_index or 0) if begin is None else begin
+    return 0 if scheduler.step_index is None else scheduler.step_index - first
