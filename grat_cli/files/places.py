@@ -85,3 +85,9 @@ def renamed(path: Path, suffix: str) -> Path:
 def expanded(name: str | Path) -> Path:
     """A path with the home folder in place of `~`; of nobody's that is known here, as it stands."""
     return Path(os.path.expanduser(name))
+
+
+def absolute(name: str | Path) -> Path:
+    """A path from the root on, by the names that were typed: what a link leads to may have another, or no suffix, as
+    in the cache of the Hugging Face hub."""
+    return Path(os.path.abspath(expanded(name)))

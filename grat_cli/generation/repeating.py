@@ -20,7 +20,7 @@ from grat_cli.families.base import PictureKind
 from grat_cli.files.fingerprint import fingerprint
 from grat_cli.files.json_objects import validated
 from grat_cli.files.outputs import read_provenance
-from grat_cli.files.places import expanded
+from grat_cli.files.places import absolute, expanded
 from grat_cli.generation.report import SCHEMA
 from grat_cli.generation.stored import StoredForm, StoredModel, StoredRequest, request_of_report
 from grat_cli.generation.told import MOST_REFERENCES, MOST_THREADS, KeptPicture, Seed, Sha256, Told
@@ -170,7 +170,7 @@ class Repeatable:
         self._require(_is_name(stored), "weights.base: neither a name nor a hub id")
         for folder in self.folders:
             if (folder / stored / "model_index.json").is_file():
-                return str((folder / stored).resolve())
+                return str(absolute(folder / stored))
         raise BadInput(f"{self.file} was made with the folder {stored}, which is not here: give it with --base FOLDER")
 
     def weights(self, given: Weights) -> Weights:
@@ -183,12 +183,12 @@ class Repeatable:
         then = self.stored.weights.model_dump(mode="json") | {"base": None}
         if (encoder := then.get("text_encoder")) is not None:
             path = asked.get("text_encoder") or self._place(encoder, self.told.model.weights, "text-encoder")
-            then["text_encoder"] = str(expanded(path).resolve())
+            then["text_encoder"] = str(absolute(path))
         if "loras" in asked:
             then["loras"] = []
         for lora in then.get("loras", ()):
             if lora["kind"] == "file":
-                lora["source"] = str(self._place(lora["source"], self.told.model.loras, "lora").resolve())
+                lora["source"] = str(absolute(self._place(lora["source"], self.told.model.loras, "lora")))
         form: StoredForm = self._checked(validated, StoredForm, then)
         return replace(self._checked(form.as_weights), **asked | {"base": self.base(given.base)})
 
@@ -232,7 +232,7 @@ class Repeatable:
             if not (place / "model_index.json").is_file() if stored.kind == "folder" else not place.is_file():
                 continue
             if not self._has_other_weights(place, stored):
-                return place.resolve()
+                return absolute(place)
             others.append(place)
         why = f"{others[0]} has other weights" if others else "which is neither beside it nor in this folder"
         what = "FOLDER" if stored.kind == "folder" else "FILE"

@@ -18,7 +18,7 @@ from grat_cli.errors import BadInput, choices
 from grat_cli.families import Medium, ModelChoice
 from grat_cli.files import formats, videos
 from grat_cli.files.json_objects import validated
-from grat_cli.files.places import expanded
+from grat_cli.files.places import absolute, expanded
 from grat_cli.files.prompts import MOST_OUTPUTS
 from grat_cli.generation.request import Request, check
 from grat_cli.generation.told import MOST_REFERENCES, Frames, PathText, Rate, Seed, Side, Text
@@ -133,7 +133,7 @@ _PICTURES = ("init_image", "mask", "control")
 
 
 def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(expanded(path).resolve())
+    return None if path is None else str(absolute(path))
 
 
 def request_data(request: Request) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def request_data(request: Request) -> dict[str, Any]:
     data = {name: getattr(request, name) for name in StoredRequest.model_fields}
     model = {"name": request.model.name, "source": request.model.source, "kind": request.model.kind}
     if request.model.kind != "hub":
-        model["source"] = str(Path(request.model.source).resolve())
+        model["source"] = str(absolute(request.model.source))
     return {
         **data,
         "preset": request.preset.model_dump(mode="json"),
@@ -158,11 +158,11 @@ def _weights_data(weights: Weights) -> dict[str, Any]:
     del data["allow_pickle"]
     is_known_name = any(weights.base in known for known in KNOWN_MODELS.values())
     if weights.base is not None and not is_known_name and os.path.exists(expanded(weights.base)):
-        data["base"] = str(expanded(weights.base).resolve())
+        data["base"] = str(absolute(weights.base))
     if weights.text_encoder is not None:
-        data["text_encoder"] = str(expanded(weights.text_encoder).resolve())
+        data["text_encoder"] = str(absolute(weights.text_encoder))
     for lora in data["loras"]:
-        lora["source"] = str(Path(lora["source"]).resolve()) if lora["kind"] == "file" else lora["source"]
+        lora["source"] = str(absolute(lora["source"])) if lora["kind"] == "file" else lora["source"]
     return data
 
 
@@ -179,7 +179,7 @@ def told_model(model: ModelChoice) -> dict[str, str]:
     if is_known(model):
         name, source = model.name, model.source if model.kind == "hub" else model.name
     else:
-        name = source = model.source if model.kind == "hub" else expanded(model.source).resolve().name
+        name = source = model.source if model.kind == "hub" else absolute(model.source).name
     return {"name": name, "source": source, "kind": model.kind}
 
 

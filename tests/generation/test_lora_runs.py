@@ -205,3 +205,19 @@ def test_options_of_loras_are_refused_in_a_line(lora: Path) -> None:
     assert "demo has one transformer" in refusal(*FOX, "--lora", f"low={lora}")
     assert "--lora says nothing to --level step" in refusal("bench", "--level", "step", "--lora", lora)
     assert not list(Path().glob("*.png"))
+
+
+def test_a_lora_behind_a_link_keeps_its_name(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the hub's cache, where files lie by what they hold, without a suffix."""
+    monkeypatch.chdir(tmp_path)
+    Path("blob").write_bytes(lora.read_bytes())
+    Path("cache").mkdir()
+    Path("cache/style.safetensors").symlink_to(tmp_path / "blob")
+    made = ("image", "a red fox", "--model", "demo", "--lora", "cache/style.safetensors", "--res", "64", "--steps", "2")
+    assert grat(*made, "--seed", "3", "--save-latents", "--out", "a.png").code == 0
+    _, request = read_run(Path("a.latents.safetensors"))
+    assert request.weights.loras[0].source == str(tmp_path / "cache/style.safetensors")
+    Path("style.safetensors").write_bytes(lora.read_bytes())
+    again = grat("rerun", "a.png", "--out", "b.png")
+    assert again.code == 0, again.err
+    np.testing.assert_array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
