@@ -96,9 +96,13 @@ def about(kind: str, text: str) -> str:
 
 
 def shortened(name: str) -> str:
-    """A name in one line, of at most as many characters as a plot has room for."""
+    """A name in one line, of at most as many characters as a plot has room for; of a longer one both ends, which tell
+    it from others of its kind."""
     name = plain(name)
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1].rstrip() + "…"
+    if len(name) <= _LONGEST_NAME:
+        return name
+    head = _LONGEST_NAME // 2
+    return f"{name[:head].rstrip()}…{name[head + 1 - _LONGEST_NAME :].lstrip()}"
 
 
 def text_width(text: str) -> float:

@@ -41,6 +41,7 @@ from grat_cli.pages.plots import (
     finished,
     new_axes,
     settings,
+    shortened,
     spread,
     text_width,
 )
@@ -578,3 +579,9 @@ def test_levels_can_write_results_where_only_torch_is_installed() -> None:
         "{'rich', 'PIL', 'typer', 'torch', 'pydantic', 'diffusers', 'yaml', 'jinja2', 'matplotlib'}))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_long_names_in_plots_are_told_apart() -> None:
+    names = ("demo-tuned+first-block", "demo-tuned+first-block:threshold=0.15", "demo-tuned+taylor:cache_interval=3")
+    cut = [shortened(name) for name in (*names, "x" * 20)]
+    assert cut == ["demo-tuned…rst-block", "demo-tuned…hold=0.15", "demo-tuned…nterval=3", "x" * 20]
