@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grat_kernels.geometry import Grid, Grouping
-from grat_kernels.pattern import Block, CrissCross, Far, FarLevel, Full, Pattern, SlidingTile, Union
+from grat_kernels.pattern import Block, Choice, CrissCross, Far, FarLevel, Full, Pattern, SlidingTile, Union
 from grat_kernels.plan import HeadPlan, Plan, Segments, Span, build_head_plan, build_plan
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "Block",
+    "Choice",
     "CrissCross",
     "Far",
     "FarLevel",

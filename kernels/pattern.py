@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from grat_kernels.geometry import Cell, IntArray
+from grat_kernels.geometry import Cell, IntArray, nests
 
 NOT_ATTENDED = -1
 Levels = npt.NDArray[np.int8]
@@ -44,6 +44,17 @@ class Pattern(ABC):
     def far_levels(self) -> tuple[FarLevel, ...]:
         """The far levels that positive levels number from 1; empty for patterns without far field."""
         return ()
+
+    @property
+    def choice(self) -> Choice | None:
+        """How the blocks of the far level are told by content; None where all of them are told by their means."""
+        return None
+
+    @property
+    def blocks(self) -> tuple[Cell, ...]:
+        """Sizes of all blocks whose means are attended or compared."""
+        sizes = (level.block for level in self.far_levels)
+        return tuple(dict.fromkeys([*sizes, *([self.choice.block] if self.choice else [])]))
 
     def check(self, axes: int) -> None:  # noqa: B027 - most patterns fit every grid
         """Raises ValueError if the pattern does not fit a grid of `axes` axes."""
@@ -181,6 +192,23 @@ class FarLevel(NamedTuple):
     block: Cell
 
 
+class Choice(NamedTuple):
+    """How many blocks of a far level each query group and head tells more closely than by their means.
+
+    Which ones, the content decides (`grat_kernels.choosing`). All others are attended by one mean each, so that nothing
+    is dropped.
+
+    Attributes:
+        exact: blocks that are attended token by token, the best of all.
+        fine: blocks that are attended by means of `block` tokens, the next best.
+        block: tokens of these means on each axis; they nest in the level's blocks.
+    """
+
+    exact: int
+    fine: int
+    block: Cell
+
+
 @dataclass(frozen=True)
 class Far(Pattern):
     """Far field: attends nothing exactly, and everything beyond a distance through summaries.
@@ -188,13 +216,20 @@ class Far(Pattern):
     The distance between groups is the largest over the axes. A pair takes the last level whose `beyond` it
     exceeds. Join it to a near pattern: `Union(Block(1), Far([(1, (4, 4))]))`; exact attention wins where both apply.
 
+    With a choice, each query group and head attends some blocks of its one level more closely than others:
+    `Union(Block(0), Far([(0, (8, 8))], Choice(exact=8, fine=32, block=(4, 4))))`.
+
     Raises:
-        ValueError: if there is no level, a size is out of range, or distances do not grow.
+        ValueError: if there is no level, a size is out of range, distances do not grow, or a choice has several levels
+            to choose from, chooses nothing, or has blocks that do not nest in those of the level.
     """
 
     far: tuple[FarLevel, ...]
+    choose: Choice | None
 
-    def __init__(self, levels: Sequence[tuple[int, Sequence[int]]]) -> None:
+    def __init__(
+        self, levels: Sequence[tuple[int, Sequence[int]]], choose: tuple[int, int, Sequence[int]] | None = None
+    ) -> None:
         far = tuple(FarLevel(int(beyond), tuple(int(size) for size in block)) for beyond, block in levels)
         if not far:
             raise ValueError("a far field needs at least one level (beyond, block)")
@@ -206,15 +241,20 @@ class Far(Pattern):
                     f"far levels must lie ever farther out: beyond {next_level.beyond} follows {near.beyond}"
                 )
         object.__setattr__(self, "far", far)
+        object.__setattr__(self, "choose", None if choose is None else _choice_from(*choose, levels=far))
 
     @property
     def far_levels(self) -> tuple[FarLevel, ...]:
         return self.far
 
+    @property
+    def choice(self) -> Choice | None:
+        return self.choose
+
     def check(self, axes: int) -> None:
-        for level in self.far:
-            if len(level.block) != axes:
-                raise ValueError(f"far block {level.block} has {len(level.block)} sizes, the grid has {axes} axes")
+        for block in self.blocks:
+            if len(block) != axes:
+                raise ValueError(f"far block {block} has {len(block)} sizes, the grid has {axes} axes")
 
     def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
         distance = np.max(_axis_distances(queries, keys), axis=0)
@@ -222,6 +262,19 @@ class Far(Pattern):
         for number, level in enumerate(self.far, start=1):
             result[distance > level.beyond] = number
         return result
+
+
+def _choice_from(exact: int, fine: int, block: Sequence[int], levels: tuple[FarLevel, ...]) -> Choice:
+    """A choice among the blocks of one level."""
+    choice = Choice(int(exact), int(fine), tuple(int(size) for size in block))
+    if len(levels) != 1:
+        raise ValueError(f"a choice is made among the blocks of one far level, not of {len(levels)}")
+    if min(choice.exact, choice.fine) < 0 or choice.exact + choice.fine == 0:
+        raise ValueError(f"a choice needs counts from 0 up that are not both 0, not {exact} and {fine}")
+    block = levels[0].block
+    if min(choice.block, default=0) < 1 or choice.block == block or not nests(choice.block, block):
+        raise ValueError(f"blocks of {choice.block} do not nest in those of {block} that are chosen from")
+    return choice
 
 
 @dataclass(frozen=True)
@@ -244,6 +297,10 @@ class Union(Pattern):
     @property
     def far_levels(self) -> tuple[FarLevel, ...]:
         return next((pattern.far_levels for pattern in self.patterns if pattern.far_levels), ())
+
+    @property
+    def choice(self) -> Choice | None:
+        return next((pattern.choice for pattern in self.patterns if pattern.choice), None)
 
     def check(self, axes: int) -> None:
         for pattern in self.patterns:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grat_kernels.geometry import Cell, Grouping, IntArray, cell_sizes, nests
-from grat_kernels.pattern import NOT_ATTENDED, Pattern
+from grat_kernels.pattern import NOT_ATTENDED, Choice, Pattern
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,20 @@ class Segments:
     def tokens(self) -> int:
         """Tokens of all runs."""
         return sum(self.before) + sum(self.after)
+
+
+class Work(NamedTuple):
+    """Query-key pairs of one head that a plan computes, by part.
+
+    Attributes:
+        image: of image tokens as queries.
+        text: of text and the like as queries, which attend everything.
+        selection: what choosing by content costs.
+    """
+
+    image: float
+    text: float
+    selection: float
 
 
 class QueryRun(NamedTuple):
@@ -142,6 +156,65 @@ class PlanTensors(NamedTuple):
     inverse: torch.Tensor
     log_counts: torch.Tensor
 
+
+@dataclass(frozen=True)
+class Candidates:
+    """Blocks that query groups choose from by content, and room for what they choose; see `choosing`.
+
+    Groups and blocks are counted in token order. What a group chooses fills one row of *slots*: those of the tokens of
+    its exact blocks, of the means within its fine blocks, and of the means of all others.
+
+    Attributes:
+        choice: how many are told how closely.
+        level: number of the far level whose blocks are chosen from, counted from 1 over all summaries.
+        fine_level: number of the level of the means within blocks.
+        of_list: whether groups with a span list choose from a block, `[lists, blocks]` bool.
+        list_of_group: span list of each group, `[groups]`.
+        tokens: most tokens of a block.
+        means: most means within a block.
+    """
+
+    choice: Choice
+    level: int
+    fine_level: int
+    of_list: npt.NDArray[np.bool_]
+    list_of_group: IntArray
+    tokens: int
+    means: int
+
+    @cached_property
+    def counts(self) -> IntArray:
+        """Blocks that each group attends token by token, by the means within them, and by one mean, `[groups, 3]`."""
+        offered = self.of_list.sum(1)[self.list_of_group]
+        exact = np.minimum(offered, self.choice.exact)
+        fine = np.minimum(offered - exact, self.choice.fine)
+        return np.stack([exact, fine, offered - exact - fine], axis=1)
+
+    @cached_property
+    def slots(self) -> IntArray:
+        """Slots that each group fills, `[groups]`; some stay empty where it chooses smaller blocks, at borders."""
+        return self.counts @ np.array([self.tokens, self.means, 1])
+
+    @cached_property
+    def width(self) -> int:
+        """Slots of a row: those of the group that fills most."""
+        return int(self.counts.max(0, initial=0) @ np.array([self.tokens, self.means, 1]))
+
+    @property
+    def selection_pairs(self) -> float:
+        """What the choice costs, as query-key pairs, of one head.
+
+        A score of a mean is half a pair, which has a product with the value besides. How far the values of a block lie
+        apart, as a group sees them, is a quadratic form of as many numbers as it has means.
+        """
+        groups, blocks = len(self.list_of_group), self.of_list.shape[1]
+        return groups * blocks * self.means * (0.5 + (self.means + 1) / (2 * _CHANNELS))
+
+
+# Channels of a head to which the cost of a choice refers.
+_CHANNELS = 64
+# Pairs of a group and a block whose scores are held at once, for a head; 268 MB.
+_MOST_CANDIDATES = 1 << 26
 
 # Pairs of groups whose levels are held at once: some tens of megabytes with all that is made of them.
 _MOST_PAIRS = 1 << 20
@@ -244,7 +317,9 @@ class Plan(JointSequence):
         span_lists: the distinct span lists.
         list_of_group: span list of each group, groups in lexicographic order, `[groups]`.
         text_list: span list of text and the like; they attend every token exactly.
-        query_runs: runs of queries with one list each, in order of position; they cover the sequence.
+        query_runs: runs of queries with one list each, in order of position; they cover the sequence. Where groups
+            choose, each has a run of its own.
+        candidates: what groups choose from by content, besides what their lists hold; None without a choice.
     """
 
     pattern: Pattern
@@ -252,6 +327,7 @@ class Plan(JointSequence):
     list_of_group: IntArray
     text_list: int
     query_runs: tuple[QueryRun, ...]
+    candidates: Candidates | None = None
 
     def __post_init__(self) -> None:
         _plans[self.key] = self
@@ -266,20 +342,41 @@ class Plan(JointSequence):
         return self.span_lists[int(self.list_of_group[group])]
 
     @cached_property
-    def attended_pairs(self) -> int:
-        """Query-key pairs that are computed, a summary counted as one key."""
+    def attended_pairs(self) -> float:
+        """Query-key pairs that are computed, a summary counted as one key, and a choice by what it costs."""
+        return float(sum(self.work))
+
+    @cached_property
+    def work(self) -> Work:
+        """The same by part."""
         keys = self.span_lists.keys
-        return sum(run.length * int(keys[run.span_list]) for run in self.query_runs)
+        pairs = {True: 0, False: 0}
+        for run in self.query_runs:
+            pairs[self.image_start <= run.start < self.image_stop] += run.length * int(keys[run.span_list])
+        if self.candidates is None:
+            return Work(pairs[True], pairs[False], 0.0)
+        chosen = int(self.group_sizes @ self.candidates.slots)
+        return Work(pairs[True] + chosen, pairs[False], self.candidates.selection_pairs)
+
+    @cached_property
+    def group_sizes(self) -> IntArray:
+        """Tokens of each group, in token order, `[groups]`."""
+        return self.grouping.sizes[np.argsort(self.grouping.starts)]
 
     @cached_property
     def tokens_behind(self) -> IntArray:
-        """Tokens that each span list stands for, `[lists]`: keys, and for a summary the tokens of its block."""
+        """Tokens that each span list stands for, `[lists]`: keys, for a summary the tokens of its block, and those of
+        all blocks that are chosen from."""
         lists, counts = self.span_lists, np.concatenate([np.zeros(1, np.int64), np.cumsum(self.summaries.counts)])
         of_tokens = lists.levels == 0
         first = np.asarray(self.summaries.offsets)[np.where(of_tokens, 0, lists.levels - 1)] + lists.starts
         first = np.where(of_tokens, 0, first)
         summarised = counts[np.where(of_tokens, 0, first + lists.lengths)] - counts[first]
-        return lists.sums(np.where(of_tokens, lists.lengths, summarised))
+        behind = lists.sums(np.where(of_tokens, lists.lengths, summarised))
+        if self.candidates is not None:
+            of_level = slice(*self.summaries.offsets[self.candidates.level - 1 : self.candidates.level + 1])
+            behind = behind + self.candidates.of_list @ self.summaries.counts[of_level]
+        return behind
 
     @property
     def density(self) -> float:
@@ -326,7 +423,10 @@ class Plan(JointSequence):
         packed = -(-lists.sums(lists.lengths % block_n) // block_tail)
         keys = lists.sums(lists.lengths // block_n) * block_n + packed * block_tail
         executed = sum(-(-run.length // block_m) * int(keys[run.span_list]) for run in self.query_runs)
-        return self.attended_pairs / (executed * block_m)
+        if self.candidates is not None:
+            chosen = -(-self.candidates.slots // block_tail) * block_tail
+            executed += int(-(-self.group_sizes // block_m) @ chosen)
+        return (self.work.image + self.work.text) / (executed * block_m)
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,7 +447,12 @@ class HeadPlan(JointSequence):
     @property
     def attended_pairs(self) -> float:
         """Query-key pairs that are computed, a summary counted as one key, mean over heads."""
-        return float(np.mean([self.classes[number].attended_pairs for number in self.class_of_head]))
+        return float(sum(self.work))
+
+    @property
+    def work(self) -> Work:
+        """The same by part."""
+        return Work(*np.mean([self.classes[number].work for number in self.class_of_head], axis=0).tolist())
 
     @property
     def density(self) -> float:
@@ -398,7 +503,7 @@ def build_head_plan(
         raise ValueError(
             f"class_of_head names classes {sorted(set(class_of_head))}, there are {len(classes)}, counted from 0"
         )
-    blocks = tuple(dict.fromkeys(level.block for _, pattern in classes for level in pattern.far_levels))
+    blocks = tuple(dict.fromkeys(block for _, pattern in classes for block in pattern.blocks))
     segments = segments or Segments.of_text(text_len, text_first)
     plans = tuple(build_plan(grouping, pattern, blocks=blocks, segments=segments) for grouping, pattern in classes)
     first = plans[0]
@@ -438,7 +543,7 @@ def build_plan(
     segments = segments or Segments.of_text(text_len, text_first)
     pattern.check(grouping.grid.axes)
     far_blocks = [level.block for level in pattern.far_levels]
-    blocks = tuple(dict.fromkeys((*blocks, *far_blocks)))
+    blocks = tuple(dict.fromkeys((*blocks, *pattern.blocks)))
     for block in far_blocks:
         if not nests(block, grouping.group):
             raise ValueError(
@@ -452,17 +557,25 @@ def build_plan(
     columns, summaries = _columns_and_summaries(grouping, ranking, blocks, image_start)
     # From numbers of the pattern's far levels to numbers of the summaries' levels; NOT_ATTENDED is the last entry.
     renumbered = np.asarray([0, *(blocks.index(block) + 1 for block in far_blocks), NOT_ATTENDED], np.int8)
-    lists, list_of_group = [], np.empty(len(ranking), np.int64)
+    lists, offered, list_of_group = [], [], np.empty(len(ranking), np.int64)
     seen: dict[bytes, int] = {}
     for queries in _stretches(len(ranking)):
         # Keys in token order, so that equal neighbours are contiguous keys.
         levels = pattern.levels(grouping.coordinates[queries], grouping.coordinates[ranking], grouping.counts)
         levels = renumbered[levels] if blocks != tuple(far_blocks) else levels
         new, list_of_group[queries] = _distinct_rows(levels, seen)
-        lists.append(_merged_spans(levels[new], columns))
+        levels = levels[new]
+        if pattern.choice:
+            offered.append(levels > 0)
+            levels = np.where(levels > 0, np.int8(NOT_ATTENDED), levels)
+        lists.append(_merged_spans(levels, columns))
     image_stop = image_start + grouping.grid.tokens
     before, after = Span(0, image_start, 0), Span(image_stop, tokens - image_stop, 0)
     span_lists = _joined_lists(lists, [dense for dense in (before, after) if dense.length], Span(0, tokens, 0))
+    candidates = None
+    if pattern.choice:
+        by_group, of_groups = np.concatenate(offered), list_of_group[ranking]
+        candidates = _candidates(pattern, by_group, of_groups, columns, blocks)
     if not span_lists.keys.all():
         raise ValueError(
             f"{pattern} leaves a group with nothing to attend: join the far field to a near pattern with Union"
@@ -490,8 +603,43 @@ def build_plan(
         span_lists=span_lists,
         list_of_group=list_of_group,
         text_list=text_list,
-        query_runs=_merge_runs(runs),
+        query_runs=tuple(runs) if candidates else _merge_runs(runs),
+        candidates=candidates,
     )
+
+
+def _candidates(
+    pattern: Pattern,
+    by_group: npt.NDArray[np.bool_],
+    list_of_group: IntArray,
+    columns: IntArray,
+    blocks: tuple[Cell, ...],
+) -> Candidates:
+    """What groups choose from.
+
+    Args:
+        pattern: with a choice.
+        by_group: whether a list's groups choose from the blocks of a group, `[lists, groups]`.
+        list_of_group: of each group in token order.
+        columns: of `_columns_and_summaries`.
+        blocks: sizes of the summaries' levels.
+
+    Raises:
+        ValueError: if there are too many pairs of groups and blocks.
+    """
+    assert pattern.choice is not None
+    block, within = pattern.far_levels[0].block, pattern.choice.block
+    level, fine_level = blocks.index(block) + 1, blocks.index(within) + 1
+    of_list = np.repeat(by_group, np.diff(columns[level]), axis=1)
+    pairs = len(list_of_group) * of_list.shape[1]
+    if pairs > _MOST_CANDIDATES:
+        raise ValueError(
+            f"{len(list_of_group):,} groups that choose among {of_list.shape[1]:,} blocks are too many: use larger ones"
+        )
+    # At the end of the lists stands that of text, which chooses nothing.
+    of_list = np.concatenate([of_list, np.zeros((1, of_list.shape[1]), np.bool_)])
+    means = math.prod(size // inner for size, inner in zip(block, within, strict=True))
+    return Candidates(pattern.choice, level, fine_level, of_list, list_of_group, math.prod(block), means)
 
 
 def _stretches(groups: int) -> Iterator[slice]:

@@ -1,6 +1,6 @@
 """The definition of span attention: dense masks in full precision, straight from groups and pattern.
 
-Nothing here uses a plan's spans, lists or tiles, so that it can judge them. Quadratic in memory: small sizes only.
+Nothing here uses a plan's spans, lists, tiles or candidates, so that it can judge them. Quadratic in memory: small sizes only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from grat_kernels.choosing import SPREAD_LEAST, SPREAD_WITHIN
 
 if TYPE_CHECKING:
     from grat_kernels.geometry import Cell
@@ -62,8 +64,11 @@ def attention(
                 summary_values = _masked_product(means, values[image])
             else:
                 summary_keys, summary_values = (tensor[sample, :, head].to(compute_dtype) for tensor in summaries)
+            head_bias = sample_bias
+            if plan.pattern.choice:
+                head_bias = _with_chosen(sample_bias, plan, means, rows * scale, summary_keys, summary_values)
             scores = rows @ torch.cat([keys, summary_keys]).T * scale
-            scores = torch.where(sample_bias == -math.inf, -math.inf, scores + sample_bias)
+            scores = torch.where(head_bias == -math.inf, -math.inf, scores + head_bias)
             heads.append(_masked_product(scores.softmax(-1), torch.cat([values, summary_values])))
         outputs.append(torch.stack(heads, dim=1))
     return torch.stack(outputs).to(query.dtype)
@@ -84,10 +89,68 @@ def _cell_of_token(plan: Plan, cell: Cell) -> np.ndarray:
     return raster[plan.order] // np.asarray(cell)
 
 
+def _with_chosen(
+    bias: torch.Tensor,
+    plan: Plan,
+    means: torch.Tensor,
+    queries: torch.Tensor,
+    summary_keys: torch.Tensor,
+    summary_values: torch.Tensor,
+) -> torch.Tensor:
+    """What is added to the scores of one head, `[N, N + R]`, once every group has chosen; see `choosing`.
+
+    Args:
+        bias: where every block that is chosen from is attended by its mean.
+        plan: with a choice.
+        means: averaging weights of the summaries, `[R, image tokens]`.
+        queries: scaled, `[N, D]`.
+        summary_keys: means, `[R, D]`.
+        summary_values: likewise.
+    """
+    choice, (level,) = plan.pattern.choice, plan.pattern.far_levels
+    assert choice is not None
+    bias = bias.clone()
+    members = means > 0
+    whole = slice(*plan.summaries.offsets[(at := plan.summaries.blocks.index(level.block)) : at + 2])
+    within = slice(*plan.summaries.offsets[(at := plan.summaries.blocks.index(choice.block)) : at + 2])
+    # For each block the rows of the means within it.
+    parts = {
+        row: [part for part in range(within.start, within.stop) if bool((members[part] & members[row]).any())]
+        for row in range(whole.start, whole.stop)
+    }
+    group_of_token = _cell_of_token(plan, plan.grouping.group)
+    for group in np.unique(group_of_token, axis=0):
+        tokens = plan.image_start + np.flatnonzero((group_of_token == group).all(1))
+        query = queries[tokens].mean(0)
+        scores = {}
+        for row, inner in parts.items():
+            if bias[tokens[0], plan.tokens + row] == -math.inf:
+                continue
+            counts = members[inner].sum(1).to(query.dtype)
+            shares = counts / counts.sum()
+            keys, values = summary_keys[inner], summary_values[inner]
+            inside = keys @ query + counts.log()
+            looked, mean = (inside.softmax(0) - shares) @ values, shares @ values
+            deviation = (shares @ (values - mean).square()).sum().sqrt()
+            spread = looked.norm() + SPREAD_WITHIN * deviation + SPREAD_LEAST * mean.norm()
+            scores[row] = float(inside.logsumexp(0) + spread.log())
+        best = sorted(scores, key=lambda row: -scores[row])
+        for number, row in enumerate(best[: choice.exact + choice.fine]):
+            bias[tokens, plan.tokens + row] = -math.inf
+            if number < choice.exact:
+                exact = plan.image_start + torch.nonzero(members[row])[:, 0]
+                bias[np.ix_(tokens, exact.tolist())] = 0
+            else:
+                counts = members[parts[row]].sum(1).to(bias.dtype)
+                bias[np.ix_(tokens, [plan.tokens + part for part in parts[row]])] = counts.log()
+    return bias
+
+
 def _dense_definition(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """Averaging weights of the summaries, `[R, image tokens]`, and what is added to the scores, `[N, N + R]`.
 
-    The latter is 0 for an attended token, log of a summary's size, or -inf for what is not attended.
+    The latter is 0 for an attended token, log of a summary's size, or -inf for what is not attended. Blocks that are
+    chosen from are attended by their means here.
     """
     level_of_row, weights = [], [np.zeros((0, plan.image_tokens))]
     for number, size in enumerate(plan.summaries.blocks, start=1):

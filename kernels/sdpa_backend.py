@@ -1,6 +1,6 @@
 """Span attention on torch's scaled_dot_product_attention: CPU, CUDA and MPS, without any N×N mask.
 
-Three ways, chosen per span list:
+Groups that choose by content gather the keys of each head apart. Else there are three ways, by span list:
 - one span (text queries, full attention): keys are a slice, nothing is copied;
 - small groups: runs with lists of equal shape are gathered and computed together, a bounded number at a time;
 - large groups: one run at a time over a *window*, a buffer of keys that moves from group to group. Neighbouring
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from grat_kernels.choosing import chosen_rows
 from grat_kernels.padded_text import padded_positions, without_padding
 from grat_kernels.summaries import summary_pair
 
@@ -55,12 +56,22 @@ def attention(
         `[B, N, H, D]`, contiguous.
     """
     device = query.device
+    if plan.candidates is not None:
+        summaries = summary_pair(key, value, plan, summaries)
     source = _Source.of(key, value, plan, text_valid, summaries)
     on_cpu = device.type == "cpu"
     budget_bytes = CPU_GATHER_BYTES * torch.get_num_threads() if on_cpu else DEVICE_GATHER_BYTES
     row_bytes = 2 * key.shape[0] * key.shape[2] * key.shape[3] * key.element_size()
     gathered_keys = budget_bytes // row_bytes
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
+    if summaries is not None and plan.candidates is not None:
+        slices, batches = plan.cached(("sdpa chosen", device), lambda: _divide_choosing(plan, device))
+        for work in slices:
+            work.run(query, source, scale, out)
+        chosen = chosen_rows(query, summaries, plan, scale)
+        for batch in batches:
+            batch.run(query, source, chosen, scale, out, budget_bytes)
+        return out
     for work in plan.cached(("sdpa", device, gathered_keys), lambda: _divide(plan, device, gathered_keys)):
         work.run(query, source, scale, out)
     return out
@@ -92,7 +103,7 @@ class _Source(NamedTuple):
         half_on_cpu = key.device.type == "cpu" and key.element_size() == 2
         bias_dtype = torch.float32 if half_on_cpu else key.dtype
         # Heads without a far field share the summaries of others, which they need not carry along.
-        far = bool(plan.span_lists.levels.any())
+        far = plan.candidates is not None or bool(plan.span_lists.levels.any())
         bias = None
         if text_valid is not None or far:
             bias = torch.zeros(
@@ -149,6 +160,55 @@ class _Batch(NamedTuple):
         # Of a view of some heads, `index_select` would copy everything first, for each batch anew.
         picked = tensor.index_select(1, rows) if tensor.is_contiguous() else tensor[:, rows]
         return picked.unflatten(1, (self.runs, -1)).flatten(0, 1)
+
+
+class _ChoosingBatch(NamedTuple):
+    """Groups of equal shape that choose: each head of each gathers keys of its own.
+
+    Attributes:
+        groups: their numbers, `[groups]`.
+        queries: positions of their tokens, `[groups, tokens of one]`.
+        keys: positions of what their lists hold, `[groups, keys of one]`.
+    """
+
+    groups: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+    def run(
+        self,
+        query: torch.Tensor,
+        source: _Source,
+        chosen: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        budget_bytes: int,
+    ) -> None:
+        batch, _, heads, head_dim = query.shape
+        key, value = (tensor.transpose(1, 2).flatten(0, 2) for tensor in (source.key, source.value))
+        assert source.bias is not None, "means have one"
+        bias = torch.nn.functional.pad(source.bias, (0, 1), value=-torch.inf)  # of empty slots, the last
+        listed = self.keys.expand(batch, heads, -1, -1)
+        rows = torch.cat([listed, chosen[:, :, self.groups]], dim=-1)  # [B, H, groups, keys]
+        of_sample = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
+        of_head = torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1) * source.key.shape[1]
+        mask = bias[of_sample, rows].flatten(0, 2)[:, None, None]
+        flat = (rows.clamp(min=0) + of_head).flatten(0, 2)
+        queries = query[:, self.queries].permute(0, 3, 1, 2, 4).flatten(0, 2).unsqueeze(1)  # [B·H·groups, 1, n, D]
+        attended = torch.empty_like(queries)
+        keys = flat.shape[1]
+        at_once = max(1, budget_bytes // (2 * keys * head_dim * key.element_size()))
+        for first in range(0, len(flat), at_once):
+            part = slice(first, first + at_once)
+            picked = flat[part].reshape(-1)
+            attended[part] = scaled_dot_product_attention(
+                queries[part],
+                *(tensor.index_select(0, picked).view(-1, 1, keys, head_dim) for tensor in (key, value)),
+                attn_mask=mask[part].expand(-1, -1, queries.shape[2], -1),
+                scale=scale,
+            )
+        of_groups = attended.view(batch, heads, *self.queries.shape, head_dim).permute(0, 2, 3, 1, 4)
+        out[:, self.queries] = of_groups
 
 
 class _Copy(NamedTuple):
@@ -211,6 +271,26 @@ def _divide(plan: Plan, device: torch.device, gathered_keys: int) -> list[_Slice
         work += [_gather_batch(lists, runs[first : first + size], device) for first in range(0, len(runs), size)]
     work += [_slide_window(lists, runs) for runs in windows.values()]
     return work
+
+
+def _divide_choosing(plan: Plan, device: torch.device) -> tuple[list[_Slice], list[_ChoosingBatch]]:
+    """The runs of a plan with a choice: those that attend all, and groups of equal shape."""
+    lists = _KeyLists(plan)
+    slices = []
+    shapes: dict[tuple[int, int], list[tuple[int, np.ndarray, np.ndarray]]] = defaultdict(list)
+    groups = itertools.count()
+    for run in plan.query_runs:
+        keys = np.concatenate([np.arange(*key_range) for key_range in lists.near(run)])
+        if not plan.image_start <= run.start < plan.image_stop:
+            slices.append(_Slice(slice(run.start, run.start + run.length), slice(0, plan.tokens)))
+            continue
+        queries = np.arange(run.start, run.start + run.length)
+        shapes[len(queries), len(keys)].append((next(groups), queries, keys))
+    batches = [
+        _ChoosingBatch(*(torch.from_numpy(np.stack(column)).to(device) for column in zip(*members, strict=True)))
+        for members in shapes.values()
+    ]
+    return slices, batches
 
 
 class _KeyLists:
