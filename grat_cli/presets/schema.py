@@ -470,6 +470,27 @@ class CheckEvidence(Section):
     psnr_db: Figure
 
 
+class OverStepsEvidence(Section):
+    """How a search over steps went.
+
+    Attributes:
+        references: steps that are computed, of the runs that were observed.
+        slopes: of the early steps, and of the later ones.
+        kept_bytes: what a run keeps from step to step.
+        prompts: whose latents were measured.
+        runs: that were measured.
+        error: mean square of the distance of latents after the last step from those of full attention, over the variance
+            of the latter; mean over the prompts. None where nothing was measured.
+    """
+
+    references: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    slopes: Annotated[tuple[Figure, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    kept_bytes: Annotated[int, Field(ge=0, le=10**15)]
+    prompts: Texts
+    runs: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+    error: Figure | None = None
+
+
 class Evidence(Section):
     """What a tuned preset rests on; it changes nothing.
 
@@ -482,11 +503,12 @@ class Evidence(Section):
         steps: of each run.
         prompts: that were observed.
         target: what was wanted.
-        density: foretold for the whole run, as `recall`, `output_error` and `loss`; see `PatternEvidence`.
-        recall: see there.
-        output_error: see there.
-        loss: see there.
+        density: foretold for the whole run.
+        recall: likewise, of the steps that are computed; see `PatternEvidence`.
+        output_error: likewise.
+        loss: likewise.
         patterns: those in use, sparsest first.
+        over_steps: None where every step is computed.
         check: None where nothing was checked.
     """
 
@@ -503,6 +525,7 @@ class Evidence(Section):
     output_error: Figure
     loss: Figure
     patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    over_steps: OverStepsEvidence | None = None
     check: CheckEvidence | None = None
 
 
