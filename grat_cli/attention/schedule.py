@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grat_cli.errors import BadInput
-from grat_cli.presets import Attention, Preset, Table, ranges, shape_text
+from grat_cli.presets import LARGEST_COUNT, Attention, Preset, Table, ranges, shape_text
 from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, Segments, build_head_plan, build_plan
 from grat_kernels.geometry import IntArray, cell_counts
 
@@ -36,7 +36,14 @@ class Width(IntEnum):
 
 
 def wider(attention: Attention) -> Attention:
-    """The next wider pattern over the same groups, far levels kept; full attention is its own."""
+    """The next wider pattern over the same groups, far levels kept; full attention is its own.
+
+    What is chosen by content keeps more of full attention than as much of what is near: a choice takes twice as many.
+    """
+    if attention.far and attention.far.choose:
+        chosen = attention.far.choose
+        twice = {name: min(2 * getattr(chosen, name), LARGEST_COUNT) for name in ("exact", "fine")}
+        return attention.changed({"far": attention.far.model_copy(update={"choose": chosen.model_copy(update=twice)})})
     if attention.variant == "x":
         return attention.changed({"variant": "bx"})
     if attention.variant == "sta":

@@ -18,48 +18,34 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
 from grat_cli.errors import choices
 from grat_cli.presets import ranges
+from grat_cli.presets.attention import LARGEST_COUNT, Attention, Change, Sizes
 from grat_cli.presets.caches import Cache, cache_from
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
 from grat_cli.presets.section import Number, Section, as_tuple
-from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
 from grat_kernels.geometry import nests
 
 if TYPE_CHECKING:
     pass
 
-Variant = Literal["full", "b", "x", "bx", "sta"]
 BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
 HighresMode = Literal["off", "cascade", "direct"]
 PositionsName = Literal["none", "ntk", "yarn", "dype"]
 
-VARIANTS: tuple[str, ...] = get_args(Variant)
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
 SMALLEST_CHUNK, _LARGEST_CHUNK = 256, 1_000_000_000
-# Far beyond what means anything, and within what every computation with them takes.
-LARGEST_COUNT, MOST_STEPS = 1_000_000, 100_000
+MOST_STEPS = 100_000  # far beyond what means anything
 _SMALLEST_GROWTH = 1.1  # each stage makes a picture
 _MOST_RULES, _MOST_LEVELS, _MOST_LAYERS, _LONGEST_TEXT, _LONGEST_NAME, _LONGEST_RANGE = 1000, 16, 1000, 10_000, 100, 40
 # Above so many image tokens (2,896 pixels a side with Flux) wide results take more memory than attention; chunks of
 # the second size keep any device busy.
 _MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
-
-# The fields that say something to each variant, with the value that stands where none is given.
-FIELDS_OF_VARIANT: Mapping[str, Mapping[str, int | None]] = {
-    "full": {},
-    "b": {"radius": 1, "far": None},
-    "x": {"share": 1, "far": None},
-    "bx": {"radius": 1, "share": 1, "far": None},
-    "sta": {"window": 3, "far": None},
-}
 
 
 @cache
@@ -77,48 +63,6 @@ def _known_model(value: str) -> str:
     if value not in axes_by_model():
         raise ValueError(f"unknown value {shown(value)}: {choices(value, axes_by_model())}")
     return value
-
-
-def _whole_numbers(value: Any, least: int, example: str) -> tuple[int, ...]:
-    items = value if isinstance(value, list | tuple) else ()
-    if not items or not all(type(item) is int and item >= least for item in items):
-        raise ValueError(f"expected a list of whole numbers from {least} up, such as {example}, not {shown(value)}")
-    for number in items:
-        _refuse_outside(number, least)
-    return tuple(items)
-
-
-def _refuse_outside(number: int, least: int) -> None:
-    """Raises ValueError for a whole number that means nothing."""
-    if number < least:
-        raise ValueError(f"expected {least} or more, not {shown(number)}")
-    if number > LARGEST_COUNT:
-        raise ValueError(f"expected {LARGEST_COUNT:,} or less, not {shown(number)}")
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    return _whole_numbers(value, 1, "[16, 16]")
-
-
-def _sizes_or_none(value: Any) -> tuple[int, ...] | None:
-    return None if value is None else _sizes(value)
-
-
-def _radius(value: Any) -> int | tuple[int, ...] | None:
-    return _number_or_list(value, 0, "2 or [1, 2]")
-
-
-def _window(value: Any) -> int | tuple[int, ...] | None:
-    return _number_or_list(value, 1, "3 or [3, 5]")
-
-
-def _number_or_list(value: Any, least: int, example: str) -> int | tuple[int, ...] | None:
-    if value is None:
-        return None
-    if type(value) is int:
-        _refuse_outside(value, least)
-        return value
-    return _whole_numbers(value, least, example)
 
 
 def _range(value: Any) -> int | str | None:
@@ -166,147 +110,15 @@ def _share_or_none(value: Any) -> float | None:
     raise ValueError(f"expected a share from 0 to 1, such as 0.9, or 0 for none, not {shown(value)}")
 
 
-Sizes = Annotated[tuple[int, ...], BeforeValidator(_sizes)]
-Radius = Annotated[int | tuple[int, ...] | None, BeforeValidator(_radius)]
-Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
 Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
 ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
 Figure = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
-Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
 Letter = Annotated[str, Field(pattern=r"^[A-Za-z]$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z]+$", max_length=_MOST_LAYERS)]
-
-
-def without_unused(attention: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    """The fields of an attention section that say something to `variant`."""
-    meant_for_some = {name for fields in FIELDS_OF_VARIANT.values() for name in fields}
-    unused = meant_for_some - set(FIELDS_OF_VARIANT.get(variant, meant_for_some))
-    return {name: value for name, value in attention.items() if name not in unused}
-
-
-class FarLevel(Section):
-    """Groups more than `beyond` groups away are attended as means over blocks of `block` tokens."""
-
-    beyond: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
-    block: Sizes
-
-
-Levels = Annotated[tuple[FarLevel, ...], Field(max_length=_MOST_LEVELS)]
-FarLevels = Annotated[Levels | None, BeforeValidator(as_tuple)]
-
-
-class Attention(Section):
-    """Which image tokens attend which. Fields that the variant has no use for must be absent or null.
-
-    Attributes:
-        variant: `full`; `b`, `x`, `bx` (GRAT, arXiv 2505.14687); `sta` (sliding tiles, arXiv 2502.04507).
-        group: tokens per group on each axis.
-        radius: for `b` and `bx`: groups at most this far away, one number or one per axis.
-        share: for `x` and `bx`: groups with at least this many coordinates in common.
-        window: for `sta`: groups per axis, odd.
-        far: summaries of what is not attended exactly, nearest level first.
-    """
-
-    variant: Variant
-    group: Sizes
-    radius: Radius = None
-    share: Count | None = None
-    window: Window = None
-    far: FarLevels = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_defaults_of_variant(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not isinstance(values.get("variant"), str):
-            return values
-        given = {key: value for key, value in values.items() if value is not None}
-        return {**values, **FIELDS_OF_VARIANT.get(values["variant"], {}), **given}
-
-    @model_validator(mode="after")
-    def _check_fit(self) -> Attention:
-        for name in ("radius", "share", "window", "far"):
-            if getattr(self, name) is not None and name not in FIELDS_OF_VARIANT[self.variant]:
-                takers = " or ".join(variant for variant, fields in FIELDS_OF_VARIANT.items() if name in fields)
-                raise invalid(f"{name} has no meaning for variant {self.variant}: leave it out, or use {takers}", name)
-        for index, level in enumerate(self.far or ()):
-            if len(level.block) == len(self.group) and not nests(level.block, self.group):
-                raise invalid(
-                    f"blocks of {shape_text(level.block)} do not nest in groups of {shape_text(self.group)}: "
-                    f"use {nesting_sizes(level.block, self.group)}",
-                    *("far", index, "block"),
-                )
-        try:
-            self.pattern().check(len(self.group))
-        except ValueError as error:
-            raise invalid(str(error)) from error
-        return self
-
-    def pattern(self) -> Pattern:
-        """The pattern over groups."""
-        radius = 1 if self.radius is None else self.radius
-        share = 1 if self.share is None else self.share
-        near: dict[str, Pattern] = {
-            "full": Full(),
-            "b": Block(radius),
-            "x": CrissCross(share),
-            "bx": Union(Block(radius), CrissCross(share)),
-            "sta": SlidingTile(3 if self.window is None else self.window),
-        }
-        if not self.far:
-            return near[self.variant]
-        return Union(near[self.variant], Far([(level.beyond, level.block) for level in self.far]))
-
-    def changed(self, changes: Mapping[str, Any]) -> Attention:
-        """This with other values; fields that a new variant has no use for go, and its own take their defaults.
-
-        Raises:
-            ValidationError: if the result is not valid.
-        """
-        variant = changes.get("variant", self.variant)
-        return Attention.model_validate({**without_unused(self.model_dump(), variant), **changes})
-
-    @property
-    def cells(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes that the token order has to keep together: the group and the blocks of its far levels."""
-        return (self.group, *(level.block for level in self.far or ()))
-
-    @property
-    def summary(self) -> str:
-        """One line for people, for example `b radius 1, groups 16x16, far 8x8 beyond 1`."""
-        parts = [
-            f"{name} {shape_text(value)}"
-            for name in ("radius", "share", "window")
-            if (value := getattr(self, name)) is not None
-        ]
-        far = [f"{shape_text(level.block)} beyond {level.beyond}" for level in self.far or ()]
-        near = " ".join([self.variant, *parts])
-        return ", ".join([near, f"groups {shape_text(self.group)}", *([f"far {' and '.join(far)}"] if far else [])])
-
-
-class Change(Section):
-    """Attention fields that differ from those of the preset's own attention."""
-
-    variant: Variant | None = None
-    group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes_or_none)] = None
-    radius: Radius = None
-    share: Count | None = None
-    window: Window = None
-    far: FarLevels = None
-
-    @model_serializer(mode="wrap")
-    def _write_what_is_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Absent is not null: `far: null` takes the far field away."""
-        return {name: value for name, value in write(self).items() if name in self.model_fields_set}
-
-    @cached_property
-    def changes(self) -> dict[str, Any]:
-        """The attention fields that are given."""
-        given = self.model_dump(include=set(Change.model_fields))
-        return {name: value for name, value in given.items() if value is not None or name == "far"}
 
 
 class Rule(Change):
