@@ -42,7 +42,7 @@ _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class OverSteps:
+class StepSearch:
     """How steps are searched.
 
     Attributes:
@@ -83,7 +83,7 @@ class TuneRequest:
     candidates: tuple[Attention, ...]
     density: float | None = None
     recall: float | None = None
-    over_steps: OverSteps | None = None
+    over_steps: StepSearch | None = None
     checked: tuple[str, ...] = ()
     stretches: int = 4
     observed: int = 2
@@ -235,7 +235,7 @@ def _of_stretches(request: TuneRequest, observations: Observations) -> Chosen:
 
 def _over_steps(
     request: TuneRequest,
-    search: OverSteps,
+    search: StepSearch,
     model: LoadedModel,
     observations: Observations,
     seen: list[Observed],
@@ -316,7 +316,7 @@ def _over_steps(
 
 
 def _chosen_at_references(
-    request: TuneRequest, search: OverSteps, observations: Observations, setting: Setting
+    request: TuneRequest, search: StepSearch, observations: Observations, setting: Setting
 ) -> Chosen:
     steps, count = request.steps, len(setting.references)
     carried: dict[str, Any] = {
