@@ -226,7 +226,7 @@ def _require_whole(found: Observations, shape: tuple[int, int, int, int], observ
     """Raises ValueError unless observations have figures of so many steps, layers, heads and candidates."""
     steps, layers, heads, candidates = shape
     known = {
-        "densities": ((candidates,), -_ROUNDING, 1 + _ROUNDING),
+        "densities": ((candidates,), 0, _LARGEST_FIGURE),  # a choice among few blocks may cost more than all
         "queries": ((steps, layers), 0, _MOST_QUERIES),
         "recall": (shape, -_ROUNDING, 1 + _ROUNDING),
         "error": (shape, -_ROUNDING, _LARGEST_FIGURE),

@@ -243,7 +243,8 @@ def test_observations_that_no_run_made_are_refused(
 )
 def test_observations_of_absurd_facts_are_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
     path, about = tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
-    observing.write(path, observed(**facts), about)
+    tensors = observed()
+    observing.write(path, replace(tensors, facts=Facts.model_construct(**(tensors.facts.model_dump() | facts))), about)
     with pytest.raises(BadInput, match=next(iter(facts))):
         observing.read(path, about, (STEPS, 2, 3, len(CANDIDATES)))
 
