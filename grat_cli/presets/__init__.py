@@ -23,7 +23,6 @@ from grat_cli.presets.schema import (
     FIELDS_OF_VARIANT,
     HIGHRES_MODES,
     LARGEST_COUNT,
-    MOST_STEPS,
     VARIANTS,
     Attention,
     Change,
@@ -32,6 +31,7 @@ from grat_cli.presets.schema import (
     FarLevel,
     HighResolution,
     Kernel,
+    OverSteps,
     PatternEvidence,
     PositionsName,
     Preset,
@@ -42,6 +42,7 @@ from grat_cli.presets.schema import (
     Table,
     without_unused,
 )
+from grat_cli.presets.section import MOST_STEPS
 from grat_cli.presets.yaml_source import YamlSource, read_file, read_text
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "FarLevel",
     "HighResolution",
     "Kernel",
+    "OverSteps",
     "PatternEvidence",
     "PositionsName",
     "Preset",
