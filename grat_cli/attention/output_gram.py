@@ -19,7 +19,8 @@ class OutputGram:
     """What a run shows.
 
     Attributes:
-        gram: `<O_s, O_t>` of attention outputs at two steps, mean over rows, calls of a step and samples, `[L, H, S, S]`.
+        gram: `<O_s, O_t>` of attention outputs at two steps, mean over rows, calls of a step and samples,
+            `[L, H, S, S]`.
         calls: of the transformer at a step, each sample of a batch for one.
         tokens: of the joint sequence; of the longest where calls have several.
     """

@@ -29,7 +29,8 @@ def tune(
     *,
     target_density: float | None = option(
         "SHARE",
-        "Attended pairs over all pairs of the whole run, text and choice by content included, as grat plan gives it: 0.1.",
+        "Attended pairs over all pairs, text, choice by content and steps that are not computed included, as grat plan "
+        "gives it: 0.1.",
         _TARGET,
     ),
     target_recall: float | None = option(
@@ -52,8 +53,8 @@ def tune(
     ),
     runs: int = option(
         "COUNT",
-        "Runs of the model that may be made to measure settings, after those that are observed; a setting takes one for "
-        "each of the first four prompts. 0 for none: the setting that is foretold best. Default: 60.",
+        "Runs of the model that may be made to measure settings, after those that are observed; a setting takes one "
+        "for each of the first four prompts. 0 for none: the setting that is foretold best. Default: 60.",
         _OVER_STEPS,
         60,
     ),

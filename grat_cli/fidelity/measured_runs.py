@@ -1,4 +1,4 @@
-"""Runs of presets on trial, measured by their latents, and kept in files, so that a search that was broken off goes on."""
+"""Runs of presets on trial, measured by their latents, and kept in files: a search that was broken off goes on."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from grat_cli.presets import Attention
 
-
 # What is chosen by content: shares of all blocks that are attended token by token, and by fine means.
 _CHOICES = ((1 / 32, 3 / 32), (1 / 16, 1 / 4), (1 / 8, 1 / 2), (3 / 16, 5 / 8), (1 / 4, 3 / 4))
 _LARGE_GROUP = 64

@@ -136,7 +136,10 @@ class Foreteller:
 
 
 def measured_best(
-    foreteller: Foreteller, settings: Sequence[Setting], error: Callable[[Setting, float], float], lasts: Callable[[], bool]
+    foreteller: Foreteller,
+    settings: Sequence[Setting],
+    error: Callable[[Setting, float], float],
+    lasts: Callable[[], bool],
 ) -> tuple[Setting, float]:
     """The setting that is measured best, and its error.
 

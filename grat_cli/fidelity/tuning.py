@@ -296,7 +296,9 @@ def _over_steps(
         return MeasuredRun(error=error, density=installation.last_schedule.density)
 
     def error(setting: Setting, least: float) -> float:
-        told = f"{', '.join(map(str, setting.references))}; slopes {', '.join(f'{slope:g}' for slope in setting.slopes)}"
+        told = (
+            f"{', '.join(map(str, setting.references))}; slopes {', '.join(f'{slope:g}' for slope in setting.slopes)}"
+        )
         best = "" if least == float("inf") else f"; best {least:.4g}"
         progress.phase(f"measuring, {measurements.left} runs left{best}: steps {told}")
         return measurements.error(_preset(request, chosen_by(setting)), least)
@@ -368,9 +370,7 @@ def _preset(request: TuneRequest, chosen: Chosen) -> Preset:
     )
 
 
-def _observed(
-    request: TuneRequest, model: LoadedModel, full: Preset, number: int, progress: Progress
-) -> Observed:
+def _observed(request: TuneRequest, model: LoadedModel, full: Preset, number: int, progress: Progress) -> Observed:
     """What the run with one of the prompts shows, from its file where there is one."""
     asked, prompt = request.request, request.prompts[number]
     shape = asked.family.transformer_shape(model.pipe.transformer.config)
