@@ -1,9 +1,9 @@
-"""Which steps of a run are references, and how steeply outputs are carried to the steps between: by dynamic programming.
+"""Which steps of a run are references, and how steeply outputs are carried to those between: by dynamic programming.
 
-With i < j the last two references, the output at a later step t is O_t ~ O_j + a (t - j) / (j - i) (O_j - O_i). What that
-loses is a quadratic form of the Gram matrix of the outputs over the steps, `<O_s, O_t>`, which one run with full attention
-shows. The loss of a stretch between two references depends on them and on the one before them, so the best references of
-a run follow exactly from those of its beginnings, with the last two of them as the state.
+With i < j the last two references, a later output is O_t ~ O_j + a (t - j) / (j - i) (O_j - O_i). What that loses is a
+quadratic form of the Gram matrix of the outputs over the steps, `<O_s, O_t>`, which one run with full attention shows.
+The loss of a stretch between two references depends on them and on the one before them, so the best references of a run
+follow exactly from those of its beginnings, with the last two of them as the state.
 """
 
 from __future__ import annotations

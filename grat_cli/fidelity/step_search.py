@@ -15,7 +15,7 @@ import numpy as np
 
 from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
 from grat_cli.fidelity.observations import Observations
-from grat_cli.fidelity.references import Outputs, by_step, gaps, moved, search
+from grat_cli.fidelity.references import Outputs, by_step, gaps, last_two, moved, search
 
 EARLY = 0.25
 """Where the slope changes: outputs of the first steps turn, and going on as before overshoots."""
@@ -100,9 +100,11 @@ class Foreteller:
         """Settings with one reference a step earlier or later, or one slope a step lower or higher."""
         for references in moved(setting.references, self.steps):
             yield self.setting(references, setting.slopes)
-        if not self._extrapolates:
-            return
+        _, latest = last_two(setting.references, self.steps)
+        is_extrapolated = (latest > 0) & (latest < np.arange(self.steps)) & self._extrapolates
         for number, slope in enumerate(setting.slopes):
+            if not is_extrapolated[list(self.stretches[number])].any():
+                continue
             lower, higher = [one for one in _GRID if one < slope - 1e-9], [one for one in _GRID if one > slope + 1e-9]
             for other in (*lower[-1:], *higher[:1]):
                 slopes = (*setting.slopes[:number], other, *setting.slopes[number + 1 :])

@@ -2,9 +2,9 @@
 
 A few runs with full attention tell, on sampled queries, how far from its output each pattern of a palette comes, in
 every layer and head and at some steps, and how outputs change from step to step (`observations`). Then each takes one,
-so that all together lose least (`knapsack`). What is lost is the squared distance from the output of full attention, not
-over its length: heads that say little may be wrong. On the demo model it is in proportion to how far the final latents
-move, whichever layer loses it.
+so that all together lose least (`knapsack`). What is lost is the squared distance from the output of full attention,
+not over its length: heads that say little may be wrong. On the demo model it is in proportion to how far the final
+latents move, whichever layer loses it.
 
 Where outputs are carried over steps, the steps that are computed are searched too, first by what is foretold, then by
 measured runs (`step_search`).
@@ -276,8 +276,8 @@ def _over_steps(
             break
     else:
         raise BadInput(
-            f"a run keeps {min(map(bytes_of, settings)) / _GIB:.3g} GiB even if outputs are reused as they are, more than "
-            f"--max-kept {search.most_gib:g}: give more, keep less (--keep fp8), or compute every step (--no-over-steps)"
+            f"a run keeps {min(map(bytes_of, settings)) / _GIB:.3g} GiB even if outputs are reused as they are, more "
+            f"than --max-kept {search.most_gib:g}: give more, --keep fp8, or --no-over-steps"
         )
     if foreteller is foretellers[1]:
         progress.note(

@@ -331,8 +331,8 @@ class OverStepsEvidence(Section):
         kept_bytes: what a run keeps from step to step.
         prompts: whose latents were measured.
         runs: that were measured.
-        error: mean square of the distance of latents after the last step from those of full attention, over the variance
-            of the latter; mean over the prompts. None where nothing was measured.
+        error: mean square of the distance of the last latents from those of full attention, over the variance of these;
+            mean over the prompts. None where nothing was measured.
     """
 
     references: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]

@@ -21,8 +21,8 @@ from grat_cli.errors import BadInput
 from grat_cli.fidelity import observations as observing
 from grat_cli.fidelity import tuning
 from grat_cli.fidelity.fitted_preset import LETTERS, schedule_of, stretches_of
-from grat_cli.fidelity.palette import palette
 from grat_cli.fidelity.observations import Facts, Observations, Observed
+from grat_cli.fidelity.palette import palette
 from grat_cli.fidelity.tuning import TuneRequest, choose, tune
 from grat_cli.generation.request import request_for
 from grat_cli.generation.selection import select_preset
