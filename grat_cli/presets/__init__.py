@@ -16,22 +16,29 @@ import yaml
 from pydantic import ValidationError
 
 from grat_cli.errors import BadInput, nearest
+from grat_cli.presets.attention import (
+    FIELDS_OF_VARIANT,
+    LARGEST_COUNT,
+    SPELLED_OUT,
+    VARIANTS,
+    Attention,
+    Change,
+    Choice,
+    FarField,
+    FarLevel,
+    without_unused,
+)
 from grat_cli.presets.caches import KINDS, Cache, cache_from_text
 from grat_cli.presets.problems import Problem, problem_of, shape_text
 from grat_cli.presets.schema import (
     BACKENDS,
-    FIELDS_OF_VARIANT,
     HIGHRES_MODES,
-    LARGEST_COUNT,
-    MOST_STEPS,
-    VARIANTS,
-    Attention,
-    Change,
     CheckEvidence,
     Evidence,
-    FarLevel,
     HighResolution,
     Kernel,
+    OverSteps,
+    OverStepsEvidence,
     PatternEvidence,
     PositionsName,
     Preset,
@@ -40,8 +47,8 @@ from grat_cli.presets.schema import (
     Schedule,
     StageOverride,
     Table,
-    without_unused,
 )
+from grat_cli.presets.section import MOST_STEPS
 from grat_cli.presets.yaml_source import YamlSource, read_file, read_text
 
 __all__ = [
@@ -55,10 +62,14 @@ __all__ = [
     "Cache",
     "Change",
     "CheckEvidence",
+    "Choice",
     "Evidence",
+    "FarField",
     "FarLevel",
     "HighResolution",
     "Kernel",
+    "OverSteps",
+    "OverStepsEvidence",
     "PatternEvidence",
     "PositionsName",
     "Preset",
@@ -147,7 +158,7 @@ def resolve_preset(base: Preset, *, set_items: Sequence[str] = (), **flags: Any)
     Raises:
         BadInput: naming the option that does not fit.
     """
-    data = base.model_dump()
+    data = base.model_dump(context=SPELLED_OUT)
     origins: dict[KeyPath, str] = {}
     for item in set_items:
         path, value = _parsed_item(item)

@@ -20,46 +20,33 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
+    field_serializer,
     model_validator,
 )
 
 from grat_cli.errors import choices
-from grat_cli.presets import ranges
+from grat_cli.presets.attention import LARGEST_COUNT, Attention, Change, Sizes
 from grat_cli.presets.caches import Cache, cache_from
+from grat_cli.presets.over_steps import Carrying, overlap
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
-from grat_cli.presets.section import Number, Section, as_tuple
-from grat_kernels import Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
+from grat_cli.presets.section import MOST_STEPS, Number, Range, Section, as_tuple
 from grat_kernels.geometry import nests
 
 if TYPE_CHECKING:
     pass
 
-Variant = Literal["full", "b", "x", "bx", "sta"]
 BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
 HighresMode = Literal["off", "cascade", "direct"]
 PositionsName = Literal["none", "ntk", "yarn", "dype"]
 
-VARIANTS: tuple[str, ...] = get_args(Variant)
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
 SMALLEST_CHUNK, _LARGEST_CHUNK = 256, 1_000_000_000
-# Far beyond what means anything, and within what every computation with them takes.
-LARGEST_COUNT, MOST_STEPS = 1_000_000, 100_000
 _SMALLEST_GROWTH = 1.1  # each stage makes a picture
-_MOST_RULES, _MOST_LEVELS, _MOST_LAYERS, _LONGEST_TEXT, _LONGEST_NAME, _LONGEST_RANGE = 1000, 16, 1000, 10_000, 100, 40
+_MOST_RULES, _MOST_LEVELS, _MOST_LAYERS, _LONGEST_TEXT, _LONGEST_NAME = 1000, 16, 1000, 10_000, 100
 # Above so many image tokens (2,896 pixels a side with Flux) wide results take more memory than attention; chunks of
 # the second size keep any device busy.
 _MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
-
-# The fields that say something to each variant, with the value that stands where none is given.
-FIELDS_OF_VARIANT: Mapping[str, Mapping[str, int | None]] = {
-    "full": {},
-    "b": {"radius": 1, "far": None},
-    "x": {"share": 1, "far": None},
-    "bx": {"radius": 1, "share": 1, "far": None},
-    "sta": {"window": 3, "far": None},
-}
 
 
 @cache
@@ -76,58 +63,6 @@ def axes_by_model() -> Mapping[str, int]:
 def _known_model(value: str) -> str:
     if value not in axes_by_model():
         raise ValueError(f"unknown value {shown(value)}: {choices(value, axes_by_model())}")
-    return value
-
-
-def _whole_numbers(value: Any, least: int, example: str) -> tuple[int, ...]:
-    items = value if isinstance(value, list | tuple) else ()
-    if not items or not all(type(item) is int and item >= least for item in items):
-        raise ValueError(f"expected a list of whole numbers from {least} up, such as {example}, not {shown(value)}")
-    for number in items:
-        _refuse_outside(number, least)
-    return tuple(items)
-
-
-def _refuse_outside(number: int, least: int) -> None:
-    """Raises ValueError for a whole number that means nothing."""
-    if number < least:
-        raise ValueError(f"expected {least} or more, not {shown(number)}")
-    if number > LARGEST_COUNT:
-        raise ValueError(f"expected {LARGEST_COUNT:,} or less, not {shown(number)}")
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    return _whole_numbers(value, 1, "[16, 16]")
-
-
-def _sizes_or_none(value: Any) -> tuple[int, ...] | None:
-    return None if value is None else _sizes(value)
-
-
-def _radius(value: Any) -> int | tuple[int, ...] | None:
-    return _number_or_list(value, 0, "2 or [1, 2]")
-
-
-def _window(value: Any) -> int | tuple[int, ...] | None:
-    return _number_or_list(value, 1, "3 or [3, 5]")
-
-
-def _number_or_list(value: Any, least: int, example: str) -> int | tuple[int, ...] | None:
-    if value is None:
-        return None
-    if type(value) is int:
-        _refuse_outside(value, least)
-        return value
-    return _whole_numbers(value, least, example)
-
-
-def _range(value: Any) -> int | str | None:
-    if value is not None and type(value) is not int and not isinstance(value, str):
-        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
-    if isinstance(value, str) and len(value) > _LONGEST_RANGE:
-        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
-    if value is not None:
-        ranges.covered(value, 1)
     return value
 
 
@@ -166,147 +101,14 @@ def _share_or_none(value: Any) -> float | None:
     raise ValueError(f"expected a share from 0 to 1, such as 0.9, or 0 for none, not {shown(value)}")
 
 
-Sizes = Annotated[tuple[int, ...], BeforeValidator(_sizes)]
-Radius = Annotated[int | tuple[int, ...] | None, BeforeValidator(_radius)]
-Window = Annotated[int | tuple[int, ...] | None, BeforeValidator(_window)]
-Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
 ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
 Figure = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
-Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
 Letter = Annotated[str, Field(pattern=r"^[A-Za-z]$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z]+$", max_length=_MOST_LAYERS)]
-
-
-def without_unused(attention: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    """The fields of an attention section that say something to `variant`."""
-    meant_for_some = {name for fields in FIELDS_OF_VARIANT.values() for name in fields}
-    unused = meant_for_some - set(FIELDS_OF_VARIANT.get(variant, meant_for_some))
-    return {name: value for name, value in attention.items() if name not in unused}
-
-
-class FarLevel(Section):
-    """Groups more than `beyond` groups away are attended as means over blocks of `block` tokens."""
-
-    beyond: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
-    block: Sizes
-
-
-Levels = Annotated[tuple[FarLevel, ...], Field(max_length=_MOST_LEVELS)]
-FarLevels = Annotated[Levels | None, BeforeValidator(as_tuple)]
-
-
-class Attention(Section):
-    """Which image tokens attend which. Fields that the variant has no use for must be absent or null.
-
-    Attributes:
-        variant: `full`; `b`, `x`, `bx` (GRAT, arXiv 2505.14687); `sta` (sliding tiles, arXiv 2502.04507).
-        group: tokens per group on each axis.
-        radius: for `b` and `bx`: groups at most this far away, one number or one per axis.
-        share: for `x` and `bx`: groups with at least this many coordinates in common.
-        window: for `sta`: groups per axis, odd.
-        far: summaries of what is not attended exactly, nearest level first.
-    """
-
-    variant: Variant
-    group: Sizes
-    radius: Radius = None
-    share: Count | None = None
-    window: Window = None
-    far: FarLevels = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_defaults_of_variant(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not isinstance(values.get("variant"), str):
-            return values
-        given = {key: value for key, value in values.items() if value is not None}
-        return {**values, **FIELDS_OF_VARIANT.get(values["variant"], {}), **given}
-
-    @model_validator(mode="after")
-    def _check_fit(self) -> Attention:
-        for name in ("radius", "share", "window", "far"):
-            if getattr(self, name) is not None and name not in FIELDS_OF_VARIANT[self.variant]:
-                takers = " or ".join(variant for variant, fields in FIELDS_OF_VARIANT.items() if name in fields)
-                raise invalid(f"{name} has no meaning for variant {self.variant}: leave it out, or use {takers}", name)
-        for index, level in enumerate(self.far or ()):
-            if len(level.block) == len(self.group) and not nests(level.block, self.group):
-                raise invalid(
-                    f"blocks of {shape_text(level.block)} do not nest in groups of {shape_text(self.group)}: "
-                    f"use {nesting_sizes(level.block, self.group)}",
-                    *("far", index, "block"),
-                )
-        try:
-            self.pattern().check(len(self.group))
-        except ValueError as error:
-            raise invalid(str(error)) from error
-        return self
-
-    def pattern(self) -> Pattern:
-        """The pattern over groups."""
-        radius = 1 if self.radius is None else self.radius
-        share = 1 if self.share is None else self.share
-        near: dict[str, Pattern] = {
-            "full": Full(),
-            "b": Block(radius),
-            "x": CrissCross(share),
-            "bx": Union(Block(radius), CrissCross(share)),
-            "sta": SlidingTile(3 if self.window is None else self.window),
-        }
-        if not self.far:
-            return near[self.variant]
-        return Union(near[self.variant], Far([(level.beyond, level.block) for level in self.far]))
-
-    def changed(self, changes: Mapping[str, Any]) -> Attention:
-        """This with other values; fields that a new variant has no use for go, and its own take their defaults.
-
-        Raises:
-            ValidationError: if the result is not valid.
-        """
-        variant = changes.get("variant", self.variant)
-        return Attention.model_validate({**without_unused(self.model_dump(), variant), **changes})
-
-    @property
-    def cells(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes that the token order has to keep together: the group and the blocks of its far levels."""
-        return (self.group, *(level.block for level in self.far or ()))
-
-    @property
-    def summary(self) -> str:
-        """One line for people, for example `b radius 1, groups 16x16, far 8x8 beyond 1`."""
-        parts = [
-            f"{name} {shape_text(value)}"
-            for name in ("radius", "share", "window")
-            if (value := getattr(self, name)) is not None
-        ]
-        far = [f"{shape_text(level.block)} beyond {level.beyond}" for level in self.far or ()]
-        near = " ".join([self.variant, *parts])
-        return ", ".join([near, f"groups {shape_text(self.group)}", *([f"far {' and '.join(far)}"] if far else [])])
-
-
-class Change(Section):
-    """Attention fields that differ from those of the preset's own attention."""
-
-    variant: Variant | None = None
-    group: Annotated[tuple[int, ...] | None, BeforeValidator(_sizes_or_none)] = None
-    radius: Radius = None
-    share: Count | None = None
-    window: Window = None
-    far: FarLevels = None
-
-    @model_serializer(mode="wrap")
-    def _write_what_is_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Absent is not null: `far: null` takes the far field away."""
-        return {name: value for name, value in write(self).items() if name in self.model_fields_set}
-
-    @cached_property
-    def changes(self) -> dict[str, Any]:
-        """The attention fields that are given."""
-        given = self.model_dump(include=set(Change.model_fields))
-        return {name: value for name, value in given.items() if value is not None or name == "far"}
 
 
 class Rule(Change):
@@ -329,6 +131,37 @@ class Table(Section):
     layers: Annotated[tuple[Word, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=_MOST_LAYERS)]
 
 
+class OverSteps(Carrying):
+    """Steps at which attention is computed, and how its outputs are carried to those between.
+
+    Attributes:
+        base: for `residual`: the sparser attention, as it differs from the preset's own.
+    """
+
+    base: Change | None = None
+
+    @model_validator(mode="after")
+    def _check_base(self) -> OverSteps:
+        if self.between == "residual" and self.base is None:
+            raise invalid("is missing: residual needs the attention that is computed at every step", "base")
+        if self.between != "residual" and self.base is not None:
+            raise invalid(f"has no meaning for {self.between}: leave it out, or use residual", "base")
+        return self
+
+
+def _over_steps(value: Any) -> Any:
+    """One section stands for a list of it alone, and null for none."""
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    try:
+        return (OverSteps.model_validate(value),)
+    except ValidationError as error:
+        problem = problem_of(error.errors()[0])
+        raise invalid(problem.message, *problem.path) from error
+
+
 class Schedule(Section):
     """When the attention differs from the preset's own.
 
@@ -337,12 +170,31 @@ class Schedule(Section):
         palette: attentions by letter, each as it differs from the preset's own.
         tables: what each layer and head takes of the palette; later ones win.
         rules: overrides of all that; later rules win.
+        over_steps: at which steps it is computed at all, by ranges of layers that share none; `dense_steps` are
+            references.
     """
 
     dense_steps: Amount = 0
     palette: dict[Letter, Change] = Field(default_factory=dict)
     tables: Annotated[tuple[Table, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)] = ()
     rules: Annotated[tuple[Rule, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)] = ()
+    over_steps: Annotated[tuple[OverSteps, ...], BeforeValidator(_over_steps), Field(max_length=_MOST_RULES)] = ()
+
+    @model_validator(mode="after")
+    def _check_layers_apart(self) -> Schedule:
+        for later, section in enumerate(self.over_steps):
+            for earlier, other in enumerate(self.over_steps[:later]):
+                if overlap(section.layers, other.layers):
+                    raise invalid(
+                        f"shares layers with entry {earlier} of the list: give each layer to one of them",
+                        *("over_steps", later, "layers"),
+                    )
+        return self
+
+    @field_serializer("over_steps", mode="wrap")
+    def _write_one_as_it_is_given(self, value: Any, write: SerializerFunctionWrapHandler) -> Any:
+        sections = write(value)
+        return (sections[0] if sections else None) if len(sections) < 2 else sections
 
 
 class Kernel(Section):
@@ -470,6 +322,27 @@ class CheckEvidence(Section):
     psnr_db: Figure
 
 
+class OverStepsEvidence(Section):
+    """How a search over steps went.
+
+    Attributes:
+        references: steps that are computed, of the runs that were observed.
+        slopes: of the early steps, and of the later ones.
+        kept_bytes: what a run keeps from step to step.
+        prompts: whose latents were measured.
+        runs: that were measured.
+        error: mean square of the distance of the last latents from those of full attention, over the variance of these;
+            mean over the prompts. None where nothing was measured.
+    """
+
+    references: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    slopes: Annotated[tuple[Figure, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    kept_bytes: Annotated[int, Field(ge=0, le=10**15)]
+    prompts: Texts
+    runs: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+    error: Figure | None = None
+
+
 class Evidence(Section):
     """What a tuned preset rests on; it changes nothing.
 
@@ -482,11 +355,12 @@ class Evidence(Section):
         steps: of each run.
         prompts: that were observed.
         target: what was wanted.
-        density: foretold for the whole run, as `recall`, `output_error` and `loss`; see `PatternEvidence`.
-        recall: see there.
-        output_error: see there.
-        loss: see there.
+        density: foretold for the whole run.
+        recall: likewise, of the steps that are computed; see `PatternEvidence`.
+        output_error: likewise.
+        loss: likewise.
         patterns: those in use, sparsest first.
+        over_steps: None where every step is computed.
         check: None where nothing was checked.
     """
 
@@ -503,6 +377,7 @@ class Evidence(Section):
     output_error: Figure
     loss: Figure
     patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    over_steps: OverStepsEvidence | None = None
     check: CheckEvidence | None = None
 
 
@@ -589,12 +464,17 @@ class Preset(Section):
             raise invalid(problem.message, "highres", "stages", index, *problem.path) from error
 
     @cached_property
-    def _derived(self) -> dict[tuple[str, int | str], Attention]:
-        """What rules and palette make of the preset's attention, by where they stand in the schedule."""
-        places: dict[tuple[str, int | str], Change] = {
+    def _derived(self) -> dict[tuple[str | int, ...], Attention]:
+        """What rules, palette and bases make of the preset's attention, by where they stand in the schedule."""
+        places: dict[tuple[str | int, ...], Change] = {
             ("rules", number): rule for number, rule in enumerate(self.schedule.rules)
         }
         places |= {("palette", letter): change for letter, change in self.schedule.palette.items()}
+        sections = self.schedule.over_steps
+        for number, section in enumerate(sections):
+            if section.base is not None:
+                at = (number,) if len(sections) > 1 else ()
+                places[("over_steps", *at, "base")] = section.base
         derived = {}
         for place, change in places.items():
             try:
@@ -607,16 +487,22 @@ class Preset(Section):
     @property
     def attention_of_rules(self) -> tuple[Attention, ...]:
         """What each rule of the schedule makes of the preset's attention."""
-        return tuple(attention for (section, _), attention in self._derived.items() if section == "rules")
+        return tuple(attention for (section, *_), attention in self._derived.items() if section == "rules")
 
     @property
     def attention_of_palette(self) -> dict[str, Attention]:
         """What each letter of the schedule's palette makes of it."""
-        return {str(letter): made for (section, letter), made in self._derived.items() if section == "palette"}
+        return {str(at[-1]): made for (section, *at), made in self._derived.items() if section == "palette"}
+
+    @property
+    def bases_of_over_steps(self) -> tuple[Attention | None, ...]:
+        """What the base of each of the schedule's `over_steps` makes of it; None where there is none."""
+        made = iter(attention for (section, *_), attention in self._derived.items() if section == "over_steps")
+        return tuple(None if section.base is None else next(made) for section in self.schedule.over_steps)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """The preset's own attention, and all that rules and palette make of it."""
+        """The preset's own attention, and all that rules, palette and bases make of it."""
         return (self.attention, *self._derived.values())
 
     @cached_property

@@ -39,7 +39,7 @@ from grat_cli.errors import BadInput
 from grat_cli.generation import report
 from grat_cli.generation.timing import StepRecorder
 from grat_cli.presets import Attention, Preset, load_preset, resolve_preset
-from grat_kernels import Block, CrissCross, Full, Grid, HeadPlan, Pattern, Plan, Union
+from grat_kernels import Block, CrissCross, Full, Grid, Grouping, HeadPlan, Pattern, Plan, Union, build_plan
 
 LAYERS, STEPS = tiny_flux.LAYERS, 6
 NARROW: dict[str, Any] = {"radius": 0}
@@ -219,6 +219,9 @@ def test_a_state_that_is_not_whole_is_refused() -> None:
             guard.restore(damaged, 1)
 
 
+CHOOSING = {"levels": [{"beyond": 0, "block": [4, 4]}], "choose": {"exact": 4, "fine": 12, "block": [2, 2]}}
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -232,10 +235,18 @@ def test_a_state_that_is_not_whole_is_refused() -> None:
             {"variant": "x", "far": [{"beyond": 1, "block": [2, 2]}]},
             "bx radius 1 share 1, groups 4x4, far 2x2 beyond 1",
         ),
+        (
+            {"variant": "b", "radius": 0, "far": CHOOSING},
+            "b radius 0, groups 4x4, far 4x4 beyond 0, of which 8 exact and 24 by 2x2",
+        ),
     ],
 )
 def test_what_is_next_wider(given: dict[str, Any], expected: str) -> None:
-    assert wider(Attention.model_validate({"group": [4, 4], **given})).summary == expected
+    own = Attention.model_validate({"group": [4, 4], **given})
+    assert wider(own).summary == expected
+    grouping = Grouping(Grid((32, 32)), (4, 4))
+    before, after = (build_plan(grouping, one.pattern(), 24).density for one in (own, wider(own)))
+    assert before < after or before == after == 1
 
 
 def test_where_nothing_is_between_a_layer_goes_to_full_at_once() -> None:

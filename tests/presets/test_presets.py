@@ -30,8 +30,9 @@ from grat_cli.presets import (
     preset_yaml,
     resolve_preset,
 )
+from grat_cli.presets.attention import Attention
 from grat_cli.presets.problems import nesting_sizes
-from grat_cli.presets.schema import Attention, axes_by_model
+from grat_cli.presets.schema import axes_by_model
 from grat_cli.presets.yaml_source import YamlSource, read_text
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Pattern, SlidingTile, Union
 
@@ -41,6 +42,13 @@ MINIMAL = "name: mine\nmodel: flux\nattention: {variant: b, group: [16, 16]}\n"
 def attention(fields: str) -> str:
     """A preset whose attention has these fields besides variant and group."""
     return MINIMAL.replace("]}", f"], {fields}}}")
+
+
+def choosing(fields: str, block: str = "[8, 8]", *more_levels: str) -> str:
+    """A preset that chooses, line by line: the levels on the seventh, the choice on the eighth."""
+    levels = ", ".join([f"{{beyond: 0, block: {block}}}", *more_levels])
+    far = f"  far:\n    levels: [{levels}]\n    choose: {{{fields}}}\n"
+    return f"name: mine\nmodel: flux\nattention:\n  variant: b\n  group: [16, 16]\n{far}"
 
 
 def read(text: str) -> Preset:
@@ -146,6 +154,35 @@ def test_patterns() -> None:
     }
 
 
+def test_a_far_field_is_levels_alone_or_levels_and_a_choice_among_their_blocks() -> None:
+    chosen = read(choosing("exact: 8, fine: 32, block: [2, 4]")).attention
+    assert chosen.pattern() == Union(Block(1), Far([(0, (8, 8))], (8, 32, (2, 4))))
+    assert chosen.cells == ((16, 16), (8, 8), (2, 4))
+    assert chosen.summary == "b radius 1, groups 16x16, far 8x8 beyond 0, of which 8 exact and 32 by 2x4"
+    assert chosen.changed({"radius": 0, "far": {"levels": [{"beyond": 0, "block": [8, 8]}]}}).summary == (
+        "b radius 0, groups 16x16, far 8x8 beyond 0"
+    )
+    assert chosen.changed({"far": None}).far is None
+    alone = read(attention("far: {levels: [{beyond: 1, block: [4, 4]}]}"))
+    assert alone == read(attention("far: [{beyond: 1, block: [4, 4]}]"))
+    assert read(choosing("exact: 0, fine: 4, block: [2, 4]")).attention.summary.endswith("of which 4 by 2x4")
+    assert read(choosing("exact: 4, fine: 0, block: [2, 4]")).attention.summary.endswith("of which 4 exact")
+
+
+def test_levels_alone_are_written_as_a_list() -> None:
+    """As they always were: reports and outputs that were made before the choice say the same as those after it."""
+    levels = [{"beyond": 1, "block": [8, 8]}]
+    far = load_preset("flux-far")
+    assert far.model_dump(mode="json")["attention"]["far"] == levels
+    assert Preset.model_validate(far.model_dump()) == far
+    assert "far:\n  - beyond: 1\n    block: [8, 8]\n" in preset_yaml(far)
+    chosen = read(choosing("exact: 8, fine: 32, block: [2, 2]"))
+    assert chosen.model_dump(mode="json")["attention"]["far"] == {
+        "levels": [{"beyond": 0, "block": [8, 8]}],
+        "choose": {"exact": 8, "fine": 32, "block": [2, 2], "by": "mass-and-spread"},
+    }
+
+
 # What is refused, and in which words
 
 
@@ -174,6 +211,23 @@ def test_patterns() -> None:
         (attention("far: [{beyond: 1}]"), "far[0].block: is missing"),
         (attention("far: [{beyond: 1, block: [5, 5]}]"), "do not nest in groups of 16x16: use 4x4 or 8x8"),
         (attention("far: [{beyond: -1, block: [4, 4]}]"), "far[0].beyond: expected 0 or more, not -1"),
+        (attention("far: 8"), "far: expected a list of levels, or a section with levels and choose, not 8"),
+        (attention("far: {choose: {exact: 1, fine: 0, block: [4, 4]}}"), "attention.far.levels: is missing"),
+        (attention("far: {levels: []}"), "attention.far.levels: expected 1 or more of them, not []"),
+        (attention("far: {levels: [{beyond: 1}]}"), "attention.far.levels[0].block: is missing"),
+        (choosing("exact: 8"), "mine.yaml:8: attention.far.choose.fine: is missing"),
+        (choosing("exact: 8, fine: 32, block: [2, 2], by: mas"), "mine.yaml:8: attention.far.choose.by: unknown value"),
+        (choosing("exact: -1, fine: 32, block: [2, 2]"), "attention.far.choose.exact: expected 0 or more, not -1"),
+        (choosing("exact: 8.0, fine: 32, block: [2, 2]"), "far.choose.exact: expected a whole number, not 8.0"),
+        (choosing(f"exact: 8, fine: {'9' * 120}, block: [2, 2]"), "far.choose.fine: expected 1,000,000 or less"),
+        (choosing("exact: 0, fine: 0, block: [2, 2]"), "mine.yaml:8: attention.far.choose: exact and fine are both 0"),
+        (choosing("exact: 8, fine: 32, block: [8, 8]"), "mine.yaml:8: attention.far.choose.block: means of 8x8 do not"),
+        (choosing("exact: 8, fine: 32, block: [3, 3]"), "that are chosen from: use for example 4x4"),
+        (choosing("exact: 8, fine: 32, block: [2]"), "means of 2 do not nest in the blocks of 8x8"),
+        (choosing("exact: 8, fine: 32, block: [1, 1]", "[1, 1]"), "are chosen from: use larger blocks"),
+        (choosing("exact: 8, fine: 32, block: [1, 1]", "[5, 5]"), "far.levels[0].block: blocks of 5x5 do not nest"),
+        (choosing("exact: 8, fine: 32, block: [2, 2]", "[8, 8]", "{beyond: 2, block: [8, 8]}"), "not of 2: leave one"),
+        (choosing("exact: 8, fine: 32, bloc: [2, 2]"), "far.choose.bloc: unknown key: did you mean 'block'?"),
         (MINIMAL + "sampling: {steps: 0}\n", "mine.yaml:4: sampling.steps: expected 1 or more, not 0"),
         (MINIMAL + "sampling: {steps: '20'}\n", "sampling.steps: expected a whole number, not '20'"),
         (MINIMAL + "sampling: {steps: true}\n", "sampling.steps: expected a whole number, not true"),
@@ -239,7 +293,9 @@ def values(value: Any) -> Iterator[tuple[str | int, ...]]:
 
 FULL = load_preset("demo-4x").model_dump(mode="json") | {
     "schedule": {"dense_steps": 1, "rules": [{"layers": "0-1", "group": [4, 4]}], "tables": [{"layers": ["aa"]}],
-                 "palette": {"a": {"variant": "b", "far": [{"beyond": 1, "block": [2, 2]}]}}}
+                 "palette": {"a": {"variant": "b", "far": [{"beyond": 1, "block": [2, 2]}]},
+                             "b": {"variant": "b", "far": {"levels": [{"beyond": 0, "block": [4, 4]}],
+                                   "choose": {"exact": 2, "fine": 4, "block": [2, 2], "by": "mass-and-spread"}}}}}
 }  # fmt: skip
 
 
@@ -343,6 +399,21 @@ def test_a_new_variant_keeps_what_it_can_use_and_takes_its_own_defaults() -> Non
     assert given_as_well.attention == Attention(variant="x", group=(16, 16), share=2)
 
 
+def test_keys_of_a_choice_are_set_one_by_one() -> None:
+    chosen = read(choosing("exact: 8, fine: 32, block: [2, 2]"))
+    wider = resolve_preset(
+        chosen, set_items=["attention.far.choose.exact=12", "attention.far.levels=[{beyond: 1, block: [8, 8]}]"]
+    )
+    assert wider.attention.summary == "b radius 1, groups 16x16, far 8x8 beyond 1, of which 12 exact and 32 by 2x2"
+    assert resolve_preset(chosen, set_items=["attention.far.choose=null"]).attention.summary.endswith("8x8 beyond 0")
+    # A far field of levels alone takes a choice as well, whole or key by key.
+    keys = {"exact": "4", "fine": "8", "block": "[4, 4]"}
+    added = resolve_preset(
+        load_preset("flux-far"), set_items=[f"attention.far.choose.{key}={value}" for key, value in keys.items()]
+    )
+    assert added.attention.pattern() == Union(Block(1), Far([(1, (8, 8))], (4, 8, (4, 4))))
+
+
 def test_one_group_size_stands_for_all_axes() -> None:
     assert resolve_preset(load_preset("flux-b"), group=8).attention.group == (8, 8)
     assert resolve_preset(load_preset("flux-b"), group=(8, 32)).attention.group == (8, 32)
@@ -368,6 +439,9 @@ def test_one_group_size_stands_for_all_axes() -> None:
         ({}, ["attention.radius=[1"], "--set attention.radius=[1: not valid YAML"),
         ({}, ["sampling=3"], "--set sampling=3: expected a section with keys"),
         ({}, ["attention.far=[{beyond: 1, block: [3, 3]}]"], "do not nest in groups of 16x16: use 2x2 or 4x4"),
+        ({}, ["attention.far.choose.exact=4"], "exact=4: attention.far.choose.fine: is missing"),
+        ({}, ["attention.far.choose={exact: 4, fine: 8, block: [3, 3]}"], "means of 3x3 do not nest in the blocks of"),
+        ({}, ["attention.far={choose: {exact: 4, fine: 8, block: [4, 4]}}"], "block: [4, 4]}}: is missing"),
         ({}, ["attention.far=[{beyond: 2, block: [4, 4]}, {beyond: 1, block: [8, 8]}]"], "ever farther out"),
     ],
 )  # fmt: skip
@@ -391,10 +465,18 @@ sizes = st.sampled_from([(4, 4), (8, 8), (8, 4), (16, 16)])
 far_levels = st.lists(st.sampled_from([(1, 1), (2, 2), (4, 4)]), min_size=1, max_size=2).map(
     lambda blocks: [{"beyond": beyond, "block": list(block)} for beyond, block in enumerate(blocks, start=1)]
 )
+far_fields = far_levels | st.fixed_dictionaries(
+    {
+        "levels": st.just([{"beyond": 0, "block": [4, 4]}]),
+        "choose": st.fixed_dictionaries(
+            {"exact": st.integers(0, 12), "fine": st.integers(1, 70), "block": st.sampled_from([[2, 2], [1, 4]])}
+        ),
+    }
+)
 attentions = st.one_of(
     st.fixed_dictionaries({"variant": st.just("full"), "group": sizes}),
     st.fixed_dictionaries(
-        {"variant": st.just("b"), "group": sizes}, optional={"radius": st.integers(0, 3), "far": far_levels}
+        {"variant": st.just("b"), "group": sizes}, optional={"radius": st.integers(0, 3), "far": far_fields}
     ),
     st.fixed_dictionaries({"variant": st.just("x"), "group": sizes}, optional={"share": st.integers(1, 2)}),
     st.fixed_dictionaries({"variant": st.just("sta"), "group": sizes}, optional={"window": st.sampled_from([1, 3, 5])}),
