@@ -16,6 +16,7 @@ nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,12 +34,18 @@ _ON_CPU_BYTES = 16 << 20
 _TINY = 1e-30  # a block of nothing but zeros has a logarithm
 
 
+# Scores `[B, H, groups, blocks]` of the groups' mean queries `[B, H, groups, D]`, and of the means of keys and values
+# of the same heads, `[B, R, H, D]` each; of a plan, with the factor on scores.
+Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Plan", float], torch.Tensor]
+
+
 def chosen_rows(
     query: torch.Tensor,
     summaries: tuple[torch.Tensor, torch.Tensor],
     plan: Plan,
     scale: float,
     groups: torch.Tensor | None = None,
+    score: Score | None = None,
 ) -> torch.Tensor:
     """What each head and query group attends besides the spans of its list.
 
@@ -48,6 +55,7 @@ def chosen_rows(
         plan: with candidates.
         scale: factor on the scores.
         groups: whose rows are wanted, numbers in token order `[n]` int64; all by default.
+        score: what computes the scores of blocks in place of torch, where the rows of all groups are wanted.
 
     Returns:
         `[B, H, groups, slots]` int32: a position in the joint sequence, or N + r for row r of the summaries, or
@@ -62,10 +70,12 @@ def chosen_rows(
     batch, heads, count, _ = means.shape
     of_head = batch * tables.starts.shape[0] * count * plan.candidates.means * 4
     at_once = max(1, (_ON_CPU_BYTES if query.device.type == "cpu" else _HELD_BYTES) // of_head)
-    rows = [
-        _rows(_scores(means[:, part], [one[:, :, part] for one in summaries], tables, plan, scale), tables, plan)
-        for part in (slice(first, first + at_once) for first in range(0, heads, at_once))
-    ]
+    rows = []
+    for first in range(0, heads, at_once):
+        part = slice(first, first + at_once)
+        of_heads = means[:, part], summaries[0][:, :, part], summaries[1][:, :, part]
+        scores = score(*of_heads, plan, scale) if score else _scores(of_heads[0], of_heads[1:], tables, plan, scale)
+        rows.append(_rows(scores, tables, plan))
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
@@ -157,7 +167,7 @@ def _tables(plan: Plan, device: torch.device) -> _Tables:
 
 
 def _scores(
-    means: torch.Tensor, summaries: list[torch.Tensor], tables: _Tables, plan: Plan, scale: float
+    means: torch.Tensor, summaries: tuple[torch.Tensor, torch.Tensor], tables: _Tables, plan: Plan, scale: float
 ) -> torch.Tensor:
     """Scores of all blocks, `[B, H, groups, blocks]` fp32; -inf where a group does not choose from a block.
 
