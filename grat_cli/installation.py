@@ -71,14 +71,19 @@ class Installation:
         self.guard = _guard(preset, layers)
         device = pipe._execution_device  # public `device` is where weights rest; with offload they run elsewhere
         self._head_dim = _head_dim(transformer)
-        self.backend, self.backend_reason = _resolve_backend(transformer, device, preset.kernel.backend, grid.tokens)
+        self._choosing = any(
+            attention.far is not None and bool(attention.far.choose) for attention in preset.attentions
+        )
+        self.backend, self.backend_reason = _resolve_backend(
+            transformer, device, preset.kernel.backend, grid.tokens, self._choosing
+        )
         _check_kernel(transformer, device, preset, self.backend)
 
     def require_able(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raises BadInput unless the backend can run where, and in what, a call is: a pipeline may have been moved."""
         from grat_kernels import can_run
 
-        ability = can_run(self.backend, device, dtype, self._head_dim, self.grid.tokens)
+        ability = can_run(self.backend, device, dtype, self._head_dim, self.grid.tokens, choosing=self._choosing)
         if not ability:
             raise BadInput(
                 f"the {self.backend.value} backend, which GRAT was installed with, cannot run this call: "
@@ -452,8 +457,17 @@ def _head_dim(transformer: Any) -> int:
     return int(width) // int(heads)
 
 
-def _resolve_backend(transformer: Any, device: torch.device, name: str, tokens: int) -> tuple[Backend, str]:
+def _resolve_backend(
+    transformer: Any, device: torch.device, name: str, tokens: int, choosing: bool
+) -> tuple[Backend, str]:
     """The backend that a name stands for on the device that a transformer runs on, and why.
+
+    Args:
+        transformer: by which dtype and width of heads are known.
+        device: of the run.
+        name: of the preset.
+        tokens: of the joint sequence.
+        choosing: whether any step chooses by content; then every step takes a backend that can.
 
     Raises:
         BadInput: if a backend chosen by name cannot run there.
@@ -463,8 +477,8 @@ def _resolve_backend(transformer: Any, device: torch.device, name: str, tokens: 
 
     dtype, head_dim = transformer.dtype, _head_dim(transformer)
     if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim)
-    ability = can_run(name, device, dtype, head_dim, tokens)
+        return choose_backend(device, dtype, head_dim, choosing=choosing)
+    ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
     if not ability:
         raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
     return Backend(name), f"chosen by name; {ability.reason}"
@@ -478,11 +492,12 @@ def _check_kernel(transformer: Any, device: torch.device, preset: Preset, backen
     """
     from grat_kernels.attention import KernelMismatch, check_kernel
 
-    forms = {bool(attention.far) for attention in preset.attentions}
+    far_fields = [attention.far for attention in preset.attentions]
+    forms = {(bool(far), far is not None and bool(far.choose)) for far in far_fields}
     if preset.schedule.dense_steps or preset.guard:
-        forms.add(False)
+        forms.add((False, False))
     try:
-        for far in sorted(forms):
-            check_kernel(backend, device, transformer.dtype, _head_dim(transformer), far=far)
+        for far, choosing in sorted(forms):
+            check_kernel(backend, device, transformer.dtype, _head_dim(transformer), far=far, choosing=choosing)
     except KernelMismatch as error:
         raise NumericalFailure(str(error)) from error
