@@ -139,7 +139,7 @@ class ScoreConfig(NamedTuple):
 
 
 # On every architecture.
-SCORES = ScoreConfig(128, 64, 32, 8)
+SCORES = ScoreConfig(128, 64, 16, 8)
 
 # Shared memory that one program may use, in bytes: table of compute capabilities in the CUDA C++ programming guide;
 # local data share in AMD's CDNA3 instruction set architecture.
