@@ -57,9 +57,7 @@ def chosen_rows(
     batch, heads = query.shape[0], query.shape[2]
     of_head = batch * tables.exempt.numel() * plan.candidates.means * 4
     at_once = max(1, (_ON_CPU_BYTES if query.device.type == "cpu" else _HELD_BYTES) // of_head)
-    rows = torch.empty(
-        batch, heads, means.shape[2], plan.candidates.width, dtype=torch.int32, device=query.device
-    )
+    rows = torch.empty(batch, heads, means.shape[2], plan.candidates.width, dtype=torch.int32, device=query.device)
     for first in range(0, heads, at_once):
         part = slice(first, first + at_once)
         scores = _scores(means[:, part], [one[:, :, part] for one in summaries], tables, scale)
@@ -100,7 +98,7 @@ class _Tables(NamedTuple):
         tokens: positions of each block's tokens, then `EMPTY`, `[blocks + 1, most tokens]` int32.
         means: of the means within each block, positions behind all tokens, then `EMPTY`, `[blocks + 1, means]` int32.
         wholes: of the blocks' own means, likewise, `[blocks]` int32.
-        within: summary rows of the means within blocks, any row where a block has fewer, `[blocks * means]`.
+        within: summary rows of the means within blocks, the first again where a block has fewer, `[blocks * means]`.
         own: summary rows of the blocks' own means.
         log_counts: logarithm of the tokens of the means within, -inf where there is none, `[blocks, means, 1]` fp32.
         shares: these tokens over those of the block, `[blocks, means, 1]` fp32.
@@ -148,7 +146,7 @@ def _tables(plan: Plan, device: torch.device) -> _Tables:
         tokens=with_nothing(tokens),
         means=with_nothing(np.where(means == EMPTY, EMPTY, plan.tokens + means)),
         wholes=moved(np.arange(own.start, own.stop) + plan.tokens, np.int32),
-        within=selection(means.clip(min=0).reshape(-1), device),
+        within=selection(np.where(means == EMPTY, means[:, :1], means).reshape(-1), device),
         own=own,
         log_counts=moved(log_counts[..., None], np.float32),
         shares=moved((sizes / counts[:, None])[..., None], np.float32),
@@ -157,9 +155,7 @@ def _tables(plan: Plan, device: torch.device) -> _Tables:
     )
 
 
-def _scores(
-    means: torch.Tensor, summaries: list[torch.Tensor], tables: _Tables, scale: float
-) -> torch.Tensor:
+def _scores(means: torch.Tensor, summaries: list[torch.Tensor], tables: _Tables, scale: float) -> torch.Tensor:
     """Scores of all blocks, `[B, H, groups, blocks]` fp32; -inf where a group does not choose from a block.
 
     Groups come last while scores are made, so that what is summed over the few means of a block is summed in vectors.

@@ -103,13 +103,13 @@ class _Source(NamedTuple):
         # Heads without a far field share the summaries of others, which they need not carry along.
         if not plan.span_lists.levels.any():
             return source
-        means = cls(*summary_pair(key, value, plan, summaries), _bias_of_means(plan, key).expand(key.shape[0], -1))
-        bias = source.bias
-        if bias is None:
-            bias = means.bias.new_zeros(key.shape[:2])
+        bias = key.new_zeros(key.shape[:2], dtype=_bias_dtype(key)) if source.bias is None else source.bias
+        of_means = _bias_of_means(plan, key).expand(len(bias), -1)
         # One copy of all keys spares two copies of every gathered list.
-        parts = zip((source.key, source.value, bias), means, strict=True)
-        return cls(*(torch.cat(pair, dim=1) for pair in parts))
+        pairs = zip(
+            (source.key, source.value, bias), (*summary_pair(key, value, plan, summaries), of_means), strict=True
+        )
+        return cls(*(torch.cat(pair, dim=1) for pair in pairs))
 
     @classmethod
     def of_tokens(cls, key: torch.Tensor, value: torch.Tensor, plan: Plan, text_valid: torch.Tensor | None) -> _Source:
@@ -213,33 +213,34 @@ def _attend_chosen(
     chosen = chosen_rows(query, summaries, plan, scale)
     # Behind tokens and means one row that is not attended stands for slots that are empty.
     nothing = count + plan.summaries.rows
-    keys, values = (tensor.new_zeros(nothing + 1, head_dim) for tensor in (tokens.key, tokens.value))
+    chosen.masked_fill_(chosen == EMPTY, nothing)
+    key, value = (tensor.new_zeros(nothing + 1, head_dim) for tensor in (tokens.key, tokens.value))
     bias = torch.zeros(nothing + 1, dtype=_bias_dtype(query), device=query.device)
     bias[count:nothing] = _bias_of_means(plan, query)
     bias[nothing] = -torch.inf
     for sample, head in itertools.product(range(batch), range(heads)):
-        for held, of_tokens, of_means in zip((keys, values), tokens[:2], summaries, strict=True):
+        for held, of_tokens, of_means in zip((key, value), tokens[:2], summaries, strict=True):
             held[:count] = of_tokens[sample, :, head]
             held[count:nothing] = of_means[sample, :, head]
         if tokens.bias is not None:
             bias[:count] = tokens.bias[sample]
         for shape in batches:
             rows = torch.cat([shape.keys, chosen[sample, head, shape.groups, : shape.slots]], dim=1)
-            rows = torch.where(rows == EMPTY, nothing, rows)
-            queries = query[sample, shape.queries, head].unflatten(0, (len(rows), 1, -1))
+            groups, keys = rows.shape
+            at_once = max(1, budget_bytes // (2 * keys * head_dim * query.element_size()))
+            gathered = [held.new_empty(min(at_once, groups) * keys, head_dim) for held in (key, value)]
+            mask = bias.index_select(0, rows.flatten()).view(groups, 1, 1, keys)
+            queries = query[sample, shape.queries, head].unflatten(0, (groups, 1, -1))
             attended = torch.empty_like(queries)
-            at_once = max(1, budget_bytes // (2 * rows.shape[1] * head_dim * query.element_size()))
-            room = [held.new_empty(min(at_once, len(rows)) * rows.shape[1], head_dim) for held in (keys, values)]
-            for first in range(0, len(rows), at_once):
-                part = slice(first, first + at_once)
-                picked = rows[part].flatten()
-                of_part = queries[part]
-                near = [
-                    torch.index_select(held, 0, picked, out=into[: len(picked)]).view(len(of_part), 1, -1, head_dim)
-                    for held, into in zip((keys, values), room, strict=True)
-                ]
-                mask = bias[rows[part], None, None].movedim(1,-1).expand(-1, -1, queries.shape[2], -1)
-                attended[part] = scaled_dot_product_attention(of_part, *near, attn_mask=mask, scale=scale)
+            parts = (tensor.split(at_once) for tensor in (rows, mask, queries, attended))
+            for of_rows, of_mask, of_queries, result in zip(*parts, strict=True):
+                picked = of_rows.flatten()
+                near = (
+                    torch.index_select(held, 0, picked, out=room[: len(picked)]).view(len(of_rows), 1, keys, head_dim)
+                    for held, room in zip((key, value), gathered, strict=True)
+                )
+                of_mask = of_mask.expand(-1, -1, of_queries.shape[2], -1)
+                result.copy_(scaled_dot_product_attention(of_queries, *near, attn_mask=of_mask, scale=scale))
             out[sample, shape.queries, head] = attended.flatten(0, 2)
 
 
