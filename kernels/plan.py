@@ -290,6 +290,15 @@ class JointSequence:
         """`inverse[r]` is the position in group order of image token r."""
         return self.grouping.inverse
 
+    @property
+    def forming(self) -> float:
+        """What forming the means costs, as query-key pairs, of one head; density leaves it out.
+
+        At each level every key and every value is added up once. That is two operations a token and channel, and a pair
+        takes four a channel.
+        """
+        return len(self.summaries.blocks) * self.image_tokens / 2
+
     def tensors(self, device: torch.device | str) -> PlanTensors:
         """Index tensors on a device, moved once."""
         import torch

@@ -122,6 +122,55 @@ def computed_text(computed: Sequence[str], skipped: str, layers: int) -> str:
     )
 
 
+def over_steps_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which steps were references where attention was carried over steps, a line for each picture or video.
+
+    For example `over steps: 6 reference steps of 20 (1, 3, 6, 10, 14, 18), attention carried to the others; kept 0.5
+    GiB`.
+    """
+    lines = [(made["seed"], over_steps_text(made)) for made in reports]
+    prefixes = {seed: f"seed {seed}: " if len(reports) > 1 else "" for seed, _ in lines}
+    return [f"{prefixes[seed]}over steps: {text}" for seed, text in lines if text]
+
+
+def over_steps_text(report: Mapping[str, Any]) -> str | None:
+    """Which steps of a run or plan are references, in a line, or of a picture in several stages in one for each; None
+    where attention is not carried over steps."""
+    parts = _parts_with("over_steps", report)
+    return "; ".join(f"{size}{over_steps_summary(part['over_steps'])}" for size, part in parts) or None
+
+
+def over_steps_summary(told: Mapping[str, Any]) -> str:
+    """Of the plain data of `estimates.over_steps`."""
+    from grat_cli.console.output import bytes_text
+
+    groups = {group["kind"]: group for group in told["steps"]}
+    total = sum(group["count"] for group in groups.values())
+    counts = [
+        f"{group['count']} {kind} step{'' if group['count'] == 1 else 's'}{f' of {total}' if kind == first else ''} "
+        f"({_counted_from_one(group['steps'])})"
+        for kind, group in groups.items()
+        if kind != "carried"
+        for first in [next(iter(groups))]
+    ]
+    layers = "" if told["layers"] is None else f" of layers {told['layers']}"
+    carried = [f"attention{layers} carried to the others"] if "carried" in groups else []
+    kept, foretold = told.get("kept_bytes"), told.get("foretold_bytes")
+    texts = [", ".join(counts + carried)]
+    if kept is not None:
+        texts.append(f"kept {bytes_text(kept)}" + ("" if foretold is None else f" ({bytes_text(foretold)} foretold)"))
+    elif foretold is not None:
+        texts.append(f"keeps {bytes_text(foretold)}")
+    return "; ".join(text for text in texts if text)
+
+
+def work_text(parts: Mapping[str, float]) -> str:
+    """Attention work by part, such as `pairs 0.0321, text rows 0.0467, selection 0.0081; forming of means 0.0012`."""
+    names = {"pairs": "pairs", "text": "text rows", "selection": "selection"}
+    counted = ", ".join(f"{name} {parts[part]:.4f}" for part, name in names.items() if parts[part] or part == "pairs")
+    return f"{counted}; forming of means {parts['forming']:.4f} besides" if parts["forming"] >= 5e-5 else counted
+
+
 def _counted_from_one(steps: str) -> str:
     return re.sub(r"\d+", lambda number: str(int(number.group()) + 1), steps)
 
