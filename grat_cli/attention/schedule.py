@@ -52,7 +52,7 @@ def kind_of_step(carried: Iterable[bool]) -> StepKind | None:
 
 
 class Parts(NamedTuple):
-    """Attention work of a run by part, each over all pairs of the joint sequence; the first three add up to its
+    """Attention work by part, each over all pairs of the joint sequence; the first three add up to its
     density.
 
     Attributes:
@@ -66,6 +66,11 @@ class Parts(NamedTuple):
     text: float
     selection: float
     forming: float
+
+    @classmethod
+    def of(cls, plan: Plan | HeadPlan) -> Parts:
+        """The work of a plan, mean over its heads."""
+        return cls(*(part / plan.tokens**2 for part in (*plan.work, plan.forming)))
 
 
 class Carried(NamedTuple):
@@ -331,9 +336,7 @@ class AttentionSchedule:
         """The run's attention work by part, mean over steps, layers and heads."""
         calls = np.ndindex(self.steps, self.layers)
         computed = Counter(plan for step, layer in calls for plan in self._computed(step, layer))
-        total = np.zeros(len(Parts._fields))
-        for plan, count in computed.items():
-            total += count * np.array([*plan.work, plan.forming]) / plan.tokens**2
+        total = np.sum([np.multiply(count, Parts.of(plan)) for plan, count in computed.items()], axis=0)
         return Parts(*(total / (self.steps * self.layers)).tolist())
 
     def kind_of_step(self, step: int) -> StepKind | None:

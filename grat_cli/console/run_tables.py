@@ -15,7 +15,8 @@ _STEPS_SHOWN_WHOLE = 4
 
 
 def timing_table(report: Mapping[str, Any]) -> RenderableType:
-    """Steps of a report for people, the sum last; of many steps the first, the median and the last.
+    """Steps of a report for people, the sum last; of many steps the first, the median and the last, or where attention
+    is carried over steps the median of each kind.
 
     Of a picture in several stages, the sum of each stage in their place.
     """
@@ -171,6 +172,23 @@ def work_text(parts: Mapping[str, float]) -> str:
     return f"{counted}; forming of means {parts['forming']:.4f} besides" if parts["forming"] >= 5e-5 else counted
 
 
+def step_text(computed: Sequence[str], skipped: str | None, kind: str | None, layers: int) -> str:
+    """What a step was, and what of it was computed, for people, such as `reference` or `layer 0 computed, the rest
+    reused`.
+
+    Args:
+        computed: as for `computed_text`.
+        skipped: what a cache makes of layers; None without one.
+        kind: a `StepKind` where attention is carried over steps, else None.
+        layers: how many there are.
+    """
+    if skipped is None and kind in ("reference", "carried"):
+        return kind
+    others = [skipped, kind and "carried"]
+    text = computed_text(computed, " or ".join(word for word in others if word), layers)
+    return f"{kind}: {text}" if kind else text
+
+
 def _counted_from_one(steps: str) -> str:
     return re.sub(r"\d+", lambda number: str(int(number.group()) + 1), steps)
 
@@ -257,7 +275,13 @@ def _sum(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _telling_steps(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     if len(steps) <= _STEPS_SHOWN_WHOLE:
-        return [(str(step["index"] + 1), step) for step in steps]
-    # The step of median length, not medians column by column: its parts belong together.
-    median = sorted(steps, key=lambda step: step["total_ms"])[len(steps) // 2]
-    return [("first", steps[0]), ("median", median), ("last", steps[-1])]
+        return [(f"{step['index'] + 1} {step.get('over_steps') or ''}".rstrip(), step) for step in steps]
+    kinds = dict.fromkeys(kind for step in steps if (kind := step.get("over_steps")))
+    if kinds:
+        return [(kind, _median([step for step in steps if step.get("over_steps") == kind])) for kind in kinds]
+    return [("first", steps[0]), ("median", _median(steps)), ("last", steps[-1])]
+
+
+def _median(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The step of median length, not medians column by column: its parts belong together."""
+    return sorted(steps, key=lambda step: step["total_ms"])[len(steps) // 2]
