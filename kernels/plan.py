@@ -292,6 +292,15 @@ class JointSequence:
         """`inverse[r]` is the position in group order of image token r."""
         return self.grouping.inverse
 
+    @property
+    def forming(self) -> float:
+        """What forming the means costs, as query-key pairs, of one head; density leaves it out.
+
+        At each level every key and every value is added up once. That is two operations a token and channel, and a pair
+        takes four a channel.
+        """
+        return len(self.summaries.blocks) * self.image_tokens / 2
+
     def tensors(self, device: torch.device | str) -> PlanTensors:
         """Index tensors on a device, moved once."""
         import torch
@@ -357,13 +366,16 @@ class Plan(JointSequence):
     def work(self) -> Work:
         """The same by part."""
         keys = self.span_lists.keys
-        pairs = {True: 0, False: 0}
+        image = text = 0
         for run in self.query_runs:
-            pairs[self.image_start <= run.start < self.image_stop] += run.length * int(keys[run.span_list])
+            # Full attention has one run over image and text.
+            inside = min(run.start + run.length, self.image_stop) - max(run.start, self.image_start)
+            image += max(0, inside) * int(keys[run.span_list])
+            text += (run.length - max(0, inside)) * int(keys[run.span_list])
         if self.candidates is None:
-            return Work(pairs[True], pairs[False], 0.0)
+            return Work(image, text, 0.0)
         chosen = int(self.group_sizes @ self.candidates.slots)
-        return Work(pairs[True] + chosen, pairs[False], self.candidates.selection_pairs)
+        return Work(image + chosen, text, self.candidates.selection_pairs)
 
     @cached_property
     def group_sizes(self) -> IntArray:

@@ -23,10 +23,11 @@ import torch
 
 from grat_cli.attention.clock import CallCounter
 from grat_cli.attention.keeping import Kept, kept
+from grat_cli.attention.schedule import kind_of_step
 
 if TYPE_CHECKING:
     from grat_cli.attention.clock import PipelineClock
-    from grat_cli.attention.schedule import AttentionSchedule, Carried
+    from grat_cli.attention.schedule import AttentionSchedule, Carried, StepKind
     from grat_kernels import HeadPlan, Plan
 
 # Shape, dtype and device of each input.
@@ -99,6 +100,8 @@ class Carrying:
         self._step, self._transformer = -1, -1
         self._transformers = 0
         self.kept_bytes = self.most_kept_bytes = 0
+        # Of each step, whether each layer that was called was carried to it.
+        self._is_carried: dict[int, dict[_Place, bool]] = {}
 
     def of_transformer(self, layers: int) -> CarriedLayers:
         """What serves one more transformer, with so many layers."""
@@ -124,6 +127,7 @@ class Carrying:
         if at.begins_run:
             self.forget()
             self.most_kept_bytes = 0
+            self._is_carried.clear()
             self._begun()
         elif transformer != self._transformer and at.step > self._step:
             # One takes over from another for the rest of the run.
@@ -134,9 +138,14 @@ class Carrying:
 
     def carried(self, place: _Place, step: int, rule: Carried, form: Form) -> Any:
         """What a layer's kept output makes at a step; None where it is a reference or nothing is kept."""
-        if rule.is_reference or (output := self._outputs.get(place)) is None or output.form != form:
-            return None
-        return output.at(step, rule.slope)
+        output = self._outputs.get(place)
+        is_carried = not rule.is_reference and output is not None and output.form == form
+        self._is_carried.setdefault(step, {})[place] = is_carried
+        return output.at(step, rule.slope) if is_carried and output is not None else None
+
+    def kind_of_step(self, step: int) -> StepKind | None:
+        """What a step was; None where no layer that is carried over steps was called."""
+        return kind_of_step(self._is_carried.get(step, {}).values())
 
     def fetch(self, place: _Place) -> None:
         """Sets out what is kept of a layer."""

@@ -79,6 +79,7 @@ def _facts(found: Mapping[str, Any], preset: Preset) -> dict[str, str]:
         "guard": (run_tables.guard_text(found) or "").removeprefix("guard ") or None,
         "went wider": run_tables.widenings_text(found),
         "cache": (run_tables.cache_text(found) or "").removeprefix("cache ") or None,
+        "over steps": run_tables.over_steps_text(found),
         "steps": _steps(found),
         "guidance": None if sampling["guidance"] is None else f"{sampling['guidance']:g}",
         "time shift": f"{sampling['shift']:.3g}",

@@ -255,6 +255,7 @@ def _time(seconds: float) -> str:
 
 def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     from grat_cli.console.pattern import NOT_ATTENDED, marks
+    from grat_cli.console.run_tables import over_steps_summary, work_text
     from grat_cli.models.video_size import VideoSize
 
     schedule, main = result.schedule, result.main_plan
@@ -290,6 +291,12 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
             else f"{len(shares)} patterns, densities {min(densities):.4f} to {max(densities):.4f}"
         )
         facts["schedule"] = f"{schedule.steps} steps, {schedule.layers} layers, {schedule.heads} heads: {what}"
+    if over_steps := result.over_steps:
+        kept = result.kept()
+        where = ", ".join(name for name, count in (("on the device", kept.device), ("in main memory", kept.host)) if count)
+        facts["over steps"] = f"{over_steps_summary(over_steps)} {where}".rstrip()
+    if over_steps or schedule.parts.selection:
+        facts["work"] = work_text(schedule.parts._asdict())
     if len(stages) > 1:
         facts["stages"] = "\n".join(map(_stage_text, stages)) + "\n(figures above are of the last one)"
     return facts

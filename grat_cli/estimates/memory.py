@@ -15,6 +15,7 @@ from typing import Literal
 from grat_cli.families.autoencoders import Coding, Pixels
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerCall, TransformerShape
 from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
+from grat_cli.presets.over_steps import Keep
 from grat_cli.presets.schema import chunk_for
 from grat_kernels import Plan
 
@@ -59,6 +60,7 @@ class Execution:
         autoencoder_dtype: where it differs.
         text_dtype: likewise.
         threads: of a CPU.
+        keep: where attention that is carried over steps is kept; None for where the preset says.
     """
 
     dtype: str = "bfloat16"
@@ -72,6 +74,7 @@ class Execution:
     autoencoder_dtype: str | None = None
     text_dtype: str | None = None
     threads: int = 1
+    keep: Keep | None = None
 
     @property
     def element(self) -> int:
@@ -153,6 +156,7 @@ def run_memory(
     encodes: bool = False,
     lets_go: bool = False,
     cache: Cache | None = None,
+    kept: float = 0.0,
 ) -> RunMemory:
     """What a run needs, or one stage of a run over several sizes.
 
@@ -165,17 +169,18 @@ def run_memory(
         encodes: whether the stage begins with a picture, which is encoded.
         lets_go: whether parts are let go of once the run is done with them, where they are not offloaded.
         cache: what keeps attention or blocks from step to step.
+        kept: bytes on the device where attention is carried over steps.
     """
     weights = component_weights(components, execution)
     decoding = _peak_of(components.autoencoder.decode_moments(size, execution.coding))
-    denoising = _peak_of(denoise_moments(components, list(plans), execution, guided_twice, cache))
+    activations, moment = _peak_of(denoise_moments(components, list(plans), execution, guided_twice, cache))
     saving = _peak_of(save_moments(size, execution))
     resident = _resident(weights, components, execution, lets_go)
     phases = [PhaseMemory("text", resident["text"], *_peak_of(_text_moments(components, execution)))]
     if encodes:
         encoding = _peak_of(components.autoencoder.encode_moments(size, execution.coding))
         phases.append(PhaseMemory("encode", resident["autoencoder"], *encoding))
-    phases.append(PhaseMemory("denoise", resident["denoise"], *denoising))
+    phases.append(PhaseMemory("denoise", resident["denoise"], activations + kept, moment))
     phases.append(PhaseMemory("decode", resident["decode"], *decoding))
     if execution.on_cpu:
         phases.append(PhaseMemory("save", resident["decode"], *saving))

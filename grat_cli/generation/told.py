@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from grat_cli.attention.schedule import STEP_KINDS, StepKind
 from grat_cli.files import videos
 from grat_cli.files.prompts import LARGEST_SEED
 from grat_cli.models.lora import MOST_LORAS
@@ -91,6 +92,23 @@ class ToldCache(Told):
     steps: Annotated[tuple[ToldAlike, ...], Field(max_length=MOST_STEPS)]
 
 
+class ToldOfKind(Told):
+    """Steps of a kind, where attention is carried over steps."""
+
+    kind: StepKind
+    steps: Ranges
+    count: Count
+
+
+class ToldOverSteps(Told):
+    """What was carried over the steps of a run or stage."""
+
+    steps: Annotated[tuple[ToldOfKind, ...], Field(max_length=len(STEP_KINDS))]
+    layers: Ranges | None
+    kept_bytes: Bytes | None = None
+    foretold_bytes: Bytes | None = None
+
+
 class ToldStage(Told):
     """A stage that is done or under way."""
 
@@ -101,6 +119,7 @@ class ToldStage(Told):
     density: Number
     guard: ToldGuard | None = None
     cache: ToldCache | None = None
+    over_steps: ToldOverSteps | None = None
 
 
 class ToldStep(Told):
@@ -111,6 +130,7 @@ class ToldStep(Told):
     attention_ms: Time
     density: Number
     stage: Annotated[int, Field(ge=0, le=MOST_STAGES)] = 0
+    over_steps: StepKind | None = None
 
 
 class ToldSampling(Told):
@@ -193,6 +213,7 @@ class ShownReport(Told):
     ideal_speedup: Number | None
     guard: ToldGuard | None = None
     cache: ToldCache | None = None
+    over_steps: ToldOverSteps | None = None
     backend: ToldBackend
     device: ToldDevice
     versions: ToldVersions
@@ -263,5 +284,6 @@ class KeptReport(Told):
     density: Number
     guard: ToldGuard | None
     cache: ToldCache | None = None
+    over_steps: ToldOverSteps | None = None
     peak_memory_kind: Line
     pictures: Annotated[tuple[KeptPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()
