@@ -277,7 +277,8 @@ def _carrying(installation: Installation) -> AbstractContextManager[Carrying]:
     """What carries attention over steps."""
     from grat_cli.attention.carrying import Carrying
 
-    return Carrying(installation.clock, _begun(installation)).served()
+    guard = installation.guard
+    return Carrying(installation.clock, _begun(installation), guard and guard.compared).served()
 
 
 def _begun(installation: Installation) -> Callable[[], None]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from grat_cli.attention.schedule import AttentionSchedule, Carried
     from grat_kernels import HeadPlan, Plan
 
+_FURTHEST = 1e6  # that is told
+
 # Shape, dtype and device of each input.
 Form: TypeAlias = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 
@@ -87,14 +89,21 @@ class Carrying:
         most_kept_bytes: the most that it has been.
     """
 
-    def __init__(self, clock: PipelineClock, begun: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        clock: PipelineClock,
+        begun: Callable[[], None] = lambda: None,
+        compared: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
         """Keeps nothing yet.
 
         Args:
             clock: of the pipeline.
             begun: called when a run begins.
+            compared: told at references of each layer how far what would have been carried to it is from what was
+                computed, as a share of that, a number on the device; None where nobody asks.
         """
-        self._counter, self._begun = CallCounter(clock), begun
+        self._counter, self._begun, self._compared = CallCounter(clock), begun, compared
         self._outputs: dict[_Place, _Output] = {}
         self._step, self._transformer = -1, -1
         self._transformers = 0
@@ -143,7 +152,17 @@ class Carrying:
         if (output := self._outputs.get(place)) is not None:
             output.fetch()
 
-    def keep(self, place: _Place, step: int, rule: Carried, form: Form, output: Any, *, copies: bool = False) -> None:
+    def keep(
+        self,
+        place: _Place,
+        step: int,
+        rule: Carried,
+        form: Form,
+        output: Any,
+        *,
+        whole: torch.Tensor | None = None,
+        copies: bool = False,
+    ) -> None:
         """Keeps what was computed of a layer at a step.
 
         Args:
@@ -152,6 +171,7 @@ class Carrying:
             rule: how it is carried on.
             form: of what it was computed from.
             output: a tensor, or a tuple of them.
+            whole: what the output is a part of; None where it is all.
             copies: whether the caller may change the output where it is.
         """
         before = self._outputs.get(place)
@@ -161,7 +181,10 @@ class Carrying:
         if not rule.is_kept:
             self._drop(place)
             return
-        parts = [output] if isinstance(output, torch.Tensor) else list(output)
+        parts = _parts(output)
+        if before is not None and self._compared is not None:
+            carried = _parts(before.at(step, rule.slope))
+            self._compared(place.layer, _distance(carried, parts, parts if whole is None else [whole]))
         slope = None
         if before is not None and rule.extrapolates:
             slopes = [
@@ -182,6 +205,23 @@ class Carrying:
     def _drop(self, place: _Place) -> None:
         if (dropped := self._outputs.pop(place, None)) is not None:
             self.kept_bytes -= dropped.nbytes
+
+
+def _parts(output: Any) -> list[torch.Tensor]:
+    return [output] if isinstance(output, torch.Tensor) else list(output)
+
+
+def _distance(carried: list[torch.Tensor], computed: list[torch.Tensor], whole: list[torch.Tensor]) -> torch.Tensor:
+    """||carried - computed|| / ||whole||, a number on the device."""
+    apart = _norm([one - other for one, other in zip(carried, computed, strict=True)])
+    norm = _norm(whole)
+    # Outputs of zero have no error to speak of.
+    return (apart / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(_FURTHEST)
+
+
+def _norm(parts: list[torch.Tensor]) -> torch.Tensor:
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 class CarriedLayers:
@@ -269,10 +309,10 @@ class CarriedLayer:
             self._carrying.fetch(self.following)
         return made
 
-    def keep(self, form: Form, output: Any, *, copies: bool = False) -> None:
+    def keep(self, form: Form, output: Any, *, whole: torch.Tensor | None = None, copies: bool = False) -> None:
         """Keeps what was computed; see `Carrying.keep`."""
         assert self.rule is not None
-        self._carrying.keep(self.place, self.step, self.rule, form, output, copies=copies)
+        self._carrying.keep(self.place, self.step, self.rule, form, output, whole=whole, copies=copies)
 
     def attention(
         self,
@@ -303,7 +343,7 @@ class CarriedLayer:
             return compute(rule.base) + carried
         made = compute(plan)
         if rule.is_kept:
-            self.keep(form, made - compute(rule.base))
+            self.keep(form, made - compute(rule.base), whole=made)
         return made
 
 
