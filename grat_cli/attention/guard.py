@@ -281,7 +281,7 @@ class RecallGuard:
             kept = fmean(of_layer.values())
             if self._least_carried is None or kept < self._least_carried[2]:
                 self._least_carried = measured_step, section, kept
-            if kept >= self.bar or any(one.section == section and one.step > measured_step for one in self._doublings):
+            if kept >= self.bar or any(one.section == section and one.step >= measured_step for one in self._doublings):
                 continue
             references = in_the_middle(self._widened(schedule).references(section), schedule.steps, step)
             if references:

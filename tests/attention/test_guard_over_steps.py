@@ -34,7 +34,7 @@ LAYERS, STEPS = tiny_flux.LAYERS, 12
 LOOKS = 1e-6  # a bar that everything is above
 FAR = {"radius": 0, "far": [{"beyond": 0, "block": [2, 2]}]}
 REFERENCES = [0, 1, 5, 9]
-EXTRAPOLATED = {"reference": REFERENCES, "between": "extrapolate", "slope": 0.8}
+EXTRAPOLATED = {"reference": REFERENCES, "between": "extrapolate", "slope": 0.2}
 RESIDUAL = {
     "reference": REFERENCES,
     "between": "residual",
@@ -173,11 +173,14 @@ def test_references_come_twice_as_often_two_steps_after_one_that_was_missed(monk
 def test_again_if_it_stays_low_until_every_step_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = schedule([0, 8, 16], steps=32)
     guard, computed = driven(Script(dict.fromkeys(range(1, 32), 0.5)), plain, monkeypatch)
-    # Figures of step 16, still of the gaps before the decision at 18, do not count twice.
-    assert doublings(guard) == [(10, 8, [12, 24]), (14, 12, [15, 20, 28]), (17, 15, [18, 22, 26, 30])] + [
-        (20, 18, [21, 23, 25, 27, 29, 31])
+    # Steps 14 and 18 become references in the moment of the decision; what they say is not waited for.
+    assert doublings(guard) == [
+        (10, 8, [12, 24]),
+        (14, 12, [14, 20, 28]),
+        (18, 16, [18, 22, 26, 30]),
+        (22, 20, [23, 25, 27, 29, 31]),
     ]
-    assert set(range(20, 32)) <= set(computed)
+    assert computed == [0, 8, 12, 14, 16, 18, 20, *range(22, 32)]
     guard, _ = driven(Script(dict.fromkeys(range(1, 32), 0.5)), schedule(1, steps=32), monkeypatch)
     assert doublings(guard) == []
 
@@ -302,7 +305,7 @@ def test_what_is_told_is_how_far_off_the_formula_is(arguments: dict[str, Any]) -
         kept = []
         for of_layer in zip(*(outputs.of_step[at] for at in (step, before, first)), strict=True):
             made, last, earlier = (one.double() for one in of_layer)
-            carried = last + 0.8 * (step - before) / max(before - first, 1) * (last - earlier)
+            carried = last + 0.2 * (step - before) / max(before - first, 1) * (last - earlier)
             kept.append(1 - ((carried - made).norm() / made.norm()).item())
         calls = len(kept) // LAYERS
         found[step] = np.reshape(kept, (calls, LAYERS)).min(0).mean()
@@ -336,7 +339,6 @@ def test_looking_changes_nothing(section: Any) -> None:
 @pytest.mark.parametrize("arguments", [{}, GUIDED, {"batch": 2}], ids=["plain", "guided", "batch"])
 def test_it_does_what_a_preset_with_these_references_does(arguments: dict[str, Any]) -> None:
     """Full attention, so that nothing goes wider besides."""
-    full = {"variant": "full"}
 
     def made(section: Any, bar: float | None) -> Any:
         pipe = tiny_flux.pipeline()
@@ -348,14 +350,13 @@ def test_it_does_what_a_preset_with_these_references_does(arguments: dict[str, A
     result, installation = made(EXTRAPOLATED, 1.0)
     said = installation.guard.report()
     assert said["lowest"] is None
-    assert [(one["step"], one["measured_step"]) for one in said["doubled"]][0] == (1 + DELAY_STEPS, 1)
+    assert (said["doubled"][0]["step"], said["doubled"][0]["measured_step"]) == (1 + DELAY_STEPS, 1)
     references = sorted({*REFERENCES, *(step for one in said["doubled"] for step in one["references"])})
     assert len(references) > len(REFERENCES)
     assert list(installation.last_schedule.references(0)) == references
     expected, plain = made(EXTRAPOLATED | {"reference": references}, None)
     assert torch.equal(result, expected)
     assert installation.last_schedule.density == plain.last_schedule.density == len(references) / STEPS
-    assert full
 
 
 def test_a_second_call_of_the_pipeline_starts_anew() -> None:
@@ -399,23 +400,6 @@ def test_the_denoising_loop_reads_nothing_but_what_arrived(monkeypatch: pytest.M
     computed = installation.last_schedule.references(0)
     assert read == [step + DELAY_STEPS - 1 for step in computed if step + DELAY_STEPS < STEPS]
     assert len(computed) > len(REFERENCES)
-
-
-def test_in_compiled_blocks_it_decides_alike() -> None:
-    pipe = tiny_flux.pipeline()
-
-    def made() -> tuple[torch.Tensor, Any]:
-        with grat_cli.install(pipe, chosen(EXTRAPOLATED), height=HEIGHT, width=WIDTH, guard=0.9) as installation:
-            latents = call(pipe, num_inference_steps=STEPS)
-        assert installation.guard
-        return latents, installation.guard
-
-    made()
-    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True, dynamic=True)
-    _, compiled = made()
-    torch._dynamo.reset()
-    # What is carried there is attention before its projection, so figures are others, but of one size.
-    assert compiled.report()["least_carried"]["kept"] > 0
 
 
 # What is told.
