@@ -212,13 +212,16 @@ class AttentionSchedule:
                     f"{name} of preset {preset.name} {error}: change its reference, or take it out"
                 ) from error
 
-    def widened(self, widths: IntArray) -> AttentionSchedule:
-        """This schedule with layers wider at some steps; it stays as it is itself.
+    def widened(self, widths: IntArray, references: npt.NDArray[np.bool_] | None = None) -> AttentionSchedule:
+        """This schedule with layers wider at some steps, and more references; it stays as it is itself.
 
         Args:
             widths: a `Width` for every step and layer, `[steps, layers]`.
+            references: which steps are references besides, `[steps, sections]`; None for no more.
         """
         other = copy(self)
+        if references is not None:
+            other._is_reference = self._is_reference | references
         for name in ("shares", "parts", "_carried"):  # those of the layout before
             other.__dict__.pop(name, None)
         other._lay_out(widths)
@@ -269,6 +272,19 @@ class AttentionSchedule:
     def is_over_steps(self) -> bool:
         """Whether any layer is carried over steps."""
         return bool(self.layers_over_steps)
+
+    @property
+    def sections(self) -> int:
+        """How many sections of `over_steps` there are."""
+        return len(self._sections)
+
+    def section_of(self, layer: int) -> int | None:
+        """By which of them a layer is carried, counted from 0; None for one that is computed at every step."""
+        return self._section_of_layer[layer]
+
+    def references(self, section: int) -> tuple[int, ...]:
+        """The steps that are references of a section, in order."""
+        return tuple(np.flatnonzero(self._is_reference[:, section]).tolist())
 
     def carried(self, step: int, layer: int) -> Carried | None:
         """How a layer is carried over steps, at one of them; None for one that is computed at every step."""

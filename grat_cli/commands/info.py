@@ -78,6 +78,7 @@ def _facts(found: Mapping[str, Any], preset: Preset) -> dict[str, str]:
         "density": _density(found),
         "guard": (run_tables.guard_text(found) or "").removeprefix("guard ") or None,
         "went wider": run_tables.widenings_text(found),
+        "references": run_tables.references_text(found),
         "cache": (run_tables.cache_text(found) or "").removeprefix("cache ") or None,
         "over steps": run_tables.over_steps_text(found),
         "steps": _steps(found),

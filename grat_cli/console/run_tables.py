@@ -49,7 +49,8 @@ def phases_line(report: Mapping[str, Any]) -> str:
 def guard_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the guard did, a line for each picture or video that was made with one.
 
-    For example `guard 0.9: 7 of 12 layers went wider from step 3 on, 4 of them to full; density 0.172 became 0.493`.
+    For example `guard 0.9: 7 of 12 layers went wider from step 3 on, 4 of them to full; density 0.172 became 0.493`,
+    and of attention that is carried over steps `references came twice as often from step 8 on`.
     """
     lines = [(made["seed"], guard_text(made)) for made in reports]
     prefixes = {seed: f"seed {seed}: " if len(reports) > 1 else "" for seed, _ in lines}
@@ -214,22 +215,49 @@ def _parts_with(section: str, report: Mapping[str, Any]) -> list[tuple[str, Mapp
     return [(f"{stage['width']}x{stage['height']} ", stage) for stage in stages if stage.get(section)]
 
 
+def references_text(report: Mapping[str, Any]) -> str | None:
+    """Which steps the guard made references when, such as `step 8: also 8, 11, 15`; None where it made none."""
+    texts = []
+    for size, part in _parts_with("guard", report):
+        doubled = part["guard"].get("doubled", ())
+        several = len({one["section"] for one in doubled}) > 1
+        for one in doubled:
+            steps = ranges_text([step + 1 for step in one["references"]])
+            texts.append(
+                f"{size}step {one['step'] + 1}: also {steps}" + several * f" of over_steps {one['section'] + 1}"
+            )
+    return "; ".join(texts) or None
+
+
 def _guard_summary(part: Mapping[str, Any]) -> str:
     guard = part["guard"]
-    lowest, widened = guard["lowest"], guard["widened"]
-    if lowest is None:
+    lowest, widened, doubled = guard["lowest"], guard["widened"], guard.get("doubled", ())
+    carried = guard.get("least_carried")
+    texts = []
+    if lowest is not None:
+        least = f"{lowest['kept']:.2f} in layer {lowest['layer']} at step {lowest['step'] + 1}"
+        texts.append(_widened_summary(guard, least) if widened else f"no layer went wider, the least kept was {least}")
+    elif carried is None:
         return "all attention was full" if guard["planned_density"] == 1 else "too few steps to judge any layer"
-    least = f"{lowest['kept']:.2f} in layer {lowest['layer']} at step {lowest['step'] + 1}"
-    if not widened:
-        return f"no layer went wider, the least kept was {least}"
-    layers = {one["layer"] for one in widened}
-    full = {one["layer"] for one in widened if one["to"] == "full"}
+    if carried is not None:
+        least = f"{carried['kept']:.2f} to step {carried['step'] + 1}"
+        if doubled:
+            times = f", {len(doubled)} times over" if len(doubled) > 1 else ""
+            first = min(one["step"] for one in doubled) + 1
+            texts.append(f"references came twice as often from step {first} on{times} (least carried {least})")
+        else:
+            texts.append(f"references stayed as they were, the least carried was {least}")
+    if widened or doubled:
+        texts.append(f"density {guard['planned_density']:.3f} became {part['density']:.3f}")
+    return "; ".join(texts)
+
+
+def _widened_summary(guard: Mapping[str, Any], least: str) -> str:
+    layers = {one["layer"] for one in guard["widened"]}
+    full = {one["layer"] for one in guard["widened"] if one["to"] == "full"}
     to_full = f", {len(full)} of them to full" if full else ""
-    first = min(one["step"] for one in widened) + 1
-    return (
-        f"{len(layers)} of {guard['layers']} layers went wider from step {first} on{to_full} (least kept {least}); "
-        f"density {guard['planned_density']:.3f} became {part['density']:.3f}"
-    )
+    first = min(one["step"] for one in guard["widened"]) + 1
+    return f"{len(layers)} of {guard['layers']} layers went wider from step {first} on{to_full} (least kept {least})"
 
 
 def ranges_text(numbers: Sequence[int]) -> str:

@@ -58,6 +58,22 @@ class ToldWidening(Told):
     to: Line
 
 
+class ToldCarried(Told):
+    """The reference to which layers would have carried least, and how much of what was computed then."""
+
+    step: Count
+    section: Count
+    kept: Number
+
+
+class ToldDoubling(Told):
+    """References that came twice as often under the guard."""
+
+    step: Count
+    section: Count
+    references: Annotated[tuple[Count, ...], Field(max_length=MOST_STEPS)]
+
+
 class ToldGuard(Told):
     """What the guard of a run or stage did."""
 
@@ -66,11 +82,15 @@ class ToldGuard(Told):
     planned_density: Number | None
     lowest: ToldLowest | None
     widened: Annotated[tuple[ToldWidening, ...], Field(max_length=MOST_STEPS)]
+    least_carried: ToldCarried | None = None
+    doubled: Annotated[tuple[ToldDoubling, ...], Field(max_length=MOST_STEPS)] = ()
 
     @model_validator(mode="after")
     def _check_wholeness(self) -> ToldGuard:
-        if self.lowest is not None and self.planned_density is None:
+        if (self.lowest or self.least_carried) is not None and self.planned_density is None:
             raise ValueError("a guard that judged layers knows the density that was planned")
+        if self.doubled and self.least_carried is None:
+            raise ValueError("a guard that made references come more often knows why")
         return self
 
 
