@@ -97,6 +97,7 @@ class Forecast:
             "steps": self.schedule.steps,
             "layers": self.schedule.layers,
             "density": self.schedule.density,
+            "density_by_part": self.schedule.density_by_part._asdict(),
             "ideal_speedup": self.schedule.ideal_speedup,
             "tile": _TILE,
             "tile_efficiency": plan.tile_efficiency(_TILE, _TILE),
