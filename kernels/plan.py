@@ -409,11 +409,10 @@ class Plan(JointSequence):
 
     @cached_property
     def reach(self) -> float:
-        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly.
-
-        Where groups choose by content this is the reach of what they attend in any case, which need not choose.
-        """
+        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly, or may choose
+        to."""
         grouping, coordinates = self.grouping, self.grouping.coordinates
+        chosen = self.candidates is not None and self.candidates.choice.exact > 0
         squares = []
         for extent, size in zip(grouping.grid.shape, grouping.group, strict=True):
             first = np.arange(0, extent, size, dtype=np.int64)
@@ -422,7 +421,8 @@ class Plan(JointSequence):
             squares.append(np.maximum(span, span.T) ** 2)
         farthest = 0
         for queries in _stretches(len(coordinates)):
-            exact = self.pattern.levels(coordinates[queries], coordinates, grouping.counts) == 0
+            levels = self.pattern.levels(coordinates[queries], coordinates, grouping.counts)
+            exact = levels >= 0 if chosen else levels == 0
             # Groups per axis: [Q, counts of axis 0, counts of axis 1, ...], from [Q, counts of one axis] each.
             distance = np.zeros((exact.shape[0], *[1] * grouping.grid.axes), np.int64)
             for axis, square in enumerate(squares):

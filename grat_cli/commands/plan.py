@@ -264,7 +264,10 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     full, planned = result.full_flop_per_step, result.planned_flop_per_step
     unit, scale = ("PFLOP", 1e15) if full >= 1e15 else ("TFLOP", 1e12) if full >= 1e12 else ("GFLOP", 1e9)
     everything = bool((marks(main) != NOT_ATTENDED).all())
-    beyond = ", all beyond through means" if main.pattern.far_levels and everything else ""
+    if main.pattern.choice and main.pattern.choice.exact:
+        beyond = " by content"
+    else:
+        beyond = ", all beyond through means" if main.pattern.far_levels and everything else ""
     facts = {
         "preset": result.preset.name,
         "attention": result.preset.attention.summary,
