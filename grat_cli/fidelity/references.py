@@ -75,10 +75,15 @@ class Outputs:
         earlier, latest = last_two(references, self.steps)
         return self.losses(slopes)[earlier + 1, latest, np.arange(self.steps)]
 
-    def best_slopes(self, references: Sequence[int], stretches: Sequence[range], steepest: float = STEEPEST) -> Floats:
-        """The slope of each stretch of steps with which a run loses least, `[stretches]`, from 0 to `steepest`.
+    def best_slopes(
+        self, references: Sequence[int], stretches: Sequence[range], otherwise: Sequence[float]
+    ) -> tuple[float, ...]:
+        """The slope of each stretch of steps with which a run loses least, from 0 to `STEEPEST`.
 
-        Where nothing in a stretch is extrapolated it is 0.
+        Args:
+            references: of the run.
+            stretches: of steps.
+            otherwise: slopes of stretches in which nothing is extrapolated.
         """
         steps = np.arange(self.steps)
         i, j = last_two(references, self.steps)
@@ -88,11 +93,12 @@ class Outputs:
         step = own[j] + own[i] - 2 * self.gram[j, i]
         gain = self.weights * far * (along - self.error[j])
         curvature = self.weights * far**2 * (step + self.error[j] + self.error[i])
-        found = [
-            gain[list(stretch)].sum() / total if (total := curvature[list(stretch)].sum()) > 0 else 0.0
-            for stretch in stretches
-        ]
-        return np.clip(found, 0.0, steepest)
+        return tuple(
+            float(np.clip(gain[list(stretch)].sum() / total, 0.0, STEEPEST))
+            if (total := curvature[list(stretch)].sum()) > 0
+            else slope
+            for stretch, slope in zip(stretches, otherwise, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ def search(
             best[count] = References(steps, slopes, loss)
             if not fits:
                 break
-            slopes = tuple(np.round(outputs.best_slopes(steps, stretches), 2).tolist())
+            slopes = tuple(round(slope, 2) for slope in outputs.best_slopes(steps, stretches, start))
     return best
 
 
