@@ -34,7 +34,11 @@ _TINY = 1e-30  # a block of nothing but zeros has a logarithm
 
 
 def chosen_rows(
-    query: torch.Tensor, summaries: tuple[torch.Tensor, torch.Tensor], plan: Plan, scale: float
+    query: torch.Tensor,
+    summaries: tuple[torch.Tensor, torch.Tensor],
+    plan: Plan,
+    scale: float,
+    groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What each head and query group attends besides the spans of its list.
 
@@ -43,6 +47,7 @@ def chosen_rows(
         summaries: means of keys and values, `[B, R, H, D]` each.
         plan: with candidates.
         scale: factor on the scores.
+        groups: whose rows are wanted, numbers in token order `[n]` int64; all by default.
 
     Returns:
         `[B, H, groups, slots]` int32: a position in the joint sequence, or N + r for row r of the summaries, or
@@ -51,8 +56,11 @@ def chosen_rows(
     assert plan.candidates is not None
     tables = plan.cached(("choosing", query.device), lambda: _tables(plan, query.device))
     means = group_means(query, plan)
-    batch, heads = query.shape[0], query.shape[2]
-    of_head = batch * tables.starts.shape[0] * plan.candidates.list_of_group.size * plan.candidates.means * 4
+    if groups is not None:
+        means = means.index_select(2, groups)
+        tables = tables.of_groups(groups)
+    batch, heads, count, _ = means.shape
+    of_head = batch * tables.starts.shape[0] * count * plan.candidates.means * 4
     at_once = max(1, (_ON_CPU_BYTES if query.device.type == "cpu" else _HELD_BYTES) // of_head)
     rows = [
         _rows(_scores(means[:, part], [one[:, :, part] for one in summaries], tables, plan, scale), tables, plan)
@@ -109,6 +117,11 @@ class _Tables(NamedTuple):
     first_row: int
     exempt: torch.Tensor
     wanted: tuple[torch.Tensor, torch.Tensor]
+
+    def of_groups(self, groups: torch.Tensor) -> _Tables:
+        """Those of some groups, `[n]` int64."""
+        exact, told = (counts.index_select(0, groups) for counts in self.wanted)
+        return self._replace(exempt=self.exempt.index_select(0, groups), wanted=(exact, told))
 
 
 def _tables(plan: Plan, device: torch.device) -> _Tables:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from grat_cli.attention.layer import AttentionInputs
-from grat_cli.attention.recall import sample_positions
+from grat_cli.attention.recall import among, groups_of, sample_positions
 from grat_kernels import HeadPlan, Plan
+from grat_kernels.choosing import chosen_rows
 from grat_kernels.summaries import summary_pair
 
 _BUDGET_BYTES = 2**27
@@ -33,6 +34,8 @@ class SampledClass(NamedTuple):
         heads: their numbers, `[h]` int64, or None for all.
         tokens: whether each is attended, `[S, N]` bool.
         summaries: likewise, `[S, R]`, or None where the class has none.
+        groups: whose queries they are, where groups choose by content what they attend besides, `[G]` int64.
+        group_of_row: which of these each query is of, `[S]` int64.
     """
 
     plan: Plan
@@ -40,6 +43,8 @@ class SampledClass(NamedTuple):
     heads: torch.Tensor | None
     tokens: torch.Tensor
     summaries: torch.Tensor | None
+    groups: torch.Tensor | None
+    group_of_row: torch.Tensor | None
 
 
 class SampledRows(NamedTuple):
@@ -75,6 +80,10 @@ def sample_rows(plan: Plan | HeadPlan, count: int, seed: int, device: torch.devi
             continue
         heads = np.flatnonzero(np.asarray(by_head) == number)
         tokens, summaries = _span_bounds(member, positions)
+        groups: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        if member.candidates is not None:
+            numbers, of_row = np.unique(groups_of(member, positions), return_inverse=True)
+            groups = _moved(numbers, device), _moved(of_row, device)
         classes.append(
             SampledClass(
                 member,
@@ -82,6 +91,7 @@ def sample_rows(plan: Plan | HeadPlan, count: int, seed: int, device: torch.devi
                 None if len(heads) == len(by_head) else _moved(heads, device),
                 _inside(_moved(tokens, device), member.tokens),
                 _inside(_moved(summaries, device), member.summaries.rows) if member.pattern.far_levels else None,
+                *groups,
             )
         )
     return SampledRows(_moved(positions, device), dense_share, tuple(classes))
@@ -158,6 +168,14 @@ def _of_class(
     asked = of_heads(query)
     heads, count, head_dim = asked.shape
     with_values = members.summaries is not None
+    means = _means(inputs, members, sample) if with_values else None
+    chosen = None
+    if members.groups is not None and members.group_of_row is not None:
+        assert means is not None, "what is not chosen is attended by means"
+        whole = inputs.query[sample : sample + 1]
+        whole = whole if members.heads is None else whole.index_select(2, members.heads)
+        chosen = chosen_rows(whole, means, members.plan, inputs.scale, members.groups)[0]
+        chosen = chosen.index_select(1, members.group_of_row)  # [h, S, slots]
     top = asked.new_full((heads, count), torch.finfo(torch.float32).min)
     total, inside = torch.zeros_like(top), torch.zeros_like(top)
     output, near = torch.zeros_like(asked), torch.zeros_like(asked)
@@ -171,7 +189,10 @@ def _of_class(
         decay = (top - higher).exp()
         top = higher
         weights = (scores - top[..., None]).exp()
-        attended = weights * members.tokens[:, part]
+        tokens = members.tokens[:, part]
+        if chosen is not None:
+            tokens = tokens | among(chosen, start, start + tokens.shape[1])
+        attended = weights * tokens
         total = total * decay + weights.sum(-1)
         inside = inside * decay + attended.sum(-1)
         if with_values:
@@ -179,25 +200,35 @@ def _of_class(
             output = output * decay[..., None] + weights @ values
             near = near * decay[..., None] + attended @ values
     recall = (inside / total).mean()
-    if members.summaries is None:
+    if members.summaries is None or means is None:
         return _OfClass(recall, None)
 
     # What the pattern makes of it: the same tokens, and means in place of the others.
-    given = inputs.summaries
-    means = summary_pair(
-        inputs.key[sample : sample + 1],
-        inputs.value[sample : sample + 1],
-        members.plan,
-        None if given is None else (given[0][sample : sample + 1], given[1][sample : sample + 1]),
-    )
-    keys, values = (of_heads(tensor[0]) for tensor in means)
+    keys, values = (tensor[0].transpose(0, 1).float() for tensor in means)
     scores = asked @ keys.transpose(1, 2) * inputs.scale + members.plan.tensors(asked.device).log_counts
-    scores = scores.masked_fill(~members.summaries, -torch.inf)
+    seen = members.summaries
+    if chosen is not None:
+        seen = seen | among(chosen, inputs.plan.tokens, inputs.plan.tokens + members.plan.summaries.rows)
+    scores = scores.masked_fill(~seen, -torch.inf)
     higher = torch.maximum(top, scores.amax(-1))
     weights, decay = (scores - higher[..., None]).exp(), (top - higher).exp()
     own = (near * decay[..., None] + weights @ values) / (inside * decay + weights.sum(-1))[..., None]
     full = output / total[..., None]
     return _OfClass(recall, torch.stack([(own - full).square().sum(), full.square().sum()]))
+
+
+def _means(inputs: AttentionInputs, members: SampledClass, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summaries of keys and values of one sample and the heads of a class, `[1, R, h, D]` each."""
+    given = inputs.summaries
+    key, value = summary_pair(
+        inputs.key[sample : sample + 1],
+        inputs.value[sample : sample + 1],
+        members.plan,
+        None if given is None else (given[0][sample : sample + 1], given[1][sample : sample + 1]),
+    )
+    if members.heads is None:
+        return key, value
+    return key.index_select(2, members.heads), value.index_select(2, members.heads)
 
 
 def _span_bounds(plan: Plan, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

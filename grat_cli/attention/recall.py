@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from grat_kernels import Grid, Plan
+from grat_kernels.choosing import chosen_rows
 from grat_kernels.geometry import Cell, cell_counts
 from grat_kernels.plan import JointSequence
 from grat_kernels.summaries import summarise
@@ -197,10 +198,18 @@ def _of_heads(
 
     kept = []
     for plan in plans:
+        # [S, N] and [S, R]; of a choice, which each head makes for itself, [h, S, N] and [h, S, R].
         tokens, means = (mask.to(mass.device) for mask in _attended(plan, positions))
+        summaries = [summarise(tensor[None], plan) for tensor in (key, value)] if means.shape[1] else []
+        if plan.candidates is not None:
+            groups, of_position = np.unique(groups_of(plan, positions), return_inverse=True)
+            numbers, inverse = (torch.from_numpy(one).to(mass.device) for one in (groups, of_position))
+            chosen = chosen_rows(query[None], (summaries[0], summaries[1]), plan, scale, numbers)[0][:, inverse]
+            tokens = tokens | among(chosen, 0, plan.tokens)
+            means = means | among(chosen, plan.tokens, plan.tokens + plan.summaries.rows)
         of_tokens = scores.masked_fill(~tokens, -torch.inf)
-        if means.shape[1]:
-            summary_keys, summary_values = (summarise(tensor[None], plan)[0].transpose(0, 1) for tensor in (key, value))
+        if summaries:
+            summary_keys, summary_values = (tensor[0].transpose(0, 1) for tensor in summaries)
             bias = torch.from_numpy(np.log(plan.summaries.counts)).to(mass)
             of_means = (asked @ summary_keys.transpose(1, 2) * scale + bias).masked_fill(~means, -torch.inf)
             weights = torch.cat([of_tokens, of_means], -1).softmax(-1)
@@ -208,7 +217,7 @@ def _of_heads(
         else:
             made = of_tokens.softmax(-1) @ values
         error = (made - output).norm(dim=-1) / output.norm(dim=-1)
-        kept_mass = (mass[..., image] * tokens[:, image]).sum(-1)
+        kept_mass = (mass[..., image] * tokens[..., image]).sum(-1)
         kept.append(Kept(kept_mass.T, error.T))
     text = _beside_image(mass, sequence).T
     return RowStatistics(text, output.norm(dim=-1).T, distances / len(positions), tuple(kept))
@@ -241,6 +250,25 @@ def _attended(plan: Plan, positions: np.ndarray) -> tuple[torch.Tensor, torch.Te
             else:
                 tokens[row, span.start : span.stop] = True
     return torch.from_numpy(tokens[of_position]), torch.from_numpy(means[of_position])
+
+
+def groups_of(plan: Plan, positions: np.ndarray) -> np.ndarray:
+    """The group, counted in token order, that each position of an image token lies in, `[S]`."""
+    return np.searchsorted(np.sort(plan.grouping.starts), positions - plan.image_start, side="right") - 1
+
+
+def among(chosen: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Which of the rows from `start` to `stop` are among those that were chosen, `[..., stop - start]` bool.
+
+    Args:
+        chosen: rows of `choosing.chosen_rows`, `[..., slots]`.
+        start: first row.
+        stop: row after the last one.
+    """
+    # All that lies elsewhere is marked in one more place, which is cut off.
+    place = torch.where((chosen >= start) & (chosen < stop), chosen - start, stop - start).long()
+    marked = torch.zeros(*chosen.shape[:-1], stop - start + 1, dtype=torch.bool, device=chosen.device)
+    return marked.scatter_(-1, place, True)[..., :-1]
 
 
 def _distance_bins(sequence: JointSequence, positions: np.ndarray) -> torch.Tensor:

@@ -6,13 +6,36 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from grat_cli.attention.recall import groups_of
 from grat_kernels import HeadPlan, Plan
+from grat_kernels.choosing import chosen_rows
+from grat_kernels.summaries import summarise
+from grat_kernels.tile_lists import EMPTY
 
-# What a query attends: for its head, its position in the joint sequence and a source of keys or values `[N, D]`, the
-# attended rows `[K, D]` in a dtype, and what is added to their scores `[K]`.
-AttendedRows = Callable[[int, int, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
+
+class Row(NamedTuple):
+    """A query of a head of a sample, and all that it may attend.
+
+    Attributes:
+        head: its number.
+        position: in the joint sequence.
+        query: of all positions, `[N, D]`.
+        key: `[N, D]`.
+        value: `[N, D]`.
+    """
+
+    head: int
+    position: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+# What a query attends: keys and values in a dtype, `[K, D]` each, and what is added to their scores, `[K]`.
+AttendedRows = Callable[[Row, torch.dtype], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class SampledError(NamedTuple):
@@ -52,12 +75,11 @@ def sampled_error(
         picks.append((sample, position, head))
     error, plain_error, largest = 0.0, 0.0, 0.0
     for sample, position, head in picks:
-        found, row_query = output[sample, position, head], query[sample, position, head]
-        keys, values = key[sample, :, head], value[sample, :, head]
+        found, *of_head = output[sample, position, head], *(tensor[sample, :, head] for tensor in (query, key, value))
         if query.device.type == "mps":  # has no fp64
-            found, row_query, keys, values = (tensor.cpu() for tensor in (found, row_query, keys, values))
-        exact = _row(row_query, keys, values, attended, head, position, torch.float64)
-        plain = _row(row_query, keys, values, attended, head, position, query.dtype)
+            found, *of_head = (tensor.cpu() for tensor in (found, *of_head))
+        row = Row(head, position, *of_head)
+        exact, plain = _output(row, attended, torch.float64), _output(row, attended, query.dtype)
         # A row that holds NaN is infinitely wrong: max() would drop the NaN.
         difference = float((found - exact).abs().max())
         error = max(error, math.inf if math.isnan(difference) else difference)
@@ -67,58 +89,74 @@ def sampled_error(
 
 
 def rows_of_plan(plan: Plan | HeadPlan) -> AttendedRows:
-    """What the queries of a plan attend, in its token order: spans of tokens, and summaries with their bias."""
+    """What the queries of a plan attend, in its token order: tokens, and summaries with their bias.
 
-    def attended(
-        head: int, position: int, source: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        of_head = plan.classes[plan.class_of_head[head]] if isinstance(plan, HeadPlan) else plan
-        run = next(run for run in of_head.query_runs if run.start <= position < run.start + run.length)
-        rows, bias = [], []
-        for span in of_head.span_lists[run.span_list]:
-            if span.level == 0:
-                rows.append(source[span.start : span.stop].to(dtype))
-                bias.append(torch.zeros(span.length, dtype=dtype, device=source.device))
-                continue
-            offset = plan.summaries.offsets[span.level - 1]
-            selected = slice(offset + span.start, offset + span.stop)
-            counts = torch.from_numpy(plan.summaries.counts[selected]).to(source.device)
-            start = int(plan.summaries.starts[selected][0])
-            # Blocks of consecutive summaries are consecutive runs of tokens.
-            block = torch.repeat_interleave(torch.arange(len(counts), device=source.device), counts)
-            members = source[start : start + len(block)].double()
-            sums = members.new_zeros(len(counts), members.shape[1]).index_add_(0, block, members)
-            rows.append((sums / counts[:, None]).to(dtype))
-            bias.append(counts.double().log().to(dtype))
-        return torch.cat(rows), torch.cat(bias)
+    What a group chooses by content is what `choosing` says: the choice itself is not judged.
+    """
+
+    def attended(row: Row, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        of_head = plan.classes[plan.class_of_head[row.head]] if isinstance(plan, HeadPlan) else plan
+        run = next(run for run in of_head.query_runs if run.start <= row.position < run.start + run.length)
+        offsets = of_head.summaries.offsets
+        rows = [
+            np.arange(span.start, span.stop) + (of_head.tokens + offsets[span.level - 1] if span.level else 0)
+            for span in of_head.span_lists[run.span_list]
+        ]
+        if of_head.candidates is not None and of_head.image_start <= row.position < of_head.image_stop:
+            rows.append(_chosen(of_head, row))
+        selected = np.concatenate(rows)
+        tokens, means = selected[selected < plan.tokens], selected[selected >= plan.tokens] - plan.tokens
+        counts = plan.summaries.counts[means]
+        keys, values = (
+            torch.cat(
+                [source[torch.from_numpy(tokens).to(source.device)].to(dtype), _means(plan, means, source, dtype)]
+            )
+            for source in (row.key, row.value)
+        )
+        bias = torch.from_numpy(np.concatenate([np.zeros(len(tokens)), np.log(counts)]))
+        return keys, values, bias.to(dtype).to(row.key.device)
 
     return attended
+
+
+def _chosen(plan: Plan, row: Row) -> np.ndarray:
+    """Rows that the group of a query chooses: positions, or the number of tokens and a summary's row added up."""
+    query, key, value = (tensor[None, :, None] for tensor in (row.query, row.key, row.value))
+    group = torch.from_numpy(groups_of(plan, np.array([row.position]))).to(query.device)
+    summaries = summarise(key, plan), summarise(value, plan)
+    chosen = chosen_rows(query, summaries, plan, query.shape[-1] ** -0.5, group).flatten()
+    return chosen[chosen != EMPTY].cpu().numpy()
+
+
+def _means(plan: Plan | HeadPlan, rows: np.ndarray, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Means of `[N, D]` over the blocks of some summaries, `[rows, D]`."""
+    starts, counts = plan.summaries.starts[rows], plan.summaries.counts[rows]
+    block = np.repeat(np.arange(len(rows)), counts)
+    within = np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts)
+    members, of_block, sizes = (
+        torch.from_numpy(array).to(source.device) for array in (starts[block] + within, block, counts)
+    )
+    sums = torch.zeros(len(rows), source.shape[1], dtype=torch.float64, device=source.device)
+    return (sums.index_add_(0, of_block, source[members].double()) / sizes[:, None]).to(dtype)
 
 
 def rows_of_mask(mask: Callable[[int], torch.Tensor | None]) -> AttendedRows:
     """What queries attend by a mask: a position's row of it, `[N]` bool on the CPU, or None for every token."""
 
-    def attended(
-        head: int, position: int, source: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        selected = mask(position)
-        rows = (source if selected is None else source[selected.to(source.device)]).to(dtype)
-        return rows, torch.zeros(len(rows), dtype=dtype, device=source.device)
+    def attended(row: Row, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        selected = mask(row.position)
+        keys, values = (
+            (source if selected is None else source[selected.to(source.device)]).to(dtype)
+            for source in (row.key, row.value)
+        )
+        return keys, values, torch.zeros(len(keys), dtype=dtype, device=keys.device)
 
     return attended
 
 
-def _row(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attended: AttendedRows,
-    head: int,
-    position: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The output `[D]` of the query `[D]` of a head at a position, for keys and values `[N, D]`."""
-    keys, bias = attended(head, position, key, dtype)
-    values, _ = attended(head, position, value, dtype)
-    scores = keys @ query.to(dtype) / math.sqrt(len(query)) + bias
+def _output(row: Row, attended: AttendedRows, dtype: torch.dtype) -> torch.Tensor:
+    """The output of a query, `[D]`."""
+    keys, values, bias = attended(row, dtype)
+    query = row.query[row.position].to(dtype)
+    scores = keys @ query / math.sqrt(len(query)) + bias
     return scores.softmax(0) @ values

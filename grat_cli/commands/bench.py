@@ -67,9 +67,10 @@ class BenchOptions:
     )
     compare: str | None = option(
         "NAME,...",
-        "full, full-list, na, clear, sta, grat-b, grat-x, grat-bx, grat-far, also with parameters: "
-        "grat-b:radius=2, na:window=49, grat-x:share=2, grat-far:block=8x8:group=16x16. Short for some: "
-        "b, x, bx, far, and for videos planes and lines. For attention also grat-heads, for heads that differ. "
+        "full, full-list, na, clear, sta, grat-b, grat-x, grat-bx, grat-far, grat-choose, also with parameters: "
+        "grat-b:radius=2, na:window=49, grat-x:share=2, grat-far:block=8x8:group=16x16, "
+        "grat-choose:exact=8:fine=32:block=8x8:means=4x4. Short for some: "
+        "b, x, bx, far, choose, and for videos planes and lines. For attention also grat-heads, for heads that differ. "
         "For image and video also presets, by name or from a YAML file, with their schedules, and each with a cache: "
         "far+first-block, demo-tuned+taylor:cache_interval=3. "
         "For highres: off, direct, cascade. Default: full,na,grat-b for attention.",

@@ -50,6 +50,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "grat-x": ("share", "group"),
     "grat-bx": ("radius", "share", "group"),
     "grat-far": ("radius", "block", "group"),
+    "grat-choose": ("exact", "fine", "block", "means", "radius", "group"),
     "sta": ("window", "group"),
     "grat-heads": ("radius", "group"),
 }
@@ -62,6 +63,7 @@ SHORT_NAMES: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
     "lines": ("grat-x", {"share": (2,)}),
     "bx": ("grat-bx", {}),
     "far": ("grat-far", {}),
+    "choose": ("grat-choose", {}),
 }
 _OF_VIDEOS = ("planes", "lines")
 _OF_TOKENS = ("na", "clear")
@@ -85,7 +87,20 @@ _GROUPS: Mapping[int, tuple[int, ...]] = {1: (256,), 2: (16, 16), 3: (4, 8, 8)}
 _BLOCKS: Mapping[int, tuple[int, ...]] = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 _ENOUGH_GROUPS: Mapping[int, int] = {1: 6, 2: 6, 3: 4}
 
-_EXAMPLES = {"window": "49", "radius": "2", "share": "2", "block": "8x8", "group": "16x16"}
+# Of what is chosen by content: blocks that are attended token by token, and blocks by means within them.
+_CHOSEN: Mapping[int, tuple[int, int]] = {1: (8, 32), 2: (8, 32), 3: (16, 64)}
+
+_EXAMPLES = {
+    "window": "49",
+    "radius": "2",
+    "share": "2",
+    "block": "8x8",
+    "means": "4x4",
+    "group": "16x16",
+    "exact": "8",
+    "fine": "32",
+}
+_SINGLE = ("share", "exact", "fine")
 
 
 @dataclass(frozen=True)
@@ -267,8 +282,9 @@ def _request(text: str, level: str | None, option: str) -> Request:
         if not re.fullmatch(r"\d{1,6}(x\d{1,6})*", value, re.ASCII):
             raise BadInput(f"{option} {text}: expected {name}={_EXAMPLES[name]}")
         parameters[name] = tuple(int(part) for part in value.split("x"))
-    if len(parameters.get("share", (1,))) > 1:
-        raise BadInput(f"{option} {text}: share is one number, such as share=2")
+    for name in _SINGLE:
+        if len(parameters.get(name, (1,))) > 1:
+            raise BadInput(f"{option} {text}: {name} is one number, such as {name}={_EXAMPLES[name]}")
     return Request(text, kind, {**parameters, **fixed})
 
 
@@ -442,6 +458,29 @@ def _grat_far(request: Request, grid: Grid) -> Variant:
     return _grouped(request, grid, pattern, words, {"variant": "b", "radius": _listed(radius), "far": far})
 
 
+def _grat_choose(request: Request, grid: Grid) -> Variant:
+    """Each group itself, and of all others what each group and head chooses by content; radius 0, unlike elsewhere."""
+    radius = _plain(request.parameters.get("radius", (0,)))
+    beyond = radius if isinstance(radius, int) else min(radius)
+    group = _group(request, grid)
+    block = _sizes(request, "block", grid) if "block" in request.parameters else _block_to_choose(grid, group)
+    means = _sizes(request, "means", grid) if "means" in request.parameters else _means_within(block)
+    exact, fine = (
+        request.parameters.get(name, (usual,))[0]
+        for name, usual in zip(("exact", "fine"), _per_axis_default(_CHOSEN, grid), strict=True)
+    )
+    pattern = Union(Block(radius), Far([(beyond, block)], (exact, fine, means)))
+    words = (
+        f"the {_neighbourhood(radius, grid)} groups around each group; by content {exact} blocks of {size_text(block)} "
+        f"token by token and {fine} by means of {size_text(means)}, all others by one mean each"
+    )
+    far = {
+        "levels": [{"beyond": beyond, "block": list(block)}],
+        "choose": {"exact": exact, "fine": fine, "block": list(means)},
+    }
+    return _grouped(request, grid, pattern, words, {"variant": "b", "radius": _listed(radius), "far": far})
+
+
 def _grat_heads(request: Request, grid: Grid) -> Variant:
     """GRAT-B with another radius for every other head: the first axis sees one group less, or one more, each way."""
     wanted = request.parameters.get("radius", (1,))
@@ -522,6 +561,7 @@ _MAKERS = {
     "grat-x": _grat_x,
     "grat-bx": _grat_bx,
     "grat-far": _grat_far,
+    "grat-choose": _grat_choose,
     "sta": _sta,
     "grat-heads": _grat_heads,
     PRESET: _preset,
@@ -601,6 +641,30 @@ def _default_block(grid: Grid, group: tuple[int, ...]) -> tuple[int, ...]:
         most = max(1, usual_block * size // usual_group)
         block.append(max(divisor for divisor in range(1, most + 1) if size % divisor == 0))
     return tuple(block)
+
+
+def _block_to_choose(grid: Grid, group: tuple[int, ...]) -> tuple[int, ...]:
+    """8x8 or 4x4x4 tokens, or as large as the groups where those are smaller; each size divides its group."""
+    usual = _per_axis_default(_BLOCKS, grid)
+    return tuple(
+        max(divisor for divisor in range(1, min(size, most) + 1) if size % divisor == 0)
+        for size, most in zip(group, usual, strict=True)
+    )
+
+
+def _means_within(block: tuple[int, ...]) -> tuple[int, ...]:
+    """Halves of a block's two last axes, as far as they can be divided, or else of those before; four of most blocks.
+
+    Raises:
+        ValueError: if the block is one token.
+    """
+    if max(block) == 1:
+        raise ValueError(
+            f"blocks of {size_text(block)} have no means within them: give a larger block, such as block=4"
+        )
+    parts = [max(part for part in range(1, max(1, size // 2) + 1) if size % part == 0) for size in block]
+    kept = len(block) - 2 if max(block[-2:]) > 1 else 0
+    return (*block[:kept], *parts[kept:])
 
 
 def _grat_b_keys(grid: Grid) -> float:

@@ -148,7 +148,7 @@ class FarField(Section):
     def _check_choice(self) -> FarField:
         if self.choose is None:
             return self
-        if len(self.levels) > 1:
+        if len(self.levels) != 1:
             raise invalid(
                 f"choose takes the blocks of one level, not of {len(self.levels)}: leave one of the levels", "choose"
             )

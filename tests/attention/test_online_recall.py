@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from flux_runs import NoHostReads
-from recall_cases import FAR, GRIDS, HEADS, TEXT, WITH_REFERENCES, group, plan_of, tensors
+from recall_cases import CHOOSING, FAR, GRIDS, HEADS, TEXT, WITH_REFERENCES, group, plan_of, tensors
 
 from grat_cli.attention import online_recall
 from grat_cli.attention.adapter import AttentionInputs
@@ -85,8 +85,9 @@ def test_recall_is_that_of_row_statistics(grid: Grid, segments: Segments, patter
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_patterns_with_summaries_are_judged_by_their_output_too(given: bool) -> None:
-    plan = plan_of(Grid((9, 7)), FAR, cells=((2, 2),))
+@pytest.mark.parametrize("pattern", [FAR, CHOOSING])
+def test_patterns_with_summaries_are_judged_by_their_output_too(pattern: Pattern, given: bool) -> None:
+    plan = plan_of(Grid((9, 7)), pattern, cells=((2, 2),))
     for text_valid in (None, [TEXT - 3, TEXT]):
         kept, recall, error = assert_measured(inputs_of(plan, text_valid, summaries=given)).tolist()
         assert 0 < error < 1
@@ -108,8 +109,8 @@ def test_the_greater_of_recall_and_one_less_the_error_counts() -> None:
 
 def test_heads_that_attend_differently_are_weighed_by_their_number() -> None:
     grid = Grid((9, 7))
-    order = Grouping(grid, group(grid), (group(grid), (2, 2)))
-    for patterns in ((Block(0), FAR), (CrissCross(1), Full()), (Full(), FAR)):
+    order = Grouping(grid, group(grid), (group(grid), (2, 2), (1, 2)))
+    for patterns in ((Block(0), FAR), (CrissCross(1), Full()), (Full(), FAR), (FAR, CHOOSING), (CHOOSING, Full())):
         plan = build_head_plan(tuple((order, pattern) for pattern in patterns), (0, 1, 0), TEXT, True)
         assert_measured(inputs_of(plan))
         assert_measured(inputs_of(plan, [TEXT - 2, 1]))
@@ -118,7 +119,7 @@ def test_heads_that_attend_differently_are_weighed_by_their_number() -> None:
 def test_keys_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a single key, some of them hidden text alone."""
     monkeypatch.setattr(online_recall, "_BUDGET_BYTES", 1)
-    for pattern, text_first in itertools.product((Block(1), FAR), (True, False)):
+    for pattern, text_first in itertools.product((Block(1), FAR, CHOOSING), (True, False)):
         plan = plan_of(Grid((9, 7)), pattern, text_first, cells=((2, 2),))
         assert_measured(inputs_of(plan))
         assert_measured(inputs_of(plan, [0, 2]))
@@ -133,7 +134,7 @@ def test_half_precision_is_measured_in_fp32() -> None:
     torch.testing.assert_close(measure(halved, rows), measure(widened, rows), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("pattern", [Block(1), FAR])
+@pytest.mark.parametrize("pattern", [Block(1), FAR, CHOOSING])
 def test_nothing_is_read_from_the_device(pattern: Pattern) -> None:
     plan = plan_of(Grid((9, 7)), pattern, cells=((2, 2),))
     inputs = inputs_of(plan, [2, 4])

@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from recall_cases import FAR, GRIDS, HEAD_DIM, HEADS, TEXT, WITH_REFERENCES, dense_mask, plan_of, tensors
+from recall_cases import (
+    CHOOSING,
+    FAR,
+    GRIDS,
+    HEAD_DIM,
+    HEADS,
+    TEXT,
+    WITH_REFERENCES,
+    dense_mask,
+    exact_mask,
+    plan_of,
+    tensors,
+)
 
 from grat_cli.attention import recall
 from grat_cli.attention.recall import BINS, row_statistics, sample_positions
@@ -31,11 +43,27 @@ def test_recall_is_the_mass_under_the_mask(grid: Grid, segments: Segments, patte
     torch.testing.assert_close(found.distances.sum(1).double(), (1 - text).mean(0), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", [Full(), Block(1), CrissCross(1), FAR])
+@pytest.mark.parametrize("segments", [Segments.of_text(TEXT, False), WITH_REFERENCES])
+@pytest.mark.parametrize("rows", [9, 1000])
+def test_recall_of_what_is_chosen_is_the_mass_on_the_tokens_of_the_chosen_blocks(segments: Segments, rows: int) -> None:
+    """Each head chooses for a whole group, of which a few queries may be sampled."""
+    plan = plan_of(Grid((9, 7)), CHOOSING, segments=segments)
+    tensors_ = tensors(plan.tokens)
+    positions = sample_positions(plan, rows, seed=2)
+    found = row_statistics(*tensors_, [plan], positions).kept[0]
+    image = slice(plan.image_start, plan.image_stop)
+    mass = (torch.einsum("qhd,khd->hqk", *tensors_[:2]) / HEAD_DIM**0.5).softmax(-1)
+    mask = exact_mask(plan, *tensors_)
+    expected = (mass * mask)[:, positions, image].sum(-1).T
+    torch.testing.assert_close(found.image, expected, atol=1e-6, rtol=1e-5)
+    assert len({tuple(of_head.tolist()) for of_head in mask[:, positions[0]]}) > 1  # heads differ
+
+
+@pytest.mark.parametrize("pattern", [Full(), Block(1), CrissCross(1), FAR, CHOOSING])
 def test_the_error_is_that_of_span_attention(pattern: Pattern) -> None:
     grid = Grid((9, 7))
-    plan = plan_of(grid, pattern, cells=((2, 2),))
-    full = plan_of(grid, Full(), cells=((2, 2),))
+    plan = plan_of(grid, pattern, cells=((2, 2), (1, 2)))
+    full = plan_of(grid, Full(), cells=((2, 2), (1, 2)))
     query, key, value = tensors(plan.tokens, seed=1)
     positions = sample_positions(plan, 20, seed=3)
     found = row_statistics(query, key, value, [full, plan], positions)
@@ -49,13 +77,14 @@ def test_the_error_is_that_of_span_attention(pattern: Pattern) -> None:
     torch.testing.assert_close(found.output, of_full.norm(dim=-1))
     assert found.kept[0].error.max() < 2e-6
     if pattern is FAR:
-        near = row_statistics(query, key, value, [plan_of(grid, Block(0), cells=((2, 2),))], positions).kept[0]
+        near = row_statistics(query, key, value, [plan_of(grid, Block(0), cells=((2, 2), (1, 2)))], positions).kept[0]
         torch.testing.assert_close(found.kept[1].image, near.image)  # summaries are no tokens
         assert found.kept[1].error.mean() < near.error.mean()
 
 
-def test_heads_are_taken_in_parts_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_of(Grid((9, 7)), Block(1))
+@pytest.mark.parametrize("pattern", [Block(1), CHOOSING])
+def test_heads_are_taken_in_parts_where_memory_is_short(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(Grid((9, 7)), pattern)
     query, key, value = tensors(plan.tokens)
     positions = sample_positions(plan, 10)
     whole = row_statistics(query, key, value, [plan], positions)

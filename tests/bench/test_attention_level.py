@@ -20,7 +20,7 @@ from grat_cli.bench.sizes import Size
 from grat_cli.errors import BadInput
 from grat_cli.estimates.peak_rates import peak_tflops
 from grat_cli.fidelity.variants import NAMES, parse_variants
-from grat_kernels import Block, CrissCross, Far, Grid, Grouping, Union, build_plan, reference, span_attention
+from grat_kernels import Block, CrissCross, Far, Grid, Grouping, Pattern, Union, build_plan, reference, span_attention
 
 CPU = torch.device("cpu")
 PICTURE = Size("picture", Grid((13, 18)), 7)
@@ -162,9 +162,14 @@ def test_the_fastest_dense_kernel_is_full_and_the_others_are_told(monkeypatch: p
     assert full.skipped == "it wants another GPU"
 
 
-def test_sampled_errors_against_the_oracle() -> None:
+@pytest.mark.parametrize(
+    "pattern",
+    [Union(CrissCross(), Far([(0, (2, 4))])), Union(Block(0), Far([(0, (2, 4))], (3, 5, (2, 1))))],
+    ids=["far", "choose"],
+)
+def test_sampled_errors_against_the_oracle(pattern: Pattern) -> None:
     """Exact rows are the reference's, with means of ragged blocks and text; a change of any kind is found."""
-    plan = build_plan(Grouping(Grid((9, 10)), (4, 4)), Union(CrissCross(), Far([(0, (2, 4))])), 6, False)
+    plan = build_plan(Grouping(Grid((9, 10)), (4, 4)), pattern, 6, False)
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(2, plan.tokens, 3, 8, generator=generator) for _ in range(3))
     exact = reference.attention(query.double(), key.double(), value.double(), plan, None, 8**-0.5)

@@ -106,6 +106,16 @@ def variant(text: str, grid: Grid = FLUX_4K):
         ("grat-far", FLUX_4K, (16, 16), Union(Block(1), Far([(1, (8, 8))]))),
         ("grat-far", VIDEO, (4, 8, 8), Union(Block(1), Far([(1, (4, 4, 4))]))),
         ("grat-far:radius=0:block=4x4:group=8x8", FLUX_4K, (8, 8), Union(Block(0), Far([(0, (4, 4))]))),
+        ("grat-choose", FLUX_4K, (16, 16), Union(Block(0), Far([(0, (8, 8))], (8, 32, (4, 4))))),
+        ("grat-choose", Grid((32, 32)), (4, 4), Union(Block(0), Far([(0, (4, 4))], (8, 32, (2, 2))))),
+        ("grat-choose", VIDEO, (4, 8, 8), Union(Block(0), Far([(0, (4, 4, 4))], (16, 64, (4, 2, 2))))),
+        ("grat-choose:block=2x1x1", VIDEO, (4, 8, 8), Union(Block(0), Far([(0, (2, 1, 1))], (16, 64, (1, 1, 1))))),
+        (
+            "choose:exact=4:fine=0:radius=1:block=16:means=4x8",
+            FLUX_4K,
+            (16, 16),
+            Union(Block(1), Far([(1, (16, 16))], (4, 0, (4, 8)))),
+        ),
         ("sta:window=5", FLUX_4K, (16, 16), SlidingTile(5)),
         ("full-list", FLUX_4K, (16, 16), Full()),
         ("b:radius=2", FLUX_4K, (16, 16), Block(2)),
@@ -245,6 +255,9 @@ def test_clear_says_that_it_has_two_axes() -> None:
         ("grat-b:radius=-1", "expected radius=2"),
         ("grat-b:radius=1:radius=2", "radius is given twice"),
         ("grat-x:share=1x1", "share is one number"),
+        ("grat-choose:exact=8x8", "exact is one number, such as exact=8"),
+        ("grat-choose:exact=few", "expected exact=8"),
+        ("choose:mean=2x2", "choose has no parameter 'mean': did you mean 'means'"),
     ],
 )
 def test_mistakes_in_names(text: str, words: str) -> None:
@@ -263,6 +276,10 @@ def test_mistakes_in_names(text: str, words: str) -> None:
         ("grat-b:group=0", "positive"),
         ("grat-x:share=3", "share 3 is more than the grid's 2 axes"),
         ("grat-far:block=5x5", "do not nest"),
+        ("grat-choose:block=5x5", "do not nest in groups"),
+        ("grat-choose:means=3x3", "blocks of .3, 3. do not nest in those of .8, 8. that are chosen from"),
+        ("grat-choose:exact=0:fine=0", "not both 0|both 0"),
+        ("grat-choose:block=1", "blocks of 1x1 have no means within them: give a larger block"),
         ("sta:window=2", "odd positive number"),
     ],
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from grat_kernels import Block, Far, Grid, Grouping, Pattern, Plan, Segments, Union, build_plan
+from grat_kernels import Block, Far, Grid, Grouping, Pattern, Plan, Segments, Union, build_plan, reference
+from grat_kernels.summaries import summarise
 
 HEADS, HEAD_DIM, TEXT = 3, 8, 5
 
@@ -43,5 +44,31 @@ def dense_mask(plan: Plan) -> np.ndarray:
     )
 
 
+def exact_mask(plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`[H, N, N]` bool: which tokens each head attends one by one by the definition, chosen blocks included.
+
+    Args:
+        plan: of one sample.
+        query: `[N, H, D]`.
+        key: `[N, H, D]`.
+        value: `[N, H, D]`.
+    """
+    # Values that tell which token they are of beside those that the choice looks at: an output is a row of weights.
+    names = torch.eye(plan.tokens)[:, None].expand(-1, HEADS, -1)
+    means = summarise(value[None], plan)
+    nameless = torch.cat([means, means.new_zeros(*means.shape[:3], plan.tokens)], -1)
+    weights = reference.attention(
+        query[None],
+        key[None],
+        torch.cat([value, names], -1)[None],
+        plan,
+        None,
+        HEAD_DIM**-0.5,
+        summaries=(summarise(key[None], plan), nameless),
+    )[0, ..., value.shape[-1] :]
+    return weights.transpose(0, 1) > 0
+
+
 WITH_REFERENCES = Segments((2, TEXT), (4,), 1)
 FAR = Union(Block(0), Far([(0, (2, 2))]))
+CHOOSING = Union(Block(0), Far([(0, (2, 2))], (3, 4, (1, 2))))
