@@ -1,4 +1,4 @@
-"""Settings over steps: their patterns keep to the density, and a search by measured runs ends where nothing is closer."""
+"""Settings over steps: their patterns keep to the density; a search by measured runs ends where nothing is closer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grat_cli.fidelity.observations import Observations
-from grat_cli.fidelity.step_search import Foreteller, Setting, kept_bytes, measured_best
+from grat_cli.fidelity.step_search import Foreteller, Search, Setting
 
 STEPS, LAYERS, HEADS = 8, 2, 2
 DENSITIES = np.array([1.0, 0.6, 0.3, 0.1])
@@ -26,7 +26,7 @@ def observations(seed: int = 0) -> Observations:
 
 
 def foreteller(density: float, *, extrapolates: bool = True, seed: int = 0) -> Foreteller:
-    return Foreteller(observations(seed), density, np.ones(STEPS), extrapolates=extrapolates)
+    return Foreteller(observations(seed), density, np.full(STEPS, 1 / STEPS), extrapolates=extrapolates)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.5])
@@ -35,7 +35,7 @@ def test_every_setting_keeps_to_the_density(density: float, extrapolates: bool) 
     one = foreteller(density, extrapolates=extrapolates)
     settings = one.settings(range(1, one.most + 1))
     assert {len(setting.references) for setting in settings} == set(range(1, STEPS + 1))
-    assert [setting.loss for setting in settings] == sorted(setting.loss for setting in settings)
+    assert settings == sorted(settings, key=one.loss)
     for setting in itertools.chain(settings, one.neighbours(settings[0])):
         assert setting.choice.shape == (len(setting.references), LAYERS, HEADS)
         of_run = DENSITIES[setting.choice].mean() * len(setting.references) / STEPS
@@ -58,49 +58,58 @@ def test_what_is_not_observed_lies_between_what_is() -> None:
 def test_without_loss_of_patterns_what_is_foretold_is_that_of_what_is_carried() -> None:
     one = foreteller(1.0)
     (all_steps,) = one.settings([STEPS])
-    assert all_steps.loss == pytest.approx(0)
+    assert (all_steps.carried, all_steps.patterns) == pytest.approx((0, 0))
     assert (all_steps.choice == 0).all()
 
 
-def valley(setting: Setting) -> float:
-    """Least at one place; the early slope says nothing where nothing is extrapolated by it."""
-    away = [abs(one - other) for one, other in zip(setting.references, (0, 3, 5), strict=True)]
-    return 1 + sum(away) + abs(setting.slopes[1] - 0.6)
+class Valley:
+    """Errors that are least at one place; counted."""
+
+    def __init__(self, measures: int = 10**6) -> None:
+        self.seen: list[Setting] = []
+        self._measures = measures
+
+    def lasts(self) -> bool:
+        return len(self.seen) < self._measures
+
+    def __call__(self, setting: Setting, least: float) -> float:
+        self.seen.append(setting)
+        away = [abs(one - other) for one, other in zip(setting.references, (0, 3, 5), strict=False)]
+        found = 1 + sum(away) + abs(setting.steepness - 0.6) + 5 * (len(setting.references) != 3)
+        return found if found <= least else float("inf")
 
 
 def test_a_search_ends_in_the_valley_and_measures_nothing_twice() -> None:
-    one, seen = foreteller(0.3), []
-
-    def error(setting: Setting, least: float) -> float:
-        seen.append(setting.key)
-        found = valley(setting)
-        return found if found <= least else float("inf")
-
-    best, least = measured_best(one, one.settings([3]), error, lambda: True)
-    assert best.references == (0, 3, 5)
-    assert least == pytest.approx(valley(best))
-    assert least <= 1.05 + 1e-9  # slopes go to tenths
-    assert len(set(seen)) == len(seen)
+    one, valley = foreteller(0.3), Valley()
+    found = Search(one, valley, valley.lasts).best_of(lambda: one.settings([2, 3, 4]))
+    assert found.setting.references == (0, 3, 5)
+    assert found.setting.steepness == 0.6
+    assert found.error == pytest.approx(1)
+    keys = [setting.key for setting in valley.seen if setting.patterns]
+    assert len(set(keys)) == len(keys)
 
 
-def test_a_search_stops_where_its_budget_does() -> None:
-    one, seen = foreteller(0.3), []
+def test_two_runs_tell_how_much_patterns_count() -> None:
+    one = foreteller(0.3)
+    measured = []
 
-    def error(setting: Setting, least: float) -> float:
-        seen.append(setting.key)
-        return valley(setting)
+    def measure(setting: Setting, least: float) -> float:
+        measured.append(setting)
+        return 2 * setting.carried + 60 * setting.patterns
 
-    measured_best(one, one.settings([3]), error, lambda: len(seen) < 2)
-    assert len(seen) == 2
-    settings = one.settings([2, 3, 4])
-    best, least = measured_best(one, settings, error, lambda: False)
-    assert (best, least) == (settings[0], float("inf"))
+    found = Search(one, measure, lambda: len(measured) < 3).best_of(lambda: one.settings([2, 3, 4]))
+    first, exact = measured[:2]
+    assert (exact.key, exact.patterns) == (first.key, 0)
+    assert (exact.choice == 0).all()
+    assert one.patterns_count == pytest.approx(30)
+    assert found.carried_error == pytest.approx(2 * first.carried)
+    assert found.setting in (first, measured[2])
 
 
-def test_what_is_kept_is_an_output_and_a_slope_of_each_layer_and_call() -> None:
-    choice = np.zeros((2, LAYERS, HEADS), np.int64)
-    both, outputs = (Setting((0, 3), slopes, choice, 0.0) for slopes in ((0.4, 0.9), (0.0, 0.0)))
-    size = {"tokens": 10, "width": 4, "layers": 3, "calls": 2, "element": 2}
-    assert kept_bytes(both, STEPS, **size) == 2 * kept_bytes(outputs, STEPS, **size) == 2 * 10 * 4 * 3 * 2 * 2
-    every = Setting(tuple(range(STEPS)), (0.4, 0.9), choice, 0.0)
-    assert kept_bytes(every, STEPS, **size) == 0
+@pytest.mark.parametrize("measures", [0, 1, 2, 5])
+def test_a_search_stops_where_its_budget_does(measures: int) -> None:
+    one, valley = foreteller(0.3), Valley(measures)
+    found = Search(one, valley, valley.lasts).best_of(lambda: one.settings([3]))
+    assert len(valley.seen) == measures
+    assert (found.error is None) == (measures == 0)
+    assert (found.carried_error is None) == (measures < 2)
