@@ -18,7 +18,7 @@ from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
 from grat_cli.fidelity.observations import Observations
 from grat_cli.fidelity.references import Stretches, best_references, moved, stretches, weights_of
 
-_PATTERNS_COUNT = 4.0
+_PATTERNS_COUNT = 12.0
 """Before anything is measured: patterns err alike at every step, and their errors add up; what is carried errs to and
 fro. So it is with the demo model's pictures."""
 

@@ -338,9 +338,12 @@ def _chosen_at_references(
 
 
 def _weights(sigmas: list[float] | None, steps: int) -> Floats:
-    """Of the loss at each step: the square of how far latents go there; they add up to 1."""
-    lengths = np.diff(sigmas) if sigmas is not None else np.ones(steps)
-    return lengths**2 / (lengths**2).sum() if lengths.any() else np.full(steps, 1 / steps)
+    """Of the loss at each step: how far latents go there; they add up to 1.
+
+    Not its square, by which the error of latents grows at the step itself: errors of early steps grow further later.
+    """
+    lengths = np.abs(np.diff(sigmas)) if sigmas is not None else np.ones(steps)
+    return lengths / lengths.sum() if lengths.any() else np.full(steps, 1 / steps)
 
 
 def _preset(request: TuneRequest, chosen: Chosen) -> Preset:
