@@ -74,12 +74,12 @@ class OutputGramRecorder:
             BadInput: if not all steps have been.
         """
         calls = {call for call, _ in self._outputs}
+        if not calls:
+            raise BadInput("no attention was recorded: the pipeline has not been called")
         if len(self._outputs) < len(calls) * self._layers or any(
             len(steps) < self._steps for steps in self._outputs.values()
         ):
             raise BadInput("attention was not recorded at every step: the pipeline has not run to its end")
-        if not calls:
-            raise BadInput("no attention was recorded: the pipeline has not been called")
         grams = [
             torch.stack(
                 [
@@ -105,8 +105,8 @@ class OutputGramRecorder:
         query, key, value = (tensor[sample].transpose(0, 1) for tensor in (inputs.query, inputs.key, inputs.value))
         attended = None
         if valid < plan.text_len:
-            attended = torch.ones(tokens, dtype=torch.bool, device=query.device)
-            attended[plan.text_start + valid : plan.text_start + plan.text_len] = False
+            attended = torch.ones(1, tokens, dtype=torch.bool, device=query.device)
+            attended[:, plan.text_start + valid : plan.text_start + plan.text_len] = False
         rows = torch.from_numpy(np.concatenate([image, text])).to(query.device)
         made = torch.nn.functional.scaled_dot_product_attention(
             query[None, :, rows].float(), key[None].float(), value[None].float(), attended, scale=inputs.scale

@@ -232,8 +232,8 @@ def _over_steps(evidence: Evidence) -> str:
     found = evidence.over_steps
     assert found is not None, "steps were searched"
     steps = ", ".join(map(str, found.references))
-    slopes = f"extrapolated between, slopes {' and '.join(f'{slope:g}' for slope in found.slopes)}"
-    between = slopes if any(found.slopes) else "reused between"
+    slopes = ", ".join(f"{slope:g}" for slope in found.slopes)
+    between = f"extrapolated between with slopes {slopes}" if any(found.slopes) else "reused between"
     measured = "" if found.error is None else f" The best by {found.runs} runs: latents are off by {found.error:.2%}."
     return (
         f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}; {between}, "

@@ -12,7 +12,6 @@ measured runs (`step_search`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +21,14 @@ import numpy as np
 from grat_cli.attention.record import observation_preset
 from grat_cli.errors import BadInput
 from grat_cli.fidelity import observations as observing
-from grat_cli.fidelity.evidence import Chosen, evidence_of
+from grat_cli.fidelity.evidence import Chosen, evidence_of, figures
 from grat_cli.fidelity.fitted_preset import schedule_of, share_of, stretches_from, stretches_of
 from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
 from grat_cli.fidelity.measured_runs import MeasuredRun, Measurements, relative_error
 from grat_cli.fidelity.observations import Observations, Observed
 from grat_cli.fidelity.quality import likeness
 from grat_cli.fidelity.references import MOST_STEPS
-from grat_cli.fidelity.step_search import EARLY, Foreteller, Setting, kept_bytes, measured_best
+from grat_cli.fidelity.step_search import Foreteller, Search, Setting
 from grat_cli.files.whole import part_of
 from grat_cli.generation.request import Progress, Request
 from grat_cli.generation.single import frames_of, latents_of
@@ -246,42 +245,36 @@ def _over_steps(
     Raises:
         BadInput: if no setting is as sparse, or all keep more than they may.
     """
-    # 1. What may be kept: outputs and slopes, or outputs alone.
-    asked = request.request
+    # 1. What may be kept of each layer and call: an output and how it changes, or the output alone.
+    assert request.density is not None, "a search over steps has a density for its target"
+    asked, facts = request.request, seen[0].facts
     shape = asked.family.transformer_shape(model.pipe.transformer.config)
-    facts = seen[0].facts
     element = 1 if search.keep == "fp8" else model.pipe.transformer.dtype.itemsize
-
-    def bytes_of(setting: Setting) -> int:
-        return kept_bytes(setting, request.steps, facts.tokens, shape.width, shape.layers, facts.calls, element)
+    of_outputs = facts.tokens * shape.width * shape.layers * facts.calls * element
+    limit = float("inf") if search.most_gib is None else search.most_gib * _GIB
+    if of_outputs > limit:
+        raise BadInput(
+            f"outputs of all layers are {of_outputs / _GIB:.3g} GiB, more than --max-kept {search.most_gib:g}: "
+            "give more, --keep fp8, or --no-over-steps"
+        )
+    extrapolates = 2 * of_outputs <= limit
+    if not extrapolates:
+        progress.note(
+            f"outputs and how they change are {2 * of_outputs / _GIB:.3g} GiB, more than --max-kept "
+            f"{search.most_gib:g}: outputs are reused as they are"
+        )
 
     # 2. What is foretold.
-    assert request.density is not None, "a search over steps has a density for its target"
     weights = _weights(facts.sigmas, request.steps)
-    foretellers = [Foreteller(observations, request.density, weights, extrapolates=one) for one in (True, False)]
+    foreteller = Foreteller(observations, request.density, weights, extrapolates=extrapolates)
     fewest, most = search.references or (1, request.steps)
-    counts = range(fewest, min(most, foretellers[0].most, request.steps) + 1)
+    counts = range(fewest, min(most, foreteller.most) + 1)
     if not counts:
         sparsest = observations.densities.min()
         raise BadInput(
             f"no choice of these patterns has a density of {request.density:g}: the sparsest one has {sparsest:.4f} at "
             f"each step that is computed, {fewest * sparsest / request.steps:.4f} of the whole run at {fewest} of "
             f"{request.steps} steps"
-        )
-    limit = None if search.most_gib is None else search.most_gib * _GIB
-    for foreteller in foretellers:
-        settings = foreteller.settings(counts)
-        fitting = [setting for setting in settings if limit is None or bytes_of(setting) <= limit]
-        if fitting:
-            break
-    else:
-        raise BadInput(
-            f"a run keeps {min(map(bytes_of, settings)) / _GIB:.3g} GiB even if outputs are reused as they are, more "
-            f"than --max-kept {search.most_gib:g}: give more, --keep fp8, or --no-over-steps"
-        )
-    if foreteller is foretellers[1]:
-        progress.note(
-            f"outputs and slopes are more than --max-kept {search.most_gib:g} GiB: outputs are reused as they are"
         )
 
     # 3. What is measured.
@@ -295,24 +288,25 @@ def _over_steps(
         error = relative_error(latents, seen[number].latents)
         return MeasuredRun(error=error, density=installation.last_schedule.density)
 
-    def error(setting: Setting, least: float) -> float:
-        told = (
-            f"{', '.join(map(str, setting.references))}; slopes {', '.join(f'{slope:g}' for slope in setting.slopes)}"
-        )
-        best = "" if least == float("inf") else f"; best {least:.4g}"
-        progress.phase(f"measuring, {measurements.left} runs left{best}: steps {told}")
+    def measure(setting: Setting, least: float) -> float:
+        best = "" if least == float("inf") else f"best {least:.4g}; "
+        steps, slopes = (", ".join(f"{one:g}" for one in some) for some in (setting.references, setting.slopes))
+        progress.phase(f"measuring ({best}{measurements.left} runs left): steps {steps}; slopes {slopes}")
         return measurements.error(_preset(request, chosen_by(setting)), least)
 
     about = [_about(request, model, number, observed=False) for number in range(len(prompts))]
     measurements = Measurements(request.folder, about, run, search.runs)
-    setting, least = measured_best(foreteller, fitting, error, lambda: measurements.lasts)
+    found = Search(foreteller, measure, lambda: measurements.lasts).best_of(lambda: foreteller.settings(counts))
+    setting = found.setting
+    kept = 0 if len(setting.references) == request.steps else of_outputs * (2 if any(setting.slopes) else 1)
     evidence = OverStepsEvidence(
         references=setting.references,
         slopes=setting.slopes,
-        kept_bytes=bytes_of(setting),
+        kept_bytes=kept,
         prompts=prompts,
         runs=search.runs - measurements.left,
-        error=None if least == float("inf") else float(f"{least:.4g}"),
+        error=None if found.error is None else figures(found.error),
+        carried_error=None if found.carried_error is None else figures(found.carried_error),
     )
     return chosen_by(setting), evidence
 
@@ -326,11 +320,10 @@ def _chosen_at_references(
         "between": "extrapolate" if any(setting.slopes) else "reuse",
         "keep": search.keep,
     }
+    stretches = stretches_from(setting.references, steps)
     if any(setting.slopes):
-        early = math.ceil(EARLY * steps)
         carried["slope"] = [
-            {"steps": text, "slope": slope}
-            for text, slope in zip(stretches_from((0, early), steps), setting.slopes, strict=True)
+            {"steps": text, "slope": slope} for text, slope in zip(stretches, setting.slopes, strict=True) if slope
         ]
     return Chosen(
         candidates=request.candidates,
@@ -338,18 +331,19 @@ def _chosen_at_references(
         choice=setting.choice,
         weights=np.full(count, 1 / count),
         values=lambda name: observations.of_steps(setting.references, name),
-        stretches=stretches_from(setting.references, steps),
+        stretches=stretches,
         computed=count / steps,
         over_steps=carried if count < steps else None,
     )
 
 
 def _weights(sigmas: list[float] | None, steps: int) -> Floats:
-    """Of the loss at each step, 1 on the mean."""
-    if sigmas is None:
-        return np.ones(steps)
-    lengths = np.abs(np.diff(sigmas))
-    return lengths / lengths.mean() if lengths.any() else np.ones(steps)
+    """Of the loss at each step: how far latents go there; they add up to 1.
+
+    Not its square, by which the error of latents grows at the step itself: errors of early steps grow further later.
+    """
+    lengths = np.abs(np.diff(sigmas)) if sigmas is not None else np.ones(steps)
+    return lengths / lengths.sum() if lengths.any() else np.full(steps, 1 / steps)
 
 
 def _preset(request: TuneRequest, chosen: Chosen) -> Preset:

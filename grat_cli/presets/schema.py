@@ -327,12 +327,13 @@ class OverStepsEvidence(Section):
 
     Attributes:
         references: steps that are computed, of the runs that were observed.
-        slopes: of the early steps, and of the later ones.
+        slopes: that outputs are carried with after each of them; 0 where none are, or they are reused as they are.
         kept_bytes: what a run keeps from step to step.
         prompts: whose latents were measured.
         runs: that were measured.
         error: mean square of the distance of the last latents from those of full attention, over the variance of these;
             mean over the prompts. None where nothing was measured.
+        carried_error: the same of full attention at the references that were tried first: what carrying alone does.
     """
 
     references: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
@@ -341,6 +342,7 @@ class OverStepsEvidence(Section):
     prompts: Texts
     runs: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
     error: Figure | None = None
+    carried_error: Figure | None = None
 
 
 class Evidence(Section):
