@@ -189,7 +189,7 @@ class _Counted(TorchDispatchMode):
 @pytest.mark.parametrize(("shape", "text"), [((16, 24), 24), ((13, 10), 0), ((19, 9), 7)])
 def test_density_is_what_is_computed(shape: tuple[int, int], text: int) -> None:
     pattern = Union(Block(0), Far([(0, (4, 4))], Choice(2, 4, (2, 2))))
-    plan = build_plan(Grouping(Grid(shape), (4, 4)), pattern, text)
+    plan = build_plan(Grouping(Grid(shape), (8, 8)), pattern, text)
     batch, heads, head_dim = 2, 3, 64
     query, key, value = (torch.randn(batch, plan.tokens, heads, head_dim) for _ in range(3))
     with _Counted() as counted:
