@@ -183,7 +183,6 @@ def _scores(means: torch.Tensor, summaries: list[torch.Tensor], tables: _Tables,
     own = summaries[1][:, tables.own].transpose(1, 2).to(means.dtype)
     # Weights sum to 0, so values may be told from their mean.
     apart = values.unflatten(2, within) - own.unsqueeze(3)
-    apart.masked_fill_(tables.shares == 0, 0)
     products = apart @ apart.transpose(-1, -2)  # [B, H, blocks, means, means]
     least = (products.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * tables.shares).sum(-2).clamp_(min=0).sqrt_()
     least = least * SPREAD_WITHIN + torch.linalg.vector_norm(own, dim=-1, keepdim=True) * SPREAD_LEAST
