@@ -325,7 +325,7 @@ def test_blocks_that_their_means_tell_are_not_chosen(monkeypatch: pytest.MonkeyP
     ours = error()
 
     def by_score(
-        means: torch.Tensor, summaries: list[torch.Tensor], tables: choosing._Tables, scale: float
+        means: torch.Tensor, summaries: tuple[torch.Tensor, torch.Tensor], tables: choosing._Tables, scale: float
     ) -> torch.Tensor:
         keys = summaries[0][:, tables.own].transpose(1, 2)
         return (means * scale @ keys.transpose(-1, -2)).masked_fill(tables.exempt.T, -math.inf)
