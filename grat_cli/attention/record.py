@@ -27,21 +27,16 @@ def observation_preset(preset: Preset, candidates: Sequence[Attention]) -> Prese
         ValidationError: if their groups and blocks do not nest.
     """
     # Rules say which groups and blocks the order has to keep together; the last one wins everywhere.
-    rules = [attention.model_dump(exclude_none=True) for attention in candidates]
+    rules = [attention.model_dump(mode="json", exclude_none=True) for attention in candidates]
     return Preset.model_validate(
         preset.model_dump()
         | {
             "attention": {"variant": "full", "group": list(preset.attention.group)},
-            "schedule": {"rules": [*map(_plain, rules), {"variant": "full"}]},
+            "schedule": {"rules": [*rules, {"variant": "full"}]},
             "highres": None,
             "cache": None,
         }
     )
-
-
-def _plain(rule: dict) -> dict:
-    far = rule.get("far")
-    return rule | {"far": [dict(level) for level in far]} if far else rule
 
 
 @dataclass(frozen=True)
