@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.any_transformer import AnyTransformer
     from grat_cli.attention.caching import StepCaches
+    from grat_cli.attention.carrying import Carrying
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.guard import RecallGuard
     from grat_cli.attention.layer import CallObserver
@@ -44,10 +45,12 @@ class Installation:
         caches: of the transformers, the preset's or those that the caller enabled; None where the transformer is not
             known.
         work: what of the attention was computed in each step; None where nothing takes its place.
+        carrying: what of it is carried over steps; None where nothing is.
     """
 
     caches: StepCaches | None = None
     work: Work | None = None
+    carrying: Carrying | None = None
 
     def __init__(
         self,
@@ -246,13 +249,16 @@ def install(
     if warning:
         warnings.warn(warning, stacklevel=3)
     transformers = family.transformers(pipe) if family and tokens is None else ()
-    if preset.cache or any(getattr(one, "is_cache_enabled", False) for one in transformers):
+    over_steps = preset.schedule.over_steps
+    if over_steps or preset.cache or any(getattr(one, "is_cache_enabled", False) for one in transformers):
         installation.work = _counter(adapters)
     observer = _observers(installation.guard, installation.work, observer)
     with ExitStack() as stack:
         stack.enter_context(CallWatch(pipe, adapters, installation.require_able).watching())
+        if over_steps:
+            installation.carrying = stack.enter_context(_carrying(installation))
         for adapter in adapters:
-            stack.enter_context(adapter.attached(installation, installation.backend, observer))
+            stack.enter_context(adapter.attached(installation, installation.backend, observer, installation.carrying))
         if family and tokens is None:
             installation.caches = stack.enter_context(
                 _cached(transformers, adapters, installation, preset.cache, family)
@@ -267,6 +273,18 @@ def _counter(adapters: Sequence[Adapter | AnyTransformer]) -> Work:
     return Work(adapters[0].layers)
 
 
+def _carrying(installation: Installation) -> AbstractContextManager[Carrying]:
+    """What carries attention over steps."""
+    from grat_cli.attention.carrying import Carrying
+
+    return Carrying(installation.clock, _begun(installation)).served()
+
+
+def _begun(installation: Installation) -> Callable[[], None]:
+    """What is to be done when a run begins."""
+    return (lambda: None) if installation.work is None else installation.work.clear
+
+
 def _cached(
     transformers: Sequence[Any],
     adapters: Sequence[Any],
@@ -278,9 +296,7 @@ def _cached(
     from grat_cli.attention import caching
 
     ratios = family.mag_ratios(adapters[0].model.config)
-    work = installation.work
-    begun = (lambda: None) if work is None else work.clear
-    return caching.attached(transformers, adapters, cache, installation.clock, ratios, begun)
+    return caching.attached(transformers, adapters, cache, installation.clock, ratios, _begun(installation))
 
 
 def _family_adapters(
@@ -334,7 +350,12 @@ def _any_transformer(
             f"preset {preset.name} is for tokens on {len(preset.attention.group)} axes, not on {tokens.axes}: "
             f"use another, such as {'flux-far' if tokens.axes == 2 else 'hunyuan-far'}"
         )
-    for name, given in (("a guard", preset.guard), ("a cache", preset.cache), ("extrapolation", extrapolation)):
+    for name, given in (
+        ("a guard", preset.guard),
+        ("a cache", preset.cache),
+        ("extrapolation", extrapolation),
+        ("schedule.over_steps", preset.schedule.over_steps),
+    ):
         if given:
             raise BadInput(f"{name} needs a transformer that GRAT knows: leave it out")
     if check and getattr(transformer, "is_cache_enabled", False):

@@ -7,6 +7,7 @@ transformer is put together is told by its own adapter, in the file of the famil
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import threading
@@ -21,6 +22,7 @@ from grat_cli.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
+    from grat_cli.attention.carrying import CarriedLayers, Carrying
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.processor import SpanAttentionProcessor
@@ -191,13 +193,16 @@ class Adapter(ABC):
         return lambda module, args, output: _ordered(output, dim, self.inverse)
 
     @contextmanager
-    def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
+    def attached(
+        self, run: Run, backend: Backend, observer: CallObserver | None = None, carrying: Carrying | None = None
+    ) -> Iterator[None]:
         """While inside, the transformer attends over spans; leaving restores it exactly, also after an exception.
 
         Args:
             run: gives plans and the step of each call.
             backend: how span attention is computed.
             observer: told of calls and attentions, or None.
+            carrying: what carries attention over steps, or None.
 
         Raises:
             BadInput: if the transformer is in a state that is not supported, with the reason.
@@ -215,9 +220,14 @@ class Adapter(ABC):
         )
         attend = self._attend or over_spans(backend)
         layers = [LayerAttention(layer, attend, observer) for layer in range(self.layers)]
+        over_steps = None
+        if carrying is not None:
+            over_steps = carrying.of_transformer(self.layers)
+            for layer, carried in zip(layers, over_steps.layers, strict=True):
+                layer.over_steps = carried
         with ExitStack() as stack:
             stack.enter_context(self.attending(layers))
-            before, after, ended = self._around(run, observer, layers)
+            before, after, ended = self._around(run, observer, layers, over_steps)
             handles = [self._called.register_forward_pre_hook(before, with_kwargs=True)]
             hooks = self.hooks()
             self._hooked = [module for module, _ in hooks]
@@ -256,7 +266,11 @@ class Adapter(ABC):
             )
 
     def _around(
-        self, run: Run, observer: CallObserver | None, layers: Sequence[LayerAttention]
+        self,
+        run: Run,
+        observer: CallObserver | None,
+        layers: Sequence[LayerAttention],
+        over_steps: CarriedLayers | None,
     ) -> tuple[Callable[..., Any], ...]:
         """Hooks before and after a transformer call, and one when it has ended, also by an exception."""
         import torch
@@ -276,12 +290,18 @@ class Adapter(ABC):
             self.prepare(tokens)
             if observer:
                 observer.begin_call(step, schedule.density_of_step(step))
+            plan_of = schedule.plan
+            if over_steps is not None:
+                over_steps.begin_call(step, schedule)
+                plan_of = schedule.reference_plan
             for number, layer in enumerate(layers):
-                layer.plan, layer.text_valid = schedule.plan(step, number), text.valid
+                layer.plan, layer.text_valid = plan_of(step, number), text.valid
                 if trained is not None:
                     from grat_cli.attention.extrapolation import proportional_scaling
 
-                    layer.scaling = proportional_scaling(layer.plan, trained, tokens.device)
+                    layer.scaling = functools.partial(
+                        proportional_scaling, trained_image_tokens=trained, device=tokens.device
+                    )
             # All plans of a schedule share one token order.
             self.order, self.inverse = _orders(layers[0].plan, text.references, tokens.device)
             return (), self.enter(call, step)
@@ -290,6 +310,8 @@ class Adapter(ABC):
             output = self.leave(output)
             if observer:
                 observer.end_call()
+            if over_steps is not None:
+                over_steps.end_call()
             return output
 
         def ended(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -297,6 +319,8 @@ class Adapter(ABC):
                 self._caller = None
                 for layer in layers:
                     layer.forget()
+                if over_steps is not None:
+                    over_steps.leave_call()
 
         # Hooks of a module that is compiled in place, or later, are compiled with it, and these are no tensor code.
         return tuple(map(torch.compiler.disable, (before, after, ended)))
@@ -315,6 +339,10 @@ class _ReplacingAdapter(Adapter):
     def attention_of(self, block: Any) -> Any:
         """The attention module of a block that takes a plan."""
         return block.attn
+
+    def returns_attention_alone(self, attention: Any) -> bool:
+        """Whether an attention module computes nothing else, so that its output can be carried over steps whole."""
+        return True
 
     @property
     def heads(self) -> int:
@@ -337,6 +365,7 @@ class _ReplacingAdapter(Adapter):
             self._refuse_replaced(processor)
         self._layers = layers
         self._processors = [self.processor_for(layer, of_layer) for layer, of_layer in zip(layers, stock, strict=True)]
+        self._carry_modules()
         try:
             for attention, processor in zip(self._attentions, self._processors, strict=True):
                 attention.set_processor(processor)
@@ -344,6 +373,16 @@ class _ReplacingAdapter(Adapter):
         finally:
             for attention, processor in zip(self._attentions, stock, strict=True):
                 attention.set_processor(processor)
+
+    def _carry_modules(self) -> None:
+        """Where attention is carried over steps, its modules are, as far as they can be."""
+        if self.is_compiled:  # what differs from step to step is inside of an operator there
+            return
+        from grat_cli.attention.carrying import with_module_carried
+
+        for attention, processor, layer in zip(self._attentions, self._processors, self._layers, strict=True):
+            if layer.over_steps is not None and self.returns_attention_alone(attention):
+                with_module_carried(processor, layer.over_steps)
 
     def prepare(self, tokens: torch.Tensor) -> None:
         """See `Adapter.prepare`.

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.attention.cache_states import Snapshot, copied, kept, moved, thawed
+from grat_cli.attention.clock import same
 from grat_cli.errors import BadInput
 from grat_cli.presets.caches import KINDS, Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
 
@@ -217,7 +218,7 @@ class _Runs:
 
     def begin(self, timesteps: torch.Tensor) -> None:
         """A transformer is called for the first time in a run of these timesteps."""
-        if self._timesteps is None or not _same(timesteps, self._timesteps):
+        if self._timesteps is None or not same(timesteps, self._timesteps):
             self._timesteps = timesteps
             self._begun()
 
@@ -376,7 +377,7 @@ class _Watched:
             self._find()
         step = self._clock.current_step()
         timesteps, index = self._clock.timesteps()
-        if self._run is None or not _same(timesteps, self._run) or step < self._step:
+        if self._run is None or not same(timesteps, self._run) or step < self._step:
             self._run = timesteps
             self._begin()
         elif step != self._step:
@@ -519,11 +520,6 @@ class _Watched:
             for name, value in values.items():
                 setattr(state, name, moved(value, device))
         self.is_restored = bool(restored)
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether tensors are one, or the same part of one; while either is held, no other can take its place."""
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _tidied(module: Any, forward: Any, had_registry: bool) -> None:

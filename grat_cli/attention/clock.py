@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,44 @@ class PipelineClock:
         """Steps of the schedule that the run is the end of."""
         scheduler = self._pipe.scheduler
         return len(getattr(scheduler, "whole", scheduler).timesteps)  # see `families.resumption.LaterSteps`
+
+
+class CountedCall(NamedTuple):
+    """Where a run is at a transformer call.
+
+    Attributes:
+        begins_run: whether it is the first of its run.
+        step: of the run.
+        call: which of the calls of the step.
+    """
+
+    begins_run: bool
+    step: int
+    call: int
+
+
+class CallCounter:
+    """Counts transformer calls, and tells runs apart by the timesteps that a scheduler lays out for each."""
+
+    def __init__(self, clock: PipelineClock) -> None:
+        """Of a clock's pipeline."""
+        self._clock = clock
+        self._timesteps: torch.Tensor | None = None
+        self._step, self._call = -1, 0
+
+    def count(self) -> CountedCall:
+        """One more call."""
+        step = self._clock.current_step()
+        timesteps, _ = self._clock.timesteps()
+        begins = self._timesteps is None or not same(timesteps, self._timesteps) or step < self._step
+        self._call = self._call + 1 if step == self._step and not begins else 0
+        self._timesteps, self._step = timesteps, step
+        return CountedCall(begins, step, self._call)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether tensors are one, or the same part of one; while either is held, no other can take its place."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def step_under_way(scheduler: Any, begin: int | None = None) -> int:

@@ -12,6 +12,7 @@ from grat_cli.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
+    from grat_cli.attention.carrying import CarriedLayer
     from grat_kernels import Backend, HeadPlan, Plan
 
 
@@ -84,12 +85,14 @@ class LayerAttention:
 
     Attributes:
         text_valid: valid text tokens of each sample `[B]` in the next call, None where all are valid.
-        scaling: of the scores, beside 1/√D; likewise.
+        scaling: of the scores under a plan, beside 1/√D; likewise. None for none.
         number: by which compiled code finds it; see `operators`.
+        over_steps: what of it is carried over steps; None where nothing is.
     """
 
     text_valid: torch.Tensor | None = None
-    scaling = Scaling()
+    scaling: Callable[[Plan | HeadPlan], Scaling] | None = None
+    over_steps: CarriedLayer | None = None
 
     def __init__(self, layer: int, attend: Attend, observer: CallObserver | None) -> None:
         from grat_cli.attention.operators import numbered
@@ -157,16 +160,27 @@ class LayerAttention:
             key: likewise.
             value: likewise.
             summaries: see `AttentionInputs`.
-            may_change: whether queries may be scaled where they are.
+            may_change: whether queries may be scaled where they are, and nobody changes the output where it is.
         """
-        # Scores are scaled through the queries, one more pass over them, because keys share their rotation tables and
-        # kernels take one scale. Where all queries have one factor, which is then the kernel's, it costs nothing.
-        if self.scaling.queries is not None:
-            query = query.mul_(self.scaling.queries) if may_change else query * self.scaling.queries
-        scale = self.scaling.factor / math.sqrt(query.shape[-1])
-        inputs = AttentionInputs(self._layer, query, key, value, self.plan, scale, self.text_valid, summaries)
-        with without_autocast(query.device), self._observed(inputs):
-            return self._attend(inputs)
+
+        def attended(plan: Plan | HeadPlan) -> torch.Tensor:
+            scaling = Scaling() if self.scaling is None else self.scaling(plan)
+            scaled = query
+            # Scores are scaled through the queries, one more pass over them, because keys share their rotation tables
+            # and kernels take one scale. Where all queries have one factor, which is then the kernel's, it costs
+            # nothing.
+            if scaling.queries is not None:
+                scaled = query.mul_(scaling.queries) if may_change else query * scaling.queries
+            scale = scaling.factor / math.sqrt(query.shape[-1])
+            made = summaries if plan.summaries.blocks == self.plan.summaries.blocks else None
+            inputs = AttentionInputs(self._layer, scaled, key, value, plan, scale, self.text_valid, made)
+            with without_autocast(query.device), self._observed(inputs):
+                return self._attend(inputs)
+
+        if self.over_steps is None or not self.over_steps.takes_attention:
+            return attended(self.plan)
+        keeps, may_change = not may_change, may_change and not self.over_steps.has_base
+        return self.over_steps.attention(query, attended, self.plan, copies=keeps)
 
 
 def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import copy
 from enum import IntEnum
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from grat_cli.errors import BadInput
 from grat_cli.presets import LARGEST_COUNT, Attention, Preset, Table, ranges, shape_text
+from grat_cli.presets.over_steps import Keep
 from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, Segments, build_head_plan, build_plan
 from grat_kernels.geometry import IntArray, cell_counts
 from grat_kernels.plan import Work
@@ -34,6 +36,26 @@ class Width(IntEnum):
     WIDER = 1
     """The next wider pattern (`wider`), or full attention where that is none or attends everything."""
     FULL = 2
+
+
+class Carried(NamedTuple):
+    """How a layer's attention is carried over steps, at one of them.
+
+    Attributes:
+        is_reference: whether it is computed at the step, rather than carried to it.
+        is_kept: whether a later step is one that it is carried to.
+        slope: at the step, see `presets.over_steps.Carrying`; 0 where outputs are reused as they are.
+        keep: where what is carried is kept, likewise.
+        extrapolates: whether what is carried ever has a slope.
+        base: what is computed at every step, and the rest carried; None where the whole is.
+    """
+
+    is_reference: bool
+    is_kept: bool
+    slope: float
+    keep: Keep
+    extrapolates: bool
+    base: Plan | None
 
 
 def wider(attention: Attention) -> Attention:
@@ -68,7 +90,9 @@ class AttentionSchedule:
     """A preset laid out over the steps, layers and heads of a run. All its plans share one token order.
 
     Of a joint sequence of `text_len` text tokens before or after the image tokens, and behind them `references` tokens
-    of pictures to refer to, which attend everything and are attended by everything as text is.
+    of pictures to refer to, which attend everything and are attended by everything as text is. Where the
+    preset's `over_steps` spaces its references by sigmas, these are `sigmas`, of each step and what the last one ends
+    at, or even ones.
 
     Attributes:
         grid: the image tokens.
@@ -76,7 +100,7 @@ class AttentionSchedule:
         layers: attention layers of the transformer.
         heads: heads of each.
         plans: the distinct plans, in order of first use.
-        density: attended pairs over all pairs, mean over the run.
+        density: attended pairs over all pairs, mean over the run; those of layers that are carried to a step are none.
 
     Raises:
         BadInput: if preset and grid, steps, layers or heads do not fit.
@@ -92,6 +116,7 @@ class AttentionSchedule:
         layers: int = 1,
         heads: int = 1,
         references: int = 0,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
         self.grid, self.steps, self.layers, self.heads = grid, steps, layers, heads
         self._segments = segments_of(text_len, text_first, references)
@@ -120,6 +145,7 @@ class AttentionSchedule:
                 f"use fewer, or a fraction: --set schedule.dense_steps=0.1"
             )
         choice[:dense_steps] = -1
+        self._lay_over_steps(preset, dense_steps, sigmas)
 
         # Plans that have been built, by what they were built from; those that are not in use wait for wider layers.
         self._attentions = attentions
@@ -128,6 +154,29 @@ class AttentionSchedule:
         self._choice = choice
         self._lay_out(np.zeros((steps, layers), np.int64))
 
+    def _lay_over_steps(self, preset: Preset, dense_steps: int, sigmas: Sequence[float] | None) -> None:
+        """Which of the preset's `over_steps` each layer has, and where it is a reference, `[steps, sections]`."""
+        self._sections = tuple(zip(preset.schedule.over_steps, preset.bases_of_over_steps, strict=True))
+        self._section_of_layer: list[int | None] = [None] * self.layers
+        self._is_reference = np.zeros((self.steps, len(self._sections)), bool)
+        self._is_reference[:dense_steps] = True
+        for number, (section, _) in enumerate(self._sections):
+            name = f"over_steps {number + 1}" if len(self._sections) > 1 else "over_steps"
+            covered = _slice(section.layers, self.layers, "layers", name, preset)
+            for layer in range(self.layers)[covered]:
+                if (other := self._section_of_layer[layer]) is not None:
+                    raise BadInput(
+                        f"over_steps {other + 1} and {number + 1} of preset {preset.name} both have layer {layer}: "
+                        "give each layer to one of them"
+                    )
+                self._section_of_layer[layer] = number
+            try:
+                self._is_reference[list(section.reference_steps(self.steps, sigmas)), number] = True
+            except ValueError as error:
+                raise BadInput(
+                    f"{name} of preset {preset.name} {error}: change its reference, or take it out"
+                ) from error
+
     def widened(self, widths: IntArray) -> AttentionSchedule:
         """This schedule with layers wider at some steps; it stays as it is itself.
 
@@ -135,7 +184,8 @@ class AttentionSchedule:
             widths: a `Width` for every step and layer, `[steps, layers]`.
         """
         other = copy(self)
-        other.__dict__.pop("shares", None)  # those of the layout before
+        for name in ("shares", "_carried"):  # those of the layout before
+            other.__dict__.pop(name, None)
         other._lay_out(widths)
         return other
 
@@ -149,6 +199,9 @@ class AttentionSchedule:
         try:
             patterns = {entry: self._patterns(entry) for entry in entries}
             used = dict.fromkeys(pattern for by_head in patterns.values() for pattern in by_head)
+            bases = [None if base is None else self._grouped(base) for _, base in self._sections]
+            used |= dict.fromkeys(base for base in bases if base is not None)
+            self._bases = [None if base is None else self._plan_of_pattern(base) for base in bases]
             self.plans: tuple[Plan, ...] = tuple(self._plan_of_pattern(pattern) for pattern in used)
             plan_of_entry = {entry: self._plan_of_heads(by_head) for entry, by_head in patterns.items()}
         except ValueError as error:
@@ -164,8 +217,58 @@ class AttentionSchedule:
         return " and ".join(dict.fromkeys(texts))
 
     def plan(self, step: int, layer: int) -> Plan | HeadPlan:
-        """The plan of a step and layer, both counted from 0; by head where heads of the layer attend differently."""
+        """The plan of a step and layer, both counted from 0; by head where heads of the layer attend differently.
+
+        Where the layer is carried to the step, it is that of the base where there is one, else `reference_plan`.
+        """
+        carried = self.carried(step, layer)
+        if carried is None or carried.is_reference or carried.base is None:
+            return self._plans[step][layer]
+        return carried.base
+
+    def reference_plan(self, step: int, layer: int) -> Plan | HeadPlan:
+        """The plan of the layer at the step if it is a reference, or if nothing is carried to it after all."""
         return self._plans[step][layer]
+
+    @property
+    def is_over_steps(self) -> bool:
+        """Whether any layer is carried over steps."""
+        return any(number is not None for number in self._section_of_layer)
+
+    def carried(self, step: int, layer: int) -> Carried | None:
+        """How a layer is carried over steps, at one of them; None for one that is computed at every step."""
+        number = self._section_of_layer[layer]
+        return None if number is None else self._carried[step][number]
+
+    @cached_property
+    def _carried(self) -> list[list[Carried]]:
+        """Of each step, by the number of its section."""
+        of_sections = []
+        for number, (section, _) in enumerate(self._sections):
+            is_reference = self._is_reference[:, number]
+            slopes = [section.slope_at(step, self.steps) for step in range(self.steps)]
+            to_carry = np.flatnonzero(~is_reference)
+            last = to_carry[-1] if len(to_carry) else 0
+            extrapolates = any(slopes[step] for step in to_carry)
+            of_sections.append(
+                [
+                    Carried(
+                        bool(is_reference[step]), step < last, slope, section.keep, extrapolates, self._bases[number]
+                    )
+                    for step, slope in enumerate(slopes)
+                ]
+            )
+        return [list(of_step) for of_step in zip(*of_sections, strict=True)]
+
+    def _computed(self, step: int, layer: int) -> list[Plan | HeadPlan]:
+        """The plans of the attentions that are computed at a step in a layer."""
+        own, carried = self._plans[step][layer], self.carried(step, layer)
+        if carried is None:
+            return [own]
+        base: list[Plan | HeadPlan] = [] if carried.base is None else [carried.base]
+        if not carried.is_reference:
+            return base
+        return [own, *base] if carried.is_kept else [own]
 
     @property
     def density_by_part(self) -> Work:
@@ -175,7 +278,8 @@ class AttentionSchedule:
 
     def density_of_step(self, step: int) -> float:
         """Attended pairs over all pairs, mean over the layers of a step."""
-        return float(np.mean([plan.density for plan in self._plans[step]]))
+        plans = [self._computed(step, layer) for layer in range(self.layers)]
+        return float(np.mean([sum(plan.density for plan in of_layer) for of_layer in plans]))
 
     @property
     def ideal_speedup(self) -> float:
@@ -184,9 +288,13 @@ class AttentionSchedule:
 
     @cached_property
     def shares(self) -> dict[Plan, float]:
-        """The share of the run's attention, of all steps, layers and heads alike, that each distinct plan serves."""
+        """The share of the run's attention, of all steps, layers and heads alike, that each distinct plan serves.
+
+        Layers that are carried to a step have none of it, and those whose base is computed besides have it twice.
+        """
         served = dict.fromkeys(self.plans, 0)
-        for plan in (plan for row in self._plans for plan in row):
+        calls = np.ndindex(self.steps, self.layers)
+        for plan in (plan for step, layer in calls for plan in self._computed(step, layer)):
             if isinstance(plan, HeadPlan):
                 for number, member in enumerate(plan.classes):
                     served[self._built[member.grouping, member.pattern]] += len(plan.heads_of(number))

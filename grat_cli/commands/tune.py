@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from grat_cli.commands import options
-from grat_cli.commands.parameters import argument, only, option
+from grat_cli.commands.parameters import argument, only, option, switch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from grat_cli.presets import Evidence
 
-_TARGET, _OBSERVATION = "Target", "Observation"
+_TARGET, _OVER_STEPS, _OBSERVATION = "Target", "Over steps", "Observation"
 
 
 def tune(
@@ -28,7 +28,10 @@ def tune(
     ],
     *,
     target_density: float | None = option(
-        "SHARE", "Attended pairs over all pairs, text included, as grat plan gives it: 0.15.", _TARGET
+        "SHARE",
+        "Attended pairs over all pairs, text, choice by content and steps that are not computed included, as grat plan "
+        "gives it: 0.1.",
+        _TARGET,
     ),
     target_recall: float | None = option(
         "SHARE", "Softmax mass of full attention on what is attended token by token: 0.8.", _TARGET
@@ -39,6 +42,33 @@ def tune(
         "built-in prompts go as far, other prompts. Default: 4.",
         _TARGET,
         4,
+    ),
+    no_over_steps: bool = switch(
+        "Compute attention at every step. By default, for a density, some steps are computed in full and outputs are "
+        "carried to those between.",
+        _OVER_STEPS,
+    ),
+    references: str | None = option(
+        "COUNT|RANGE", "Steps that are computed: 6, or 4-8. Default: as many as are best.", _OVER_STEPS
+    ),
+    runs: int = option(
+        "COUNT",
+        "Runs of the model that may be made to measure settings, after those that are observed; a setting takes one "
+        "for each of the first four prompts. 0 for none: the setting that is foretold best. Default: 60.",
+        _OVER_STEPS,
+        60,
+    ),
+    keep: str = option(
+        "WHERE",
+        "device, fp8 (there, in 8 bits) or host (main memory): where what is carried is kept. Default: device.",
+        _OVER_STEPS,
+        "device",
+    ),
+    max_kept: float | None = option(
+        "GIB",
+        "The most that may be kept; where it is too little for outputs and how they change, outputs are reused as they "
+        "are.",
+        _OVER_STEPS,
     ),
     stretches: int = option("COUNT", "Parts of the run that choose by themselves. Default: 4.", _OBSERVATION, 4),
     rows: int = option("COUNT", "Queries drawn at each transformer call. Default: 64.", _OBSERVATION, 64),
@@ -74,6 +104,7 @@ def tune(
     from grat_cli.files import outputs
     from grat_cli.files.places import renamed
     from grat_cli.files.prompts import MOST_OUTPUTS
+    from grat_cli.generation.selection import require_choice
     from grat_cli.presets import LARGEST_COUNT, MOST_STEPS, preset_yaml
 
     output = terminal.output()
@@ -88,9 +119,19 @@ def tune(
         ("--check", check, 0, MOST_OUTPUTS),
         ("--stretches", stretches, 1, MOST_STEPS),
         ("--rows", rows, 2, LARGEST_COUNT),
+        ("--runs", runs, 0, LARGEST_COUNT),
     ):
         if not least <= count <= most:
             raise BadInput(f"{flag} {count}: expected {least} to {most:,}")
+    require_choice("--keep", keep, ("device", "fp8", "host"))
+    if max_kept is not None and max_kept <= 0:
+        raise BadInput(f"--max-kept {max_kept:g}: expected gibibytes above 0")
+    counts = None if references is None else _counts(references)
+    carries = target_density is not None and not no_over_steps
+    if not carries and (counts is not None or max_kept is not None):
+        flag = "--references" if counts is not None else "--max-kept"
+        why = "--no-over-steps" if no_over_steps else "--target-recall, which is of steps that are all computed"
+        raise BadInput(f"{flag} has no meaning with {why}: leave one of them out")
     model.check()
 
     # 2. Model, size and patterns.
@@ -105,7 +146,7 @@ def tune(
     outputs.refuse_unwritable([file], overwrite=overwrite)
 
     # 3. Observe, choose, check.
-    from grat_cli.fidelity.tuning import TuneRequest, tune
+    from grat_cli.fidelity.tuning import StepSearch, TuneRequest, tune
     from grat_cli.generation.request import request_for
 
     built_in = built_in_prompts(choice.medium)
@@ -113,22 +154,24 @@ def tune(
     fresh = [prompt for prompt in built_in if prompt not in observed] if prompts.isdigit() else []
     frames_asked = getattr(size, "frames", None)
     typed = f"{size.width}x{size.height}" + (f"x{frames_asked}" if frames_asked else "")
+    asked = request_for(
+        choice,
+        chosen,
+        observed[0],
+        width=size.width,
+        height=size.height,
+        frames=frames_asked,
+        device=model.device,
+        dtype=model.dtype,
+        weights=model.weights,
+    )
     request = TuneRequest(
-        request=request_for(
-            choice,
-            chosen,
-            observed[0],
-            width=size.width,
-            height=size.height,
-            frames=frames_asked,
-            device=model.device,
-            dtype=model.dtype,
-            weights=model.weights,
-        ),
+        request=asked,
         prompts=observed,
-        candidates=palette(chosen.attention.group),
+        candidates=palette(chosen.attention.group, asked.grid.shape),
         density=target_density,
         recall=target_recall,
+        over_steps=StepSearch(counts, runs, keep, max_kept) if carries else None,
         checked=tuple((fresh + list(observed) * check)[:check]),
         stretches=stretches,
         rows=rows,
@@ -146,9 +189,26 @@ def tune(
     evidence = fitted.evidence
     assert evidence is not None, "a tuned preset has its evidence"
     output.data({"preset": str(file), "observations": str(request.folder), **evidence.model_dump(mode="json")})
-    output.show(_patterns(evidence), "", _sentence(evidence))
+    shown = [_patterns(evidence), "", *([] if evidence.over_steps is None else [_over_steps(evidence)])]
+    output.show(*shown, _sentence(evidence))
     output.hint(f"{request.folder} keeps what was observed: another target takes no new runs; remove it when done")
     output.file(file)
+
+
+def _counts(typed: str) -> tuple[int, int]:
+    """Fewest and most steps.
+
+    Raises:
+        BadInput: if it is no count, and no range of counts.
+    """
+    from grat_cli.errors import BadInput
+    from grat_cli.presets import MOST_STEPS
+
+    fewest, dash, most = typed.partition("-")
+    counts = [int(text) for text in (fewest, most if dash else fewest) if text.isascii() and text.isdigit()]
+    if len(counts) != 2 or not 1 <= counts[0] <= counts[1] <= MOST_STEPS:
+        raise BadInput(f"--references {typed}: expected a count of steps such as 6, or a range such as 4-8")
+    return counts[0], counts[1]
 
 
 def _patterns(evidence: Evidence) -> RenderableType:
@@ -165,6 +225,20 @@ def _patterns(evidence: Evidence) -> RenderableType:
     whole = (f"{evidence.density:.3f}", f"{evidence.recall:.3f}", f"{evidence.output_error:.3f}")
     table.add_row("all of them, as chosen", "", *whole, style="bold")
     return table
+
+
+def _over_steps(evidence: Evidence) -> str:
+    """Which steps are computed, and how that was found."""
+    found = evidence.over_steps
+    assert found is not None, "steps were searched"
+    steps = ", ".join(map(str, found.references))
+    slopes = f"extrapolated between, slopes {' and '.join(f'{slope:g}' for slope in found.slopes)}"
+    between = slopes if any(found.slopes) else "reused between"
+    measured = "" if found.error is None else f" The best by {found.runs} runs: latents are off by {found.error:.2%}."
+    return (
+        f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}; {between}, "
+        f"{found.kept_bytes / (1 << 30):.3g} GiB kept.{measured}"
+    )
 
 
 def _sentence(evidence: Evidence) -> str:

@@ -40,11 +40,9 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from grat_cli.attention.adapter import Run
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.fitted_positions import FittedPositions
-    from grat_cli.attention.layer import CallObserver
-    from grat_kernels import Backend, Plan
+    from grat_kernels import Plan
 
 _OF_CONTROLNETS = "a ControlNet's residuals are in raster order, the tokens are in group order"
 _REDONE: frozenset[PictureKind] = frozenset(["start", "mask"])
@@ -494,7 +492,7 @@ class FluxAdapter(ProcessorAdapter):
         return {FluxTransformerBlock: forward, FluxSingleTransformerBlock: forward}
 
     @contextlib.contextmanager
-    def attached(self, run: Run, backend: Backend, observer: CallObserver | None = None) -> Iterator[None]:
+    def attached(self, *arguments: Any, **options: Any) -> Iterator[None]:
         rows, columns = self.grid.shape
         stock = self.model.pos_embed
         if self.extrapolation is not None and self.extrapolation.moves((rows, columns)):
@@ -503,7 +501,7 @@ class FluxAdapter(ProcessorAdapter):
             self._positions = FittedPositions(stock, self.extrapolation, self.grid)
             self.model.pos_embed = self._positions
         try:
-            with super().attached(run, backend, observer):
+            with super().attached(*arguments, **options):
                 yield
         finally:
             self.model.pos_embed, self._positions, self._ids = stock, None, None

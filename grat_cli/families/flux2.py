@@ -624,6 +624,12 @@ class Flux2Adapter(DispatchAdapter):
 
         return Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 
+    def returns_attention_alone(self, attention: Any) -> bool:
+        """Single blocks have their feed-forward layers in it."""
+        from diffusers.models.transformers.transformer_flux2 import Flux2Attention
+
+        return isinstance(attention, Flux2Attention)
+
     def chunked_blocks(self) -> Mapping[type, Forward]:
         from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
 

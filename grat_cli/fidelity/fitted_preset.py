@@ -15,12 +15,27 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def stretches_of(count: int) -> tuple[str, ...]:
-    """Ranges of shares of the steps, as long as one another, that cover all of them.
+    """Ranges of shares of the steps, as long as one another, that cover all of them."""
+    return stretches_from(range(count), count)
 
-    Bounds are cut after four digits, never rounded up: a share of 0.6667 of 30 steps would begin with the 22nd.
+
+def stretches_from(starts: Sequence[int], steps: int) -> tuple[str, ...]:
+    """Ranges of shares of the steps, each from one of some steps up to before the next one.
+
+    Args:
+        starts: steps, in order, from 0.
+        steps: of the run.
     """
-    bounds = [f"{10_000 * number // count / 10_000:.4f}" for number in range(count + 1)]
+    bounds = [f"{share_of(start, steps):.4f}" for start in (*starts, steps)]
     return tuple(f"{first}-{last}" for first, last in pairwise(bounds))
+
+
+def share_of(step: int, steps: int) -> float:
+    """A share of a run that begins with a step of it.
+
+    It is cut after four digits, never rounded up: a share of 0.6667 of 30 steps would begin with the 22nd.
+    """
+    return 10_000 * step // steps / 10_000
 
 
 def schedule_of(

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from grat_cli.presets import Attention
 
+# What is chosen by content: shares of all blocks that are attended token by token, and by fine means.
+_CHOICES = ((1 / 32, 3 / 32), (1 / 16, 1 / 4), (1 / 8, 1 / 2), (3 / 16, 5 / 8), (1 / 4, 3 / 4))
+_LARGE_GROUP = 64
 
-def palette(group: tuple[int, ...]) -> tuple[Attention, ...]:
-    """Full attention; near patterns of groups, cheap ones and wide ones; and each with far fields of several kinds.
 
-    Blocks of far levels are as large as a group, or half as long on each axis, so all of it shares one token order.
+def palette(group: tuple[int, ...], grid: tuple[int, ...]) -> tuple[Attention, ...]:
+    """Full attention; near patterns of groups, cheap ones and wide ones; each with far fields of several kinds; and
+    far fields by content, of which more and more is told closely.
+
+    Blocks of far levels are as large as a group, or half as long on each axis, and those of fine means once more, so
+    all of it shares one token order.
 
     Args:
         group: tokens per group on each axis.
+        grid: image tokens on each axis.
     """
-    patterns: list[dict[str, Any]] = [{"variant": "full"}]
+    patterns: list[dict[str, Any]] = [{"variant": "full"}, *_chosen(group, grid)]
     for near, inner in _near(len(group)):
         patterns += [near | {"far": far} for far in _far(group, inner)]
     made = (Attention.model_validate({"group": list(group), **pattern}) for pattern in patterns)
@@ -36,6 +44,20 @@ def _near(axes: int) -> Iterator[tuple[dict[str, Any], int]]:
     for share in range(1, axes):
         yield {"variant": "x", "share": share}, 0
     yield {"variant": "bx", "radius": 1, "share": axes - 1}, 1
+
+
+def _chosen(group: tuple[int, ...], grid: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """The own group, and of all else blocks by content."""
+    block = [_half(size) for size in group] if math.prod(group) > _LARGE_GROUP else list(group)
+    fine = [_half(size) for size in block]
+    if fine == block:  # of one token
+        return
+    blocks = math.prod(-(-extent // size) for extent, size in zip(grid, block, strict=True))
+    for exact, means in _CHOICES:
+        choose = {"exact": round(exact * blocks), "fine": round(means * blocks), "block": fine}
+        if choose["exact"] and choose["fine"]:
+            far = {"levels": [{"beyond": 0, "block": block}], "choose": choose}
+            yield {"variant": "b", "radius": 0, "far": far}
 
 
 def _far(group: tuple[int, ...], inner: int) -> Iterator[list[dict[str, Any]] | None]:

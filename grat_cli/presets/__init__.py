@@ -33,11 +33,12 @@ from grat_cli.presets.problems import Problem, problem_of, shape_text
 from grat_cli.presets.schema import (
     BACKENDS,
     HIGHRES_MODES,
-    MOST_STEPS,
     CheckEvidence,
     Evidence,
     HighResolution,
     Kernel,
+    OverSteps,
+    OverStepsEvidence,
     PatternEvidence,
     PositionsName,
     Preset,
@@ -47,6 +48,7 @@ from grat_cli.presets.schema import (
     StageOverride,
     Table,
 )
+from grat_cli.presets.section import MOST_STEPS
 from grat_cli.presets.yaml_source import YamlSource, read_file, read_text
 
 __all__ = [
@@ -66,6 +68,8 @@ __all__ = [
     "FarLevel",
     "HighResolution",
     "Kernel",
+    "OverSteps",
+    "OverStepsEvidence",
     "PatternEvidence",
     "PositionsName",
     "Preset",

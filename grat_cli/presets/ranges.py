@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 _NUMBER = r"(\d+\.\d*|\.\d+|\d+)"
 _RANGE = re.compile(rf"\s*{_NUMBER}\s*(?:-\s*{_NUMBER}\s*)?", re.ASCII)
+MANY = 1_000_000  # more than there are of anything
 EXPECTED = 'expected an index such as 3, indices such as "0-1", or fractions such as "0.5-1.0"'
 
 
@@ -53,3 +55,22 @@ def spread(steps: int, count: int) -> tuple[int, ...]:
     """At most so many of a run's steps: the middle ones of equal stretches."""
     count = min(count, steps)
     return tuple((2 * number + 1) * steps // (2 * count) for number in range(count))
+
+
+def spaced(count: int, sigmas: Sequence[float]) -> tuple[int, ...]:
+    """So many steps, or all, whose sigmas are nearest to evenly spaced ones; the first step always is one of them.
+
+    Args:
+        count: how many.
+        sigmas: of each step, and what the last one ends at, falling.
+    """
+    steps = len(sigmas) - 1
+    count, chosen, at = min(count, steps), [], 0
+    for number in range(count):
+        wanted = sigmas[0] + (sigmas[-1] - sigmas[0]) * number / count
+        last = steps - (count - number)  # leaves one for each of the others
+        while at < last and abs(sigmas[at + 1] - wanted) < abs(sigmas[at] - wanted):
+            at += 1
+        chosen.append(at)
+        at += 1
+    return tuple(chosen)

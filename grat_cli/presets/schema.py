@@ -18,16 +18,18 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    field_serializer,
     model_validator,
 )
 
 from grat_cli.errors import choices
-from grat_cli.presets import ranges
 from grat_cli.presets.attention import LARGEST_COUNT, Attention, Change, Sizes
 from grat_cli.presets.caches import Cache, cache_from
+from grat_cli.presets.over_steps import Carrying, overlap
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
-from grat_cli.presets.section import Number, Section, as_tuple
+from grat_cli.presets.section import MOST_STEPS, Number, Range, Section, as_tuple
 from grat_kernels.geometry import nests
 
 if TYPE_CHECKING:
@@ -40,9 +42,8 @@ PositionsName = Literal["none", "ntk", "yarn", "dype"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 HIGHRES_MODES: tuple[str, ...] = get_args(HighresMode)
 SMALLEST_CHUNK, _LARGEST_CHUNK = 256, 1_000_000_000
-MOST_STEPS = 100_000  # far beyond what means anything
 _SMALLEST_GROWTH = 1.1  # each stage makes a picture
-_MOST_RULES, _MOST_LEVELS, _MOST_LAYERS, _LONGEST_TEXT, _LONGEST_NAME, _LONGEST_RANGE = 1000, 16, 1000, 10_000, 100, 40
+_MOST_RULES, _MOST_LEVELS, _MOST_LAYERS, _LONGEST_TEXT, _LONGEST_NAME = 1000, 16, 1000, 10_000, 100
 # Above so many image tokens (2,896 pixels a side with Flux) wide results take more memory than attention; chunks of
 # the second size keep any device busy.
 _MANY_TOKENS, _AUTO_CHUNK = 32_768, 16_384
@@ -62,16 +63,6 @@ def axes_by_model() -> Mapping[str, int]:
 def _known_model(value: str) -> str:
     if value not in axes_by_model():
         raise ValueError(f"unknown value {shown(value)}: {choices(value, axes_by_model())}")
-    return value
-
-
-def _range(value: Any) -> int | str | None:
-    if value is not None and type(value) is not int and not isinstance(value, str):
-        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
-    if isinstance(value, str) and len(value) > _LONGEST_RANGE:
-        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
-    if value is not None:
-        ranges.covered(value, 1)
     return value
 
 
@@ -110,7 +101,6 @@ def _share_or_none(value: Any) -> float | None:
     raise ValueError(f"expected a share from 0 to 1, such as 0.9, or 0 for none, not {shown(value)}")
 
 
-Range = Annotated[int | str | None, BeforeValidator(_range)]
 Amount = Annotated[int | float, BeforeValidator(_amount)]
 ChunkTokens = Annotated[int | Literal["auto"] | None, BeforeValidator(_chunk_tokens)]
 Figure = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
@@ -141,6 +131,37 @@ class Table(Section):
     layers: Annotated[tuple[Word, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=_MOST_LAYERS)]
 
 
+class OverSteps(Carrying):
+    """Steps at which attention is computed, and how its outputs are carried to those between.
+
+    Attributes:
+        base: for `residual`: the sparser attention, as it differs from the preset's own.
+    """
+
+    base: Change | None = None
+
+    @model_validator(mode="after")
+    def _check_base(self) -> OverSteps:
+        if self.between == "residual" and self.base is None:
+            raise invalid("is missing: residual needs the attention that is computed at every step", "base")
+        if self.between != "residual" and self.base is not None:
+            raise invalid(f"has no meaning for {self.between}: leave it out, or use residual", "base")
+        return self
+
+
+def _over_steps(value: Any) -> Any:
+    """One section stands for a list of it alone, and null for none."""
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    try:
+        return (OverSteps.model_validate(value),)
+    except ValidationError as error:
+        problem = problem_of(error.errors()[0])
+        raise invalid(problem.message, *problem.path) from error
+
+
 class Schedule(Section):
     """When the attention differs from the preset's own.
 
@@ -149,12 +170,31 @@ class Schedule(Section):
         palette: attentions by letter, each as it differs from the preset's own.
         tables: what each layer and head takes of the palette; later ones win.
         rules: overrides of all that; later rules win.
+        over_steps: at which steps it is computed at all, by ranges of layers that share none; `dense_steps` are
+            references.
     """
 
     dense_steps: Amount = 0
     palette: dict[Letter, Change] = Field(default_factory=dict)
     tables: Annotated[tuple[Table, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)] = ()
     rules: Annotated[tuple[Rule, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)] = ()
+    over_steps: Annotated[tuple[OverSteps, ...], BeforeValidator(_over_steps), Field(max_length=_MOST_RULES)] = ()
+
+    @model_validator(mode="after")
+    def _check_layers_apart(self) -> Schedule:
+        for later, section in enumerate(self.over_steps):
+            for earlier, other in enumerate(self.over_steps[:later]):
+                if overlap(section.layers, other.layers):
+                    raise invalid(
+                        f"shares layers with entry {earlier} of the list: give each layer to one of them",
+                        *("over_steps", later, "layers"),
+                    )
+        return self
+
+    @field_serializer("over_steps", mode="wrap")
+    def _write_one_as_it_is_given(self, value: Any, write: SerializerFunctionWrapHandler) -> Any:
+        sections = write(value)
+        return (sections[0] if sections else None) if len(sections) < 2 else sections
 
 
 class Kernel(Section):
@@ -282,6 +322,27 @@ class CheckEvidence(Section):
     psnr_db: Figure
 
 
+class OverStepsEvidence(Section):
+    """How a search over steps went.
+
+    Attributes:
+        references: steps that are computed, of the runs that were observed.
+        slopes: of the early steps, and of the later ones.
+        kept_bytes: what a run keeps from step to step.
+        prompts: whose latents were measured.
+        runs: that were measured.
+        error: mean square of the distance of the last latents from those of full attention, over the variance of these;
+            mean over the prompts. None where nothing was measured.
+    """
+
+    references: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    slopes: Annotated[tuple[Figure, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    kept_bytes: Annotated[int, Field(ge=0, le=10**15)]
+    prompts: Texts
+    runs: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+    error: Figure | None = None
+
+
 class Evidence(Section):
     """What a tuned preset rests on; it changes nothing.
 
@@ -294,11 +355,12 @@ class Evidence(Section):
         steps: of each run.
         prompts: that were observed.
         target: what was wanted.
-        density: foretold for the whole run, as `recall`, `output_error` and `loss`; see `PatternEvidence`.
-        recall: see there.
-        output_error: see there.
-        loss: see there.
+        density: foretold for the whole run.
+        recall: likewise, of the steps that are computed; see `PatternEvidence`.
+        output_error: likewise.
+        loss: likewise.
         patterns: those in use, sparsest first.
+        over_steps: None where every step is computed.
         check: None where nothing was checked.
     """
 
@@ -315,6 +377,7 @@ class Evidence(Section):
     output_error: Figure
     loss: Figure
     patterns: Annotated[tuple[PatternEvidence, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
+    over_steps: OverStepsEvidence | None = None
     check: CheckEvidence | None = None
 
 
@@ -401,12 +464,17 @@ class Preset(Section):
             raise invalid(problem.message, "highres", "stages", index, *problem.path) from error
 
     @cached_property
-    def _derived(self) -> dict[tuple[str, int | str], Attention]:
-        """What rules and palette make of the preset's attention, by where they stand in the schedule."""
-        places: dict[tuple[str, int | str], Change] = {
+    def _derived(self) -> dict[tuple[str | int, ...], Attention]:
+        """What rules, palette and bases make of the preset's attention, by where they stand in the schedule."""
+        places: dict[tuple[str | int, ...], Change] = {
             ("rules", number): rule for number, rule in enumerate(self.schedule.rules)
         }
         places |= {("palette", letter): change for letter, change in self.schedule.palette.items()}
+        sections = self.schedule.over_steps
+        for number, section in enumerate(sections):
+            if section.base is not None:
+                at = (number,) if len(sections) > 1 else ()
+                places[("over_steps", *at, "base")] = section.base
         derived = {}
         for place, change in places.items():
             try:
@@ -419,16 +487,22 @@ class Preset(Section):
     @property
     def attention_of_rules(self) -> tuple[Attention, ...]:
         """What each rule of the schedule makes of the preset's attention."""
-        return tuple(attention for (section, _), attention in self._derived.items() if section == "rules")
+        return tuple(attention for (section, *_), attention in self._derived.items() if section == "rules")
 
     @property
     def attention_of_palette(self) -> dict[str, Attention]:
         """What each letter of the schedule's palette makes of it."""
-        return {str(letter): made for (section, letter), made in self._derived.items() if section == "palette"}
+        return {str(at[-1]): made for (section, *at), made in self._derived.items() if section == "palette"}
+
+    @property
+    def bases_of_over_steps(self) -> tuple[Attention | None, ...]:
+        """What the base of each of the schedule's `over_steps` makes of it; None where there is none."""
+        made = iter(attention for (section, *_), attention in self._derived.items() if section == "over_steps")
+        return tuple(None if section.base is None else next(made) for section in self.schedule.over_steps)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """The preset's own attention, and all that rules and palette make of it."""
+        """The preset's own attention, and all that rules, palette and bases make of it."""
         return (self.attention, *self._derived.values())
 
     @cached_property

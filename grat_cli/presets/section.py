@@ -6,16 +6,31 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from grat_cli.errors import choices
-from grat_cli.presets.problems import invalid
+from grat_cli.presets import ranges
+from grat_cli.presets.problems import invalid, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 LARGEST_NUMBER = 1e6
+MOST_STEPS, _LONGEST_RANGE = 100_000, 40
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
+
+
+def _range(value: Any) -> int | str | None:
+    if value is not None and type(value) is not int and not isinstance(value, str):
+        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
+    if isinstance(value, str) and len(value) > _LONGEST_RANGE:
+        raise ValueError(f"{ranges.EXPECTED}, not {shown(value)}")
+    if value is not None:
+        ranges.covered(value, 1)
+    return value
+
+
+Range = Annotated[int | str | None, BeforeValidator(_range)]
 
 
 class Section(BaseModel):

@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_hunyuan
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.bench.measure import Unwatched
 from grat_cli.errors import BadInput
+from grat_cli.fidelity import observations as observing
 from grat_cli.fidelity import tuning
 from grat_cli.fidelity.fitted_preset import LETTERS, schedule_of, stretches_of
+from grat_cli.fidelity.observations import Facts, Observations, Observed
 from grat_cli.fidelity.palette import palette
-from grat_cli.fidelity.tuning import Observations, TuneRequest, choose, tune
+from grat_cli.fidelity.tuning import TuneRequest, choose, tune
 from grat_cli.generation.request import request_for
 from grat_cli.generation.selection import select_preset
 from grat_cli.models.catalogue import choose_model
@@ -29,12 +32,12 @@ from grat_kernels import Full, Grid, HeadPlan, Plan
 from grat_kernels.geometry import nests
 
 SIDE, STEPS = 96, 4  # 12 x 12 tokens of the demo
-CANDIDATES = palette((4, 4))
+CANDIDATES = palette((4, 4), (12, 12))
 
 
 @pytest.mark.parametrize("group", [(4, 4), (16, 16), (6, 5), (1, 1), (4, 8, 8), (3, 1, 7)])
 def test_a_palette_has_one_token_order_and_letters_for_all(group: tuple[int, ...]) -> None:
-    made = palette(group)
+    made = palette(group, (40,) * len(group))
     assert len(set(made)) == len(made) <= len(LETTERS)
     assert made[0].variant == "full"
     cells = sorted({cell for attention in made for cell in attention.cells}, key=np.prod, reverse=True)
@@ -79,7 +82,16 @@ def observations(seed: int = 0, steps: int = STEPS, layers: int = 2, heads: int 
     loss = generator.uniform(0.5, 1.5, shape) * (1 - densities)
     recall = np.clip(densities * generator.uniform(0.9, 1.1, shape), 0, 1)
     recall[..., 0] = 1.0
-    return Observations(densities, np.full((steps, layers), 8), recall, loss / 2, loss)
+    vectors = np.cumsum(generator.normal(size=(layers, heads, steps, 4)), 2)
+    gram = vectors @ vectors.swapaxes(2, 3)
+    return Observations(densities, np.full((steps, layers), 8), recall, loss / 2, loss, gram)
+
+
+def observed(**changes: Any) -> Observed:
+    """A run of random figures."""
+    sigmas = np.linspace(1, 0, STEPS + 1).tolist()
+    facts = {"text_tokens": 5, "tokens": 149, "calls": 1, "sigmas": sigmas} | changes
+    return Observed(observations(), Facts.model_construct(**facts), torch.ones(1, 4))
 
 
 def tune_request(folder: Path, **changes: Any) -> TuneRequest:
@@ -135,10 +147,11 @@ def test_what_cannot_be_reached_is_refused(tmp_path: Path) -> None:
 
 def test_observations_of_several_runs_are_their_mean() -> None:
     parts = [observations(seed) for seed in (1, 2)]
-    parts[1] = Observations(parts[0].densities, 3 * parts[1].queries, parts[1].recall, parts[1].error, parts[1].loss)
+    parts[1] = replace(parts[1], densities=parts[0].densities, queries=3 * parts[1].queries)
     merged = Observations.merged(parts)
     assert (merged.queries == 4 * parts[0].queries).all()
     np.testing.assert_allclose(merged.loss, (parts[0].loss + 3 * parts[1].loss) / 4)
+    np.testing.assert_allclose(merged.gram, (parts[0].gram + parts[1].gram) / 2)
 
 
 @pytest.fixture(scope="module")
@@ -209,22 +222,38 @@ def test_a_damaged_observation_is_refused(tmp_path: Path) -> None:
 def test_observations_that_no_run_made_are_refused(
     tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
-    found, path, about = observations(), tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
+    found, path, about = observed(), tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
     shape = (STEPS, 2, 3, len(CANDIDATES))
-    tuning._write(path, found, about | {"text_tokens": 5})
-    assert tuning._read(path, about, shape)[1] == 5
+    observing.write(path, found, about)
+    assert observing.read(path, about, shape).facts == found.facts
     path.unlink()
-    tuning._write(path, replace(found, **{name: change(getattr(found, name))}), about | {"text_tokens": 5})
+    changed = replace(found.observations, **{name: change(getattr(found.observations, name))})
+    observing.write(path, replace(found, observations=changed), about)
     with pytest.raises(BadInput, match=r"is damaged \(.*\): remove it"):
-        tuning._read(path, about, shape)
+        observing.read(path, about, shape)
 
 
-@pytest.mark.parametrize("tokens", [-1, 10**400, "5", None])
-def test_observations_of_an_absurd_text_are_refused(tmp_path: Path, tokens: Any) -> None:
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({"text_tokens": tokens} for tokens in (-1, 10**400, "5", None)),
+        *({"calls": calls} for calls in (0, 10**9, 1.5)),
+        *({"sigmas": sigmas} for sigmas in ([1.0, 0.0], [-1.0] * 5, ["1"] * 5)),
+    ],
+)
+def test_observations_of_absurd_facts_are_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
     path, about = tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
-    tuning._write(path, observations(), about | {"text_tokens": tokens})
-    with pytest.raises(BadInput, match="text_tokens"):
-        tuning._read(path, about, (STEPS, 2, 3, len(CANDIDATES)))
+    tensors = observed()
+    observing.write(path, replace(tensors, facts=Facts.model_construct(**(tensors.facts.model_dump() | facts))), about)
+    with pytest.raises(BadInput, match=next(iter(facts))):
+        observing.read(path, about, (STEPS, 2, 3, len(CANDIDATES)))
+
+
+def test_latents_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    path, about = tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
+    observing.write(path, replace(observed(), latents=torch.full((2,), torch.nan)), about)
+    with pytest.raises(BadInput, match="latents"):
+        observing.read(path, about, (STEPS, 2, 3, len(CANDIDATES)))
 
 
 @pytest.mark.parametrize("folder", ["/proc/observations", "/dev/null", "/dev/null/x"])
@@ -252,7 +281,7 @@ def test_a_video_model_is_fitted_too(tmp_path: Path) -> None:
         tmp_path / "kept",
         request=request_for(model, preset, "waves", width=48, height=32, frames=9, device="cpu", dtype="float32"),
         prompts=("waves", "a red boat sailing at sunset"),
-        candidates=palette((1, 1, 2)),
+        candidates=palette((1, 1, 2), (3, 2, 3)),
         checked=("snow",),
         stretches=1,
     )
