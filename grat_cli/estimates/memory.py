@@ -342,7 +342,7 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
         rotated=1 + 3 * (4 / execution.element),
         fused=execution.fused,
         summaries=plan.summaries.rows * row,
-        attending=_attending(shape, plan, execution),
+        attending=attending_bytes(shape, plan, execution),
     )
 
 
@@ -368,7 +368,7 @@ def _outside_blocks(
     return total + shape.pipeline_bytes(plan, element)
 
 
-def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> float:
+def attending_bytes(shape: TransformerShape, plan: Plan, execution: Execution) -> float:
     """Bytes that attention allocates: its output, and what the backend copies."""
     row = shape.width * execution.element
     out = plan.tokens * row
@@ -377,7 +377,8 @@ def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> flo
     if plan.candidates is not None:
         table, scores = _choosing(shape, plan, plan.candidates, execution)
         means = 2 * plan.summaries.rows * row
-        return out + means + table + max(scores, _attending_chosen(shape, plan, plan.candidates, execution))
+        attending = _attending_chosen(shape, plan, plan.candidates, execution) + _scratch(shape, execution)
+        return out + means + table + max(scores, attending)
     source = 0.0
     if plan.summaries.rows:
         # Keys and values are copied once to join the summaries.
@@ -399,11 +400,13 @@ def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> flo
         together = min(runs, max(1, gathered_keys // keys))
         # Gathered queries, keys and values, then what they attended to.
         largest = max(largest, together * (2 * keys + 2 * length) * row)
-    scratch = 0.0
-    if execution.on_cpu:
-        queries, keys = _SCORE_TILE
-        scratch = execution.threads * queries * (keys + shape.head_dim + 2) * 4
-    return out + source + largest + scratch
+    return out + source + largest + _scratch(shape, execution)
+
+
+def _scratch(shape: TransformerShape, execution: Execution) -> float:
+    """Bytes that torch's attention works in besides."""
+    queries, keys = _SCORE_TILE
+    return execution.threads * queries * (keys + shape.head_dim + 2) * 4 if execution.on_cpu else 0.0
 
 
 def _choosing(shape: TransformerShape, plan: Plan, candidates: Candidates, execution: Execution) -> tuple[float, float]:
