@@ -339,6 +339,11 @@ class Plan(JointSequence):
         """The plans of all head classes: this one serves every head."""
         return (self,)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether groups choose by content what they attend."""
+        return self.candidates is not None
+
     def spans(self, group: int) -> tuple[Span, ...]:
         """Merged spans of a group, counted in lexicographic order of group coordinates, text included."""
         return self.span_lists[int(self.list_of_group[group])]
@@ -470,6 +475,11 @@ class HeadPlan(JointSequence):
     def ideal_speedup(self) -> float:
         """How much less attention work than full attention: 1 / density."""
         return 1 / self.density
+
+    @property
+    def chooses(self) -> bool:
+        """Whether groups of some heads choose by content what they attend."""
+        return any(member.chooses for member in self.classes)
 
     def heads_of(self, number: int) -> list[int]:
         """The heads of a class."""
