@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -161,10 +162,13 @@ def test_tile_efficiency_of_choices_counts_tiles_of_what_is_chosen() -> None:
     assert plan.tile_efficiency(1, 1) == 1
 
 
-def test_reach_of_choices_is_that_of_what_is_attended_in_any_case() -> None:
+def test_reach_of_choices_is_that_of_what_may_be_chosen() -> None:
     grouping = Grouping(Grid((12, 20)), (4, 4))
-    chosen = build_plan(grouping, Union(Block(1), Far([(0, (4, 4))], Choice(3, 3, (2, 2)))))
-    assert chosen.reach == build_plan(grouping, Block(1)).reach
+    chosen, finer = (
+        build_plan(grouping, Union(Block(1), Far([(0, (4, 4))], Choice(exact, 3, (2, 2))))) for exact in (3, 0)
+    )
+    assert chosen.reach == math.hypot(11, 19)
+    assert finer.reach == build_plan(grouping, Block(1)).reach
 
 
 def test_equal_requests_share_one_plan() -> None:
