@@ -274,7 +274,7 @@ class Denoising:
             cache=report.cache_data(cache, own, schedule.layers, schedule.density, caches.ratios if caches else ())
             if cache
             else None,
-            density=fmean(step.density for step in own) if cache and own else None,
+            density=fmean(step.density for step in own) if installation.work and own else None,
         )
         steps, stages = (*before, *own), (*run.stages[: run.stage], record.as_dict())
         told = report.build_report(
