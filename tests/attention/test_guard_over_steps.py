@@ -70,7 +70,7 @@ def test_each_gap_that_is_left_gets_a_reference_until_every_step_is_one(
 
 def _gaps(references: Sequence[int], steps: int, begin: int) -> list[int]:
     marks = sorted({begin - 1, *(step for step in references if step >= begin), steps})
-    return list(np.diff(marks))
+    return np.diff(marks).tolist()
 
 
 def test_a_schedule_with_more_references_is_another_one() -> None:
@@ -126,7 +126,7 @@ def driven(
             if carried is not None and carried.is_reference and carried.is_kept and step:
                 kept = script.carried.get((step, layer), script.carried.get(step, 1.0))
                 guard.compared(layer, torch.tensor(1 - kept))
-        computed += [step] * (current.carried(step, 0) is None or current.carried(step, 0).is_reference)
+        computed += [step] * (step in current.references(0) or current.section_of(0) is None)
         guard.end_call()
     return guard, computed
 

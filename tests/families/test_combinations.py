@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from combinations import (
@@ -92,7 +94,8 @@ _OVER_AND_NOT: tuple[Attention, Attention] = ("over steps", "far")
 
 @pytest.mark.parametrize("model", [name for name in CARRIED if name != "FLUX.2"])
 def test_a_batch_is_what_its_samples_are_alone(model: str) -> None:
-    arguments = {"num_images_per_prompt" if len(CARRIED[model].group) == 2 else "num_videos_per_prompt": 2}
+    name = "num_images_per_prompt" if len(CARRIED[model].group) == 2 else "num_videos_per_prompt"
+    arguments: dict[str, Any] = {name: 2}
     both = run(CARRIED[model].make(), model, "over steps", **arguments, generator=_generators(5, 6))
     for sample, seed in zip(both, (5, 6), strict=True):
         alone = run(CARRIED[model].make(), model, "over steps", generator=_generators(seed))
