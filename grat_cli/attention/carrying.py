@@ -86,7 +86,7 @@ class Carrying:
 
     Attributes:
         kept_bytes: of all that is kept now.
-        most_kept_bytes: the most that it has been.
+        most_kept_bytes: the most that it has been in the run.
     """
 
     def __init__(
@@ -147,7 +147,10 @@ class Carrying:
         """What a layer's kept output makes at a step; None where it is a reference or nothing is kept."""
         if rule.is_reference or (output := self._outputs.get(place)) is None or output.form != form:
             return None
-        return output.at(step, rule.slope)
+        made = output.at(step, rule.slope)
+        if not rule.is_kept:  # the last step that it is carried to: decoders find its memory free
+            self._drop(place)
+        return made
 
     def fetch(self, place: _Place) -> None:
         """Sets out what is kept of a layer."""
@@ -199,8 +202,7 @@ class Carrying:
                     self._keeper.keep(rule.keep, one, room) for one, room in zip(slopes, rooms_of_slope, strict=True)
                 ]
         latest = [
-            self._keeper.keep(rule.keep, part.clone() if copies and rule.keep == "device" else part, room)
-            for part, room in zip(parts, rooms, strict=True)
+            self._keeper.keep(rule.keep, part, room, copies=copies) for part, room in zip(parts, rooms, strict=True)
         ]
         self._drop(place)
         self._outputs[place] = made = _Output(step, form, latest, slope, isinstance(output, torch.Tensor))
