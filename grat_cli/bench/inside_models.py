@@ -166,9 +166,7 @@ class Host:
             plan = plan_of(self.text_len)  # now rather than in the first call
             return Inside(
                 self.backend.value,
-                lambda observer, step, carrying=None: self._attached(
-                    variant.grid, fixed_run(plan_of, step), observer
-                ),
+                lambda observer, step, carrying=None: self._attached(variant.grid, fixed_run(plan_of, step), observer),
                 pairs,
                 density,
                 work=Parts.of(plan),

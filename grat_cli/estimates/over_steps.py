@@ -139,9 +139,7 @@ def step_cost(schedule: AttentionSchedule, shape: TransformerShape, step: int, e
     return StepCost(flop, device, link)
 
 
-def _rules(
-    schedule: AttentionSchedule, shape: TransformerShape, step: int
-) -> Iterator[tuple[Carried | None, int]]:
+def _rules(schedule: AttentionSchedule, shape: TransformerShape, step: int) -> Iterator[tuple[Carried | None, int]]:
     """How each layer is carried at a step, and `carried_matrices` of its block."""
     matrices = [shape.carried_matrices[kind] for kind, count in shape.blocks.items() for _ in range(count)]
     for layer, count in enumerate(matrices):
@@ -166,7 +164,9 @@ def over_steps_data(
     measured: Mapping[str, float | None] = {"kept_bytes": kept, "foretold_bytes": foretold}
     return {
         "steps": [
-            {"kind": kind, "steps": ranges_text(steps), "count": len(steps)} for kind, steps in steps_of.items() if steps
+            {"kind": kind, "steps": ranges_text(steps), "count": len(steps)}
+            for kind, steps in steps_of.items()
+            if steps
         ],
         "layers": None if len(some) == schedule.layers else ranges_text(some),
         **{name: round(count) for name, count in measured.items() if count is not None},
