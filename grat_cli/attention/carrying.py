@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from grat_cli.attention.clock import CallCounter
-from grat_cli.attention.keeping import Kept, kept
+from grat_cli.attention.keeping import Keeper, Kept
 from grat_cli.attention.schedule import kind_of_step
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Carrying:
         """
         self._counter, self._begun = CallCounter(clock), begun
         self._outputs: dict[_Place, _Output] = {}
+        self._keeper = Keeper()
         self._step, self._transformer = -1, -1
         self._transformers = 0
         self.kept_bytes = self.most_kept_bytes = 0
@@ -119,6 +120,7 @@ class Carrying:
     def forget(self) -> None:
         """Drops all that is kept."""
         self._outputs.clear()
+        self._keeper.clear()
         self.kept_bytes = 0
 
     def begin_call(self, transformer: int) -> int:
@@ -171,16 +173,19 @@ class Carrying:
             self._drop(place)
             return
         parts = [output] if isinstance(output, torch.Tensor) else list(output)
-        slope = None
-        if before is not None and rule.extrapolates:
-            slopes = [
-                (part - one.get()).div_(step - before.step) for part, one in zip(parts, before.latest, strict=True)
-            ]
-            earlier = before.slope or [None] * len(slopes)
-            slope = [kept(rule.keep, one, of_slope=True, room=room) for one, room in zip(slopes, earlier, strict=True)]
-        rooms = before.latest if before is not None else [None] * len(parts)
+        no_rooms: list[Kept | None] = [None] * len(parts)
+        slope, rooms = None, no_rooms
+        if before is not None:
+            rooms = [*before.latest]
+            if rule.extrapolates:
+                span = step - before.step
+                slopes = [(part - one.get()).div_(span) for part, one in zip(parts, before.latest, strict=True)]
+                rooms_of_slope = before.slope or no_rooms
+                slope = [
+                    self._keeper.keep(rule.keep, one, room) for one, room in zip(slopes, rooms_of_slope, strict=True)
+                ]
         latest = [
-            kept(rule.keep, part.clone() if copies and rule.keep == "device" else part, room=room)
+            self._keeper.keep(rule.keep, part.clone() if copies and rule.keep == "device" else part, room)
             for part, room in zip(parts, rooms, strict=True)
         ]
         self._drop(place)
@@ -283,6 +288,12 @@ class CarriedLayer:
         assert self.rule is not None
         self._carrying.keep(self.place, self.step, self.rule, form, output, copies=copies)
 
+    def attention_carried(self, form: Form, *, copies: bool = False) -> torch.Tensor | None:
+        """What stands for the attention itself; None where any is to be computed. See `attention`."""
+        if not self.takes_attention or self.has_base or (carried := self.carried(form)) is None:
+            return None
+        return carried.clone() if copies else carried
+
     def attention(
         self,
         query: torch.Tensor,
@@ -301,14 +312,13 @@ class CarriedLayer:
         """
         rule, form = self.rule, form_of(query)
         assert rule is not None
-        carried = self.carried(form)
         if rule.base is None:
-            if carried is not None:
-                return carried.clone() if copies else carried
+            if (carried := self.attention_carried(form, copies=copies)) is not None:
+                return carried
             made = compute(plan)
             self.keep(form, made, copies=copies)
             return made
-        if carried is not None:
+        if (carried := self.carried(form)) is not None:
             return compute(rule.base) + carried
         made = compute(plan)
         if rule.is_kept:
