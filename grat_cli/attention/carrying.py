@@ -86,6 +86,7 @@ class Carrying:
     Attributes:
         kept_bytes: of all that is kept now.
         most_kept_bytes: the most that it has been.
+        clock: of the pipeline.
     """
 
     def __init__(self, clock: PipelineClock, begun: Callable[[], None] = lambda: None) -> None:
@@ -95,6 +96,7 @@ class Carrying:
             clock: of the pipeline.
             begun: called when a run begins.
         """
+        self.clock = clock
         self._counter, self._begun = CallCounter(clock), begun
         self._outputs: dict[_Place, _Output] = {}
         self._keeper = Keeper()

@@ -158,16 +158,15 @@ def over_steps_data(
         kept: bytes that were kept at most; None where none ran.
         foretold: likewise what was foretold; None where that is not known.
     """
-    known: Sequence[StepKind | None] = list(kinds)
-    steps_of = {kind: [step for step, found in enumerate(known) if found == kind] for kind in STEP_KINDS}
+    steps_of: dict[StepKind, list[int]] = {kind: [] for kind in STEP_KINDS}
+    for step, kind in enumerate(kinds):
+        if kind is not None:
+            steps_of[kind].append(step)
     some = schedule.layers_over_steps
     measured: Mapping[str, float | None] = {"kept_bytes": kept, "foretold_bytes": foretold}
+    told = [(kind, ranges_text(steps), len(steps)) for kind, steps in steps_of.items() if steps]
     return {
-        "steps": [
-            {"kind": kind, "steps": ranges_text(steps), "count": len(steps)}
-            for kind, steps in steps_of.items()
-            if steps
-        ],
+        "steps": [dict(zip(("kind", "steps", "count"), values, strict=True)) for values in told],
         "layers": None if len(some) == schedule.layers else ranges_text(some),
         **{name: round(count) for name, count in measured.items() if count is not None},
     }
