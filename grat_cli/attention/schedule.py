@@ -18,6 +18,7 @@ from grat_cli.presets import LARGEST_COUNT, Attention, Preset, Table, ranges, sh
 from grat_cli.presets.over_steps import Keep
 from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, Segments, build_head_plan, build_plan
 from grat_kernels.geometry import IntArray, cell_counts
+from grat_kernels.plan import Work
 
 # Planning compares every group with every other, a stretch at a time: memory stays small, time grows with the square.
 # 2^14 groups, a million tokens in groups of 8x8, take 1.5 s of one core; a criss-cross of them has 133 million keys in
@@ -306,6 +307,12 @@ class AttentionSchedule:
         if not carried.is_reference:
             return base
         return [own, *base] if carried.is_kept else [own]
+
+    @property
+    def density_by_part(self) -> Work:
+        """The attended pairs by part over all pairs, mean over the run."""
+        parts = [np.multiply(plan.work, share / plan.tokens**2) for plan, share in self.shares.items()]
+        return Work(*np.sum(parts, axis=0).tolist())
 
     def density_of_step(self, step: int) -> float:
         """Attended pairs over all pairs, mean over the layers of a step."""

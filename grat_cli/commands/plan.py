@@ -266,7 +266,13 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     full, planned = result.full_flop_per_step, result.planned_flop_per_step
     unit, scale = ("PFLOP", 1e15) if full >= 1e15 else ("TFLOP", 1e12) if full >= 1e12 else ("GFLOP", 1e9)
     everything = bool((marks(main) != NOT_ATTENDED).all())
-    beyond = ", all beyond through means" if main.pattern.far_levels and everything else ""
+    if main.pattern.choice and main.pattern.choice.exact:
+        beyond = " by content"
+    else:
+        beyond = ", all beyond through means" if main.pattern.far_levels and everything else ""
+    parts = schedule.density_by_part
+    names = ("image queries", "text queries", "choosing")
+    by_part = [f"{name} {part:.4f}" for part, name in zip(parts, names, strict=True) if part]
     facts = {
         "preset": result.preset.name,
         "attention": result.preset.attention.summary,
@@ -278,6 +284,7 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
         f"+ {main.text_len} text{f' + {references:,} of references' if references else ''}",
         "groups": f"{len(main.grouping.sizes):,} ({_extents(main.grouping.counts)})",
         "density": f"{schedule.density:.4f} of all query-key pairs",
+        "work by part": ", ".join(by_part),
         "ideal speed-up": f"{schedule.ideal_speedup:.1f}x, attention alone",
         "tile efficiency": f"{main.tile_efficiency():.0%} of 128x128 tiles",
         "reach": f"{main.reach:.0f} tokens{beyond}",

@@ -123,6 +123,7 @@ class Forecast:
             "steps": self.schedule.steps,
             "layers": self.schedule.layers,
             "density": self.schedule.density,
+            "density_by_part": self.schedule.density_by_part._asdict(),
             "ideal_speedup": self.schedule.ideal_speedup,
             "work": self.schedule.parts._asdict(),
             **({"over_steps": self.over_steps} if self.over_steps else {}),
