@@ -64,9 +64,10 @@ def kept_bytes(
             for layer, (rule, matrices) in enumerate(_rules(schedule, shape, step)):
                 if rule is None:
                     continue
-                if rule.is_reference:
-                    has_slope = counts[call, layer] and rule.extrapolates
-                    counts[call, layer] = (2 if has_slope else 1) if rule.is_kept else 0
+                if not rule.is_kept:
+                    counts[call, layer] = 0
+                elif rule.is_reference:
+                    counts[call, layer] = 2 if counts[call, layer] and rule.extrapolates else 1
                 where = rule.keep if keep is None else keep
                 is_module = bool(matrices) and whole and rule.base is None
                 size = _tensor_bytes(schedule, shape, element, where, is_module)

@@ -208,10 +208,10 @@ def test_with_a_base_of_the_same_attention_nothing_is_lost(name: str) -> None:
 
 
 def test_the_difference_to_a_base_is_carried(pipe: Any) -> None:
-    """Base and reference by the same installation, in stock attentions that are told which of both to compute."""
+    """Written once more, in place of what layers compute, with the same plans."""
     far = {"variant": "b", "radius": 0, "far": [{"beyond": 0, "block": [2, 2]}]}
-    section = {**RESIDUAL, "base": far}
-    with grat_cli.install(pipe, preset("b", radius=1, schedule={"over_steps": section}), **SIZE) as installation:
+    chosen = preset("b", radius=1, schedule={"over_steps": {**RESIDUAL, "base": far}})
+    with grat_cli.install(pipe, chosen, **SIZE) as installation:
         made = run(pipe)
         laid_out, work = installation.last_schedule, installation.work
         assert work is not None
@@ -243,7 +243,7 @@ def test_the_difference_to_a_base_is_carried(pipe: Any) -> None:
         factor = slope(step) * (step - last) / max(last - before, 1)
         return of_base + residual + factor * (residual - earlier)
 
-    with pytest.MonkeyPatch.context() as patch, grat_cli.install(pipe, preset("b", radius=1), **SIZE):
+    with pytest.MonkeyPatch.context() as patch, grat_cli.install(pipe, chosen, **SIZE):
         patch.setattr(LayerAttention, "compute", oracle)
         assert relative_difference(made, run(pipe)) < RELATIVE
 
@@ -296,8 +296,8 @@ def test_runs_do_not_see_each_other(pipe: Any, section: dict[str, Any], keep: st
         assert torch.equal(run(pipe), expected)
         carrying = installation.carrying
         assert carrying is not None
-        assert carrying.kept_bytes
-    assert not carrying.kept_bytes
+        assert carrying.most_kept_bytes
+        assert not carrying.kept_bytes, "something is kept when nothing is carried on"
     assert snapshot(pipe.transformer) == before
     assert torch.equal(run(pipe), stock)
 
@@ -463,7 +463,7 @@ def test_compiled_blocks_carry_with_one_graph_of_each_kind(name: str, section: d
         expected = model.run(pipe)
     torch._dynamo.reset()
     counters.clear()
-    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True, dynamic=True)
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=True)
     with grat_cli.install(pipe, model.chosen(section), **model.size) as installation:
         made = model.run(pipe)
         graphs = counters["stats"]["unique_graphs"]

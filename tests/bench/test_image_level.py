@@ -187,7 +187,7 @@ def test_a_row_that_fails_is_skipped_and_the_others_go_on(what: str, monkeypatch
         if variant.name != NAMES[0]:
             return inside
         return replace(
-            inside, attach=lambda observer, step: stock_attention(self.transformer, observer, step, attend=attend)
+            inside, attach=lambda observer, step, _: stock_attention(self.transformer, observer, step, attend=attend)
         )
 
     monkeypatch.setattr(Host, "inside", broken)
