@@ -45,15 +45,17 @@ class Attach(Protocol):
         ...
 
 
-def backend_for(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[Backend, str]:
-    """The backend of span attention that a name stands for, and why.
+def backend_for(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, *, choosing: bool = False
+) -> tuple[Backend, str]:
+    """The backend of span attention that a name stands for, and why; of patterns that choose by content, or others.
 
     Raises:
         BadInput: if one chosen by name cannot run here.
     """
     if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim)
-    ability = can_run(name, device, dtype, head_dim, tokens)
+        return choose_backend(device, dtype, head_dim, choosing=choosing)
+    ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
     if not ability:
         raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
     return Backend(name), f"chosen by name; {ability.reason}"

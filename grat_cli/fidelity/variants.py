@@ -201,6 +201,13 @@ class Variant:
         return self._diagonal
 
     @property
+    def chooses(self) -> bool:
+        """Whether groups choose by content what they attend."""
+        if self.preset is not None:
+            return self.preset.chooses
+        return self.pattern is not None and self.pattern.choice is not None
+
+    @property
     def _diagonal(self) -> float:
         return math.hypot(*(extent - 1 for extent in self.grid.shape))
 
