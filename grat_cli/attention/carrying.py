@@ -88,6 +88,7 @@ class Carrying:
     Attributes:
         kept_bytes: of all that is kept now.
         most_kept_bytes: the most that it has been in the run.
+        clock: of the pipeline.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Carrying:
             compared: told at references of each layer how far what would have been carried to it is from what was
                 computed, as a share of that, a number on the device; None where nobody asks.
         """
+        self.clock = clock
         self._counter, self._begun, self._compared = CallCounter(clock), begun, compared
         self._outputs: dict[_Place, _Output] = {}
         self._keeper = Keeper()

@@ -483,7 +483,8 @@ class _Studio:
         transformers = family.transformers(pipe)
         ratios = family.mag_ratios(entry.adapters[0].model.config)
         clock = PipelineClock(pipe)
-        with attached(transformers, entry.adapters, entry.variant.cache, clock, ratios, work.clear):
+        cache, over_steps = entry.variant.cache, entry.over_steps
+        with attached(transformers, entry.adapters, cache, clock, ratios, work.clear, over_steps=over_steps):
             yield
 
     def warm_up(self, entry: _Entry) -> None:

@@ -193,3 +193,14 @@ def test_equal_requests_share_one_plan() -> None:
 def test_impossible_plans_are_refused_in_words(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_work_by_part_splits_runs_over_image_and_text_and_forming_is_half_a_pair_a_token_and_level() -> None:
+    grouping = Grouping(Grid((8, 8)), (4, 4), ((4, 4), (2, 2)))
+    full = build_plan(grouping, Full(), text_len=5)
+    assert full.work == (64 * 69, 5 * 69, 0)
+    assert full.forming == 0
+    far = build_plan(grouping, Union(Block(0), Far(((0, (2, 2)), (1, (4, 4))))), text_len=5)
+    assert far.work.text == 5 * 69
+    assert sum(far.work) == far.attended_pairs
+    assert far.forming == 2 * 64 / 2
