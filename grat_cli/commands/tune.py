@@ -97,7 +97,7 @@ def tune(
     overwrite: bool = options.OVERWRITE,
     terminal: options.TerminalOptions,
 ) -> None:
-    """Fit a preset to a model: the pattern of each layer, head and stretch of steps, for a density or recall."""
+    """Fit a preset to a model: the steps that are computed, and patterns by layer, head and step, for a density."""
     from grat_cli.errors import BadInput
     from grat_cli.fidelity.palette import palette
     from grat_cli.fidelity.prompts import built_in_prompts, chosen_prompts
