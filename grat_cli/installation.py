@@ -8,11 +8,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from grat_cli.attention.clock import PipelineClock
 from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.families import FAMILIES, family_of_transformer
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
 from grat_cli.presets import Cache, Preset, cache_from_text, load_preset
+from grat_cli.presets.problems import problem_of
 from grat_cli.presets.schema import BACKENDS, SMALLEST_CHUNK, Memory
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ class Installation:
         self._pipe, self._preset, self._adapters = pipe, preset, adapters
         self.clock = PipelineClock(pipe, first_step, steps)
         self._first_step, self._steps = first_step, steps
-        self._schedules: dict[tuple[int, int, int], AttentionSchedule] = {}
+        self._schedules: dict[tuple[int, int, int, tuple[float, ...] | None], AttentionSchedule] = {}
         self._last_schedule: AttentionSchedule | None = None
         self.grid = grid
         transformer, layers = adapters[0].model, adapters[0].layers
@@ -101,7 +104,9 @@ class Installation:
         if self._first_step + to_run > steps:
             begun = f" from step {self._first_step} on" if self._first_step else ""
             raise BadInput(f"GRAT was installed for {steps} steps, the call runs {to_run}{begun}: leave steps out")
-        if (asked := (text_len, references, steps)) not in self._schedules:
+        by_sigmas = any(section.is_spaced for section in self._preset.schedule.over_steps)
+        sigmas = self.clock.sigmas() if by_sigmas else None
+        if (asked := (text_len, references, steps, sigmas)) not in self._schedules:
             from grat_cli.attention.schedule import AttentionSchedule
 
             adapter = self._adapters[0]
@@ -114,6 +119,7 @@ class Installation:
                 adapter.layers,
                 adapter.heads,
                 references,
+                sigmas,
             )
         schedule = self._schedules[asked]
         self._last_schedule = self.guard.applied(schedule, self.current_step()) if self.guard else schedule
@@ -225,8 +231,7 @@ def install(
     if guard is not None:
         preset = _with_guard(preset, guard)
     if cache is not None:
-        cache = cache_from_text(cache, "cache") if isinstance(cache, str) else cache
-        preset = preset.model_copy(update={"cache": cache})
+        preset = _with_cache(preset, cache_from_text(cache, "cache") if isinstance(cache, str) else cache)
     if first_step < 0 or (steps is not None and first_step >= steps):
         raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
     adapters: Sequence[Adapter | AnyTransformer]
@@ -277,7 +282,8 @@ def _carrying(installation: Installation) -> AbstractContextManager[Carrying]:
     """What carries attention over steps."""
     from grat_cli.attention.carrying import Carrying
 
-    return Carrying(installation.clock, _begun(installation)).served()
+    guard = installation.guard
+    return Carrying(installation.clock, _begun(installation), guard and guard.compared).served()
 
 
 def _begun(installation: Installation) -> Callable[[], None]:
@@ -296,7 +302,15 @@ def _cached(
     from grat_cli.attention import caching
 
     ratios = family.mag_ratios(adapters[0].model.config)
-    return caching.attached(transformers, adapters, cache, installation.clock, ratios, _begun(installation))
+    return caching.attached(
+        transformers,
+        adapters,
+        cache,
+        installation.clock,
+        ratios,
+        _begun(installation),
+        over_steps=installation.carrying is not None,
+    )
 
 
 def _family_adapters(
@@ -391,6 +405,14 @@ def _with_guard(preset: Preset, guard: float) -> Preset:
     if not 0 <= guard <= 1:
         raise BadInput(f"guard {guard:g}: expected a share from 0 to 1, such as 0.9, or 0 for none")
     return preset.model_copy(update={"guard": guard})
+
+
+def _with_cache(preset: Preset, cache: Cache | None) -> Preset:
+    try:
+        return preset.model_copy(update={"cache": cache})
+    except ValidationError as error:
+        problem = problem_of(error.errors()[0])
+        raise BadInput(f"{'.'.join(map(str, problem.path))}: {problem.message}") from error
 
 
 def _guard(preset: Preset, layers: int) -> RecallGuard | None:

@@ -73,6 +73,7 @@ class Variant(NamedTuple):
     far: bool
     kernel: str = "triton"
     ragged: bool = False  # whether spans leave something over after their full tiles
+    choosing: bool = False  # whether groups choose by content what they attend
 
     @property
     def config(self) -> TileConfig | HopperConfig:
@@ -161,10 +162,11 @@ def _inputs(variant: Variant) -> tuple[Any, ...]:
     import torch
 
     from grat_kernels.geometry import Grid, Grouping
-    from grat_kernels.pattern import Block, Far, Union
+    from grat_kernels.pattern import Block, Choice, Far, Union
     from grat_kernels.plan import build_plan
 
-    pattern = Union(Block(1), Far([(1, (8, 8))])) if variant.far else Block(1)
+    choice = Choice(8, 32, (4, 4)) if variant.choosing else None
+    pattern = Union(Block(1), Far([(1, (8, 8))], choice)) if variant.far else Block(1)
     grid = Grid((64, 61) if variant.ragged else (64, 64))
     plan = build_plan(Grouping(grid, (16, 16)), pattern, text_len=512)
     batch, heads = 2, 24
@@ -186,10 +188,11 @@ def _inputs(variant: Variant) -> tuple[Any, ...]:
 
 
 def _triton_variants(architectures: Iterable[str]) -> Iterator[Variant]:
-    for architecture, dtype, head_dim, text_valid, far in itertools.product(
-        architectures, _DTYPES, _HEAD_DIMS, (False, True), (False, True)
+    fields = ((False, False), (True, False), (True, True))
+    for architecture, dtype, head_dim, text_valid, (far, choosing) in itertools.product(
+        architectures, _DTYPES, _HEAD_DIMS, (False, True), fields
     ):
-        variant = Variant(architecture, dtype, head_dim, False, text_valid, far)
+        variant = Variant(architecture, dtype, head_dim, False, text_valid, far, choosing=choosing)
         yield variant
         if variant._replace(descriptors=True).config != variant.config and head_dim != _PADDED_HEAD_DIM:
             yield variant._replace(descriptors=True)
@@ -203,16 +206,25 @@ def _triton_config(variant: Variant) -> TileConfig:
 
 
 def _triton_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    import torch
+
+    from grat_kernels.chosen_tiles import chosen_slots
     from grat_kernels.span_kernel import span_attention_kernel
     from grat_kernels.triton_backend import launch_of
 
-    launch = launch_of(*_inputs(variant))
+    *tensors, plan, text_valid, scale, config = _inputs(variant)
+    chosen = None
+    if variant.choosing:
+        batch, _, heads, _ = tensors[0].shape
+        shape = (batch, heads, chosen_slots(plan, config.block_tail))
+        chosen = torch.empty(shape, dtype=torch.int32, device="meta")
+    launch = launch_of(*tensors, plan, text_valid, scale, config, chosen)
     return span_attention_kernel, launch.arguments, launch.options
 
 
 def _triton_problems(variant: Variant, code: Code) -> list[str]:
     problems = []
-    expected_loops = 3 if variant.far else 2
+    expected_loops = 2 + variant.far + variant.choosing
     if variant.dtype != "float32" and code.matrix_loops not in (None, expected_loops):
         problems.append(f"{code.matrix_loops} loops on tensor cores instead of {expected_loops}")
     config = _triton_config(variant)
@@ -344,10 +356,10 @@ def _row(build: Build) -> str:
     else:
         form, tail = variant.kernel, ""
     tiles = f"{config.block_m}x{config.block_n}{tail} s{config.stages}"
-    options = "+".join(name for name in ("text_valid", "far", "ragged") if getattr(variant, name)) or "-"
+    options = "+".join(name for name in ("text_valid", "far", "choosing", "ragged") if getattr(variant, name)) or "-"
     opcodes = " ".join(f"{name} {count}" for name, count in build.opcodes.items() if count)
     return (
-        f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {form:8} {options:14} {tiles:19} "
+        f"{variant.architecture:6} {variant.dtype:8} {variant.head_dim:3} {form:8} {options:23} {tiles:19} "
         f"{build.registers:4} {build.spills:6} {build.spills_in_loops:8} {build.shared_bytes / 1024:7.1f}  {opcodes}"
         + "".join(f"  PROBLEM: {problem}" for problem in build.problems)
     )
@@ -359,7 +371,7 @@ def _record(build: Build | RopeNormBuild) -> dict[str, Any]:
 
 
 _HEADER = (
-    f"{'target':6} {'dtype':8} {'dim':3} {'form':8} {'variant':14} {'tiles':19} "
+    f"{'target':6} {'dtype':8} {'dim':3} {'form':8} {'variant':23} {'tiles':19} "
     f"{'regs':>4} {'spills':>6} {'in loops':>8} {'KiB':>7}  instructions"
 )
 

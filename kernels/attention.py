@@ -17,6 +17,7 @@ from grat_kernels import (
     triton_backend,
     ws_backend,
 )
+from grat_kernels.launching import heads_of_class
 from grat_kernels.plan import HeadPlan, Plan, plan_by_key
 from grat_kernels.self_test import KernelMismatch as KernelMismatch
 
@@ -43,6 +44,8 @@ _MODULES = {
 }
 # Kernels of our own, the fastest first. One launch serves all classes of heads, and each is tested before it is used.
 KERNELS = (Backend.GLUON, Backend.TRITON_WS, Backend.TRITON)
+# Those that attend blocks chosen by content.
+_CHOOSING = (Backend.REFERENCE, Backend.SDPA, Backend.TRITON)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def can_run(
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 128,
     tokens: int | None = None,
+    *,
+    choosing: bool = False,
 ) -> Ability:
     """Whether a backend runs on a device for a dtype, head dimension and sequence length; never raises.
 
@@ -75,25 +80,40 @@ def can_run(
         dtype: dtype of query, key and value.
         head_dim: channels per head.
         tokens: length of the joint sequence, where known: some backends are for small sizes only.
+        choosing: whether groups choose by content what they attend (`Plan.chooses`).
     """
     backend, device = Backend(backend), torch.device(device)
     if backend is Backend.AUTO:
-        choice, reason = choose_backend(device, dtype, head_dim)
+        choice, reason = choose_backend(device, dtype, head_dim, choosing=choosing)
         return Ability(True, f"{choice.value}: {reason}")
     if backend is Backend.REFERENCE:
         return Ability(True, "dense masks in fp32, for small sizes")
-    module = _MODULES[backend]
-    obstacle = module.obstacle(device, dtype, head_dim, tokens)
-    return Ability(obstacle is None, obstacle or module.DESCRIPTION)
+    obstacle = _obstacle(backend, device, dtype, head_dim, tokens, choosing)
+    return Ability(obstacle is None, obstacle or _MODULES[backend].DESCRIPTION)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Backend, str]:
-    """The backend that `AUTO` stands for, and why. Triton's interpreter is for tests and never chosen."""
+def _obstacle(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None, choosing: bool
+) -> str | None:
+    """Why a backend cannot run, or None; arguments as for `can_run`."""
+    obstacle = _MODULES[backend].obstacle(device, dtype, head_dim, tokens)
+    if obstacle is None and choosing and backend not in _CHOOSING:
+        return "it does not attend blocks chosen by content: use triton or sdpa"
+    return obstacle
+
+
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, choosing: bool = False
+) -> tuple[Backend, str]:
+    """The backend that `AUTO` stands for, and why; arguments as for `can_run`.
+
+    Triton's interpreter is for tests and never chosen.
+    """
     if device.type != "cuda":
         return Backend.SDPA, f"the fastest on {device.type}"
     obstacles = []
     for backend in KERNELS:
-        obstacle = _MODULES[backend].obstacle(device, dtype, head_dim, None)
+        obstacle = _obstacle(backend, device, dtype, head_dim, None, choosing)
         if obstacle is None:
             return backend, "; ".join(["the fastest that runs on this device", *obstacles[:1]])
         obstacles.append(f"{backend.value} cannot run here: {obstacle}")
@@ -101,7 +121,14 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> t
 
 
 def check_kernel(
-    backend: Backend | str, device: torch.device, dtype: torch.dtype, head_dim: int, *, far: bool, padded: bool = False
+    backend: Backend | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    far: bool,
+    padded: bool = False,
+    choosing: bool = False,
 ) -> None:
     """Tests a kernel of ours now, and not at its first use, where the wait would disturb; others need no test.
 
@@ -112,13 +139,14 @@ def check_kernel(
         head_dim: channels per head.
         far: whether they will attend summaries.
         padded: whether `text_valid` will be given.
+        choosing: whether groups will choose by content what they attend.
 
     Raises:
         KernelMismatch: if the kernel computes wrong results on this machine.
     """
     backend = Backend(backend)
     if backend in KERNELS:
-        form = self_test.Form(torch.empty(0, device=device).device, dtype, head_dim, far, padded)
+        form = self_test.Form(torch.empty(0, device=device).device, dtype, head_dim, far, padded, choosing=choosing)
         self_test.check(backend.value, _MODULES[backend].attention, form)
 
 
@@ -168,9 +196,9 @@ def span_attention(
         _check_summaries(summaries, k, plan)
     backend = Backend(backend)
     if backend is Backend.AUTO:
-        backend, _ = choose_backend(q.device, q.dtype, q.shape[3])
+        backend, _ = choose_backend(q.device, q.dtype, q.shape[3], choosing=plan.chooses)
     else:
-        ability = can_run(backend, q.device, q.dtype, q.shape[3], q.shape[1])
+        ability = can_run(backend, q.device, q.dtype, q.shape[3], q.shape[1], choosing=plan.chooses)
         if not ability:
             raise BackendUnavailable(f"the {backend.value} backend cannot run here: {ability.reason}")
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
@@ -217,7 +245,7 @@ def _operator(
     # These take one class of heads at a time.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for number, member in enumerate(plan.classes):
-        heads = _class_heads(plan, number, q.device)
+        heads = heads_of_class(plan, number, q.device)
         of_heads = None if summaries is None else (_of_heads(summaries[0], heads), _of_heads(summaries[1], heads))
         query, key, value = _of_heads(q, heads), _of_heads(k, heads), _of_heads(v, heads)
         attended = run(query, key, value, member, text_valid, scale, summaries=of_heads)
@@ -226,14 +254,6 @@ def _operator(
         else:
             out.index_copy_(2, heads, attended)
     return out
-
-
-def _class_heads(plan: HeadPlan, number: int, device: torch.device) -> slice | torch.Tensor:
-    """The heads of a class; where they follow one another as a slice, which takes a view."""
-    heads = plan.heads_of(number)
-    if len(heads) == heads[-1] - heads[0] + 1:
-        return slice(heads[0], heads[-1] + 1)
-    return plan.cached(("heads", number, device), lambda: torch.tensor(heads, device=device))
 
 
 def _of_heads(tensor: torch.Tensor, heads: slice | torch.Tensor) -> torch.Tensor:

@@ -117,6 +117,7 @@ class DeviceTiles(NamedTuple):
         packed_bias: what is added to the score of each slot before scaling, `[P, block_tail]` fp32.
         summary_bias: the same for each summary row, `[R]` fp32; None without far field.
         count: query tiles of one class, T.
+        chosen_tiles: None where nothing is chosen by content.
     """
 
     query_tiles: torch.Tensor
@@ -127,6 +128,7 @@ class DeviceTiles(NamedTuple):
     class_of_head: torch.Tensor | None
     count: int
     leading: int
+    chosen_tiles: torch.Tensor | None = None
 
 
 def device_tiles(
@@ -152,18 +154,30 @@ def device_tiles(
         # Bias of any position: 0 for tokens, then the summaries, -inf last, where EMPTY finds it.
         bias = np.concatenate([np.zeros(plan.tokens, np.float32), summary_bias, np.full(1, -np.inf, np.float32)])
         assert EMPTY == -1
-        classes = [np.asarray(plan.class_of_head, np.int32)] if isinstance(plan, HeadPlan) else []
-        tables = [tiles.query_tiles, tiles.key_tiles, tiles.packed_rows, bias[tiles.packed_rows], summary_bias]
-        moved = [torch.from_numpy(table).to(device) for table in (*tables, *classes)]
+        tables = (tiles.query_tiles, tiles.key_tiles, tiles.packed_rows, bias[tiles.packed_rows])
+        classes = np.asarray(plan.class_of_head, np.int32) if isinstance(plan, HeadPlan) else None
+
+        def moved(table: np.ndarray | None) -> torch.Tensor | None:
+            return None if table is None else torch.from_numpy(table).to(device)
+
         return DeviceTiles(
-            *moved[:4],
-            summary_bias=moved[4] if plan.summaries.rows else None,
-            class_of_head=moved[5] if classes else None,
+            *(torch.from_numpy(table).to(device) for table in tables),
+            summary_bias=moved(summary_bias if plan.summaries.rows else None),
+            class_of_head=moved(classes),
             count=len(tiles.query_tiles) // len(plan.classes),
             leading=tiles.leading,
+            chosen_tiles=moved(tiles.chosen_tiles),
         )
 
     return plan.cached(("device tiles", device, block_m, block_n, block_tail, scale, mask_text), build)
+
+
+def heads_of_class(plan: HeadPlan, number: int, device: torch.device) -> slice | torch.Tensor:
+    """The heads of a class; where they follow one another as a slice, which takes a view."""
+    heads = plan.heads_of(number)
+    if len(heads) == heads[-1] - heads[0] + 1:
+        return slice(heads[0], heads[-1] + 1)
+    return plan.cached(("heads", number, device), lambda: torch.tensor(heads, device=device))
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ import torch
 from grat_kernels import reference
 from grat_kernels.geometry import Grid, Grouping
 from grat_kernels.launching import fits_descriptor
-from grat_kernels.pattern import Block, CrissCross, Far, Full, Pattern, Union
+from grat_kernels.pattern import Block, Choice, CrissCross, Far, Full, Pattern, Union
 from grat_kernels.plan import HeadPlan, Plan, build_head_plan, build_plan
 
 Attention = Callable[
@@ -40,6 +40,7 @@ class Form(NamedTuple):
         padded: whether text is masked per sample.
         by_head: whether heads attend differently.
         in_place: whether the tensors can be read through tensor descriptors.
+        choosing: whether groups choose by content what they attend; of a plan with summaries.
     """
 
     device: torch.device
@@ -49,6 +50,7 @@ class Form(NamedTuple):
     padded: bool = False
     by_head: bool = False
     in_place: bool = True
+    choosing: bool = False
 
 
 def form_of(
@@ -63,6 +65,7 @@ def form_of(
         text_valid is not None and plan.text_len > 0,
         isinstance(plan, HeadPlan),
         all(fits_descriptor(tensor) for tensor in (query, key, value)),
+        plan.chooses,
     )
 
 
@@ -88,7 +91,8 @@ def check(backend: str, attention: Attention, form: Form) -> None:
     if form.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return
     with torch.no_grad(), torch.autocast(form.device.type, enabled=False):
-        for plan in _plans(_INTERPRETED_SIDE if form.device.type == "cpu" else _SIDE, form.far, form.by_head):
+        side = _INTERPRETED_SIDE if form.device.type == "cpu" else _SIDE
+        for plan in _plans(side, form.far, form.by_head, form.choosing):
             arguments = _problem(plan, form)
             exact = _definition(arguments, plan, torch.float64)
             plain = _definition(arguments, plan, form.dtype)
@@ -143,10 +147,12 @@ def _machine(device: torch.device) -> list[str]:
 
 # Side of a group: two full tiles of a GPU; in the interpreter, whose time goes by the operation, one of its tiles.
 _SIDE, _INTERPRETED_SIDE = 16, 8
+# Between the masses of two blocks, of which one is chosen before the other.
+_APART = 0.7
 
 
 @lru_cache(maxsize=8)
-def _plans(side: int, far: bool, by_head: bool) -> tuple[Plan | HeadPlan, ...]:
+def _plans(side: int, far: bool, by_head: bool, choosing: bool) -> tuple[Plan | HeadPlan, ...]:
     """Small plans with full and partial tiles of every kind, and one with full tiles of tokens alone."""
 
     def plan(grid: Grid, pattern: Pattern, text_len: int) -> Plan | HeadPlan:
@@ -156,6 +162,11 @@ def _plans(side: int, far: bool, by_head: bool) -> tuple[Plan | HeadPlan, ...]:
         return build_plan(grouping, pattern, text_len)
 
     ragged = Grid((side + side // 4, 2 * side + 3))
+    if choosing:
+        choice = Choice(2, 3, (side // 4, side // 4))
+        # Blocks of one size, so that what they hold decides.
+        whole = Grid((side + side // 2, 2 * side + side // 2))
+        return (plan(whole, Union(Block(0), Far([(0, (side // 2, side // 2))], choice)), side + 3),)
     if far:
         return (plan(ragged, Union(Block(0), Far([(0, (2, 2))])), side + 3),)
     return plan(ragged, Block(0), side + 3), plan(Grid((side, 2 * side)), CrissCross(), 8 * side)
@@ -172,8 +183,27 @@ def _problem(
         for _ in ("query", "key", "value")
     ]
     query, key, value = tensors if form.in_place else (tensor.transpose(1, 2) for tensor in tensors)
+    if form.choosing:
+        _tell_blocks_apart(query, key, plan)
     text_valid = torch.tensor([plan.text_len, plan.text_len // 3], device=form.device) if form.padded else None
     return query, key, value, text_valid, 1 / math.sqrt(form.head_dim)
+
+
+def _tell_blocks_apart(query: torch.Tensor, key: torch.Tensor, plan: Plan | HeadPlan) -> None:
+    """Gives each block its own place in the order in which it is chosen, so far from others that rounding cannot change
+    it, and every other head and sample the opposite order. Changes `query` and `key` `[2, N, 2, D]`.
+    """
+    (candidates,) = (member.candidates for member in plan.classes if member.candidates)
+    blocks = slice(*plan.summaries.offsets[candidates.level - 1 : candidates.level + 1])
+    counts = torch.from_numpy(plan.summaries.counts[blocks])
+    # A step that shares no divisor with the number of blocks visits all of them.
+    step = next(step for step in range(len(counts) // 2, 0, -1) if math.gcd(step, len(counts)) == 1)
+    places = torch.arange(len(counts)) * step % len(counts) - len(counts) / 2
+    opposite = torch.tensor([[1, -1], [-1, 1]])[:, None, :]
+    places = _APART * places.repeat_interleave(counts)[:, None] * opposite
+    query *= 0.5  # what is random weighs less
+    query[..., 0] = math.sqrt(query.shape[3])
+    key[:, plan.image_start : plan.image_stop, :, 0] = places.to(key.device, key.dtype)
 
 
 def _definition(

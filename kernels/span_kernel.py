@@ -1,9 +1,10 @@
 """The span attention kernel: online softmax over short lists of key tiles, in Triton.
 
 One program computes one tile of queries of one head. Its keys come as a flat list of tiles (`tile_lists`): full tiles
-of tokens, which are the bulk of the work and need neither mask nor bias; full tiles of summaries, which add a bias; and
-packed tiles, which gather what is left over of all spans. Flat lists keep one load pipeline alive over all spans, where
-loops nested over spans would restart it for each.
+of tokens, which are the bulk of the work and need neither mask nor bias; full tiles of summaries, which add a bias;
+packed tiles, which gather what is left over of all spans; and where groups choose by content, chosen tiles, which are
+packed on the device for each head and group. Flat lists keep one load pipeline alive over all spans, where loops nested
+over spans would restart it for each.
 """
 
 from __future__ import annotations
@@ -39,6 +40,40 @@ def _load(pointers, inside, EVERY_CHANNEL: tl.constexpr):
     return tl.load(pointers, mask=inside[None, :], other=0.0)
 
 
+@triton.jit
+def _attend_packed(
+    packed,  # [BLOCK_TAIL] int32: what the slots hold: a position, or N + r for row r of the summaries
+    attended,  # [BLOCK_TAIL] bool: slots that hold anything
+    bias,  # [BLOCK_TAIL] fp32: -inf where they do not
+    queries,
+    scale,
+    sources,  # of tokens: keys and values of one head with their strides
+    summary_sources,  # of summaries: the same with one stride; None without far field
+    tokens,
+    channels,
+    inside,
+    accumulator,
+    total,
+    highest,
+):
+    """One packed tile. Only attended keys are read, and zeros stand in empty slots: in the product with the values,
+    0·NaN would carry a neighbour's NaN into the output."""
+    key_base, key_token_stride, value_base, value_token_stride = sources
+    of_tokens = (attended & (packed < tokens))[:, None] & inside[None, :]
+    token_rows = packed[:, None].to(tl.int64)
+    keys = tl.load(key_base + token_rows * key_token_stride + channels[None, :], mask=of_tokens, other=0.0)
+    values = tl.load(value_base + token_rows * value_token_stride + channels[None, :], mask=of_tokens, other=0.0)
+    if summary_sources is not None:
+        summary_key_base, summary_value_base, row_stride = summary_sources
+        of_summaries = (packed >= tokens)[:, None] & inside[None, :]
+        offsets = (packed - tokens)[:, None].to(tl.int64) * row_stride + channels[None, :]
+        # Where one load reads, the other gives zeros.
+        keys += tl.load(summary_key_base + offsets, mask=of_summaries, other=0.0)
+        values += tl.load(summary_value_base + offsets, mask=of_summaries, other=0.0)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
+    return accumulate(scores, scale, values, accumulator, total, highest)
+
+
 @triton.jit(
     do_not_specialize=[
         "tokens",
@@ -49,6 +84,7 @@ def _load(pointers, inside, EVERY_CHANNEL: tl.constexpr):
         "tile_count",
         "leading_tiles",
         "leading_programs",
+        "chosen_slots",
     ]
 )
 def span_attention_kernel(
@@ -70,6 +106,8 @@ def span_attention_kernel(
     key_tiles,  # [n + 1] int32
     packed_rows,  # [P, BLOCK_TAIL] int32
     packed_bias,  # [P, BLOCK_TAIL] fp32: as summary_bias; 0 for tokens, -inf in empty slots
+    chosen_tiles,  # [C·T, 2] int32, see TileLists; None where nothing is chosen by content
+    chosen_rows,  # [B, H, chosen_slots] int32: as packed_rows; or None
     query_batch_stride,
     query_token_stride,
     query_head_stride,
@@ -88,6 +126,7 @@ def span_attention_kernel(
     tile_count,  # T
     leading_tiles,  # text tiles at the front
     leading_programs,  # leading_tiles · B · H
+    chosen_slots,  # of all tiles of one head
     scale,  # factor on the scores, times log2(e)
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,  # next power of two
@@ -184,8 +223,12 @@ def span_attention_kernel(
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
             accumulator, total, highest = accumulate(scores, scale, values, accumulator, total, highest)
 
-    # Packed tiles, all text among them where it may be padded. Only attended keys are read, and zeros stand in empty
-    # slots: in the product with the values, 0·NaN would carry a neighbour's NaN into the output.
+    sources = (key_base, key_token_stride, value_base, value_token_stride)
+    summary_sources = None
+    if summary_key is not None:
+        summary_sources = (summary_key_base, summary_value_base, row_stride)
+
+    # Packed tiles, all text among them where it may be padded.
     tail = tl.arange(0, BLOCK_TAIL)
     for index in tl.range(full_summary_end, list_end, num_stages=STAGES):
         slots = tl.load(key_tiles + index) * BLOCK_TAIL + tail
@@ -196,18 +239,24 @@ def span_attention_kernel(
             padding = (packed >= text_start + tl.load(text_valid + batch)) & (packed < text_stop)
             attended = attended & (padding == 0)
             bias = tl.where(attended, bias, float("-inf"))
-        of_tokens = (attended & (packed < tokens))[:, None] & inside[None, :]
-        token_rows = packed[:, None].to(tl.int64)
-        keys = tl.load(key_base + token_rows * key_token_stride + channels[None, :], mask=of_tokens, other=0.0)
-        values = tl.load(value_base + token_rows * value_token_stride + channels[None, :], mask=of_tokens, other=0.0)
-        if summary_key is not None:
-            of_summaries = (packed >= tokens)[:, None] & inside[None, :]
-            offsets = (packed - tokens)[:, None].to(tl.int64) * row_stride + channels[None, :]
-            # Where one load reads, the other gives zeros.
-            keys += tl.load(summary_key_base + offsets, mask=of_summaries, other=0.0)
-            values += tl.load(summary_value_base + offsets, mask=of_summaries, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") + bias[None, :]
-        accumulator, total, highest = accumulate(scores, scale, values, accumulator, total, highest)
+        accumulator, total, highest = _attend_packed(
+            packed, attended, bias, queries, scale, sources, summary_sources, tokens, channels, inside,
+            accumulator, total, highest,
+        )  # fmt: skip
+
+    # Chosen tiles, which hold no text.
+    if chosen_rows is not None:
+        chosen_base = chosen_rows + (batch * heads + head) * chosen_slots
+        for index in tl.range(
+            tl.load(chosen_tiles + tile * 2), tl.load(chosen_tiles + tile * 2 + 1), num_stages=STAGES
+        ):
+            packed = tl.load(chosen_base + index * BLOCK_TAIL + tail)
+            bias = tl.load(summary_bias + packed - tokens, mask=packed >= tokens, other=0.0)
+            bias = tl.where(packed >= 0, bias, float("-inf"))
+            accumulator, total, highest = _attend_packed(
+                packed, packed >= 0, bias, queries, scale, sources, summary_sources, tokens, channels, inside,
+                accumulator, total, highest,
+            )  # fmt: skip
 
     # Stored by masked pointers: a whole block would overwrite the queries of the next tile.
     output_base = output + batch * tokens * row_stride + head * HEAD_DIM

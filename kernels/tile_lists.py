@@ -26,12 +26,15 @@ class TileLists(NamedTuple):
         packed_rows: `[P, block_tail]` int32: what each slot of a packed tile holds: a position in the joint sequence,
             or N + r for row r of the summaries, or `EMPTY`.
         leading: how many query tiles at the front of each class are such tiles.
+        chosen_tiles: `[C·T, 2]` int32: where the chosen tiles of each query tile begin and end; counted within a head,
+            as of each group and class they are as many. None where nothing is chosen by content.
     """
 
     query_tiles: npt.NDArray[np.int32]
     key_tiles: npt.NDArray[np.int32]
     packed_rows: npt.NDArray[np.int32]
     leading: int
+    chosen_tiles: npt.NDArray[np.int32] | None
 
 
 EMPTY = -1
@@ -80,11 +83,15 @@ def build_tile_lists(
         for lists, packed in zip(classes, packed_before[:-1], strict=True)
     ]
     padding = np.zeros(1, np.int32)
+    query_tiles = _joined_query_tiles(
+        [lists.query_tiles for lists in classes], [len(lists.key_tiles) for lists in classes]
+    )
     return TileLists(
-        _joined_query_tiles([lists.query_tiles for lists in classes], [len(lists.key_tiles) for lists in classes]),
+        query_tiles,
         np.concatenate([*key_tiles, padding]),
         np.concatenate([lists.packed_rows for lists in classes]),
         _leading(plan, block_m),
+        _chosen_tiles(plan, query_tiles, block_tail),
     )
 
 
@@ -131,6 +138,28 @@ def _joined_query_tiles(classes: list[npt.NDArray[np.int32]], key_tiles: list[in
         joined[number, : len(tiles)] = tiles
         joined[number, : len(tiles), 2:] += sum(key_tiles[:number])
     return joined.reshape(len(classes) * most, -1)
+
+
+def chosen_tiles_of_group(plan: Plan, block_tail: int) -> int:
+    """Tiles that hold what one group chooses, the last one filled up with `EMPTY`; 0 where nothing is chosen."""
+    return -(-plan.candidates.width // block_tail) if plan.candidates else 0
+
+
+def _chosen_tiles(
+    plan: Plan | HeadPlan, query_tiles: npt.NDArray[np.int32], block_tail: int
+) -> npt.NDArray[np.int32] | None:
+    """`TileLists.chosen_tiles` of joined query tiles."""
+    if not plan.chooses:
+        return None
+    ranges = []
+    for member, tiles in zip(plan.classes, np.split(query_tiles, len(plan.classes)), strict=True):
+        first, count = tiles[:, 0], tiles[:, 1]
+        per_group = chosen_tiles_of_group(member, block_tail)
+        of_image = (count > 0) & (first >= plan.image_start) & (first < plan.image_stop)
+        group = np.searchsorted(np.sort(member.grouping.starts), first - plan.image_start, side="right") - 1
+        begin = np.where(of_image, group * per_group, 0)
+        ranges.append(np.stack([begin, begin + of_image * per_group], axis=1))
+    return np.concatenate(ranges).astype(np.int32)
 
 
 class _ClassLists(NamedTuple):

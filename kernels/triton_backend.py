@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grat_kernels.chosen_tiles import choose_tiles
 from grat_kernels.launching import (
     LOG2_E,
     Launch,
@@ -80,21 +81,13 @@ def attention(
     """
     query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    summary_key = summary_value = None
+    config = config or config_for(query, key, value)
+    summary_key = summary_value = chosen = None
     if plan.summaries.rows:
-        summary_key, summary_value = summary_pair(key, value, plan, summaries)
-    launch = launch_of(
-        query,
-        key,
-        value,
-        output,
-        summary_key,
-        summary_value,
-        plan,
-        text_valid,
-        scale,
-        config or config_for(query, key, value),
-    )
+        summary_key, summary_value = pair = summary_pair(key, value, plan, summaries)
+        if plan.chooses:
+            chosen = choose_tiles(query, pair, plan, scale, config.block_tail)
+    launch = launch_of(query, key, value, output, summary_key, summary_value, plan, text_valid, scale, config, chosen)
     from grat_kernels.span_kernel import span_attention_kernel
 
     with on_device(query.device):
@@ -113,8 +106,22 @@ def launch_of(
     text_valid: torch.Tensor | None,
     scale: float,
     config: TileConfig,
+    chosen: torch.Tensor | None = None,
 ) -> Launch:
     """The launch for these tensors, which may lie on the meta device: ahead-of-time compilation asks for it too.
+
+    Args:
+        query: as the next three `[B, N, H, D]`.
+        key: any strides but for the last, which is 1.
+        value: likewise.
+        output: contiguous.
+        summary_key: `[B, R, H, D]` contiguous; None without far field.
+        summary_value: likewise.
+        plan: what attends what.
+        text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
+        scale: positive factor on the scores.
+        config: tiles.
+        chosen: what `choose_tiles` returns for tiles of `config.block_tail`, where the plan has a choice.
 
     Raises:
         ValueError: if the scale is not positive, or `config` wants descriptors that the tensors do not allow.
@@ -149,6 +156,8 @@ def launch_of(
         tiles.key_tiles,
         tiles.packed_rows,
         tiles.packed_bias,
+        tiles.chosen_tiles,
+        chosen,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -161,6 +170,7 @@ def launch_of(
         tiles.count,
         tiles.leading,
         tiles.leading * batch * heads,
+        0 if chosen is None else chosen.shape[2],
         scale * LOG2_E,
     )
     options = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from grat_cli.attention.schedule import Parts
 from grat_cli.bench.baselines import Window, baseline_for, mask_row
 from grat_cli.bench.dense import dense_rate, fastest_dense
 from grat_cli.bench.measure import (
@@ -189,9 +190,11 @@ class _AttentionBench:
             return replace(row, skipped=variant.obstacle)
         try:
             pairs = variant.attended_pairs(size.text_len, size.text_first, self.heads)
+            plan = variant.plan(size.text_len, size.text_first, self.heads)
         except ValueError as reason:  # too few heads
             return replace(row, skipped=str(reason))
-        return replace(row, density=pairs / size.tokens**2, reach_tokens=variant.reach())
+        work = None if plan is None else Parts.of(plan)._asdict()
+        return replace(row, density=pairs / size.tokens**2, reach_tokens=variant.reach(), work=work)
 
     def _candidates(self, variant: Variant, scene: Scene, size: Size) -> list[_Candidate]:
         row = self._plain_row(variant, size)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.attention.schedule import AttentionSchedule, Parts
 from grat_cli.bench.baselines import Baseline, Window, baseline_for
 from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
@@ -24,10 +24,25 @@ from grat_kernels.attention import choose_backend
 
 if TYPE_CHECKING:
     from grat_cli.attention.adapter import Adapter
+    from grat_cli.attention.carrying import Carrying
     from grat_cli.attention.layer import Attend, AttentionInputs, CallObserver
     from grat_cli.families.base import Family
 
-Attach = Callable[["CallObserver", Callable[[], int]], AbstractContextManager[None]]
+
+class Attach(Protocol):
+    """Attaches a variant while a `with` block lasts."""
+
+    def __call__(
+        self, observer: CallObserver, step: Callable[[], int], carrying: Carrying | None = None, /
+    ) -> AbstractContextManager[None]:
+        """While inside, attention is that of the variant.
+
+        Args:
+            observer: told of calls and attentions.
+            step: gives the denoising step of the call under way.
+            carrying: carries attention over steps, where a preset says so; else None.
+        """
+        ...
 
 
 def backend_for(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[Backend, str]:
@@ -50,11 +65,12 @@ class Inside:
 
     Attributes:
         kernel: what computes its attention.
-        attach: attaches it while a `with` block lasts, given an observer of calls and attentions, and a function that
-            gives the denoising step of the call under way.
+        attach: attaches it.
         pairs: query-key pairs of one attention call and head; mean over a run where they differ.
         density: `pairs` over all pairs of the joint sequence.
-        trial_steps: steps of a run in which every plan of it is used once: enough to warm up.
+        trial_steps: steps of a run in which every plan of it is used once, and all is kept that is carried over steps:
+            enough to warm up.
+        work: `pairs` by part; None where they are not those of plans.
     """
 
     kernel: str
@@ -62,6 +78,7 @@ class Inside:
     pairs: float
     density: float
     trial_steps: tuple[int, ...] = (0,)
+    work: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +114,19 @@ class Host:
         return tuple(self.family.adapter(one, grid) for one in (self.transformer, *self.others))
 
     @contextmanager
-    def _attached(self, grid: Grid, run: Steps, observer: CallObserver, attend: Attend | None = None) -> Iterator[None]:
+    def _attached(
+        self,
+        grid: Grid,
+        run: Steps,
+        observer: CallObserver,
+        attend: Attend | None = None,
+        carrying: Carrying | None = None,
+    ) -> Iterator[None]:
         """While inside, all transformers run on tokens in group order."""
         with ExitStack() as stack:
             for transformer in (self.transformer, *self.others):
                 adapter = self.family.adapter(transformer, grid, attend=attend)
-                stack.enter_context(adapter.attached(run, self.backend, observer))
+                stack.enter_context(adapter.attached(run, self.backend, observer, carrying))
             yield
 
     def inside(self, variant: Variant, dense: DenseKernel | None = None) -> Inside:
@@ -127,7 +151,9 @@ class Host:
             kernel, attend = (f"diffusers, {dense.name}", dense.attention) if dense else ("diffusers", None)
             return Inside(
                 kernel,
-                lambda observer, step: stock_attention(self.transformer, observer, step, density, attend, self.others),
+                lambda observer, step, carrying=None: stock_attention(
+                    self.transformer, observer, step, density, attend, self.others
+                ),
                 pairs,
                 density,
             )
@@ -137,17 +163,20 @@ class Host:
             def plan_of(text_len: int) -> Plan:
                 return build_plan(grouping, pattern, text_len, adapter.text_first)
 
-            plan_of(self.text_len)  # now rather than in the first call
+            plan = plan_of(self.text_len)  # now rather than in the first call
             return Inside(
                 self.backend.value,
-                lambda observer, step: self._attached(variant.grid, fixed_run(plan_of, step), observer),
+                lambda observer, step, carrying=None: self._attached(
+                    variant.grid, fixed_run(plan_of, step), observer
+                ),
                 pairs,
                 density,
+                work=Parts.of(plan),
             )
         windows = _Windows(self, variant, adapter.text_first)
         return Inside(
             windows.of(self.text_len).kernel,
-            lambda observer, step: self._window(windows, density, observer, step),
+            lambda observer, step, carrying=None: self._window(windows, density, observer, step),
             pairs,
             density,
         )
@@ -170,19 +199,29 @@ class Host:
     def _scheduled(self, preset: Preset, grid: Grid, adapter: Adapter) -> Inside:
         schedule_of = cache(lambda text_len: self.schedule(preset, grid, text_len))
         own = schedule_of(self.text_len)  # now rather than in the first call
-        seen: set[int] = set()
+        seen: set[tuple[int, bool, int]] = set()
+        references = [0] * adapter.layers
         trial_steps = []
         for step in range(self.steps):
-            keys = {own.plan(step, layer).key for layer in range(adapter.layers)}
-            if keys - seen:
+            used = set()
+            for layer in range(adapter.layers):
+                rule = own.carried(step, layer)
+                is_carried = rule is not None and not rule.is_reference
+                # With the second reference a slope is kept, which the steps after it are carried by.
+                used.add((own.plan(step, layer).key, is_carried, min(2, references[layer])))
+                references[layer] += rule is not None and rule.is_reference
+            if used - seen:
                 trial_steps.append(step)
-                seen |= keys
+                seen |= used
         return Inside(
             self.backend.value,
-            lambda observer, step: self._attached(grid, Steps(schedule_of, step), observer),
+            lambda observer, step, carrying=None: self._attached(
+                grid, Steps(schedule_of, step), observer, carrying=carrying
+            ),
             own.density * (grid.tokens + self.text_len) ** 2,
             own.density,
             tuple(trial_steps),
+            own.parts,
         )
 
     def _window(

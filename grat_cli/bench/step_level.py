@@ -344,7 +344,9 @@ def _measured_row(
         times: milliseconds of each call, and of the attention in it.
         full: the row of full attention; None for that row itself.
     """
-    known = {"density": inside.density, "reach_tokens": variant.reach()}
+    known: dict[str, Any] = {"density": inside.density, "reach_tokens": variant.reach()}
+    if inside.work is not None:
+        known["work"] = inside.work._asdict()
     if measurement.skipped is not None:
         return _row(variant, **known, skipped=measurement.skipped, not_finite=measurement.not_finite)
     total_ms = statistics.median(total for total, _ in times)

@@ -15,8 +15,10 @@ from typing import Literal
 from grat_cli.families.autoencoders import Coding, Pixels
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerCall, TransformerShape
 from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
+from grat_cli.presets.over_steps import Keep
 from grat_cli.presets.schema import chunk_for
 from grat_kernels import Plan
+from grat_kernels.plan import Candidates
 
 Phase = Literal["text", "encode", "denoise", "decode", "save"]
 OffloadKind = Literal["none", "model", "group", "sequential"]
@@ -37,6 +39,8 @@ _PICTURE_BAND = 1024
 
 # sdpa_backend's own bounds on keys and values gathered at once.
 _CPU_GATHER, _DEVICE_GATHER = 1 << 20, 256 << 20
+# Those of choosing on scores that are held at once, and the bytes of a group and block while blocks are put in order.
+_CPU_SCORES, _DEVICE_SCORES, _SORTING = 16 << 20, 256 << 20, 32
 # torch's attention on a CPU keeps for each thread a tile of scores and of outputs in fp32, of 256 queries and 512 keys
 # (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
 _SCORE_TILE = 256, 512
@@ -59,6 +63,7 @@ class Execution:
         autoencoder_dtype: where it differs.
         text_dtype: likewise.
         threads: of a CPU.
+        keep: where attention that is carried over steps is kept; None for where the preset says.
     """
 
     dtype: str = "bfloat16"
@@ -72,6 +77,7 @@ class Execution:
     autoencoder_dtype: str | None = None
     text_dtype: str | None = None
     threads: int = 1
+    keep: Keep | None = None
 
     @property
     def element(self) -> int:
@@ -153,6 +159,7 @@ def run_memory(
     encodes: bool = False,
     lets_go: bool = False,
     cache: Cache | None = None,
+    kept: float = 0.0,
 ) -> RunMemory:
     """What a run needs, or one stage of a run over several sizes.
 
@@ -165,17 +172,18 @@ def run_memory(
         encodes: whether the stage begins with a picture, which is encoded.
         lets_go: whether parts are let go of once the run is done with them, where they are not offloaded.
         cache: what keeps attention or blocks from step to step.
+        kept: bytes on the device where attention is carried over steps.
     """
     weights = component_weights(components, execution)
     decoding = _peak_of(components.autoencoder.decode_moments(size, execution.coding))
-    denoising = _peak_of(denoise_moments(components, list(plans), execution, guided_twice, cache))
+    activations, moment = _peak_of(denoise_moments(components, list(plans), execution, guided_twice, cache))
     saving = _peak_of(save_moments(size, execution))
     resident = _resident(weights, components, execution, lets_go)
     phases = [PhaseMemory("text", resident["text"], *_peak_of(_text_moments(components, execution)))]
     if encodes:
         encoding = _peak_of(components.autoencoder.encode_moments(size, execution.coding))
         phases.append(PhaseMemory("encode", resident["autoencoder"], *encoding))
-    phases.append(PhaseMemory("denoise", resident["denoise"], *denoising))
+    phases.append(PhaseMemory("denoise", resident["denoise"], activations + kept, moment))
     phases.append(PhaseMemory("decode", resident["decode"], *decoding))
     if execution.on_cpu:
         phases.append(PhaseMemory("save", resident["decode"], *saving))
@@ -370,13 +378,16 @@ def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> flo
     row = shape.width * execution.element
     out = plan.tokens * row
     if execution.kernel and not execution.on_cpu:
-        return out
+        return out + (sum(_choosing(shape, plan, plan.candidates, execution)) if plan.candidates else 0.0)
     source = 0.0
     if plan.summaries.rows:
         # Keys and values are copied once to join the summaries.
         source = 2 * (plan.tokens + plan.summaries.rows) * row + (plan.tokens + plan.summaries.rows) * 4
     gathered_keys = (_CPU_GATHER * execution.threads if execution.on_cpu else _DEVICE_GATHER) // (2 * row)
     keys_of_list = plan.span_lists.keys
+    if plan.candidates is not None:
+        table, scores = _choosing(shape, plan, plan.candidates, execution)
+        return out + source + table + max(scores, _attending_chosen(shape, plan, plan.candidates, execution))
     largest = 0.0
     batches: dict[tuple[int, int], int] = {}
     for run in plan.query_runs:
@@ -397,6 +408,36 @@ def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> flo
         queries, keys = _SCORE_TILE
         scratch = execution.threads * queries * (keys + shape.head_dim + 2) * 4
     return out + source + largest + scratch
+
+
+def _choosing(shape: TransformerShape, plan: Plan, candidates: Candidates, execution: Execution) -> tuple[float, float]:
+    """Bytes of the rows that all heads and groups choose, and of what scores and sorts blocks for some heads at once.
+
+    Args:
+        shape: of the transformer.
+        plan: with candidates.
+        candidates: of the plan.
+        execution: how it is run.
+    """
+    groups, blocks = len(candidates.list_of_group), candidates.of_list.shape[1]
+    heads = shape.width // shape.head_dim
+    pairs = groups * blocks
+    budget = _CPU_SCORES if execution.on_cpu else _DEVICE_SCORES
+    at_once = min(heads, max(1, budget // (pairs * candidates.means * 4)))
+    # Scores, what they are made of and weights; masses, order and slots of blocks; keys and values, twice the latter.
+    scored = pairs * (4 * candidates.means * 4 + _SORTING) + blocks * candidates.means * shape.head_dim * 3 * 4
+    return heads * groups * candidates.width * 4, at_once * scored + plan.image_tokens * shape.head_dim * 4
+
+
+def _attending_chosen(shape: TransformerShape, plan: Plan, candidates: Candidates, execution: Execution) -> float:
+    """Bytes that attention to chosen rows allocates besides its output and the rows, where keys are gathered."""
+    row = shape.width * execution.element
+    heads = shape.width // shape.head_dim
+    keys = plan.span_lists.keys[candidates.list_of_group] + candidates.width
+    # Rows as 64-bit numbers, twice, and the bias of each; keys and values head by head; queries and what comes of them.
+    listed = heads * int(keys.sum()) * (2 * 8 + execution.element)
+    held = 2 * (plan.tokens + plan.summaries.rows) * row + 2 * plan.image_tokens * row
+    return listed + held + (_CPU_GATHER * execution.threads if execution.on_cpu else _DEVICE_GATHER)
 
 
 # ---- Saving

@@ -150,7 +150,8 @@ def guard_note(preset: Preset, *, dense: bool) -> str | None:
         return None
     if dense:
         return f"guard {preset.guard:g} has nothing to do: all attention is full"
-    return f"guard {preset.guard:g}: layers that keep less of full attention go wider, which takes longer"
+    carried = ", and where less is carried to a reference there are more" if preset.schedule.over_steps else ""
+    return f"guard {preset.guard:g}: layers that keep less of full attention go wider{carried}, which takes longer"
 
 
 def cache_note(preset: Preset) -> str | None:

@@ -118,6 +118,11 @@ class Carrying(Section):
             raise invalid("has no meaning where outputs are reused as they are: leave it out", "slope")
         return self
 
+    @property
+    def is_spaced(self) -> bool:
+        """Whether the references depend on the sigmas of the run's schedule."""
+        return isinstance(self.reference, Spaced)
+
     def reference_steps(self, steps: int, sigmas: Sequence[float] | None = None) -> tuple[int, ...]:
         """The references of a run, in order, each once; the first step among them.
 

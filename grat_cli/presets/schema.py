@@ -26,7 +26,7 @@ from pydantic import (
 
 from grat_cli.errors import choices
 from grat_cli.presets.attention import LARGEST_COUNT, Attention, Change, Sizes
-from grat_cli.presets.caches import Cache, cache_from
+from grat_cli.presets.caches import OF_ATTENTIONS, Cache, cache_from
 from grat_cli.presets.over_steps import Carrying, overlap
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
 from grat_cli.presets.section import MOST_STEPS, Number, Range, Section, as_tuple
@@ -438,6 +438,14 @@ class Preset(Section):
                         f"{letter} is none of the palette's letters, {', '.join(palette) or 'which has none'}",
                         *("schedule", "tables", index, "layers", number),
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Preset:
+        if self.schedule.over_steps and isinstance(self.cache, OF_ATTENTIONS):
+            raise invalid(
+                f"{self.cache.kind} and schedule.over_steps take the same place: leave out one of the two", "cache"
+            )
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,7 @@ from grat_kernels import Backend, Grid
 
 # What grat promises of its memory model.
 TOLERANCE = 0.15
+CHOOSING = "attention.far.choose={exact: 8, fine: 32, block: [2, 2]}"
 UNUSED = TinyAutoencoder((8,), (1,), 4, 0)
 
 
@@ -79,11 +80,15 @@ def demo() -> Any:
         ("x", 256, 256, 4.0),
         ("far", 256, 256, 4.0),
         ("far", 256, 384, 1.0),
+        ("choose", 256, 256, 4.0),
+        ("choose", 256, 384, 1.0),
     ],
 )
 def test_denoising_of_the_demo(demo: Any, variant: str, width: int, height: int, guidance: float) -> None:
     choice = choose_model("demo")
-    preset = select_preset(choice, variant=variant, steps=1, guidance=guidance)
+    items = [CHOOSING] if variant == "choose" else []
+    named = "far" if variant == "choose" else variant
+    preset = select_preset(choice, variant=named, steps=1, guidance=guidance, set_items=items)
     request = request_for(choice, preset, "a red fox", width=width, height=height)
     steering = choose_guidance(demo, choice, preset, None)
     text = request.family.encode_text(demo, choice, request.prompt, steering.negative_prompt)

@@ -12,6 +12,7 @@ import torch
 from grat_kernels import (
     Backend,
     Block,
+    Choice,
     CrissCross,
     Far,
     Grid,
@@ -168,6 +169,24 @@ def test_auto_takes_the_fastest_kernel_of_a_gpu_and_says_why_not_the_first(monke
     backend, reason = choice((7, 5))
     assert backend is Backend.SDPA
     assert reason.startswith("triton cannot run here: it needs compute capability 8.0")
+
+
+def test_what_is_chosen_by_content_is_left_to_backends_that_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = build_plan(Grouping(Grid((6, 10)), (4, 4)), Union(Block(0), Far([(0, (2, 2))], Choice(2, 1, (1, 1)))), 4)
+    query, key, value = (torch.randn(1, plan.tokens, 2, 32) for _ in range(3))
+    for backend in (Backend.GLUON, Backend.TRITON_WS, Backend.FLEX):
+        with pytest.raises(BackendUnavailable):
+            span_attention(query, key, value, plan, backend=backend)
+    assert can_run(Backend.FLEX, "cpu")
+    assert "chosen by content: use triton or sdpa" in can_run(Backend.FLEX, "cpu", choosing=True).reason
+    assert can_run(Backend.AUTO, "cpu", choosing=True).reason.startswith("sdpa")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backend, reason = choose_backend(torch.device("cuda", 0), torch.bfloat16, 128, choosing=True)
+    assert backend is Backend.TRITON
+    assert "gluon cannot run here: it does not attend blocks chosen by content" in reason
 
 
 def test_planning_needs_no_torch() -> None:

@@ -14,6 +14,7 @@ from grat_cli.errors import NumericalFailure
 from grat_kernels import (
     Backend,
     Block,
+    Choice,
     CrissCross,
     Far,
     Grid,
@@ -23,12 +24,14 @@ from grat_kernels import (
     Union,
     build_head_plan,
     build_plan,
+    chosen_tiles,
     self_test,
     span_attention,
     triton_backend,
     ws_backend,
 )
 from grat_kernels.attention import check_kernel
+from grat_kernels.tile_lists import EMPTY
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu tests the compiled kernels", allow_module_level=True)
@@ -36,6 +39,7 @@ if torch.cuda.is_available():
 GROUPING = Grouping(Grid((6, 10)), (4, 4)).refined(((2, 2),))
 NEAR = build_plan(GROUPING, Block(0), 4)
 FAR = build_plan(GROUPING, Union(Block(0), Far([(0, (2, 2))])), 4)
+CHOOSING = build_plan(GROUPING, Union(Block(0), Far([(0, (2, 2))], Choice(2, 1, (1, 1)))), 4)
 BY_HEAD = build_head_plan(((GROUPING, Block(0)), (GROUPING, CrissCross())), (0, 1), 4)
 CPU = torch.device("cpu")
 
@@ -92,6 +96,7 @@ def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
     span_attention(*tensors(dtype=torch.float16), FAR, backend="triton")
     span_attention(*tensors(32), FAR, backend="triton")
     span_attention(*tensors(heads_first=True), FAR, backend="triton")
+    span_attention(*tensors(), CHOOSING, backend="triton")
     span_attention(*tensors(), FAR, backend="triton-ws")
     form = self_test.Form(CPU, torch.float32, 64, far=True)
     assert list(dict.fromkeys(tested)) == [
@@ -101,6 +106,7 @@ def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
         form._replace(dtype=torch.float16),
         form._replace(head_dim=32),
         form._replace(in_place=False),
+        form._replace(choosing=True),
     ]
     assert tested.count(form) == 2
 
@@ -167,6 +173,44 @@ def test_a_kernel_that_ignores_a_part_of_its_form_is_found(dropped: str) -> None
     self_test.check("ignorant", ignorant, intact)
     with pytest.raises(KernelMismatch, match="the ignorant kernel"):
         self_test.check("ignorant", ignorant, broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_kernel_that_chooses_passes(head_dim: int, dtype: torch.dtype) -> None:
+    form = self_test.Form(CPU, dtype, head_dim, far=True, padded=True, choosing=True)
+    self_test.check("triton", triton_backend.attention, form)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_a_kernel_that_chooses_for_some_heads_passes() -> None:
+    form = self_test.Form(CPU, torch.float16, 64, far=True, by_head=True, choosing=True)
+    self_test.check("triton", triton_backend.attention, form)
+
+
+@pytest.mark.parametrize("mistake", ["other group", "other head", "other sample", "no fine blocks"])
+def test_a_wrong_choice_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    intact = chosen_tiles.chosen_rows
+
+    def wrong(query, summaries, plan, scale):
+        rows = intact(query, summaries, plan, scale)
+        exact, fine = (
+            count * room for count, room in zip(plan.pattern.choice[:2], (plan.candidates.tokens, 4), strict=True)
+        )
+        if mistake == "other group":
+            rows[:, :, 0, :exact] = rows[:, :, 1, :exact]
+        elif mistake == "other head":
+            rows = rows.flip(1)
+        elif mistake == "other sample":
+            rows = rows.flip(0)
+        else:
+            rows[..., exact : exact + fine] = EMPTY
+        return rows
+
+    monkeypatch.setattr(chosen_tiles, "chosen_rows", wrong)
+    form = self_test.Form(CPU, torch.float16, 64, far=True, choosing=True)
+    with pytest.raises(KernelMismatch):
+        self_test.check("triton", triton_backend.attention, form)
 
 
 def test_surroundings_do_not_matter(tested: list[self_test.Form]) -> None:

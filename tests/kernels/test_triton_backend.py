@@ -10,13 +10,14 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import PLANS, assert_accurate, random_tensors
+from kernel_cases import CHOOSING, CHOOSING_BY_HEAD, PLANS, assert_accurate, random_tensors
 
 from grat_kernels import (
     Block,
     Far,
     Grid,
     Grouping,
+    HeadPlan,
     Plan,
     Union,
     build_plan,
@@ -37,7 +38,7 @@ def run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: Plan,
+    plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None = None,
     config: TileConfig | None = POINTERS,
 ) -> torch.Tensor:
@@ -85,6 +86,38 @@ def test_head_dimensions(head_dim: int) -> None:
     assert_accurate(run(*tensors, plan), *tensors, plan)
     if head_dim in (64, 128, 256):
         assert_accurate(run(*tensors, plan, config=DESCRIPTORS), *tensors, plan)
+
+
+@pytest.mark.parametrize("config", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_groups_choose_is_attended(name: str, config: TileConfig) -> None:
+    plan = CHOOSING[name]
+    tensors = random_tensors(plan, 2, 1, 32, torch.float32)
+    assert_accurate(run(*tensors, plan, config=config), *tensors, plan)
+
+
+def test_padded_text_is_masked_where_groups_choose() -> None:
+    plan = CHOOSING["picture"]
+    query, key, value = random_tensors(plan, 2, 1, 32, torch.float32)
+    text_valid = torch.tensor([plan.text_len - 2, 0])
+    output = run(query, key, value, plan, text_valid)
+    assert_accurate(output, query, key, value, plan, text_valid)
+    for sample, valid in enumerate(text_valid.tolist()):
+        padding = slice(plan.text_start + valid, plan.text_start + plan.text_len)
+        key[sample, padding], value[sample, padding] = torch.nan, torch.inf
+    assert torch.equal(run(query, key, value, plan, text_valid), output)
+
+
+# Tiles that fill up the shorter classes have no keys: 0/0, computed and not stored.
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_classes_of_heads_choose_by_themselves() -> None:
+    plan = CHOOSING_BY_HEAD
+    query, key, value = random_tensors(plan.classes[0], 2, 4, 32, torch.float32)
+    output = run(query, key, value, plan)
+    for number, member in enumerate(plan.classes):
+        heads = plan.heads_of(number)
+        own = (query[:, :, heads], key[:, :, heads], value[:, :, heads])
+        assert_accurate(output[:, :, heads].contiguous(), *own, member)
 
 
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:

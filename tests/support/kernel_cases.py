@@ -8,6 +8,7 @@ import torch
 
 from grat_kernels import (
     Block,
+    Choice,
     CrissCross,
     Far,
     Full,
@@ -16,6 +17,7 @@ from grat_kernels import (
     Plan,
     SlidingTile,
     Union,
+    build_head_plan,
     build_plan,
     reference,
 )
@@ -41,6 +43,34 @@ PLANS = {
     "one token and text": build_plan(Grouping(Grid((1, 1, 1)), (2, 2, 2)), Block(0), 3, text_first=False),
     "text and one token": build_plan(Grouping(Grid((1, 1)), (2, 2)), Block(0), 3),
 }
+
+
+# Groups that choose by content: with ragged ones and ragged blocks, and fewer blocks than may be chosen.
+CHOOSING = {
+    "picture": build_plan(
+        Grouping(Grid((12, 11)), (8, 8)), Union(Block(0), Far([(0, (4, 4))], Choice(2, 3, (2, 2)))), 7
+    ),
+    "video": build_plan(
+        Grouping(Grid((3, 5, 6)), (2, 4, 4)),
+        Union(Block(0), Far([(0, (2, 2, 2))], Choice(1, 2, (1, 2, 2)))),
+        5,
+        text_first=False,
+    ),
+    "all exact": build_plan(
+        Grouping(Grid((5, 9)), (4, 4)), Union(Block(0), Far([(0, (4, 2))], Choice(9, 0, (2, 2)))), 0
+    ),
+}
+# Two classes of heads choose, from other blocks and by other groups; one does not.
+_SMALL, _LARGE = (Grouping(Grid((8, 13)), group).refined(((4, 8), (4, 4))) for group in ((4, 4), (4, 8)))
+CHOOSING_BY_HEAD = build_head_plan(
+    (
+        (_SMALL, Union(Block(0), Far([(0, (4, 4))], Choice(1, 2, (2, 2))))),
+        (_SMALL, Union(Block(0), Far([(0, (2, 2))]))),
+        (_LARGE, Union(Block(0), Far([(0, (2, 2))], Choice(3, 0, (1, 2))))),
+    ),
+    (2, 0, 1, 2),
+    text_len=9,
+)
 
 
 def random_tensors(
