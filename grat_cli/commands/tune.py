@@ -54,9 +54,9 @@ def tune(
     runs: int = option(
         "COUNT",
         "Runs of the model that may be made to measure settings, after those that are observed; a setting takes one "
-        "for each of the first four prompts. 0 for none: the setting that is foretold best. Default: 60.",
+        "for each of the first four prompts. 0 for none: the setting that is foretold best. Default: 40.",
         _OVER_STEPS,
-        60,
+        40,
     ),
     keep: str = option(
         "WHERE",
@@ -106,6 +106,7 @@ def tune(
     from grat_cli.files.prompts import MOST_OUTPUTS
     from grat_cli.generation.selection import require_choice
     from grat_cli.presets import LARGEST_COUNT, MOST_STEPS, preset_yaml
+    from grat_cli.presets.over_steps import KEEPS
 
     output = terminal.output()
 
@@ -123,7 +124,7 @@ def tune(
     ):
         if not least <= count <= most:
             raise BadInput(f"{flag} {count}: expected {least} to {most:,}")
-    require_choice("--keep", keep, ("device", "fp8", "host"))
+    require_choice("--keep", keep, KEEPS)
     if max_kept is not None and max_kept <= 0:
         raise BadInput(f"--max-kept {max_kept:g}: expected gibibytes above 0")
     counts = None if references is None else _counts(references)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -49,13 +49,13 @@ class StepSearch:
     Attributes:
         references: fewest and most steps that are computed; None for all that the density allows.
         runs: of the model that may be made to measure settings.
-        keep: where outputs are kept; see `presets.Carrying`.
+        keep: where outputs are kept, one of `presets.over_steps.KEEPS`.
         most_gib: that may be kept, or None.
     """
 
     references: tuple[int, int] | None = None
-    runs: int = 60
-    keep: Literal["device", "fp8", "host"] = "device"
+    runs: int = 40
+    keep: str = "device"
     most_gib: float | None = None
 
 
