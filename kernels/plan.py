@@ -565,8 +565,8 @@ def build_plan(
             to, in place of `text_len` and `text_first`.
 
     Raises:
-        ValueError: if pattern and grid do not fit, a far block does not nest in a group, a group attends nothing, or there
-            are too many pairs of groups and blocks to choose from.
+        ValueError: if pattern and grid do not fit, a far block does not nest in a group, a group attends nothing, or
+            there are too many pairs of groups and blocks to choose from.
     """
     segments = segments or Segments.of_text(text_len, text_first)
     pattern.check(grouping.grid.axes)

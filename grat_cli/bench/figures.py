@@ -177,7 +177,8 @@ _ESSENTIAL = {
     *("recall", "output error", "SSIM"),
 }
 _MEANINGS = {
-    "density": "Share of all query–key pairs that is attended, text included; over steps that take over some, of those of all steps.",
+    "density": "Share of all query–key pairs that is attended, text included; over steps that take over some, of those "
+    "of all steps.",
     "pairs": "The part of the density that image tokens attend, mean over a run.",
     "text rows": "The part that text attends.",
     "selection": "The part that choosing by content costs.",

@@ -184,7 +184,8 @@ def show(made: Sequence[Made], request: Request, output: Output) -> None:
         output.show(table, phases, memory_line(reports[0]))
     else:
         output.show(run_tables.pictures_table(reports))
-    output.show(*run_tables.guard_lines(reports), *run_tables.cache_lines(reports), *run_tables.over_steps_lines(reports))
+    for lines in (run_tables.guard_lines, run_tables.cache_lines, run_tables.over_steps_lines):
+        output.show(*lines(reports))
 
 
 def memory_line(made: Mapping[str, Any]) -> str:

@@ -296,7 +296,8 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
         facts["schedule"] = f"{schedule.steps} steps, {schedule.layers} layers, {schedule.heads} heads: {what}"
     if over_steps := result.over_steps:
         kept = result.kept()
-        where = ", ".join(name for name, count in (("on the device", kept.device), ("in main memory", kept.host)) if count)
+        places = {"on the device": kept.device, "in main memory": kept.host}
+        where = ", ".join(name for name, count in places.items() if count)
         facts["over steps"] = f"{over_steps_summary(over_steps)} {where}".rstrip()
     if over_steps or schedule.parts.selection:
         facts["work"] = work_text(schedule.parts._asdict())

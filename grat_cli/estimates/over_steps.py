@@ -166,7 +166,9 @@ def over_steps_data(
     measured: Mapping[str, float | None] = {"kept_bytes": kept, "foretold_bytes": foretold}
     return {
         "steps": [
-            {"kind": kind, "steps": ranges_text(steps), "count": len(steps)} for kind, steps in steps_of.items() if steps
+            {"kind": kind, "steps": ranges_text(steps), "count": len(steps)}
+            for kind, steps in steps_of.items()
+            if steps
         ],
         "layers": None if len(some) == schedule.layers else ranges_text(some),
         **{name: round(count) for name, count in measured.items() if count is not None},
