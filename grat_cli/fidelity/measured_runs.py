@@ -27,14 +27,12 @@ class MeasuredRun(BaseModel):
     """How far the latents of a run end from those of full attention.
 
     Attributes:
-        error: mean square of the difference, over that of full attention's latents from their mean.
-        density: of the run.
+        error: see `relative_error`.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     error: Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
-    density: Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
 
 
 class _File(BaseModel):

@@ -89,7 +89,6 @@ class Facts(BaseModel):
 
     Attributes:
         text_tokens: of the first transformer call.
-        tokens: of the joint sequence.
         calls: of the transformer at a step, each sample of a batch for one.
         sigmas: of the steps, and what the last one ends at; None of a scheduler that has none.
     """
@@ -97,7 +96,6 @@ class Facts(BaseModel):
     model_config = ConfigDict(strict=True)
 
     text_tokens: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
-    tokens: Annotated[int, Field(ge=1, le=_LARGEST_FIGURE)]
     calls: Annotated[int, Field(ge=1, le=_MOST_CALLS)]
     sigmas: Annotated[list[Annotated[float, Field(ge=0, le=_LARGEST_FIGURE, allow_inf_nan=False)]] | None, Field()]
 
@@ -171,7 +169,6 @@ def observe(
     sigmas = getattr(pipe.scheduler, "sigmas", None)
     facts = Facts(
         text_tokens=recorder.text_len,
-        tokens=outputs.tokens,
         calls=outputs.calls,
         sigmas=None if sigmas is None or len(sigmas) != steps + 1 else [float(sigma) for sigma in sigmas],
     )

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from grat_cli.attention.record import observation_preset
+from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.errors import BadInput
+from grat_cli.estimates.over_steps import kept_bytes
 from grat_cli.fidelity import observations as observing
 from grat_cli.fidelity.evidence import Chosen, evidence_of, figures
 from grat_cli.fidelity.fitted_preset import schedule_of, share_of, stretches_from, stretches_of
 from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
 from grat_cli.fidelity.measured_runs import MeasuredRun, Measurements, relative_error
-from grat_cli.fidelity.observations import Observations, Observed
+from grat_cli.fidelity.observations import Facts, Observations, Observed
 from grat_cli.fidelity.quality import likeness
 from grat_cli.fidelity.references import MOST_STEPS
 from grat_cli.fidelity.step_search import Foreteller, Search, Setting
@@ -47,13 +49,13 @@ class StepSearch:
     Attributes:
         references: fewest and most steps that are computed; None for all that the density allows.
         runs: of the model that may be made to measure settings.
-        keep: where outputs are kept; see `presets.Carrying`.
+        keep: where outputs are kept, one of `presets.over_steps.KEEPS`.
         most_gib: that may be kept, or None.
     """
 
     references: tuple[int, int] | None = None
-    runs: int = 60
-    keep: Literal["device", "fp8", "host"] = "device"
+    runs: int = 40
+    keep: str = "device"
     most_gib: float | None = None
 
 
@@ -152,14 +154,11 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
     preset = _preset(request, chosen)
 
     # 4. How close its outputs come to those of full attention.
-    plain = Preset.model_validate(
-        base.model_dump() | {"attention": {"variant": "full", "group": list(preset.attention.group)}, "schedule": {}}
-    )
     likenesses, density = [], None
     for number, prompt in enumerate(request.checked):
         progress.phase(f"checking {number + 1} of {len(request.checked)}: {prompt}")
         outputs = []
-        for used in (plain, preset):
+        for used in (_full(base), preset):
             latents, installation = latents_of(model.pipe, asked, used, prompt, len(request.prompts) + number, progress)
             outputs.append(frames_of(model.pipe, asked, latents))
             density = installation.last_schedule.density
@@ -248,9 +247,7 @@ def _over_steps(
     # 1. What may be kept of each layer and call: an output and how it changes, or the output alone.
     assert request.density is not None, "a search over steps has a density for its target"
     asked, facts = request.request, seen[0].facts
-    shape = asked.family.transformer_shape(model.pipe.transformer.config)
-    element = 1 if search.keep == "fp8" else model.pipe.transformer.dtype.itemsize
-    of_outputs = facts.tokens * shape.width * shape.layers * facts.calls * element
+    of_outputs = _bytes_of_outputs(request, search, model, facts)
     limit = float("inf") if search.most_gib is None else search.most_gib * _GIB
     if of_outputs > limit:
         raise BadInput(
@@ -284,9 +281,8 @@ def _over_steps(
         return _chosen_at_references(request, search, observations, setting)
 
     def run(preset: Preset, number: int) -> MeasuredRun:
-        latents, installation = latents_of(model.pipe, asked, preset, prompts[number], number, progress)
-        error = relative_error(latents, seen[number].latents)
-        return MeasuredRun(error=error, density=installation.last_schedule.density)
+        latents, _ = latents_of(model.pipe, asked, preset, prompts[number], number, progress)
+        return MeasuredRun(error=relative_error(latents, seen[number].latents))
 
     def measure(setting: Setting, least: float) -> float:
         best = "" if least == float("inf") else f"best {least:.4g}; "
@@ -298,17 +294,45 @@ def _over_steps(
     measurements = Measurements(request.folder, about, run, search.runs)
     found = Search(foreteller, measure, lambda: measurements.lasts).best_of(lambda: foreteller.settings(counts))
     setting = found.setting
+    chosen = chosen_by(setting)
+    parts = _schedule(request, model, facts, _preset(request, chosen)).parts
     kept = 0 if len(setting.references) == request.steps else of_outputs * (2 if any(setting.slopes) else 1)
     evidence = OverStepsEvidence(
         references=setting.references,
         slopes=setting.slopes,
         kept_bytes=kept,
+        **{name: figures(part) for name, part in parts._asdict().items()},
         prompts=prompts,
         runs=search.runs - measurements.left,
         error=None if found.error is None else figures(found.error),
         carried_error=None if found.carried_error is None else figures(found.carried_error),
     )
-    return chosen_by(setting), evidence
+    return chosen, evidence
+
+
+def _bytes_of_outputs(request: TuneRequest, search: StepSearch, model: LoadedModel, facts: Facts) -> int:
+    """What the latest outputs of all layers take, in all calls of a step."""
+    asked, transformer = request.request, model.pipe.transformer
+    reused = {"reference": [0], "between": "reuse", "keep": search.keep}
+    preset = Preset.model_validate(_full(asked.preset).model_dump() | {"schedule": {"over_steps": reused}})
+    shape = asked.family.transformer_shape(transformer.config)
+    schedules = [_schedule(request, model, facts, preset)] * facts.calls
+    return round(kept_bytes(schedules, shape, transformer.dtype.itemsize).total)
+
+
+def _schedule(request: TuneRequest, model: LoadedModel, facts: Facts, preset: Preset) -> AttentionSchedule:
+    """A preset laid out over a run."""
+    asked = request.request
+    shape = asked.family.transformer_shape(model.pipe.transformer.config)
+    return AttentionSchedule(
+        preset, asked.grid, facts.text_tokens, asked.family.text_first, request.steps, shape.layers, shape.heads
+    )
+
+
+def _full(preset: Preset) -> Preset:
+    """The preset with full attention at every step."""
+    attention = {"variant": "full", "group": list(preset.attention.group)}
+    return Preset.model_validate(preset.model_dump() | {"attention": attention, "schedule": {}})
 
 
 def _chosen_at_references(

@@ -329,6 +329,11 @@ class OverStepsEvidence(Section):
         references: steps that are computed, of the runs that were observed.
         slopes: that outputs are carried with after each of them; 0 where none are, or they are reused as they are.
         kept_bytes: what a run keeps from step to step.
+        pairs: attention work of a run by part, over all pairs: of image tokens as queries; the first three add up to
+            the density.
+        text: of text as queries.
+        selection: of choosing by content.
+        forming: of means.
         prompts: whose latents were measured.
         runs: that were measured.
         error: mean square of the distance of the last latents from those of full attention, over the variance of these;
@@ -339,6 +344,10 @@ class OverStepsEvidence(Section):
     references: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
     slopes: Annotated[tuple[Figure, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
     kept_bytes: Annotated[int, Field(ge=0, le=10**15)]
+    pairs: Figure
+    text: Figure
+    selection: Figure
+    forming: Figure
     prompts: Texts
     runs: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
     error: Figure | None = None

@@ -35,9 +35,7 @@ def outputs_of(keeper: Keeper) -> dict[tuple[int, int, int], list[np.ndarray]]:
             valid = torch.ones(inputs.key.shape[1], dtype=torch.bool)
             if inputs.text_valid is not None:
                 valid[plan.text_start + int(inputs.text_valid[sample]) : plan.text_start + plan.text_len] = False
-            query, key, value = (
-                tensor[sample, valid].double() for tensor in (inputs.query, inputs.key, inputs.value)
-            )
+            query, key, value = (tensor[sample, valid].double() for tensor in (inputs.query, inputs.key, inputs.value))
             mass = (torch.einsum("qhd,khd->hqk", query, key) * inputs.scale).softmax(-1)
             found[inputs.layer, call, sample].append(torch.einsum("hqk,khd->qhd", mass, value).numpy())
     return found
@@ -59,7 +57,6 @@ def test_the_gram_of_all_rows_is_that_of_the_outputs(make: Any) -> None:
     recorder = OutputGramRecorder(STEPS, layers, rows=10**6)
     assert torch.equal(run(recorder), expected_latents)  # looking changes nothing
     record = recorder.record()
-    assert record.tokens == max(inputs.key.shape[1] for _, inputs in keeper.seen)
 
     of_layers = defaultdict(list)
     for (layer, _, _), of_steps in outputs_of(keeper).items():

@@ -22,7 +22,7 @@ class Runs:
 
     def __call__(self, preset: Preset, number: int) -> MeasuredRun:
         self.made += 1
-        return MeasuredRun(error=self.errors[number], density=0.1)
+        return MeasuredRun(error=self.errors[number])
 
 
 def measurements(folder: Path, runs: Runs, left: int = 10) -> Measurements:
@@ -65,9 +65,9 @@ def test_a_budget_lasts_for_whole_settings(tmp_path: Path) -> None:
         lambda content: {},
         lambda content: content | {"schema": "grat.tune-run/9"},
         lambda content: content | {"about": {}},
-        lambda content: content | {"measured": {"error": -1.0, "density": 0.1}},
-        lambda content: content | {"measured": {"error": "0.1", "density": 0.1}},
-        lambda content: content | {"measured": {"error": 0.1}},
+        lambda content: content | {"measured": {"error": -1.0}},
+        lambda content: content | {"measured": {"error": "0.1"}},
+        lambda content: content | {"measured": {}},
         lambda content: content | {"more": 1},
         lambda content: [content],
     ],

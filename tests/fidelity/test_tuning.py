@@ -32,7 +32,7 @@ from grat_kernels import Full, Grid, HeadPlan, Plan
 from grat_kernels.geometry import nests
 
 SIDE, STEPS = 96, 4  # 12 x 12 tokens of the demo
-CANDIDATES = palette((4, 4), (12, 12))
+CANDIDATES = palette((4, 4), (12, 12))[::3]  # full attention, choices by content and static patterns among them
 
 
 @pytest.mark.parametrize("group", [(4, 4), (16, 16), (6, 5), (1, 1), (4, 8, 8), (3, 1, 7)])
@@ -90,7 +90,7 @@ def observations(seed: int = 0, steps: int = STEPS, layers: int = 2, heads: int 
 def observed(**changes: Any) -> Observed:
     """A run of random figures."""
     sigmas = np.linspace(1, 0, STEPS + 1).tolist()
-    facts = {"text_tokens": 5, "tokens": 149, "calls": 1, "sigmas": sigmas} | changes
+    facts = {"text_tokens": 5, "calls": 1, "sigmas": sigmas} | changes
     return Observed(observations(), Facts.model_construct(**facts), torch.ones(1, 4))
 
 
@@ -277,7 +277,7 @@ def test_what_may_be_kept_is_a_limit(over_steps: tuple[TuneRequest, Preset]) -> 
     assert reused.evidence is not None
     assert reused.evidence.over_steps is not None
     assert reused.evidence.over_steps.kept_bytes == pytest.approx(both * 2**30 / 2)
-    small = limited(most_gib=0.25 * both, keep="fp8")  # a quarter of fp32
+    small = limited(most_gib=0.26 * both, keep="fp8")  # a quarter of fp32, and scales
     assert small.schedule.over_steps[0].between == "extrapolate"
     assert small.schedule.over_steps[0].keep == "fp8"
     with pytest.raises(BadInput, match=r"outputs of all layers are .* GiB, more than --max-kept"):
@@ -342,6 +342,7 @@ def test_observations_that_no_run_made_are_refused(
         *({"sigmas": sigmas} for sigmas in ([1.0, 0.0], [-1.0] * 5, ["1"] * 5)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
 def test_observations_of_absurd_facts_are_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
     path, about = tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
     tensors = observed()
