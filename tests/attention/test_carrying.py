@@ -451,9 +451,7 @@ def test_a_cache_of_attentions_that_the_caller_enabled_is_refused() -> None:
         pipe.transformer.disable_cache()
 
 
-@pytest.mark.parametrize(
-    ("name", "section"), [("flux, two calls", EXTRAPOLATED), ("flux2", EXTRAPOLATED), ("flux2", RESIDUAL)]
-)
+@pytest.mark.parametrize(("name", "section"), [("flux, two calls", EXTRAPOLATED), ("flux2", RESIDUAL)])
 def test_compiled_blocks_carry_with_one_graph_of_each_kind(name: str, section: dict[str, Any]) -> None:
     from torch._dynamo.utils import counters
 
