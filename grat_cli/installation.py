@@ -211,7 +211,8 @@ def install(
         extrapolation: how rotary positions and scores are fitted to pictures larger than Flux was trained at;
             None leaves them as they are. The preset's own `highres` section is not applied.
         guard: overrides the preset's: share of full attention that a layer has to keep, such as 0.9; those that keep
-            less go wider while the run goes on. 0 for none. `Installation.guard` tells what it did.
+            less go wider while the run goes on, and where less would have been carried over steps, references come
+            twice as often. 0 for none. `Installation.guard` tells what it did.
         cache: overrides the preset's: what steps take over from those before, such as `first-block` or
             `taylor:cache_interval=3`; `none` for nothing. A cache that the caller enables on the transformer himself,
             before or inside, works as well. `Installation.work` tells what was computed.

@@ -399,7 +399,8 @@ class Preset(Section):
         model: which models it is made for; see `axes_by_model`.
         highres: how large pictures come about; None takes the defaults of the section.
         guard: share of full attention that each layer has to keep: those that keep less, by what is measured while the
-            run goes on, go wider (`grat_cli.attention.guard`), in every stage; 0 or None for no guard.
+            run goes on, go wider (`grat_cli.attention.guard`), in every stage; where less would have been carried over
+            steps, references come twice as often. 0 or None for no guard.
         cache: what steps take over from those before them, in every stage; None for nothing.
         evidence: of a tuned one.
     """

@@ -324,7 +324,11 @@ def test_of_a_difference_to_a_base_all_of_the_output_counts() -> None:
     assert installation.guard.report()["least_carried"]["kept"] < kept < 1
 
 
-@pytest.mark.parametrize("section", [EXTRAPOLATED, RESIDUAL], ids=["extrapolate", "residual"])
+@pytest.mark.parametrize(
+    "section",
+    [EXTRAPOLATED, RESIDUAL, EXTRAPOLATED | {"keep": "fp8"}, EXTRAPOLATED | {"keep": "host"}],
+    ids=["extrapolate", "residual", "fp8", "host"],
+)
 def test_looking_changes_nothing(section: Any) -> None:
     expected, plain = guarded(None, section)
     watched, installation = guarded(LOOKS, section)
