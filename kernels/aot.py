@@ -36,6 +36,7 @@ from grat_kernels.rope_norm_builds import (
 from grat_kernels.sass import MachineCode
 from grat_kernels.tile_configs import (
     HOPPER,
+    SCORES,
     SHARED_MEMORY_LIMIT,
     SPECIALISED,
     HopperConfig,
@@ -336,14 +337,9 @@ def _specialised_problems(variant: Variant, code: Code) -> list[str]:
 
 
 def _score_variants(architectures: Iterable[str]) -> Iterator[Variant]:
-    for architecture, dtype, head_dim in itertools.product(architectures, _DTYPES, _HEAD_DIMS):
+    head_dims = [head_dim for head_dim in _HEAD_DIMS if head_dim <= SCORES.head_dim]
+    for architecture, dtype, head_dim in itertools.product(architectures, _DTYPES, head_dims):
         yield Variant(architecture, dtype, head_dim, False, False, far=True, kernel="block-scores", choosing=True)
-
-
-def _score_config(variant: Variant) -> ScoreConfig:
-    from grat_kernels.block_scores import config_for
-
-    return config_for(variant.head_dim)
 
 
 def _score_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
@@ -379,7 +375,7 @@ KERNELS = {
         _gluon_problems,
     ),
     "block-scores": Kernel(
-        _score_variants, _score_config, _score_launch, lambda code: code.loops, lambda variant, code: []
+        _score_variants, lambda variant: SCORES, _score_launch, lambda code: code.loops, lambda variant, code: []
     ),
 }
 

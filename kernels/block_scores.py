@@ -13,14 +13,19 @@ import torch
 
 from grat_kernels.choosing import SPREAD_LEAST, SPREAD_WITHIN
 from grat_kernels.launching import Launch, on_device, padded_head_dim
-from grat_kernels.tile_configs import SCORES, ScoreConfig
+from grat_kernels.tile_configs import SCORES
 from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
     from grat_kernels.plan import Plan
 
 # Of one block, which a program holds whole.
-MOST_MEANS = 64
+_MOST_MEANS = 64
+
+
+def serves(plan: Plan, head_dim: int) -> bool:
+    """Whether the kernel is for a plan with candidates and heads of so many channels."""
+    return plan.candidates is not None and plan.candidates.means <= _MOST_MEANS and head_dim <= SCORES.head_dim
 
 
 def block_scores(
@@ -32,7 +37,7 @@ def block_scores(
         queries: mean queries of the groups, `[B, H, groups, D]` fp32.
         summary_key: `[B, R, H, D]` of the same heads; of all three tensors channels are contiguous.
         summary_value: likewise.
-        plan: with candidates, of which no block has more than `MOST_MEANS` means.
+        plan: one that it `serves`.
         scale: factor on the scores.
 
     Returns:
@@ -47,11 +52,6 @@ def block_scores(
     with on_device(queries.device):
         block_scores_kernel[(launch.programs,)](*launch.arguments, **launch.options)
     return scores
-
-
-def config_for(head_dim: int) -> ScoreConfig:
-    """The table's tiles for a head dimension."""
-    return next(config for most, config in SCORES.items() if head_dim <= most)
 
 
 class BlockTables(NamedTuple):
@@ -106,8 +106,7 @@ def launch_of(
     """The launch for these tensors, which may lie on the meta device: ahead-of-time compilation asks for it too."""
     batch, heads, groups, head_dim = queries.shape
     blocks, means = tables.rows.shape
-    config = config_for(head_dim)
-    of_program = max(1, config.columns // means)
+    of_program = max(1, SCORES.columns // means)
     arguments = (
         queries,
         summary_key,
@@ -128,9 +127,9 @@ def launch_of(
     options = {
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded_head_dim(head_dim),
-        "GROUPS": config.groups,
+        "GROUPS": SCORES.groups,
         "BLOCKS": of_program,
         "MEANS": means,
-        "num_warps": config.warps,
+        "num_warps": SCORES.warps,
     }
     return Launch(-(-blocks // of_program) * batch * heads, arguments, options)

@@ -126,18 +126,20 @@ class ScoreConfig(NamedTuple):
     """How the kernel that scores blocks is compiled.
 
     Attributes:
+        head_dim: most channels per head; wider heads would spill, and have their blocks scored by torch.
         groups: of queries per tile.
         columns: means within blocks that a program holds, unless one block has more.
         warps: warps per program.
     """
 
+    head_dim: int
     groups: int
     columns: int
     warps: int
 
 
-# By head dimension, up to that; on every architecture.
-SCORES = {128: ScoreConfig(64, 32, 4), 256: ScoreConfig(32, 32, 4)}
+# On every architecture.
+SCORES = ScoreConfig(128, 64, 32, 8)
 
 # Shared memory that one program may use, in bytes: table of compute capabilities in the CUDA C++ programming guide;
 # local data share in AMD's CDNA3 instruction set architecture.

@@ -19,6 +19,7 @@ from conftest import SECONDS_PER_TEST
 from grat_cli.bench.sampled import rows_of_plan, sampled_error
 from grat_kernels import (
     Block,
+    Choice,
     CrissCross,
     Far,
     Full,
@@ -31,11 +32,15 @@ from grat_kernels import (
     build_head_plan,
     build_plan,
     can_run,
+    choosing,
     reference,
+    self_test,
     span_attention,
     triton_backend,
 )
+from grat_kernels.block_scores import block_scores
 from grat_kernels.launching import fits_descriptor
+from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import TABLE, Row, TileConfig, architecture_of, tile_config
 
 pytestmark = [
@@ -132,6 +137,59 @@ def assert_accurate(
     assert output.dtype == query.dtype
     assert output.is_contiguous()
     assert (output - exact).abs().max() <= 2 * (plain - exact).abs().max() + last_place
+
+
+CHOOSING = {
+    "picture": build_plan(
+        Grouping(Grid((45, 50)), (16, 16)), Union(Block(0), Far([(0, (8, 8))], Choice(3, 6, (4, 4)))), 77
+    ),
+    "video": build_plan(
+        Grouping(Grid((6, 21, 18)), (4, 8, 8)),
+        Union(Block(0), Far([(0, (2, 4, 4))], Choice(2, 9, (1, 2, 2)))),
+        30,
+        text_first=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", TRITON_FORMS)
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_groups_choose_is_attended(name: str, kernel: str) -> None:
+    """In fp32, where rounding changes no choice."""
+    plan = CHOOSING[name]
+    tensors = random_tensors(plan, 2, 3, 64, torch.float32)
+    text_valid = torch.tensor([plan.text_len, 5], device="cuda")
+    assert_accurate(run(kernel, *tensors, plan, text_valid), *tensors, plan, text_valid)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_what_groups_choose_is_attended_in_16_bits(by_head: bool, head_dim: int, dtype: torch.dtype) -> None:
+    device = torch.empty(0, device="cuda").device
+    form = self_test.Form(device, dtype, head_dim, far=True, padded=True, by_head=by_head, choosing=True)
+    self_test.check("triton", triton_backend.attention, form)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_scores_of_blocks_equal_those_of_torch(
+    name: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, scale = CHOOSING[name], 1 / math.sqrt(head_dim)
+    query, key, value = random_tensors(plan, 2, 3, head_dim, dtype)
+    summaries = summarise(key, plan), summarise(value, plan)
+    by_torch: list[torch.Tensor] = []
+    torchs_own = choosing._scores
+    monkeypatch.setattr(choosing, "_scores", lambda *given: by_torch.append(torchs_own(*given)) or by_torch[-1])
+    choosing.chosen_rows(query, summaries, plan, scale)
+    expected = torch.cat(by_torch, dim=1)
+    scores = block_scores(choosing.group_means(query, plan), *summaries, plan, scale)
+    assert torch.equal(scores.isneginf(), expected.isneginf())
+    told = scores.isfinite()
+    bound = 4 * head_dim * torch.finfo(torch.float32).eps * expected[told].abs().max()
+    assert (scores[told] - expected[told]).abs().max() <= bound
 
 
 @DTYPES

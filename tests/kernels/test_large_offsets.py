@@ -8,7 +8,7 @@ Triton's interpreter checks every sum, difference and product of 32-bit integers
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -181,16 +181,29 @@ def tiles_of(work: Work, summary_bias: torch.Tensor) -> DeviceTiles:
     )
 
 
-def launch_by_tiles(backend: Any, tensors: Tensors, config: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """The launch of a backend for the work of some tensors, and the bias of its keys."""
+def launch_by_tiles(
+    backend: Any, tensors: Tensors, config: Any, monkeypatch: pytest.MonkeyPatch, **choice: torch.Tensor
+) -> tuple[Any, Any]:
+    """The launch of a backend for the work of some tensors, and the bias of its keys; a choice as for `launch_of`."""
     work = tensors.work
     # Different from row to row, so that a wrong row shows.
     summary_bias = (torch.arange(work.plan.summaries.rows) % 7).float()
-    monkeypatch.setattr(backend, "device_tiles", lambda *_, **__: tiles_of(work, summary_bias))
+    tiles = tiles_of(work, summary_bias)
+    if choice:
+        # The last tile of each head holds what was packed.
+        choice["chosen"][..., -BLOCK:] = tiles.packed_rows[0]
+        last = choice["chosen"].shape[2] // BLOCK - 1
+        query_tiles = tiles.query_tiles.clone()
+        query_tiles[:, 5] -= 1
+        tiles = tiles._replace(
+            query_tiles=query_tiles, chosen_tiles=torch.tensor([[last, last + 1]], dtype=torch.int32)
+        )
+    monkeypatch.setattr(backend, "device_tiles", lambda *_, **__: tiles)
     (key, summary_key), (value, summary_value) = tensors.keys, tensors.values
     launch = backend.launch_of(
         *(tensors.query, key, value, tensors.output, summary_key, summary_value),
         *(work.plan, TEXT_VALID, SCALE, config),
+        **choice,
     )
     return launch, expected_bias(work, summary_bias, TEXT_VALID)
 
@@ -209,6 +222,21 @@ def test_the_triton_kernel(size: str, dtype: torch.dtype, config: TileConfig, mo
     assert launch.programs == BATCH * HEADS
     span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
     tensors.assert_attended(tensors.output[:, tensors.work.queries], bias)
+
+
+def test_chosen_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of each head's, where those of all heads are more than 32 bits count."""
+    from grat_kernels.span_kernel import span_attention_kernel
+
+    work = Work.at_both_ends_of(PLANS["a million tokens"])
+    # Chosen tiles hold no text.
+    work = replace(work, packed=tuple(row for row in work.packed if row >= 512))
+    tensors = Tensors(work, torch.float16, together=False)
+    slots = -(-(2**31 // (BATCH * HEADS) + 1) // BLOCK) * BLOCK
+    chosen = zeros_on_demand((BATCH, HEADS, slots), torch.int32)
+    launch, bias = launch_by_tiles(triton_backend, tensors, POINTERS, monkeypatch, chosen=chosen)
+    span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
+    tensors.assert_attended(tensors.output[:, work.queries], bias)
 
 
 @SIZES
