@@ -292,7 +292,7 @@ def _over_steps(
 
     about = [_about(request, model, number, observed=False) for number in range(len(prompts))]
     measurements = Measurements(request.folder, about, run, search.runs)
-    found = Search(foreteller, measure, lambda: measurements.lasts).best_of(lambda: foreteller.settings(counts))
+    found = Search(foreteller, measure, lambda: measurements.lasts).best_of(counts)
     setting = found.setting
     chosen = chosen_by(setting)
     parts = _schedule(request, model, facts, _preset(request, chosen)).parts
