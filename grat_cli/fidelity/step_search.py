@@ -163,12 +163,12 @@ class Found:
     Attributes:
         setting: the best.
         error: that was measured of it; None where nothing was measured.
-        carried_error: that was measured of full attention at the references that were tried first.
+        exact: a setting of full attention that was measured besides, to tell what carrying alone loses.
     """
 
     setting: Setting
     error: float | None = None
-    carried_error: float | None = None
+    exact: Setting | None = None
 
 
 class Search:
@@ -195,22 +195,22 @@ class Search:
         if not self._lasts():
             return Found(first)
         self._is_closer(first)
-        carried_error = self._weigh(first) if self._lasts() and first.carried and first.patterns else None
+        exact = self._weigh(first) if self._lasts() and first.carried and first.patterns else None
         for setting in self._foreteller.settings(counts, _MEASURED_FIRST):
             self._is_closer(setting)
         while any(self._is_closer(setting) for setting in self._near()):
             pass
         assert self._best is not None, "something was measured"
-        return Found(self._best, self._least, carried_error)
+        return Found(self._best, self._least, exact)
 
-    def _weigh(self, setting: Setting) -> float:
-        """Lets the foreteller know how much of a setting's error comes from its patterns; the error without them."""
-        whole = self._least
-        carried_error = self._measure(self._foreteller.exact(setting), float("inf"))
+    def _weigh(self, setting: Setting) -> Setting:
+        """Lets the foreteller know how much of a setting's error comes from its patterns; the setting without them."""
+        whole, exact = self._least, self._foreteller.exact(setting)
+        carried_error = self._measure(exact, float("inf"))
         per_loss = carried_error / setting.carried
         of_patterns = max(whole - carried_error, _LEAST_SHARE * whole) / setting.patterns
         self._foreteller.patterns_count = of_patterns / per_loss if per_loss else _PATTERNS_COUNT
-        return carried_error
+        return exact
 
     def _is_closer(self, setting: Setting) -> bool:
         """Whether a setting is measured to be the best so far; False of one that was measured already, or cannot be."""

@@ -102,7 +102,7 @@ def test_two_runs_tell_how_much_patterns_count() -> None:
     assert (exact.key, exact.patterns) == (first.key, 0)
     assert (exact.choice == 0).all()
     assert one.patterns_count == pytest.approx(30)
-    assert found.carried_error == pytest.approx(2 * first.carried)
+    assert found.exact == exact
     assert found.setting in (first, measured[2])
 
 
@@ -112,4 +112,4 @@ def test_a_search_stops_where_its_budget_does(measures: int) -> None:
     found = Search(one, valley, valley.lasts).best_of([3])
     assert len(valley.seen) == measures
     assert (found.error is None) == (measures == 0)
-    assert (found.carried_error is None) == (measures < 2)
+    assert (found.exact is None) == (measures < 2)
