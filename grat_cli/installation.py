@@ -74,14 +74,15 @@ class Installation:
         self.guard = _guard(preset, layers)
         device = pipe._execution_device  # public `device` is where weights rest; with offload they run elsewhere
         self._head_dim = _head_dim(transformer)
-        self.backend, self.backend_reason = _resolve_backend(transformer, device, preset.kernel.backend, grid.tokens)
+        self.backend, self.backend_reason = _resolve_backend(transformer, device, preset, grid.tokens)
+        self._chooses = preset.chooses
         _check_kernel(transformer, device, preset, self.backend)
 
     def require_able(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raises BadInput unless the backend can run where, and in what, a call is: a pipeline may have been moved."""
         from grat_kernels import can_run
 
-        ability = can_run(self.backend, device, dtype, self._head_dim, self.grid.tokens)
+        ability = can_run(self.backend, device, dtype, self._head_dim, self.grid.tokens, choosing=self._chooses)
         if not ability:
             raise BadInput(
                 f"the {self.backend.value} backend, which GRAT was installed with, cannot run this call: "
@@ -474,8 +475,8 @@ def _head_dim(transformer: Any) -> int:
     return int(width) // int(heads)
 
 
-def _resolve_backend(transformer: Any, device: torch.device, name: str, tokens: int) -> tuple[Backend, str]:
-    """The backend that a name stands for on the device that a transformer runs on, and why.
+def _resolve_backend(transformer: Any, device: torch.device, preset: Preset, tokens: int) -> tuple[Backend, str]:
+    """The backend that a preset stands for on the device that a transformer runs on, and why.
 
     Raises:
         BadInput: if a backend chosen by name cannot run there.
@@ -483,10 +484,10 @@ def _resolve_backend(transformer: Any, device: torch.device, name: str, tokens: 
     from grat_kernels import Backend, can_run
     from grat_kernels.attention import choose_backend
 
-    dtype, head_dim = transformer.dtype, _head_dim(transformer)
+    name, dtype, head_dim = preset.kernel.backend, transformer.dtype, _head_dim(transformer)
     if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim)
-    ability = can_run(name, device, dtype, head_dim, tokens)
+        return choose_backend(device, dtype, head_dim, choosing=preset.chooses)
+    ability = can_run(name, device, dtype, head_dim, tokens, choosing=preset.chooses)
     if not ability:
         raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
     return Backend(name), f"chosen by name; {ability.reason}"
@@ -500,11 +501,12 @@ def _check_kernel(transformer: Any, device: torch.device, preset: Preset, backen
     """
     from grat_kernels.attention import KernelMismatch, check_kernel
 
-    forms = {bool(attention.far) for attention in preset.attentions}
+    fields = [attention.far for attention in preset.attentions]
+    forms = {(bool(far), bool(far and far.choose)) for far in fields}
     if preset.schedule.dense_steps or preset.guard:
-        forms.add(False)
+        forms.add((False, False))
     try:
-        for far in sorted(forms):
-            check_kernel(backend, device, transformer.dtype, _head_dim(transformer), far=far)
+        for far, choosing in sorted(forms):
+            check_kernel(backend, device, transformer.dtype, _head_dim(transformer), far=far, choosing=choosing)
     except KernelMismatch as error:
         raise NumericalFailure(str(error)) from error

@@ -1,4 +1,5 @@
-"""Ahead-of-time compilation, without a GPU: the span kernels for every row of their tables, and `rope_norm`.
+"""Ahead-of-time compilation, without a GPU: the span kernels for every row of their tables, what scores blocks for
+them, and `rope_norm`.
 
     python -m grat_kernels.aot                 everything (minutes)
     python -m grat_kernels.aot --arch sm_90    one architecture
@@ -38,6 +39,7 @@ from grat_kernels.tile_configs import (
     SHARED_MEMORY_LIMIT,
     SPECIALISED,
     HopperConfig,
+    ScoreConfig,
     TileConfig,
     architecture_of,
     tile_config,
@@ -76,7 +78,7 @@ class Variant(NamedTuple):
     choosing: bool = False  # whether groups choose by content what they attend
 
     @property
-    def config(self) -> TileConfig | HopperConfig:
+    def config(self) -> TileConfig | HopperConfig | ScoreConfig:
         """The table's tiles, in this variant's form."""
         return KERNELS[self.kernel].config(self)
 
@@ -117,7 +119,7 @@ class Kernel(NamedTuple):
     """
 
     variants: Callable[[Iterable[str]], Iterator[Variant]]
-    config: Callable[[Variant], TileConfig | HopperConfig]
+    config: Callable[[Variant], TileConfig | HopperConfig | ScoreConfig]
     launch: Callable[[Variant], tuple[Any, tuple[Any, ...], dict[str, int]]]
     tile_loops: Callable[[MachineCode], tuple[tuple[int, ...], ...]]
     problems: Callable[[Variant, Code], list[str]]
@@ -212,13 +214,13 @@ def _triton_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, in
     from grat_kernels.span_kernel import span_attention_kernel
     from grat_kernels.triton_backend import launch_of
 
-    *tensors, plan, text_valid, scale, config = _inputs(variant)
+    inputs = _inputs(variant)
     chosen = None
     if variant.choosing:
-        batch, _, heads, _ = tensors[0].shape
+        (batch, _, heads, _), plan, config = inputs[0].shape, inputs[6], inputs[9]
         shape = (batch, heads, chosen_slots(plan, config.block_tail))
         chosen = torch.empty(shape, dtype=torch.int32, device="meta")
-    launch = launch_of(*tensors, plan, text_valid, scale, config, chosen)
+    launch = launch_of(*inputs, chosen=chosen)
     return span_attention_kernel, launch.arguments, launch.options
 
 
@@ -330,6 +332,36 @@ def _specialised_problems(variant: Variant, code: Code) -> list[str]:
     return problems
 
 
+# The kernel that scores the blocks that groups choose from
+
+
+def _score_variants(architectures: Iterable[str]) -> Iterator[Variant]:
+    for architecture, dtype, head_dim in itertools.product(architectures, _DTYPES, _HEAD_DIMS):
+        yield Variant(architecture, dtype, head_dim, False, False, far=True, kernel="block-scores", choosing=True)
+
+
+def _score_config(variant: Variant) -> ScoreConfig:
+    from grat_kernels.block_scores import config_for
+
+    return config_for(variant.head_dim)
+
+
+def _score_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    import torch
+
+    from grat_kernels.block_scores import block_tables, launch_of
+    from grat_kernels.block_scores_kernel import block_scores_kernel
+
+    query, _, _, _, summary_key, summary_value, plan, _, scale, _ = _inputs(variant)
+    tables = block_tables(plan, query.device)
+    (batch, _, heads, head_dim), groups = query.shape, len(plan.list_of_group)
+    queries, scores = (
+        torch.empty(batch, heads, groups, columns, device=query.device) for columns in (head_dim, len(tables.rows))
+    )
+    launch = launch_of(queries, summary_key, summary_value, scores, tables, scale)
+    return block_scores_kernel, launch.arguments, launch.options
+
+
 KERNELS = {
     "triton": Kernel(_triton_variants, _triton_config, _triton_launch, lambda code: code.loops, _triton_problems),
     "triton-ws": Kernel(
@@ -346,16 +378,23 @@ KERNELS = {
         _gluon_tile_loops,
         _gluon_problems,
     ),
+    "block-scores": Kernel(
+        _score_variants, _score_config, _score_launch, lambda code: code.loops, lambda variant, code: []
+    ),
 }
 
 
 def _row(build: Build) -> str:
     variant, config = build.variant, build.variant.config
     if isinstance(config, TileConfig):
-        form, tail = config.form, f"/{config.block_tail} w{config.warps}"
+        form, tiles = (
+            config.form,
+            f"{config.block_m}x{config.block_n}/{config.block_tail} w{config.warps} s{config.stages}",
+        )
+    elif isinstance(config, HopperConfig):
+        form, tiles = variant.kernel, f"{config.block_m}x{config.block_n} s{config.stages}"
     else:
-        form, tail = variant.kernel, ""
-    tiles = f"{config.block_m}x{config.block_n}{tail} s{config.stages}"
+        form, tiles = "scores", f"{config.groups}x{config.columns} w{config.warps}"
     options = "+".join(name for name in ("text_valid", "far", "choosing", "ragged") if getattr(variant, name)) or "-"
     opcodes = " ".join(f"{name} {count}" for name, count in build.opcodes.items() if count)
     return (

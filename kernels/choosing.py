@@ -16,6 +16,7 @@ counted in token order, and everything has a fixed shape, so nothing waits for t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -36,12 +37,18 @@ _ON_CPU_BYTES = 1 << 20
 _TINY = 1e-30  # a block of nothing but zeros has a logarithm
 
 
+# Scores `[B, H, groups, blocks]` of the groups' mean queries `[B, H, groups, D]`, and of the means of keys and values
+# of the same heads, `[B, R, H, D]` each; of a plan, with the factor on scores.
+Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Plan", float], torch.Tensor]
+
+
 def chosen_rows(
     query: torch.Tensor,
     summaries: tuple[torch.Tensor, torch.Tensor],
     plan: Plan,
     scale: float,
     groups: torch.Tensor | None = None,
+    score: Score | None = None,
 ) -> torch.Tensor:
     """What each head and query group attends besides the spans of its list.
 
@@ -51,6 +58,7 @@ def chosen_rows(
         plan: with candidates.
         scale: factor on the scores.
         groups: whose rows are wanted, numbers in token order `[n]` int64; all by default.
+        score: what computes the scores of blocks in place of torch, where the rows of all groups are wanted.
 
     Returns:
         `[B, H, groups, slots]` int32: a position in the joint sequence, or N + r for row r of the summaries, or
@@ -68,7 +76,8 @@ def chosen_rows(
     rows = torch.empty(batch, heads, means.shape[2], plan.candidates.width, dtype=torch.int32, device=query.device)
     for first in range(0, heads, at_once):
         part = slice(first, first + at_once)
-        scores = _scores(means[:, part], [one[:, :, part] for one in summaries], tables, scale)
+        of_heads = means[:, part], summaries[0][:, :, part], summaries[1][:, :, part]
+        scores = score(*of_heads, plan, scale) if score else _scores(of_heads[0], of_heads[1:], tables, scale)
         _write_rows(scores, tables, plan.candidates, rows[:, part])
     return rows
 
@@ -167,7 +176,9 @@ def _tables(plan: Plan, device: torch.device) -> _Tables:
     )
 
 
-def _scores(means: torch.Tensor, summaries: list[torch.Tensor], tables: _Tables, scale: float) -> torch.Tensor:
+def _scores(
+    means: torch.Tensor, summaries: tuple[torch.Tensor, torch.Tensor], tables: _Tables, scale: float
+) -> torch.Tensor:
     """Scores of all blocks, `[B, H, groups, blocks]` fp32; -inf where a group does not choose from a block.
 
     Groups come last while scores are made, so that what is summed over the few means of a block is summed in vectors.
@@ -183,7 +194,6 @@ def _scores(means: torch.Tensor, summaries: list[torch.Tensor], tables: _Tables,
     own = summaries[1][:, tables.own].transpose(1, 2).to(means.dtype)
     # Weights sum to 0, so values may be told from their mean.
     apart = values.unflatten(2, within) - own.unsqueeze(3)
-    apart.masked_fill_(tables.shares == 0, 0)
     products = apart @ apart.transpose(-1, -2)  # [B, H, blocks, means, means]
     least = (products.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * tables.shares).sum(-2).clamp_(min=0).sqrt_()
     least = least * SPREAD_WITHIN + torch.linalg.vector_norm(own, dim=-1, keepdim=True) * SPREAD_LEAST

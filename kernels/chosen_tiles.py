@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from grat_kernels.block_scores import MOST_MEANS, block_scores
 from grat_kernels.choosing import chosen_rows
 from grat_kernels.launching import heads_of_class
 from grat_kernels.plan import HeadPlan
@@ -48,7 +49,9 @@ def choose_tiles(
             continue
         own = heads_of_class(plan, number, query.device) if isinstance(plan, HeadPlan) else slice(None)
         of_heads = (summaries[0][:, :, own], summaries[1][:, :, own])
-        rows = chosen_rows(query[:, :, own], of_heads, member, scale)
+        few_means = member.candidates is not None and member.candidates.means <= MOST_MEANS
+        score = block_scores if few_means else None
+        rows = chosen_rows(query[:, :, own], of_heads, member, scale, score=score)
         groups, width = rows.shape[2:]
         room = chosen_tiles_of_group(member, block_tail) * block_tail
         padded = torch.nn.functional.pad(rows, (0, room - width), value=EMPTY)

@@ -141,10 +141,10 @@ def _with_chosen(
             bias[tokens, plan.tokens + row] = -math.inf
             if number < choice.exact:
                 exact = plan.image_start + torch.nonzero(members[row])[:, 0]
-                bias[np.ix_(tokens, exact.tolist())] = 0
+                bias[np.ix_(tokens, exact.numpy())] = 0
             else:
                 counts = members[parts[row]].sum(1).to(bias.dtype)
-                bias[np.ix_(tokens, [plan.tokens + part for part in parts[row]])] = counts.log()
+                bias[np.ix_(tokens, plan.tokens + np.asarray(parts[row]))] = counts.log()
     return bias
 
 

@@ -126,7 +126,7 @@ def span_attention_kernel(
     tile_count,  # T
     leading_tiles,  # text tiles at the front
     leading_programs,  # leading_tiles · B · H
-    chosen_slots,  # of all tiles of one head
+    chosen_slots,  # of all tiles of one head; or None
     scale,  # factor on the scores, times log2(e)
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,  # next power of two

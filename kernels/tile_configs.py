@@ -121,6 +121,24 @@ HOPPER = {64: HopperConfig(128, 128, 4), 128: HopperConfig(128, 128, 3), 256: Ho
 # The warp-specialised kernel: likewise, but its output takes a place of its own.
 SPECIALISED = {64: HopperConfig(128, 128, 4), 128: HopperConfig(128, 128, 2)}
 
+
+class ScoreConfig(NamedTuple):
+    """How the kernel that scores blocks is compiled.
+
+    Attributes:
+        groups: of queries per tile.
+        columns: means within blocks that a program holds, unless one block has more.
+        warps: warps per program.
+    """
+
+    groups: int
+    columns: int
+    warps: int
+
+
+# By head dimension, up to that; on every architecture.
+SCORES = {128: ScoreConfig(64, 32, 4), 256: ScoreConfig(32, 32, 4)}
+
 # Shared memory that one program may use, in bytes: table of compute capabilities in the CUDA C++ programming guide;
 # local data share in AMD's CDNA3 instruction set architecture.
 SHARED_MEMORY_LIMIT = {

@@ -170,7 +170,7 @@ def launch_of(
         tiles.count,
         tiles.leading,
         tiles.leading * batch * heads,
-        0 if chosen is None else chosen.shape[2],
+        None if chosen is None else chosen.shape[2],
         scale * LOG2_E,
     )
     options = {

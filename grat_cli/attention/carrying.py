@@ -87,7 +87,8 @@ class Carrying:
 
     Attributes:
         kept_bytes: of all that is kept now.
-        most_kept_bytes: the most that it has been.
+        most_kept_bytes: the most that it has been in the run.
+        clock: of the pipeline.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Carrying:
             compared: told at references of each layer how far what would have been carried to it is from what was
                 computed, as a share of that, a number on the device; None where nobody asks.
         """
+        self.clock = clock
         self._counter, self._begun, self._compared = CallCounter(clock), begun, compared
         self._outputs: dict[_Place, _Output] = {}
         self._keeper = Keeper()
@@ -152,7 +154,12 @@ class Carrying:
         output = self._outputs.get(place)
         is_carried = not rule.is_reference and output is not None and output.form == form
         self._is_carried.setdefault(step, {})[place] = is_carried
-        return output.at(step, rule.slope) if is_carried and output is not None else None
+        if not is_carried or output is None:
+            return None
+        made = output.at(step, rule.slope)
+        if not rule.is_kept:  # the last step that it is carried to: decoders find its memory free
+            self._drop(place)
+        return made
 
     def kind_of_step(self, step: int) -> StepKind | None:
         """What a step was; None where no layer that is carried over steps was called."""
@@ -208,8 +215,7 @@ class Carrying:
                     self._keeper.keep(rule.keep, one, room) for one, room in zip(slopes, rooms_of_slope, strict=True)
                 ]
         latest = [
-            self._keeper.keep(rule.keep, part.clone() if copies and rule.keep == "device" else part, room)
-            for part, room in zip(parts, rooms, strict=True)
+            self._keeper.keep(rule.keep, part, room, copies=copies) for part, room in zip(parts, rooms, strict=True)
         ]
         self._drop(place)
         self._outputs[place] = made = _Output(step, form, latest, slope, isinstance(output, torch.Tensor))

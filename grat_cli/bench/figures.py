@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grat_cli.attention.schedule import Parts
 from grat_cli.bench.results import BenchResult, Case, Level, Row
 from grat_cli.pages.html import plain
 from grat_cli.pages.numbers import decimals, density_text, figure
@@ -157,7 +156,7 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
     return made
 
 
-_OF_WORK = ("pairs", "text rows", "selection", "forming")
+_OF_WORK = {"pairs": "pairs", "text rows": "text", "selection": "selection", "forming": "forming"}
 _OF_RUNS = ("recall", "output error", "SSIM", "PSNR", "LPIPS", "motion", "peak memory")
 _COLUMNS: Mapping[Level, Sequence[str]] = {
     "attention": (
@@ -177,8 +176,8 @@ _ESSENTIAL = {
     *("recall", "output error", "SSIM"),
 }
 _MEANINGS = {
-    "density": "Share of all query–key pairs that is attended, text included; over steps that take over some, of those "
-    "of all steps.",
+    "density": "Share of all query–key pairs that is attended, text included; where steps take over some, of those of "
+    "all steps.",
     "pairs": "The part of the density that image tokens attend, mean over a run.",
     "text rows": "The part that text attends.",
     "selection": "The part that choosing by content costs.",
@@ -239,7 +238,7 @@ def _cells(case: Case) -> dict[str, tuple[str | None, Callable[[Row], str | None
 
     return {
         "density": (None, of("density", density_text)),
-        **{name: (None, _part(case, part)) for name, part in zip(_OF_WORK, Parts._fields, strict=True)},
+        **{name: (None, _part(case, part)) for name, part in _OF_WORK.items()},
         "computed": ("steps", of("steps_computed", "{:,.1f}".format)),
         "1/density": (None, of("ideal_speedup", speedup_text)),
         **{name: (unit.name, of("median_ms", unit.number)) for name in ("time", "step", "denoising")},

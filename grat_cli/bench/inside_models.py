@@ -45,15 +45,17 @@ class Attach(Protocol):
         ...
 
 
-def backend_for(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[Backend, str]:
-    """The backend of span attention that a name stands for, and why.
+def backend_for(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, *, choosing: bool = False
+) -> tuple[Backend, str]:
+    """The backend of span attention that a name stands for, and why; of patterns that choose by content, or others.
 
     Raises:
         BadInput: if one chosen by name cannot run here.
     """
     if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim)
-    ability = can_run(name, device, dtype, head_dim, tokens)
+        return choose_backend(device, dtype, head_dim, choosing=choosing)
+    ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
     if not ability:
         raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
     return Backend(name), f"chosen by name; {ability.reason}"
@@ -166,9 +168,7 @@ class Host:
             plan = plan_of(self.text_len)  # now rather than in the first call
             return Inside(
                 self.backend.value,
-                lambda observer, step, carrying=None: self._attached(
-                    variant.grid, fixed_run(plan_of, step), observer
-                ),
+                lambda observer, step, carrying=None: self._attached(variant.grid, fixed_run(plan_of, step), observer),
                 pairs,
                 density,
                 work=Parts.of(plan),
@@ -181,24 +181,46 @@ class Host:
             density,
         )
 
-    def schedule(self, preset: Preset, grid: Grid, text_len: int | None = None) -> AttentionSchedule:
+    def schedule(
+        self, preset: Preset, grid: Grid, text_len: int | None = None, sigmas: Sequence[float] | None = None
+    ) -> AttentionSchedule:
         """A preset laid out over a run of this transformer.
 
         Args:
             preset: attention and schedule.
             grid: image tokens.
             text_len: text tokens of a call; None for `self.text_len`.
+            sigmas: of the run's steps, by which references may be spaced; None for even ones.
 
         Raises:
             BadInput: if it does not fit.
         """
         adapter = self.adapter(grid)
         text_len = self.text_len if text_len is None else text_len
-        return AttentionSchedule(preset, grid, text_len, adapter.text_first, self.steps, adapter.layers, adapter.heads)
+        return AttentionSchedule(
+            preset,
+            grid,
+            text_len,
+            adapter.text_first,
+            self.steps,
+            adapter.layers,
+            adapter.heads,
+            sigmas=sigmas,
+        )
 
     def _scheduled(self, preset: Preset, grid: Grid, adapter: Adapter) -> Inside:
-        schedule_of = cache(lambda text_len: self.schedule(preset, grid, text_len))
-        own = schedule_of(self.text_len)  # now rather than in the first call
+        schedule_of = cache(lambda text_len, sigmas: self.schedule(preset, grid, text_len, sigmas))
+        own = schedule_of(self.text_len, None)  # now rather than in the first call
+        is_spaced = any(section.is_spaced for section in preset.schedule.over_steps)
+
+        def run_of(step: Callable[[], int], carrying: Carrying | None) -> Steps:
+            def in_call(text_len: int) -> AttentionSchedule:
+                sigmas = carrying.clock.sigmas() if carrying and is_spaced else None
+                # A trial has fewer steps.
+                return schedule_of(text_len, sigmas if sigmas and len(sigmas) == self.steps + 1 else None)
+
+            return Steps(in_call, step)
+
         seen: set[tuple[int, bool, int]] = set()
         references = [0] * adapter.layers
         trial_steps = []
@@ -216,7 +238,7 @@ class Host:
         return Inside(
             self.backend.value,
             lambda observer, step, carrying=None: self._attached(
-                grid, Steps(schedule_of, step), observer, carrying=carrying
+                grid, run_of(step, carrying), observer, carrying=carrying
             ),
             own.density * (grid.tokens + self.text_len) ** 2,
             own.density,

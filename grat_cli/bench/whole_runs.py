@@ -255,15 +255,16 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
 
 
 def _host_of(variant: Variant, host: Host, backend: str, tokens: int) -> Host:
-    """The host with the backend that a preset asks for, unless one was chosen for all.
+    """The host with the backend that a preset asks for, unless one was chosen for all, or that a choice needs.
 
     Raises:
         BadInput: if it cannot run here.
     """
-    if variant.preset is None or backend != "auto" or variant.preset.kernel.backend == "auto":
+    wanted = variant.preset.kernel.backend if variant.preset is not None and backend == "auto" else backend
+    if wanted == backend and not variant.chooses:
         return host
     head_dim = host.transformer.config.attention_head_dim
-    own, _ = backend_for(variant.preset.kernel.backend, host.device, host.dtype, head_dim, tokens)
+    own, _ = backend_for(wanted, host.device, host.dtype, head_dim, tokens, choosing=variant.chooses)
     return replace(host, backend=own)
 
 
@@ -482,7 +483,8 @@ class _Studio:
         transformers = family.transformers(pipe)
         ratios = family.mag_ratios(entry.adapters[0].model.config)
         clock = PipelineClock(pipe)
-        with attached(transformers, entry.adapters, entry.variant.cache, clock, ratios, work.clear):
+        cache, over_steps = entry.variant.cache, entry.over_steps
+        with attached(transformers, entry.adapters, cache, clock, ratios, work.clear, over_steps=over_steps):
             yield
 
     def warm_up(self, entry: _Entry) -> None:

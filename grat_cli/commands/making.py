@@ -87,7 +87,14 @@ def planned_request(
     references = inputs.reference_tokens(request)
     runs = run_forecasts(preset, choice, size, model.dtype, handed=request.handed, references=references)
     last = runs[-1]
-    require_backend(preset.kernel.backend, model.device, model.dtype, last.architecture.head_dim, last.main_plan.tokens)
+    require_backend(
+        preset.kernel.backend,
+        model.device,
+        model.dtype,
+        last.architecture.head_dim,
+        last.main_plan.tokens,
+        choosing=preset.chooses,
+    )
     return request, runs
 
 

@@ -161,6 +161,8 @@ def plan(
     output.hint(mismatch_note(chosen, choice))
     if chosen.cache:
         output.hint(f"cache {chosen.cache.summary}: its memory is counted, the time that it saves is not")
+    if any(section.is_spaced for section in chosen.schedule.over_steps):
+        output.hint("references are told as if steps were even: the run spaces them by the sigmas of its schedule")
     output.data(
         {
             **result.as_dict(),
@@ -295,10 +297,8 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
         )
         facts["schedule"] = f"{schedule.steps} steps, {schedule.layers} layers, {schedule.heads} heads: {what}"
     if over_steps := result.over_steps:
-        kept = result.kept()
-        places = {"on the device": kept.device, "in main memory": kept.host}
-        where = ", ".join(name for name, count in places.items() if count)
-        facts["over steps"] = f"{over_steps_summary(over_steps)} {where}".rstrip()
+        where = "in main memory" if result.kept().host else "on the device"
+        facts["over steps"] = f"{over_steps_summary(over_steps)} {where}"
     if over_steps or schedule.parts.selection:
         facts["work"] = work_text(schedule.parts._asdict())
     if len(stages) > 1:

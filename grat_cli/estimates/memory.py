@@ -40,7 +40,7 @@ _PICTURE_BAND = 1024
 # sdpa_backend's own bounds on keys and values gathered at once.
 _CPU_GATHER, _DEVICE_GATHER = 1 << 20, 256 << 20
 # Those of choosing on scores that are held at once, and the bytes of a group and block while blocks are put in order.
-_CPU_SCORES, _DEVICE_SCORES, _SORTING = 16 << 20, 256 << 20, 32
+_CPU_SCORES, _DEVICE_SCORES, _SORTING = 1 << 20, 256 << 20, 32
 # torch's attention on a CPU keeps for each thread a tile of scores and of outputs in fp32, of 256 queries and 512 keys
 # (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
 _SCORE_TILE = 256, 512
@@ -347,7 +347,7 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
         rotated=1 + 3 * (4 / execution.element),
         fused=execution.fused,
         summaries=plan.summaries.rows * row,
-        attending=_attending(shape, plan, execution),
+        attending=attending_bytes(shape, plan, execution),
     )
 
 
@@ -373,21 +373,23 @@ def _outside_blocks(
     return total + shape.pipeline_bytes(plan, element)
 
 
-def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> float:
+def attending_bytes(shape: TransformerShape, plan: Plan, execution: Execution) -> float:
     """Bytes that attention allocates: its output, and what the backend copies."""
     row = shape.width * execution.element
     out = plan.tokens * row
     if execution.kernel and not execution.on_cpu:
         return out + (sum(_choosing(shape, plan, plan.candidates, execution)) if plan.candidates else 0.0)
+    if plan.candidates is not None:
+        table, scores = _choosing(shape, plan, plan.candidates, execution)
+        means = 2 * plan.summaries.rows * row
+        attending = _attending_chosen(shape, plan, plan.candidates, execution) + _scratch(shape, execution)
+        return out + means + table + max(scores, attending)
     source = 0.0
     if plan.summaries.rows:
         # Keys and values are copied once to join the summaries.
         source = 2 * (plan.tokens + plan.summaries.rows) * row + (plan.tokens + plan.summaries.rows) * 4
     gathered_keys = (_CPU_GATHER * execution.threads if execution.on_cpu else _DEVICE_GATHER) // (2 * row)
     keys_of_list = plan.span_lists.keys
-    if plan.candidates is not None:
-        table, scores = _choosing(shape, plan, plan.candidates, execution)
-        return out + source + table + max(scores, _attending_chosen(shape, plan, plan.candidates, execution))
     largest = 0.0
     batches: dict[tuple[int, int], int] = {}
     for run in plan.query_runs:
@@ -403,11 +405,13 @@ def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> flo
         together = min(runs, max(1, gathered_keys // keys))
         # Gathered queries, keys and values, then what they attended to.
         largest = max(largest, together * (2 * keys + 2 * length) * row)
-    scratch = 0.0
-    if execution.on_cpu:
-        queries, keys = _SCORE_TILE
-        scratch = execution.threads * queries * (keys + shape.head_dim + 2) * 4
-    return out + source + largest + scratch
+    return out + source + largest + _scratch(shape, execution)
+
+
+def _scratch(shape: TransformerShape, execution: Execution) -> float:
+    """Bytes that torch's attention works in besides."""
+    queries, keys = _SCORE_TILE
+    return execution.threads * queries * (keys + shape.head_dim + 2) * 4 if execution.on_cpu else 0.0
 
 
 def _choosing(shape: TransformerShape, plan: Plan, candidates: Candidates, execution: Execution) -> tuple[float, float]:
@@ -424,20 +428,23 @@ def _choosing(shape: TransformerShape, plan: Plan, candidates: Candidates, execu
     pairs = groups * blocks
     budget = _CPU_SCORES if execution.on_cpu else _DEVICE_SCORES
     at_once = min(heads, max(1, budget // (pairs * candidates.means * 4)))
-    # Scores, what they are made of and weights; masses, order and slots of blocks; keys and values, twice the latter.
-    scored = pairs * (4 * candidates.means * 4 + _SORTING) + blocks * candidates.means * shape.head_dim * 3 * 4
-    return heads * groups * candidates.width * 4, at_once * scored + plan.image_tokens * shape.head_dim * 4
+    # Weights, and what a form makes of them; masses, order and slots of blocks; keys and values and their differences.
+    scored = pairs * (2 * candidates.means * 4 + _SORTING) + blocks * candidates.means * shape.head_dim * 3 * 4
+    means_of_queries = groups * shape.width * 4
+    return heads * groups * candidates.width * 4, at_once * scored + means_of_queries
 
 
 def _attending_chosen(shape: TransformerShape, plan: Plan, candidates: Candidates, execution: Execution) -> float:
     """Bytes that attention to chosen rows allocates besides its output and the rows, where keys are gathered."""
-    row = shape.width * execution.element
-    heads = shape.width // shape.head_dim
-    keys = plan.span_lists.keys[candidates.list_of_group] + candidates.width
-    # Rows as 64-bit numbers, twice, and the bias of each; keys and values head by head; queries and what comes of them.
-    listed = heads * int(keys.sum()) * (2 * 8 + execution.element)
-    held = 2 * (plan.tokens + plan.summaries.rows) * row + 2 * plan.image_tokens * row
-    return listed + held + (_CPU_GATHER * execution.threads if execution.on_cpu else _DEVICE_GATHER)
+    element = execution.element
+    keys = plan.span_lists.keys[candidates.list_of_group] + candidates.slots
+    # Of one head: keys and values; rows and their biases; queries and what comes of them.
+    held = 2 * (plan.tokens + plan.summaries.rows + plan.image_tokens) * shape.head_dim * element
+    return (
+        held
+        + int(keys.sum()) * (4 + element)
+        + (_CPU_GATHER * execution.threads if execution.on_cpu else _DEVICE_GATHER)
+    )
 
 
 # ---- Saving

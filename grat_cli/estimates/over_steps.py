@@ -64,9 +64,10 @@ def kept_bytes(
             for layer, (rule, matrices) in enumerate(_rules(schedule, shape, step)):
                 if rule is None:
                     continue
-                if rule.is_reference:
-                    has_slope = counts[call, layer] and rule.extrapolates
-                    counts[call, layer] = (2 if has_slope else 1) if rule.is_kept else 0
+                if not rule.is_kept:
+                    counts[call, layer] = 0
+                elif rule.is_reference:
+                    counts[call, layer] = 2 if counts[call, layer] and rule.extrapolates else 1
                 where = rule.keep if keep is None else keep
                 is_module = bool(matrices) and whole and rule.base is None
                 size = _tensor_bytes(schedule, shape, element, where, is_module)
@@ -139,9 +140,7 @@ def step_cost(schedule: AttentionSchedule, shape: TransformerShape, step: int, e
     return StepCost(flop, device, link)
 
 
-def _rules(
-    schedule: AttentionSchedule, shape: TransformerShape, step: int
-) -> Iterator[tuple[Carried | None, int]]:
+def _rules(schedule: AttentionSchedule, shape: TransformerShape, step: int) -> Iterator[tuple[Carried | None, int]]:
     """How each layer is carried at a step, and `carried_matrices` of its block."""
     matrices = [shape.carried_matrices[kind] for kind, count in shape.blocks.items() for _ in range(count)]
     for layer, count in enumerate(matrices):
@@ -160,16 +159,15 @@ def over_steps_data(
         kept: bytes that were kept at most; None where none ran.
         foretold: likewise what was foretold; None where that is not known.
     """
-    known: Sequence[StepKind | None] = list(kinds)
-    steps_of = {kind: [step for step, found in enumerate(known) if found == kind] for kind in STEP_KINDS}
+    steps_of: dict[StepKind, list[int]] = {kind: [] for kind in STEP_KINDS}
+    for step, kind in enumerate(kinds):
+        if kind is not None:
+            steps_of[kind].append(step)
     some = schedule.layers_over_steps
     measured: Mapping[str, float | None] = {"kept_bytes": kept, "foretold_bytes": foretold}
+    told = [(kind, ranges_text(steps), len(steps)) for kind, steps in steps_of.items() if steps]
     return {
-        "steps": [
-            {"kind": kind, "steps": ranges_text(steps), "count": len(steps)}
-            for kind, steps in steps_of.items()
-            if steps
-        ],
+        "steps": [dict(zip(("kind", "steps", "count"), values, strict=True)) for values in told],
         "layers": None if len(some) == schedule.layers else ranges_text(some),
         **{name: round(count) for name, count in measured.items() if count is not None},
     }

@@ -103,7 +103,7 @@ class Forecast:
         schedule = self.schedule
         if not schedule.is_over_steps:
             return None
-        kinds = [schedule.kind_of_step(step) for step in range(schedule.steps)]
+        kinds = map(schedule.kind_of_step, range(schedule.steps))
         return over_steps_data(kinds, schedule, None, self.kept().total)
 
     def as_dict(self) -> dict[str, Any]:

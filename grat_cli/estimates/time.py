@@ -121,17 +121,17 @@ def estimate_for(
     hidden = main.tokens * components.transformer.width * execution.element
     passed = _PASSES_OF_BLOCK * architecture.transformer.layers * hidden + called
 
-    def step_seconds(step: int) -> float:
+    def step_seconds(step: int, bandwidth: float = device.bandwidth, link: float = device.link) -> float:
         attention = forecast.full_flop_per_step * forecast.schedule.density_of_step(step)
         carrying = forecast.carrying(step)
         compute = attention / main.tile_efficiency() / (ATTENTION_SHARE * peak) + calls * (
             (forecast.linear_flop_per_call - carrying.flop) / (LINEAR_SHARE * peak)
-            + (passed + carrying.device_bytes) / device.bandwidth
+            + (passed + carrying.device_bytes) / bandwidth
         )
         # Weights that come anew with every call: by group while the block before is at work, as what is carried does
         # from main memory; by layer before each.
-        weights_moving = calls * called / device.link
-        meanwhile = calls * carrying.link_bytes / device.link
+        weights_moving = calls * called / link
+        meanwhile = calls * carrying.link_bytes / link
         meanwhile += weights_moving if execution.offload == "group" else 0
         return max(compute, meanwhile) + (weights_moving if execution.offload == "sequential" else 0)
 

@@ -110,9 +110,7 @@ class StepRecorder:
         ]
 
 
-def with_work(
-    steps: Sequence[StepTiming], work: Work | None, carrying: Carrying | None = None
-) -> list[StepTiming]:
+def with_work(steps: Sequence[StepTiming], work: Work | None, carrying: Carrying | None = None) -> list[StepTiming]:
     """Timings with what was computed of each step, in place of what its schedule says; as they are without a count."""
     found = [work and work.of_step(step.index) for step in steps]
     kinds = [carrying and carrying.kind_of_step(step.index) for step in steps]

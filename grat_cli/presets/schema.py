@@ -524,6 +524,11 @@ class Preset(Section):
         """The preset's own attention, and all that rules, palette and bases make of it."""
         return (self.attention, *self._derived.values())
 
+    @property
+    def chooses(self) -> bool:
+        """Whether anything of it chooses by content what it attends."""
+        return any(attention.far is not None and attention.far.choose is not None for attention in self.attentions)
+
     @cached_property
     def cells(self) -> tuple[tuple[int, ...], ...]:
         """All groups and blocks of the preset and its schedule, coarsest first: the token order of the run."""

@@ -22,6 +22,8 @@ COMPILED = [
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True),
     aot.Variant("sm_90", "bfloat16", 128, descriptors=False, text_valid=True, far=True),
     aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True),
+    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, choosing=True),
+    aot.Variant("sm_80", "bfloat16", 128, descriptors=False, text_valid=False, far=True, choosing=True),
     aot.Variant("sm_100", "bfloat16", 128, descriptors=True, text_valid=True, far=True),
     aot.Variant("sm_120", "bfloat16", 128, descriptors=True, text_valid=False, far=False),
     aot.Variant("gfx942", "bfloat16", 128, descriptors=False, text_valid=True, far=True),
@@ -32,6 +34,7 @@ COMPILED = [
     aot.Variant("sm_90", "bfloat16", 128, True, text_valid=False, far=False, kernel="triton-ws", ragged=True),
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="triton-ws"),
     aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True, kernel="triton-ws"),
+    aot.Variant("sm_90", "bfloat16", 128, False, text_valid=False, far=True, kernel="block-scores", choosing=True),
 ]
 
 # Compiles the cases, and one configuration that is too large for its architecture.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -161,10 +162,13 @@ def test_tile_efficiency_of_choices_counts_tiles_of_what_is_chosen() -> None:
     assert plan.tile_efficiency(1, 1) == 1
 
 
-def test_reach_of_choices_is_that_of_what_is_attended_in_any_case() -> None:
+def test_reach_of_choices_is_that_of_what_may_be_chosen() -> None:
     grouping = Grouping(Grid((12, 20)), (4, 4))
-    chosen = build_plan(grouping, Union(Block(1), Far([(0, (4, 4))], Choice(3, 3, (2, 2)))))
-    assert chosen.reach == build_plan(grouping, Block(1)).reach
+    chosen, finer = (
+        build_plan(grouping, Union(Block(1), Far([(0, (4, 4))], Choice(exact, 3, (2, 2))))) for exact in (3, 0)
+    )
+    assert chosen.reach == math.hypot(11, 19)
+    assert finer.reach == build_plan(grouping, Block(1)).reach
 
 
 def test_equal_requests_share_one_plan() -> None:
@@ -189,3 +193,14 @@ def test_equal_requests_share_one_plan() -> None:
 def test_impossible_plans_are_refused_in_words(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_work_by_part_splits_runs_over_image_and_text_and_forming_is_half_a_pair_a_token_and_level() -> None:
+    grouping = Grouping(Grid((8, 8)), (4, 4), ((4, 4), (2, 2)))
+    full = build_plan(grouping, Full(), text_len=5)
+    assert full.work == (64 * 69, 5 * 69, 0)
+    assert full.forming == 0
+    far = build_plan(grouping, Union(Block(0), Far(((0, (2, 2)), (1, (4, 4))))), text_len=5)
+    assert far.work.text == 5 * 69
+    assert sum(far.work) == far.attended_pairs
+    assert far.forming == 2 * 64 / 2

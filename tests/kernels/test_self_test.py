@@ -24,7 +24,7 @@ from grat_kernels import (
     Union,
     build_head_plan,
     build_plan,
-    chosen_tiles,
+    sdpa_backend,
     self_test,
     span_attention,
     triton_backend,
@@ -175,9 +175,8 @@ def test_a_kernel_that_ignores_a_part_of_its_form_is_found(dropped: str) -> None
         self_test.check("ignorant", ignorant, broken)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_kernel_that_chooses_passes(head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.float16, 128), (torch.float32, 64)])
+def test_a_kernel_that_chooses_passes(dtype: torch.dtype, head_dim: int) -> None:
     form = self_test.Form(CPU, dtype, head_dim, far=True, padded=True, choosing=True)
     self_test.check("triton", triton_backend.attention, form)
 
@@ -190,7 +189,7 @@ def test_a_kernel_that_chooses_for_some_heads_passes() -> None:
 
 @pytest.mark.parametrize("mistake", ["other group", "other head", "other sample", "no fine blocks"])
 def test_a_wrong_choice_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    intact = chosen_tiles.chosen_rows
+    intact = sdpa_backend.chosen_rows
 
     def wrong(query, summaries, plan, scale):
         rows = intact(query, summaries, plan, scale)
@@ -207,10 +206,11 @@ def test_a_wrong_choice_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) 
             rows[..., exact : exact + fine] = EMPTY
         return rows
 
-    monkeypatch.setattr(chosen_tiles, "chosen_rows", wrong)
     form = self_test.Form(CPU, torch.float16, 64, far=True, choosing=True)
+    self_test.check("sdpa", sdpa_backend.attention, form)
+    monkeypatch.setattr(sdpa_backend, "chosen_rows", wrong)
     with pytest.raises(KernelMismatch):
-        self_test.check("triton", triton_backend.attention, form)
+        self_test.check("broken", sdpa_backend.attention, form)
 
 
 def test_surroundings_do_not_matter(tested: list[self_test.Form]) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 from cases import groupings, patterns, plans
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from kernel_cases import CHOOSING_BY_HEAD
 
 from grat_kernels import Block, Full, Grid, Grouping, Plan, build_head_plan, build_plan
 from grat_kernels.geometry import nests
-from grat_kernels.tile_lists import EMPTY, TileLists, build_single_lists, build_tile_lists
+from grat_kernels.tile_lists import EMPTY, TileLists, build_single_lists, build_tile_lists, chosen_tiles_of_group
 
 BLOCK_N = 16
 block_sizes = st.sampled_from([(16, 8), (8, 16), (64, 32)])
@@ -101,6 +102,28 @@ def test_text_tiles_lead() -> None:
                 lists.query_tiles[:3, :2], [[text_start, 32], [text_start + 32, 32], [text_start + 64, 6]]
             )
             assert (np.diff(lists.query_tiles[3:, 0]) > 0).all()
+
+
+def test_chosen_tiles_follow_the_groups_of_each_class() -> None:
+    plan = CHOOSING_BY_HEAD
+    block_m, block_tail = 8, 16
+    lists = build_tile_lists(plan, block_m, BLOCK_N, block_tail, mask_text=False)
+    assert lists.chosen_tiles is not None
+    for member, tiles, chosen in zip(
+        plan.classes, np.split(lists.query_tiles, 3), np.split(lists.chosen_tiles, 3), strict=True
+    ):
+        per_group = chosen_tiles_of_group(member, block_tail)
+        assert per_group * block_tail >= (member.candidates.width if member.candidates else 0)
+        assert bool(per_group) == member.chooses
+        starts = plan.image_start + np.append(np.sort(member.grouping.starts), plan.image_tokens)
+        for (first, queries, *_), bounds in zip(tiles.tolist(), chosen.tolist(), strict=True):
+            group = np.searchsorted(starts, first, side="right") - 1
+            if not queries or not plan.image_start <= first < plan.image_stop:
+                assert bounds[0] == bounds[1]
+                continue
+            assert first + queries <= starts[group + 1]
+            assert bounds == [group * per_group, (group + 1) * per_group]
+    assert build_tile_lists(plan.classes[1], block_m, BLOCK_N, block_tail, mask_text=False).chosen_tiles is None
 
 
 def test_tile_efficiency_counts_what_is_computed_in_vain() -> None:

@@ -21,7 +21,8 @@ class Carried:
 
     def output(self, place: Any, compute: Callable[[], Any]) -> Any:
         """Of the attention at a place."""
-        step = self._pipe.scheduler.step_index or 0
+        scheduler = self._pipe.scheduler
+        step = (scheduler.begin_index or 0) if scheduler.step_index is None else scheduler.step_index
         call = self._calls[place, step]
         self._calls[place, step] += 1
         known = sorted(of for at, of_call, of in self._kept if (at, of_call) == (place, call))
