@@ -67,6 +67,11 @@ class Observations:
         gram = np.mean([part.gram for part in parts], axis=0)
         return cls(parts[0].densities, queries.sum(0), mean("recall"), mean("error"), mean("loss"), gram)
 
+    @property
+    def steps_seen(self) -> np.ndarray:
+        """Steps that were observed, in order."""
+        return np.flatnonzero(self.queries[:, 0] > 0)
+
     def of_stretches(self, stretches: Sequence[range], name: str) -> Floats:
         """Means of a field over the observed steps of each stretch, `[T, L, H, C]`."""
         seen = self.queries[:, 0] > 0
@@ -74,7 +79,7 @@ class Observations:
 
     def of_steps(self, steps: Sequence[int], name: str) -> Floats:
         """A field at some steps, between observed ones by a straight line, `[T, L, H, C]`."""
-        seen = np.flatnonzero(self.queries[:, 0] > 0)
+        seen = self.steps_seen
         values = getattr(self, name)
         at = np.clip(steps, seen[0], seen[-1])
         after = np.searchsorted(seen, at)

@@ -44,16 +44,22 @@ class Stretches:
 
     def loss(self, references: Sequence[int]) -> float:
         """Of a whole run."""
-        return float(self.losses[self._of(references)].sum())
+        return loss_of(self.losses, references)
 
     def slopes_of(self, references: Sequence[int]) -> tuple[float, ...]:
         """After each reference of a run."""
-        return tuple(self.slopes[self._of(references)].tolist())
+        return tuple(self.slopes[_places(references, self.steps)].tolist())
 
-    def _of(self, references: Sequence[int]) -> tuple[np.ndarray, ...]:
-        """Where the stretches of a run stand."""
-        places = np.array([-1, *references, self.steps])
-        return places[:-2] + 1, places[1:-1], places[2:]
+
+def loss_of(losses: Floats, references: Sequence[int]) -> float:
+    """Of a whole run, by those of stretches, see `Stretches`."""
+    return float(losses[_places(references, losses.shape[1])].sum())
+
+
+def _places(references: Sequence[int], steps: int) -> tuple[np.ndarray, ...]:
+    """Where the stretches of a run stand in tables of all."""
+    places = np.array([-1, *references, steps])
+    return places[:-2] + 1, places[1:-1], places[2:]
 
 
 def stretches(gram: Floats, weights: Floats, steepness: float = 1.0) -> Stretches:

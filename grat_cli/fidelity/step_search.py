@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
-from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
+from grat_cli.fidelity.knapsack import Choice, Floats, Path, greedy_path
 from grat_cli.fidelity.observations import Observations
-from grat_cli.fidelity.references import Stretches, best_references, moved, stretches, weights_of
+from grat_cli.fidelity.references import Stretches, best_references, loss_of, moved, stretches, weights_of
 
 _PATTERNS_COUNT = 12.0
 """Before anything is measured: patterns err alike at every step, and their errors add up; what is carried errs to and
@@ -85,16 +85,23 @@ class Foreteller:
         """What a setting is foretold to lose, in all."""
         return setting.carried + self.patterns_count * setting.patterns
 
-    def settings(self, counts: Sequence[int]) -> list[Setting]:
-        """The best setting for each number of references, the least loss first."""
+    def settings(self, counts: Sequence[int], some: int) -> list[Setting]:
+        """Settings of the numbers of references that are best, so many of them, the least loss first.
+
+        Args:
+            counts: of references, to choose from.
+            some: at most so many settings.
+        """
+        losses = self._stretches(self._steepness).losses
+        ends = np.concatenate([[0.0], np.cumsum(self._weights)])
+        spans = ends[None, :] - ends[:-1, None]  # [j, next]
         found = []
         for count in counts:
-            losses = self._stretches(self._steepness).losses
-            ends = np.concatenate([[0.0], np.cumsum(self._weights)])
-            of_patterns = self._pattern_losses(count)[:, None] * (ends[None, :] - ends[:-1, None])  # [j, next]
-            best = best_references(losses + self.patterns_count * of_patterns, count)[-1]
-            found.append(self.setting(best, self._steepness))
-        return sorted(found, key=self.loss)
+            all_losses = losses + self.patterns_count * self._pattern_losses(count)[:, None] * spans
+            best = best_references(all_losses, count)[-1]
+            found.append((loss_of(all_losses, best), best))
+        # Patterns that are chosen for all references together lose less, but take longer to find.
+        return sorted((self.setting(best, self._steepness) for _, best in sorted(found)[:some]), key=self.loss)
 
     def setting(self, references: Sequence[int], steepness: float) -> Setting:
         """The setting of some references, with the patterns that lose least."""
@@ -136,14 +143,17 @@ class Foreteller:
 
     def _pattern_losses(self, references: int) -> Floats:
         """What patterns lose at each step, were it a reference, one of so many; mean over layers and heads, `[S]`."""
-        losses = self._observations.of_steps(range(self.steps), "loss")
-        candidates = losses.shape[-1]
-        costs = np.broadcast_to(self._observations.densities, losses.shape[1:]).reshape(-1, candidates)
-        found = []
-        for of_step in losses.reshape(self.steps, -1, candidates):
-            choice = greedy_path(costs, of_step).within(self._budget(references))
-            found.append(np.take_along_axis(of_step, choice[:, None], 1).mean())
-        return np.array(found)
+        budget = self._budget(references)
+        losses = [path.losses[path.moves_within(budget)] for path in self._paths]
+        return np.interp(np.arange(self.steps), self._observations.steps_seen, losses)
+
+    @cached_property
+    def _paths(self) -> list[Path]:
+        """The greedy walk over all layers and heads of each step that was observed."""
+        densities = self._observations.densities
+        costs = np.broadcast_to(densities, self._observations.loss.shape[1:]).reshape(-1, len(densities))
+        seen = self._observations.loss[self._observations.steps_seen]
+        return [greedy_path(costs, losses.reshape(-1, len(densities))) for losses in seen]
 
 
 @dataclass(frozen=True)
@@ -153,12 +163,12 @@ class Found:
     Attributes:
         setting: the best.
         error: that was measured of it; None where nothing was measured.
-        carried_error: that was measured of full attention at the references that were tried first.
+        exact: a setting of full attention that was measured besides, to tell what carrying alone loses.
     """
 
     setting: Setting
     error: float | None = None
-    carried_error: float | None = None
+    exact: Setting | None = None
 
 
 class Search:
@@ -179,32 +189,28 @@ class Search:
         self._best: Setting | None = None
         self._least = float("inf")
 
-    def best_of(self, settings: Callable[[], Sequence[Setting]]) -> Found:
-        """The best setting.
-
-        Args:
-            settings: to begin with, the best foretold first, by what the foreteller knows at the time.
-        """
-        first = settings()[0]
+    def best_of(self, counts: Sequence[int]) -> Found:
+        """The best setting that is found from those with so many references."""
+        first = self._foreteller.settings(counts, 1)[0]
         if not self._lasts():
             return Found(first)
         self._is_closer(first)
-        carried_error = self._weigh(first) if self._lasts() and first.carried and first.patterns else None
-        for setting in settings()[:_MEASURED_FIRST]:
+        exact = self._weigh(first) if self._lasts() and first.carried and first.patterns else None
+        for setting in self._foreteller.settings(counts, _MEASURED_FIRST):
             self._is_closer(setting)
         while any(self._is_closer(setting) for setting in self._near()):
             pass
         assert self._best is not None, "something was measured"
-        return Found(self._best, self._least, carried_error)
+        return Found(self._best, self._least, exact)
 
-    def _weigh(self, setting: Setting) -> float:
-        """Lets the foreteller know how much of a setting's error comes from its patterns; the error without them."""
-        whole = self._least
-        carried_error = self._measure(self._foreteller.exact(setting), float("inf"))
+    def _weigh(self, setting: Setting) -> Setting:
+        """Lets the foreteller know how much of a setting's error comes from its patterns; the setting without them."""
+        whole, exact = self._least, self._foreteller.exact(setting)
+        carried_error = self._measure(exact, float("inf"))
         per_loss = carried_error / setting.carried
         of_patterns = max(whole - carried_error, _LEAST_SHARE * whole) / setting.patterns
         self._foreteller.patterns_count = of_patterns / per_loss if per_loss else _PATTERNS_COUNT
-        return carried_error
+        return exact
 
     def _is_closer(self, setting: Setting) -> bool:
         """Whether a setting is measured to be the best so far; False of one that was measured already, or cannot be."""

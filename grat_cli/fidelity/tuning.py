@@ -285,14 +285,17 @@ def _over_steps(
         return MeasuredRun(error=relative_error(latents, seen[number].latents))
 
     def measure(setting: Setting, least: float) -> float:
-        best = "" if least == float("inf") else f"best {least:.4g}; "
         steps, slopes = (", ".join(f"{one:g}" for one in some) for some in (setting.references, setting.slopes))
-        progress.phase(f"measuring ({best}{measurements.left} runs left): steps {steps}; slopes {slopes}")
-        return measurements.error(_preset(request, chosen_by(setting)), least)
+        of_full = "" if setting.patterns else "full attention at "
+        progress.phase(f"measuring ({measurements.left} runs left): {of_full}steps {steps}; slopes {slopes}")
+        return measurements.ratio(_preset(request, chosen_by(setting)), least)
+
+    def error_of(setting: Setting) -> float:
+        return figures(measurements.error(_preset(request, chosen_by(setting))))
 
     about = [_about(request, model, number, observed=False) for number in range(len(prompts))]
     measurements = Measurements(request.folder, about, run, search.runs)
-    found = Search(foreteller, measure, lambda: measurements.lasts).best_of(lambda: foreteller.settings(counts))
+    found = Search(foreteller, measure, lambda: measurements.lasts).best_of(counts)
     setting = found.setting
     chosen = chosen_by(setting)
     parts = _schedule(request, model, facts, _preset(request, chosen)).parts
@@ -304,8 +307,8 @@ def _over_steps(
         **{name: figures(part) for name, part in parts._asdict().items()},
         prompts=prompts,
         runs=search.runs - measurements.left,
-        error=None if found.error is None else figures(found.error),
-        carried_error=None if found.carried_error is None else figures(found.carried_error),
+        error=None if found.error is None else error_of(setting),
+        carried_error=None if found.exact is None else error_of(found.exact),
     )
     return chosen, evidence
 

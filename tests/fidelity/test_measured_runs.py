@@ -33,29 +33,33 @@ def test_runs_on_file_are_not_made_again_and_count_all_the_same(tmp_path: Path) 
     preset, runs = load_preset("demo-b"), Runs(0.2, 0.4)
     for _ in range(2):
         one = measurements(tmp_path, runs)
+        assert one.ratio(preset) == 1
         assert one.error(preset) == pytest.approx(0.3)
         assert one.left == 8
     assert runs.made == 2
     # What a preset is called changes nothing; what it says does.
-    measurements(tmp_path, runs).error(preset.model_copy(update={"name": "other"}))
+    measurements(tmp_path, runs).ratio(preset.model_copy(update={"name": "other"}))
     assert runs.made == 2
-    measurements(tmp_path, runs).error(load_preset("demo-x"))
+    measurements(tmp_path, runs).ratio(load_preset("demo-x"))
     assert runs.made == 4
 
 
-def test_what_is_sure_to_be_worse_is_not_measured_to_the_end(tmp_path: Path) -> None:
-    runs = Runs(0.5, 0.1, 0.3)
+def test_prompts_count_alike_and_what_is_sure_to_be_worse_is_not_measured_to_the_end(tmp_path: Path) -> None:
+    runs = Runs(0.5, 0.001, 0.0)
     one = measurements(tmp_path, runs)
-    assert one.error(load_preset("demo-b"), at_most=0.1) == float("inf")
-    assert (runs.made, one.left) == (1, 9)
-    assert one.error(load_preset("demo-b"), at_most=0.3) == pytest.approx(0.3)
+    assert one.ratio(load_preset("demo-b")) == pytest.approx(2 / 3)  # of no error at all there is no share
+    runs.errors = (0.25, 0.003, 0.0)
+    assert one.ratio(load_preset("demo-x")) == pytest.approx((0.5 + 3 + 0) / 3)
+    assert (runs.made, one.left) == (6, 4)
+    assert one.ratio(load_preset("demo-bx"), at_most=0.1) == float("inf")
+    assert (runs.made, one.left) == (7, 3)
 
 
 def test_a_budget_lasts_for_whole_settings(tmp_path: Path) -> None:
     one = measurements(tmp_path, Runs(0.5, 0.1), left=5)
-    one.error(load_preset("demo-b"))
+    one.ratio(load_preset("demo-b"))
     assert one.lasts
-    one.error(load_preset("demo-x"))
+    one.ratio(load_preset("demo-x"))
     assert not one.lasts
 
 
@@ -73,11 +77,11 @@ def test_a_budget_lasts_for_whole_settings(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, change: Any) -> None:
-    measurements(tmp_path, Runs(0.2)).error(load_preset("demo-b"))
+    measurements(tmp_path, Runs(0.2)).ratio(load_preset("demo-b"))
     (file,) = tmp_path.iterdir()
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(BadInput, match=r"measured-.* is damaged \(.*\): remove it"):
-        measurements(tmp_path, Runs(0.2)).error(load_preset("demo-b"))
+        measurements(tmp_path, Runs(0.2)).ratio(load_preset("demo-b"))
 
 
 def test_errors_are_over_the_variance_of_the_reference() -> None:
