@@ -12,8 +12,9 @@ have to before the first sparse step is run. Full attention itself is never judg
 time its tables are moved to the device, which does wait, once for each plan.
 
 Of attention that is carried over steps two things are watched. Its references are judged as other steps are, where they
-are computed. And at each of them what would have been carried to it is compared with what is computed: of a layer
-1 - ||carried - computed|| / ||computed|| is kept. Where the layers of a section of `over_steps` keep less than the bar
+are computed. And at each of them what would have been carried to it is compared with what is computed. That distance,
+||carried - computed|| / ||computed||, grew from nothing over the steps of the gap, so half of it was lost on average,
+and the rest is kept. Where the layers of a section of `over_steps` keep less than the bar
 on average, their references come twice as often from then on: one more in the middle of what is left of each gap. What
 was compared with fewer references says nothing about more of them.
 """
@@ -523,7 +524,7 @@ class _Call:
         for layer, (width, _) in self.measured.items():
             kept, recall, error = islice(figures, 3)
             measured[layer] = Measured(kept, recall, None if math.isnan(error) else error, width)
-        return _Found(measured, {layer: 1 - next(figures) for layer, _ in self.carried})
+        return _Found(measured, {layer: 1 - next(figures) / 2 for layer, _ in self.carried})
 
 
 class _Known:

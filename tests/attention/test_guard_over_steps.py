@@ -125,7 +125,7 @@ def driven(
                     pass
             if carried is not None and carried.is_reference and carried.is_kept and step:
                 kept = script.carried.get((step, layer), script.carried.get(step, 1.0))
-                guard.compared(layer, torch.tensor(1 - kept))
+                guard.compared(layer, torch.tensor(2 * (1 - kept)))
         computed += [step] * (step in current.references(0) or current.section_of(0) is None)
         guard.end_call()
     return guard, computed
@@ -306,7 +306,7 @@ def test_what_is_told_is_how_far_off_the_formula_is(arguments: dict[str, Any]) -
         for of_layer in zip(*(outputs.of_step[at] for at in (step, before, first)), strict=True):
             made, last, earlier = (one.double() for one in of_layer)
             carried = last + 0.2 * (step - before) / max(before - first, 1) * (last - earlier)
-            kept.append(1 - ((carried - made).norm() / made.norm()).item())
+            kept.append(1 - ((carried - made).norm() / made.norm()).item() / 2)
         calls = len(kept) // LAYERS
         found[step] = np.reshape(kept, (calls, LAYERS)).min(0).mean()
     least = min(found, key=lambda step: found[step])
