@@ -8,11 +8,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from grat_cli.attention.clock import PipelineClock
 from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.families import FAMILIES, family_of_transformer
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
 from grat_cli.presets import Cache, Preset, cache_from_text, load_preset
+from grat_cli.presets.problems import problem_of
 from grat_cli.presets.schema import BACKENDS, SMALLEST_CHUNK, Memory
 
 if TYPE_CHECKING:
@@ -64,26 +67,22 @@ class Installation:
         self._pipe, self._preset, self._adapters = pipe, preset, adapters
         self.clock = PipelineClock(pipe, first_step, steps)
         self._first_step, self._steps = first_step, steps
-        self._schedules: dict[tuple[int, int, int], AttentionSchedule] = {}
+        self._schedules: dict[tuple[int, int, int, tuple[float, ...] | None], AttentionSchedule] = {}
         self._last_schedule: AttentionSchedule | None = None
         self.grid = grid
         transformer, layers = adapters[0].model, adapters[0].layers
         self.guard = _guard(preset, layers)
         device = pipe._execution_device  # public `device` is where weights rest; with offload they run elsewhere
         self._head_dim = _head_dim(transformer)
-        self._choosing = any(
-            attention.far is not None and bool(attention.far.choose) for attention in preset.attentions
-        )
-        self.backend, self.backend_reason = _resolve_backend(
-            transformer, device, preset.kernel.backend, grid.tokens, self._choosing
-        )
+        self.backend, self.backend_reason = _resolve_backend(transformer, device, preset, grid.tokens)
+        self._chooses = preset.chooses
         _check_kernel(transformer, device, preset, self.backend)
 
     def require_able(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raises BadInput unless the backend can run where, and in what, a call is: a pipeline may have been moved."""
         from grat_kernels import can_run
 
-        ability = can_run(self.backend, device, dtype, self._head_dim, self.grid.tokens, choosing=self._choosing)
+        ability = can_run(self.backend, device, dtype, self._head_dim, self.grid.tokens, choosing=self._chooses)
         if not ability:
             raise BadInput(
                 f"the {self.backend.value} backend, which GRAT was installed with, cannot run this call: "
@@ -106,7 +105,9 @@ class Installation:
         if self._first_step + to_run > steps:
             begun = f" from step {self._first_step} on" if self._first_step else ""
             raise BadInput(f"GRAT was installed for {steps} steps, the call runs {to_run}{begun}: leave steps out")
-        if (asked := (text_len, references, steps)) not in self._schedules:
+        by_sigmas = any(section.is_spaced for section in self._preset.schedule.over_steps)
+        sigmas = self.clock.sigmas() if by_sigmas else None
+        if (asked := (text_len, references, steps, sigmas)) not in self._schedules:
             from grat_cli.attention.schedule import AttentionSchedule
 
             adapter = self._adapters[0]
@@ -119,6 +120,7 @@ class Installation:
                 adapter.layers,
                 adapter.heads,
                 references,
+                sigmas,
             )
         schedule = self._schedules[asked]
         self._last_schedule = self.guard.applied(schedule, self.current_step()) if self.guard else schedule
@@ -209,7 +211,8 @@ def install(
         extrapolation: how rotary positions and scores are fitted to pictures larger than Flux was trained at;
             None leaves them as they are. The preset's own `highres` section is not applied.
         guard: overrides the preset's: share of full attention that a layer has to keep, such as 0.9; those that keep
-            less go wider while the run goes on. 0 for none. `Installation.guard` tells what it did.
+            less go wider while the run goes on, and where less would have been carried over steps, references come
+            twice as often. 0 for none. `Installation.guard` tells what it did.
         cache: overrides the preset's: what steps take over from those before, such as `first-block` or
             `taylor:cache_interval=3`; `none` for nothing. A cache that the caller enables on the transformer himself,
             before or inside, works as well. `Installation.work` tells what was computed.
@@ -230,8 +233,7 @@ def install(
     if guard is not None:
         preset = _with_guard(preset, guard)
     if cache is not None:
-        cache = cache_from_text(cache, "cache") if isinstance(cache, str) else cache
-        preset = preset.model_copy(update={"cache": cache})
+        preset = _with_cache(preset, cache_from_text(cache, "cache") if isinstance(cache, str) else cache)
     if first_step < 0 or (steps is not None and first_step >= steps):
         raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
     adapters: Sequence[Adapter | AnyTransformer]
@@ -282,7 +284,8 @@ def _carrying(installation: Installation) -> AbstractContextManager[Carrying]:
     """What carries attention over steps."""
     from grat_cli.attention.carrying import Carrying
 
-    return Carrying(installation.clock, _begun(installation)).served()
+    guard = installation.guard
+    return Carrying(installation.clock, _begun(installation), guard and guard.compared).served()
 
 
 def _begun(installation: Installation) -> Callable[[], None]:
@@ -301,7 +304,15 @@ def _cached(
     from grat_cli.attention import caching
 
     ratios = family.mag_ratios(adapters[0].model.config)
-    return caching.attached(transformers, adapters, cache, installation.clock, ratios, _begun(installation))
+    return caching.attached(
+        transformers,
+        adapters,
+        cache,
+        installation.clock,
+        ratios,
+        _begun(installation),
+        over_steps=installation.carrying is not None,
+    )
 
 
 def _family_adapters(
@@ -398,6 +409,14 @@ def _with_guard(preset: Preset, guard: float) -> Preset:
     return preset.model_copy(update={"guard": guard})
 
 
+def _with_cache(preset: Preset, cache: Cache | None) -> Preset:
+    try:
+        return preset.model_copy(update={"cache": cache})
+    except ValidationError as error:
+        problem = problem_of(error.errors()[0])
+        raise BadInput(f"{'.'.join(map(str, problem.path))}: {problem.message}") from error
+
+
 def _guard(preset: Preset, layers: int) -> RecallGuard | None:
     if not preset.guard:
         return None
@@ -457,17 +476,8 @@ def _head_dim(transformer: Any) -> int:
     return int(width) // int(heads)
 
 
-def _resolve_backend(
-    transformer: Any, device: torch.device, name: str, tokens: int, choosing: bool
-) -> tuple[Backend, str]:
-    """The backend that a name stands for on the device that a transformer runs on, and why.
-
-    Args:
-        transformer: by which dtype and width of heads are known.
-        device: of the run.
-        name: of the preset.
-        tokens: of the joint sequence.
-        choosing: whether any step chooses by content; then every step takes a backend that can.
+def _resolve_backend(transformer: Any, device: torch.device, preset: Preset, tokens: int) -> tuple[Backend, str]:
+    """The backend that a preset stands for on the device that a transformer runs on, and why.
 
     Raises:
         BadInput: if a backend chosen by name cannot run there.
@@ -475,10 +485,10 @@ def _resolve_backend(
     from grat_kernels import Backend, can_run
     from grat_kernels.attention import choose_backend
 
-    dtype, head_dim = transformer.dtype, _head_dim(transformer)
+    name, dtype, head_dim = preset.kernel.backend, transformer.dtype, _head_dim(transformer)
     if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim, choosing=choosing)
-    ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
+        return choose_backend(device, dtype, head_dim, choosing=preset.chooses)
+    ability = can_run(name, device, dtype, head_dim, tokens, choosing=preset.chooses)
     if not ability:
         raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
     return Backend(name), f"chosen by name; {ability.reason}"
@@ -492,8 +502,8 @@ def _check_kernel(transformer: Any, device: torch.device, preset: Preset, backen
     """
     from grat_kernels.attention import KernelMismatch, check_kernel
 
-    far_fields = [attention.far for attention in preset.attentions]
-    forms = {(bool(far), far is not None and bool(far.choose)) for far in far_fields}
+    fields = [attention.far for attention in preset.attentions]
+    forms = {(bool(far), bool(far and far.choose)) for far in fields}
     if preset.schedule.dense_steps or preset.guard:
         forms.add((False, False))
     try:

@@ -91,8 +91,10 @@ def block_tables(plan: Plan, device: torch.device) -> BlockTables:
     with np.errstate(divide="ignore"):
         log_counts = np.log(counts).astype(np.float32)
     shares = (counts / summaries.counts[own][:, None]).astype(np.float32)
-    tables = (rows, log_counts, shares, candidates.of_list.astype(np.uint8), candidates.list_of_group.astype(np.int32))
-    return BlockTables(*(torch.from_numpy(table).to(device) for table in tables), own.start)
+    list_of_group = candidates.list_of_group.astype(np.int32)
+    tables = (rows, log_counts, shares, candidates.of_list.astype(np.uint8), list_of_group)
+    moved = [torch.from_numpy(table).to(device) for table in tables]
+    return BlockTables(*moved, first_row=own.start)
 
 
 def launch_of(

@@ -10,27 +10,30 @@ For every head, query group g and block b with means k_c, v_c of n_c of its n to
     score = mass + log spread
 
 The first term is the error of the values' mean to first order; the second stands for what the means within a block do
-not tell either; the third orders blocks that have no more than one mean. Scores are in fp32. Groups and blocks are counted in token order, and everything has a fixed shape, so
-nothing waits for the device.
+not tell either; the third orders blocks that have no more than one mean. Scores are in fp32. Groups and blocks are
+counted in token order, and everything has a fixed shape, so nothing waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from grat_kernels.summaries import Selection, selection
 from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from grat_kernels.plan import Candidates, Plan
 
 SPREAD_WITHIN, SPREAD_LEAST = 0.1, 0.001
 # Scores of means that are held at once.
 _HELD_BYTES = 256 << 20
-_ON_CPU_BYTES = 16 << 20
+_ON_CPU_BYTES = 1 << 20
 _TINY = 1e-30  # a block of nothing but zeros has a logarithm
 
 
@@ -67,16 +70,16 @@ def chosen_rows(
     if groups is not None:
         means = means.index_select(2, groups)
         tables = tables.of_groups(groups)
-    batch, heads, count, _ = means.shape
-    of_head = batch * tables.starts.shape[0] * count * plan.candidates.means * 4
+    batch, heads = means.shape[:2]
+    of_head = batch * tables.exempt.numel() * plan.candidates.means * 4
     at_once = max(1, (_ON_CPU_BYTES if query.device.type == "cpu" else _HELD_BYTES) // of_head)
-    rows = []
+    rows = torch.empty(batch, heads, means.shape[2], plan.candidates.width, dtype=torch.int32, device=query.device)
     for first in range(0, heads, at_once):
         part = slice(first, first + at_once)
         of_heads = means[:, part], summaries[0][:, :, part], summaries[1][:, :, part]
-        scores = score(*of_heads, plan, scale) if score else _scores(of_heads[0], of_heads[1:], tables, plan, scale)
-        rows.append(_rows(scores, tables, plan))
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        scores = score(*of_heads, plan, scale) if score else _scores(of_heads[0], of_heads[1:], tables, scale)
+        _write_rows(scores, tables, plan.candidates, rows[:, part])
+    return rows
 
 
 def group_means(tokens: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -106,122 +109,119 @@ def _by_size(plan: Plan, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch
 
 
 class _Tables(NamedTuple):
-    """Of a plan, on a device. Blocks are those that are chosen from.
+    """Of a plan, on a device. Blocks are those that are chosen from; behind the last stands one that holds nothing.
 
     Attributes:
-        starts: position of each block's first token, `[blocks]` int32.
-        counts: tokens of each block, `[blocks]` int32.
-        means: summary row of each mean within a block, `EMPTY` where it has fewer, `[blocks, means]` int32.
-        log_counts: logarithm of the tokens of these means, -inf where there is none, `[blocks, means]` fp32.
-        shares: these tokens over those of the block, `[blocks, means]` fp32.
-        first_row: of the blocks' own means among all summaries.
-        exempt: whether a group does not choose from a block, `[groups, blocks]` bool.
-        wanted: blocks that each group attends exactly, and these and the fine ones, `[groups, 1]` int32 each.
+        tokens: positions of each block's tokens, then `EMPTY`, `[blocks + 1, most tokens]` int32.
+        means: of the means within each block, positions behind all tokens, then `EMPTY`, `[blocks + 1, means]` int32.
+        wholes: of the blocks' own means, likewise, `[blocks]` int32.
+        within: summary rows of the means within blocks, the first again where a block has fewer, `[blocks * means]`.
+        own: summary rows of the blocks' own means.
+        log_counts: logarithm of the tokens of the means within, -inf where there is none, `[blocks, means, 1]` fp32.
+        shares: these tokens over those of the block, `[blocks, means, 1]` fp32.
+        exempt: whether a group does not choose from a block, `[blocks, groups]` bool.
+        offered: how many blocks each group chooses from, `[groups, 1]` int32.
     """
 
-    starts: torch.Tensor
-    counts: torch.Tensor
+    tokens: torch.Tensor
     means: torch.Tensor
+    wholes: torch.Tensor
+    within: Selection
+    own: slice
     log_counts: torch.Tensor
     shares: torch.Tensor
-    first_row: int
     exempt: torch.Tensor
-    wanted: tuple[torch.Tensor, torch.Tensor]
+    offered: torch.Tensor
 
     def of_groups(self, groups: torch.Tensor) -> _Tables:
         """Those of some groups, `[n]` int64."""
-        exact, told = (counts.index_select(0, groups) for counts in self.wanted)
-        return self._replace(exempt=self.exempt.index_select(0, groups), wanted=(exact, told))
+        return self._replace(exempt=self.exempt.index_select(1, groups), offered=self.offered.index_select(0, groups))
 
 
 def _tables(plan: Plan, device: torch.device) -> _Tables:
     candidates, summaries = plan.candidates, plan.summaries
     assert candidates is not None
-    blocks = slice(*summaries.offsets[candidates.level - 1 : candidates.level + 1])
+    own = slice(*summaries.offsets[candidates.level - 1 : candidates.level + 1])
     fine = slice(*summaries.offsets[candidates.fine_level - 1 : candidates.fine_level + 1])
-    starts, counts = summaries.starts[blocks], summaries.counts[blocks]
+    starts, counts = summaries.starts[own], summaries.counts[own]
+    offsets = np.arange(candidates.tokens)
+    tokens = np.where(offsets < counts[:, None], starts[:, None] + offsets, EMPTY)
     # Means within a block are those whose first token lies in it; they follow one another.
     owner = np.searchsorted(starts, summaries.starts[fine], side="right") - 1
-    first = np.searchsorted(owner, np.arange(len(starts)))
-    rank = np.arange(len(owner)) - first[owner]
-    means = np.full((len(starts), candidates.means), EMPTY, np.int32)
+    rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    means = np.full((len(starts), candidates.means), EMPTY)
     means[owner, rank] = np.arange(fine.start, fine.stop)
     sizes = np.zeros(means.shape)
     sizes[owner, rank] = summaries.counts[fine]
     with np.errstate(divide="ignore"):
-        log_counts = np.log(sizes).astype(np.float32)
-    exempt = ~candidates.of_list[candidates.list_of_group]
-    exact, within, _ = candidates.counts.T
-    tables = (
-        starts.astype(np.int32),
-        counts.astype(np.int32),
-        means,
-        log_counts,
-        (sizes / counts[:, None]).astype(np.float32),
-        exempt,
-        exact.astype(np.int32)[:, None],
-        (exact + within).astype(np.int32)[:, None],
+        log_counts = np.log(sizes)
+    exempt = ~candidates.of_list[candidates.list_of_group].T
+
+    def moved(table: npt.NDArray[Any], dtype: npt.DTypeLike) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(table, dtype)).to(device)
+
+    def with_nothing(table: npt.NDArray[Any]) -> torch.Tensor:
+        return moved(np.append(table, np.full((1, table.shape[1]), EMPTY), axis=0), np.int32)
+
+    return _Tables(
+        tokens=with_nothing(tokens),
+        means=with_nothing(np.where(means == EMPTY, EMPTY, plan.tokens + means)),
+        wholes=moved(np.arange(own.start, own.stop) + plan.tokens, np.int32),
+        within=selection(np.where(means == EMPTY, means[:, :1], means).reshape(-1), device),
+        own=own,
+        log_counts=moved(log_counts[..., None], np.float32),
+        shares=moved((sizes / counts[:, None])[..., None], np.float32),
+        exempt=moved(exempt, np.bool_),
+        offered=moved(candidates.counts.sum(1)[:, None], np.int32),
     )
-    moved = [torch.from_numpy(table).to(device) for table in tables]
-    return _Tables(*moved[:5], blocks.start, moved[5], (moved[6], moved[7]))
 
 
 def _scores(
-    means: torch.Tensor, summaries: tuple[torch.Tensor, torch.Tensor], tables: _Tables, plan: Plan, scale: float
+    means: torch.Tensor, summaries: tuple[torch.Tensor, torch.Tensor], tables: _Tables, scale: float
 ) -> torch.Tensor:
     """Scores of all blocks, `[B, H, groups, blocks]` fp32; -inf where a group does not choose from a block.
+
+    Groups come last while scores are made, so that what is summed over the few means of a block is summed in vectors.
 
     Args:
         means: of the groups' queries, `[B, H, groups, D]`.
         summaries: of keys and values of the same heads, `[B, R, H, D]` each.
         tables: of the plan.
-        plan: with candidates.
         scale: factor on scores.
     """
-    blocks, within = tables.means.shape
-    rows = tables.means.clamp(min=0).reshape(-1)
-    keys, values = (
-        tensor.index_select(1, rows).transpose(1, 2).to(means.dtype).unflatten(2, (blocks, within))
-        for tensor in summaries
-    )
-    own = summaries[1][:, tables.first_row : tables.first_row + blocks].transpose(1, 2).to(means.dtype)
-    scores = (means * scale) @ keys.flatten(2, 3).transpose(-1, -2)
-    scores = scores.unflatten(3, (blocks, within)).add_(tables.log_counts)
-    mass = scores.logsumexp(-1)
-    weights = scores.softmax(-1).sub_(tables.shares)
+    within = tables.log_counts.shape[:2]
+    keys, values = (tensor[:, tables.within].transpose(1, 2).to(means.dtype) for tensor in summaries)
+    own = summaries[1][:, tables.own].transpose(1, 2).to(means.dtype)
     # Weights sum to 0, so values may be told from their mean.
-    apart = (values - own.unsqueeze(3)).masked_fill_((tables.means < 0).unsqueeze(-1), 0)
-    products = apart @ apart.transpose(-1, -2)
-    least = (products.diagonal(dim1=-2, dim2=-1) * tables.shares).sum(-1).clamp_(min=0).sqrt_().mul_(SPREAD_WITHIN)
-    least.add_(torch.linalg.vector_norm(own, dim=-1), alpha=SPREAD_LEAST)
-    looked = torch.einsum("bhgnc,bhnce->bhgne", weights, products)
-    spread = (looked * weights).sum(-1).clamp_(min=0).sqrt_().add_(least.unsqueeze(2))
-    return mass.add_(spread.clamp_(min=_TINY).log_()).masked_fill_(tables.exempt, -torch.inf)
+    apart = values.unflatten(2, within) - own.unsqueeze(3)
+    products = apart @ apart.transpose(-1, -2)  # [B, H, blocks, means, means]
+    least = (products.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * tables.shares).sum(-2).clamp_(min=0).sqrt_()
+    least = least * SPREAD_WITHIN + torch.linalg.vector_norm(own, dim=-1, keepdim=True) * SPREAD_LEAST
+
+    scores = (keys @ (means * scale).transpose(-1, -2)).unflatten(2, within)  # [B, H, blocks, means, groups]
+    scores.add_(tables.log_counts)
+    highest = scores.amax(-2, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-2, keepdim=True)
+    weights.div_(total).sub_(tables.shares)
+    spread = (products @ weights).mul_(weights).sum(-2).clamp_(min=0).sqrt_().add_(least).clamp_(min=_TINY)
+    mass = total.log_().add_(highest).squeeze(-2)
+    return mass.add_(spread.log_()).masked_fill_(tables.exempt, -torch.inf).transpose(-1, -2).contiguous()
 
 
-def _rows(scores: torch.Tensor, tables: _Tables, plan: Plan) -> torch.Tensor:
-    """The slots that follow from scores; see `chosen_rows`."""
-    candidates: Candidates | None = plan.candidates
-    assert candidates is not None
+def _write_rows(scores: torch.Tensor, tables: _Tables, candidates: Candidates, rows: torch.Tensor) -> None:
+    """Writes the rows that follow from scores; see `chosen_rows`."""
     exact, fine, rest = candidates.counts.max(0).tolist()
     best = scores.topk(exact + fine, dim=-1).indices
-    place = torch.arange(exact + fine, device=scores.device, dtype=torch.int32)
-    of_exact, of_fine = (place < wanted for wanted in tables.wanted)  # of groups that have as many to choose from
-
-    offsets = torch.arange(candidates.tokens, device=scores.device, dtype=torch.int32)
-    block = best[..., :exact]
-    tokens = tables.starts[block].unsqueeze(-1) + offsets
-    inside = (offsets < tables.counts[block].unsqueeze(-1)) & of_exact[:, :exact, None]
-    means = torch.where(of_fine[:, exact:, None], tables.means[best[..., exact:]] + plan.tokens, EMPTY)
-    means = means.masked_fill(means < plan.tokens, EMPTY)
-
-    # Others keep their order, which is that of their memory.
-    told = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, of_fine.expand_as(best))
-    others = ~(told | tables.exempt)
-    slot = torch.where(others, others.cumsum(-1, dtype=torch.int32) - 1, rest)
-    numbers = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int32) + (plan.tokens + tables.first_row)
-    single = torch.full((*scores.shape[:-1], rest + 1), EMPTY, dtype=torch.int32, device=scores.device)
-    single.scatter_(-1, slot.long(), numbers.expand_as(slot))
-    return torch.cat(
-        [torch.where(inside, tokens, EMPTY).flatten(-2), means.flatten(-2), single[..., :rest]], dim=-1
-    ).to(torch.int32)
+    # Others keep their order, which is that of their memory. Slot 0 takes what has no slot.
+    taken = torch.isneginf(scores).scatter_(-1, best, True)
+    slot = (~taken).cumsum(-1).masked_fill_(taken, 0)
+    others = torch.full((*scores.shape[:-1], rest + 1), EMPTY, dtype=torch.int32, device=scores.device)
+    others.scatter_(-1, slot, tables.wholes.expand_as(slot))
+    # A group that has fewer to choose from takes the block of nothing.
+    place = torch.arange(exact + fine, device=scores.device)
+    best.masked_fill_(place >= tables.offered, len(tables.wholes))
+    of_exact, of_fine, of_rest = rows.split([exact * candidates.tokens, fine * candidates.means, rest], dim=-1)
+    of_exact.copy_(tables.tokens[best[..., :exact]].flatten(-2))
+    of_fine.copy_(tables.means[best[..., exact:]].flatten(-2))
+    of_rest.copy_(others[..., 1:])

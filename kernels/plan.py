@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from grat_kernels.geometry import Cell, Grouping, IntArray, cell_sizes, nests
+from grat_kernels.geometry import Cell, Grouping, IntArray, cell_counts, cell_sizes, nests
 from grat_kernels.pattern import NOT_ATTENDED, Choice, Pattern
 
 if TYPE_CHECKING:
@@ -205,10 +205,12 @@ class Candidates:
         """What the choice costs, as query-key pairs, of one head.
 
         A score of a mean is half a pair, which has a product with the value besides. How far the values of a block lie
-        apart, as a group sees them, is a quadratic form of as many numbers as it has means.
+        apart, as a group sees them, is a quadratic form of as many numbers as it has means; the form itself, products
+        of all values of a block, is made once.
         """
         groups, blocks = len(self.list_of_group), self.of_list.shape[1]
-        return groups * blocks * self.means * (0.5 + (self.means + 1) / (2 * _CHANNELS))
+        by_group = 0.5 + (self.means + 1) / (2 * _CHANNELS)
+        return blocks * self.means * (groups * by_group + self.means / 2)
 
 
 # Channels of a head to which the cost of a choice refers.
@@ -290,6 +292,15 @@ class JointSequence:
         """`inverse[r]` is the position in group order of image token r."""
         return self.grouping.inverse
 
+    @property
+    def forming(self) -> float:
+        """What forming the means costs, as query-key pairs, of one head; density leaves it out.
+
+        At each level every key and every value is added up once. That is two operations a token and channel, and a pair
+        takes four a channel.
+        """
+        return len(self.summaries.blocks) * self.image_tokens / 2
+
     def tensors(self, device: torch.device | str) -> PlanTensors:
         """Index tensors on a device, moved once."""
         import torch
@@ -355,13 +366,16 @@ class Plan(JointSequence):
     def work(self) -> Work:
         """The same by part."""
         keys = self.span_lists.keys
-        pairs = {True: 0, False: 0}
+        image = text = 0
         for run in self.query_runs:
-            pairs[self.image_start <= run.start < self.image_stop] += run.length * int(keys[run.span_list])
+            # Full attention has one run over image and text.
+            inside = min(run.start + run.length, self.image_stop) - max(run.start, self.image_start)
+            image += max(0, inside) * int(keys[run.span_list])
+            text += (run.length - max(0, inside)) * int(keys[run.span_list])
         if self.candidates is None:
-            return Work(pairs[True], pairs[False], 0.0)
+            return Work(image, text, 0.0)
         chosen = int(self.group_sizes @ self.candidates.slots)
-        return Work(pairs[True] + chosen, pairs[False], self.candidates.selection_pairs)
+        return Work(image + chosen, text, self.candidates.selection_pairs)
 
     @cached_property
     def group_sizes(self) -> IntArray:
@@ -395,8 +409,10 @@ class Plan(JointSequence):
 
     @cached_property
     def reach(self) -> float:
-        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly."""
+        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly, or may choose
+        to."""
         grouping, coordinates = self.grouping, self.grouping.coordinates
+        chosen = self.candidates is not None and self.candidates.choice.exact > 0
         squares = []
         for extent, size in zip(grouping.grid.shape, grouping.group, strict=True):
             first = np.arange(0, extent, size, dtype=np.int64)
@@ -405,7 +421,8 @@ class Plan(JointSequence):
             squares.append(np.maximum(span, span.T) ** 2)
         farthest = 0
         for queries in _stretches(len(coordinates)):
-            exact = self.pattern.levels(coordinates[queries], coordinates, grouping.counts) == 0
+            levels = self.pattern.levels(coordinates[queries], coordinates, grouping.counts)
+            exact = levels >= 0 if chosen else levels == 0
             # Groups per axis: [Q, counts of axis 0, counts of axis 1, ...], from [Q, counts of one axis] each.
             distance = np.zeros((exact.shape[0], *[1] * grouping.grid.axes), np.int64)
             for axis, square in enumerate(squares):
@@ -548,7 +565,8 @@ def build_plan(
             to, in place of `text_len` and `text_first`.
 
     Raises:
-        ValueError: if pattern and grid do not fit, a far block does not nest in a group, or a group attends nothing.
+        ValueError: if pattern and grid do not fit, a far block does not nest in a group, a group attends nothing, or
+            there are too many pairs of groups and blocks to choose from.
     """
     segments = segments or Segments.of_text(text_len, text_first)
     pattern.check(grouping.grid.axes)
@@ -560,6 +578,12 @@ def build_plan(
                 f"far blocks of {block} do not nest in groups of {grouping.group}: use divisors of the group's sizes"
             )
     grouping = grouping.refined(blocks)
+    if pattern.choice:
+        groups, offered_blocks = (math.prod(cell_counts(grouping.grid, size)) for size in (grouping.group, *far_blocks))
+        if groups * offered_blocks > _MOST_CANDIDATES:
+            raise ValueError(
+                f"{groups:,} groups that choose among {offered_blocks:,} blocks are too many: use larger ones"
+            )
 
     image_start = sum(segments.before)
     tokens = grouping.grid.tokens + segments.tokens
@@ -633,19 +657,11 @@ def _candidates(
         list_of_group: of each group in token order.
         columns: of `_columns_and_summaries`.
         blocks: sizes of the summaries' levels.
-
-    Raises:
-        ValueError: if there are too many pairs of groups and blocks.
     """
     assert pattern.choice is not None
     block, within = pattern.far_levels[0].block, pattern.choice.block
     level, fine_level = blocks.index(block) + 1, blocks.index(within) + 1
     of_list = np.repeat(by_group, np.diff(columns[level]), axis=1)
-    pairs = len(list_of_group) * of_list.shape[1]
-    if pairs > _MOST_CANDIDATES:
-        raise ValueError(
-            f"{len(list_of_group):,} groups that choose among {of_list.shape[1]:,} blocks are too many: use larger ones"
-        )
     # At the end of the lists stands that of text, which chooses nothing.
     of_list = np.concatenate([of_list, np.zeros((1, of_list.shape[1]), np.bool_)])
     means = math.prod(size // inner for size, inner in zip(block, within, strict=True))

@@ -1,6 +1,7 @@
 """The definition of span attention: dense masks in full precision, straight from groups and pattern.
 
-Nothing here uses a plan's spans, lists, tiles or candidates, so that it can judge them. Quadratic in memory: small sizes only.
+Nothing here uses a plan's spans, lists, tiles or candidates, so that it can judge them. Quadratic in memory: small
+sizes only.
 """
 
 from __future__ import annotations
@@ -114,9 +115,10 @@ def _with_chosen(
     whole = slice(*plan.summaries.offsets[(at := plan.summaries.blocks.index(level.block)) : at + 2])
     within = slice(*plan.summaries.offsets[(at := plan.summaries.blocks.index(choice.block)) : at + 2])
     # For each block the rows of the means within it.
+    inside = (means[whole] @ means[within].T > 0).tolist()
     parts = {
-        row: [part for part in range(within.start, within.stop) if bool((members[part] & members[row]).any())]
-        for row in range(whole.start, whole.stop)
+        row: [part for part, shared in enumerate(of_row, start=within.start) if shared]
+        for row, of_row in enumerate(inside, start=whole.start)
     }
     group_of_token = _cell_of_token(plan, plan.grouping.group)
     for group in np.unique(group_of_token, axis=0):
@@ -139,10 +141,10 @@ def _with_chosen(
             bias[tokens, plan.tokens + row] = -math.inf
             if number < choice.exact:
                 exact = plan.image_start + torch.nonzero(members[row])[:, 0]
-                bias[np.ix_(tokens, exact.tolist())] = 0
+                bias[np.ix_(tokens, exact.numpy())] = 0
             else:
                 counts = members[parts[row]].sum(1).to(bias.dtype)
-                bias[np.ix_(tokens, [plan.tokens + part for part in parts[row]])] = counts.log()
+                bias[np.ix_(tokens, plan.tokens + np.asarray(parts[row]))] = counts.log()
     return bias
 
 

@@ -1,6 +1,6 @@
 """Span attention on torch's scaled_dot_product_attention: CPU, CUDA and MPS, without any N×N mask.
 
-Groups that choose by content gather the keys of each head apart. Else there are three ways, by span list:
+Groups that choose by content gather keys head by head. Else there are three ways, by span list:
 - one span (text queries, full attention): keys are a slice, nothing is copied;
 - small groups: runs with lists of equal shape are gathered and computed together, a bounded number at a time;
 - large groups: one run at a time over a *window*, a buffer of keys that moves from group to group. Neighbouring
@@ -21,7 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grat_kernels.choosing import chosen_rows
 from grat_kernels.padded_text import padded_positions, without_padding
-from grat_kernels.summaries import summary_pair
+from grat_kernels.summaries import Selection, selection, summary_pair
+from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
     from grat_kernels.plan import Plan, QueryRun
@@ -56,22 +57,21 @@ def attention(
         `[B, N, H, D]`, contiguous.
     """
     device = query.device
-    if plan.candidates is not None:
-        summaries = summary_pair(key, value, plan, summaries)
-    source = _Source.of(key, value, plan, text_valid, summaries)
     on_cpu = device.type == "cpu"
     budget_bytes = CPU_GATHER_BYTES * torch.get_num_threads() if on_cpu else DEVICE_GATHER_BYTES
-    row_bytes = 2 * key.shape[0] * key.shape[2] * key.shape[3] * key.element_size()
-    gathered_keys = budget_bytes // row_bytes
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    if summaries is not None and plan.candidates is not None:
+    if plan.candidates is not None:
+        # Text attends tokens alone; groups take means besides, head by head.
+        tokens = _Source.of_tokens(key, value, plan, text_valid)
         slices, batches = plan.cached(("sdpa chosen", device), lambda: _divide_choosing(plan, device))
         for work in slices:
-            work.run(query, source, scale, out)
-        chosen = chosen_rows(query, summaries, plan, scale)
-        for batch in batches:
-            batch.run(query, source, chosen, scale, out, budget_bytes)
+            work.run(query, tokens, scale, out)
+        summaries = summary_pair(key, value, plan, summaries)
+        _attend_chosen(query, tokens, summaries, batches, plan, scale, out, budget_bytes)
         return out
+    source = _Source.of(key, value, plan, text_valid, summaries)
+    row_bytes = 2 * key.shape[0] * key.shape[2] * key.shape[3] * key.element_size()
+    gathered_keys = budget_bytes // row_bytes
     for work in plan.cached(("sdpa", device, gathered_keys), lambda: _divide(plan, device, gathered_keys)):
         work.run(query, source, scale, out)
     return out
@@ -99,31 +99,40 @@ class _Source(NamedTuple):
         text_valid: torch.Tensor | None,
         summaries: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> _Source:
-        # The CPU kernel takes fp32 biases with 16-bit keys; else a bias must have the dtype of the query.
-        half_on_cpu = key.device.type == "cpu" and key.element_size() == 2
-        bias_dtype = torch.float32 if half_on_cpu else key.dtype
+        source = cls.of_tokens(key, value, plan, text_valid)
         # Heads without a far field share the summaries of others, which they need not carry along.
-        far = plan.candidates is not None or bool(plan.span_lists.levels.any())
-        bias = None
-        if text_valid is not None or far:
-            bias = torch.zeros(
-                key.shape[0], plan.tokens + far * plan.summaries.rows, dtype=bias_dtype, device=key.device
-            )
-        if text_valid is not None and bias is not None:
-            padded = padded_positions(plan, text_valid, key.device)
-            bias[:, : plan.tokens].masked_fill_(padded, -torch.inf)
-            key, value = without_padding(key, padded), without_padding(value, padded)
-        if far and bias is not None:
-            bias[:, plan.tokens :] = plan.tensors(key.device).log_counts
-            # One copy of all keys spares two copies of every gathered list.
-            summary_key, summary_value = summary_pair(key, value, plan, summaries)
-            key = torch.cat([key, summary_key], dim=1)
-            value = torch.cat([value, summary_value], dim=1)
-        return cls(key, value, bias)
+        if not plan.span_lists.levels.any():
+            return source
+        bias = key.new_zeros(key.shape[:2], dtype=_bias_dtype(key)) if source.bias is None else source.bias
+        of_means = _bias_of_means(plan, key).expand(len(bias), -1)
+        # One copy of all keys spares two copies of every gathered list.
+        pairs = zip(
+            (source.key, source.value, bias), (*summary_pair(key, value, plan, summaries), of_means), strict=True
+        )
+        return cls(*(torch.cat(pair, dim=1) for pair in pairs))
+
+    @classmethod
+    def of_tokens(cls, key: torch.Tensor, value: torch.Tensor, plan: Plan, text_valid: torch.Tensor | None) -> _Source:
+        """Without summaries."""
+        if text_valid is None:
+            return cls(key, value, None)
+        padded = padded_positions(plan, text_valid, key.device)
+        bias = torch.zeros(padded.shape, dtype=_bias_dtype(key), device=key.device).masked_fill_(padded, -torch.inf)
+        return cls(without_padding(key, padded), without_padding(value, padded), bias)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Source:
         """The same change made to all parts."""
         return _Source(change(self.key), change(self.value), None if self.bias is None else change(self.bias))
+
+
+def _bias_dtype(key: torch.Tensor) -> torch.dtype:
+    """The CPU kernel takes fp32 biases with 16-bit keys; else a bias must have the dtype of the query."""
+    return torch.float32 if key.device.type == "cpu" and key.element_size() == 2 else key.dtype
+
+
+def _bias_of_means(plan: Plan, key: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of all summaries, `[R]`."""
+    return plan.tensors(key.device).log_counts.to(_bias_dtype(key))
 
 
 def _attend(query: torch.Tensor, source: _Source, scale: float) -> torch.Tensor:
@@ -163,52 +172,76 @@ class _Batch(NamedTuple):
 
 
 class _ChoosingBatch(NamedTuple):
-    """Groups of equal shape that choose: each head of each gathers keys of its own.
+    """Groups of equal shape that choose.
 
     Attributes:
-        groups: their numbers, `[groups]`.
-        queries: positions of their tokens, `[groups, tokens of one]`.
-        keys: positions of what their lists hold, `[groups, keys of one]`.
+        groups: their numbers.
+        queries: positions of their tokens, one group after another.
+        keys: positions of what their lists hold, `[groups, keys of one]` int32.
+        slots: those that each fills, the first of a row of what is chosen.
     """
 
-    groups: torch.Tensor
-    queries: torch.Tensor
+    groups: Selection
+    queries: Selection
     keys: torch.Tensor
+    slots: int
 
-    def run(
-        self,
-        query: torch.Tensor,
-        source: _Source,
-        chosen: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        budget_bytes: int,
-    ) -> None:
-        batch, _, heads, head_dim = query.shape
-        key, value = (tensor.transpose(1, 2).flatten(0, 2) for tensor in (source.key, source.value))
-        assert source.bias is not None, "means have one"
-        bias = torch.nn.functional.pad(source.bias, (0, 1), value=-torch.inf)  # of empty slots, the last
-        listed = self.keys.expand(batch, heads, -1, -1)
-        rows = torch.cat([listed, chosen[:, :, self.groups]], dim=-1)  # [B, H, groups, keys]
-        of_sample = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
-        of_head = torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1) * source.key.shape[1]
-        mask = bias[of_sample, rows].flatten(0, 2)[:, None, None]
-        flat = (rows.clamp(min=0) + of_head).flatten(0, 2)
-        queries = query[:, self.queries].permute(0, 3, 1, 2, 4).flatten(0, 2).unsqueeze(1)  # [B·H·groups, 1, n, D]
-        attended = torch.empty_like(queries)
-        keys = flat.shape[1]
-        at_once = max(1, budget_bytes // (2 * keys * head_dim * key.element_size()))
-        for first in range(0, len(flat), at_once):
-            part = slice(first, first + at_once)
-            picked = flat[part].reshape(-1)
-            attended[part] = scaled_dot_product_attention(
-                queries[part],
-                *(tensor.index_select(0, picked).view(-1, 1, keys, head_dim) for tensor in (key, value)),
-                attn_mask=mask[part].expand(-1, -1, queries.shape[2], -1),
-                scale=scale,
-            )
-        of_groups = attended.view(batch, heads, *self.queries.shape, head_dim).permute(0, 2, 3, 1, 4)
-        out[:, self.queries] = of_groups
+
+def _attend_chosen(
+    query: torch.Tensor,
+    tokens: _Source,
+    summaries: tuple[torch.Tensor, torch.Tensor],
+    batches: list[_ChoosingBatch],
+    plan: Plan,
+    scale: float,
+    out: torch.Tensor,
+    budget_bytes: int,
+) -> None:
+    """Attention of groups that choose, one head of one sample at a time: its keys stay in a CPU's cache.
+
+    Args:
+        query: `[B, N, H, D]`.
+        tokens: keys and values of all tokens.
+        summaries: means of keys and values, `[B, R, H, D]` each.
+        batches: groups by shape.
+        plan: with candidates.
+        scale: factor on scores.
+        out: to write to, `[B, N, H, D]`.
+        budget_bytes: of keys and values that are gathered at once.
+    """
+    batch, count, heads, head_dim = query.shape
+    chosen = chosen_rows(query, summaries, plan, scale)
+    # Behind tokens and means one row that is not attended stands for slots that are empty.
+    nothing = count + plan.summaries.rows
+    chosen.masked_fill_(chosen == EMPTY, nothing)
+    key, value = (tensor.new_zeros(nothing + 1, head_dim) for tensor in (tokens.key, tokens.value))
+    bias = torch.zeros(nothing + 1, dtype=_bias_dtype(query), device=query.device)
+    bias[count:nothing] = _bias_of_means(plan, query)
+    bias[nothing] = -torch.inf
+    for sample, head in itertools.product(range(batch), range(heads)):
+        for held, of_tokens, of_means in zip((key, value), tokens[:2], summaries, strict=True):
+            held[:count] = of_tokens[sample, :, head]
+            held[count:nothing] = of_means[sample, :, head]
+        if tokens.bias is not None:
+            bias[:count] = tokens.bias[sample]
+        for shape in batches:
+            rows = torch.cat([shape.keys, chosen[sample, head, shape.groups, : shape.slots]], dim=1)
+            groups, keys = rows.shape
+            at_once = max(1, budget_bytes // (2 * keys * head_dim * query.element_size()))
+            gathered = [held.new_empty(min(at_once, groups) * keys, head_dim) for held in (key, value)]
+            mask = bias.index_select(0, rows.flatten()).view(groups, 1, 1, keys)
+            queries = query[sample, shape.queries, head].unflatten(0, (groups, 1, -1))
+            attended = torch.empty_like(queries)
+            parts = (tensor.split(at_once) for tensor in (rows, mask, queries, attended))
+            for of_rows, of_mask, of_queries, result in zip(*parts, strict=True):
+                picked = of_rows.flatten()
+                near = (
+                    torch.index_select(held, 0, picked, out=room[: len(picked)]).view(len(of_rows), 1, keys, head_dim)
+                    for held, room in zip((key, value), gathered, strict=True)
+                )
+                of_mask = of_mask.expand(-1, -1, of_queries.shape[2], -1)
+                result.copy_(scaled_dot_product_attention(of_queries, *near, attn_mask=of_mask, scale=scale))
+            out[sample, shape.queries, head] = attended.flatten(0, 2)
 
 
 class _Copy(NamedTuple):
@@ -275,21 +308,30 @@ def _divide(plan: Plan, device: torch.device, gathered_keys: int) -> list[_Slice
 
 def _divide_choosing(plan: Plan, device: torch.device) -> tuple[list[_Slice], list[_ChoosingBatch]]:
     """The runs of a plan with a choice: those that attend all, and groups of equal shape."""
+    assert plan.candidates is not None
     lists = _KeyLists(plan)
-    slices = []
-    shapes: dict[tuple[int, int], list[tuple[int, np.ndarray, np.ndarray]]] = defaultdict(list)
-    groups = itertools.count()
+    slices, groups = [], []
     for run in plan.query_runs:
-        keys = np.concatenate([np.arange(*key_range) for key_range in lists.near(run)])
-        if not plan.image_start <= run.start < plan.image_stop:
+        if plan.image_start <= run.start < plan.image_stop:
+            groups.append(run)
+        else:
             slices.append(_Slice(slice(run.start, run.start + run.length), slice(0, plan.tokens)))
-            continue
+    shapes: dict[tuple[int, int, int], list[tuple[int, np.ndarray, np.ndarray]]] = defaultdict(list)
+    for number, (run, slots) in enumerate(zip(groups, plan.candidates.slots.tolist(), strict=True)):
+        keys = np.concatenate([np.arange(*key_range, dtype=np.int32) for key_range in lists.near(run)])
         queries = np.arange(run.start, run.start + run.length)
-        shapes[len(queries), len(keys)].append((next(groups), queries, keys))
-    batches = [
-        _ChoosingBatch(*(torch.from_numpy(np.stack(column)).to(device) for column in zip(*members, strict=True)))
-        for members in shapes.values()
-    ]
+        shapes[run.length, len(keys), slots].append((number, queries, keys))
+    batches = []
+    for (_, _, slots), members in shapes.items():
+        numbers, queries, keys = zip(*members, strict=True)
+        batches.append(
+            _ChoosingBatch(
+                selection(np.array(numbers), device),
+                selection(np.concatenate(queries), device),
+                torch.from_numpy(np.stack(keys)).to(device),
+                slots,
+            )
+        )
     return slices, batches
 
 

@@ -9,11 +9,20 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from grat_kernels.geometry import IntArray
     from grat_kernels.plan import JointSequence
 
 
 # Positions or rows that follow one another are a slice, which copies nothing when it selects.
 Selection = slice | torch.Tensor
+
+
+def selection(indices: IntArray, device: torch.device) -> Selection:
+    """What selects positions or rows on a device."""
+    first, last = int(indices[0]), int(indices[-1])
+    if (np.diff(indices) == 1).all():
+        return slice(first, last + 1)
+    return torch.from_numpy(indices).to(device)
 
 
 def summarise(tokens: torch.Tensor, plan: JointSequence) -> torch.Tensor:
@@ -43,12 +52,6 @@ def summary_pair(
 def _blocks_by_size(plan: JointSequence, device: torch.device) -> list[tuple[Selection, Selection, int]]:
     """For each level and block size: summary rows `[n]`, positions of their tokens `[n * count]`, and the size."""
 
-    def select(indices: np.ndarray) -> Selection:
-        first, last = int(indices[0]), int(indices[-1])
-        if last - first + 1 == len(indices):
-            return slice(first, last + 1)
-        return torch.from_numpy(indices).to(device)
-
     def build() -> list[tuple[Selection, Selection, int]]:
         summaries = plan.summaries
         batches = []
@@ -56,7 +59,7 @@ def _blocks_by_size(plan: JointSequence, device: torch.device) -> list[tuple[Sel
             for count in np.unique(summaries.counts[first:last]).tolist():
                 rows = first + np.flatnonzero(summaries.counts[first:last] == count)
                 positions = (summaries.starts[rows][:, None] + np.arange(count)).reshape(-1)
-                batches.append((select(rows), select(positions), count))
+                batches.append((selection(rows, device), selection(positions, device), count))
         return batches
 
     return plan.cached(("summary blocks", device), build)

@@ -59,6 +59,7 @@ class Adapter(ABC):
         inverse: what undoes it.
         preparation: what normalises, rotates and joins queries and keys, and why; None before the first call.
         chunking: how many tokens at most run through feed-forward and modulation at once, None for all; and why.
+        carries_modules: whether attention modules are carried over steps as a whole.
     """
 
     text_first: ClassVar[bool]
@@ -67,6 +68,7 @@ class Adapter(ABC):
     inverse: torch.Tensor
     preparation: str | None = None
     chunking: tuple[int | None, str] = None, "not attached yet"
+    carries_modules = False
     _caller: int | None = None  # the thread whose call is under way
 
     def __init__(
@@ -264,6 +266,11 @@ class Adapter(ABC):
                 "the transformer runs in chunks of tokens, and was compiled inside `with grat_cli.install(...)`: "
                 "compile it before, or give chunk_tokens=None"
             )
+        if self.carries_modules and self.is_compiled:
+            raise BadInput(
+                "attention is carried over steps, and the transformer was compiled inside "
+                "`with grat_cli.install(...)`: compile it before"
+            )
 
     def _around(
         self,
@@ -376,13 +383,15 @@ class _ReplacingAdapter(Adapter):
 
     def _carry_modules(self) -> None:
         """Where attention is carried over steps, its modules are, as far as they can be."""
-        if self.is_compiled:  # what differs from step to step is inside of an operator there
-            return
         from grat_cli.attention.carrying import with_module_carried
 
+        self.carries_modules = False
+        if self.is_compiled:  # what differs from step to step is inside of an operator there
+            return
         for attention, processor, layer in zip(self._attentions, self._processors, self._layers, strict=True):
             if layer.over_steps is not None and self.returns_attention_alone(attention):
                 with_module_carried(processor, layer.over_steps)
+                self.carries_modules = True
 
     def prepare(self, tokens: torch.Tensor) -> None:
         """See `Adapter.prepare`.

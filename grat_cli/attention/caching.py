@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MOST_KEPT_BYTES = 4 * 2**30
 _CALLS = "cond", "uncond"  # as pipelines name them
+_OF_BLOCKS = "FirstBlockCacheConfig", "MagCacheConfig"  # which take the place of whole blocks
 _NEVER = math.inf  # a timestep that no range holds
 _MOST_PARTS = 100_000
 _FIRST_STEPS = 2  # that FasterCache has to have computed before it can forecast
@@ -98,6 +99,8 @@ def attached(
     clock: PipelineClock,
     ratios: Sequence[float] | None = None,
     begun: Callable[[], None] = lambda: None,
+    *,
+    over_steps: bool = False,
 ) -> Iterator[StepCaches]:
     """While inside, transformers run with a step cache, or with the one that the caller has enabled; leaving disables
     the former again exactly.
@@ -109,13 +112,15 @@ def attached(
         clock: of the run.
         ratios: of `Mag`, where they are known for the model.
         begun: called when a run begins anew.
+        over_steps: whether attention is carried over steps besides.
 
     Raises:
         BadInput: if the cache cannot run in these transformers, with the reason.
     """
     runs = _Runs(begun)
     watched = [
-        _Watched(called, adapter, cache, clock, runs) for called, adapter in zip(transformers, adapters, strict=True)
+        _Watched(called, adapter, cache, clock, runs, over_steps)
+        for called, adapter in zip(transformers, adapters, strict=True)
     ]
     with ExitStack() as stack:
         for one in watched:
@@ -232,11 +237,17 @@ class _Watched:
     """
 
     def __init__(
-        self, called: Any, adapter: Adapter, settings: Cache | None, clock: PipelineClock, runs: _Runs
+        self,
+        called: Any,
+        adapter: Adapter,
+        settings: Cache | None,
+        clock: PipelineClock,
+        runs: _Runs,
+        over_steps: bool,
     ) -> None:
         self._model, self._called, self._blocks = adapter.model, called, adapter.blocks
         self._settings, self._clock, self._runs = settings, clock, runs
-        self._is_compiled = adapter.is_compiled
+        self._is_compiled, self._over_steps = adapter.is_compiled, over_steps
         self.ratios: dict[int, float] = {}
         self._seen: Any = None
         self._hooks: list[tuple[Any, Any]] = []  # with their registries
@@ -373,6 +384,11 @@ class _Watched:
             return
         # The caller may have enabled it anew with the same configuration.
         if config is not self._seen or not all(hook in registry.hooks.values() for registry, hook in self._hooks[:1]):
+            if self._over_steps and type(config).__name__ not in _OF_BLOCKS:
+                raise BadInput(
+                    f"the cache that is enabled on the transformer, {type(config).__name__}, and schedule.over_steps "
+                    "take the same place: leave out one of the two"
+                )
             self._seen = config
             self._find()
         step = self._clock.current_step()

@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from grat_cli.attention.clock import CallCounter
-from grat_cli.attention.keeping import Kept, kept
+from grat_cli.attention.keeping import Keeper, Kept
+from grat_cli.attention.schedule import kind_of_step
 
 if TYPE_CHECKING:
     from grat_cli.attention.clock import PipelineClock
-    from grat_cli.attention.schedule import AttentionSchedule, Carried
+    from grat_cli.attention.schedule import AttentionSchedule, Carried, StepKind
     from grat_kernels import HeadPlan, Plan
+
+_FURTHEST = 1e6  # that is told
 
 # Shape, dtype and device of each input.
 Form: TypeAlias = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
@@ -84,21 +87,33 @@ class Carrying:
 
     Attributes:
         kept_bytes: of all that is kept now.
-        most_kept_bytes: the most that it has been.
+        most_kept_bytes: the most that it has been in the run.
+        clock: of the pipeline.
     """
 
-    def __init__(self, clock: PipelineClock, begun: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        clock: PipelineClock,
+        begun: Callable[[], None] = lambda: None,
+        compared: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
         """Keeps nothing yet.
 
         Args:
             clock: of the pipeline.
             begun: called when a run begins.
+            compared: told at references of each layer how far what would have been carried to it is from what was
+                computed, as a share of that, a number on the device; None where nobody asks.
         """
-        self._counter, self._begun = CallCounter(clock), begun
+        self.clock = clock
+        self._counter, self._begun, self._compared = CallCounter(clock), begun, compared
         self._outputs: dict[_Place, _Output] = {}
+        self._keeper = Keeper()
         self._step, self._transformer = -1, -1
         self._transformers = 0
         self.kept_bytes = self.most_kept_bytes = 0
+        # Of each step, whether each layer that was called was carried to it.
+        self._is_carried: dict[int, dict[_Place, bool]] = {}
 
     def of_transformer(self, layers: int) -> CarriedLayers:
         """What serves one more transformer, with so many layers."""
@@ -116,6 +131,7 @@ class Carrying:
     def forget(self) -> None:
         """Drops all that is kept."""
         self._outputs.clear()
+        self._keeper.clear()
         self.kept_bytes = 0
 
     def begin_call(self, transformer: int) -> int:
@@ -124,6 +140,7 @@ class Carrying:
         if at.begins_run:
             self.forget()
             self.most_kept_bytes = 0
+            self._is_carried.clear()
             self._begun()
         elif transformer != self._transformer and at.step > self._step:
             # One takes over from another for the rest of the run.
@@ -134,16 +151,36 @@ class Carrying:
 
     def carried(self, place: _Place, step: int, rule: Carried, form: Form) -> Any:
         """What a layer's kept output makes at a step; None where it is a reference or nothing is kept."""
-        if rule.is_reference or (output := self._outputs.get(place)) is None or output.form != form:
+        output = self._outputs.get(place)
+        is_carried = not rule.is_reference and output is not None and output.form == form
+        self._is_carried.setdefault(step, {})[place] = is_carried
+        if not is_carried or output is None:
             return None
-        return output.at(step, rule.slope)
+        made = output.at(step, rule.slope)
+        if not rule.is_kept:  # the last step that it is carried to: decoders find its memory free
+            self._drop(place)
+        return made
+
+    def kind_of_step(self, step: int) -> StepKind | None:
+        """What a step was; None where no layer that is carried over steps was called."""
+        return kind_of_step(self._is_carried.get(step, {}).values())
 
     def fetch(self, place: _Place) -> None:
         """Sets out what is kept of a layer."""
         if (output := self._outputs.get(place)) is not None:
             output.fetch()
 
-    def keep(self, place: _Place, step: int, rule: Carried, form: Form, output: Any, *, copies: bool = False) -> None:
+    def keep(
+        self,
+        place: _Place,
+        step: int,
+        rule: Carried,
+        form: Form,
+        output: Any,
+        *,
+        whole: torch.Tensor | None = None,
+        copies: bool = False,
+    ) -> None:
         """Keeps what was computed of a layer at a step.
 
         Args:
@@ -152,6 +189,7 @@ class Carrying:
             rule: how it is carried on.
             form: of what it was computed from.
             output: a tensor, or a tuple of them.
+            whole: what the output is a part of; None where it is all.
             copies: whether the caller may change the output where it is.
         """
         before = self._outputs.get(place)
@@ -161,18 +199,23 @@ class Carrying:
         if not rule.is_kept:
             self._drop(place)
             return
-        parts = [output] if isinstance(output, torch.Tensor) else list(output)
-        slope = None
-        if before is not None and rule.extrapolates:
-            slopes = [
-                (part - one.get()).div_(step - before.step) for part, one in zip(parts, before.latest, strict=True)
-            ]
-            earlier = before.slope or [None] * len(slopes)
-            slope = [kept(rule.keep, one, of_slope=True, room=room) for one, room in zip(slopes, earlier, strict=True)]
-        rooms = before.latest if before is not None else [None] * len(parts)
+        parts = _parts(output)
+        if before is not None and self._compared is not None:
+            carried = _parts(before.at(step, rule.slope))
+            self._compared(place.layer, _distance(carried, parts, parts if whole is None else [whole]))
+        no_rooms: list[Kept | None] = [None] * len(parts)
+        slope, rooms = None, no_rooms
+        if before is not None:
+            rooms = [*before.latest]
+            if rule.extrapolates:
+                span = step - before.step
+                slopes = [(part - one.get()).div_(span) for part, one in zip(parts, before.latest, strict=True)]
+                rooms_of_slope = before.slope or no_rooms
+                slope = [
+                    self._keeper.keep(rule.keep, one, room) for one, room in zip(slopes, rooms_of_slope, strict=True)
+                ]
         latest = [
-            kept(rule.keep, part.clone() if copies and rule.keep == "device" else part, room=room)
-            for part, room in zip(parts, rooms, strict=True)
+            self._keeper.keep(rule.keep, part, room, copies=copies) for part, room in zip(parts, rooms, strict=True)
         ]
         self._drop(place)
         self._outputs[place] = made = _Output(step, form, latest, slope, isinstance(output, torch.Tensor))
@@ -182,6 +225,23 @@ class Carrying:
     def _drop(self, place: _Place) -> None:
         if (dropped := self._outputs.pop(place, None)) is not None:
             self.kept_bytes -= dropped.nbytes
+
+
+def _parts(output: Any) -> list[torch.Tensor]:
+    return [output] if isinstance(output, torch.Tensor) else list(output)
+
+
+def _distance(carried: list[torch.Tensor], computed: list[torch.Tensor], whole: list[torch.Tensor]) -> torch.Tensor:
+    """||carried - computed|| / ||whole||, a number on the device."""
+    apart = _norm([one - other for one, other in zip(carried, computed, strict=True)])
+    norm = _norm(whole)
+    # Outputs of zero have no error to speak of.
+    return (apart / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(_FURTHEST)
+
+
+def _norm(parts: list[torch.Tensor]) -> torch.Tensor:
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 class CarriedLayers:
@@ -269,10 +329,16 @@ class CarriedLayer:
             self._carrying.fetch(self.following)
         return made
 
-    def keep(self, form: Form, output: Any, *, copies: bool = False) -> None:
+    def keep(self, form: Form, output: Any, *, whole: torch.Tensor | None = None, copies: bool = False) -> None:
         """Keeps what was computed; see `Carrying.keep`."""
         assert self.rule is not None
-        self._carrying.keep(self.place, self.step, self.rule, form, output, copies=copies)
+        self._carrying.keep(self.place, self.step, self.rule, form, output, whole=whole, copies=copies)
+
+    def attention_carried(self, form: Form, *, copies: bool = False) -> torch.Tensor | None:
+        """What stands for the attention itself; None where any is to be computed. See `attention`."""
+        if not self.takes_attention or self.has_base or (carried := self.carried(form)) is None:
+            return None
+        return carried.clone() if copies else carried
 
     def attention(
         self,
@@ -292,18 +358,17 @@ class CarriedLayer:
         """
         rule, form = self.rule, form_of(query)
         assert rule is not None
-        carried = self.carried(form)
         if rule.base is None:
-            if carried is not None:
-                return carried.clone() if copies else carried
+            if (carried := self.attention_carried(form, copies=copies)) is not None:
+                return carried
             made = compute(plan)
             self.keep(form, made, copies=copies)
             return made
-        if carried is not None:
+        if (carried := self.carried(form)) is not None:
             return compute(rule.base) + carried
         made = compute(plan)
         if rule.is_kept:
-            self.keep(form, made - compute(rule.base))
+            self.keep(form, made - compute(rule.base), whole=made)
         return made
 
 

@@ -14,6 +14,7 @@ class PipelineClock:
     def __init__(self, pipe: Any, first_step: int = 0, steps: int | None = None) -> None:
         """Of a pipeline whose calls go on at a step of a run, which has so many in all; None for those of each call."""
         self._pipe, self._first_step, self._steps = pipe, first_step, steps
+        self._sigmas: tuple[torch.Tensor, tuple[float, ...]] | None = None  # and of which timesteps
 
     def current_step(self) -> int:
         """The step of the call under way."""
@@ -40,6 +41,20 @@ class PipelineClock:
         scheduler = self._pipe.scheduler
         index = scheduler.step_index
         return scheduler.timesteps, self.begin_index() if index is None else index
+
+    def sigmas(self) -> tuple[float, ...] | None:
+        """Of the whole run's steps, and what the last one ends at; None where the scheduler has none.
+
+        Waits for the device once a run.
+        """
+        timesteps, _ = self.timesteps()
+        if self._sigmas is None or not same(self._sigmas[0], timesteps):
+            scheduler = self._pipe.scheduler
+            of_schedule = getattr(getattr(scheduler, "whole", scheduler), "sigmas", None)
+            self._sigmas = timesteps, () if of_schedule is None else tuple(map(float, of_schedule.tolist()))
+        count = self.total_steps() + 1
+        known = self._sigmas[1]
+        return known[-count:] if len(known) >= count else None
 
     def schedule_length(self) -> int:
         """Steps of the schedule that the run is the end of."""

@@ -10,14 +10,23 @@ work that was issued a whole step before is waited for. So the pattern that is j
 have two steps later, or where that is full up to four: after four dense steps or more, layers have gone as wide as they
 have to before the first sparse step is run. Full attention itself is never judged. Where a plan is met for the first
 time its tables are moved to the device, which does wait, once for each plan.
+
+Of attention that is carried over steps two things are watched. Its references are judged as other steps are, where they
+are computed. And at each of them what would have been carried to it is compared with what is computed. That distance,
+||carried - computed|| / ||computed||, grew from nothing over the steps of the gap, so half of it was lost on average,
+and the rest is kept. Where the layers of a section of `over_steps` keep less than the bar
+on average, their references come twice as often from then on: one more in the middle of what is left of each gap. What
+was compared with fewer references says nothing about more of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice, pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
@@ -37,15 +46,16 @@ if TYPE_CHECKING:
 
 ROWS = 32
 DELAY_STEPS = 2
-_HORIZON_STEPS = DELAY_STEPS * Width.FULL  # as many as it takes to climb to full attention
+# As many as it takes to climb to full attention from the first step that a decision reaches.
+_HORIZON_STEPS = DELAY_STEPS * (Width.FULL - 1) + 1
 
-
-_MOST_LAYERS = 1000
+_MOST_LAYERS = _MOST_SECTIONS = 1000
 _Step = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 _Layer = Annotated[int, Field(ge=0, le=_MOST_LAYERS)]
 _Width = Annotated[int, Field(ge=Width.OWN, le=Width.FULL)]
 _Figure = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
 _Number = Annotated[str, Field(pattern="^[0-9]{1,6}$")]
+_Section = Annotated[int, Field(ge=0, le=_MOST_SECTIONS)]
 
 
 class _StoredWidening(BaseModel):
@@ -61,8 +71,20 @@ class _StoredWidening(BaseModel):
     to: Annotated[str, Field(max_length=4096)]
 
 
+class _StoredDoubling(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    step: _Step
+    section: _Section
+    measured_step: _Step
+    kept: _Figure
+    layer: _Layer
+    least: _Figure
+    references: Annotated[tuple[_Step, ...], Field(max_length=MOST_STEPS)]
+
+
 class GuardState(BaseModel):
-    """What `RecallGuard.state` writes, read from a file: `widened` as they are, the others as lists of figures."""
+    """What `RecallGuard.state` writes, read from a file: decisions as they are, the others as lists of figures."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -75,11 +97,18 @@ class GuardState(BaseModel):
         ],
         Field(max_length=1000),
     ]
+    doubled: Annotated[tuple[_StoredDoubling, ...], Field(max_length=MOST_STEPS)] = ()
+    least_carried: tuple[_Step, _Section, _Figure] | None = None
+    carried: Annotated[
+        dict[_Number, Annotated[tuple[tuple[_Layer, _Figure], ...], Field(max_length=10_000)]],
+        Field(max_length=1000),
+    ] = {}
 
     @property
     def layers(self) -> set[int]:
         """All that it tells of."""
-        told = {one.layer for one in self.widened} | {one[0] for of_step in self.measured.values() for one in of_step}
+        told = {one.layer for one in (*self.widened, *self.doubled)}
+        told |= {one[0] for of_step in (*self.measured.values(), *self.carried.values()) for one in of_step}
         return told if self.lowest is None else told | {self.lowest[1]}
 
 
@@ -136,6 +165,41 @@ class Widening:
     to: str = ""
 
 
+@dataclass(frozen=True)
+class Doubling:
+    """References that come twice as often.
+
+    Attributes:
+        step: from which on, counted from 0 over the steps that are run.
+        section: of the preset's `over_steps`, counted from 0.
+        measured_step: the reference to which its layers would have carried too little.
+        kept: how much of what was computed then, mean over the layers.
+        layer: which kept least.
+        least: how much.
+        references: the steps that became some.
+    """
+
+    step: int
+    section: int
+    measured_step: int
+    kept: float
+    layer: int
+    least: float
+    references: tuple[int, ...]
+
+
+def in_the_middle(references: Sequence[int], steps: int, begin: int) -> tuple[int, ...]:
+    """Steps in the middle of what is left of each gap between references, and behind the last one.
+
+    Args:
+        references: in order.
+        steps: of the run.
+        begin: the first step that is left.
+    """
+    gaps = ((max(one, begin - 1), other) for one, other in pairwise((*references, steps)))
+    return tuple((one + other) // 2 for one, other in gaps if other - one > 1)
+
+
 class RecallGuard:
     """Watches the layers of one run and widens them; an `layer.CallObserver`.
 
@@ -156,6 +220,8 @@ class RecallGuard:
         self._step = -1
         self._widenings: list[Widening] = []
         self._lowest: _Seen | None = None
+        self._doublings: list[Doubling] = []
+        self._least_carried: tuple[int, int, float] | None = None
         self._pending: dict[int, list[_Call | _Known]] = {}
         self._sampled: dict[tuple[int, torch.device], tuple[Plan | HeadPlan, SampledRows]] = {}
         self._planned_density = math.nan
@@ -174,21 +240,24 @@ class RecallGuard:
         if self._step < step < schedule.steps:
             self._step = step
             self._sampled.clear()
-            self._widen(schedule, step)
+            self._decide(schedule, step)
         self._applied = self._widened(schedule)
         return self._applied
 
-    def _widen(self, schedule: AttentionSchedule, step: int) -> None:
+    def _decide(self, schedule: AttentionSchedule, step: int) -> None:
         """Decides by what was measured two steps ago and earlier."""
         low: dict[int, tuple[int, Measured]] = {}
         for measured_step in [earlier for earlier in self._pending if earlier <= step - DELAY_STEPS]:
-            for layer, measured in self._take(measured_step).items():
+            found = _lowest_of(self._pending.pop(measured_step))
+            self._lowest = _lower(self._lowest, measured_step, found.measured)
+            self._double(schedule, step, measured_step, found.carried)
+            for layer, measured in found.measured.items():
                 # What it kept before it went wider says nothing about what it keeps now.
                 if not measured.kept >= self.bar and measured.width == self._width_of(layer):
                     low[layer] = measured_step, measured
         new = [
             Widening(
-                step=next(at for at in range(step, schedule.steps) if schedule.plan(at, layer).density < 1),
+                step=next(at for at in range(step, schedule.steps) if schedule.reference_plan(at, layer).density < 1),
                 layer=layer,
                 measured_step=measured_step,
                 kept=measured.kept,
@@ -203,11 +272,22 @@ class RecallGuard:
             wider = self._widened(schedule)
             self._widenings[-len(new) :] = [replace(one, to=wider.described(one.step, one.layer)) for one in new]
 
-    def _take(self, step: int) -> dict[int, Measured]:
-        """What each layer kept at a step; it counts as seen."""
-        found = _lowest_of(self._pending.pop(step))
-        self._lowest = _lower(self._lowest, step, found)
-        return found
+    def _double(self, schedule: AttentionSchedule, step: int, measured_step: int, carried: Mapping[int, float]) -> None:
+        """Has references come twice as often in each section whose layers would have carried too little to one."""
+        of_section: dict[int, dict[int, float]] = {}
+        for layer, kept in carried.items():
+            if (section := schedule.section_of(layer)) is not None:
+                of_section.setdefault(section, {})[layer] = kept
+        for section, of_layer in sorted(of_section.items()):
+            kept = fmean(of_layer.values())
+            if self._least_carried is None or kept < self._least_carried[2]:
+                self._least_carried = measured_step, section, kept
+            if kept >= self.bar or any(one.section == section and one.step >= measured_step for one in self._doublings):
+                continue
+            references = in_the_middle(self._widened(schedule).references(section), schedule.steps, step)
+            if references:
+                layer = min(of_layer, key=lambda one: of_layer[one])
+                self._doublings.append(Doubling(step, section, measured_step, kept, layer, of_layer[layer], references))
 
     def _width_of(self, layer: int) -> int:
         return max((one.width for one in self._widenings if one.layer == layer), default=Width.OWN)
@@ -218,13 +298,24 @@ class RecallGuard:
             widths[widening.step :, widening.layer] = widening.width
         return widths
 
+    def _references(self, schedule: AttentionSchedule) -> np.ndarray:
+        """Those that there are besides, `[steps, sections]`."""
+        references = np.zeros((schedule.steps, schedule.sections), bool)
+        for doubling in self._doublings:
+            try:
+                references[list(doubling.references), doubling.section] = True
+            except IndexError as error:
+                raise BadInput("what the guard had done is of another run: start it anew") from error
+        return references
+
     def _widened(self, schedule: AttentionSchedule) -> AttentionSchedule:
-        if not self._widenings:
+        decisions = len(self._widenings) + len(self._doublings)
+        if not decisions:
             return schedule
         count, widened = self._laid_out.get(schedule, (0, schedule))
-        if count != len(self._widenings):
-            widened = schedule.widened(self._widths(schedule))
-            self._laid_out[schedule] = len(self._widenings), widened
+        if count != decisions:
+            widened = schedule.widened(self._widths(schedule), self._references(schedule))
+            self._laid_out[schedule] = decisions, widened
         return widened
 
     # As an observer of transformer calls.
@@ -235,23 +326,49 @@ class RecallGuard:
 
     def end_call(self) -> None:
         """All of it has been issued: what was measured sets out for the host."""
-        if self._call.layers:
+        if self._call.has_figures:
             self._call.send()
             self._pending.setdefault(self._step, []).append(self._call)
 
     @contextmanager
     def attention(self, inputs: AttentionInputs | None = None) -> Iterator[None]:
         """Looks at what one attention is computed from, unless its layer is to have full attention."""
-        if inputs is not None and (step := self._sparse_step(inputs.layer)) is not None:
-            figures = self._measured(inputs, self._applied.plan(step, inputs.layer))
-            self._call.add(inputs.layer, self._width_of(inputs.layer), figures)
+        if inputs is not None and self._is_judged(inputs.layer):
+            step = self._sparse_step(inputs.layer)
+            if step is not None:
+                figures = self._measured(inputs, self._applied.reference_plan(step, inputs.layer))
+                self._call.add(inputs.layer, self._width_of(inputs.layer), figures)
         yield
 
+    def compared(self, layer: int, distance: torch.Tensor) -> None:
+        """Takes in how far what would have been carried to this call is from what was computed.
+
+        Args:
+            layer: counted from 0.
+            distance: ||carried - computed|| / ||computed||, a number on the device.
+        """
+        self._call.carried.append((layer, distance))
+
+    def _is_judged(self, layer: int) -> bool:
+        """Whether an attention is the layer's own, and the first that it computes in this call.
+
+        A layer that is carried to a step may compute a sparser attention, the base of what is carried, and does so at
+        references besides its own.
+        """
+        carried = self._applied.carried(self._step, layer)
+        return (carried is None or carried.is_reference) and layer not in self._call.measured
+
     def _sparse_step(self, layer: int) -> int | None:
-        """The step whose pattern is judged: the first one in reach at which the layer does not have full attention."""
-        end = min(self._step + _HORIZON_STEPS + 1, self._applied.steps)
-        steps = range(self._step + DELAY_STEPS, end)
-        return next((step for step in steps if self._applied.plan(step, layer).density < 1), None)
+        """The step whose pattern is judged: the first one in reach at which the layer does not have full attention.
+
+        Steps to which it is carried are none of those that are counted.
+        """
+        steps = range(self._step + DELAY_STEPS, self._applied.steps)
+        computed = (
+            step for step in steps if (carried := self._applied.carried(step, layer)) is None or carried.is_reference
+        )
+        reach = islice(computed, _HORIZON_STEPS)
+        return next((step for step in reach if self._applied.reference_plan(step, layer).density < 1), None)
 
     def _measured(self, inputs: AttentionInputs, plan: Plan | HeadPlan) -> torch.Tensor:
         """What a plan would keep of an attention, on the device."""
@@ -286,6 +403,19 @@ class RecallGuard:
                 _rounded({name: value for name, value in asdict(widening).items() if name != "width"})
                 for widening in self._widenings
             ],
+            **self._told_of_carrying(),
+        }
+
+    def _told_of_carrying(self) -> dict[str, Any]:
+        """Where something is carried over steps."""
+        if self._least_carried is None:
+            return {}
+        names = "step", "section", "kept"
+        return {
+            "least_carried": _rounded(dict(zip(names, self._least_carried, strict=True))),
+            "doubled": [
+                _rounded(asdict(doubling) | {"references": list(doubling.references)}) for doubling in self._doublings
+            ],
         }
 
     def state(self, done: int) -> dict[str, Any]:
@@ -294,14 +424,17 @@ class RecallGuard:
         Args:
             done: steps that are done; what was measured in one that was broken off is left out.
         """
+        pending = {str(step): _lowest_of(calls) for step, calls in self._pending.items() if step < done}
         return {
             "widened": [asdict(widening) for widening in self._widenings],
             "lowest": self._lowest,
             "measured": {
-                str(step): [[layer, *measured] for layer, measured in _lowest_of(calls).items()]
-                for step, calls in self._pending.items()
-                if step < done
+                step: [[layer, *measured] for layer, measured in found.measured.items()]
+                for step, found in pending.items()
             },
+            "doubled": [asdict(doubling) for doubling in self._doublings],
+            "least_carried": self._least_carried,
+            "carried": {step: [*found.carried.items()] for step, found in pending.items()},
         }
 
     def restore(self, state: Mapping[str, Any], done: int) -> None:
@@ -324,65 +457,96 @@ class RecallGuard:
             raise BadInput(f"what the guard had done is damaged, or of another version of grat: {error}") from error
         self._widenings = [Widening(**dict(one)) for one in known.widened]
         self._lowest = known.lowest and _Seen.read(*known.lowest)
+        self._doublings = [Doubling(**dict(one)) for one in known.doubled]
+        self._least_carried = known.least_carried
         self._pending = {
-            int(step): [_Known({one[0]: Measured(one[1], one[2], one[3], one[4]) for one in measured})]
-            for step, measured in known.measured.items()
+            int(step): [
+                _Known(
+                    _Found(
+                        {one[0]: Measured(*one[1:]) for one in known.measured.get(step, ())},
+                        dict(known.carried.get(step, ())),
+                    )
+                )
+            ]
+            for step in sorted({*known.measured, *known.carried}, key=int)
         }
 
 
-class _Call:
-    """What one transformer call measured, on its way from the device."""
+class _Found(NamedTuple):
+    """What was measured of layers, and how much of what was computed they would have carried."""
 
-    def __init__(self) -> None:
-        self.layers: list[tuple[int, int]] = []
-        self._figures: list[torch.Tensor] = []
-        self._arrived: torch.cuda.Event | None = None
+    measured: dict[int, Measured]
+    carried: dict[int, float]
+
+
+@dataclass
+class _Call:
+    """What one transformer call measured, on its way from the device.
+
+    Attributes:
+        measured: of each layer the width that was judged, and its figures.
+        carried: of layers how far off what would have been carried to the call is.
+    """
+
+    measured: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
+    carried: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    _figures: torch.Tensor | None = None
+    _arrived: torch.cuda.Event | None = None
+
+    @property
+    def has_figures(self) -> bool:
+        return bool(self.measured or self.carried)
 
     def add(self, layer: int, width: int, figures: torch.Tensor) -> None:
-        self.layers.append((layer, int(width)))
-        self._figures.append(figures)
+        self.measured[layer] = int(width), figures
 
     def send(self) -> None:
         """Copies all figures to the host; on a CUDA device into pinned memory, with an event to wait for."""
         import torch
 
-        together = torch.stack(self._figures)
+        together = torch.cat(
+            [figures for _, figures in self.measured.values()] + [one.reshape(1) for _, one in self.carried]
+        )
         if together.is_cuda:
             on_host = torch.empty(together.shape, pin_memory=True)
             on_host.copy_(together, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(together.device))
             together = on_host
-        self._figures = [together]
+        self._figures = together
 
-    def read(self) -> dict[int, Measured]:
+    def read(self) -> _Found:
+        assert self._figures is not None, "it was sent"
         if self._arrived is not None:
             self._arrived.synchronize()
-        (together,) = self._figures
-        return {
-            layer: Measured(kept, recall, None if math.isnan(error) else error, width)
-            for (layer, width), (kept, recall, error) in zip(self.layers, together.tolist(), strict=True)
-        }
+        figures = iter(self._figures.tolist())
+        measured = {}
+        for layer, (width, _) in self.measured.items():
+            kept, recall, error = islice(figures, 3)
+            measured[layer] = Measured(kept, recall, None if math.isnan(error) else error, width)
+        return _Found(measured, {layer: 1 - next(figures) / 2 for layer, _ in self.carried})
 
 
 class _Known:
     """What an earlier process measured."""
 
-    def __init__(self, measured: dict[int, Measured]) -> None:
-        self._measured = measured
+    def __init__(self, found: _Found) -> None:
+        self._found = found
 
-    def read(self) -> dict[int, Measured]:
-        return self._measured
+    def read(self) -> _Found:
+        return self._found
 
 
-def _lowest_of(calls: list[_Call | _Known]) -> dict[int, Measured]:
+def _lowest_of(calls: list[_Call | _Known]) -> _Found:
     """What each layer kept at one step: the least of its calls."""
-    found: dict[int, Measured] = {}
-    for call in calls:
-        for layer, measured in call.read().items():
-            if layer not in found or not measured.kept >= found[layer].kept:
-                found[layer] = measured
-    return found
+    lowest = _Found({}, {})
+    for found in (call.read() for call in calls):
+        for layer, measured in found.measured.items():
+            if layer not in lowest.measured or not measured.kept >= lowest.measured[layer].kept:
+                lowest.measured[layer] = measured
+        for layer, kept in found.carried.items():
+            lowest.carried[layer] = min(kept, lowest.carried.get(layer, kept))
+    return lowest
 
 
 def _lower(lowest: _Seen | None, step: int, found: Mapping[int, Measured]) -> _Seen | None:

@@ -182,6 +182,19 @@ class LayerAttention:
         keeps, may_change = not may_change, may_change and not self.over_steps.has_base
         return self.over_steps.attention(query, attended, self.plan, copies=keeps)
 
+    def carried(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+        """What is carried over steps to this call of compiled code, so that queries need not be made; else None.
+
+        Args:
+            shape: of queries, `[B, N, H, D]`.
+            like: of their dtype and device.
+        """
+        import torch
+
+        if self.over_steps is None:
+            return None
+        return self.over_steps.attention_carried(((torch.Size(shape), like.dtype, like.device),), copies=True)
+
 
 def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors in the dtype in which torch's own attention would take them under `torch.autocast`."""

@@ -37,6 +37,10 @@ class Layer(Protocol):
         """Its attention."""
         ...
 
+    def carried(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+        """What stands for it at a step, or None."""
+        ...
+
 
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -106,6 +110,8 @@ def _prepare_and_attend(
     number: torch.Tensor,
 ) -> torch.Tensor:
     layer, text, text_norms = _LAYERS[int(number)], None, None
+    if (carried := layer.carried(_joint_shape(query, text_query), query)) is not None:
+        return carried
     if text_query is not None and text_key is not None and text_value is not None:
         text = Projections(text_query, text_key, text_value)
         text_norms = Norms(text_query_weight, text_key_weight, text_eps)
@@ -140,5 +146,10 @@ def _(
     text_eps: float,
     number: torch.Tensor,
 ) -> torch.Tensor:
+    return query.new_empty(_joint_shape(query, text_query))
+
+
+def _joint_shape(query: torch.Tensor, text_query: torch.Tensor | None) -> tuple[int, ...]:
+    """`[B, N, H, D]` of image and text together."""
     batch, tokens, heads, channels = query.shape
-    return query.new_empty(batch, tokens + (0 if text_query is None else text_query.shape[1]), heads, channels)
+    return batch, tokens + (0 if text_query is None else text_query.shape[1]), heads, channels

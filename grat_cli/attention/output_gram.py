@@ -22,12 +22,10 @@ class OutputGram:
         gram: `<O_s, O_t>` of attention outputs at two steps, mean over rows, calls of a step and samples,
             `[L, H, S, S]`.
         calls: of the transformer at a step, each sample of a batch for one.
-        tokens: of the joint sequence; of the longest where calls have several.
     """
 
     gram: np.ndarray
     calls: int
-    tokens: int
 
 
 class OutputGramRecorder:
@@ -46,7 +44,6 @@ class OutputGramRecorder:
     def __init__(self, steps: int, layers: int, *, rows: int = 64, seed: int = 0) -> None:
         self._steps, self._layers, self._rows, self._seed = steps, layers, rows, seed
         self._step, self._call = -1, 0
-        self._tokens = 0
         # By call of a step with sample, and layer: `[rows, H, D]` of each step.
         self._outputs: dict[tuple[tuple[int, int], int], dict[int, torch.Tensor]] = {}
 
@@ -74,12 +71,12 @@ class OutputGramRecorder:
             BadInput: if not all steps have been.
         """
         calls = {call for call, _ in self._outputs}
+        if not calls:
+            raise BadInput("no attention was recorded: the pipeline has not been called")
         if len(self._outputs) < len(calls) * self._layers or any(
             len(steps) < self._steps for steps in self._outputs.values()
         ):
             raise BadInput("attention was not recorded at every step: the pipeline has not run to its end")
-        if not calls:
-            raise BadInput("no attention was recorded: the pipeline has not been called")
         grams = [
             torch.stack(
                 [
@@ -90,7 +87,7 @@ class OutputGramRecorder:
             ).mean(0)
             for layer in range(self._layers)
         ]
-        return OutputGram(torch.stack(grams).numpy(), len(calls), self._tokens)
+        return OutputGram(torch.stack(grams).numpy(), len(calls))
 
     def _of_steps(self, call: tuple[int, int], layer: int) -> torch.Tensor:
         """Outputs of all steps, `[S, rows, H, D]` fp64."""
@@ -105,8 +102,8 @@ class OutputGramRecorder:
         query, key, value = (tensor[sample].transpose(0, 1) for tensor in (inputs.query, inputs.key, inputs.value))
         attended = None
         if valid < plan.text_len:
-            attended = torch.ones(tokens, dtype=torch.bool, device=query.device)
-            attended[plan.text_start + valid : plan.text_start + plan.text_len] = False
+            attended = torch.ones(1, tokens, dtype=torch.bool, device=query.device)
+            attended[:, plan.text_start + valid : plan.text_start + plan.text_len] = False
         rows = torch.from_numpy(np.concatenate([image, text])).to(query.device)
         made = torch.nn.functional.scaled_dot_product_attention(
             query[None, :, rows].float(), key[None].float(), value[None].float(), attended, scale=inputs.scale
@@ -117,7 +114,6 @@ class OutputGramRecorder:
         made = made * torch.tensor(weights, device=made.device).sqrt()[:, None, None]
         place = (self._call, sample), inputs.layer
         self._outputs.setdefault(place, {})[self._step] = made.cpu()
-        self._tokens = max(self._tokens, tokens)
 
     def _positions(self, plan: JointSequence, valid: int, layer: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions of image and text rows in the joint sequence, the same ones at every step."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from copy import copy
 from enum import IntEnum
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,43 @@ class Width(IntEnum):
     WIDER = 1
     """The next wider pattern (`wider`), or full attention where that is none or attends everything."""
     FULL = 2
+
+
+StepKind = Literal["reference", "carried", "mixed"]
+STEP_KINDS: tuple[StepKind, ...] = ("reference", "carried", "mixed")
+
+
+def kind_of_step(carried: Iterable[bool]) -> StepKind | None:
+    """What a step is, given of each layer that is carried over steps whether it is carried to this one; `mixed` where
+    layers differ, and None where there is no such layer."""
+    found = set(carried)
+    if not found:
+        return None
+    if len(found) > 1:
+        return "mixed"
+    return "carried" if True in found else "reference"
+
+
+class Parts(NamedTuple):
+    """Attention work by part, each over all pairs of the joint sequence; the first three add up to its
+    density.
+
+    Attributes:
+        pairs: of image tokens as queries.
+        text: of text and the like as queries.
+        selection: of choosing by content.
+        forming: of means of keys and values, which density leaves out.
+    """
+
+    pairs: float
+    text: float
+    selection: float
+    forming: float
+
+    @classmethod
+    def of(cls, plan: Plan | HeadPlan) -> Parts:
+        """The work of a plan, mean over its heads."""
+        return cls(*(part / plan.tokens**2 for part in (*plan.work, plan.forming)))
 
 
 class Carried(NamedTuple):
@@ -176,14 +214,17 @@ class AttentionSchedule:
                     f"{name} of preset {preset.name} {error}: change its reference, or take it out"
                 ) from error
 
-    def widened(self, widths: IntArray) -> AttentionSchedule:
-        """This schedule with layers wider at some steps; it stays as it is itself.
+    def widened(self, widths: IntArray, references: npt.NDArray[np.bool_] | None = None) -> AttentionSchedule:
+        """This schedule with layers wider at some steps, and more references; it stays as it is itself.
 
         Args:
             widths: a `Width` for every step and layer, `[steps, layers]`.
+            references: which steps are references besides, `[steps, sections]`; None for no more.
         """
         other = copy(self)
-        for name in ("shares", "_carried"):  # those of the layout before
+        if references is not None:
+            other._is_reference = self._is_reference | references
+        for name in ("shares", "parts", "_carried"):  # those of the layout before
             other.__dict__.pop(name, None)
         other._lay_out(widths)
         return other
@@ -232,7 +273,20 @@ class AttentionSchedule:
     @property
     def is_over_steps(self) -> bool:
         """Whether any layer is carried over steps."""
-        return any(number is not None for number in self._section_of_layer)
+        return bool(self.layers_over_steps)
+
+    @property
+    def sections(self) -> int:
+        """How many sections of `over_steps` there are."""
+        return len(self._sections)
+
+    def section_of(self, layer: int) -> int | None:
+        """By which of them a layer is carried, counted from 0; None for one that is computed at every step."""
+        return self._section_of_layer[layer]
+
+    def references(self, section: int) -> tuple[int, ...]:
+        """The steps that are references of a section, in order."""
+        return tuple(np.flatnonzero(self._is_reference[:, section]).tolist())
 
     def carried(self, step: int, layer: int) -> Carried | None:
         """How a layer is carried over steps, at one of them; None for one that is computed at every step."""
@@ -294,6 +348,24 @@ class AttentionSchedule:
             else:
                 served[plan] += self.heads
         return {plan: count / (self.steps * self.layers * self.heads) for plan, count in served.items()}
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The run's attention work by part, mean over steps, layers and heads."""
+        calls = np.ndindex(self.steps, self.layers)
+        computed = Counter(plan for step, layer in calls for plan in self._computed(step, layer))
+        total = np.sum([np.multiply(count, Parts.of(plan)) for plan, count in computed.items()], axis=0)
+        return Parts(*(total / (self.steps * self.layers)).tolist())
+
+    def kind_of_step(self, step: int) -> StepKind | None:
+        """What a step is to the layers that are carried over steps; None where there are none."""
+        rules = (self.carried(step, layer) for layer in range(self.layers))
+        return kind_of_step(not rule.is_reference for rule in rules if rule is not None)
+
+    @property
+    def layers_over_steps(self) -> list[int]:
+        """Layers that are carried over steps."""
+        return [layer for layer, number in enumerate(self._section_of_layer) if number is not None]
 
     def _plan_of_pattern(self, pattern: _Grouped) -> Plan:
         if pattern not in self._built:

@@ -1,11 +1,13 @@
 """What of a run's attention was computed: counted from outside, so that whatever skips an attention is seen.
 
-Step caches take the place of attentions, or of whole blocks, and a schedule knows nothing of them. All is counted in
-plain integers on the host, so nothing waits for the device.
+Step caches take the place of attentions, or of whole blocks, and a schedule knows nothing of them; and what is to be
+carried over steps may not have been kept. All is counted in plain integers on the host, so nothing waits for the
+device.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,11 +81,12 @@ class Work:
         calls = self._calls.get(step)
         if not calls:
             return None
-        whole = all(len(call.layers) >= self.layers for call in calls)
-        computed = () if whole else tuple(ranges_text(sorted(call.layers)) for call in calls)
+        layers = [sorted(set(call.layers)) for call in calls]  # with a base to carry on, a layer attends twice
+        whole = all(len(of_call) >= self.layers for of_call in layers)
+        computed = () if whole else tuple(map(ranges_text, layers))
         return StepWork(statistics.fmean(self._density(call) for call in calls), computed)
 
     def _density(self, call: _Call) -> float:
-        if len(call.layers) >= self.layers:
-            return call.density
-        return sum(call.densities) / self.layers
+        counted = sum(call.densities) / self.layers
+        # To the last digit as its schedule says where that is what ran.
+        return call.density if math.isclose(counted, call.density) else counted

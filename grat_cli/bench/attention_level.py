@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from grat_cli.attention.schedule import Parts
 from grat_cli.bench.baselines import Window, baseline_for, mask_row
 from grat_cli.bench.dense import dense_rate, fastest_dense
 from grat_cli.bench.measure import (
@@ -189,9 +190,11 @@ class _AttentionBench:
             return replace(row, skipped=variant.obstacle)
         try:
             pairs = variant.attended_pairs(size.text_len, size.text_first, self.heads)
+            plan = variant.plan(size.text_len, size.text_first, self.heads)
         except ValueError as reason:  # too few heads
             return replace(row, skipped=str(reason))
-        return replace(row, density=pairs / size.tokens**2, reach_tokens=variant.reach())
+        work = None if plan is None else Parts.of(plan)._asdict()
+        return replace(row, density=pairs / size.tokens**2, reach_tokens=variant.reach(), work=work)
 
     def _candidates(self, variant: Variant, scene: Scene, size: Size) -> list[_Candidate]:
         row = self._plain_row(variant, size)
@@ -219,13 +222,12 @@ class _AttentionBench:
         return [_Candidate(row, pairs, call, executed, extra, attended)]
 
     def _span_candidate(self, plan: Plan | HeadPlan, backend: str, row: Row, scene: Scene) -> _Candidate:
-        resolved = backend
-        if backend == "auto":
-            resolved = choose_backend(self.device, self.dtype, self.head_dim, choosing=plan.chooses)[0].value
+        kind = self.device, self.dtype, self.head_dim
+        resolved = choose_backend(*kind, choosing=plan.chooses)[0].value if backend == "auto" else backend
         if len(self.backends) > 1:
             row = replace(row, name=f"{row.name} ({backend})")
         row = replace(row, kernel=resolved)
-        ability = can_run(resolved, self.device, self.dtype, self.head_dim, plan.tokens, choosing=plan.chooses)
+        ability = can_run(resolved, *kind, plan.tokens, choosing=plan.chooses)
         if not ability:
             return _Candidate(replace(row, skipped=ability.reason), plan.attended_pairs)
         summaries = 2 * scene.query.nbytes * (1 + plan.summaries.rows / plan.tokens) if plan.summaries.rows else 0

@@ -156,18 +156,19 @@ def columns(level: Level, case: Case, rows: Sequence[Row]) -> list[Column]:
     return made
 
 
+_OF_WORK = {"pairs": "pairs", "text rows": "text", "selection": "selection", "forming": "forming"}
 _OF_RUNS = ("recall", "output error", "SSIM", "PSNR", "LPIPS", "motion", "peak memory")
 _COLUMNS: Mapping[Level, Sequence[str]] = {
     "attention": (
-        *("density", "1/density", "time", "min–max", "speed-up", "sparse efficiency", "TFLOP/s", "per pair"),
+        *("density", *_OF_WORK, "1/density", "time", "min–max", "speed-up", "sparse efficiency", "TFLOP/s", "per pair"),
         *("of peak", "reach", "peak memory", "error", "over rounding"),
     ),
     "step": (
-        *("density", "step", "min–max", "attention", "share", "speed-up", "attention speed-up", "1/density"),
+        *("density", *_OF_WORK, "step", "min–max", "attention", "share", "speed-up", "attention speed-up", "1/density"),
         *("sparse efficiency", "peak memory"),
     ),
-    "image": ("density", "computed", "denoising", "min–max", "speed-up", *_OF_RUNS),
-    "video": ("density", "computed", "denoising", "min–max", "attention share", "speed-up", *_OF_RUNS),
+    "image": ("density", *_OF_WORK, "computed", "denoising", "min–max", "speed-up", *_OF_RUNS),
+    "video": ("density", *_OF_WORK, "computed", "denoising", "min–max", "attention share", "speed-up", *_OF_RUNS),
     "highres": ("density", "denoising", "min–max", "speed-up", *_OF_RUNS),
 }
 _ESSENTIAL = {
@@ -175,8 +176,13 @@ _ESSENTIAL = {
     *("recall", "output error", "SSIM"),
 }
 _MEANINGS = {
-    "density": "Share of all query–key pairs that is attended, text included; with a cache, of those of all steps.",
-    "computed": "Steps of which a cache took over nothing, mean over the {noun}s.",
+    "density": "Share of all query–key pairs that is attended, text included; where steps take over some, of those of "
+    "all steps.",
+    "pairs": "The part of the density that image tokens attend, mean over a run.",
+    "text rows": "The part that text attends.",
+    "selection": "The part that choosing by content costs.",
+    "forming": "What forming the means costs beside the density, as a share of the same pairs.",
+    "computed": "Steps that took over no attention from those before, mean over the {noun}s.",
     "1/density": "The speed-up of attention that this density allows at most.",
     "time": "Median of all repetitions of one attention call.",
     "step": "Median time of one whole denoising step.",
@@ -232,6 +238,7 @@ def _cells(case: Case) -> dict[str, tuple[str | None, Callable[[Row], str | None
 
     return {
         "density": (None, of("density", density_text)),
+        **{name: (None, _part(case, part)) for name, part in _OF_WORK.items()},
         "computed": ("steps", of("steps_computed", "{:,.1f}".format)),
         "1/density": (None, of("ideal_speedup", speedup_text)),
         **{name: (unit.name, of("median_ms", unit.number)) for name in ("time", "step", "denoising")},
@@ -255,6 +262,16 @@ def _cells(case: Case) -> dict[str, tuple[str | None, Callable[[Row], str | None
         "LPIPS": (None, of("quality.lpips", "{:.3f}".format)),
         "motion": (None, of("quality.motion", "{:,.2f}×".format)),
     }
+
+
+def _part(case: Case, part: str) -> Callable[[Row], str | None]:
+    """A part of a row's work, in cases of which some row chooses by content."""
+    chooses = any(row.work and row.work["selection"] for row in case.rows)
+
+    def cell(row: Row) -> str | None:
+        return density_text(row.work[part]) if chooses and row.work else None
+
+    return cell
 
 
 def title(result: BenchResult) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.attention.schedule import AttentionSchedule, Parts
 from grat_cli.bench.baselines import Baseline, Window, baseline_for
 from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
@@ -24,21 +24,38 @@ from grat_kernels.attention import choose_backend
 
 if TYPE_CHECKING:
     from grat_cli.attention.adapter import Adapter
+    from grat_cli.attention.carrying import Carrying
     from grat_cli.attention.layer import Attend, AttentionInputs, CallObserver
     from grat_cli.families.base import Family
 
-Attach = Callable[["CallObserver", Callable[[], int]], AbstractContextManager[None]]
+
+class Attach(Protocol):
+    """Attaches a variant while a `with` block lasts."""
+
+    def __call__(
+        self, observer: CallObserver, step: Callable[[], int], carrying: Carrying | None = None, /
+    ) -> AbstractContextManager[None]:
+        """While inside, attention is that of the variant.
+
+        Args:
+            observer: told of calls and attentions.
+            step: gives the denoising step of the call under way.
+            carrying: carries attention over steps, where a preset says so; else None.
+        """
+        ...
 
 
-def backend_for(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[Backend, str]:
-    """The backend of span attention that a name stands for, and why.
+def backend_for(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, *, choosing: bool = False
+) -> tuple[Backend, str]:
+    """The backend of span attention that a name stands for, and why; of patterns that choose by content, or others.
 
     Raises:
         BadInput: if one chosen by name cannot run here.
     """
     if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim)
-    ability = can_run(name, device, dtype, head_dim, tokens)
+        return choose_backend(device, dtype, head_dim, choosing=choosing)
+    ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
     if not ability:
         raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
     return Backend(name), f"chosen by name; {ability.reason}"
@@ -50,11 +67,12 @@ class Inside:
 
     Attributes:
         kernel: what computes its attention.
-        attach: attaches it while a `with` block lasts, given an observer of calls and attentions, and a function that
-            gives the denoising step of the call under way.
+        attach: attaches it.
         pairs: query-key pairs of one attention call and head; mean over a run where they differ.
         density: `pairs` over all pairs of the joint sequence.
-        trial_steps: steps of a run in which every plan of it is used once: enough to warm up.
+        trial_steps: steps of a run in which every plan of it is used once, and all is kept that is carried over steps:
+            enough to warm up.
+        work: `pairs` by part; None where they are not those of plans.
     """
 
     kernel: str
@@ -62,6 +80,7 @@ class Inside:
     pairs: float
     density: float
     trial_steps: tuple[int, ...] = (0,)
+    work: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +116,19 @@ class Host:
         return tuple(self.family.adapter(one, grid) for one in (self.transformer, *self.others))
 
     @contextmanager
-    def _attached(self, grid: Grid, run: Steps, observer: CallObserver, attend: Attend | None = None) -> Iterator[None]:
+    def _attached(
+        self,
+        grid: Grid,
+        run: Steps,
+        observer: CallObserver,
+        attend: Attend | None = None,
+        carrying: Carrying | None = None,
+    ) -> Iterator[None]:
         """While inside, all transformers run on tokens in group order."""
         with ExitStack() as stack:
             for transformer in (self.transformer, *self.others):
                 adapter = self.family.adapter(transformer, grid, attend=attend)
-                stack.enter_context(adapter.attached(run, self.backend, observer))
+                stack.enter_context(adapter.attached(run, self.backend, observer, carrying))
             yield
 
     def inside(self, variant: Variant, dense: DenseKernel | None = None) -> Inside:
@@ -127,7 +153,9 @@ class Host:
             kernel, attend = (f"diffusers, {dense.name}", dense.attention) if dense else ("diffusers", None)
             return Inside(
                 kernel,
-                lambda observer, step: stock_attention(self.transformer, observer, step, density, attend, self.others),
+                lambda observer, step, carrying=None: stock_attention(
+                    self.transformer, observer, step, density, attend, self.others
+                ),
                 pairs,
                 density,
             )
@@ -137,52 +165,85 @@ class Host:
             def plan_of(text_len: int) -> Plan:
                 return build_plan(grouping, pattern, text_len, adapter.text_first)
 
-            plan_of(self.text_len)  # now rather than in the first call
+            plan = plan_of(self.text_len)  # now rather than in the first call
             return Inside(
                 self.backend.value,
-                lambda observer, step: self._attached(variant.grid, fixed_run(plan_of, step), observer),
+                lambda observer, step, carrying=None: self._attached(variant.grid, fixed_run(plan_of, step), observer),
                 pairs,
                 density,
+                work=Parts.of(plan),
             )
         windows = _Windows(self, variant, adapter.text_first)
         return Inside(
             windows.of(self.text_len).kernel,
-            lambda observer, step: self._window(windows, density, observer, step),
+            lambda observer, step, carrying=None: self._window(windows, density, observer, step),
             pairs,
             density,
         )
 
-    def schedule(self, preset: Preset, grid: Grid, text_len: int | None = None) -> AttentionSchedule:
+    def schedule(
+        self, preset: Preset, grid: Grid, text_len: int | None = None, sigmas: Sequence[float] | None = None
+    ) -> AttentionSchedule:
         """A preset laid out over a run of this transformer.
 
         Args:
             preset: attention and schedule.
             grid: image tokens.
             text_len: text tokens of a call; None for `self.text_len`.
+            sigmas: of the run's steps, by which references may be spaced; None for even ones.
 
         Raises:
             BadInput: if it does not fit.
         """
         adapter = self.adapter(grid)
         text_len = self.text_len if text_len is None else text_len
-        return AttentionSchedule(preset, grid, text_len, adapter.text_first, self.steps, adapter.layers, adapter.heads)
+        return AttentionSchedule(
+            preset,
+            grid,
+            text_len,
+            adapter.text_first,
+            self.steps,
+            adapter.layers,
+            adapter.heads,
+            sigmas=sigmas,
+        )
 
     def _scheduled(self, preset: Preset, grid: Grid, adapter: Adapter) -> Inside:
-        schedule_of = cache(lambda text_len: self.schedule(preset, grid, text_len))
-        own = schedule_of(self.text_len)  # now rather than in the first call
-        seen: set[int] = set()
+        schedule_of = cache(lambda text_len, sigmas: self.schedule(preset, grid, text_len, sigmas))
+        own = schedule_of(self.text_len, None)  # now rather than in the first call
+        is_spaced = any(section.is_spaced for section in preset.schedule.over_steps)
+
+        def run_of(step: Callable[[], int], carrying: Carrying | None) -> Steps:
+            def in_call(text_len: int) -> AttentionSchedule:
+                sigmas = carrying.clock.sigmas() if carrying and is_spaced else None
+                # A trial has fewer steps.
+                return schedule_of(text_len, sigmas if sigmas and len(sigmas) == self.steps + 1 else None)
+
+            return Steps(in_call, step)
+
+        seen: set[tuple[int, bool, int]] = set()
+        references = [0] * adapter.layers
         trial_steps = []
         for step in range(self.steps):
-            keys = {own.plan(step, layer).key for layer in range(adapter.layers)}
-            if keys - seen:
+            used = set()
+            for layer in range(adapter.layers):
+                rule = own.carried(step, layer)
+                is_carried = rule is not None and not rule.is_reference
+                # With the second reference a slope is kept, which the steps after it are carried by.
+                used.add((own.plan(step, layer).key, is_carried, min(2, references[layer])))
+                references[layer] += rule is not None and rule.is_reference
+            if used - seen:
                 trial_steps.append(step)
-                seen |= keys
+                seen |= used
         return Inside(
             self.backend.value,
-            lambda observer, step: self._attached(grid, Steps(schedule_of, step), observer),
+            lambda observer, step, carrying=None: self._attached(
+                grid, run_of(step, carrying), observer, carrying=carrying
+            ),
             own.density * (grid.tokens + self.text_len) ** 2,
             own.density,
             tuple(trial_steps),
+            own.parts,
         )
 
     def _window(

@@ -199,6 +199,7 @@ def _flex(scene: Scene) -> list[PeerRow] | str:
             extra_bytes=3 * query.nbytes + uncompiled_bytes,
         )
         for variant in scene.patterns
+        if not scene.plan(variant).chooses  # masks cannot say what is chosen
     ]
 
 

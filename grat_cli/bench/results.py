@@ -65,7 +65,10 @@ class Row:
         fidelity: of attention inside the model, in whole runs.
         preset: whose attention and schedule the row ran; None for other variants.
         cache: what steps took over from those before them; None for nothing.
-        steps_computed: with a cache, steps of a run in which all attention was computed, mean.
+        steps_computed: with a cache, or attention that is carried over steps, steps of a run in which all of it was
+            computed, mean.
+        work: attended pairs by part, over all pairs, as `attention.schedule.Parts` has them; None where they are not
+            those of plans, or a cache took over some.
         skipped: why there are no figures, in words; None where there are.
         not_finite: whether it was skipped because NaN or infinities came of it, or nothing but one colour.
     """
@@ -93,6 +96,7 @@ class Row:
     preset: Mapping[str, Any] | None = None
     cache: Mapping[str, Any] | None = None
     steps_computed: float | None = None
+    work: Mapping[str, float] | None = None
     skipped: str | None = None
     not_finite: bool = False
 

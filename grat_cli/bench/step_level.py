@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -219,7 +219,7 @@ class _Steps:
         for variant in variants:
             try:
                 dense = self._fastest_dense(grid, rate) if variant.kind == "full" else None
-                candidates[variant.name] = host.inside(variant, dense)
+                candidates[variant.name] = self._host_of(variant, grid).inside(variant, dense)
             except CannotRun as reason:
                 obstacles[variant.name] = str(reason)
 
@@ -257,6 +257,19 @@ class _Steps:
             full = rows[0] if rows else None
             rows.append(_measured_row(variant, candidates[variant.name], measurement, times, full))
         return Case(self._title(grid), grid.shape, host.text_len, tuple(rows))
+
+    def _host_of(self, variant: Variant, grid: Grid) -> Host:
+        """The host with a backend that can do what the variant needs.
+
+        Raises:
+            BadInput: if one chosen by name cannot.
+        """
+        host = self._host
+        if not variant.chooses:
+            return host
+        tokens = grid.tokens + host.text_len
+        kind = host.device, host.dtype, self._shape.head_dim, tokens
+        return replace(host, backend=backend_for(self._settings.backend, *kind, choosing=True)[0])
 
     def _fastest_dense(self, grid: Grid, rate: float | None) -> DenseKernel:
         """The dense kernel that is fastest at the size of an attention call.
@@ -344,7 +357,9 @@ def _measured_row(
         times: milliseconds of each call, and of the attention in it.
         full: the row of full attention; None for that row itself.
     """
-    known = {"density": inside.density, "reach_tokens": variant.reach()}
+    known: dict[str, Any] = {"density": inside.density, "reach_tokens": variant.reach()}
+    if inside.work is not None:
+        known["work"] = inside.work._asdict()
     if measurement.skipped is not None:
         return _row(variant, **known, skipped=measurement.skipped, not_finite=measurement.not_finite)
     total_ms = statistics.median(total for total, _ in times)

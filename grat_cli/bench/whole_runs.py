@@ -14,6 +14,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.attention.caching import attached
+from grat_cli.attention.carrying import Carrying
 from grat_cli.attention.clock import PipelineClock, step_under_way
 from grat_cli.attention.observers import Observers
 from grat_cli.attention.work import Work
@@ -254,15 +255,16 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
 
 
 def _host_of(variant: Variant, host: Host, backend: str, tokens: int) -> Host:
-    """The host with the backend that a preset asks for, unless one was chosen for all.
+    """The host with the backend that a preset asks for, unless one was chosen for all, or that a choice needs.
 
     Raises:
         BadInput: if it cannot run here.
     """
-    if variant.preset is None or backend != "auto" or variant.preset.kernel.backend == "auto":
+    wanted = variant.preset.kernel.backend if variant.preset is not None and backend == "auto" else backend
+    if wanted == backend and not variant.chooses:
         return host
     head_dim = host.transformer.config.attention_head_dim
-    own, _ = backend_for(variant.preset.kernel.backend, host.device, host.dtype, head_dim, tokens)
+    own, _ = backend_for(wanted, host.device, host.dtype, head_dim, tokens, choosing=variant.chooses)
     return replace(host, backend=own)
 
 
@@ -305,7 +307,7 @@ class _Entry:
         steps: timings of the steps of each output.
         peak_memory_bytes: of a denoising run.
         fidelity: what it keeps of full attention, None where that was not measured.
-        adapters: of the transformers, where there is a cache.
+        adapters: of the transformers, where steps take over something from those before.
     """
 
     variant: Variant
@@ -331,6 +333,11 @@ class _Entry:
         except CannotRun as reason:
             return cls(variant, None, str(reason))
 
+    @property
+    def over_steps(self) -> bool:
+        """Whether attention is carried over steps."""
+        return self.variant.preset is not None and bool(self.variant.preset.schedule.over_steps)
+
     def row(self, full: _Entry) -> Row:
         """The finished row, given the entry of full attention."""
         variant = self.variant
@@ -339,11 +346,13 @@ class _Entry:
             known["preset"] = variant.preset.model_dump(mode="json")
         if self.inside is not None:
             known["density"] = self.inside.density
+            if self.inside.work is not None and self.variant.cache is None:
+                known["work"] = self.inside.work._asdict()
         if self.variant.cache is not None:
             known["cache"] = self.variant.cache.model_dump(mode="json")
-            if self.steps:
-                known["density"] = mean([step.density for steps in self.steps for step in steps])
-                known["steps_computed"] = mean([sum(not step.computed for step in steps) for steps in self.steps])
+        if self.adapters and self.steps:
+            known["density"] = mean([step.density for steps in self.steps for step in steps])
+            known["steps_computed"] = mean([sum(map(_is_computed, steps)) for steps in self.steps])
         if self.skipped is not None or self.inside is None:
             known |= {"skipped": self.skipped, "not_finite": self.not_finite}
             return Row(variant.name, variant.role, variant.description, **known)
@@ -364,6 +373,11 @@ class _Entry:
             quality=summary(self.found) if compared else None,
             fidelity=self.fidelity,
         )
+
+
+def _is_computed(step: StepTiming) -> bool:
+    """Whether a step took over nothing."""
+    return not step.computed and step.over_steps in (None, "reference")
 
 
 def noise_floor(host: Host, grid: Grid, name: str | None, head_dim: int, tokens: int) -> tuple[Variant, Host | str]:
@@ -449,7 +463,7 @@ class _Studio:
 
     def try_cache(self, entry: _Entry, adapters: tuple[Adapter, ...]) -> None:
         """Makes sure, before anything is timed, that the transformers can have the cache of an entry."""
-        if entry.variant.cache is None or entry.skipped is not None:
+        if not (entry.variant.cache or entry.over_steps) or entry.skipped is not None:
             return
         entry.adapters = adapters
         try:
@@ -469,7 +483,8 @@ class _Studio:
         transformers = family.transformers(pipe)
         ratios = family.mag_ratios(entry.adapters[0].model.config)
         clock = PipelineClock(pipe)
-        with attached(transformers, entry.adapters, entry.variant.cache, clock, ratios, work.clear):
+        cache, over_steps = entry.variant.cache, entry.over_steps
+        with attached(transformers, entry.adapters, cache, clock, ratios, work.clear, over_steps=over_steps):
             yield
 
     def warm_up(self, entry: _Entry) -> None:
@@ -568,7 +583,8 @@ class _Studio:
         with ExitStack() as stack:
             shift = self._request.family.given_shift(pipe, tokens, call.steps)
             stack.enter_context(time_shift(pipe, tokens, sampling.shift, shift))
-            stack.enter_context(entry.inside.attach(Observers(work, recorder) if work else recorder, step))
+            carrying = stack.enter_context(Carrying(PipelineClock(pipe)).served()) if entry.over_steps else None
+            stack.enter_context(entry.inside.attach(Observers(work, recorder) if work else recorder, step, carrying))
             if work:
                 stack.enter_context(self._cached(entry, work))
             wait_for(device)
@@ -580,4 +596,4 @@ class _Studio:
             timesteps = pipe.scheduler.timesteps.tolist()
         watch.raise_if_not_finite()
         # Those of a trial bear numbers of the whole run.
-        return latents, milliseconds, with_work(recorder.steps(timesteps), work) if trial_steps is None else []
+        return latents, milliseconds, [] if trial_steps else with_work(recorder.steps(timesteps), work, carrying)

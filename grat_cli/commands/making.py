@@ -87,7 +87,14 @@ def planned_request(
     references = inputs.reference_tokens(request)
     runs = run_forecasts(preset, choice, size, model.dtype, handed=request.handed, references=references)
     last = runs[-1]
-    require_backend(preset.kernel.backend, model.device, model.dtype, last.architecture.head_dim, last.main_plan.tokens)
+    require_backend(
+        preset.kernel.backend,
+        model.device,
+        model.dtype,
+        last.architecture.head_dim,
+        last.main_plan.tokens,
+        choosing=preset.chooses,
+    )
     return request, runs
 
 
@@ -184,7 +191,8 @@ def show(made: Sequence[Made], request: Request, output: Output) -> None:
         output.show(table, phases, memory_line(reports[0]))
     else:
         output.show(run_tables.pictures_table(reports))
-    output.show(*run_tables.guard_lines(reports), *run_tables.cache_lines(reports))
+    for lines in (run_tables.guard_lines, run_tables.cache_lines, run_tables.over_steps_lines):
+        output.show(*lines(reports))
 
 
 def memory_line(made: Mapping[str, Any]) -> str:

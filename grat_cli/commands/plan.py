@@ -161,6 +161,8 @@ def plan(
     output.hint(mismatch_note(chosen, choice))
     if chosen.cache:
         output.hint(f"cache {chosen.cache.summary}: its memory is counted, the time that it saves is not")
+    if any(section.is_spaced for section in chosen.schedule.over_steps):
+        output.hint("references are told as if steps were even: the run spaces them by the sigmas of its schedule")
     output.data(
         {
             **result.as_dict(),
@@ -255,6 +257,7 @@ def _time(seconds: float) -> str:
 
 def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     from grat_cli.console.pattern import NOT_ATTENDED, marks
+    from grat_cli.console.run_tables import over_steps_summary, work_text
     from grat_cli.models.video_size import VideoSize
 
     schedule, main = result.schedule, result.main_plan
@@ -263,7 +266,10 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     full, planned = result.full_flop_per_step, result.planned_flop_per_step
     unit, scale = ("PFLOP", 1e15) if full >= 1e15 else ("TFLOP", 1e12) if full >= 1e12 else ("GFLOP", 1e9)
     everything = bool((marks(main) != NOT_ATTENDED).all())
-    beyond = ", all beyond through means" if main.pattern.far_levels and everything else ""
+    if main.pattern.choice and main.pattern.choice.exact:
+        beyond = " by content"
+    else:
+        beyond = ", all beyond through means" if main.pattern.far_levels and everything else ""
     facts = {
         "preset": result.preset.name,
         "attention": result.preset.attention.summary,
@@ -290,6 +296,11 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
             else f"{len(shares)} patterns, densities {min(densities):.4f} to {max(densities):.4f}"
         )
         facts["schedule"] = f"{schedule.steps} steps, {schedule.layers} layers, {schedule.heads} heads: {what}"
+    if over_steps := result.over_steps:
+        where = "in main memory" if result.kept().host else "on the device"
+        facts["over steps"] = f"{over_steps_summary(over_steps)} {where}"
+    if over_steps or schedule.parts.selection:
+        facts["work"] = work_text(schedule.parts._asdict())
     if len(stages) > 1:
         facts["stages"] = "\n".join(map(_stage_text, stages)) + "\n(figures above are of the last one)"
     return facts

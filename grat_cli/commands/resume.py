@@ -44,6 +44,11 @@ def resume(
     )
     output.hint(f"{kept.name}: {request.model.name}, {request.size}, {request.preset.name}")
     output.hint(f"seed {', '.join(map(str, left))}: step {run.done} of {run.total} is done")
+    if request.preset.schedule.over_steps and run.done_in_stage and not run.finished:
+        output.hint(
+            "attention that is carried over steps begins with a reference: outputs may differ slightly from those of "
+            "an unbroken run"
+        )
     if there:
         tidied = "" if request.save_latents else ": what was kept of it is removed"
         output.hint(f"{there.path} is there, whole{tidied}")

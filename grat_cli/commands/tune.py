@@ -54,9 +54,9 @@ def tune(
     runs: int = option(
         "COUNT",
         "Runs of the model that may be made to measure settings, after those that are observed; a setting takes one "
-        "for each of the first four prompts. 0 for none: the setting that is foretold best. Default: 60.",
+        "for each of the first four prompts. 0 for none: the setting that is foretold best. Default: 40.",
         _OVER_STEPS,
-        60,
+        40,
     ),
     keep: str = option(
         "WHERE",
@@ -97,7 +97,7 @@ def tune(
     overwrite: bool = options.OVERWRITE,
     terminal: options.TerminalOptions,
 ) -> None:
-    """Fit a preset to a model: the pattern of each layer, head and stretch of steps, for a density or recall."""
+    """Fit a preset to a model: the steps that are computed, and patterns by layer, head and step, for a density."""
     from grat_cli.errors import BadInput
     from grat_cli.fidelity.palette import palette
     from grat_cli.fidelity.prompts import built_in_prompts, chosen_prompts
@@ -106,6 +106,7 @@ def tune(
     from grat_cli.files.prompts import MOST_OUTPUTS
     from grat_cli.generation.selection import require_choice
     from grat_cli.presets import LARGEST_COUNT, MOST_STEPS, preset_yaml
+    from grat_cli.presets.over_steps import KEEPS
 
     output = terminal.output()
 
@@ -123,7 +124,7 @@ def tune(
     ):
         if not least <= count <= most:
             raise BadInput(f"{flag} {count}: expected {least} to {most:,}")
-    require_choice("--keep", keep, ("device", "fp8", "host"))
+    require_choice("--keep", keep, KEEPS)
     if max_kept is not None and max_kept <= 0:
         raise BadInput(f"--max-kept {max_kept:g}: expected gibibytes above 0")
     counts = None if references is None else _counts(references)
@@ -232,12 +233,14 @@ def _over_steps(evidence: Evidence) -> str:
     found = evidence.over_steps
     assert found is not None, "steps were searched"
     steps = ", ".join(map(str, found.references))
-    slopes = f"extrapolated between, slopes {' and '.join(f'{slope:g}' for slope in found.slopes)}"
-    between = slopes if any(found.slopes) else "reused between"
+    slopes = ", ".join(f"{slope:g}" for slope in found.slopes)
+    between = f"extrapolated between with slopes {slopes}" if any(found.slopes) else "reused between"
     measured = "" if found.error is None else f" The best by {found.runs} runs: latents are off by {found.error:.2%}."
+    parts = f"pairs {found.pairs:.4f}, text rows {found.text:.4f}, choosing {found.selection:.4f}"
     return (
         f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}; {between}, "
-        f"{found.kept_bytes / (1 << 30):.3g} GiB kept.{measured}"
+        f"{found.kept_bytes / (1 << 30):.3g} GiB kept. Work by part: {parts}; forming means besides, "
+        f"{found.forming:.4f}.{measured}"
     )
 
 

@@ -52,8 +52,7 @@ def text_picture(plan: Plan, columns: int) -> Text:
                     picture.append(f"{character} ", style=_STYLES.get(str(character), "blue"))
             picture.append("\n")
     legend = [f"{QUERY} query group", f"{EXACT} attended token by token"]
-    for number, level in enumerate(plan.pattern.far_levels, start=1):
-        legend.append(f"{number} through means of {'x'.join(map(str, level.block))} tokens")
+    legend += [f"{number} {words}" for number, words in enumerate(far_words(plan), start=1)]
     if (frames == NOT_ATTENDED).any():
         legend.append(f"{NOT_ATTENDED} not attended")
     if factor > 1:
@@ -62,6 +61,22 @@ def text_picture(plan: Plan, columns: int) -> Text:
         legend.append("one picture per group of frames, in the order of time")
     picture.append("\n".join(legend))
     return picture
+
+
+def far_words(plan: Plan) -> list[str]:
+    """How the blocks of each far level are attended, such as `through means of 4x4 tokens`."""
+    words = [f"through means of {_sizes_text(level.block)} tokens" for level in plan.pattern.far_levels]
+    if plan.candidates is not None:
+        # Those that there are to choose from may be fewer than are wanted.
+        exact, fine, _ = plan.candidates.counts.max(0).tolist()
+        within = _sizes_text(plan.candidates.choice.block)
+        parts = [*([f"{exact} token by token"] if exact else []), *([f"{fine} by {within}"] if fine else [])]
+        words[0] += f"; by content {' and '.join(parts) or 'none'} instead"
+    return words
+
+
+def _sizes_text(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _frames(plan: Plan) -> npt.NDArray[np.str_]:

@@ -15,7 +15,8 @@ _STEPS_SHOWN_WHOLE = 4
 
 
 def timing_table(report: Mapping[str, Any]) -> RenderableType:
-    """Steps of a report for people, the sum last; of many steps the first, the median and the last.
+    """Steps of a report for people, the sum last; of many steps the first, the median and the last, or where attention
+    is carried over steps the median of each kind.
 
     Of a picture in several stages, the sum of each stage in their place.
     """
@@ -48,7 +49,8 @@ def phases_line(report: Mapping[str, Any]) -> str:
 def guard_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the guard did, a line for each picture or video that was made with one.
 
-    For example `guard 0.9: 7 of 12 layers went wider from step 3 on, 4 of them to full; density 0.172 became 0.493`.
+    For example `guard 0.9: 7 of 12 layers went wider from step 3 on, 4 of them to full; density 0.172 became 0.493`,
+    and of attention that is carried over steps `references came twice as often from step 8 on`.
     """
     lines = [(made["seed"], guard_text(made)) for made in reports]
     prefixes = {seed: f"seed {seed}: " if len(reports) > 1 else "" for seed, _ in lines}
@@ -122,6 +124,72 @@ def computed_text(computed: Sequence[str], skipped: str, layers: int) -> str:
     )
 
 
+def over_steps_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which steps were references where attention was carried over steps, a line for each picture or video.
+
+    For example `over steps: 6 reference steps of 20 (1, 3, 6, 10, 14, 18), attention carried to the others; kept 0.5
+    GiB`.
+    """
+    lines = [(made["seed"], over_steps_text(made)) for made in reports]
+    prefixes = {seed: f"seed {seed}: " if len(reports) > 1 else "" for seed, _ in lines}
+    return [f"{prefixes[seed]}over steps: {text}" for seed, text in lines if text]
+
+
+def over_steps_text(report: Mapping[str, Any]) -> str | None:
+    """Which steps of a run or plan are references, in a line, or of a picture in several stages in one for each; None
+    where attention is not carried over steps."""
+    parts = _parts_with("over_steps", report)
+    return "; ".join(f"{size}{over_steps_summary(part['over_steps'])}" for size, part in parts) or None
+
+
+def over_steps_summary(told: Mapping[str, Any]) -> str:
+    """Of the plain data of `estimates.over_steps`."""
+    from grat_cli.console.output import bytes_text
+
+    groups = {group["kind"]: group for group in told["steps"]}
+    total = sum(group["count"] for group in groups.values())
+    counts = [
+        f"{group['count']} {kind} step{'' if group['count'] == 1 else 's'}{f' of {total}' if kind == first else ''} "
+        f"({_counted_from_one(group['steps'])})"
+        for kind, group in groups.items()
+        if kind != "carried"
+        for first in [next(iter(groups))]
+    ]
+    layers = "" if told["layers"] is None else f" of layers {told['layers']}"
+    carried = [f"attention{layers} carried to the others"] if "carried" in groups else []
+    kept, foretold = told.get("kept_bytes"), told.get("foretold_bytes")
+    texts = [", ".join(counts + carried)]
+    if kept is not None:
+        texts.append(f"kept {bytes_text(kept)}" + ("" if foretold is None else f" ({bytes_text(foretold)} foretold)"))
+    elif foretold is not None:
+        texts.append(f"keeps {bytes_text(foretold)}")
+    return "; ".join(text for text in texts if text)
+
+
+def work_text(parts: Mapping[str, float]) -> str:
+    """Attention work by part, such as `pairs 0.0321, text rows 0.0467, selection 0.0081; forming of means 0.0012`."""
+    names = {"pairs": "pairs", "text": "text rows", "selection": "selection"}
+    counted = ", ".join(f"{name} {parts[part]:.4f}" for part, name in names.items() if parts[part] or part == "pairs")
+    return f"{counted}; forming of means {parts['forming']:.4f} besides" if parts["forming"] >= 5e-5 else counted
+
+
+def step_text(computed: Sequence[str], skipped: str | None, kind: str | None, layers: int) -> str:
+    """What a step was, and what of it was computed, for people, such as `reference` or `layer 0 computed, the rest
+    reused`.
+
+    Args:
+        computed: as for `computed_text`.
+        skipped: what a cache makes of layers; None without one.
+        kind: a `StepKind` where attention is carried over steps, else None.
+        layers: how many there are.
+    """
+    if skipped is None and kind in ("reference", "carried"):
+        return kind
+    others = [skipped, kind and "carried"]
+    text = computed_text(computed, " or ".join(word for word in others if word), layers)
+    return f"{kind}: {text}" if kind else text
+
+
 def _counted_from_one(steps: str) -> str:
     return re.sub(r"\d+", lambda number: str(int(number.group()) + 1), steps)
 
@@ -147,22 +215,49 @@ def _parts_with(section: str, report: Mapping[str, Any]) -> list[tuple[str, Mapp
     return [(f"{stage['width']}x{stage['height']} ", stage) for stage in stages if stage.get(section)]
 
 
+def references_text(report: Mapping[str, Any]) -> str | None:
+    """Which steps the guard made references when, such as `step 8: also 8, 11, 15`; None where it made none."""
+    texts = []
+    for size, part in _parts_with("guard", report):
+        doubled = part["guard"].get("doubled", ())
+        several = len({one["section"] for one in doubled}) > 1
+        for one in doubled:
+            steps = ranges_text([step + 1 for step in one["references"]])
+            texts.append(
+                f"{size}step {one['step'] + 1}: also {steps}" + several * f" of over_steps {one['section'] + 1}"
+            )
+    return "; ".join(texts) or None
+
+
 def _guard_summary(part: Mapping[str, Any]) -> str:
     guard = part["guard"]
-    lowest, widened = guard["lowest"], guard["widened"]
-    if lowest is None:
+    lowest, widened, doubled = guard["lowest"], guard["widened"], guard.get("doubled", ())
+    carried = guard.get("least_carried")
+    texts = []
+    if lowest is not None:
+        least = f"{lowest['kept']:.2f} in layer {lowest['layer']} at step {lowest['step'] + 1}"
+        texts.append(_widened_summary(guard, least) if widened else f"no layer went wider, the least kept was {least}")
+    elif carried is None:
         return "all attention was full" if guard["planned_density"] == 1 else "too few steps to judge any layer"
-    least = f"{lowest['kept']:.2f} in layer {lowest['layer']} at step {lowest['step'] + 1}"
-    if not widened:
-        return f"no layer went wider, the least kept was {least}"
-    layers = {one["layer"] for one in widened}
-    full = {one["layer"] for one in widened if one["to"] == "full"}
+    if carried is not None:
+        least = f"{carried['kept']:.2f} to step {carried['step'] + 1}"
+        if doubled:
+            times = f", {len(doubled)} times over" if len(doubled) > 1 else ""
+            first = min(one["step"] for one in doubled) + 1
+            texts.append(f"references came twice as often from step {first} on{times} (least carried {least})")
+        else:
+            texts.append(f"references stayed as they were, the least carried was {least}")
+    if widened or doubled:
+        texts.append(f"density {guard['planned_density']:.3f} became {part['density']:.3f}")
+    return "; ".join(texts)
+
+
+def _widened_summary(guard: Mapping[str, Any], least: str) -> str:
+    layers = {one["layer"] for one in guard["widened"]}
+    full = {one["layer"] for one in guard["widened"] if one["to"] == "full"}
     to_full = f", {len(full)} of them to full" if full else ""
-    first = min(one["step"] for one in widened) + 1
-    return (
-        f"{len(layers)} of {guard['layers']} layers went wider from step {first} on{to_full} (least kept {least}); "
-        f"density {guard['planned_density']:.3f} became {part['density']:.3f}"
-    )
+    first = min(one["step"] for one in guard["widened"]) + 1
+    return f"{len(layers)} of {guard['layers']} layers went wider from step {first} on{to_full} (least kept {least})"
 
 
 def ranges_text(numbers: Sequence[int]) -> str:
@@ -208,7 +303,13 @@ def _sum(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _telling_steps(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     if len(steps) <= _STEPS_SHOWN_WHOLE:
-        return [(str(step["index"] + 1), step) for step in steps]
-    # The step of median length, not medians column by column: its parts belong together.
-    median = sorted(steps, key=lambda step: step["total_ms"])[len(steps) // 2]
-    return [("first", steps[0]), ("median", median), ("last", steps[-1])]
+        return [(f"{step['index'] + 1} {step.get('over_steps') or ''}".rstrip(), step) for step in steps]
+    kinds = dict.fromkeys(kind for step in steps if (kind := step.get("over_steps")))
+    if kinds:
+        return [(kind, _median([step for step in steps if step.get("over_steps") == kind])) for kind in kinds]
+    return [("first", steps[0]), ("median", _median(steps)), ("last", steps[-1])]
+
+
+def _median(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The step of median length, not medians column by column: its parts belong together."""
+    return sorted(steps, key=lambda step: step["total_ms"])[len(steps) // 2]

@@ -21,6 +21,7 @@ from grat_cli.models.catalogue import is_known
 from grat_cli.models.offloading import choose_offload
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.weights import AS_THEY_ARE, Weights
+from grat_cli.presets.over_steps import Keep
 
 if TYPE_CHECKING:
     import torch
@@ -81,15 +82,17 @@ def needs(runs: Sequence[Forecast], components: Components, execution: Execution
     largest: dict[str, PhaseMemory] = {}
     offloaded = 0.0
     for number, stage in enumerate(runs):
+        kept = stage.kept(execution.keep, on_cpu=execution.on_cpu)
         memory = run_memory(
             components,
             Pixels.of(stage.size),
             stage.schedule.plans,
             execution,
-            guided_twice=stage.architecture.calls_per_step(stage.preset.sampling.guidance) == 2,
+            guided_twice=stage.calls_per_step == 2,
             encodes=number > 0 or bool(stage.architecture.model.needs),
             lets_go=family_of(stage.architecture.model).lets_go,
             cache=stage.preset.cache,
+            kept=kept.device + kept.buffers,
         )
         offloaded = memory.offloaded
         for phase in memory.phases:
@@ -273,7 +276,8 @@ def _advice(
     def fits(at: Sequence[Forecast], how: Execution) -> bool:
         return device.with_overhead(needs(at, components, how).peak) <= device.memory
 
-    for flags, how in _alternatives(execution):
+    ways = list(_alternatives(execution, runs))
+    for flags, how in ways:
         if fits(runs, how):
             return f"try {flags}"
     # The smaller sizes, as they are and with whatever else helps.
@@ -284,7 +288,7 @@ def _advice(
             return None
         if fits(at, execution):
             return f"try --res {_typed(size)}"
-        for flags, how in _alternatives(execution):
+        for flags, how in ways:
             if fits(at, how):
                 return f"try --res {_typed(size)} {flags}"
     return None
@@ -294,8 +298,27 @@ def _typed(size: Any) -> str:
     return f"{size.width}x{size.height}"
 
 
-def _alternatives(execution: Execution) -> Iterator[tuple[str, Execution]]:
+def _alternatives(execution: Execution, runs: Sequence[Forecast]) -> Iterator[tuple[str, Execution]]:
     """Other ways to run, those that cost least time first."""
+    kept = []
+    sections = runs[-1].preset.schedule.over_steps
+    if len(sections) == 1:
+        # From main memory copies arrive meanwhile; 8 bits take less of both, and cost some of what is carried.
+        smaller: tuple[Keep, ...] = ("fp8",) if execution.on_cpu else ("host", "fp8")
+        kept = [
+            (f"--set schedule.over_steps.keep={keep}", replace(execution, keep=keep))
+            for keep in smaller
+            if keep != sections[0].keep
+        ]
+    yield from kept
+    yield from _with_less_at_once(execution)
+    for flag, how in kept:
+        for flags, otherwise in _with_less_at_once(how):
+            yield f"{flag} {flags}", otherwise
+
+
+def _with_less_at_once(execution: Execution) -> Iterator[tuple[str, Execution]]:
+    """With more in main memory, weights in fewer bits, and smaller chunks."""
     chunks = []
     if execution.chunk_tokens is None:
         chunks.append(("--set memory.chunk_tokens=auto", "auto"))

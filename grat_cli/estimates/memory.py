@@ -15,8 +15,10 @@ from typing import Literal
 from grat_cli.families.autoencoders import Coding, Pixels
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerCall, TransformerShape
 from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
+from grat_cli.presets.over_steps import Keep
 from grat_cli.presets.schema import chunk_for
 from grat_kernels import Plan
+from grat_kernels.plan import Candidates
 
 Phase = Literal["text", "encode", "denoise", "decode", "save"]
 OffloadKind = Literal["none", "model", "group", "sequential"]
@@ -37,6 +39,8 @@ _PICTURE_BAND = 1024
 
 # sdpa_backend's own bounds on keys and values gathered at once.
 _CPU_GATHER, _DEVICE_GATHER = 1 << 20, 256 << 20
+# Those of choosing on scores that are held at once, and the bytes of a group and block while blocks are put in order.
+_CPU_SCORES, _DEVICE_SCORES, _SORTING = 1 << 20, 256 << 20, 32
 # torch's attention on a CPU keeps for each thread a tile of scores and of outputs in fp32, of 256 queries and 512 keys
 # (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
 _SCORE_TILE = 256, 512
@@ -59,6 +63,7 @@ class Execution:
         autoencoder_dtype: where it differs.
         text_dtype: likewise.
         threads: of a CPU.
+        keep: where attention that is carried over steps is kept; None for where the preset says.
     """
 
     dtype: str = "bfloat16"
@@ -72,6 +77,7 @@ class Execution:
     autoencoder_dtype: str | None = None
     text_dtype: str | None = None
     threads: int = 1
+    keep: Keep | None = None
 
     @property
     def element(self) -> int:
@@ -153,6 +159,7 @@ def run_memory(
     encodes: bool = False,
     lets_go: bool = False,
     cache: Cache | None = None,
+    kept: float = 0.0,
 ) -> RunMemory:
     """What a run needs, or one stage of a run over several sizes.
 
@@ -165,17 +172,18 @@ def run_memory(
         encodes: whether the stage begins with a picture, which is encoded.
         lets_go: whether parts are let go of once the run is done with them, where they are not offloaded.
         cache: what keeps attention or blocks from step to step.
+        kept: bytes on the device where attention is carried over steps.
     """
     weights = component_weights(components, execution)
     decoding = _peak_of(components.autoencoder.decode_moments(size, execution.coding))
-    denoising = _peak_of(denoise_moments(components, list(plans), execution, guided_twice, cache))
+    activations, moment = _peak_of(denoise_moments(components, list(plans), execution, guided_twice, cache))
     saving = _peak_of(save_moments(size, execution))
     resident = _resident(weights, components, execution, lets_go)
     phases = [PhaseMemory("text", resident["text"], *_peak_of(_text_moments(components, execution)))]
     if encodes:
         encoding = _peak_of(components.autoencoder.encode_moments(size, execution.coding))
         phases.append(PhaseMemory("encode", resident["autoencoder"], *encoding))
-    phases.append(PhaseMemory("denoise", resident["denoise"], *denoising))
+    phases.append(PhaseMemory("denoise", resident["denoise"], activations + kept, moment))
     phases.append(PhaseMemory("decode", resident["decode"], *decoding))
     if execution.on_cpu:
         phases.append(PhaseMemory("save", resident["decode"], *saving))
@@ -339,7 +347,7 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
         rotated=1 + 3 * (4 / execution.element),
         fused=execution.fused,
         summaries=plan.summaries.rows * row,
-        attending=_attending(shape, plan, execution),
+        attending=attending_bytes(shape, plan, execution),
     )
 
 
@@ -365,12 +373,17 @@ def _outside_blocks(
     return total + shape.pipeline_bytes(plan, element)
 
 
-def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> float:
+def attending_bytes(shape: TransformerShape, plan: Plan, execution: Execution) -> float:
     """Bytes that attention allocates: its output, and what the backend copies."""
     row = shape.width * execution.element
     out = plan.tokens * row
     if execution.kernel and not execution.on_cpu:
-        return out
+        return out + (sum(_choosing(shape, plan, plan.candidates, execution)) if plan.candidates else 0.0)
+    if plan.candidates is not None:
+        table, scores = _choosing(shape, plan, plan.candidates, execution)
+        means = 2 * plan.summaries.rows * row
+        attending = _attending_chosen(shape, plan, plan.candidates, execution) + _scratch(shape, execution)
+        return out + means + table + max(scores, attending)
     source = 0.0
     if plan.summaries.rows:
         # Keys and values are copied once to join the summaries.
@@ -392,11 +405,46 @@ def _attending(shape: TransformerShape, plan: Plan, execution: Execution) -> flo
         together = min(runs, max(1, gathered_keys // keys))
         # Gathered queries, keys and values, then what they attended to.
         largest = max(largest, together * (2 * keys + 2 * length) * row)
-    scratch = 0.0
-    if execution.on_cpu:
-        queries, keys = _SCORE_TILE
-        scratch = execution.threads * queries * (keys + shape.head_dim + 2) * 4
-    return out + source + largest + scratch
+    return out + source + largest + _scratch(shape, execution)
+
+
+def _scratch(shape: TransformerShape, execution: Execution) -> float:
+    """Bytes that torch's attention works in besides."""
+    queries, keys = _SCORE_TILE
+    return execution.threads * queries * (keys + shape.head_dim + 2) * 4 if execution.on_cpu else 0.0
+
+
+def _choosing(shape: TransformerShape, plan: Plan, candidates: Candidates, execution: Execution) -> tuple[float, float]:
+    """Bytes of the rows that all heads and groups choose, and of what scores and sorts blocks for some heads at once.
+
+    Args:
+        shape: of the transformer.
+        plan: with candidates.
+        candidates: of the plan.
+        execution: how it is run.
+    """
+    groups, blocks = len(candidates.list_of_group), candidates.of_list.shape[1]
+    heads = shape.width // shape.head_dim
+    pairs = groups * blocks
+    budget = _CPU_SCORES if execution.on_cpu else _DEVICE_SCORES
+    at_once = min(heads, max(1, budget // (pairs * candidates.means * 4)))
+    # Weights, and what a form makes of them; masses, order and slots of blocks; keys and values and their differences.
+    scored = pairs * (2 * candidates.means * 4 + _SORTING) + blocks * candidates.means * shape.head_dim * 3 * 4
+    means_of_queries = groups * shape.width * 4
+    return heads * groups * candidates.width * 4, at_once * scored + means_of_queries
+
+
+def _attending_chosen(shape: TransformerShape, plan: Plan, candidates: Candidates, execution: Execution) -> float:
+    """Bytes that attention to chosen rows allocates besides its output and the rows, where keys are gathered."""
+    element = execution.element
+    keys = plan.span_lists.keys[candidates.list_of_group] + candidates.slots
+    # Of one head: keys and values; rows and their biases; queries and what comes of them.
+    held = 2 * (plan.tokens + plan.summaries.rows + plan.image_tokens) * shape.head_dim * element
+    return (
+        held
+        + int(keys.sum()) * (4 + element)
+        + (_CPU_GATHER * execution.threads if execution.on_cpu else _DEVICE_GATHER)
+    )
 
 
 # ---- Saving

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from grat_cli.attention.schedule import AttentionSchedule
+from grat_cli.console.pattern import far_words
 from grat_cli.presets import Preset, shape_text
 from grat_kernels import Full, Plan
 from grat_kernels.pattern import NOT_ATTENDED
@@ -53,6 +54,7 @@ class QueryGroup:
         levels: of all groups, in the shape of the grid of groups; see `grat_kernels.pattern`.
         tokens: image tokens that it attends one by one.
         means: summaries that it attends.
+        chosen: image tokens that each head attends one by one besides, by content.
     """
 
     group: tuple[int, ...]
@@ -60,6 +62,7 @@ class QueryGroup:
     levels: np.ndarray
     tokens: int
     means: int
+    chosen: int
 
 
 def pattern_figure(schedule: AttentionSchedule, preset: Preset) -> Image:
@@ -83,8 +86,12 @@ def pattern_figure(schedule: AttentionSchedule, preset: Preset) -> Image:
     panels = _panels(schedule.plans[0], scale)
     panel_height = panels.height + (line if panels.of_video else 0)
     queries_abreast = 1 if panels.of_video else 2
+    column_width = max(
+        *(_panels(plan, scale).width for plan in schedule.plans),
+        *(math.ceil(font.getlength(_caption(plan, query))) for _, _, plan, queries in sections for query in queries),
+    )
     width = max(
-        *(queries_abreast * (_panels(plan, scale).width + 2 * _GAP) - 2 * _GAP for plan in schedule.plans),
+        queries_abreast * (column_width + 2 * _GAP) - 2 * _GAP,
         *(title_font.getlength(title) for title, *_ in sections),
         *(font.getlength(facts) for _, facts, *_ in sections),
     )
@@ -108,7 +115,7 @@ def pattern_figure(schedule: AttentionSchedule, preset: Preset) -> Image:
         y += line
         for number, query in enumerate(queries):
             column = number % queries_abreast
-            x = _MARGIN + column * (panels.width + 2 * _GAP)
+            x = _MARGIN + column * (column_width + 2 * _GAP)
             pen.text((x, y + _GAP // 2), _caption(plan, query), _INK, font)
             bottom = _draw_query(pen, plan, query, x, y + line + _GAP // 2, scale, font, line)
             if column == queries_abreast - 1 or query is queries[-1]:
@@ -197,19 +204,25 @@ def query_groups(plan: Plan) -> list[QueryGroup]:
 def _query_group(plan: Plan, group: tuple[int, ...]) -> QueryGroup:
     grouping = plan.grouping
     levels = plan.pattern.levels(np.asarray([group], np.int64), grouping.coordinates, grouping.counts)[0]
-    means = 0
-    for number, level in enumerate(plan.pattern.far_levels, start=1):
+    means = chosen = 0
+    if plan.candidates is not None:
+        ranked = np.sort(grouping.starts)  # candidates count groups in token order
+        at = np.searchsorted(ranked, grouping.starts[np.ravel_multi_index(group, grouping.counts)])
+        exact, fine, single = plan.candidates.counts[at].tolist()
+        chosen, means = exact * plan.candidates.tokens, fine * plan.candidates.means + single
+    for number, level in enumerate(() if plan.candidates else plan.pattern.far_levels, start=1):
         for other in grouping.coordinates[levels == number]:
             extents = zip(_extents(plan, other.tolist()), level.block, strict=True)
             means += math.prod(-(-extent // side) for extent, side in extents)
     tokens = int(grouping.sizes[levels == 0].sum())
-    return QueryGroup(group, _extents(plan, group), levels.reshape(grouping.counts), tokens, means)
+    return QueryGroup(group, _extents(plan, group), levels.reshape(grouping.counts), tokens, means, chosen)
 
 
 def _caption(plan: Plan, query: QueryGroup) -> str:
-    """For example `4x8x8 tokens attend 6,912 of 118,800, and 2,052 means`."""
+    """For example `4x8x8 tokens attend 6,912 of 118,800, and 2,052 means`; after a plus sign those by content."""
     means = f", and {query.means:,} means" if query.means else ""
-    of_all = f"{query.tokens:,} of {plan.image_tokens:,}"
+    chosen = f" + {query.chosen:,}" if query.chosen else ""
+    of_all = f"{query.tokens:,}{chosen} of {plan.image_tokens:,}"
     return f"{shape_text(query.extents)} tokens attend {of_all}{means}"
 
 
@@ -297,9 +310,9 @@ def _legend(plans: Sequence[Plan]) -> list[_LegendEntry]:
     """Colours and what they mean, for what is in the figure."""
     entries: list[_LegendEntry] = [(QUERY, None, "query group"), (EXACT, None, "attended token by token")]
     for plan in plans:
-        for number, level in enumerate(plan.pattern.far_levels):
+        for number, words in enumerate(far_words(plan)):
             dot, ground = MEANS[min(number, len(MEANS) - 1)]
-            entries.append((ground, dot, f"through means of {shape_text(level.block)} tokens"))
+            entries.append((ground, dot, words))
     if any((query.levels == NOT_ATTENDED).any() for plan in plans for query in query_groups(plan)):
         entries.append((UNATTENDED, None, "not attended"))
     return list(dict.fromkeys(entries))

@@ -7,6 +7,7 @@ from typing import Any
 
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.estimates.components import denoising_shapes
+from grat_cli.estimates.over_steps import KeptBytes, StepCost, kept_bytes, over_steps_data, step_cost
 from grat_cli.estimates.stages import stages_of
 from grat_cli.families import family_of
 from grat_cli.families.autoencoders import AutoencoderShape
@@ -15,6 +16,7 @@ from grat_cli.families.shapes import TransformerShape
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize
 from grat_cli.presets import Preset
+from grat_cli.presets.over_steps import Keep
 from grat_kernels import Plan
 
 SCHEMA = "grat.plan/1"
@@ -80,6 +82,30 @@ class Forecast:
         behind = self.main_plan.tokens - self.main_plan.text_len  # image tokens, and those of references
         return architecture.transformer.linear_flop(behind, architecture.model.text_tokens)
 
+    @property
+    def calls_per_step(self) -> int:
+        """Transformer calls per denoising step."""
+        return self.architecture.calls_per_step(self.preset.sampling.guidance)
+
+    def kept(self, keep: Keep | None = None, *, on_cpu: bool = False) -> KeptBytes:
+        """What is kept where attention is carried over steps; see `over_steps.kept_bytes`."""
+        schedules = [self.schedule] * self.calls_per_step
+        shape, element = self.architecture.transformer, _BYTES_OF_DTYPE[self.dtype]
+        return kept_bytes(schedules, shape, element, keep=keep, on_cpu=on_cpu)
+
+    def carrying(self, step: int) -> StepCost:
+        """What carrying changes of a transformer call of a step."""
+        return step_cost(self.schedule, self.architecture.transformer, step, _BYTES_OF_DTYPE[self.dtype])
+
+    @property
+    def over_steps(self) -> dict[str, Any] | None:
+        """Which steps are references, as plain data; None where attention is not carried over steps."""
+        schedule = self.schedule
+        if not schedule.is_over_steps:
+            return None
+        kinds = map(schedule.kind_of_step, range(schedule.steps))
+        return over_steps_data(kinds, schedule, None, self.kept().total)
+
     def as_dict(self) -> dict[str, Any]:
         """The forecast as plain data, schema `grat.plan/1`."""
         plan = self.main_plan
@@ -98,6 +124,8 @@ class Forecast:
             "layers": self.schedule.layers,
             "density": self.schedule.density,
             "ideal_speedup": self.schedule.ideal_speedup,
+            "work": self.schedule.parts._asdict(),
+            **({"over_steps": self.over_steps} if self.over_steps else {}),
             "tile": _TILE,
             "tile_efficiency": plan.tile_efficiency(_TILE, _TILE),
             "reach_tokens": plan.reach,

@@ -83,10 +83,10 @@ def estimate_at(forecast: Forecast, rates: Rates) -> TimeEstimate:
 
 
 def step_seconds(forecast: Forecast, rates: Rates) -> float:
-    """Seconds of a denoising step at known rates, mean over the run."""
-    architecture = forecast.architecture
-    calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
-    linear_flop = calls * forecast.linear_flop_per_call
+    """Seconds of a denoising step at known rates, mean over the run; reading what is carried is left out."""
+    steps = range(forecast.schedule.steps)
+    left_out = sum(forecast.carrying(step).flop for step in steps) / len(steps)
+    linear_flop = forecast.calls_per_step * (forecast.linear_flop_per_call - left_out)
     return forecast.planned_flop_per_step / rates.attention + linear_flop / rates.linear
 
 
@@ -115,19 +115,25 @@ def estimate_for(
     architecture, main = forecast.architecture, forecast.main_plan
     # Tensor cores take fp32 as TF32, at half of the rate.
     peak = device.tensor_rate if execution.element == 2 else device.tensor_rate / 2
-    calls = architecture.calls_per_step(forecast.preset.sampling.guidance)
+    calls = forecast.calls_per_step
     weights = component_weights(components, execution)
     called = weights["transformer"] / components.transformers
-
     hidden = main.tokens * components.transformer.width * execution.element
-    compute = forecast.planned_flop_per_step / main.tile_efficiency() / (ATTENTION_SHARE * peak) + calls * (
-        forecast.linear_flop_per_call / (LINEAR_SHARE * peak)
-        + (_PASSES_OF_BLOCK * architecture.transformer.layers * hidden + called) / device.bandwidth
-    )
-    # Weights that come anew with every call: by group while the block before is at work, by layer before each.
-    moving = calls * called / device.link
-    step = max(compute, moving) if execution.offload == "group" else compute
-    step += moving if execution.offload == "sequential" else 0
+    passed = _PASSES_OF_BLOCK * architecture.transformer.layers * hidden + called
+
+    def step_seconds(step: int, bandwidth: float = device.bandwidth, link: float = device.link) -> float:
+        attention = forecast.full_flop_per_step * forecast.schedule.density_of_step(step)
+        carrying = forecast.carrying(step)
+        compute = attention / main.tile_efficiency() / (ATTENTION_SHARE * peak) + calls * (
+            (forecast.linear_flop_per_call - carrying.flop) / (LINEAR_SHARE * peak)
+            + (passed + carrying.device_bytes) / bandwidth
+        )
+        # Weights that come anew with every call: by group while the block before is at work, as what is carried does
+        # from main memory; by layer before each.
+        weights_moving = calls * called / link
+        meanwhile = calls * carrying.link_bytes / link
+        meanwhile += weights_moving if execution.offload == "group" else 0
+        return max(compute, meanwhile) + (weights_moving if execution.offload == "sequential" else 0)
 
     tokens = max(encoder.tokens for encoder in components.text_encoders)
     prompts = calls
@@ -138,7 +144,7 @@ def estimate_for(
         "load": total / _DISK + (total / device.link if execution.offload == "none" else 0),
         "text": prompts * 2 * components.text_parameters * tokens / (LINEAR_SHARE * peak)
         + (weights["text"] / device.link if execution.offload != "none" else weights["text"] / device.bandwidth),
-        "denoise": forecast.schedule.steps * step
+        "denoise": sum(map(step_seconds, range(forecast.schedule.steps)))
         + (weights["transformer"] / device.link if execution.offload == "model" else 0),
         "decode": components.autoencoder.decode_flop(*coding) / (CONVOLUTION_SHARE * peak),
     }

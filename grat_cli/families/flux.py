@@ -352,7 +352,7 @@ class Flux(Family):
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def text_lens(self, text: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-        return (text["prompt_embeds"].shape[1],)
+        return tuple(text[name].shape[1] for name in ("prompt_embeds", "negative_prompt_embeds") if name in text)
 
     def denoise(self, pipe: Any, call: Call) -> torch.Tensor:
         arguments, first_step = {**call.arguments, **_picture_arguments(call)}, call.first_step

@@ -182,6 +182,10 @@ class Flux2Shape(TransformerShape):
         ends = 2 * self.in_channels * image + self.text_channels * text
         return 2.0 * (self._matrices * self.layers * (image + text) + self.width * ends)
 
+    @property
+    def carried_matrices(self) -> Mapping[str, int]:
+        return {"double_blocks": 4, "single_blocks": 0}
+
     # ---- Memory
 
     def pipeline_bytes(self, plan: Plan, element: int) -> float:

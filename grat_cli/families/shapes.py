@@ -129,6 +129,12 @@ class TransformerShape(ABC):
             text: text tokens, wherever they are attended.
         """
 
+    @property
+    def carried_matrices(self) -> Mapping[str, int]:
+        """Of each kind of block, the matrices of width by width that a token does not meet where its attention module
+        is carried over steps; 0 where that computes more, so that the attention alone is carried."""
+        return dict.fromkeys(self.blocks, 4)  # of query, key, value and output
+
     # ---- Memory
 
     @abstractmethod
@@ -231,6 +237,11 @@ class JointShape(TransformerShape):
         """A block of either kind has 12 weights per pair of channels: query, key, value and output, and a feed-forward
         four times as wide. Each takes a multiplication and an addition per token."""
         return 24.0 * self.width**2 * self.layers * (image + text)
+
+    @property
+    def carried_matrices(self) -> Mapping[str, int]:
+        """In single blocks what attention put out is projected together with the feed-forward's."""
+        return {"double_blocks": 4, "single_blocks": 3}
 
     # ---- Memory
 

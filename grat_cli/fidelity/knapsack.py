@@ -47,10 +47,18 @@ class Path:
         Raises:
             ValueError: if even the cheapest choice is not.
         """
+        return self.after(self.moves_within(budget))
+
+    def moves_within(self, budget: float) -> int:
+        """How many moves that choice is from the start.
+
+        Raises:
+            ValueError: if even the cheapest choice is not within the budget.
+        """
         moves = int(np.searchsorted(self.costs, budget * (1 + 1e-12), side="right")) - 1
         if moves < 0:
             raise ValueError(f"the cheapest choice costs {self.costs[0]:.4f}, more than {budget:.4f}")
-        return self.after(moves)
+        return moves
 
 
 def hull(costs: Floats, losses: Floats) -> list[int]:

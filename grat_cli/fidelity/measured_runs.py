@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,14 +29,12 @@ class MeasuredRun(BaseModel):
     """How far the latents of a run end from those of full attention.
 
     Attributes:
-        error: mean square of the difference, over that of full attention's latents from their mean.
-        density: of the run.
+        error: see `relative_error`.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     error: Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
-    density: Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
 
 
 class _File(BaseModel):
@@ -67,21 +67,27 @@ class Measurements:
     about: Sequence[Mapping[str, Any]]
     run: Run
     left: int
+    _firsts: dict[int, float] = field(default_factory=dict)
 
-    def error(self, preset: Preset, at_most: float = float("inf")) -> float:
-        """Mean over the prompts of `MeasuredRun.error`; infinite once it is sure to be more than a bound.
+    def ratio(self, preset: Preset, at_most: float = math.inf) -> float:
+        """Errors over those of the preset that was measured first, mean over the prompts, which so count alike.
 
         Args:
             preset: on trial.
-            at_most: the bound.
+            at_most: a bound; infinite is returned once the mean is sure to be more.
         """
         total = 0.0
         for number in range(len(self.about)):
             self.left -= 1
-            total += self._measured(preset, number).error
+            error = self._measured(preset, number).error
+            total += error / (self._firsts.setdefault(number, error) or 1.0)
             if total / len(self.about) > at_most:
-                return float("inf")
+                return math.inf
         return total / len(self.about)
+
+    def error(self, preset: Preset) -> float:
+        """Mean over the prompts of the errors of a preset that was measured on all of them."""
+        return statistics.fmean(self._measured(preset, number).error for number in range(len(self.about)))
 
     @property
     def lasts(self) -> bool:

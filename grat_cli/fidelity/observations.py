@@ -67,6 +67,11 @@ class Observations:
         gram = np.mean([part.gram for part in parts], axis=0)
         return cls(parts[0].densities, queries.sum(0), mean("recall"), mean("error"), mean("loss"), gram)
 
+    @property
+    def steps_seen(self) -> np.ndarray:
+        """Steps that were observed, in order."""
+        return np.flatnonzero(self.queries[:, 0] > 0)
+
     def of_stretches(self, stretches: Sequence[range], name: str) -> Floats:
         """Means of a field over the observed steps of each stretch, `[T, L, H, C]`."""
         seen = self.queries[:, 0] > 0
@@ -74,7 +79,7 @@ class Observations:
 
     def of_steps(self, steps: Sequence[int], name: str) -> Floats:
         """A field at some steps, between observed ones by a straight line, `[T, L, H, C]`."""
-        seen = np.flatnonzero(self.queries[:, 0] > 0)
+        seen = self.steps_seen
         values = getattr(self, name)
         at = np.clip(steps, seen[0], seen[-1])
         after = np.searchsorted(seen, at)
@@ -89,7 +94,6 @@ class Facts(BaseModel):
 
     Attributes:
         text_tokens: of the first transformer call.
-        tokens: of the joint sequence.
         calls: of the transformer at a step, each sample of a batch for one.
         sigmas: of the steps, and what the last one ends at; None of a scheduler that has none.
     """
@@ -97,7 +101,6 @@ class Facts(BaseModel):
     model_config = ConfigDict(strict=True)
 
     text_tokens: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
-    tokens: Annotated[int, Field(ge=1, le=_LARGEST_FIGURE)]
     calls: Annotated[int, Field(ge=1, le=_MOST_CALLS)]
     sigmas: Annotated[list[Annotated[float, Field(ge=0, le=_LARGEST_FIGURE, allow_inf_nan=False)]] | None, Field()]
 
@@ -171,7 +174,6 @@ def observe(
     sigmas = getattr(pipe.scheduler, "sigmas", None)
     facts = Facts(
         text_tokens=recorder.text_len,
-        tokens=outputs.tokens,
         calls=outputs.calls,
         sigmas=None if sigmas is None or len(sigmas) != steps + 1 else [float(sigma) for sigma in sigmas],
     )

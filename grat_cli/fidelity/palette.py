@@ -8,8 +8,8 @@ from typing import Any
 
 from grat_cli.presets import Attention
 
-# What is chosen by content: shares of all blocks that are attended token by token, and by fine means.
-_CHOICES = ((1 / 32, 3 / 32), (1 / 16, 1 / 4), (1 / 8, 1 / 2), (3 / 16, 5 / 8), (1 / 4, 3 / 4))
+# What is chosen by content: 64ths of all blocks that are attended token by token, and by fine means.
+_CHOICES = ((2, 6), (4, 8), (4, 16), (6, 8), (8, 8), (8, 16), (8, 32), (12, 16), (16, 16), (20, 16), (28, 24))
 _LARGE_GROUP = 64
 
 
@@ -54,7 +54,7 @@ def _chosen(group: tuple[int, ...], grid: tuple[int, ...]) -> Iterator[dict[str,
         return
     blocks = math.prod(-(-extent // size) for extent, size in zip(grid, block, strict=True))
     for exact, means in _CHOICES:
-        choose = {"exact": round(exact * blocks), "fine": round(means * blocks), "block": fine}
+        choose = {"exact": round(exact * blocks / 64), "fine": round(means * blocks / 64), "block": fine}
         if choose["exact"] and choose["fine"]:
             far = {"levels": [{"beyond": 0, "block": block}], "choose": choose}
             yield {"variant": "b", "radius": 0, "far": far}
@@ -66,8 +66,7 @@ def _far(group: tuple[int, ...], inner: int) -> Iterator[list[dict[str, Any]] | 
     fine = [_half(size) for size in group]
     yield None
     yield [{"beyond": inner, "block": coarse}]
-    for width in (1, 2):
-        yield [{"beyond": inner, "block": fine}, {"beyond": inner + width, "block": coarse}]
+    yield [{"beyond": inner, "block": fine}, {"beyond": inner + 1, "block": coarse}]
     yield [{"beyond": inner, "block": fine}]
 
 

@@ -12,24 +12,25 @@ measured runs (`step_search`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from grat_cli.attention.record import observation_preset
+from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.errors import BadInput
+from grat_cli.estimates.over_steps import kept_bytes
 from grat_cli.fidelity import observations as observing
-from grat_cli.fidelity.evidence import Chosen, evidence_of
+from grat_cli.fidelity.evidence import Chosen, evidence_of, figures
 from grat_cli.fidelity.fitted_preset import schedule_of, share_of, stretches_from, stretches_of
 from grat_cli.fidelity.knapsack import Choice, Floats, greedy_path
 from grat_cli.fidelity.measured_runs import MeasuredRun, Measurements, relative_error
-from grat_cli.fidelity.observations import Observations, Observed
+from grat_cli.fidelity.observations import Facts, Observations, Observed
 from grat_cli.fidelity.quality import likeness
 from grat_cli.fidelity.references import MOST_STEPS
-from grat_cli.fidelity.step_search import EARLY, Foreteller, Setting, kept_bytes, measured_best
+from grat_cli.fidelity.step_search import Foreteller, Search, Setting
 from grat_cli.files.whole import part_of
 from grat_cli.generation.request import Progress, Request
 from grat_cli.generation.single import frames_of, latents_of
@@ -48,13 +49,13 @@ class StepSearch:
     Attributes:
         references: fewest and most steps that are computed; None for all that the density allows.
         runs: of the model that may be made to measure settings.
-        keep: where outputs are kept; see `presets.Carrying`.
+        keep: where outputs are kept, one of `presets.over_steps.KEEPS`.
         most_gib: that may be kept, or None.
     """
 
     references: tuple[int, int] | None = None
-    runs: int = 60
-    keep: Literal["device", "fp8", "host"] = "device"
+    runs: int = 40
+    keep: str = "device"
     most_gib: float | None = None
 
 
@@ -153,14 +154,11 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
     preset = _preset(request, chosen)
 
     # 4. How close its outputs come to those of full attention.
-    plain = Preset.model_validate(
-        base.model_dump() | {"attention": {"variant": "full", "group": list(preset.attention.group)}, "schedule": {}}
-    )
     likenesses, density = [], None
     for number, prompt in enumerate(request.checked):
         progress.phase(f"checking {number + 1} of {len(request.checked)}: {prompt}")
         outputs = []
-        for used in (plain, preset):
+        for used in (_full(base), preset):
             latents, installation = latents_of(model.pipe, asked, used, prompt, len(request.prompts) + number, progress)
             outputs.append(frames_of(model.pipe, asked, latents))
             density = installation.last_schedule.density
@@ -246,42 +244,34 @@ def _over_steps(
     Raises:
         BadInput: if no setting is as sparse, or all keep more than they may.
     """
-    # 1. What may be kept: outputs and slopes, or outputs alone.
-    asked = request.request
-    shape = asked.family.transformer_shape(model.pipe.transformer.config)
-    facts = seen[0].facts
-    element = 1 if search.keep == "fp8" else model.pipe.transformer.dtype.itemsize
-
-    def bytes_of(setting: Setting) -> int:
-        return kept_bytes(setting, request.steps, facts.tokens, shape.width, shape.layers, facts.calls, element)
+    # 1. What may be kept of each layer and call: an output and how it changes, or the output alone.
+    assert request.density is not None, "a search over steps has a density for its target"
+    asked, facts = request.request, seen[0].facts
+    of_outputs = _bytes_of_outputs(request, search, model, facts)
+    limit = float("inf") if search.most_gib is None else search.most_gib * _GIB
+    if of_outputs > limit:
+        raise BadInput(
+            f"outputs of all layers are {of_outputs / _GIB:.3g} GiB, more than --max-kept {search.most_gib:g}: "
+            "give more, --keep fp8, or --no-over-steps"
+        )
+    extrapolates = 2 * of_outputs <= limit
+    if not extrapolates:
+        progress.note(
+            f"outputs and how they change are {2 * of_outputs / _GIB:.3g} GiB, more than --max-kept "
+            f"{search.most_gib:g}: outputs are reused as they are"
+        )
 
     # 2. What is foretold.
-    assert request.density is not None, "a search over steps has a density for its target"
     weights = _weights(facts.sigmas, request.steps)
-    foretellers = [Foreteller(observations, request.density, weights, extrapolates=one) for one in (True, False)]
+    foreteller = Foreteller(observations, request.density, weights, extrapolates=extrapolates)
     fewest, most = search.references or (1, request.steps)
-    counts = range(fewest, min(most, foretellers[0].most, request.steps) + 1)
+    counts = range(fewest, min(most, foreteller.most) + 1)
     if not counts:
         sparsest = observations.densities.min()
         raise BadInput(
             f"no choice of these patterns has a density of {request.density:g}: the sparsest one has {sparsest:.4f} at "
             f"each step that is computed, {fewest * sparsest / request.steps:.4f} of the whole run at {fewest} of "
             f"{request.steps} steps"
-        )
-    limit = None if search.most_gib is None else search.most_gib * _GIB
-    for foreteller in foretellers:
-        settings = foreteller.settings(counts)
-        fitting = [setting for setting in settings if limit is None or bytes_of(setting) <= limit]
-        if fitting:
-            break
-    else:
-        raise BadInput(
-            f"a run keeps {min(map(bytes_of, settings)) / _GIB:.3g} GiB even if outputs are reused as they are, more "
-            f"than --max-kept {search.most_gib:g}: give more, --keep fp8, or --no-over-steps"
-        )
-    if foreteller is foretellers[1]:
-        progress.note(
-            f"outputs and slopes are more than --max-kept {search.most_gib:g} GiB: outputs are reused as they are"
         )
 
     # 3. What is measured.
@@ -291,30 +281,61 @@ def _over_steps(
         return _chosen_at_references(request, search, observations, setting)
 
     def run(preset: Preset, number: int) -> MeasuredRun:
-        latents, installation = latents_of(model.pipe, asked, preset, prompts[number], number, progress)
-        error = relative_error(latents, seen[number].latents)
-        return MeasuredRun(error=error, density=installation.last_schedule.density)
+        latents, _ = latents_of(model.pipe, asked, preset, prompts[number], number, progress)
+        return MeasuredRun(error=relative_error(latents, seen[number].latents))
 
-    def error(setting: Setting, least: float) -> float:
-        told = (
-            f"{', '.join(map(str, setting.references))}; slopes {', '.join(f'{slope:g}' for slope in setting.slopes)}"
-        )
-        best = "" if least == float("inf") else f"; best {least:.4g}"
-        progress.phase(f"measuring, {measurements.left} runs left{best}: steps {told}")
-        return measurements.error(_preset(request, chosen_by(setting)), least)
+    def measure(setting: Setting, least: float) -> float:
+        steps, slopes = (", ".join(f"{one:g}" for one in some) for some in (setting.references, setting.slopes))
+        of_full = "" if setting.patterns else "full attention at "
+        progress.phase(f"measuring ({measurements.left} runs left): {of_full}steps {steps}; slopes {slopes}")
+        return measurements.ratio(_preset(request, chosen_by(setting)), least)
+
+    def error_of(setting: Setting) -> float:
+        return figures(measurements.error(_preset(request, chosen_by(setting))))
 
     about = [_about(request, model, number, observed=False) for number in range(len(prompts))]
     measurements = Measurements(request.folder, about, run, search.runs)
-    setting, least = measured_best(foreteller, fitting, error, lambda: measurements.lasts)
+    found = Search(foreteller, measure, lambda: measurements.lasts).best_of(counts)
+    setting = found.setting
+    chosen = chosen_by(setting)
+    parts = _schedule(request, model, facts, _preset(request, chosen)).parts
+    kept = 0 if len(setting.references) == request.steps else of_outputs * (2 if any(setting.slopes) else 1)
     evidence = OverStepsEvidence(
         references=setting.references,
         slopes=setting.slopes,
-        kept_bytes=bytes_of(setting),
+        kept_bytes=kept,
+        **{name: figures(part) for name, part in parts._asdict().items()},
         prompts=prompts,
         runs=search.runs - measurements.left,
-        error=None if least == float("inf") else float(f"{least:.4g}"),
+        error=None if found.error is None else error_of(setting),
+        carried_error=None if found.exact is None else error_of(found.exact),
     )
-    return chosen_by(setting), evidence
+    return chosen, evidence
+
+
+def _bytes_of_outputs(request: TuneRequest, search: StepSearch, model: LoadedModel, facts: Facts) -> int:
+    """What the latest outputs of all layers take, in all calls of a step."""
+    asked, transformer = request.request, model.pipe.transformer
+    reused = {"reference": [0], "between": "reuse", "keep": search.keep}
+    preset = Preset.model_validate(_full(asked.preset).model_dump() | {"schedule": {"over_steps": reused}})
+    shape = asked.family.transformer_shape(transformer.config)
+    schedules = [_schedule(request, model, facts, preset)] * facts.calls
+    return round(kept_bytes(schedules, shape, transformer.dtype.itemsize).total)
+
+
+def _schedule(request: TuneRequest, model: LoadedModel, facts: Facts, preset: Preset) -> AttentionSchedule:
+    """A preset laid out over a run."""
+    asked = request.request
+    shape = asked.family.transformer_shape(model.pipe.transformer.config)
+    return AttentionSchedule(
+        preset, asked.grid, facts.text_tokens, asked.family.text_first, request.steps, shape.layers, shape.heads
+    )
+
+
+def _full(preset: Preset) -> Preset:
+    """The preset with full attention at every step."""
+    attention = {"variant": "full", "group": list(preset.attention.group)}
+    return Preset.model_validate(preset.model_dump() | {"attention": attention, "schedule": {}})
 
 
 def _chosen_at_references(
@@ -326,11 +347,10 @@ def _chosen_at_references(
         "between": "extrapolate" if any(setting.slopes) else "reuse",
         "keep": search.keep,
     }
+    stretches = stretches_from(setting.references, steps)
     if any(setting.slopes):
-        early = math.ceil(EARLY * steps)
         carried["slope"] = [
-            {"steps": text, "slope": slope}
-            for text, slope in zip(stretches_from((0, early), steps), setting.slopes, strict=True)
+            {"steps": text, "slope": slope} for text, slope in zip(stretches, setting.slopes, strict=True) if slope
         ]
     return Chosen(
         candidates=request.candidates,
@@ -338,18 +358,19 @@ def _chosen_at_references(
         choice=setting.choice,
         weights=np.full(count, 1 / count),
         values=lambda name: observations.of_steps(setting.references, name),
-        stretches=stretches_from(setting.references, steps),
+        stretches=stretches,
         computed=count / steps,
         over_steps=carried if count < steps else None,
     )
 
 
 def _weights(sigmas: list[float] | None, steps: int) -> Floats:
-    """Of the loss at each step, 1 on the mean."""
-    if sigmas is None:
-        return np.ones(steps)
-    lengths = np.abs(np.diff(sigmas))
-    return lengths / lengths.mean() if lengths.any() else np.ones(steps)
+    """Of the loss at each step: how far latents go there; they add up to 1.
+
+    Not its square, by which the error of latents grows at the step itself: errors of early steps grow further later.
+    """
+    lengths = np.abs(np.diff(sigmas)) if sigmas is not None else np.ones(steps)
+    return lengths / lengths.sum() if lengths.any() else np.full(steps, 1 / steps)
 
 
 def _preset(request: TuneRequest, chosen: Chosen) -> Preset:

@@ -201,6 +201,13 @@ class Variant:
         return self._diagonal
 
     @property
+    def chooses(self) -> bool:
+        """Whether groups choose by content what they attend."""
+        if self.preset is not None:
+            return self.preset.chooses
+        return self.pattern is not None and self.pattern.choice is not None
+
+    @property
     def _diagonal(self) -> float:
         return math.hypot(*(extent - 1 for extent in self.grid.shape))
 
@@ -427,7 +434,7 @@ def _full_list(request: Request, grid: Grid) -> Variant:
 
 def _grat_b(request: Request, grid: Grid) -> Variant:
     radius = _plain(request.parameters.get("radius", (1,)))
-    words = f"the {_neighbourhood(radius, grid)} groups around each group"
+    words = _near_words(radius, grid)
     return _grouped(request, grid, Block(radius), words, {"variant": "b", "radius": _listed(radius)})
 
 
@@ -441,7 +448,7 @@ def _grat_bx(request: Request, grid: Grid) -> Variant:
     # On three axes lines, as in the preset hunyuan-bx: planes leave little to gain.
     radius, share = _plain(request.parameters.get("radius", (1,))), _share(request, 2 if grid.axes == 3 else 1)
     cross = _CROSS_WORDS.get((grid.axes, share), f"groups that share {share} coordinates")
-    words = f"the {_neighbourhood(radius, grid)} groups around each group, and {cross}"
+    words = f"{_near_words(radius, grid)}, and {cross}"
     section = {"variant": "bx", "radius": _listed(radius), "share": share}
     return _grouped(request, grid, Union(Block(radius), CrissCross(share)), words, section)
 
@@ -453,7 +460,7 @@ def _grat_far(request: Request, grid: Grid) -> Variant:
     group = _group(request, grid)
     block = _sizes(request, "block", grid) if "block" in request.parameters else _default_block(grid, group)
     pattern = Union(Block(radius), Far([(beyond, block)]))
-    words = f"the {_neighbourhood(radius, grid)} groups around each group, all beyond by means of {size_text(block)}"
+    words = f"{_near_words(radius, grid)}, all beyond by means of {size_text(block)}"
     far = [{"beyond": beyond, "block": list(block)}]
     return _grouped(request, grid, pattern, words, {"variant": "b", "radius": _listed(radius), "far": far})
 
@@ -471,7 +478,7 @@ def _grat_choose(request: Request, grid: Grid) -> Variant:
     )
     pattern = Union(Block(radius), Far([(beyond, block)], (exact, fine, means)))
     words = (
-        f"the {_neighbourhood(radius, grid)} groups around each group; by content {exact} blocks of {size_text(block)} "
+        f"{_near_words(radius, grid)}; by content {exact} blocks of {size_text(block)} "
         f"token by token and {fine} by means of {size_text(means)}, all others by one mean each"
     )
     far = {
@@ -614,6 +621,12 @@ def _plain(values: tuple[int, ...]) -> int | tuple[int, ...]:
 
 def _listed(value: int | tuple[int, ...]) -> int | list[int]:
     return value if isinstance(value, int) else list(value)
+
+
+def _near_words(radius: int | tuple[int, ...], grid: Grid) -> str:
+    if np.max(radius) == 0:
+        return "each group itself"
+    return f"the {_neighbourhood(radius, grid)} groups around each group"
 
 
 def _neighbourhood(radius: int | tuple[int, ...], grid: Grid) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from grat_cli.attention.guard import GuardState
+from grat_cli.attention.schedule import StepKind
 from grat_cli.errors import BadInput, printable
 from grat_cli.estimates.stages import Stage
 from grat_cli.families.base import Pictures
@@ -416,6 +417,7 @@ class _StoredStep(BaseModel):
     density: Number
     stage: Annotated[int, Field(ge=0, le=MOST_STAGES)]
     computed: Annotated[tuple[Ranges, ...], Field(max_length=16)] = ()
+    over_steps: StepKind | None = None
 
 
 class _StoredCache(BaseModel):

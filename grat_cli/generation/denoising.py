@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -12,8 +12,10 @@ from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.console.run_tables import computed_text
+from grat_cli.console.run_tables import step_text
 from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted, OutOfMemory
+from grat_cli.estimates.memory import DTYPE_BYTES
+from grat_cli.estimates.over_steps import kept_bytes, over_steps_data
 from grat_cli.estimates.stages import Stage
 from grat_cli.families.base import Call
 from grat_cli.families.guidance import Guidance
@@ -25,7 +27,7 @@ from grat_cli.generation.frames import FrameCheck, checked_frames
 from grat_cli.generation.preview import Preview, PreviewedSteps
 from grat_cli.generation.request import Request, WritingProgress
 from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
-from grat_cli.generation.timing import Phases, StepRecorder, phase_of, while_compiling, with_work
+from grat_cli.generation.timing import Phases, StepRecorder, StepTiming, phase_of, while_compiling, with_work
 from grat_cli.models import compiling
 from grat_cli.models.devices import is_out_of_memory, wait_for
 from grat_cli.presets.caches import Mag
@@ -254,7 +256,7 @@ class Denoising:
         timesteps = [step.timestep for step in own] + scheduler.timesteps[scheduler.begin_index or 0 :].tolist()
         # Where a step was broken off, one of its two transformer calls may have been timed.
         installation = inside.installation
-        timed = with_work(recorder.steps(timesteps)[: done - len(own)], installation.work)
+        timed = with_work(recorder.steps(timesteps)[: done - len(own)], installation.work, installation.carrying)
         own += [replace(step, index=len(before) + step.index, stage=run.stage) for step in timed]
         phases_ms, memory_bytes = self._phases.so_far()
         text_tokens = self._text.lengths[0]
@@ -274,7 +276,8 @@ class Denoising:
             cache=report.cache_data(cache, own, schedule.layers, schedule.density, caches.ratios if caches else ())
             if cache
             else None,
-            density=fmean(step.density for step in own) if cache and own else None,
+            over_steps=self._over_steps(run, inside, guidance, own),
+            density=fmean(step.density for step in own) if installation.work and own else None,
         )
         steps, stages = (*before, *own), (*run.stages[: run.stage], record.as_dict())
         told = report.build_report(
@@ -302,11 +305,40 @@ class Denoising:
             is_keepable=True,
         )
 
+    def _over_steps(
+        self, run: Run, inside: Installed, guidance: Guidance, own: Sequence[StepTiming]
+    ) -> dict[str, Any] | None:
+        """What is told of a stage whose attention is carried over steps; None where it is not.
+
+        Args:
+            run: as it was taken up.
+            inside: what runs it.
+            guidance: of the stage.
+            own: steps of the stage that are done.
+        """
+        installation, request = inside.installation, self._request
+        if (carrying := installation.carrying) is None:
+            return None
+        lengths = self._text.lengths[: 1 if guidance.negative_prompt is None else 2]
+        schedules = [installation.schedule(length, installation.references) for length in lengths]
+        surroundings, shape = self._studio.surroundings, self._family.transformer_shape(inside.pipe.transformer.config)
+        foretold = kept_bytes(
+            schedules,
+            shape,
+            DTYPE_BYTES[surroundings.dtype],
+            on_cpu=self._device.type == "cpu",
+            whole=not request.compile,
+        )
+        before = run.stages[run.stage].get("over_steps", {}) if len(run.stages) > run.stage else {}
+        kept = max(carrying.most_kept_bytes, before.get("kept_bytes", 0))
+        return over_steps_data((step.over_steps for step in own), schedules[0], kept, foretold.total)
+
     def _tell_work(self, stage: Stage, inside: Installed, step: int) -> None:
-        """What of a step was computed, where there is a cache."""
-        work = inside.installation.work
-        if stage.preset.cache and work and (done := work.of_step(step)):
-            self._progress.work(computed_text(done.computed, stage.preset.cache.skipped, work.layers))
+        """What of a step was computed, where it may have taken over something from those before."""
+        work, carrying, cache = inside.installation.work, inside.installation.carrying, stage.preset.cache
+        if work and (done := work.of_step(step)):
+            kind = carrying and carrying.kind_of_step(step)
+            self._progress.work(step_text(done.computed, cache and cache.skipped, kind, work.layers))
 
     def _go_on_to(self, stage: Stage, before: Stage) -> None:
         """From a stage that is done to the start of the next; what there is to go on from is kept first."""

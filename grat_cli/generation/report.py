@@ -77,6 +77,7 @@ class StageRecord:
         shift: effective time shift, a factor.
         guard: of `guard.RecallGuard.report`, None without a guard.
         cache: of `cache_data`, None without a cache.
+        over_steps: of `over_steps.over_steps_data`, None where attention is not carried over steps.
         density: of what was computed; None for what the schedule says.
     """
 
@@ -91,6 +92,7 @@ class StageRecord:
     guard: dict[str, Any] | None = None
     reference_tokens: int = 0
     cache: dict[str, Any] | None = None
+    over_steps: dict[str, Any] | None = None
     density: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,8 +104,14 @@ class StageRecord:
             "shift": self.shift,
             "backend": self.backend,
             "guard": self.guard,
-            **({"cache": self.cache} if self.cache else {}),
+            **self.taken_over,
         }
+
+    @property
+    def taken_over(self) -> dict[str, Any]:
+        """What steps took over from those before, by what did that; nothing where they took nothing."""
+        sections = {"cache": self.cache, "over_steps": self.over_steps}
+        return {name: section for name, section in sections.items() if section}
 
     @property
     def attended(self) -> float:
@@ -199,7 +207,7 @@ def build_report(
         "density": record.attended,
         "ideal_speedup": 1 / record.attended if record.attended else None,
         "guard": record.guard,
-        **({"cache": record.cache} if record.cache else {}),
+        **record.taken_over,
         "backend": {
             "requested": request.preset.kernel.backend,
             "used": record.backend,
@@ -308,7 +316,7 @@ def measured(
             {
                 name: round(value, 6) if isinstance(value, float) else value
                 for name, value in asdict(step).items()
-                if value != ()
+                if value not in ((), None)
             }
             for step in steps
         ],

@@ -150,7 +150,8 @@ def guard_note(preset: Preset, *, dense: bool) -> str | None:
         return None
     if dense:
         return f"guard {preset.guard:g} has nothing to do: all attention is full"
-    return f"guard {preset.guard:g}: layers that keep less of full attention go wider, which takes longer"
+    carried = ", and where less is carried to a reference there are more" if preset.schedule.over_steps else ""
+    return f"guard {preset.guard:g}: layers that keep less of full attention go wider{carried}, which takes longer"
 
 
 def cache_note(preset: Preset) -> str | None:
@@ -164,7 +165,7 @@ def require_choice(option: str, word: str | None, known: Sequence[str]) -> None:
         raise BadInput(f"{option} {word}: {choices(word, known)}")
 
 
-def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> None:
+def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: int, *, choosing: bool = False) -> None:
     """Makes sure that a backend chosen by name can run, which is known long before the model is loaded.
 
     Args:
@@ -173,6 +174,7 @@ def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: i
         dtype: as for `devices.choose_dtype`.
         head_dim: channels per head.
         tokens: length of the joint sequence.
+        choosing: whether groups choose by content what they attend.
 
     Raises:
         BadInput: if it cannot run here, with the reason.
@@ -183,7 +185,7 @@ def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: i
     from grat_kernels import can_run
 
     chosen_device = choose_device(device)
-    ability = can_run(name, chosen_device, choose_dtype(dtype, chosen_device), head_dim, tokens)
+    ability = can_run(name, chosen_device, choose_dtype(dtype, chosen_device), head_dim, tokens, choosing=choosing)
     if not ability:
         raise BadInput(
             f"the {name} backend cannot run here: {ability.reason}\nUse --backend auto; grat env lists what runs."

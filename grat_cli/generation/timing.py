@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from grat_cli.attention.carrying import Carrying
+    from grat_cli.attention.schedule import StepKind
     from grat_cli.attention.work import Work
 
 
@@ -26,8 +28,9 @@ class StepTiming:
         other_ms: the rest: projections, feed-forward, norms, permutation.
         density: attended pairs over all pairs, mean over layers.
         stage: of the run that it belongs to, counted from 0; see `highres.Stage`.
-        computed: with a cache, of each transformer call the layers whose attention was computed, such as `0, 3-5`;
-            empty where all were.
+        computed: of each transformer call the layers whose attention was computed, such as `0, 3-5`; empty where all
+            were.
+        over_steps: what the step was where attention is carried over steps, else None.
     """
 
     index: int
@@ -38,6 +41,7 @@ class StepTiming:
     density: float
     stage: int = 0
     computed: tuple[str, ...] = ()
+    over_steps: StepKind | None = None
 
 
 @dataclass
@@ -106,12 +110,13 @@ class StepRecorder:
         ]
 
 
-def with_work(steps: Sequence[StepTiming], work: Work | None) -> list[StepTiming]:
+def with_work(steps: Sequence[StepTiming], work: Work | None, carrying: Carrying | None = None) -> list[StepTiming]:
     """Timings with what was computed of each step, in place of what its schedule says; as they are without a count."""
     found = [work and work.of_step(step.index) for step in steps]
+    kinds = [carrying and carrying.kind_of_step(step.index) for step in steps]
     return [
-        replace(step, density=done.density, computed=done.computed) if done else step
-        for step, done in zip(steps, found, strict=True)
+        replace(step, density=done.density, computed=done.computed, over_steps=kind) if done else step
+        for step, done, kind in zip(steps, found, kinds, strict=True)
     ]
 
 

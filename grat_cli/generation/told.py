@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from grat_cli.attention.schedule import STEP_KINDS, StepKind
 from grat_cli.files import videos
 from grat_cli.files.prompts import LARGEST_SEED
 from grat_cli.models.lora import MOST_LORAS
@@ -57,6 +58,22 @@ class ToldWidening(Told):
     to: Line
 
 
+class ToldCarried(Told):
+    """The reference to which layers would have carried least, and how much of what was computed then."""
+
+    step: Count
+    section: Count
+    kept: Number
+
+
+class ToldDoubling(Told):
+    """References that came twice as often under the guard."""
+
+    step: Count
+    section: Count
+    references: Annotated[tuple[Count, ...], Field(max_length=MOST_STEPS)]
+
+
 class ToldGuard(Told):
     """What the guard of a run or stage did."""
 
@@ -65,11 +82,15 @@ class ToldGuard(Told):
     planned_density: Number | None
     lowest: ToldLowest | None
     widened: Annotated[tuple[ToldWidening, ...], Field(max_length=MOST_STEPS)]
+    least_carried: ToldCarried | None = None
+    doubled: Annotated[tuple[ToldDoubling, ...], Field(max_length=MOST_STEPS)] = ()
 
     @model_validator(mode="after")
     def _check_wholeness(self) -> ToldGuard:
-        if self.lowest is not None and self.planned_density is None:
+        if (self.lowest or self.least_carried) is not None and self.planned_density is None:
             raise ValueError("a guard that judged layers knows the density that was planned")
+        if self.doubled and self.least_carried is None:
+            raise ValueError("a guard that made references come more often knows why")
         return self
 
 
@@ -91,6 +112,23 @@ class ToldCache(Told):
     steps: Annotated[tuple[ToldAlike, ...], Field(max_length=MOST_STEPS)]
 
 
+class ToldOfKind(Told):
+    """Steps of a kind, where attention is carried over steps."""
+
+    kind: StepKind
+    steps: Ranges
+    count: Count
+
+
+class ToldOverSteps(Told):
+    """What was carried over the steps of a run or stage."""
+
+    steps: Annotated[tuple[ToldOfKind, ...], Field(max_length=len(STEP_KINDS))]
+    layers: Ranges | None
+    kept_bytes: Bytes | None = None
+    foretold_bytes: Bytes | None = None
+
+
 class ToldStage(Told):
     """A stage that is done or under way."""
 
@@ -101,6 +139,7 @@ class ToldStage(Told):
     density: Number
     guard: ToldGuard | None = None
     cache: ToldCache | None = None
+    over_steps: ToldOverSteps | None = None
 
 
 class ToldStep(Told):
@@ -111,6 +150,7 @@ class ToldStep(Told):
     attention_ms: Time
     density: Number
     stage: Annotated[int, Field(ge=0, le=MOST_STAGES)] = 0
+    over_steps: StepKind | None = None
 
 
 class ToldSampling(Told):
@@ -193,6 +233,7 @@ class ShownReport(Told):
     ideal_speedup: Number | None
     guard: ToldGuard | None = None
     cache: ToldCache | None = None
+    over_steps: ToldOverSteps | None = None
     backend: ToldBackend
     device: ToldDevice
     versions: ToldVersions
@@ -263,5 +304,6 @@ class KeptReport(Told):
     density: Number
     guard: ToldGuard | None
     cache: ToldCache | None = None
+    over_steps: ToldOverSteps | None = None
     peak_memory_kind: Line
     pictures: Annotated[tuple[KeptPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()

@@ -159,6 +159,9 @@ class Faster(_Cache):
     weight: Annotated[Number, Field(ge=0, le=1)] = 0.5
 
 
+# They take the place of attentions, and so does what is carried over steps; the others that of whole blocks.
+OF_ATTENTIONS = (Taylor, Broadcast, Faster)
+
 Cache = FirstBlock | Mag | Taylor | Broadcast | Faster
 KINDS: Mapping[str, type[Cache]] = {
     str(kind.model_fields["kind"].default): kind for kind in (FirstBlock, Mag, Taylor, Broadcast, Faster)

@@ -7,7 +7,7 @@ them, a layer's output at a later step t is carried as O_j + a (t - j) / (j - i)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ from grat_cli.presets.section import MOST_STEPS, Number, Range, Section
 
 Between = Literal["extrapolate", "reuse", "residual"]
 Keep = Literal["device", "fp8", "host"]
+KEEPS: tuple[str, ...] = get_args(Keep)
 DEFAULT_SLOPE = 0.9
 _STEEPEST = 2.0
 _MOST_ENTRIES = 1000
@@ -117,6 +118,11 @@ class Carrying(Section):
         if self.between == "reuse" and self.slope is not None:
             raise invalid("has no meaning where outputs are reused as they are: leave it out", "slope")
         return self
+
+    @property
+    def is_spaced(self) -> bool:
+        """Whether the references depend on the sigmas of the run's schedule."""
+        return isinstance(self.reference, Spaced)
 
     def reference_steps(self, steps: int, sigmas: Sequence[float] | None = None) -> tuple[int, ...]:
         """The references of a run, in order, each once; the first step among them.

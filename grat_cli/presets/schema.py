@@ -26,7 +26,7 @@ from pydantic import (
 
 from grat_cli.errors import choices
 from grat_cli.presets.attention import LARGEST_COUNT, Attention, Change, Sizes
-from grat_cli.presets.caches import Cache, cache_from
+from grat_cli.presets.caches import OF_ATTENTIONS, Cache, cache_from
 from grat_cli.presets.over_steps import Carrying, overlap
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
 from grat_cli.presets.section import MOST_STEPS, Number, Range, Section, as_tuple
@@ -327,20 +327,31 @@ class OverStepsEvidence(Section):
 
     Attributes:
         references: steps that are computed, of the runs that were observed.
-        slopes: of the early steps, and of the later ones.
+        slopes: that outputs are carried with after each of them; 0 where none are, or they are reused as they are.
         kept_bytes: what a run keeps from step to step.
+        pairs: attention work of a run by part, over all pairs: of image tokens as queries; the first three add up to
+            the density.
+        text: of text as queries.
+        selection: of choosing by content.
+        forming: of means.
         prompts: whose latents were measured.
         runs: that were measured.
         error: mean square of the distance of the last latents from those of full attention, over the variance of these;
             mean over the prompts. None where nothing was measured.
+        carried_error: the same of full attention at the references that were tried first: what carrying alone does.
     """
 
     references: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
     slopes: Annotated[tuple[Figure, ...], BeforeValidator(as_tuple), Field(max_length=_MOST_RULES)]
     kept_bytes: Annotated[int, Field(ge=0, le=10**15)]
+    pairs: Figure
+    text: Figure
+    selection: Figure
+    forming: Figure
     prompts: Texts
     runs: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
     error: Figure | None = None
+    carried_error: Figure | None = None
 
 
 class Evidence(Section):
@@ -388,7 +399,8 @@ class Preset(Section):
         model: which models it is made for; see `axes_by_model`.
         highres: how large pictures come about; None takes the defaults of the section.
         guard: share of full attention that each layer has to keep: those that keep less, by what is measured while the
-            run goes on, go wider (`grat_cli.attention.guard`), in every stage; 0 or None for no guard.
+            run goes on, go wider (`grat_cli.attention.guard`), in every stage; where less would have been carried over
+            steps, references come twice as often. 0 or None for no guard.
         cache: what steps take over from those before them, in every stage; None for nothing.
         evidence: of a tuned one.
     """
@@ -436,6 +448,14 @@ class Preset(Section):
                         f"{letter} is none of the palette's letters, {', '.join(palette) or 'which has none'}",
                         *("schedule", "tables", index, "layers", number),
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Preset:
+        if self.schedule.over_steps and isinstance(self.cache, OF_ATTENTIONS):
+            raise invalid(
+                f"{self.cache.kind} and schedule.over_steps take the same place: leave out one of the two", "cache"
+            )
         return self
 
     @model_validator(mode="after")
@@ -504,6 +524,11 @@ class Preset(Section):
     def attentions(self) -> tuple[Attention, ...]:
         """The preset's own attention, and all that rules, palette and bases make of it."""
         return (self.attention, *self._derived.values())
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything of it chooses by content what it attends."""
+        return any(attention.far is not None and attention.far.choose is not None for attention in self.attentions)
 
     @cached_property
     def cells(self) -> tuple[tuple[int, ...], ...]:

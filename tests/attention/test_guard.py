@@ -387,9 +387,10 @@ def test_the_denoising_loop_reads_nothing_but_what_was_measured_two_steps_ago(mo
     """Reading is left out here, from the second call on: the first one checks the image positions."""
     read = []
 
-    def arrived(call: Any) -> dict[int, Measured]:
+    def arrived(call: Any) -> guard_module._Found:
         read.append(current[0])
-        return {layer: Measured(0.5, 0.5, None, width) for layer, width in call.layers}
+        measured = {layer: Measured(0.5, 0.5, None, width) for layer, (width, _) in call.measured.items()}
+        return guard_module._Found(measured, {})
 
     monkeypatch.setattr(guard_module._Call, "read", arrived)
     watching, current = NoHostReads(), [-1]

@@ -43,7 +43,7 @@ def test_the_record_of_all_queries_is_the_mass_under_each_mask(make: Any) -> Non
     assert torch.equal(run(recorder), expected_latents)  # looking changes nothing
     record = recorder.record()
 
-    masses = np.zeros((STEPS, layers, heads, len(judged) - 1))
+    masses = np.zeros((STEPS, layers, heads, 3))
     texts = np.zeros((STEPS, layers, heads))
     for step, inputs in keeper.seen:
         full = inputs.plan
@@ -65,6 +65,8 @@ def test_the_record_of_all_queries_is_the_mass_under_each_mask(make: Any) -> Non
     np.testing.assert_allclose(record.error[..., 0], 0, atol=1e-10)
     np.testing.assert_allclose(record.distances.sum(-1), 1 - texts, atol=1e-5)
     assert (record.error[..., 3] < record.error[..., 1]).mean() > 0.5  # means of what is far away help
+    assert (record.error[..., 4] < record.error[..., 3]).mean() > 0.5  # and to tell some of that by content
+    assert (record.image[..., 4] > record.image[..., 1]).all()
     assert (record.loss[..., 1] > 0).all()
     np.testing.assert_allclose(record.loss[..., 0], 0, atol=1e-10)
     assert record.densities[0] == 1

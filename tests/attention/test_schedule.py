@@ -200,3 +200,89 @@ def test_a_table_for_another_model_is_refused(table: str, message: str) -> None:
 def test_a_share_of_few_steps_may_hold_none() -> None:
     laid_out = schedule(PALETTE, "schedule.rules=[{steps: 0.5-0.75, variant: full}]", steps=1)
     assert not dense_calls(laid_out)
+
+
+# ---- Over steps
+
+
+def over_steps(*sections: str, steps: int = 10, items: tuple[str, ...] = ()) -> AttentionSchedule:
+    return schedule(f"schedule.over_steps=[{', '.join(sections)}]", *items, steps=steps)
+
+
+def test_layers_that_are_carried_to_a_step_cost_nothing_there() -> None:
+    laid_out = over_steps("{reference: [0, 0.3, 8], layers: 1-3}")
+    density = laid_out.plan(0, 0).density
+    assert laid_out.is_over_steps
+    assert not schedule().is_over_steps
+    for step in range(10):
+        reference = step in (0, 3, 8)
+        assert laid_out.density_of_step(step) == pytest.approx(density if reference else density / 2)
+        assert laid_out.carried(step, 0) is None
+        carried = laid_out.carried(step, 1)
+        assert carried is not None
+        assert (carried.is_reference, carried.is_kept, carried.slope) == (reference, step < 9, 0.9)
+        assert laid_out.plan(step, 1) is laid_out.reference_plan(step, 1) is laid_out.plan(0, 0)
+    assert laid_out.density == pytest.approx(density * (3 + 10) / 20)
+    assert sum(laid_out.shares.values()) == pytest.approx((3 + 10) / 20)
+
+
+def test_a_base_is_computed_at_every_step_that_needs_it() -> None:
+    section = "{reference: [0, 4, 9], between: residual, base: {variant: b, radius: 0}}"
+    laid_out = over_steps(section)
+    own, base = laid_out.plan(0, 0), laid_out.plan(1, 0)
+    assert laid_out.plans == (own, base)
+    assert base.density < own.density
+    assert laid_out.reference_plan(1, 0) is own
+    expected = [own.density + base.density if step in (0, 4) else base.density for step in range(9)] + [own.density]
+    assert [laid_out.density_of_step(step) for step in range(10)] == pytest.approx(expected)
+    shares = laid_out.shares
+    assert shares[own] == pytest.approx(3 / 10)  # pyright: ignore[reportArgumentType]
+    assert shares[base] == pytest.approx(9 / 10)  # pyright: ignore[reportArgumentType]
+    assert sum(plan.density * share for plan, share in shares.items()) == pytest.approx(laid_out.density)
+
+
+def test_dense_steps_are_references_and_rules_hold_at_references() -> None:
+    laid_out = over_steps(
+        "{reference: [0, 5]}", items=("schedule.dense_steps=2", "schedule.rules=[{steps: 5, variant: x}]")
+    )
+    references = [step for step in range(10) if (one := laid_out.carried(step, 0)) and one.is_reference]
+    assert references == [0, 1, 5]
+    assert laid_out.density_of_step(1) == 1
+    assert laid_out.density_of_step(5) == laid_out.plan(5, 0).density != laid_out.plan(6, 0).density
+
+
+def test_wider_layers_stay_carried() -> None:
+    laid_out = over_steps("{reference: [0, 5], between: residual, base: {variant: b, radius: 0}}")
+    widths = np.zeros((10, 6), np.int64)
+    widths[3:, 2] = 2
+    wider = laid_out.widened(widths)
+    assert wider.reference_plan(5, 2).density == 1
+    assert wider.plan(6, 2) is laid_out.plan(6, 2)
+    assert wider.density_of_step(6) == laid_out.density_of_step(6)
+    assert wider.density_of_step(5) > laid_out.density_of_step(5)
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(0, 40),
+    st.sampled_from(["{reference: 3}", "{reference: [0, 0.4]}", "{reference: {spaced: 5}}"]),
+)
+def test_whatever_the_run_what_is_carried_has_something_to_be_carried_from(
+    steps: int, dense: int, section: str
+) -> None:
+    laid_out = over_steps(section, steps=steps, items=(f"schedule.dense_steps={min(dense, steps)}",))
+    rules = [laid_out.carried(step, 0) for step in range(steps)]
+    assert all(rule is not None for rule in rules)
+    carried = [step for step, rule in enumerate(rules) if rule and not rule.is_reference]
+    assert 0 not in carried
+    assert not any(step < dense for step in carried)
+    assert [rule.is_kept for rule in rules if rule] == [any(at > step for at in carried) for step in range(steps)]
+
+
+def test_what_does_not_fit_the_run_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"^over_steps of preset demo-b has step 10 for a reference, but the run has 10"):
+        over_steps("{reference: [0, 10]}")
+    with pytest.raises(BadInput, match=r"^over_steps of preset demo-b is for layers 6-8, but the run has 6 layers"):
+        over_steps("{reference: 3, layers: 6-8}")
+    with pytest.raises(BadInput, match=r"^over_steps 1 and 2 of preset demo-b both have layer 3: give each"):
+        over_steps("{reference: 3, layers: 2-3}", "{reference: 2, layers: 0.5-1.0}")

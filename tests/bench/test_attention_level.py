@@ -104,6 +104,13 @@ def test_several_backends_are_rows_of_their_own_and_one_that_cannot_run_says_why
     assert "16512 tokens are more than" in str(refused.skipped)
 
 
+def test_kernels_that_cannot_choose_by_content_say_so() -> None:
+    row, refused = run("choose:group=4", backends=("sdpa", "flex")).cases[0].rows
+    assert row.error is not None
+    assert row.error < 1e-5
+    assert "chosen by content" in str(refused.skipped)
+
+
 def test_a_kernel_that_is_wrong_shows_in_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
         output = span_attention(*arguments, **options).clone()

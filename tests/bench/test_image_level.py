@@ -187,7 +187,7 @@ def test_a_row_that_fails_is_skipped_and_the_others_go_on(what: str, monkeypatch
         if variant.name != NAMES[0]:
             return inside
         return replace(
-            inside, attach=lambda observer, step: stock_attention(self.transformer, observer, step, attend=attend)
+            inside, attach=lambda observer, step, _: stock_attention(self.transformer, observer, step, attend=attend)
         )
 
     monkeypatch.setattr(Host, "inside", broken)
@@ -306,3 +306,41 @@ def test_caches_are_added_to_every_row(compare: str, cache: str, names: list[str
 def test_caches_of_a_benchmark_that_cannot_be_are_refused() -> None:
     assert "--cache tailor: did you mean 'taylor'" in refusal("bench", "--level", "image", "--cache", "tailor")
     assert "it is for image and video" in refusal("bench", "--level", "step", "--cache", "taylor")
+
+
+def test_presets_that_carry_attention_over_steps_are_those_of_runs_and_count_what_ran(tmp_path: Any) -> None:
+    path = tmp_path / "carried.yaml"
+    choose = "{levels: [{beyond: 0, block: [4, 4]}], choose: {exact: 1, fine: 1, block: [2, 2]}}"
+    path.write_text(
+        "name: carried\nmodel: demo\n"
+        f"attention: {{variant: b, group: [4, 4], radius: 0, far: {choose}}}\n"
+        "schedule: {over_steps: {reference: [0, 2], layers: '0-3'}}\n"
+    )
+    compared = parse_variants(f"grat-b:group=4:radius=0,{path}", "image")
+    asked = settings(compare=compared, prompts=PROMPTS[:1], steps=4, noise_backend="sdpa", recall=False)
+    result, pictures = compare_runs(asked)
+    found = rows(result)
+    carried, plain = found[str(path)], found["grat-b:group=4:radius=0"]
+    assert carried.skipped is None
+    assert carried.steps_computed == 2
+    assert carried.work is not None
+    assert carried.density == pytest.approx(sum(carried.work[part] for part in ("pairs", "text", "selection")))
+    assert carried.work["selection"] > 0 < carried.work["forming"]
+    assert plain.work is not None
+    assert (plain.steps_computed, plain.work["selection"]) == (None, 0)
+    assert plain.density == pytest.approx(plain.work["pairs"] + plain.work["text"])
+    pipe: Any = load_pipeline(DEMO_FLUX.path)
+    pipe.set_progress_bar_config(disable=True)
+    with grat_cli.install(pipe, str(path), height=HEIGHT, width=WIDTH):
+        expected = pipe(
+            PROMPTS[0],
+            negative_prompt="",
+            true_cfg_scale=DEMO_FLUX.guidance,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=4,
+            max_sequence_length=DEMO_FLUX.text_tokens,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+    (made,) = dict(pictures.rows)[str(path)]
+    np.testing.assert_array_equal(np.asarray(made), np.asarray(expected))

@@ -322,6 +322,20 @@ def test_how_often_there_is_a_checkpoint(
     assert (about and about["steps_done"]) == kept
 
 
+@pytest.mark.parametrize("kind", ["image"], indirect=True)
+def test_a_run_over_steps_goes_on_with_a_reference_and_says_so(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = broken_off(kind, monkeypatch, "--set", "schedule.over_steps={reference: [0, 1]}")
+    assert about
+    result = grat("resume", KEPT, "--json")
+    assert result.code == 0, result.err
+    assert "attention that is carried over steps begins with a reference" in " ".join(result.err.split())
+    (made,) = result.data["images"]
+    densities = [step["density"] for step in made["steps"]]
+    done = about["steps_done"]
+    assert [density > 0 for density in densities] == [step in (0, 1, done) for step in range(4)]
+    assert made["density"] == pytest.approx(np.mean(densities))
+
+
 def tampered(path: Path, about: dict[str, Any] | None, **request: Any) -> None:
     """Makes a checkpoint say something else."""
     assert about

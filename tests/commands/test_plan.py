@@ -49,6 +49,32 @@ def test_plan_shows_rows_before_columns_and_what_a_group_attends() -> None:
     assert "not attended" not in shown
 
 
+CHOOSING = (
+    "--set",
+    "attention.radius=0",
+    "--set",
+    "attention.far={levels: [{beyond: 0, block: [4, 4]}], choose: {exact: 8, fine: 32, block: [2, 2]}}",
+)
+
+
+def test_plan_shows_what_is_chosen_by_content_and_what_that_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    plan = build_plan(Grouping(Grid((32, 32)), (4, 4)), Union(Block(0), Far([(0, (4, 4))], (8, 32, (2, 2)))), 24, True)
+    data = grat("plan", "demo-far", *CHOOSING, "--json").data
+    assert data["density"] == pytest.approx(plan.density)
+    work = data["work"]
+    assert work == pytest.approx(dict(zip(work, (part / 1048**2 for part in (*plan.work, plan.forming)), strict=True)))
+    assert work["pairs"] + work["text"] + work["selection"] == pytest.approx(data["density"])
+    assert work["selection"] > 0
+    assert data["preset"]["attention"]["far"]["choose"]["exact"] == 8
+    shown = grat("plan", "demo-far", *CHOOSING).out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "far 4x4 beyond 0, of which 8 exact and 32 by 2x2" in re.sub(r"\s+", " ", shown)
+    assert f"selection {work['selection']:.4f}" in re.sub(r"\s+", " ", shown)
+    assert picture_of(shown) == [*["11111111"] * 4, "1111Q111", *["11111111"] * 3]
+    assert "1 through means of 4x4 tokens; by content 8 token by token and 32 by 2x2 instead" in shown
+
+
 def test_plan_of_a_schedule_averages_over_the_run() -> None:
     data = grat("plan", "demo-b", "--set", "schedule.dense_steps=0.5", "--json").data
     densities = sorted((plan["density"], plan["share"]) for plan in data["plans"])

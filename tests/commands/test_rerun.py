@@ -340,3 +340,14 @@ def test_provenance_without_room_in_the_file_is_read_from_the_report_beside_it()
     picture = Image.open("fox.png")
     write_picture(picture, Path("bare.png"), PICTURE_FORMATS["png"], None)
     assert "does not say how it was made" in refusal("rerun", "bare.png")
+
+
+def test_attention_that_is_carried_over_steps_is_repeated_and_told() -> None:
+    (first,) = made(*FOX[:-1], 4, "--set", "schedule.over_steps.reference=[0,2]", "--out", "fox.png")
+    (again,) = made("rerun", "fox.png", "--out", "again.png")
+    np.testing.assert_array_equal(pixels("again.png"), pixels("fox.png"))
+    assert again["preset"] == first["preset"]
+    assert again["over_steps"] == first["over_steps"]
+    for place in ("fox.png", "fox.json"):
+        shown = " ".join(grat("info", place).out.split())
+        assert "over steps 2 reference steps of 4 (1, 3), attention carried to the others; kept " in shown

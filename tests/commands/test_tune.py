@@ -14,13 +14,15 @@ TUNE = ("tune", "1", "--model", "demo", "--res", "96", "--steps", "2", "--stretc
 
 def test_a_preset_is_made_that_a_picture_is_then_made_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = grat(*TUNE, "--target-density", "0.4", "--check", "1", "--json")
+    done = grat(*TUNE, "--target-density", "0.4", "--check", "1", "--runs", "2", "--json")
     assert done.code == 0, done.err
     told = done.data
     assert told["preset"] == "demo-tuned-d0.4.yaml"
     preset = load_preset(told["preset"])
     assert preset.evidence is not None
     assert preset.evidence.density == told["density"] <= 0.4001
+    assert told["over_steps"]["runs"] <= 4
+    assert "over_steps" in done.out
     assert preset.evidence.target == "density of 0.4"
 
     # Another target from the same observations, for people.
@@ -51,6 +53,13 @@ def test_a_preset_is_made_that_a_picture_is_then_made_with(tmp_path: Path, monke
         (("--target-density", "0.2", "--out", "preset.json"), "use preset.yaml"),
         (("--target-density", "0.01"), "no choice of these patterns has a density of 0.01"),
         (("--target-density", "0.2", "--group", "3x3x3"), "expected one size or 2"),
+        (("--target-density", "0.2", "--references", "8-4"), "--references 8-4: expected a count of steps such as 6"),
+        (("--target-density", "0.2", "--references", "six"), "--references six: expected a count of steps such as 6"),
+        (("--target-density", "0.2", "--references", "2", "--no-over-steps"), "has no meaning with --no-over-steps"),
+        (("--target-recall", "0.8", "--max-kept", "2"), "--max-kept has no meaning with --target-recall"),
+        (("--target-density", "0.2", "--max-kept", "0"), "--max-kept 0: expected gibibytes above 0"),
+        (("--target-density", "0.2", "--keep", "disk"), "--keep disk"),
+        (("--target-density", "0.2", "--runs", "-1"), "--runs -1: expected 0 to 1,000,000"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -29,7 +29,7 @@ from grat_cli.bench.random_weights import (
 from grat_cli.console.progress import ProgressDisplay
 from grat_cli.demo import DEMO_HUNYUAN
 from grat_cli.estimates.components import components_of, components_of_pipeline
-from grat_cli.estimates.memory import Execution, denoise_moments, run_memory
+from grat_cli.estimates.memory import Execution, attending_bytes, denoise_moments, run_memory
 from grat_cli.estimates.planning import architecture_for, forecast
 from grat_cli.families import family_of, family_of_class
 from grat_cli.families.autoencoders import Coding, KlAutoencoder, Pixels, TinyAutoencoder
@@ -45,10 +45,11 @@ from grat_cli.models.catalogue import KNOWN_MODELS, choose_model
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
 from grat_cli.presets import load_preset
-from grat_kernels import Backend, Grid
+from grat_kernels import Backend, Block, Far, Grid, Grouping, Union, build_plan, span_attention
 
 # What grat promises of its memory model.
 TOLERANCE = 0.15
+CHOOSING = "attention.far.choose={exact: 8, fine: 32, block: [2, 2]}"
 UNUSED = TinyAutoencoder((8,), (1,), 4, 0)
 
 
@@ -79,11 +80,15 @@ def demo() -> Any:
         ("x", 256, 256, 4.0),
         ("far", 256, 256, 4.0),
         ("far", 256, 384, 1.0),
+        ("choose", 256, 256, 4.0),
+        ("choose", 256, 384, 1.0),
     ],
 )
 def test_denoising_of_the_demo(demo: Any, variant: str, width: int, height: int, guidance: float) -> None:
     choice = choose_model("demo")
-    preset = select_preset(choice, variant=variant, steps=1, guidance=guidance)
+    items = [CHOOSING] if variant == "choose" else []
+    named = "far" if variant == "choose" else variant
+    preset = select_preset(choice, variant=named, steps=1, guidance=guidance, set_items=items)
     request = request_for(choice, preset, "a red fox", width=width, height=height)
     steering = choose_guidance(demo, choice, preset, None)
     text = request.family.encode_text(demo, choice, request.prompt, steering.negative_prompt)
@@ -102,6 +107,29 @@ def test_denoising_of_the_demo(demo: Any, variant: str, width: int, height: int,
             request.family.denoise(inside.pipe, call)
 
     compare(predicted, denoise)
+
+
+@pytest.mark.parametrize(
+    ("grid", "group", "block", "means", "heads"),
+    [
+        ((32, 32), (4, 4), (4, 4), (2, 2), 3),
+        ((64, 64), (8, 8), (8, 8), (4, 4), 8),
+        ((96, 90), (8, 8), (4, 4), (2, 2), 4),
+    ],
+)
+def test_attention_to_what_is_chosen(
+    grid: tuple[int, ...], group: tuple[int, ...], block: tuple[int, ...], means: tuple[int, ...], heads: int
+) -> None:
+    """Alone: within a step, other moments may take more."""
+    plan = build_plan(Grouping(Grid(grid), group), Union(Block(0), Far([(0, block)], (8, 32, means))), 24)
+    query, key, value = (torch.randn(1, plan.tokens, heads, 64) for _ in range(3))
+
+    def attend() -> None:
+        span_attention(query, key, value, plan, backend="sdpa")
+
+    attend()  # tables of the plan, which stay
+    shape = SimpleNamespace(width=heads * 64, head_dim=64)
+    compare({"attention": attending_bytes(shape, plan, Execution("float32", on_cpu=True))}, attend)
 
 
 class OneStep:

@@ -55,10 +55,12 @@ def expected_colour(level: int, is_query: bool) -> tuple[int, int, int]:
 
 
 TWO_LEVELS = [{"beyond": 0, "block": [2, 2]}, {"beyond": 1, "block": [4, 4]}]
+CHOOSING = {"levels": [{"beyond": 0, "block": [4, 4]}], "choose": {"exact": 3, "fine": 5, "block": [2, 2]}}
 CASES = {
     "b": preset("b", [4, 4]),
     "x": preset("x", [4, 4]),
     "far": preset("b", [4, 4], attention={"radius": 0, "far": TWO_LEVELS}),
+    "choose": preset("b", [4, 4], attention={"radius": 0, "far": CHOOSING}),
     "planes": preset("x", [4, 4, 4]),
     "lines": preset("x", [4, 4, 4], attention={"share": 2}),
     "far of a video": preset("b", [4, 4, 4], attention={"far": [{"beyond": 1, "block": [2, 2, 2]}]}),
@@ -95,7 +97,12 @@ def test_what_is_said_of_a_query_group_is_what_the_kernel_gets(case: str) -> Non
         number = int(np.ravel_multi_index(query.group, plan.grouping.counts))
         spans = plan.spans(number)
         assert query.tokens == sum(span.length for span in spans if span.level == 0) - plan.text_len
-        assert query.means == sum(span.length for span in spans if span.level > 0)
+        if plan.candidates is None:
+            assert query.means == sum(span.length for span in spans if span.level > 0)
+            assert query.chosen == 0
+        else:
+            # Three of 29 other groups token by token, five by four means each, all others by one.
+            assert (query.chosen, query.means) == (3 * 16, 5 * 4 + 29 - 8)
         assert np.prod(query.extents) == plan.grouping.sizes[number]
 
 

@@ -23,7 +23,7 @@ from grat_cli.fidelity import tuning
 from grat_cli.fidelity.fitted_preset import LETTERS, schedule_of, stretches_of
 from grat_cli.fidelity.observations import Facts, Observations, Observed
 from grat_cli.fidelity.palette import palette
-from grat_cli.fidelity.tuning import TuneRequest, choose, tune
+from grat_cli.fidelity.tuning import StepSearch, TuneRequest, choose, tune
 from grat_cli.generation.request import request_for
 from grat_cli.generation.selection import select_preset
 from grat_cli.models.catalogue import choose_model
@@ -32,7 +32,7 @@ from grat_kernels import Full, Grid, HeadPlan, Plan
 from grat_kernels.geometry import nests
 
 SIDE, STEPS = 96, 4  # 12 x 12 tokens of the demo
-CANDIDATES = palette((4, 4), (12, 12))
+CANDIDATES = palette((4, 4), (12, 12))[::3]  # full attention, choices by content and static patterns among them
 
 
 @pytest.mark.parametrize("group", [(4, 4), (16, 16), (6, 5), (1, 1), (4, 8, 8), (3, 1, 7)])
@@ -90,7 +90,7 @@ def observations(seed: int = 0, steps: int = STEPS, layers: int = 2, heads: int 
 def observed(**changes: Any) -> Observed:
     """A run of random figures."""
     sigmas = np.linspace(1, 0, STEPS + 1).tolist()
-    facts = {"text_tokens": 5, "tokens": 149, "calls": 1, "sigmas": sigmas} | changes
+    facts = {"text_tokens": 5, "calls": 1, "sigmas": sigmas} | changes
     return Observed(observations(), Facts.model_construct(**facts), torch.ones(1, 4))
 
 
@@ -194,6 +194,107 @@ def test_what_was_observed_is_not_observed_again(fitted: tuple[TuneRequest, Pres
     assert again.evidence.check is None
 
 
+@pytest.fixture(scope="module")
+def over_steps(fitted: tuple[TuneRequest, Preset]) -> tuple[TuneRequest, Preset]:
+    """From the same observations."""
+    search = StepSearch(references=(2, 3), runs=8)
+    request = tune_request(fitted[0].folder, density=0.3, over_steps=search, checked=("a green tree", "a white cat"))
+    return request, tune(request, Unwatched())
+
+
+def test_a_preset_over_steps_runs_as_its_evidence_foretells(over_steps: tuple[TuneRequest, Preset]) -> None:
+    _, tuned = over_steps
+    evidence = tuned.evidence
+    assert evidence is not None
+    assert evidence.check is not None
+    found = evidence.over_steps
+    assert found is not None
+    (section,) = tuned.schedule.over_steps
+    assert section.reference_steps(STEPS) == found.references
+    assert len(found.references) in (2, 3)
+    for step in range(STEPS):
+        after = max(number for number, reference in enumerate(found.references) if reference <= step)
+        if step not in found.references and after:
+            assert section.slope_at(step, STEPS) == found.slopes[after]
+    laid_out = AttentionSchedule(tuned, Grid((12, 12)), evidence.text_tokens, True, STEPS, 5, 3)
+    assert laid_out.density == pytest.approx(evidence.density, rel=5e-4)
+    assert evidence.check.density == pytest.approx(laid_out.density, rel=5e-4)
+    assert evidence.density <= 0.3 * (1 + 5e-4)
+    assert {step for step in range(STEPS) if laid_out.density_of_step(step)} == set(found.references)
+    # Two outputs of each of 5 layers in both calls of a step: 144 tokens and 24 of text, 192 channels in fp32.
+    assert found.kept_bytes == 2 * 5 * 2 * (144 + 24) * 192 * 4
+    assert found.runs <= 8
+    assert found.error is not None
+    assert 0 < found.error < 1
+
+
+def test_references_are_at_the_same_share_of_other_runs(over_steps: tuple[TuneRequest, Preset]) -> None:
+    _, tuned = over_steps
+    (section,) = tuned.schedule.over_steps
+    own = section.reference_steps(STEPS)
+    assert section.reference_steps(5 * STEPS) == tuple(5 * step for step in own)
+    for steps in (1, 2, 7):
+        laid_out = AttentionSchedule(tuned, Grid((12, 12)), 24, True, steps, 5, 3)
+        assert laid_out.density > 0
+
+
+def test_a_search_that_was_broken_off_goes_on(over_steps: tuple[TuneRequest, Preset]) -> None:
+    request, tuned = over_steps
+    kept = {path: path.stat().st_mtime_ns for path in request.folder.glob("measured-*.json")}
+    assert kept
+    lost = sorted(kept)[0]
+    lost.unlink()
+    again = tune(replace(request, checked=()), Unwatched())
+    assert again.schedule == tuned.schedule
+    assert again.evidence is not None
+    assert tuned.evidence is not None
+    assert again.evidence.over_steps == tuned.evidence.over_steps
+    assert {path: path.stat().st_mtime_ns for path in kept if path != lost} == {
+        path: time for path, time in kept.items() if path != lost
+    }
+    assert lost.exists()
+
+
+def test_a_preset_over_steps_is_read_back_as_it_was(over_steps: tuple[TuneRequest, Preset], tmp_path: Path) -> None:
+    path = tmp_path / "fitted.yaml"
+    path.write_text(preset_yaml(over_steps[1]), encoding="utf-8")
+    assert load_preset(str(path)) == over_steps[1]
+
+
+def test_what_may_be_kept_is_a_limit(over_steps: tuple[TuneRequest, Preset]) -> None:
+    request, tuned = over_steps
+    assert tuned.evidence is not None
+    assert tuned.evidence.over_steps is not None
+    both = tuned.evidence.over_steps.kept_bytes / 2**30
+
+    def limited(**changes: Any) -> Preset:
+        search = StepSearch(references=(2, 3), runs=0, **changes)
+        return tune(replace(request, over_steps=search, checked=()), Unwatched())
+
+    assert limited(most_gib=both).schedule.over_steps[0].between == "extrapolate"
+    reused = limited(most_gib=0.9 * both)
+    assert reused.schedule.over_steps[0].between == "reuse"
+    assert reused.evidence is not None
+    assert reused.evidence.over_steps is not None
+    assert reused.evidence.over_steps.kept_bytes == pytest.approx(both * 2**30 / 2)
+    small = limited(most_gib=0.26 * both, keep="fp8")  # a quarter of fp32, and scales
+    assert small.schedule.over_steps[0].between == "extrapolate"
+    assert small.schedule.over_steps[0].keep == "fp8"
+    with pytest.raises(BadInput, match=r"outputs of all layers are .* GiB, more than --max-kept"):
+        limited(most_gib=0.4 * both)
+
+
+def test_what_no_search_over_steps_can_do_is_refused(fitted: tuple[TuneRequest, Preset]) -> None:
+    with pytest.raises(BadInput, match=r"no choice of these patterns has a density of 0\.01.* at 1 of 4 steps"):
+        tune(tune_request(fitted[0].folder, density=0.01, over_steps=StepSearch()), Unwatched())
+    steps = tuning.MOST_STEPS + 1
+    long = tune_request(fitted[0].folder, over_steps=StepSearch())
+    sampling = long.request.preset.sampling.model_copy(update={"steps": steps})
+    asked = replace(long.request, preset=long.request.preset.model_copy(update={"sampling": sampling}))
+    with pytest.raises(BadInput, match=f"a search over {steps} steps would take too long"):
+        tune(replace(long, request=asked), Unwatched())
+
+
 def test_observations_of_something_else_are_refused(fitted: tuple[TuneRequest, Preset]) -> None:
     with pytest.raises(BadInput, match=r"is of another model, size, prompt or palette: remove the folder"):
         tune(tune_request(fitted[0].folder, rows=8), Unwatched())
@@ -241,6 +342,7 @@ def test_observations_that_no_run_made_are_refused(
         *({"sigmas": sigmas} for sigmas in ([1.0, 0.0], [-1.0] * 5, ["1"] * 5)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
 def test_observations_of_absurd_facts_are_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
     path, about = tmp_path / "observed-000.safetensors", {"steps": list(range(STEPS))}
     tensors = observed()

@@ -145,6 +145,16 @@ def test_the_attention_section_is_one_of_presets_and_means_the_same(text: str) -
     assert preset.attention.group == found.grouping.group
 
 
+def test_what_is_chosen_is_said_in_words() -> None:
+    found = variant("choose:exact=4", Grid((32, 32)))
+    assert found.description == (
+        "each group itself; by content 4 blocks of 4x4 token by token and 32 by means of 2x2, all others by one mean "
+        "each, groups of 4x4"
+    )
+    assert found.reach() == pytest.approx(31 * 2**0.5)  # any block may be chosen
+    assert variant("choose:exact=0", Grid((32, 32))).reach() == pytest.approx(3 * 2**0.5)
+
+
 def test_groups_are_halved_on_short_axes() -> None:
     assert default_group(FLUX_4K) == (16, 16)
     assert default_group(Grid((64, 256))) == (8, 16)

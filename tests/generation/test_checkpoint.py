@@ -490,10 +490,14 @@ def test_latents_that_no_run_has_are_refused(
 def guard_state(**changes: Any) -> dict[str, Any]:
     widening = {"step": 2, "layer": 1, "measured_step": 0, "kept": 0.4, "recall": 0.4, "error": None, "width": 1}
     measured = {"1": [[0, 0.5, 0.5, None, 0]]}
+    doubling = {"step": 2, "section": 0, "measured_step": 0, "kept": 0.5, "layer": 1, "least": 0.4, "references": [3]}
     return {
         "widened": [widening | {"to": "full"}],
         "lowest": [0, 1, [0.4, 0.4, None, 0]],
         "measured": measured,
+        "doubled": [doubling],
+        "least_carried": [0, 0, 0.5],
+        "carried": {"1": [[0, 0.75]]},
         **changes,
     }
 
@@ -507,6 +511,9 @@ def guard_state(**changes: Any) -> dict[str, Any]:
         {"lowest": [0, 1]},
         {"lowest": [0, 1, [[], 0.4, None, 0]]},
         {"measured": {"x": []}},
+        {"doubled": [{**guard_state()["doubled"][0], "references": [HUGE]}]},
+        {"least_carried": [0, 0]},
+        {"carried": {"1": [[0]]}},
         {"measured": {"1": [[0, "0.5", 0.5, None, 0]]}},
         {"more": 1},
     ],

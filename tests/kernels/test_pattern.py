@@ -10,7 +10,7 @@ from cases import groupings, patterns
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, SlidingTile, Union
+from grat_kernels import Block, Choice, CrissCross, Far, Full, Grid, Grouping, Pattern, SlidingTile, Union
 from grat_kernels.pattern import NOT_ATTENDED
 
 SOME_GROUPS = list(itertools.product(range(4), range(3), range(5)))
@@ -76,6 +76,13 @@ def test_levels_of_all_pairs_agree_with_single_pairs(data: st.DataObject) -> Non
         (lambda: Far([(1, (4, 4)), (1, (8, 8))]), "farther out"),
         (lambda: Far([(-1, (4, 4))]), "beyond >= 0"),
         (lambda: Far([(1, (0, 4))]), "positive"),
+        (lambda: Far([(0, (4, 4)), (2, (8, 8))], (1, 1, (2, 2))), "one far level, not of 2"),
+        (lambda: Far([(0, (4, 4))], (0, 0, (2, 2))), "not both 0"),
+        (lambda: Far([(0, (4, 4))], (-1, 4, (2, 2))), "from 0 up"),
+        (lambda: Far([(0, (4, 4))], (1, 1, (4, 4))), "do not nest"),
+        (lambda: Far([(0, (4, 4))], (1, 1, (3, 2))), "do not nest"),
+        (lambda: Far([(0, (4, 4))], (1, 1, (2,))), "do not nest"),
+        (lambda: Far([(0, (4, 4))], (1, 1, ())), "do not nest"),
         (lambda: Union(), "at least one"),
         (lambda: Union(Far([(1, (4, 4))]), Far([(2, (8, 8))])), "one far field"),
         (lambda: SlidingTile(3).attends((0,), (1,)), "counts"),
@@ -84,6 +91,16 @@ def test_levels_of_all_pairs_agree_with_single_pairs(data: st.DataObject) -> Non
 def test_impossible_patterns_are_refused_in_words(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_unions_choose_as_their_far_field_does() -> None:
+    far = Far([(1, (8, 4))], (3, 5, (2, 2)))
+    pattern = Union(CrissCross(1), far)
+    assert pattern.choice == far.choice == Choice(3, 5, (2, 2))
+    assert pattern.blocks == ((8, 4), (2, 2))
+    assert Union(CrissCross(1), Far([(1, (8, 4))])).choice is None
+    assert pattern == Union(CrissCross(1), Far([(1, (8, 4))], Choice(3, 5, (2, 2))))
+    assert hash(pattern) != hash(Union(CrissCross(1), Far([(1, (8, 4))])))
 
 
 @pytest.mark.parametrize(

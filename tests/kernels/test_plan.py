@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from cases import plans
 from hypothesis import given
 
-from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Span, Union, build_plan
+from grat_kernels import Block, Choice, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Span, Union, build_plan
 from grat_kernels.geometry import cell_sizes
 
 FLUX_8K = Grouping(Grid((512, 512)), (16, 16))
@@ -133,6 +134,43 @@ def test_reach_is_the_farthest_token_attended_exactly() -> None:
     assert plan.reach == pytest.approx(max(distances))
 
 
+def choosing(exact: int, fine: int, block: tuple[int, ...] = (4, 4)) -> Pattern:
+    return Union(Block(0), Far([(0, block)], Choice(exact, fine, tuple(size // 2 for size in block))))
+
+
+@pytest.mark.parametrize(
+    ("grouping", "pattern", "text_len", "density"),
+    # Counted by hand: text rows attend all, groups the text, their own tokens and what they choose, to which selection
+    # is added: half a pair for each mean and group, and the products of values on 64 channels.
+    [
+        (Grouping(Grid((32, 32)), (4, 4)), choosing(8, 32), 24, 0.3288),
+        (Grouping(Grid((128, 128)), (16, 16)), choosing(16, 64, (8, 8)), 24, 0.1070),
+        (Grouping(Grid((8, 16, 16)), (4, 8, 8)), choosing(2, 4, (2, 4, 4)), 16, 0.2097),
+    ],
+)
+def test_choices_have_the_known_densities(grouping: Grouping, pattern: Pattern, text_len: int, density: float) -> None:
+    assert build_plan(grouping, pattern, text_len).density == pytest.approx(density, abs=5e-5)
+
+
+def test_tile_efficiency_of_choices_counts_tiles_of_what_is_chosen() -> None:
+    # Groups of 64 attend 6 + 64 tokens by their lists, and by choice 2 · 16 + 3 · 4 + 7 = 51: in tiles of 32 keys
+    # that is 96 and 64. Six rows of text attend 262 tokens, 288 in tiles.
+    plan = build_plan(Grouping(Grid((16, 16)), (8, 8)), choosing(2, 3), 6)
+    computed = 4 * 64 * (70 + 51) + 6 * 262
+    assert plan.work.image + plan.work.text == computed
+    assert plan.tile_efficiency(64, 32) == computed / (4 * 64 * (96 + 64) + 64 * 288)
+    assert plan.tile_efficiency(1, 1) == 1
+
+
+def test_reach_of_choices_is_that_of_what_may_be_chosen() -> None:
+    grouping = Grouping(Grid((12, 20)), (4, 4))
+    chosen, finer = (
+        build_plan(grouping, Union(Block(1), Far([(0, (4, 4))], Choice(exact, 3, (2, 2))))) for exact in (3, 0)
+    )
+    assert chosen.reach == math.hypot(11, 19)
+    assert finer.reach == build_plan(grouping, Block(1)).reach
+
+
 def test_equal_requests_share_one_plan() -> None:
     grouping = Grouping(Grid((8, 8)), (4, 4))
     assert build_plan(grouping, Block(1), 4, True) is build_plan(Grouping(Grid((8, 8)), (4, 4)), Block(1), 4, True)
@@ -146,8 +184,23 @@ def test_equal_requests_share_one_plan() -> None:
         (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), Union(Block(1), Far([(1, (8, 8))]))), "do not nest"),
         (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), Far([(1, (2, 2))])), "nothing to attend"),
         (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), Full(), -1), "negative"),
+        (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), choosing(1, 1, (8, 8))), "do not nest"),
+        (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), Far([(0, (4, 4))], (1, 1, (2, 2)))), "nothing to attend"),
+        (lambda: build_plan(Grouping(Grid((8, 8)), (4, 4)), choosing(1, 1, (2, 2, 2))), "axes"),
+        (lambda: build_plan(Grouping(Grid((400, 400)), (4, 4)), choosing(1, 1)), "10,000 groups .* use larger ones"),
     ],
 )
 def test_impossible_plans_are_refused_in_words(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_work_by_part_splits_runs_over_image_and_text_and_forming_is_half_a_pair_a_token_and_level() -> None:
+    grouping = Grouping(Grid((8, 8)), (4, 4), ((4, 4), (2, 2)))
+    full = build_plan(grouping, Full(), text_len=5)
+    assert full.work == (64 * 69, 5 * 69, 0)
+    assert full.forming == 0
+    far = build_plan(grouping, Union(Block(0), Far(((0, (2, 2)), (1, (4, 4))))), text_len=5)
+    assert far.work.text == 5 * 69
+    assert sum(far.work) == far.attended_pairs
+    assert far.forming == 2 * 64 / 2

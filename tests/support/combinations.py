@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import small_pictures
 import tiny_flux
+import tiny_flux2
 import tiny_hunyuan
+import tiny_hunyuan15
 import tiny_qwen
 import tiny_wan
 import torch
@@ -64,10 +66,13 @@ class Model:
     block: tuple[int, ...]
 
 
-def _wide_wan() -> Any:
+def _wide_wan(kind: str = "text", **changes: Any) -> Any:
+    return tiny_wan.pipeline(kind, transformer=_wide_wan_transformer(), **changes)
+
+
+def _wide_wan_transformer(seed: int = 0) -> Any:
     # Rows of quantized matrices are cut into blocks of 32.
-    changes = {"attention_head_dim": 16, "text_dim": 16, "freq_dim": 32}
-    return tiny_wan.pipeline(transformer=tiny_wan.transformer(**changes))
+    return tiny_wan.transformer(seed, attention_head_dim=16, text_dim=16, freq_dim=32)
 
 
 MODELS: Mapping[str, Model] = {
@@ -89,40 +94,71 @@ MODELS: Mapping[str, Model] = {
     ),
 }
 
+# Whose attention is carried over steps besides.
+CARRIED: Mapping[str, Model] = {
+    **MODELS,
+    "FLUX.2": Model(
+        tiny_flux2.pipeline,
+        {"height": 144, "width": 176},
+        lambda: {**tiny_flux2.prompt(), "guidance_scale": 1.0},
+        (4, 4),
+        (2, 2),
+    ),
+    "HunyuanVideo-1.5": Model(
+        tiny_hunyuan15.pipeline,
+        {"height": 80, "width": 112, "num_frames": 13},
+        lambda: {"prompt": "a cat walks"},
+        (2, 2, 2),
+        (1, 2, 2),
+    ),
+    "Wan A14B": Model(
+        lambda: _wide_wan("two", transformer_2=_wide_wan_transformer(seed=1)),
+        {"height": 80, "width": 112, "num_frames": 13},
+        lambda: {"prompt": "a cat walks", "guidance_scale": 3.0},
+        (2, 2, 2),
+        (1, 2, 2),
+    ),
+}
+GUIDED: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "Flux": lambda: {**tiny_flux.negative_prompt(), "true_cfg_scale": 2.0},
+    "Qwen-Image": lambda: {**tiny_qwen.negative_prompt(5), "true_cfg_scale": 2.0},
+    "HunyuanVideo": lambda: {"negative_prompt": "a boat", "true_cfg_scale": 2.0},
+    "Wan": lambda: {"negative_prompt": "a boat", "guidance_scale": 3.0},
+    "FLUX.2": lambda: {"guidance_scale": 3.0, **tiny_flux2.negative_prompt()},
+}
 
-def latents_of(pipe: Any, model: Model) -> torch.Tensor:
+
+def latents_of(pipe: Any, model: Model, **arguments: Any) -> torch.Tensor:
     """What a call gives, the same noise each time."""
+    asked = {**model.text(), **model.size, "generator": torch.Generator().manual_seed(5), **arguments}
     with torch.no_grad():
-        output = pipe(
-            **model.text(),
-            **model.size,
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(5),
-            output_type="latent",
-        )
+        output = pipe(**asked, num_inference_steps=STEPS, output_type="latent")
     return output[0] if isinstance(output[0], torch.Tensor) else torch.as_tensor(np.stack(output[0]))
 
 
 # ---- Attention
 
-Attention = Literal["full", "far", "far with guard"]
+Attention = Literal["full", "far", "far with guard", "over steps"]
 ATTENTIONS: tuple[Attention, ...] = ("full", "far", "far with guard")
 
 
 def preset_of(name: str, attention: Attention) -> Preset:
     """Of a model, with groups and summaries of its size."""
-    model = MODELS[name]
+    model = CARRIED[name]
     family = family_of_transformer(model_transformer(name))
     assert family is not None
     pattern: dict[str, Any] = {"variant": "full", "group": model.group}
+    schedule: dict[str, Any] = {} if attention == "full" else {"dense_steps": 1}
     if attention != "full":
         pattern |= {"variant": "b", "radius": 1, "far": [{"beyond": 1, "block": model.block}]}
+    if attention == "over steps":
+        schedule["over_steps"] = {"reference": [0, 2, 4], "between": "extrapolate", "slope": 0.4}
     return Preset.model_validate(
         {
             "name": "combined",
             "model": next(iter(family.presets)),
             "attention": pattern,
-            "schedule": {} if attention == "full" else {"dense_steps": 1},
+            "schedule": schedule,
             "guard": 0.97 if attention == "far with guard" else 0,
             "kernel": {"backend": "sdpa"},
         }
@@ -132,14 +168,14 @@ def preset_of(name: str, attention: Attention) -> Preset:
 @cache
 def model_transformer(name: str) -> Any:
     """To tell a family by."""
-    return MODELS[name].make().transformer
+    return CARRIED[name].make().transformer
 
 
-def run(pipe: Any, name: str, attention: Attention, cache: str | None = None) -> torch.Tensor:
+def run(pipe: Any, name: str, attention: Attention, cache: str | None = None, **arguments: Any) -> torch.Tensor:
     """Latents of a call with GRAT installed."""
-    model = MODELS[name]
+    model = CARRIED[name]
     with grat_cli.install(pipe, preset_of(name, attention), cache=cache, **model.size):
-        return latents_of(pipe, model)
+        return latents_of(pipe, model, **arguments)
 
 
 # ---- Features
@@ -347,7 +383,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def made_with(name: str, feature: Feature) -> Any:
     """A pipeline with a feature."""
-    model = MODELS[name]
+    model = CARRIED[name]
     pipe = model.make() if feature.made is None else feature.made(model)
     feature.apply(pipe)
     return pipe
@@ -355,13 +391,13 @@ def made_with(name: str, feature: Feature) -> Any:
 
 @cache
 def _without(name: str, attention: Attention) -> torch.Tensor:
-    return run(MODELS[name].make(), name, attention)
+    return run(CARRIED[name].make(), name, attention)
 
 
 @cache
 def _stock(name: str, feature_name: str | None) -> torch.Tensor | str:
     """Of stock diffusers, or what it says in refusing."""
-    model = MODELS[name]
+    model = CARRIED[name]
     try:
         pipe = model.make() if feature_name is None else made_with(name, FEATURES[feature_name])
         return latents_of(pipe, model)
@@ -378,7 +414,7 @@ def _plain(name: str) -> torch.Tensor:
 
 def cell(name: str, feature_name: str, attention: Attention) -> Cell:
     """Runs a feature with an attention, and holds it to stock diffusers, or to the same attention without it."""
-    model, feature = MODELS[name], FEATURES[feature_name]
+    model, feature = CARRIED[name], FEATURES[feature_name]
     stock = _stock(name, feature_name)
     if isinstance(stock, str):
         return Cell("not served", f"not by diffusers ({stock[:60]})")

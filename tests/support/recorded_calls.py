@@ -33,6 +33,14 @@ def candidates(group: list[int], block: list[int]) -> list[Attention]:
         {"variant": "b", "radius": 0},
         {"variant": "x"},
         {"variant": "b", "radius": 0, "far": [{"beyond": 0, "block": block}]},
+        {
+            "variant": "b",
+            "radius": 0,
+            "far": {
+                "levels": [{"beyond": 0, "block": block}],
+                "choose": {"exact": 4, "fine": 4, "block": [*block[:-1], block[-1] // 2]},
+            },
+        },
     )
     return [Attention.model_validate({"group": group, **one}) for one in given]
 
