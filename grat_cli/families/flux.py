@@ -193,7 +193,7 @@ class Flux(Family):
         "FluxPriorReduxPipeline": "it makes no pictures, but what stands for one in a prompt",
     }
     models = (_DEV, _SCHNELL, _FILL, _CANNY, _DEPTH, _KONTEXT, _DEMO)
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux": _VARIANTS, "demo": _VARIANTS}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux": (*_VARIANTS, "fast"), "demo": _VARIANTS}
     larger: ClassVar[Mapping[str, str]] = {"flux": "flux-4k", "demo": "demo-4x"}
     base = _DEV.source
     text_first = True

@@ -270,7 +270,7 @@ class Flux2(Family):
     read_as: ClassVar[Mapping[str, str]] = {"PixtralProcessor": "AutoTokenizer"}
     refused: ClassVar[Mapping[str, str]] = {"Flux2KleinKVPipeline": _ABOUT_REFERENCES}
     models = (_DEV, _KLEIN_4B, _KLEIN_9B, _BASE_4B, _BASE_9B)
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux2": ("full", "b", "x", "far")}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"flux2": ("full", "b", "x", "far", "fast")}
     base = _DEV.source
     text_first = True
     text_encoders = (_MISTRAL_24B,)

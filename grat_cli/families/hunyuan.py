@@ -162,7 +162,9 @@ class Hunyuan(Family):
         "HunyuanVideoFramepackPipeline": "it adds tokens of earlier frames to those of the video",
     }
     models = (_HUNYUAN, _I2V, _DEMO)
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"hunyuan": ("full", "b", "planes", "lines", "bx", "far", "sta")}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "hunyuan": ("full", "b", "planes", "lines", "bx", "far", "fast", "sta")
+    }
     base = _HUNYUAN.source
     text_first = False
     text_encoders = (_LLAMA_8B, CLIP_L)

@@ -300,7 +300,7 @@ class Hunyuan15(Family):
     }
     refused: ClassVar[Mapping[str, str]] = {}
     models = (_480P, _720P, _480P_I2V, _720P_I2V)
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"hunyuan15": ("full", "b", "lines", "far")}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"hunyuan15": ("full", "b", "lines", "far", "fast")}
     marks = ("hunyuan15", "hunyuanvideo15")
     base = _480P.source
     text_first = False

@@ -213,7 +213,7 @@ class Qwen(Family):
         "QwenImageLayeredPipeline": "it makes several pictures at once as layers, with positions on a third axis",
     }
     models = (_QWEN, _QWEN_2512, _EDIT, _EDIT_2509, _EDIT_2511)
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"qwen": ("full", "b", "x", "far")}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"qwen": ("full", "b", "x", "far", "fast")}
     larger: ClassVar[Mapping[str, str]] = {"qwen": "qwen-far"}
     base = _QWEN.source
     text_first = True

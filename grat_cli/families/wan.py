@@ -310,7 +310,7 @@ class Wan(Family):
         "WanVideoToVideoPipeline": "it starts from a video, and grat hands on pictures alone",
     }
     models = _MODELS
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"wan": ("full", "b", "planes", "lines", "far")}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"wan": ("full", "b", "planes", "lines", "far", "fast")}
     base = _14B.source
     text_first = False
     text_encoders = (_UMT5,)

@@ -118,9 +118,18 @@ def test_presets_have_the_axes_of_their_families() -> None:
 def test_presets_of_the_paper_are_pure() -> None:
     for name in sorted(set(preset_names()) - TUNED):
         preset = load_preset(name)
+        if name.endswith("-fast"):
+            continue
         assert bool(preset.attention.far) == (name.endswith("-far") or name in OF_LARGE_PICTURES)
         assert preset.schedule.dense_steps == 0
         assert preset.schedule.rules == ()
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.endswith("-fast")])
+def test_fast_presets_are_guarded_and_carried_and_say_that_they_are_not_fitted(name: str) -> None:
+    preset = load_preset(name)
+    assert preset.guard and preset.chooses and preset.schedule.over_steps
+    assert "not fitted" in preset.description and preset.evidence is None
 
 
 def test_patterns() -> None:
@@ -134,14 +143,16 @@ def test_patterns() -> None:
         "x": CrissCross(1),
         "bx": Union(Block(1), CrissCross(1)),
         "far": Union(Block(1), Far([(1, (8, 8))])),
+        "fast": Union(Block(0), Far([(0, (8, 8))], (32, 64, (4, 4)))),
         "sta": SlidingTile(3),
     }
-    assert patterns("qwen") == {name: patterns("flux")[name] for name in ("full", "b", "x", "far")}
+    assert patterns("qwen") == {name: patterns("flux")[name] for name in ("full", "b", "x", "far", "fast")}
     assert patterns("hunyuan15") == {
         "full": Full(),
         "b": Block(1),
         "lines": CrissCross(2),
         "far": Union(Block(1), Far([(1, (4, 4, 4))])),
+        "fast": Union(Block(0), Far([(0, (4, 4, 4))], (64, 128, (4, 2, 2)))),
     }
     assert patterns("hunyuan") == {
         "full": Full(),
@@ -150,6 +161,7 @@ def test_patterns() -> None:
         "lines": CrissCross(2),
         "bx": Union(Block(1), CrissCross(2)),
         "far": Union(Block(1), Far([(1, (4, 4, 4))])),
+        "fast": Union(Block(0), Far([(0, (4, 4, 4))], (64, 128, (4, 2, 2)))),
         "sta": SlidingTile(3),
     }
 
