@@ -79,15 +79,11 @@ def block_tables(plan: Plan, device: torch.device) -> BlockTables:
     """The tables of a plan with candidates."""
     candidates, summaries = plan.candidates, plan.summaries
     assert candidates is not None
-    own = slice(*summaries.offsets[candidates.level - 1 : candidates.level + 1])
-    within = slice(*summaries.offsets[candidates.fine_level - 1 : candidates.fine_level + 1])
-    # Means within a block are those whose first token lies in it; they follow one another.
-    owner = np.searchsorted(summaries.starts[own], summaries.starts[within], side="right") - 1
-    rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
-    shape = (own.stop - own.start, 1 << (candidates.means - 1).bit_length())
-    rows, counts = np.full(shape, EMPTY, np.int32), np.zeros(shape)
-    rows[owner, rank] = np.arange(within.start, within.stop)
-    counts[owner, rank] = summaries.counts[within]
+    own = summaries.rows_of(candidates.level)
+    rows, counts = candidates.means_within(summaries)
+    room = (1 << (candidates.means - 1).bit_length()) - candidates.means
+    rows = np.pad(rows, ((0, 0), (0, room)), constant_values=EMPTY).astype(np.int32)
+    counts = np.pad(counts, ((0, 0), (0, room)))
     with np.errstate(divide="ignore"):
         log_counts = np.log(counts).astype(np.float32)
     shares = (counts / summaries.counts[own][:, None]).astype(np.float32)

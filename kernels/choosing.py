@@ -28,7 +28,8 @@ from grat_kernels.tile_lists import EMPTY
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from grat_kernels.plan import Candidates, Plan
+    from grat_kernels.candidates import Candidates
+    from grat_kernels.plan import Plan
 
 SPREAD_WITHIN, SPREAD_LEAST = 0.1, 0.001
 # Scores of means that are held at once.
@@ -141,18 +142,11 @@ class _Tables(NamedTuple):
 def _tables(plan: Plan, device: torch.device) -> _Tables:
     candidates, summaries = plan.candidates, plan.summaries
     assert candidates is not None
-    own = slice(*summaries.offsets[candidates.level - 1 : candidates.level + 1])
-    fine = slice(*summaries.offsets[candidates.fine_level - 1 : candidates.fine_level + 1])
+    own = summaries.rows_of(candidates.level)
     starts, counts = summaries.starts[own], summaries.counts[own]
     offsets = np.arange(candidates.tokens)
     tokens = np.where(offsets < counts[:, None], starts[:, None] + offsets, EMPTY)
-    # Means within a block are those whose first token lies in it; they follow one another.
-    owner = np.searchsorted(starts, summaries.starts[fine], side="right") - 1
-    rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
-    means = np.full((len(starts), candidates.means), EMPTY)
-    means[owner, rank] = np.arange(fine.start, fine.stop)
-    sizes = np.zeros(means.shape)
-    sizes[owner, rank] = summaries.counts[fine]
+    means, sizes = candidates.means_within(summaries)
     with np.errstate(divide="ignore"):
         log_counts = np.log(sizes)
     exempt = ~candidates.of_list[candidates.list_of_group].T
@@ -165,9 +159,9 @@ def _tables(plan: Plan, device: torch.device) -> _Tables:
 
     return _Tables(
         tokens=with_nothing(tokens),
-        means=with_nothing(np.where(means == EMPTY, EMPTY, plan.tokens + means)),
+        means=with_nothing(np.where(sizes > 0, plan.tokens + means, EMPTY)),
         wholes=moved(np.arange(own.start, own.stop) + plan.tokens, np.int32),
-        within=selection(np.where(means == EMPTY, means[:, :1], means).reshape(-1), device),
+        within=selection(np.where(sizes > 0, means, means[:, :1]).reshape(-1), device),
         own=own,
         log_counts=moved(log_counts[..., None], np.float32),
         shares=moved((sizes / counts[:, None])[..., None], np.float32),

@@ -19,8 +19,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from grat_kernels.geometry import Cell, Grouping, IntArray, cell_counts, cell_sizes, nests
-from grat_kernels.pattern import NOT_ATTENDED, Choice, Pattern
+from grat_kernels.candidates import Candidates, build_candidates, check_pairs
+from grat_kernels.geometry import Cell, Grouping, IntArray, cell_sizes, nests
+from grat_kernels.pattern import NOT_ATTENDED, Pattern
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +149,10 @@ class Summaries:
         """Number of summary rows over all levels."""
         return self.offsets[-1]
 
+    def rows_of(self, level: int) -> slice:
+        """Rows of a level, counted from 1."""
+        return slice(self.offsets[level - 1], self.offsets[level])
+
 
 class PlanTensors(NamedTuple):
     """Index tensors on one device: `order`, `inverse` `[image tokens]` int64; `log_counts` `[summary rows]` fp32."""
@@ -156,67 +161,6 @@ class PlanTensors(NamedTuple):
     inverse: torch.Tensor
     log_counts: torch.Tensor
 
-
-@dataclass(frozen=True)
-class Candidates:
-    """Blocks that query groups choose from by content, and room for what they choose; see `choosing`.
-
-    Groups and blocks are counted in token order. What a group chooses fills one row of *slots*: those of the tokens of
-    its exact blocks, of the means within its fine blocks, and of the means of all others.
-
-    Attributes:
-        choice: how many are told how closely.
-        level: number of the far level whose blocks are chosen from, counted from 1 over all summaries.
-        fine_level: number of the level of the means within blocks.
-        of_list: whether groups with a span list choose from a block, `[lists, blocks]` bool.
-        list_of_group: span list of each group, `[groups]`.
-        tokens: most tokens of a block.
-        means: most means within a block.
-    """
-
-    choice: Choice
-    level: int
-    fine_level: int
-    of_list: npt.NDArray[np.bool_]
-    list_of_group: IntArray
-    tokens: int
-    means: int
-
-    @cached_property
-    def counts(self) -> IntArray:
-        """Blocks that each group attends token by token, by the means within them, and by one mean, `[groups, 3]`."""
-        offered = self.of_list.sum(1)[self.list_of_group]
-        exact = np.minimum(offered, self.choice.exact)
-        fine = np.minimum(offered - exact, self.choice.fine)
-        return np.stack([exact, fine, offered - exact - fine], axis=1)
-
-    @cached_property
-    def slots(self) -> IntArray:
-        """Slots that each group fills, `[groups]`; some stay empty where it chooses smaller blocks, at borders."""
-        return self.counts @ np.array([self.tokens, self.means, 1])
-
-    @cached_property
-    def width(self) -> int:
-        """Slots of a row: those of the group that fills most."""
-        return int(self.counts.max(0, initial=0) @ np.array([self.tokens, self.means, 1]))
-
-    @property
-    def selection_pairs(self) -> float:
-        """What the choice costs, as query-key pairs, of one head.
-
-        A score of a mean is half a pair, which has a product with the value besides. How far the values of a block lie
-        apart, as a group sees them, is a quadratic form of as many numbers as it has means; the form itself, products
-        of all values of a block, is made once.
-        """
-        groups, blocks = len(self.list_of_group), self.of_list.shape[1]
-        by_group = 0.5 + (self.means + 1) / (2 * _CHANNELS)
-        return blocks * self.means * (groups * by_group + self.means / 2)
-
-
-# Channels of a head to which the cost of a choice refers.
-_CHANNELS = 64
-# Pairs of a group and a block whose scores are held at once, for a head; 268 MB.
-_MOST_CANDIDATES = 1 << 26
 
 # Pairs of groups whose levels are held at once: some tens of megabytes with all that is made of them.
 _MOST_PAIRS = 1 << 20
@@ -393,8 +337,8 @@ class Plan(JointSequence):
         summarised = counts[np.where(of_tokens, 0, first + lists.lengths)] - counts[first]
         behind = lists.sums(np.where(of_tokens, lists.lengths, summarised))
         if self.candidates is not None:
-            of_level = slice(*self.summaries.offsets[self.candidates.level - 1 : self.candidates.level + 1])
-            behind = behind + self.candidates.of_list @ self.summaries.counts[of_level]
+            blocks = self.summaries.rows_of(self.candidates.level)
+            behind = behind + self.candidates.of_list @ self.summaries.counts[blocks]
         return behind
 
     @property
@@ -409,10 +353,10 @@ class Plan(JointSequence):
 
     @cached_property
     def reach(self) -> float:
-        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly, or may choose
-        to."""
+        """Largest distance, in tokens on the grid, from a query to an image token that it attends exactly, or that lies
+        in a block it may choose to attend exactly."""
         grouping, coordinates = self.grouping, self.grouping.coordinates
-        chosen = self.candidates is not None and self.candidates.choice.exact > 0
+        may_choose = self.candidates is not None and self.candidates.choice.exact > 0
         squares = []
         for extent, size in zip(grouping.grid.shape, grouping.group, strict=True):
             first = np.arange(0, extent, size, dtype=np.int64)
@@ -422,7 +366,7 @@ class Plan(JointSequence):
         farthest = 0
         for queries in _stretches(len(coordinates)):
             levels = self.pattern.levels(coordinates[queries], coordinates, grouping.counts)
-            exact = levels >= 0 if chosen else levels == 0
+            exact = levels >= 0 if may_choose else levels == 0
             # Groups per axis: [Q, counts of axis 0, counts of axis 1, ...], from [Q, counts of one axis] each.
             distance = np.zeros((exact.shape[0], *[1] * grouping.grid.axes), np.int64)
             for axis, square in enumerate(squares):
@@ -579,11 +523,7 @@ def build_plan(
             )
     grouping = grouping.refined(blocks)
     if pattern.choice:
-        groups, offered_blocks = (math.prod(cell_counts(grouping.grid, size)) for size in (grouping.group, *far_blocks))
-        if groups * offered_blocks > _MOST_CANDIDATES:
-            raise ValueError(
-                f"{groups:,} groups that choose among {offered_blocks:,} blocks are too many: use larger ones"
-            )
+        check_pairs(grouping, pattern)
 
     image_start = sum(segments.before)
     tokens = grouping.grid.tokens + segments.tokens
@@ -608,8 +548,8 @@ def build_plan(
     span_lists = _joined_lists(lists, [dense for dense in (before, after) if dense.length], Span(0, tokens, 0))
     candidates = None
     if pattern.choice:
-        by_group, of_groups = np.concatenate(offered), list_of_group[ranking]
-        candidates = _candidates(pattern, by_group, of_groups, columns, blocks)
+        by_group = np.concatenate(offered)
+        candidates = build_candidates(pattern, by_group, list_of_group[ranking], columns, blocks)
     if not span_lists.keys.all():
         raise ValueError(
             f"{pattern} leaves a group with nothing to attend: join the far field to a near pattern with Union"
@@ -640,32 +580,6 @@ def build_plan(
         query_runs=tuple(runs) if candidates else _merge_runs(runs),
         candidates=candidates,
     )
-
-
-def _candidates(
-    pattern: Pattern,
-    by_group: npt.NDArray[np.bool_],
-    list_of_group: IntArray,
-    columns: IntArray,
-    blocks: tuple[Cell, ...],
-) -> Candidates:
-    """What groups choose from.
-
-    Args:
-        pattern: with a choice.
-        by_group: whether a list's groups choose from the blocks of a group, `[lists, groups]`.
-        list_of_group: of each group in token order.
-        columns: of `_columns_and_summaries`.
-        blocks: sizes of the summaries' levels.
-    """
-    assert pattern.choice is not None
-    block, within = pattern.far_levels[0].block, pattern.choice.block
-    level, fine_level = blocks.index(block) + 1, blocks.index(within) + 1
-    of_list = np.repeat(by_group, np.diff(columns[level]), axis=1)
-    # At the end of the lists stands that of text, which chooses nothing.
-    of_list = np.concatenate([of_list, np.zeros((1, of_list.shape[1]), np.bool_)])
-    means = math.prod(size // inner for size, inner in zip(block, within, strict=True))
-    return Candidates(pattern.choice, level, fine_level, of_list, list_of_group, math.prod(block), means)
 
 
 def _stretches(groups: int) -> Iterator[slice]:

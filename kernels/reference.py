@@ -112,8 +112,9 @@ def _with_chosen(
     assert choice is not None
     bias = bias.clone()
     members = means > 0
-    whole = slice(*plan.summaries.offsets[(at := plan.summaries.blocks.index(level.block)) : at + 2])
-    within = slice(*plan.summaries.offsets[(at := plan.summaries.blocks.index(choice.block)) : at + 2])
+    whole, within = (
+        plan.summaries.rows_of(plan.summaries.blocks.index(size) + 1) for size in (level.block, choice.block)
+    )
     # For each block the rows of the means within it.
     inside = (means[whole] @ means[within].T > 0).tolist()
     parts = {

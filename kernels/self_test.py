@@ -194,8 +194,7 @@ def _tell_blocks_apart(query: torch.Tensor, key: torch.Tensor, plan: Plan | Head
     it, and every other head and sample the opposite order. Changes `query` and `key` `[2, N, 2, D]`.
     """
     (candidates,) = (member.candidates for member in plan.classes if member.candidates)
-    blocks = slice(*plan.summaries.offsets[candidates.level - 1 : candidates.level + 1])
-    counts = torch.from_numpy(plan.summaries.counts[blocks])
+    counts = torch.from_numpy(plan.summaries.counts[plan.summaries.rows_of(candidates.level)])
     # A step that shares no divisor with the number of blocks visits all of them.
     step = next(step for step in range(len(counts) // 2, 0, -1) if math.gcd(step, len(counts)) == 1)
     places = torch.arange(len(counts)) * step % len(counts) - len(counts) / 2

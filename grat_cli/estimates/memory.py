@@ -18,7 +18,7 @@ from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, T
 from grat_cli.presets.over_steps import Keep
 from grat_cli.presets.schema import chunk_for
 from grat_kernels import Plan
-from grat_kernels.plan import Candidates
+from grat_kernels.candidates import Candidates
 
 Phase = Literal["text", "encode", "denoise", "decode", "save"]
 OffloadKind = Literal["none", "model", "group", "sequential"]
