@@ -30,7 +30,7 @@ class TileConfig(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table: the largest head dimension (padded to a power of two) and the dtype bits that it serves."""
+    """A row of the table: the largest head dimension and the dtype bits that it serves."""
 
     head_dim: int
     bits: int
@@ -49,6 +49,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # A100.
     "sm_80": (
         Row(64, 16, TileConfig(128, 64, 32, 4, 3, "pointers")),
+        Row(96, 16, TileConfig(128, 32, 32, 8, 4, "pointers")),
         Row(128, 16, TileConfig(128, 64, 32, 8, 3, "pointers")),
         Row(256, 16, TileConfig(64, 16, 16, 4, 4, "pointers")),
         *_FP32,
@@ -64,7 +65,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "sm_90": (
         Row(64, 16, TileConfig(128, 128, 64, 8, 3, "tma")),
         Row(128, 16, TileConfig(128, 128, 64, 8, 2, "tma")),
-        Row(256, 16, TileConfig(128, 64, 32, 8, 2, "tma")),
+        Row(256, 16, TileConfig(128, 64, 16, 8, 2, "tma")),
         Row(64, 16, TileConfig(128, 128, 64, 8, 2, "pointers")),
         Row(128, 16, TileConfig(128, 64, 64, 8, 3, "pointers")),
         Row(256, 16, TileConfig(128, 32, 32, 8, 2, "pointers")),

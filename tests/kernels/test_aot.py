@@ -23,7 +23,7 @@ COMPILED = [
     aot.Variant("sm_90", "bfloat16", 128, descriptors=False, text_valid=True, far=True),
     aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True),
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, choosing=True),
-    aot.Variant("sm_80", "bfloat16", 128, descriptors=False, text_valid=False, far=True, choosing=True),
+    aot.Variant("sm_80", "bfloat16", 96, descriptors=False, text_valid=False, far=True, choosing=True),
     aot.Variant("sm_100", "bfloat16", 128, descriptors=True, text_valid=True, far=True),
     aot.Variant("sm_120", "bfloat16", 128, descriptors=True, text_valid=False, far=False),
     aot.Variant("gfx942", "bfloat16", 128, descriptors=False, text_valid=True, far=True),
