@@ -73,9 +73,9 @@ class Installation:
         transformer, layers = adapters[0].model, adapters[0].layers
         self.guard = _guard(preset, layers)
         device = pipe._execution_device  # public `device` is where weights rest; with offload they run elsewhere
-        self._head_dim = _head_dim(transformer)
-        self.backend, self.backend_reason = _resolve_backend(transformer, device, preset, grid.tokens)
-        self._chooses = preset.chooses
+        self._head_dim, self._chooses = _head_dim(transformer), preset.chooses
+        kind = transformer.dtype, self._head_dim, grid.tokens
+        self.backend, self.backend_reason = backend_for(preset.kernel.backend, device, *kind, choosing=self._chooses)
         _check_kernel(transformer, device, preset, self.backend)
 
     def require_able(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -476,19 +476,28 @@ def _head_dim(transformer: Any) -> int:
     return int(width) // int(heads)
 
 
-def _resolve_backend(transformer: Any, device: torch.device, preset: Preset, tokens: int) -> tuple[Backend, str]:
-    """The backend that a preset stands for on the device that a transformer runs on, and why.
+def backend_for(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, *, choosing: bool
+) -> tuple[Backend, str]:
+    """The backend of span attention that a name stands for, and why.
+
+    Args:
+        name: of the backend, or `auto`.
+        device: where tensors will be.
+        dtype: of query, key and value.
+        head_dim: channels per head.
+        tokens: length of the joint sequence.
+        choosing: whether groups choose by content what they attend.
 
     Raises:
-        BadInput: if a backend chosen by name cannot run there.
+        BadInput: if one chosen by name cannot run there.
     """
     from grat_kernels import Backend, can_run
     from grat_kernels.attention import choose_backend
 
-    name, dtype, head_dim = preset.kernel.backend, transformer.dtype, _head_dim(transformer)
     if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim, choosing=preset.chooses)
-    ability = can_run(name, device, dtype, head_dim, tokens, choosing=preset.chooses)
+        return choose_backend(device, dtype, head_dim, choosing=choosing)
+    ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
     if not ability:
         raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
     return Backend(name), f"chosen by name; {ability.reason}"

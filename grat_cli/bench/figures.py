@@ -198,7 +198,7 @@ _MEANINGS = {
     "TFLOP/s": "Floating-point operations on attended pairs alone, per second.",
     "per pair": "Median time over attended query–key pairs of all heads: it compares rows of unequal density.",
     "of peak": "That rate over the peak of the device in this dtype.",
-    "reach": "Farthest token on the grid that a query attends exactly.",
+    "reach": "Farthest token on the grid that a query attends exactly, or may choose to.",
     "peak memory": "Most memory held at once, inputs and outputs included.",
     "error": "Largest error on sampled rows against the same attention in full precision.",
     "over rounding": "That error over the error of a plain computation in the dtype of the tensors: what rounding "

@@ -18,9 +18,9 @@ from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
 from grat_cli.errors import BadInput
 from grat_cli.fidelity.variants import Variant
+from grat_cli.installation import backend_for
 from grat_cli.presets import Preset
-from grat_kernels import Backend, Full, Grid, Grouping, Plan, build_plan, can_run
-from grat_kernels.attention import choose_backend
+from grat_kernels import Backend, Full, Grid, Grouping, Plan, build_plan
 
 if TYPE_CHECKING:
     from grat_cli.attention.adapter import Adapter
@@ -45,20 +45,16 @@ class Attach(Protocol):
         ...
 
 
-def backend_for(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, *, choosing: bool = False
-) -> tuple[Backend, str]:
-    """The backend of span attention that a name stands for, and why; of patterns that choose by content, or others.
+def backend_of(
+    variant: Variant, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int
+) -> Backend:
+    """The backend that computes the attention of a variant: that of its preset, unless one was chosen for all.
 
     Raises:
-        BadInput: if one chosen by name cannot run here.
+        BadInput: if one chosen by name cannot run here, or not what the variant chooses by content.
     """
-    if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim, choosing=choosing)
-    ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
-    if not ability:
-        raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
-    return Backend(name), f"chosen by name; {ability.reason}"
+    wanted = variant.preset.kernel.backend if variant.preset is not None and name == Backend.AUTO.value else name
+    return backend_for(wanted, device, dtype, head_dim, tokens, choosing=variant.chooses)[0]
 
 
 @dataclass(frozen=True)

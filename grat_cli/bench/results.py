@@ -47,7 +47,7 @@ class Row:
         kernel: what computed it, such as `sdpa` or `cuDNN`; None where nothing ran.
         mask: for peers, how their mask relates to the pattern they stand beside.
         density: attended pairs over all pairs of the joint sequence.
-        reach_tokens: farthest token that a query attends exactly, in tokens on the grid.
+        reach_tokens: farthest token that a query attends exactly, or may choose to, in tokens on the grid.
         times_ms: every repetition: of one attention call, one denoising step or one whole denoising run.
         speedup: median time of full over that of this row.
         sparse_efficiency: speed-up times density; 1 is the whole ideal speed-up. Attention level, or the attention

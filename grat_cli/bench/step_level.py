@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from grat_cli.bench.dense import DenseKernel, dense_candidates, dense_rate, fastest_dense
-from grat_cli.bench.inside_models import Attach, Host, Inside, backend_for
+from grat_cli.bench.inside_models import Attach, Host, Inside, backend_of
 from grat_cli.bench.measure import (
     CannotRun,
     Measurement,
@@ -42,6 +42,7 @@ from grat_cli.families.base import ModelChoice
 from grat_cli.families.shapes import TransformerShape
 from grat_cli.fidelity.variants import Request, Variant, size_text, variant_for
 from grat_cli.generation.timing import StepRecorder
+from grat_cli.installation import backend_for
 from grat_cli.models.devices import choose_device, choose_dtype
 from grat_kernels import Grid
 
@@ -106,7 +107,10 @@ def run_step_level(settings: StepSettings, progress: Progress | None = None) -> 
     grids = [Grid(sides) for sides in settings.grids] or list(family_of(model).step_grids(model))
     cases = [(grid, _variants(settings.compare, model, grid)) for grid in grids]
     most_tokens = max(grid.tokens for grid in grids) + text_len
-    backend, why = backend_for(settings.backend, device, dtype, shape.head_dim, most_tokens)
+    kind = device, dtype, shape.head_dim, most_tokens
+    backend, why = backend_for(settings.backend, *kind, choosing=False)
+    for variant in cases[0][1]:  # those of other sizes differ in size alone
+        backend_of(variant, settings.backend, *kind)
     _refuse_large(model, shape, dtype, device)
 
     # 2. The transformer.
@@ -219,7 +223,9 @@ class _Steps:
         for variant in variants:
             try:
                 dense = self._fastest_dense(grid, rate) if variant.kind == "full" else None
-                candidates[variant.name] = self._host_of(variant, grid).inside(variant, dense)
+                kind = host.device, host.dtype, self._shape.head_dim, grid.tokens + host.text_len
+                own = replace(host, backend=backend_of(variant, settings.backend, *kind))
+                candidates[variant.name] = own.inside(variant, dense)
             except CannotRun as reason:
                 obstacles[variant.name] = str(reason)
 
@@ -257,19 +263,6 @@ class _Steps:
             full = rows[0] if rows else None
             rows.append(_measured_row(variant, candidates[variant.name], measurement, times, full))
         return Case(self._title(grid), grid.shape, host.text_len, tuple(rows))
-
-    def _host_of(self, variant: Variant, grid: Grid) -> Host:
-        """The host with a backend that can do what the variant needs.
-
-        Raises:
-            BadInput: if one chosen by name cannot.
-        """
-        host = self._host
-        if not variant.chooses:
-            return host
-        tokens = grid.tokens + host.text_len
-        kind = host.device, host.dtype, self._shape.head_dim, tokens
-        return replace(host, backend=backend_for(self._settings.backend, *kind, choosing=True)[0])
 
     def _fastest_dense(self, grid: Grid, rate: float | None) -> DenseKernel:
         """The dense kernel that is fastest at the size of an attention call.

@@ -20,7 +20,7 @@ from grat_cli.attention.observers import Observers
 from grat_cli.attention.work import Work
 from grat_cli.bench.fidelity import Found, measure_fidelity
 from grat_cli.bench.figures import OUTPUTS
-from grat_cli.bench.inside_models import Host, Inside, backend_for
+from grat_cli.bench.inside_models import Host, Inside, backend_of
 from grat_cli.bench.measure import CannotRun, PeakMemory, Progress, Unwatched, memory_words, seconds_text
 from grat_cli.bench.record import bench_result
 from grat_cli.bench.results import BenchResult, Case, Fidelity, Level, Row
@@ -37,6 +37,7 @@ from grat_cli.generation.selection import select_preset
 from grat_cli.generation.single import call_for, frames_of
 from grat_cli.generation.stage import StepWatch, explained_backend_failures
 from grat_cli.generation.timing import StepRecorder, StepTiming, with_work
+from grat_cli.installation import backend_for
 from grat_cli.models.catalogue import ModelChoice
 from grat_cli.models.devices import choose_device, choose_dtype, is_out_of_memory, wait_for
 from grat_cli.models.loading import load_model
@@ -168,11 +169,14 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
     # 3. What computes each row.
     tokens = grid.tokens + studio.text_len
     head_dim = model.pipe.transformer.config.attention_head_dim
-    backend, why = backend_for(settings.backend, device, dtype, head_dim, tokens)
+    kind = device, dtype, head_dim, tokens
+    backend, why = backend_for(settings.backend, *kind, choosing=False)
     steps = request.preset.sampling.steps
     transformer, *others = request.family.transformers(model.pipe)
     host = Host(transformer, request.family, studio.text_len, backend, device, dtype, steps, tuple(others))
-    entries = [_Entry.of(variant, _host_of(variant, host, settings.backend, tokens)) for variant in variants]
+    entries = [
+        _Entry.of(variant, replace(host, backend=backend_of(variant, settings.backend, *kind))) for variant in variants
+    ]
     for entry in entries:
         studio.try_cache(entry, host.adapters(grid))
     entries.append(_Entry.of(*noise_floor(host, grid, settings.noise_backend, head_dim, tokens)))
@@ -252,20 +256,6 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
     ]
     made = [(entry.variant.name, entry.shown) for entry in entries if entry.skipped is None]
     return result, Pictures(made, titles)
-
-
-def _host_of(variant: Variant, host: Host, backend: str, tokens: int) -> Host:
-    """The host with the backend that a preset asks for, unless one was chosen for all, or that a choice needs.
-
-    Raises:
-        BadInput: if it cannot run here.
-    """
-    wanted = variant.preset.kernel.backend if variant.preset is not None and backend == "auto" else backend
-    if wanted == backend and not variant.chooses:
-        return host
-    head_dim = host.transformer.config.attention_head_dim
-    own, _ = backend_for(wanted, host.device, host.dtype, head_dim, tokens, choosing=variant.chooses)
-    return replace(host, backend=own)
 
 
 def _fidelity(

@@ -147,13 +147,13 @@ def over_steps_summary(told: Mapping[str, Any]) -> str:
     from grat_cli.console.output import bytes_text
 
     groups = {group["kind"]: group for group in told["steps"]}
-    total = sum(group["count"] for group in groups.values())
+    of_all = f" of {sum(group['count'] for group in groups.values())}"
+    first = next(iter(groups), None)
     counts = [
-        f"{group['count']} {kind} step{'' if group['count'] == 1 else 's'}{f' of {total}' if kind == first else ''} "
+        f"{group['count']} {kind} step{'' if group['count'] == 1 else 's'}{of_all if kind == first else ''} "
         f"({_counted_from_one(group['steps'])})"
         for kind, group in groups.items()
         if kind != "carried"
-        for first in [next(iter(groups))]
     ]
     layers = "" if told["layers"] is None else f" of layers {told['layers']}"
     carried = [f"attention{layers} carried to the others"] if "carried" in groups else []
@@ -167,7 +167,8 @@ def over_steps_summary(told: Mapping[str, Any]) -> str:
 
 
 def work_text(parts: Mapping[str, float]) -> str:
-    """Attention work by part, such as `pairs 0.0321, text rows 0.0467, selection 0.0081; forming of means 0.0012`."""
+    """Attention work by part, such as `pairs 0.0321, text rows 0.0467, selection 0.0081; forming of means 0.0012
+    besides`."""
     names = {"pairs": "pairs", "text": "text rows", "selection": "selection"}
     counted = ", ".join(f"{name} {parts[part]:.4f}" for part, name in names.items() if parts[part] or part == "pairs")
     return f"{counted}; forming of means {parts['forming']:.4f} besides" if parts["forming"] >= 5e-5 else counted

@@ -186,7 +186,8 @@ class Variant:
         return count(self.grid, self.window) + self.grid.tokens * text_len + text_len * tokens
 
     def reach(self) -> float:
-        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly."""
+        """Largest distance, in tokens on the grid, from a query to an image token it attends exactly, or may
+        choose to."""
         if self.preset is not None:
             return max(self._reaches_of_preset(self.preset))
         if self.grouping is not None:

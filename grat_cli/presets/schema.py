@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -31,9 +31,6 @@ from grat_cli.presets.over_steps import Carrying, overlap
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
 from grat_cli.presets.section import MOST_STEPS, Number, Range, Section, as_tuple
 from grat_kernels.geometry import nests
-
-if TYPE_CHECKING:
-    pass
 
 BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
 HighresMode = Literal["off", "cascade", "direct"]

@@ -159,6 +159,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         run_step_level(settings("demo", weights="own", layers=(1, 1)))
     with pytest.raises(BadInput, match="triton backend cannot run here"):
         run_step_level(settings(backend="triton", dtype="bfloat16", compare="grat-b"))
+    with pytest.raises(BadInput, match="flex backend cannot run here: it does not attend blocks chosen by content"):
+        run_step_level(settings(backend="flex", compare="choose"))
 
 
 def test_predictions_that_are_not_finite_have_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
