@@ -499,7 +499,9 @@ def backend_for(
         return choose_backend(device, dtype, head_dim, choosing=choosing)
     ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
     if not ability:
-        raise BadInput(f"the {name} backend cannot run here: {ability.reason}; use --backend auto")
+        raise BadInput(
+            f"the {name} backend cannot run here: {ability.reason}\nUse --backend auto; grat env lists what runs."
+        )
     return Backend(name), f"chosen by name; {ability.reason}"
 
 

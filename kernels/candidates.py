@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from grat_kernels.geometry import Cell, Grouping, IntArray, cell_counts
 from grat_kernels.pattern import Choice, Pattern
+from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
     from grat_kernels.plan import Summaries
@@ -83,13 +84,13 @@ class Candidates:
     def means_within(self, summaries: Summaries) -> tuple[IntArray, IntArray]:
         """Rows of the means within each block among all summaries, and their tokens, `[blocks, means]` each.
 
-        They follow one another; where a block has fewer of them, at a border, rows are -1 and tokens 0.
+        They follow one another; where a block has fewer of them, at a border, rows are `EMPTY` and tokens 0.
         """
         own, within = summaries.rows_of(self.level), summaries.rows_of(self.fine_level)
         # A mean lies in the block that its first token lies in.
         owner = np.searchsorted(summaries.starts[own], summaries.starts[within], side="right") - 1
         rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
-        rows = np.full((own.stop - own.start, self.means), -1)
+        rows = np.full((own.stop - own.start, self.means), EMPTY)
         counts = np.zeros_like(rows)
         rows[owner, rank] = np.arange(within.start, within.stop)
         counts[owner, rank] = summaries.counts[within]

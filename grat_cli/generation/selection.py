@@ -181,15 +181,11 @@ def require_backend(name: str, device: str, dtype: str, head_dim: int, tokens: i
     """
     if name == "auto":
         return
+    from grat_cli.installation import backend_for
     from grat_cli.models.devices import choose_device, choose_dtype
-    from grat_kernels import can_run
 
     chosen_device = choose_device(device)
-    ability = can_run(name, chosen_device, choose_dtype(dtype, chosen_device), head_dim, tokens, choosing=choosing)
-    if not ability:
-        raise BadInput(
-            f"the {name} backend cannot run here: {ability.reason}\nUse --backend auto; grat env lists what runs."
-        )
+    backend_for(name, chosen_device, choose_dtype(dtype, chosen_device), head_dim, tokens, choosing=choosing)
 
 
 def require_device(name: str | None) -> None:
