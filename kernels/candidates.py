@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Channels of a head to which the cost of a choice refers.
 _CHANNELS = 64
 # Pairs of a group and a block whose scores are held at once, for a head; 268 MB.
-_MOST_PAIRS = 1 << 26
+_MOST_CANDIDATES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check_pairs(grouping: Grouping, pattern: Pattern) -> None:
     """Raises ValueError if there are too many pairs of groups and blocks of a pattern with a choice."""
     (level,) = pattern.far_levels
     groups, blocks = (math.prod(cell_counts(grouping.grid, size)) for size in (grouping.group, level.block))
-    if groups * blocks > _MOST_PAIRS:
+    if groups * blocks > _MOST_CANDIDATES:
         raise ValueError(f"{groups:,} groups that choose among {blocks:,} blocks are too many: use larger ones")
 
 

@@ -93,7 +93,7 @@ def planned_request(
         model.dtype,
         last.architecture.head_dim,
         last.main_plan.tokens,
-        choosing=preset.chooses,
+        choosing=any(run.preset.chooses for run in runs),
     )
     return request, runs
 

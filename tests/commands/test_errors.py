@@ -100,6 +100,20 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(monkeypa
     )
 
 
+def test_a_backend_that_cannot_choose_is_refused_even_where_only_a_later_stage_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grat_cli.generation.run.generate", lambda *_: pytest.fail("too late"))
+    path = tmp_path / "staged.yaml"
+    path.write_text(
+        "name: staged\nmodel: demo\nattention: {variant: b, group: [4, 4]}\nhighres:\n  dense_below: 0\n"
+        "  stages: [{attention: {variant: b, group: [4, 4], radius: 0, far: {levels: [{beyond: 0, block: [4, 4]}], "
+        "choose: {exact: 8, fine: 8, block: [2, 2]}}}}]\n"
+    )
+    message = refusal("image", "a fox", "--preset", path, "--res", "512", "--backend", "flex")
+    assert message.startswith("the flex backend cannot run here: it does not attend blocks chosen by content")
+
+
 def test_debug_shows_where_an_error_comes_from() -> None:
     result = grat("plan", "nothing", "--debug")
     assert result.code == 2
