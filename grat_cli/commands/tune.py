@@ -129,8 +129,9 @@ def tune(
         raise BadInput(f"--max-kept {max_kept:g}: expected gibibytes above 0")
     counts = None if references is None else _counts(references)
     carries = target_density is not None and not no_over_steps
-    if not carries and (counts is not None or max_kept is not None):
-        flag = "--references" if counts is not None else "--max-kept"
+    given = {"--references": counts is not None, "--keep": keep != KEEPS[0], "--max-kept": max_kept is not None}
+    if not carries and any(given.values()):
+        flag = next(flag for flag, is_given in given.items() if is_given)
         why = "--no-over-steps" if no_over_steps else "--target-recall, which is of steps that are all computed"
         raise BadInput(f"{flag} has no meaning with {why}: leave one of them out")
     model.check()

@@ -109,7 +109,10 @@ class TuneRequest:
             BadInput: if there are more stretches than steps.
         """
         if self.stretches > self.steps:
-            raise BadInput(f"a run of {self.steps} steps has no {self.stretches} stretches: use fewer, or more steps")
+            raise BadInput(
+                f"a run of {self.steps} steps has no {self.stretches} stretches: use --stretches {self.steps}, or more "
+                "--steps"
+            )
         return [ranges.covered(text, self.steps) for text in stretches_of(self.stretches)]
 
     def steps_observed(self) -> list[int]:
@@ -128,10 +131,8 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
     """
     # 1. What can be refused before anything is loaded.
     asked, base = request.request, request.request.preset
-    if request.over_steps is not None and request.steps > MOST_STEPS:
-        raise BadInput(
-            f"a search over {request.steps} steps would take too long: use at most {MOST_STEPS}, or --no-over-steps"
-        )
+    if request.over_steps is not None:
+        _require_searchable(request.steps, request.over_steps)
     full = observation_preset(base, request.candidates)
     request.steps_observed()
     _make_folder(request.folder)
@@ -178,6 +179,18 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         likenesses=likenesses,
     )
     return preset.model_copy(update={"evidence": evidence})
+
+
+def _require_searchable(steps: int, search: StepSearch) -> None:
+    """Raises BadInput unless steps can be searched in a run of so many."""
+    if steps > MOST_STEPS:
+        raise BadInput(
+            f"a search over {steps} steps would take too long: use --steps {MOST_STEPS} at most, or --no-over-steps"
+        )
+    if search.references is not None and search.references[0] > steps:
+        raise BadInput(
+            f"--references {search.references[0]}: the run has {steps} steps: use fewer references, or more --steps"
+        )
 
 
 def choose(request: TuneRequest, observations: Observations) -> Choice:

@@ -243,7 +243,8 @@ class HighResolution(Section):
         proportional_attention: whether scores are scaled by the number of keys (`grat_cli.attention.extrapolation`).
         low_resolution_guidance: weight of the upscaled picture's low frequencies in each prediction (I-Max, arXiv
             2410.07536).
-        dense_below: stages of at most so many image tokens run full attention.
+        dense_below: stages of at most so many image tokens compute full attention at every step, as the base does: the
+            whole schedule, `over_steps` included, is that of larger ones.
         stages: overrides of the stages after the base, first to last.
     """
 

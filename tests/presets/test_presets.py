@@ -128,8 +128,11 @@ def test_presets_of_the_paper_are_pure() -> None:
 @pytest.mark.parametrize("name", [name for name in preset_names() if name.endswith("-fast")])
 def test_fast_presets_are_guarded_and_carried_and_say_that_they_are_not_fitted(name: str) -> None:
     preset = load_preset(name)
-    assert preset.guard and preset.chooses and preset.schedule.over_steps
-    assert "not fitted" in preset.description and preset.evidence is None
+    assert preset.guard
+    assert preset.chooses
+    assert preset.schedule.over_steps
+    assert "not fitted" in preset.description
+    assert preset.evidence is None
 
 
 def test_patterns() -> None:
