@@ -236,12 +236,12 @@ def _over_steps(evidence: Evidence) -> str:
     steps = ", ".join(map(str, found.references))
     slopes = ", ".join(f"{slope:g}" for slope in found.slopes)
     between = f"extrapolated between with slopes {slopes}" if any(found.slopes) else "reused between"
+    carried = f"; {between}, {found.kept_bytes / (1 << 30):.3g} GiB kept" if found.kept_bytes else ""
     measured = "" if found.error is None else f" The best by {found.runs} runs: latents are off by {found.error:.2%}."
     parts = f"pairs {found.pairs:.4f}, text rows {found.text:.4f}, choosing {found.selection:.4f}"
     return (
-        f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}; {between}, "
-        f"{found.kept_bytes / (1 << 30):.3g} GiB kept. Work by part: {parts}; forming means besides, "
-        f"{found.forming:.4f}.{measured}"
+        f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}{carried}. Work by part: {parts}; "
+        f"forming means besides, {found.forming:.4f}.{measured}"
     )
 
 

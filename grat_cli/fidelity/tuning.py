@@ -264,8 +264,8 @@ def _over_steps(
     limit = float("inf") if search.most_gib is None else search.most_gib * _GIB
     if of_outputs > limit:
         raise BadInput(
-            f"outputs of all layers are {of_outputs / _GIB:.3g} GiB, more than --max-kept {search.most_gib:g}: "
-            "give more, --keep fp8, or --no-over-steps"
+            f"outputs of all layers are {of_outputs / _GIB:.3g} GiB, more than --max-kept {search.most_gib:g}: give "
+            f"more, {'' if search.keep == 'fp8' else '--keep fp8, '}or --no-over-steps"
         )
     extrapolates = 2 * of_outputs <= limit
     if not extrapolates:
