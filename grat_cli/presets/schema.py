@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -27,13 +27,10 @@ from pydantic import (
 from grat_cli.errors import choices
 from grat_cli.presets.attention import LARGEST_COUNT, Attention, Change, Sizes
 from grat_cli.presets.caches import OF_ATTENTIONS, Cache, cache_from
-from grat_cli.presets.over_steps import Carrying, overlap
+from grat_cli.presets.over_steps import OverSteps, overlap
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
 from grat_cli.presets.section import MOST_STEPS, Number, Range, Section, as_tuple
 from grat_kernels.geometry import nests
-
-if TYPE_CHECKING:
-    pass
 
 BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
 HighresMode = Literal["off", "cascade", "direct"]
@@ -129,24 +126,6 @@ class Table(Section):
 
     steps: Range = None
     layers: Annotated[tuple[Word, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=_MOST_LAYERS)]
-
-
-class OverSteps(Carrying):
-    """Steps at which attention is computed, and how its outputs are carried to those between.
-
-    Attributes:
-        base: for `residual`: the sparser attention, as it differs from the preset's own.
-    """
-
-    base: Change | None = None
-
-    @model_validator(mode="after")
-    def _check_base(self) -> OverSteps:
-        if self.between == "residual" and self.base is None:
-            raise invalid("is missing: residual needs the attention that is computed at every step", "base")
-        if self.between != "residual" and self.base is not None:
-            raise invalid(f"has no meaning for {self.between}: leave it out, or use residual", "base")
-        return self
 
 
 def _over_steps(value: Any) -> Any:
