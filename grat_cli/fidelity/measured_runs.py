@@ -100,7 +100,7 @@ class Measurements:
         Raises:
             BadInput: if a file is damaged.
         """
-        of_preset = preset.model_dump(mode="json", include={"attention", "schedule", "guard", "cache"})
+        of_preset = preset.model_dump(mode="json", include={"attention", "schedule"})
         # Through JSON, as what is on file has been.
         about = json.loads(json.dumps({**self.about[number], **of_preset}))
         digest = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]

@@ -12,7 +12,7 @@ measured runs (`step_search`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class TuneRequest:
     """What to tune.
 
     Attributes:
-        request: model, size, device, and the preset whose sampling, kernel and memory settings are kept.
+        request: model, size, device, and the preset whose groups, sampling, kernel and memory settings are kept; its
+            guard and cache are not.
         prompts: that are observed; the n-th with seed n.
         candidates: patterns to choose from; their groups and blocks must nest.
         density: wanted of the whole run, or None.
@@ -130,6 +131,7 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         NumericalFailure: if latents turn NaN or infinite.
     """
     # 1. What can be refused before anything is loaded.
+    request = _uncorrected(request, progress)
     asked, base = request.request, request.request.preset
     if request.over_steps is not None:
         _require_searchable(request.steps, request.over_steps)
@@ -179,6 +181,17 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         likenesses=likenesses,
     )
     return preset.model_copy(update={"evidence": evidence})
+
+
+def _uncorrected(request: TuneRequest, progress: Progress) -> TuneRequest:
+    """The request without what makes runs compute more than their schedule says, or less."""
+    base = request.request.preset
+    left_out = [name for name, given in (("guard", base.guard), ("cache", base.cache)) if given]
+    if not left_out:
+        return request
+    progress.note(f"the {' and '.join(left_out)} of preset {base.name} would change what is measured: left out")
+    asked = replace(request.request, preset=base.model_copy(update=dict.fromkeys(left_out)))
+    return replace(request, request=asked)
 
 
 def _require_searchable(steps: int, search: StepSearch) -> None:
