@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from grat_cli.attention.clock import PipelineClock
+from grat_cli.attention.clock import PipelineClock, same
 from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.families import FAMILIES, family_of_transformer
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
@@ -48,7 +48,8 @@ class Installation:
         caches: of the transformers, the preset's or those that the caller enabled; None where the transformer is not
             known.
         work: what of the attention was computed in each step; None where nothing takes its place.
-        carrying: what of it is carried over steps; None where nothing is.
+        carrying: what of it is carried over steps, and the bytes that this keeps: `kept_bytes` now, `most_kept_bytes`
+            at most in the latest run. None where the preset has no `over_steps`.
     """
 
     caches: StepCaches | None = None
@@ -66,9 +67,10 @@ class Installation:
     ) -> None:
         self._pipe, self._preset, self._adapters = pipe, preset, adapters
         self.clock = PipelineClock(pipe, first_step, steps)
-        self._first_step, self._steps = first_step, steps
+        self._first_step = first_step
         self._schedules: dict[tuple[int, int, int, tuple[float, ...] | None], AttentionSchedule] = {}
         self._last_schedule: AttentionSchedule | None = None
+        self._laid_out: torch.Tensor | None = None
         self.grid = grid
         transformer, layers = adapters[0].model, adapters[0].layers
         self.guard = _guard(preset, layers)
@@ -100,8 +102,7 @@ class Installation:
             text_len: text tokens of the joint sequence.
             references: tokens of pictures to refer to.
         """
-        to_run = self.clock.steps_to_run()
-        steps = self._steps or self._first_step + to_run
+        to_run, steps = self.clock.steps_to_run(), self.clock.total_steps()
         if self._first_step + to_run > steps:
             begun = f" from step {self._first_step} on" if self._first_step else ""
             raise BadInput(f"GRAT was installed for {steps} steps, the call runs {to_run}{begun}: leave steps out")
@@ -123,8 +124,17 @@ class Installation:
                 sigmas,
             )
         schedule = self._schedules[asked]
-        self._last_schedule = self.guard.applied(schedule, self.current_step()) if self.guard else schedule
+        self._last_schedule = self._guarded(schedule, self.guard) if self.guard else schedule
         return self._last_schedule
+
+    def _guarded(self, schedule: AttentionSchedule, guard: RecallGuard) -> AttentionSchedule:
+        """The schedule as the guard has widened it, in the run under way."""
+        laid_out = self.clock.laid_out()
+        # A run that was broken off in its first step is at no later one than the next.
+        if self._laid_out is not None and not same(laid_out, self._laid_out):
+            guard.start_anew()
+        self._laid_out = laid_out
+        return guard.applied(schedule, self.current_step())
 
     @property
     def preparation(self) -> str | None:

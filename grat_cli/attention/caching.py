@@ -452,7 +452,7 @@ class _Watched:
         """Fits the ratios to the run's steps, of which there may be fewer than in its schedule."""
         from diffusers.hooks.mag_cache import nearest_interp
 
-        steps, length = self._clock.total_steps(), self._clock.schedule_length()
+        steps, length = self._clock.total_steps(), len(self._clock.laid_out())
         config = self._seen
         if settings.calibrate:
             config.num_inference_steps = steps + 1  # at the last one diffusers would print them, and forget

@@ -56,10 +56,10 @@ class PipelineClock:
         known = self._sigmas[1]
         return known[-count:] if len(known) >= count else None
 
-    def schedule_length(self) -> int:
-        """Steps of the schedule that the run is the end of."""
+    def laid_out(self) -> torch.Tensor:
+        """Timesteps of the schedule that the run is the end of, another tensor for every run."""
         scheduler = self._pipe.scheduler
-        return len(getattr(scheduler, "whole", scheduler).timesteps)  # see `families.resumption.LaterSteps`
+        return getattr(scheduler, "whole", scheduler).timesteps  # see `families.resumption.LaterSteps`
 
 
 class CountedCall(NamedTuple):

@@ -203,7 +203,7 @@ def in_the_middle(references: Sequence[int], steps: int, begin: int) -> tuple[in
 class RecallGuard:
     """Watches the layers of one run and widens them; an `layer.CallObserver`.
 
-    It starts anew where the steps begin anew, so that a pipeline may be called again.
+    It starts anew where steps go back, and when it is told to, so that a pipeline may be called again.
 
     Args:
         bar: share of full attention that a layer has to keep, above 0 and up to 1.
@@ -214,9 +214,10 @@ class RecallGuard:
     def __init__(self, bar: float, layers: int, rows: int = ROWS) -> None:
         self.bar, self.rows = bar, rows
         self._layers = layers
-        self._start_anew()
+        self.start_anew()
 
-    def _start_anew(self) -> None:
+    def start_anew(self) -> None:
+        """Forgets the run that it has watched."""
         self._step = -1
         self._widenings: list[Widening] = []
         self._lowest: _Seen | None = None
@@ -235,7 +236,7 @@ class RecallGuard:
             step: that is about to be run, or is under way.
         """
         if step < self._step:
-            self._start_anew()
+            self.start_anew()
         self._planned_density = schedule.density
         if self._step < step < schedule.steps:
             self._step = step
@@ -447,7 +448,7 @@ class RecallGuard:
         Raises:
             BadInput: if it is not whole.
         """
-        self._start_anew()
+        self.start_anew()
         self._step = done - 1
         try:
             known = validated(GuardState, state)

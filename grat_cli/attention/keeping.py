@@ -44,7 +44,7 @@ class Keeper:
         """Keeps one.
 
         Args:
-            where: see `presets.over_steps.Carrying`.
+            where: see `presets.OverSteps`.
             tensor: what.
             room: one that is needed no longer, whose place may be taken.
             copies: whether somebody may change the tensor from now on.

@@ -81,7 +81,7 @@ class Carried(NamedTuple):
     Attributes:
         is_reference: whether it is computed at the step, rather than carried to it.
         is_kept: whether a later step is one that it is carried to.
-        slope: at the step, see `presets.over_steps.Carrying`; 0 where outputs are reused as they are.
+        slope: at the step, see `presets.OverSteps`; 0 where outputs are reused as they are.
         keep: where what is carried is kept, likewise.
         extrapolates: whether what is carried ever has a slope.
         base: what is computed at every step, and the rest carried; None where the whole is.

@@ -129,8 +129,9 @@ def tune(
         raise BadInput(f"--max-kept {max_kept:g}: expected gibibytes above 0")
     counts = None if references is None else _counts(references)
     carries = target_density is not None and not no_over_steps
-    if not carries and (counts is not None or max_kept is not None):
-        flag = "--references" if counts is not None else "--max-kept"
+    given = {"--references": counts is not None, "--keep": keep != KEEPS[0], "--max-kept": max_kept is not None}
+    if not carries and any(given.values()):
+        flag = next(flag for flag, is_given in given.items() if is_given)
         why = "--no-over-steps" if no_over_steps else "--target-recall, which is of steps that are all computed"
         raise BadInput(f"{flag} has no meaning with {why}: leave one of them out")
     model.check()
@@ -235,12 +236,12 @@ def _over_steps(evidence: Evidence) -> str:
     steps = ", ".join(map(str, found.references))
     slopes = ", ".join(f"{slope:g}" for slope in found.slopes)
     between = f"extrapolated between with slopes {slopes}" if any(found.slopes) else "reused between"
+    carried = f"; {between}, {found.kept_bytes / (1 << 30):.3g} GiB kept" if found.kept_bytes else ""
     measured = "" if found.error is None else f" The best by {found.runs} runs: latents are off by {found.error:.2%}."
     parts = f"pairs {found.pairs:.4f}, text rows {found.text:.4f}, choosing {found.selection:.4f}"
     return (
-        f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}; {between}, "
-        f"{found.kept_bytes / (1 << 30):.3g} GiB kept. Work by part: {parts}; forming means besides, "
-        f"{found.forming:.4f}.{measured}"
+        f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}{carried}. Work by part: {parts}; "
+        f"forming means besides, {found.forming:.4f}.{measured}"
     )
 
 

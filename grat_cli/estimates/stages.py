@@ -215,7 +215,7 @@ def _sampled(preset: Preset, settings: HighResolution, steps: int | None) -> Pre
 
 
 def _dense(preset: Preset) -> Preset:
-    """The preset with full attention at every step."""
+    """The preset with full attention at every step, nothing carried over them: later stages rest on what it makes."""
     data = preset.model_dump()
     data["attention"] = preset.attention.changed({"variant": "full"}).model_dump()
     return Preset.model_validate({**data, "schedule": {}})

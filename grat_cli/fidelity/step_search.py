@@ -79,7 +79,8 @@ class Foreteller:
     @property
     def most(self) -> int:
         """References that a run can have at most, with the sparsest patterns of all."""
-        return min(self.steps, int(self._density * self.steps / self._observations.densities.min() + 1e-9))
+        # The same rounding is forgiven as by `Path.moves_within`, which has to find something for each of them.
+        return min(self.steps, int(self._density * self.steps / self._observations.densities.min() * (1 + 1e-12)))
 
     def loss(self, setting: Setting) -> float:
         """What a setting is foretold to lose, in all."""

@@ -12,7 +12,7 @@ measured runs (`step_search`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class TuneRequest:
     """What to tune.
 
     Attributes:
-        request: model, size, device, and the preset whose sampling, kernel and memory settings are kept.
+        request: model, size, device, and the preset whose groups, sampling, kernel and memory settings are kept; its
+            guard and cache are not.
         prompts: that are observed; the n-th with seed n.
         candidates: patterns to choose from; their groups and blocks must nest.
         density: wanted of the whole run, or None.
@@ -109,7 +110,10 @@ class TuneRequest:
             BadInput: if there are more stretches than steps.
         """
         if self.stretches > self.steps:
-            raise BadInput(f"a run of {self.steps} steps has no {self.stretches} stretches: use fewer, or more steps")
+            raise BadInput(
+                f"a run of {self.steps} steps has no {self.stretches} stretches: use --stretches {self.steps}, or more "
+                "--steps"
+            )
         return [ranges.covered(text, self.steps) for text in stretches_of(self.stretches)]
 
     def steps_observed(self) -> list[int]:
@@ -127,11 +131,10 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         NumericalFailure: if latents turn NaN or infinite.
     """
     # 1. What can be refused before anything is loaded.
+    request = _uncorrected(request, progress)
     asked, base = request.request, request.request.preset
-    if request.over_steps is not None and request.steps > MOST_STEPS:
-        raise BadInput(
-            f"a search over {request.steps} steps would take too long: use at most {MOST_STEPS}, or --no-over-steps"
-        )
+    if request.over_steps is not None:
+        _require_searchable(request.steps, request.over_steps)
     full = observation_preset(base, request.candidates)
     request.steps_observed()
     _make_folder(request.folder)
@@ -178,6 +181,29 @@ def tune(request: TuneRequest, progress: Progress) -> Preset:
         likenesses=likenesses,
     )
     return preset.model_copy(update={"evidence": evidence})
+
+
+def _uncorrected(request: TuneRequest, progress: Progress) -> TuneRequest:
+    """The request without what makes runs compute more than their schedule says, or less."""
+    base = request.request.preset
+    left_out = [name for name, given in (("guard", base.guard), ("cache", base.cache)) if given]
+    if not left_out:
+        return request
+    progress.note(f"the {' and '.join(left_out)} of preset {base.name} would change what is measured: left out")
+    asked = replace(request.request, preset=base.model_copy(update=dict.fromkeys(left_out)))
+    return replace(request, request=asked)
+
+
+def _require_searchable(steps: int, search: StepSearch) -> None:
+    """Raises BadInput unless steps can be searched in a run of so many."""
+    if steps > MOST_STEPS:
+        raise BadInput(
+            f"a search over {steps} steps would take too long: use --steps {MOST_STEPS} at most, or --no-over-steps"
+        )
+    if search.references is not None and search.references[0] > steps:
+        raise BadInput(
+            f"--references {search.references[0]}: the run has {steps} steps: use fewer references, or more --steps"
+        )
 
 
 def choose(request: TuneRequest, observations: Observations) -> Choice:
@@ -251,8 +277,8 @@ def _over_steps(
     limit = float("inf") if search.most_gib is None else search.most_gib * _GIB
     if of_outputs > limit:
         raise BadInput(
-            f"outputs of all layers are {of_outputs / _GIB:.3g} GiB, more than --max-kept {search.most_gib:g}: "
-            "give more, --keep fp8, or --no-over-steps"
+            f"outputs of all layers are {of_outputs / _GIB:.3g} GiB, more than --max-kept {search.most_gib:g}: give "
+            f"more, {'' if search.keep == 'fp8' else '--keep fp8, '}or --no-over-steps"
         )
     extrapolates = 2 * of_outputs <= limit
     if not extrapolates:

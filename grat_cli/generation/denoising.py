@@ -329,8 +329,8 @@ class Denoising:
             on_cpu=self._device.type == "cpu",
             whole=not request.compile,
         )
-        before = run.stages[run.stage].get("over_steps", {}) if len(run.stages) > run.stage else {}
-        kept = max(carrying.most_kept_bytes, before.get("kept_bytes", 0))
+        before = (run.stages[run.stage].get("over_steps") if len(run.stages) > run.stage else None) or {}
+        kept = max(carrying.most_kept_bytes, before.get("kept_bytes") or 0)
         return over_steps_data((step.over_steps for step in own), schedules[0], kept, foretold.total)
 
     def _tell_work(self, stage: Stage, inside: Installed, step: int) -> None:

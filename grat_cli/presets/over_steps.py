@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from grat_cli.presets import ranges
+from grat_cli.presets.attention import Change
 from grat_cli.presets.problems import invalid, problem_of, shown
 from grat_cli.presets.section import MOST_STEPS, Number, Range, Section
 
@@ -42,7 +43,7 @@ class Stretch(Section):
 
     Attributes:
         steps: which, a range.
-        slope: see `Carrying`.
+        slope: see `OverSteps`.
     """
 
     steps: Range = None
@@ -93,8 +94,10 @@ def _section(kind: type[_Section], value: Any, *path: int) -> _Section:
         raise invalid(problem.message, *path, *problem.path) from error
 
 
-class Carrying(Section):
-    """Which steps are references, and how outputs are carried to the others. The first step of a run always is one.
+class OverSteps(Section):
+    """References, the steps at which attention is computed, and how its outputs are carried to those between.
+
+    The first step of a run always is a reference.
 
     Attributes:
         reference: the steps: numbers counted from 0, or fractions of the run; or n for every n-th step; or `Spaced`.
@@ -105,6 +108,7 @@ class Carrying(Section):
         layers: a range; absent means all.
         keep: where what is carried is kept: `device`, on the device as it is; `fp8`, there in 8 bits; `host`, in main
             memory.
+        base: for `residual`: the sparser attention, as it differs from the preset's own.
     """
 
     reference: Annotated[Spaced | int | tuple[int | float, ...], BeforeValidator(_reference)]
@@ -112,11 +116,16 @@ class Carrying(Section):
     slope: Annotated[float | tuple[Stretch, ...] | None, BeforeValidator(_slope)] = None
     layers: Range = None
     keep: Keep = "device"
+    base: Change | None = None
 
     @model_validator(mode="after")
-    def _check_slope(self) -> Carrying:
+    def _check_between(self) -> OverSteps:
         if self.between == "reuse" and self.slope is not None:
             raise invalid("has no meaning where outputs are reused as they are: leave it out", "slope")
+        if self.between == "residual" and self.base is None:
+            raise invalid("is missing: residual needs the attention that is computed at every step", "base")
+        if self.between != "residual" and self.base is not None:
+            raise invalid(f"has no meaning for {self.between}: leave it out, or use residual", "base")
         return self
 
     @property

@@ -27,7 +27,7 @@ from pydantic import (
 from grat_cli.errors import choices
 from grat_cli.presets.attention import LARGEST_COUNT, Attention, Change, Sizes
 from grat_cli.presets.caches import OF_ATTENTIONS, Cache, cache_from
-from grat_cli.presets.over_steps import Carrying, overlap
+from grat_cli.presets.over_steps import OverSteps, overlap
 from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_text, shown
 from grat_cli.presets.section import MOST_STEPS, Number, Range, Section, as_tuple
 from grat_kernels.geometry import nests
@@ -128,24 +128,6 @@ class Table(Section):
     layers: Annotated[tuple[Word, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=_MOST_LAYERS)]
 
 
-class OverSteps(Carrying):
-    """Steps at which attention is computed, and how its outputs are carried to those between.
-
-    Attributes:
-        base: for `residual`: the sparser attention, as it differs from the preset's own.
-    """
-
-    base: Change | None = None
-
-    @model_validator(mode="after")
-    def _check_base(self) -> OverSteps:
-        if self.between == "residual" and self.base is None:
-            raise invalid("is missing: residual needs the attention that is computed at every step", "base")
-        if self.between != "residual" and self.base is not None:
-            raise invalid(f"has no meaning for {self.between}: leave it out, or use residual", "base")
-        return self
-
-
 def _over_steps(value: Any) -> Any:
     """One section stands for a list of it alone, and null for none."""
     if value is None:
@@ -240,7 +222,8 @@ class HighResolution(Section):
         proportional_attention: whether scores are scaled by the number of keys (`grat_cli.attention.extrapolation`).
         low_resolution_guidance: weight of the upscaled picture's low frequencies in each prediction (I-Max, arXiv
             2410.07536).
-        dense_below: stages of at most so many image tokens run full attention.
+        dense_below: stages of at most so many image tokens compute full attention at every step, as the base does: the
+            whole schedule, `over_steps` included, is that of larger ones.
         stages: overrides of the stages after the base, first to last.
     """
 

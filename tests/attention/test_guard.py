@@ -195,6 +195,31 @@ def test_a_second_call_of_the_pipeline_starts_anew(monkeypatch: pytest.MonkeyPat
     assert widenings(guard) == []
 
 
+def test_a_run_that_was_broken_off_in_its_first_step_is_forgotten() -> None:
+    """Wherever the next one begins: both are at the first step."""
+
+    def fail(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("broken off")
+
+    pipe, chosen = tiny_flux.pipeline(), preset("b", **NARROW)
+    size: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "guard": 0.9}
+
+    def lowest(seed: int, installation: Any, **arguments: Any) -> Any:
+        call(pipe, num_inference_steps=3, generator=torch.Generator().manual_seed(seed), **arguments)
+        return installation.guard.report()["lowest"]
+
+    alone = []
+    for seed in (1, 2):
+        with grat_cli.install(pipe, chosen, **size) as installation:
+            alone.append(lowest(seed, installation))
+    assert alone[0] != alone[1]
+    with grat_cli.install(pipe, chosen, **size) as installation:
+        for seed, other in ((1, 2), (2, 1)):
+            with pytest.raises(RuntimeError, match="broken off"):
+                lowest(other, installation, callback_on_step_end=fail)
+            assert lowest(seed, installation) == alone[seed - 1]
+
+
 @pytest.mark.parametrize("done", range(1, 8))
 def test_a_run_that_is_taken_up_does_the_same(monkeypatch: pytest.MonkeyPatch, done: int) -> None:
     """Between any two steps, through JSON; a step that was broken off is run again."""

@@ -59,6 +59,10 @@ def test_a_preset_is_made_that_a_picture_is_then_made_with(tmp_path: Path, monke
         (("--target-recall", "0.8", "--max-kept", "2"), "--max-kept has no meaning with --target-recall"),
         (("--target-density", "0.2", "--max-kept", "0"), "--max-kept 0: expected gibibytes above 0"),
         (("--target-density", "0.2", "--keep", "disk"), "--keep disk"),
+        (("--target-recall", "0.8", "--keep", "fp8"), "--keep has no meaning with --target-recall"),
+        (("--target-density", "0.2", "--references", "3"), "--references 3: the run has 2 steps"),
+        (("--target-density", "0.2", "--steps", "101"), "use --steps 100 at most, or --no-over-steps"),
+        (("--target-density", "0.2", "--steps", "1"), "a run of 1 steps has no 2 stretches"),
         (("--target-density", "0.2", "--runs", "-1"), "--runs -1: expected 0 to 1,000,000"),
     ],
 )

@@ -261,6 +261,25 @@ def test_a_preset_over_steps_is_read_back_as_it_was(over_steps: tuple[TuneReques
     assert load_preset(str(path)) == over_steps[1]
 
 
+def test_a_guard_and_a_cache_are_left_out_of_what_is_fitted(over_steps: tuple[TuneRequest, Preset]) -> None:
+    """The one would compute more than a setting says, the other less."""
+    request, tuned = over_steps
+    said: list[str] = []
+
+    class Notes(Unwatched):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    preset = Preset.model_validate(
+        request.request.preset.model_dump() | {"name": "own", "guard": 0.99, "cache": {"kind": "taylor"}}
+    )
+    asked = replace(request, request=replace(request.request, preset=preset), checked=())
+    again = tune(asked, Notes())
+    assert (again.guard, again.cache) == (None, None)
+    assert again.schedule == tuned.schedule
+    assert said == ["the guard and cache of preset own would change what is measured: left out"]
+
+
 def test_what_may_be_kept_is_a_limit(over_steps: tuple[TuneRequest, Preset]) -> None:
     request, tuned = over_steps
     assert tuned.evidence is not None
