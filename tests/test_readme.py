@@ -129,24 +129,28 @@ def test_commands_for_large_models_are_understood(command: list[str]) -> None:
 
 def test_the_table_of_presets_states_the_planned_work() -> None:
     rows = re.findall(r"^\| `((flux|hunyuan)-[a-z-]+)`.*\| ([0-9/.]+) \|$", README, re.MULTILINE)
-    assert len(rows) == 14
+    assert len(rows) == 16
     for name, family, work in rows:
         grid, text, layers = (Grid((512, 512)), 512, 57) if family == "flux" else (Grid((33, 45, 80)), 256, 60)
-        schedule = AttentionSchedule(
-            load_preset(name), grid, text, text_first=family == "flux", steps=28, layers=layers
-        )
+        preset = load_preset(name)
+        steps = preset.sampling.steps
+        schedule = AttentionSchedule(preset, grid, text, text_first=family == "flux", steps=steps, layers=layers)
         stated = work.partition("/")[2] or "1"
         assert f"{schedule.ideal_speedup:.{1 if '.' in stated else 0}f}" == stated, name
 
 
-def test_the_preset_shown_is_valid(tmp_path: Path) -> None:
-    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    path = tmp_path / "my-preset.yaml"
-    path.write_text(shown)
-    preset = load_preset(str(path))
-    schedule = AttentionSchedule(preset, Grid((128, 128)), 512, text_first=True, steps=28, layers=57)
-    assert schedule.plan(2, 30).density == schedule.plan(10, 1).density == 1.0
-    assert schedule.plan(3, 2).density < 0.5
+def test_the_presets_shown_are_valid(tmp_path: Path) -> None:
+    schedules = []
+    for number, shown in enumerate(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)):
+        path = tmp_path / f"preset-{number}.yaml"
+        path.write_text(shown)
+        preset = load_preset(str(path))
+        schedules.append(AttentionSchedule(preset, Grid((128, 128)), 512, text_first=True, steps=28, layers=57))
+    by_rules, by_content = schedules
+    assert by_rules.plan(2, 30).density == by_rules.plan(10, 1).density == 1.0
+    assert by_rules.plan(3, 2).density < 0.5
+    computed = [step for step in range(28) if by_content.density_of_step(step)]
+    assert computed == [0, 3, 7, 13, 19, 24]
 
 
 def test_the_python_examples_call_what_exists() -> None:
