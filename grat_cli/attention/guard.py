@@ -256,9 +256,13 @@ class RecallGuard:
                 # What it kept before it went wider says nothing about what it keeps now.
                 if not measured.kept >= self.bar and measured.width == self._width_of(layer):
                     low[layer] = measured_step, measured
+        sparse = {
+            layer: [at for at in range(step, schedule.steps) if schedule.reference_plan(at, layer).density < 1]
+            for layer in low
+        }
         new = [
             Widening(
-                step=next(at for at in range(step, schedule.steps) if schedule.reference_plan(at, layer).density < 1),
+                step=sparse[layer][0],
                 layer=layer,
                 measured_step=measured_step,
                 kept=measured.kept,
@@ -267,6 +271,7 @@ class RecallGuard:
                 width=measured.width + 1,
             )
             for layer, (measured_step, measured) in sorted(low.items())
+            if sparse[layer]  # none is left where steps were left out, and full attention follows
         ]
         self._widenings += new
         if new:

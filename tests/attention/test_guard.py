@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +73,7 @@ def driven(
     monkeypatch: pytest.MonkeyPatch,
     guard: RecallGuard | None = None,
     calls: int = 1,
-    steps: range | None = None,
+    steps: Sequence[int] | None = None,
 ) -> tuple[RecallGuard, list[list[Plan | HeadPlan]]]:
     """Runs the steps of a schedule as an adapter does, without a model; the plans of each step."""
     monkeypatch.setattr(online_recall, "measure", script)
@@ -169,6 +169,15 @@ def test_a_layer_stays_wide_where_rules_change_its_pattern(monkeypatch: pytest.M
         *([Block(1)] * 2 + [Block(2)] * 2),
         *([Union(Block(1), CrissCross(1))] * 3 + [Full()]),
     ]
+
+
+def test_where_steps_are_left_out_and_full_attention_follows_nothing_goes_wider(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As under a cache of whole transformer calls."""
+    laid_out = schedule("schedule.rules=[{steps: 4-7, variant: full}]")
+    guard, _ = driven(Script({(0, 0): 0.5}), laid_out, monkeypatch, steps=(0, 5, 6))
+    assert widenings(guard) == []
 
 
 def test_heads_go_wider_together(monkeypatch: pytest.MonkeyPatch) -> None:
