@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -129,7 +129,7 @@ def test_attention_to_what_is_chosen(
 
     attend()  # tables of the plan, which stay
     shape = SimpleNamespace(width=heads * 64, head_dim=64)
-    compare({"attention": attending_bytes(shape, plan, Execution("float32", on_cpu=True))}, attend)
+    compare({"attention": attending_bytes(cast(Any, shape), plan, Execution("float32", on_cpu=True))}, attend)
 
 
 class OneStep:

@@ -199,7 +199,7 @@ def test_each_step_takes_its_own_attention_and_prompts_their_own_plans() -> None
     chosen = preset("x", {"dense_steps": 1, "rules": [{"steps": "2-3", "variant": "b", "radius": 0}]}, share=1)
     with grat_cli.install(pipe, chosen, height=HEIGHT, width=WIDTH, observer=recorder) as installation:
         call(pipe, (7,), **GUIDED | tiny_qwen.negative_prompt(3))
-        assert sorted(text for text, _, _ in installation._schedules) == [3, 7]
+        assert sorted(text for text, *_ in installation._schedules) == [3, 7]
     first, second, third = (step.density for step in recorder.steps([0.0] * STEPS))
     assert first == 1
     assert 1 > second > third

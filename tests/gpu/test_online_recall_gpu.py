@@ -75,4 +75,4 @@ def test_figures_come_to_the_host_by_themselves() -> None:
         for layer, row in enumerate(figures):
             call.add(layer, layer, row)
         call.send()
-    assert [tuple(one) for one in call.read().values()] == [(0.5, 0.25, 0.125, 0), (0.75, 0.5, None, 1)]
+    assert [tuple(one) for one in call.read().measured.values()] == [(0.5, 0.25, 0.125, 0), (0.75, 0.5, None, 1)]

@@ -77,7 +77,7 @@ def margin(query: torch.Tensor, summaries: tuple[torch.Tensor, torch.Tensor], pl
     candidates = plan.candidates
     assert candidates is not None
     tables = choosing._tables(plan, query.device)
-    scores = choosing._scores(choosing.group_means(query, plan), list(summaries), tables, scale)
+    scores = choosing._scores(choosing.group_means(query, plan), summaries, tables, scale)
     ordered = scores.sort(dim=-1, descending=True).values
     least = math.inf
     for group, (exact, fine, rest) in enumerate(candidates.counts.tolist()):
