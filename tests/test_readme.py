@@ -37,7 +37,10 @@ QUICK = {
     "video": ["--steps", "1", "--model", "demo", "--frames", "5"],
     "batch": ["--steps", "1", "--model", "demo", "--n", "1"],
     "attend": ["--steps", "2", "--res", "128", "--rows", "8", "--overwrite"],
-    "tune": ["--steps", "2", "--res", "160", "--stretches", "1", "--rows", "8", "--check", "1", "--overwrite"],
+    "tune": [
+        *("--steps", "2", "--res", "160", "--stretches", "1", "--rows", "8", "--check", "1", "--runs", "1"),
+        *("--target-density", "0.3", "--overwrite"),
+    ],
 }
 # What `grat batch` is given, one prompt of each kind.
 PROMPT_FILES = {
