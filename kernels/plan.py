@@ -92,6 +92,28 @@ class Work(NamedTuple):
     selection: float
 
 
+class Parts(NamedTuple):
+    """Attention work by part, each over all pairs of the joint sequence; the first three add up to its
+    density.
+
+    Attributes:
+        pairs: of image tokens as queries.
+        text: of text and the like as queries.
+        selection: of choosing by content.
+        forming: of means of keys and values, which density leaves out.
+    """
+
+    pairs: float
+    text: float
+    selection: float
+    forming: float
+
+    @classmethod
+    def of(cls, plan: Plan | HeadPlan) -> Parts:
+        """The work of a plan, mean over its heads."""
+        return cls(*(part / plan.tokens**2 for part in (*plan.work, plan.forming)))
+
+
 class QueryRun(NamedTuple):
     """A contiguous run of queries in the joint sequence that attend the same span list."""
 

@@ -18,6 +18,7 @@ from grat_cli.presets import LARGEST_COUNT, Attention, Preset, Table, ranges, sh
 from grat_cli.presets.over_steps import Keep
 from grat_kernels import Full, Grid, Grouping, HeadPlan, Pattern, Plan, Segments, build_head_plan, build_plan
 from grat_kernels.geometry import IntArray, cell_counts
+from grat_kernels.plan import Parts
 
 # Planning compares every group with every other, a stretch at a time: memory stays small, time grows with the square.
 # 2^14 groups, a million tokens in groups of 8x8, take 1.5 s of one core; a criss-cross of them has 133 million keys in
@@ -51,28 +52,6 @@ def kind_of_step(carried: Iterable[bool]) -> StepKind | None:
     if len(found) > 1:
         return "mixed"
     return "carried" if True in found else "reference"
-
-
-class Parts(NamedTuple):
-    """Attention work by part, each over all pairs of the joint sequence; the first three add up to its
-    density.
-
-    Attributes:
-        pairs: of image tokens as queries.
-        text: of text and the like as queries.
-        selection: of choosing by content.
-        forming: of means of keys and values, which density leaves out.
-    """
-
-    pairs: float
-    text: float
-    selection: float
-    forming: float
-
-    @classmethod
-    def of(cls, plan: Plan | HeadPlan) -> Parts:
-        """The work of a plan, mean over its heads."""
-        return cls(*(part / plan.tokens**2 for part in (*plan.work, plan.forming)))
 
 
 class Carried(NamedTuple):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from grat_cli.attention.schedule import Parts
 from grat_cli.bench.baselines import Window, baseline_for, mask_row
 from grat_cli.bench.dense import dense_rate, fastest_dense
 from grat_cli.bench.measure import (
@@ -38,6 +37,7 @@ from grat_cli.fidelity.variants import Request, Variant, variant_for
 from grat_cli.models.devices import device_name
 from grat_kernels import HeadPlan, Plan, can_run, span_attention
 from grat_kernels.attention import choose_backend
+from grat_kernels.plan import Parts
 
 _SAMPLED_ROWS = 5  # besides three corners
 # What the sdpa backend gathers at once on a device that is no CPU.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from grat_cli.attention.schedule import AttentionSchedule, Parts
+from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.bench.baselines import Baseline, Window, baseline_for
 from grat_cli.bench.dense import Attention, DenseKernel
 from grat_cli.bench.measure import CannotRun
@@ -21,6 +21,7 @@ from grat_cli.fidelity.variants import Variant
 from grat_cli.installation import backend_for
 from grat_cli.presets import Preset
 from grat_kernels import Backend, Full, Grid, Grouping, Plan, build_plan
+from grat_kernels.plan import Parts
 
 if TYPE_CHECKING:
     from grat_cli.attention.adapter import Adapter

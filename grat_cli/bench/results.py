@@ -67,7 +67,7 @@ class Row:
         cache: what steps took over from those before them; None for nothing.
         steps_computed: with a cache, or attention that is carried over steps, steps of a run in which all of it was
             computed, mean.
-        work: attended pairs by part, over all pairs, as `attention.schedule.Parts` has them; None where they are not
+        work: attended pairs by part, over all pairs, as `grat_kernels.plan.Parts` has them; None where they are not
             those of plans, or a cache took over some.
         skipped: why there are no figures, in words; None where there are.
         not_finite: whether it was skipped because NaN or infinities came of it, or nothing but one colour.
