@@ -52,14 +52,22 @@ def written_after(asked: Request, done: int, **changes: Any) -> Path:
 # ---- Written and read
 
 
+GUARD = {
+    "widened": [],
+    "lowest": [1, 2, [0.5, 0.5, None, 1]],
+    "measured": {},
+    "doubled": [],
+    "least_carried": None,
+    "carried": {},
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_run_stands_where_it_stood(small: Small, tmp_path: Path, dtype: torch.dtype) -> None:
     asked = small.of(tmp_path / "a")
     run = run_after(asked, 3)
     assert run.latents is not None
-    run = replace(
-        run, latents=run.latents.to(dtype), guard={"widened": [], "lowest": [1, 2, [0.5, 0.5, None, 1]], "measured": {}}
-    )
+    run = replace(run, latents=run.latents.to(dtype), guard=GUARD)
     kept = write_run(run, asked, asked.outputs[0])
     found, restored = read_run(kept)
     assert (kept.name, restored) == ("a.checkpoint.safetensors", asked)
