@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,11 @@ from grat_cli.errors import BadInput, choices
 from grat_cli.estimates.peak_rates import peak_tflops
 
 _GIB = 2**30
+# Sets of abilities of x86 CPUs, as Linux calls them, each of which is enough for oneDNN to convolve in 16 bits.
+_HALVES: Mapping[str, tuple[frozenset[str], ...]] = {
+    "bfloat16": (frozenset({"avx512vl", "avx512bw", "avx512dq"}), frozenset({"avx_ne_convert"})),
+    "float16": (frozenset({"avx512_fp16"}), frozenset({"avx_ne_convert"})),
+}
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,22 @@ def free_main_memory() -> int:
         return min(free, max(0, int(limit) - int(used)))
     except (OSError, ValueError):
         return free
+
+
+@cache
+def has_convolutions(dtype: str) -> bool:
+    """Whether oneDNN has convolutions of a dtype for this CPU; True where its abilities are not told.
+
+    torch asks for the same before it hands them over (aten/src/ATen/native/mkldnn/Utils.h).
+    """
+    if dtype not in _HALVES:
+        return True
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return True
+    abilities = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), None)
+    return abilities is None or any(needed <= abilities for needed in _HALVES[dtype])
 
 
 def _available_bytes() -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from grat_cli.estimates.hardware import has_convolutions
 from grat_cli.families.autoencoders import Coding, Pixels
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerCall, TransformerShape
 from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
@@ -92,7 +93,8 @@ class Execution:
     @property
     def coding(self) -> Coding:
         """How the autoencoder runs."""
-        return Coding(self.autoencoder_element, self.on_cpu, self.tile)
+        own = has_convolutions(self.autoencoder_dtype or self.dtype)
+        return Coding(self.autoencoder_element, self.on_cpu, self.tile, own)
 
     @property
     def fused(self) -> bool:

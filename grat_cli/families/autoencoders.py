@@ -17,7 +17,8 @@ PICTURE_TILE = 1024
 # decodes: tiles overlap, and each window of frames but the first decodes one more than it keeps.
 VIDEO_TILE, VIDEO_WINDOW, VIDEO_WINDOW_STEP = 256, 5, 3
 # torch convolves fp32 on a CPU by way of columns, 27 numbers for each of a kernel of 3x3x3, where channels x frames x
-# rows are no more than this, and else by oneDNN (ConvParams::use_mkldnn, aten/src/ATen/native/Convolution.cpp).
+# rows are no more than this, and else by oneDNN (ConvParams::use_mkldnn, aten/src/ATen/native/Convolution.cpp). 16 bits
+# go by oneDNN, or where that has none for the CPU, by way of columns.
 _SMALL_CONVOLUTION = 20_480
 
 
@@ -48,11 +49,18 @@ class Coding:
         element: bytes of an activation.
         on_cpu: whether it runs on the CPU.
         tile: side in pixels of the tiles that are decoded one by one; None for the default.
+        has_convolutions: whether oneDNN has some of the dtype for the CPU; without, all go by way of columns.
     """
 
     element: int
     on_cpu: bool = False
     tile: int | None = None
+    has_convolutions: bool = True
+
+    def by_columns(self, inputs: int, frames: int, rows: int) -> bool:
+        """Whether a convolution by 3x3x3 of so many channels, frames and rows goes by way of columns."""
+        small = self.element == 4 and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION
+        return self.on_cpu and (small or not self.has_convolutions)
 
 
 class Sample(NamedTuple):
@@ -675,7 +683,7 @@ def _streamed_convolution(
     frame = inputs * rows * columns * coding.element
     kept, joined = min(2, frames + grows) * frame, (frames + 2 * grows) * frame
     padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * coding.element
-    if coding.on_cpu and coding.element == 4 and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
+    if coding.by_columns(inputs, frames, rows):
         return kept + padded + max(joined, (27 * inputs + outputs) * plane)
     return kept + padded + max(joined, padded + outputs * plane, 2 * outputs * plane)
 
@@ -709,7 +717,7 @@ def convolved(inputs: int, outputs: int, places: tuple[int, int, int], coding: C
     frames, rows, columns = places
     plane = frames * rows * columns * coding.element
     padded = inputs * (frames + 2) * (rows + 2) * (columns + 2) * coding.element
-    if coding.on_cpu and coding.element == 4 and inputs * (frames + 2) * (rows + 2) <= _SMALL_CONVOLUTION:
+    if coding.by_columns(inputs, frames, rows):
         return padded + (27 * inputs + outputs) * plane
     return padded + max(padded + outputs * plane, 2 * outputs * plane)
 

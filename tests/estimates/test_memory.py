@@ -29,6 +29,7 @@ from grat_cli.bench.random_weights import (
 from grat_cli.console.progress import ProgressDisplay
 from grat_cli.demo import DEMO_HUNYUAN
 from grat_cli.estimates.components import components_of, components_of_pipeline
+from grat_cli.estimates.hardware import has_convolutions
 from grat_cli.estimates.memory import Execution, attending_bytes, denoise_moments, run_memory
 from grat_cli.estimates.planning import architecture_for, forecast
 from grat_cli.families import family_of, family_of_class
@@ -130,6 +131,18 @@ def test_attention_to_what_is_chosen(
     attend()  # tables of the plan, which stay
     shape = SimpleNamespace(width=heads * 64, head_dim=64)
     compare({"attention": attending_bytes(cast(Any, shape), plan, Execution("float32", on_cpu=True))}, attend)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_torch"),
+    [
+        ("float32", lambda: True),
+        ("bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported),
+        ("float16", torch.ops.mkldnn._is_mkldnn_fp16_supported),
+    ],
+)
+def test_which_convolutions_this_cpu_has_is_what_torch_finds(dtype: str, of_torch: Callable[[], bool]) -> None:
+    assert has_convolutions(dtype) == of_torch()
 
 
 class OneStep:

@@ -39,7 +39,7 @@ from grat_cli.estimates.components import components_of, components_of_pipeline
 from grat_cli.estimates.memory import Execution, denoise_moments
 from grat_cli.estimates.planning import architecture_for, forecast
 from grat_cli.families import FAMILIES, family_of_pipeline
-from grat_cli.families.autoencoders import Coding, Pixels, TinyAutoencoder
+from grat_cli.families.autoencoders import Pixels, TinyAutoencoder
 from grat_cli.families.base import Call, Pictures
 from grat_cli.families.hunyuan15 import Hunyuan15Adapter
 from grat_cli.families.shapes import Components
@@ -202,7 +202,8 @@ def test_memory_of_coding(
     """In fp32 and in 16 bits, whole and in tiles, by columns and by oneDNN."""
     model = autoencoder(channels).to(dtype)
     FAMILY.prepare(SimpleNamespace(vae=model), tile)
-    shape, coding = FAMILY.autoencoder_shape(model.config), Coding(dtype.itemsize, on_cpu=True, tile=tile)
+    shape = FAMILY.autoencoder_shape(model.config)
+    coding = Execution(str(dtype).removeprefix("torch."), on_cpu=True, tile=tile).coding
     latents = torch.randn(1, 8, (frames - 1) // 4 + 1, height // 16, width // 16, dtype=dtype)
     picture = torch.randn(1, 3, 1, height, width, dtype=dtype)
     compare(shape.decode_moments(Pixels(width, height, frames), coding), lambda: model.decode(latents))
