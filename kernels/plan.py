@@ -78,29 +78,15 @@ class Segments:
         return sum(self.before) + sum(self.after)
 
 
-class Work(NamedTuple):
-    """Query-key pairs of one head that a plan computes, by part.
-
-    Attributes:
-        image: of image tokens as queries.
-        text: of text and the like as queries, which attend everything.
-        selection: what choosing by content costs.
-    """
-
-    image: float
-    text: float
-    selection: float
-
-
 class Parts(NamedTuple):
-    """Attention work by part, each over all pairs of the joint sequence; the first three add up to its
-    density.
+    """Attention work by part, as query-key pairs of one head.
 
     Attributes:
         pairs: of image tokens as queries.
-        text: of text and the like as queries.
+        text: of text and the like as queries, which attend everything.
         selection: of choosing by content.
-        forming: of means of keys and values, which density leaves out.
+        forming: of means of keys and values, which density leaves out. At each level every key and every value is added
+            up once: that is two operations a token and channel, and a pair takes four a channel.
     """
 
     pairs: float
@@ -108,10 +94,14 @@ class Parts(NamedTuple):
     selection: float
     forming: float
 
-    @classmethod
-    def of(cls, plan: Plan | HeadPlan) -> Parts:
-        """The work of a plan, mean over its heads."""
-        return cls(*(part / plan.tokens**2 for part in (*plan.work, plan.forming)))
+    @property
+    def attended(self) -> float:
+        """All but forming."""
+        return self.pairs + self.text + self.selection
+
+    def over(self, pairs: float) -> Parts:
+        """Their shares of so many pairs."""
+        return Parts(*(part / pairs for part in self))
 
 
 class QueryRun(NamedTuple):
@@ -258,15 +248,6 @@ class JointSequence:
         """`inverse[r]` is the position in group order of image token r."""
         return self.grouping.inverse
 
-    @property
-    def forming(self) -> float:
-        """What forming the means costs, as query-key pairs, of one head; density leaves it out.
-
-        At each level every key and every value is added up once. That is two operations a token and channel, and a pair
-        takes four a channel.
-        """
-        return len(self.summaries.blocks) * self.image_tokens / 2
-
     def tensors(self, device: torch.device | str) -> PlanTensors:
         """Index tensors on a device, moved once."""
         import torch
@@ -326,22 +307,22 @@ class Plan(JointSequence):
     @cached_property
     def attended_pairs(self) -> float:
         """Query-key pairs that are computed, a summary counted as one key, and a choice by what it costs."""
-        return float(sum(self.work))
+        return self.parts.attended
 
     @cached_property
-    def work(self) -> Work:
-        """The same by part."""
+    def parts(self) -> Parts:
+        """The same by part, and what it leaves out."""
         keys = self.span_lists.keys
-        image = text = 0
+        image = text = selection = 0.0
         for run in self.query_runs:
             # Full attention has one run over image and text.
             inside = min(run.start + run.length, self.image_stop) - max(run.start, self.image_start)
             image += max(0, inside) * int(keys[run.span_list])
             text += (run.length - max(0, inside)) * int(keys[run.span_list])
-        if self.candidates is None:
-            return Work(image, text, 0.0)
-        chosen = int(self.group_sizes @ self.candidates.slots)
-        return Work(image + chosen, text, self.candidates.selection_pairs)
+        if self.candidates is not None:
+            image += int(self.group_sizes @ self.candidates.slots)
+            selection = self.candidates.selection_pairs
+        return Parts(image, text, selection, len(self.summaries.blocks) * self.image_tokens / 2)
 
     @cached_property
     def group_sizes(self) -> IntArray:
@@ -414,7 +395,7 @@ class Plan(JointSequence):
         if self.candidates is not None:
             chosen = -(-self.candidates.slots // block_tail) * block_tail
             executed += int(-(-self.group_sizes // block_m) @ chosen)
-        return (self.work.image + self.work.text) / (executed * block_m)
+        return (self.parts.pairs + self.parts.text) / (executed * block_m)
 
 
 @dataclass(frozen=True, eq=False)
@@ -435,12 +416,12 @@ class HeadPlan(JointSequence):
     @property
     def attended_pairs(self) -> float:
         """Query-key pairs that are computed, a summary counted as one key, mean over heads."""
-        return float(sum(self.work))
+        return self.parts.attended
 
     @property
-    def work(self) -> Work:
-        """The same by part."""
-        return Work(*np.mean([self.classes[number].work for number in self.class_of_head], axis=0).tolist())
+    def parts(self) -> Parts:
+        """The same by part, and what it leaves out."""
+        return Parts(*np.mean([self.classes[number].parts for number in self.class_of_head], axis=0).tolist())
 
     @property
     def density(self) -> float:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.attention.cache_states import Snapshot, copied, kept, moved, thawed
-from grat_cli.attention.clock import same
+from grat_cli.attention.clock import CallCounter, same
 from grat_cli.errors import BadInput
 from grat_cli.presets.caches import KINDS, Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
 
@@ -260,6 +260,7 @@ class _Watched:
         self._known: Any = None  # ratios, before they are fitted to a run
         self._run: torch.Tensor | None = None
         self._host_timesteps: list[float] = []
+        self._counter = CallCounter(clock)
         self._step, self._call, self._since, self._name = -1, 0, 0, ""
         self._timestep = _NEVER
 
@@ -391,17 +392,17 @@ class _Watched:
                 )
             self._seen = config
             self._find()
-        step = self._clock.current_step()
         timesteps, index = self._clock.timesteps()
-        if self._run is None or not same(timesteps, self._run) or step < self._step:
+        at = self._counter.count()
+        if at.begins_run:
             self._run = timesteps
             self._begin()
-        elif step != self._step:
+        elif not at.call:
             self.is_restored = False
-        self._call = self._call + 1 if step == self._step else 0
-        if step != self._step:
+        if not at.call:
             self._since += 1
-        self._step, self._name = step, _CALLS[self._call] if self._call < len(_CALLS) else f"call {self._call}"
+        self._step, self._call = at.step, at.call
+        self._name = _CALLS[at.call] if at.call < len(_CALLS) else f"call {at.call}"
         self._enter_context()
         if self._settings is not None:
             self._serve(index)
@@ -427,7 +428,8 @@ class _Watched:
             managers |= {id(value): value for value in vars(hook).values() if isinstance(value, StateManager)}
         self._holders = [hook for _, hook in found if hook._is_stateful and hasattr(hook, "state")]
         self._hooks = [(registry, hook) for registry, hook in found if hook._is_stateful]
-        self._managers, self._by_call, self._run = list(managers.values()), {}, None
+        self._managers, self._by_call = list(managers.values()), {}
+        self._counter, self._run = CallCounter(self._clock), None
 
     def _begin(self) -> None:
         """A run begins: from nothing, or from what was restored."""
@@ -437,7 +439,7 @@ class _Watched:
         for manager, context in contexts:
             manager.set_context(None if context is self._context else context)
         self._context, self._by_call = None, {}
-        self._step, self._call, self._since = -1, 0, 0
+        self._since = 0
         assert self._run is not None
         self._runs.begin(self._run)
         if self._settings is None:

@@ -330,10 +330,12 @@ class AttentionSchedule:
 
     @cached_property
     def parts(self) -> Parts:
-        """The run's attention work by part, mean over steps, layers and heads."""
+        """The run's attention work by part over all pairs, mean over steps, layers and heads."""
         calls = np.ndindex(self.steps, self.layers)
         computed = Counter(plan for step, layer in calls for plan in self._computed(step, layer))
-        total = np.sum([np.multiply(count, Parts.of(plan)) for plan, count in computed.items()], axis=0)
+        total = np.sum(
+            [np.multiply(count, plan.parts.over(plan.tokens**2)) for plan, count in computed.items()], axis=0
+        )
         return Parts(*(total / (self.steps * self.layers)).tolist())
 
     def kind_of_step(self, step: int) -> StepKind | None:

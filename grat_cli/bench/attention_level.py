@@ -37,7 +37,6 @@ from grat_cli.fidelity.variants import Request, Variant, variant_for
 from grat_cli.models.devices import device_name
 from grat_kernels import HeadPlan, Plan, can_run, span_attention
 from grat_kernels.attention import choose_backend
-from grat_kernels.plan import Parts
 
 _SAMPLED_ROWS = 5  # besides three corners
 # What the sdpa backend gathers at once on a device that is no CPU.
@@ -193,7 +192,7 @@ class _AttentionBench:
             plan = variant.plan(size.text_len, size.text_first, self.heads)
         except ValueError as reason:  # too few heads
             return replace(row, skipped=str(reason))
-        work = None if plan is None else Parts.of(plan)._asdict()
+        work = None if plan is None else plan.parts.over(plan.tokens**2)._asdict()
         return replace(row, density=pairs / size.tokens**2, reach_tokens=variant.reach(), work=work)
 
     def _candidates(self, variant: Variant, scene: Scene, size: Size) -> list[_Candidate]:

@@ -168,7 +168,7 @@ class Host:
                 lambda observer, step, carrying=None: self._attached(variant.grid, fixed_run(plan_of, step), observer),
                 pairs,
                 density,
-                work=Parts.of(plan),
+                work=plan.parts.over(plan.tokens**2),
             )
         windows = _Windows(self, variant, adapter.text_first)
         return Inside(

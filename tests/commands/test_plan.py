@@ -63,7 +63,7 @@ def test_plan_shows_what_is_chosen_by_content_and_what_that_costs(monkeypatch: p
     data = grat("plan", "demo-far", *CHOOSING, "--json").data
     assert data["density"] == pytest.approx(plan.density)
     work = data["work"]
-    assert work == pytest.approx(dict(zip(work, (part / 1048**2 for part in (*plan.work, plan.forming)), strict=True)))
+    assert work == pytest.approx(plan.parts.over(1048**2)._asdict())
     assert work["pairs"] + work["text"] + work["selection"] == pytest.approx(data["density"])
     assert work["selection"] > 0
     assert data["preset"]["attention"]["far"]["choose"]["exact"] == 8

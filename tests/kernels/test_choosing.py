@@ -195,11 +195,11 @@ def test_density_is_what_is_computed(shape: tuple[int, int], text: int) -> None:
     with _Counted() as counted:
         sdpa_backend.attention(query, key, value, plan, None, 0.125)
     calls = batch * heads
-    assert counted.pairs == calls * (plan.work.image + plan.work.text)
+    assert counted.pairs == calls * (plan.parts.pairs + plan.parts.text)
     # A pair is two products of as many numbers as a head has channels. Sums of a few products are no matrix products.
     selection = counted.products / (2 * head_dim * calls)
-    assert selection <= plan.work.selection <= 1.05 * selection
-    assert plan.density == (plan.work.image + plan.work.text + plan.work.selection) / plan.tokens**2
+    assert selection <= plan.parts.selection <= 1.05 * selection
+    assert plan.density == (plan.parts.attended) / plan.tokens**2
 
 
 @pytest.mark.parametrize("shape", [(11, 14), (40,), (3, 6, 5)])
@@ -301,9 +301,9 @@ def test_classes_of_heads_choose_differently_or_not_at_all() -> None:
             torch.float64,
         )
         assert (output[:, :, one_head] - expected).abs().max() <= error_bound(query, key, value, scale)
-    of_heads = [HEAD_PLAN.classes[number].work for number in HEAD_PLAN.class_of_head]
-    assert HEAD_PLAN.work.selection == pytest.approx(sum(work.selection for work in of_heads) / 5)
-    assert HEAD_PLAN.work.selection > 0
+    of_heads = [HEAD_PLAN.classes[number].parts for number in HEAD_PLAN.class_of_head]
+    assert HEAD_PLAN.parts.selection == pytest.approx(sum(parts.selection for parts in of_heads) / 5)
+    assert HEAD_PLAN.parts.selection > 0
 
 
 def test_blocks_that_their_means_tell_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def test_tile_efficiency_of_choices_counts_tiles_of_what_is_chosen() -> None:
     # that is 96 and 64. Six rows of text attend 262 tokens, 288 in tiles.
     plan = build_plan(Grouping(Grid((16, 16)), (8, 8)), choosing(2, 3), 6)
     computed = 4 * 64 * (70 + 51) + 6 * 262
-    assert plan.work.image + plan.work.text == computed
+    assert plan.parts.pairs + plan.parts.text == computed
     assert plan.tile_efficiency(64, 32) == computed / (4 * 64 * (96 + 64) + 64 * 288)
     assert plan.tile_efficiency(1, 1) == 1
 
@@ -198,9 +198,8 @@ def test_impossible_plans_are_refused_in_words(make: object, message: str) -> No
 def test_work_by_part_splits_runs_over_image_and_text_and_forming_is_half_a_pair_a_token_and_level() -> None:
     grouping = Grouping(Grid((8, 8)), (4, 4), ((4, 4), (2, 2)))
     full = build_plan(grouping, Full(), text_len=5)
-    assert full.work == (64 * 69, 5 * 69, 0)
-    assert full.forming == 0
+    assert full.parts == (64 * 69, 5 * 69, 0, 0)
     far = build_plan(grouping, Union(Block(0), Far(((0, (2, 2)), (1, (4, 4))))), text_len=5)
-    assert far.work.text == 5 * 69
-    assert sum(far.work) == far.attended_pairs
-    assert far.forming == 2 * 64 / 2
+    assert far.parts.text == 5 * 69
+    assert sum(far.parts[:3]) == far.attended_pairs
+    assert far.parts.forming == 2 * 64 / 2
