@@ -76,6 +76,23 @@ def run() -> tuple[BenchResult, Pictures, Progress]:
     return *compare_runs(settings(seeds_per_prompt=2), progress), progress
 
 
+def picture_of(preset: str, **options: Any) -> Any:
+    """The first prompt's picture in four steps, by `install` in a pipeline of diffusers."""
+    pipe: Any = load_pipeline(DEMO_FLUX.path)
+    pipe.set_progress_bar_config(disable=True)
+    with grat_cli.install(pipe, preset, height=HEIGHT, width=WIDTH, **options):
+        return pipe(
+            PROMPTS[0],
+            negative_prompt="",
+            true_cfg_scale=DEMO_FLUX.guidance,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=4,
+            max_sequence_length=DEMO_FLUX.text_tokens,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+
+
 def test_every_row_has_a_time_and_a_picture_for_every_prompt_and_seed(run: Any) -> None:
     result, pictures, progress = run
     names = ["full", *NAMES, NOISE_FLOOR]
@@ -271,19 +288,7 @@ def test_a_row_with_a_cache_is_the_picture_that_a_run_with_it_makes() -> None:
         compare=parse_variants("demo-b+taylor:cache_interval=2", "image"), steps=4, prompts=PROMPTS[:1], recall=False
     )
     _, pictures = compare_runs(asked)
-    pipe: Any = load_pipeline(DEMO_FLUX.path)
-    pipe.set_progress_bar_config(disable=True)
-    with grat_cli.install(pipe, "demo-b", height=HEIGHT, width=WIDTH, cache="taylor:cache_interval=2"):
-        made = pipe(
-            PROMPTS[0],
-            negative_prompt="",
-            true_cfg_scale=DEMO_FLUX.guidance,
-            height=HEIGHT,
-            width=WIDTH,
-            num_inference_steps=4,
-            max_sequence_length=DEMO_FLUX.text_tokens,
-            generator=torch.Generator().manual_seed(0),
-        ).images[0]
+    made = picture_of("demo-b", cache="taylor:cache_interval=2")
     (of_bench,) = dict(pictures.rows)["demo-b+taylor:cache_interval=2"]
     assert np.abs(np.asarray(made).astype(int) - np.asarray(of_bench).astype(int)).max() <= 1
 
@@ -329,18 +334,6 @@ def test_presets_that_carry_attention_over_steps_are_those_of_runs_and_count_wha
     assert plain.work is not None
     assert (plain.steps_computed, plain.work["selection"]) == (None, 0)
     assert plain.density == pytest.approx(plain.work["pairs"] + plain.work["text"])
-    pipe: Any = load_pipeline(DEMO_FLUX.path)
-    pipe.set_progress_bar_config(disable=True)
-    with grat_cli.install(pipe, str(path), height=HEIGHT, width=WIDTH):
-        expected = pipe(
-            PROMPTS[0],
-            negative_prompt="",
-            true_cfg_scale=DEMO_FLUX.guidance,
-            height=HEIGHT,
-            width=WIDTH,
-            num_inference_steps=4,
-            max_sequence_length=DEMO_FLUX.text_tokens,
-            generator=torch.Generator().manual_seed(0),
-        ).images[0]
+    expected = picture_of(str(path))
     (made,) = dict(pictures.rows)[str(path)]
     np.testing.assert_array_equal(np.asarray(made), np.asarray(expected))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import Problem, error_bound, problems
+from cases import Problem, defined_by_head, error_bound, problems
 from hypothesis import HealthCheck, given, settings
 from operator_names import record_operators
 from tracked_memory import track
@@ -187,6 +187,7 @@ HEAD_PLAN = build_head_plan(
     class_of_head=(2, 0, 1, 0, 3),
     text_len=7,
 )
+PLAN_OF_HEAD = [HEAD_PLAN.classes[number] for number in HEAD_PLAN.class_of_head]
 
 
 # Tiles that fill up the shorter classes have no keys: 0/0, computed and not stored.
@@ -200,19 +201,8 @@ def test_heads_of_different_classes_attend_differently(backend: Backend, padded:
     scale = 1 / math.sqrt(32)
     output = span_attention(query, key, value, HEAD_PLAN, text_valid, backend=backend)
     assert output.is_contiguous()
-    for head, number in enumerate(HEAD_PLAN.class_of_head):
-        one_head = slice(head, head + 1)
-        expected = definition.attention(
-            query[:, :, one_head].double(),
-            key[:, :, one_head].double(),
-            value[:, :, one_head].double(),
-            HEAD_PLAN.classes[number],
-            text_valid,
-            scale,
-            torch.float64,
-        )
-        error = (output[:, :, head : head + 1] - expected).abs().max()
-        assert error <= error_bound(query, key, value, scale)
+    expected = defined_by_head(query, key, value, PLAN_OF_HEAD, text_valid, scale)
+    assert (output - expected).abs().max() <= error_bound(query, key, value, scale)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
@@ -227,21 +217,10 @@ def test_known_summaries_are_used_as_they_are(backend: Backend, by_head: bool) -
     strided = tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in known)
     scale = 1 / math.sqrt(32)
     output = span_attention(query, key, value, plan, backend=backend, summaries=strided)  # type: ignore[arg-type]
-    for head, number in enumerate(HEAD_PLAN.class_of_head):
-        one_head = slice(head, head + 1)
-        expected = definition.attention(
-            query[:, :, one_head].double(),
-            key[:, :, one_head].double(),
-            value[:, :, one_head].double(),
-            HEAD_PLAN.classes[number if by_head else 2],
-            None,
-            scale,
-            torch.float64,
-            (known[0][:, :, one_head], known[1][:, :, one_head]),
-        )
-        error = (output[:, :, one_head] - expected).abs().max()
-        largest_key, largest_value = torch.cat([key, known[0]], dim=1), torch.cat([value, known[1]], dim=1)
-        assert error <= error_bound(query, largest_key, largest_value, scale)
+    plans = PLAN_OF_HEAD if by_head else [HEAD_PLAN.classes[2]] * 5
+    expected = defined_by_head(query, key, value, plans, None, scale, known)
+    largest_key, largest_value = torch.cat([key, known[0]], dim=1), torch.cat([value, known[1]], dim=1)
+    assert (output - expected).abs().max() <= error_bound(query, largest_key, largest_value, scale)
 
 
 def test_head_plans_say_what_does_not_fit() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Problem, error_bound, segments
+from cases import Problem, defined_by_head, error_bound, segments
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -282,6 +282,7 @@ HEAD_PLAN = build_head_plan(
     class_of_head=(2, 0, 1, 0, 3),
     text_len=7,
 )
+PLAN_OF_HEAD = [HEAD_PLAN.classes[number] for number in HEAD_PLAN.class_of_head]
 
 
 def test_classes_of_heads_choose_differently_or_not_at_all() -> None:
@@ -289,20 +290,10 @@ def test_classes_of_heads_choose_differently_or_not_at_all() -> None:
     query, key, value = (torch.randn(2, HEAD_PLAN.tokens, 5, 32, generator=generator) for _ in range(3))
     text_valid, scale = torch.tensor([7, 2]), 0.2
     output = span_attention(query, key, value, HEAD_PLAN, text_valid, scale, Backend.SDPA)
-    for head, number in enumerate(HEAD_PLAN.class_of_head):
-        one_head = slice(head, head + 1)
-        expected = definition.attention(
-            query[:, :, one_head].double(),
-            key[:, :, one_head].double(),
-            value[:, :, one_head].double(),
-            HEAD_PLAN.classes[number],
-            text_valid,
-            scale,
-            torch.float64,
-        )
-        assert (output[:, :, one_head] - expected).abs().max() <= error_bound(query, key, value, scale)
-    of_heads = [HEAD_PLAN.classes[number].parts for number in HEAD_PLAN.class_of_head]
-    assert HEAD_PLAN.parts.selection == pytest.approx(sum(parts.selection for parts in of_heads) / 5)
+    expected = defined_by_head(query, key, value, PLAN_OF_HEAD, text_valid, scale)
+    assert (output - expected).abs().max() <= error_bound(query, key, value, scale)
+    selections = [plan.parts.selection for plan in PLAN_OF_HEAD]
+    assert HEAD_PLAN.parts.selection == pytest.approx(sum(selections) / 5)
     assert HEAD_PLAN.parts.selection > 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from grat_kernels import (
     SlidingTile,
     Union,
     build_plan,
+    reference,
 )
 
 
@@ -118,6 +120,29 @@ def problems(draw: st.DrawFn, max_tokens: int = 200) -> Problem:
     return Problem(
         plan, batch, draw(st.integers(1, 3)), draw(st.sampled_from([32, 64])), text_valid, draw(st.integers(0, 99))
     )
+
+
+def defined_by_head(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plans: Sequence[Plan],
+    text_valid: torch.Tensor | None,
+    scale: float,
+    summaries: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The definition's output `[B, N, H, D]` in float64, where each head has a plan of its own, `[H]`."""
+    outputs = []
+    for head, plan in enumerate(plans):
+        own = slice(head, head + 1)
+        wide_query, wide_key, wide_value = (tensor[:, :, own].double() for tensor in (query, key, value))
+        pair = (summaries[0][:, :, own], summaries[1][:, :, own]) if summaries else None
+        outputs.append(
+            reference.attention(
+                wide_query, wide_key, wide_value, plan, text_valid, scale, torch.float64, summaries=pair
+            )
+        )
+    return torch.cat(outputs, dim=2)
 
 
 def error_bound(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> float:
