@@ -244,39 +244,6 @@ def _over_steps(evidence: Evidence) -> str:
     return f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}{carried}. Work: {work}.{measured}"
 
 
-def _patterns(evidence: Evidence) -> RenderableType:
-    """The patterns in use."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("pattern", overflow="fold")
-    for name in ("used", "density", "recall", "output error"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for pattern in evidence.patterns:
-        figures = (f"{pattern.density:.3f}", f"{pattern.recall:.3f}", f"{pattern.output_error:.3f}")
-        table.add_row(pattern.attention, f"{pattern.share:.0%}", *figures)
-    whole = (f"{evidence.density:.3f}", f"{evidence.recall:.3f}", f"{evidence.output_error:.3f}")
-    table.add_row("all of them, as chosen", "", *whole, style="bold")
-    return table
-
-
-def _over_steps(evidence: Evidence) -> str:
-    """Which steps are computed, and how that was found."""
-
-    found = evidence.over_steps
-    assert found is not None, "steps were searched"
-    steps = ", ".join(map(str, found.references))
-    slopes = ", ".join(f"{slope:g}" for slope in found.slopes)
-    between = f"extrapolated between with slopes {slopes}" if any(found.slopes) else "reused between"
-    carried = f"; {between}, {found.kept_bytes / (1 << 30):.3g} GiB kept" if found.kept_bytes else ""
-    measured = "" if found.error is None else f" The best by {found.runs} runs: latents are off by {found.error:.2%}."
-    parts = f"pairs {found.pairs:.4f}, text rows {found.text:.4f}, choosing {found.selection:.4f}"
-    return (
-        f"Computed: {len(found.references)} of {evidence.steps} steps, {steps}{carried}. Work by part: {parts}; "
-        f"forming means besides, {found.forming:.4f}.{measured}"
-    )
-
-
 def _sentence(evidence: Evidence) -> str:
     words = f"Foretold: density {evidence.density:.3f}, recall {evidence.recall:.3f}."
     check = evidence.check

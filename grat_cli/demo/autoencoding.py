@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import avg_pool2d
 
+from grat_cli.demo.precision import training_autocast
 from grat_cli.demo.scenes import draw_scene
 from grat_cli.demo.shards import HELD_OUT_SEED, pictures_to_tensor, save_atomically
 
@@ -104,7 +105,7 @@ class AutoencoderTrainer:
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed * 1_000_000_007 + self.step)
         target = self._crops(generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with training_autocast():
             with torch.set_grad_enabled(not settings.decoder_only):
                 latents = self.model.encode(target, return_dict=False)[0]
             amount = settings.latent_noise * torch.rand(len(target), 1, 1, 1, generator=generator)

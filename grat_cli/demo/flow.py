@@ -1,4 +1,4 @@
-"""Training of the demos' transformers by rectified flow (arXiv 2209.03003), in bf16 with fp32 master weights.
+"""Training of the demos' transformers by rectified flow (arXiv 2209.03003), with fp32 master weights.
 
 A model learns the velocity `noise - latents` of the straight path `(1 - sigma) * latents + sigma * noise`.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from grat_cli.demo.precision import orthogonalising, training_dtype
 from grat_cli.demo.shards import save_atomically
 
 
@@ -70,7 +71,7 @@ class FlowTrainer(ABC):
     """Trains a transformer; its state is one file, and resuming from it changes no bit.
 
     Attributes:
-        worker: bf16 copy of the weights, which computes the loss.
+        worker: copy of the weights in `training_dtype`, which computes the loss.
     """
 
     def __init__(self, transformer: torch.nn.Module, folder: Path, settings: FlowSettings) -> None:
@@ -79,7 +80,7 @@ class FlowTrainer(ABC):
         self._path = folder / "transformer.pt"
         self.master: Any = copy.deepcopy(transformer).float().train()
         self.average: Any = copy.deepcopy(self.master)
-        self.worker: Any = copy.deepcopy(self.master).bfloat16()
+        self.worker: Any = copy.deepcopy(self.master).to(training_dtype())
         matrices, others = split_parameters(self.master)
         self._optimizers = [
             torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -139,7 +140,8 @@ class FlowTrainer(ABC):
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate()
-            optimizer.step()
+            with orthogonalising():
+                optimizer.step()
         self._synchronise()
         keep = min(self.settings.average, (1 + self.step) / (20 + self.step))
         with torch.no_grad():

@@ -106,7 +106,7 @@ class PictureTrainer(FlowTrainer):
 
     def __init__(self, pipe: FluxPipeline, folder: Path, settings: PictureSettings, **stream_options: int) -> None:
         super().__init__(pipe.transformer, folder, settings)
-        self._pooled_empty, self._prompt_empty = (part.bfloat16() for part in encode_captions(pipe, [""]))
+        self._pooled_empty, self._prompt_empty = (part.to(self.worker.dtype) for part in encode_captions(pipe, [""]))
         rows = settings.side // TOKEN_PIXELS
         self._positions = image_positions(rows)
         self._text_positions = torch.zeros(DEMO_FLUX.text_tokens, 3)
@@ -133,11 +133,12 @@ class PictureTrainer(FlowTrainer):
         noise = torch.randn(latents.shape, generator=generator)
         self._exact_timestep = sigma * 1000
         noisy = torch.lerp(latents, noise, sigma[:, None, None])
+        dtype = self.worker.dtype
         velocity = self.worker(
-            hidden_states=noisy.bfloat16(),
+            hidden_states=noisy.to(dtype),
             timestep=sigma,
-            pooled_projections=torch.where(empty[:, None], self._pooled_empty, scenes.pooled),
-            encoder_hidden_states=torch.where(empty[:, None, None], self._prompt_empty, scenes.prompt),
+            pooled_projections=torch.where(empty[:, None], self._pooled_empty, scenes.pooled.to(dtype)),
+            encoder_hidden_states=torch.where(empty[:, None, None], self._prompt_empty, scenes.prompt.to(dtype)),
             txt_ids=self._text_positions,
             img_ids=self._positions,
             return_dict=False,

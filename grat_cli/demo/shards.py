@@ -11,6 +11,7 @@ import torch
 
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import TOKEN_PIXELS
+from grat_cli.demo.precision import training_autocast
 from grat_cli.demo.scenes import Scene, draw_scene
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def encode_scenes(pipe: FluxPipeline, scenes: list[Scene], captions: list[str] |
     latents = []
     for begin in range(0, len(scenes), ENCODER_BATCH):
         pictures = pictures_to_tensor(scenes[begin : begin + ENCODER_BATCH])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), training_autocast():
             latents.append(pipe.vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latents)
     unscaled = torch.cat(latents).float()
     scaled = (unscaled - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor

@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
 from typer.testing import CliRunner
 
-from grat_cli.demo import DEMO_FLUX
+from grat_cli.demo import DEMO_FLUX, precision
 from grat_cli.demo.architecture import build_pipeline, load_pipeline, save_pipeline
 from grat_cli.demo.autoencoding import AutoencoderSettings, AutoencoderTrainer
 from grat_cli.demo.flow import draw_sigmas
@@ -64,6 +64,24 @@ def test_a_new_model_learns(tmp_path) -> None:
     trainer = PictureTrainer(build_pipeline(), tmp_path, PictureSettings(side=16, batch=8, warm_up=1), shard_size=8)
     losses = [trainer.train_step() for _ in range(30)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_orthogonalises_in_what_the_cpu_is_fast_in(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "training_dtype", lambda: dtype)
+    gradient = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(torch.zeros(24, 40))
+    weight.grad = gradient.clone()
+    with precision.orthogonalising():
+        torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0).step()
+    # Newton-Schulz (Jordan, "Muon: an optimizer for hidden layers"), five times, in fp64.
+    exact = gradient.double() / gradient.double().norm()
+    for _ in range(5):
+        gram = exact @ exact.T
+        exact = 3.4445 * exact + (2.0315 * gram @ gram - 4.7750 * gram) @ exact
+    error = float((weight.detach().double() + exact).abs().max())
+    assert (error < 1e-5) == (dtype is torch.float32)
+    assert error < 0.05
 
 
 def test_the_same_seed_builds_the_same_pipeline() -> None:

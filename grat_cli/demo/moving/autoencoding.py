@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import avg_pool3d
 
 from grat_cli.demo.moving.scenes import View, draw_scene
+from grat_cli.demo.precision import orthogonalising, training_dtype
 from grat_cli.demo.shards import HELD_OUT_SEED, SCENES_PER_SEED, save_atomically
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class AutoencoderTrainer:
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-        self._worker = copy.deepcopy(self.model).bfloat16()
+        self._worker = copy.deepcopy(self.model).to(training_dtype())
         held = range(self._next_crop() - settings.pool, self._next_crop())
         self._pool = {number % settings.pool: self._crop(number) for number in held}
 
@@ -195,10 +196,10 @@ class AutoencoderTrainer:
         target = self._batch(generator)
         worker = self._worker
         with torch.set_grad_enabled(not settings.decoder_only):
-            latents = mean_latents(worker, target.bfloat16())
+            latents = mean_latents(worker, target.to(worker.dtype))
         amount = settings.latent_noise * torch.rand(len(target), 1, 1, 1, 1, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        output = worker.decode((latents + amount * noise).bfloat16(), return_dict=False)[0]
+        output = worker.decode((latents + amount * noise).to(worker.dtype), return_dict=False)[0]
         loss = reconstruction_loss(output.float(), target)
         if not settings.decoder_only:
             loss = loss + 1e-3 * latents.float().square().mean()
@@ -213,7 +214,8 @@ class AutoencoderTrainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * rate
-            optimizer.step()
+            with orthogonalising():
+                optimizer.step()
         with torch.no_grad():
             for parameter, trained in zip(self.model.parameters(), worker.parameters(), strict=True):
                 trained.copy_(parameter)

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from grat_cli.demo.flow import FlowSettings, FlowTrainer, draw_sigmas
 from grat_cli.demo.moving.architecture import TIME_SHIFT
 from grat_cli.demo.moving.clips import ClipStream, encode_captions
+from grat_cli.demo.precision import training_dtype
 
 if TYPE_CHECKING:
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
@@ -86,7 +87,7 @@ class ClipTrainer(FlowTrainer):
     def __init__(self, pipe: HunyuanVideoPipeline, folder: Path, settings: ClipSettings, **stream_options: int) -> None:
         super().__init__(pipe.transformer, folder, settings)
         self._empty = encode_captions(pipe, [""])
-        pipe.vae.to(torch.bfloat16)
+        pipe.vae.to(training_dtype())
         self._stream = ClipStream(
             pipe,
             folder / "shards",
@@ -123,11 +124,11 @@ class ClipTrainer(FlowTrainer):
             for missing, given in zip(self._empty, (clips.prompt, clips.valid, clips.pooled), strict=True)
         )
         velocity = self.worker(
-            hidden_states=noisy.bfloat16(),
+            hidden_states=noisy.to(self.worker.dtype),
             timestep=sigma * 1000,
-            encoder_hidden_states=prompt.bfloat16(),
+            encoder_hidden_states=prompt.to(self.worker.dtype),
             encoder_attention_mask=valid,
-            pooled_projections=pooled.bfloat16(),
+            pooled_projections=pooled.to(self.worker.dtype),
             return_dict=False,
         )[0]
         motion = (latents - latents.mean(2, keepdim=True)).abs().mean(1).clamp(max=1)
