@@ -145,7 +145,7 @@ class BenchRequest:
     @property
     def variants_beside_full(self) -> tuple[Request, ...]:
         """Those beside full attention, which whole runs and steps always measure."""
-        return tuple(request for request in self.variants if request.kind != "full" or request.cache)
+        return tuple(request for request in self.variants if not request.is_full)
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -178,7 +178,7 @@ def _variants(compare: Sequence[Request], model: ModelChoice, grid: Grid) -> lis
             f"{model.name} has tokens on {family.axes} axes, --grid {size_text(grid.shape)} has {grid.axes}: "
             f"try --grid {size_text(family.step_grids(model)[0].shape)}"
         )
-    others = [variant_for(request, grid) for request in compare if request.kind != "full"]
+    others = [variant_for(request, grid) for request in compare if not request.is_full]
     return [variant_for(Request("full", "full", {}), grid), *others]
 
 

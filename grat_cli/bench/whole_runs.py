@@ -150,11 +150,14 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
 
     # 1. What can be refused before a model is loaded.
     variants = [variant_for(Request("full", "full", {}), grid)]
+    steps = request.preset.sampling.steps
     for item in settings.compare:
         variant = item if isinstance(item, Variant) else variant_for(item, grid)
         if variant.grid != grid:
             raise BadInput(f"{variant.name} is for {size_text(variant.grid.shape)} tokens, not {size_text(grid.shape)}")
-        if variant.kind != "full" or variant.cache is not None:
+        if variant.steps is not None and variant.steps >= steps:
+            raise BadInput(f"{variant.name}: expected fewer steps than the {steps} of all others")
+        if variant.role != "full":
             variants.append(variant)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
@@ -171,7 +174,6 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
     head_dim = model.pipe.transformer.config.attention_head_dim
     kind = device, dtype, head_dim, tokens
     backend, why = backend_for(settings.backend, *kind, choosing=False)
-    steps = request.preset.sampling.steps
     transformer, *others = request.family.transformers(model.pipe)
     host = Host(transformer, request.family, studio.text_len, backend, device, dtype, steps, tuple(others))
     entries = [
@@ -209,7 +211,7 @@ def compare_runs(settings: RunSettings, progress: Progress | None = None) -> tup
         f"{noun.capitalize()} are compared {by}with its {noun} of the same prompts and seeds: "
         f"mean and 95 % interval by Student's t over the {noun}."
     )
-    rows = [full.row(full), *(entry.row(full) for entry in others)]
+    rows = [entry.row(full, steps) for entry in (full, *others)]
     result = bench_result(
         level,
         [Case(request.title, grid.shape, studio.text_len, tuple(rows))],
@@ -263,7 +265,9 @@ def _fidelity(
 ) -> Found | None:
     """Gives entries their fidelity; None where there is nothing to measure, or where measuring failed."""
     variants = [
-        entry.variant for entry in entries if entry.variant.role != "noise floor" and entry.variant.cache is None
+        entry.variant
+        for entry in entries
+        if entry.variant.role != "noise floor" and entry.variant.cache is None and entry.variant.kind != "full"
     ]
     if not variants:
         return None
@@ -328,8 +332,8 @@ class _Entry:
         """Whether attention is carried over steps."""
         return self.variant.preset is not None and bool(self.variant.preset.schedule.over_steps)
 
-    def row(self, full: _Entry) -> Row:
-        """The finished row, given the entry of full attention."""
+    def row(self, full: _Entry, steps: int) -> Row:
+        """The finished row, given the entry of full attention, and how many steps that takes."""
         variant = self.variant
         known: dict[str, Any] = {"reach_tokens": variant.reach()}
         if variant.preset is not None:
@@ -341,8 +345,11 @@ class _Entry:
         if self.variant.cache is not None:
             known["cache"] = self.variant.cache.model_dump(mode="json")
         if self.adapters and self.steps:
-            known["density"] = mean([step.density for steps in self.steps for step in steps])
-            known["steps_computed"] = mean([sum(map(_is_computed, steps)) for steps in self.steps])
+            known["density"] = mean([step.density for one_run in self.steps for step in one_run])
+            known["steps_computed"] = mean([sum(map(_is_computed, one_run)) for one_run in self.steps])
+        if variant.steps is not None and self.inside is not None:
+            known["density"] *= variant.steps / steps
+            known.setdefault("steps_computed", float(variant.steps))
         if self.skipped is not None or self.inside is None:
             known |= {"skipped": self.skipped, "not_finite": self.not_finite}
             return Row(variant.name, variant.role, variant.description, **known)
@@ -356,7 +363,7 @@ class _Entry:
             times_ms=tuple(self.times_ms),
             speedup=median(full.times_ms) / median(self.times_ms) if full.skipped is None else None,
             peak_memory_bytes=self.peak_memory_bytes,
-            attention_ms=median([sum(step.attention_ms for step in steps) for steps in self.steps]),
+            attention_ms=median([sum(step.attention_ms for step in one_run) for one_run in self.steps]),
             step_times_ms=tuple(
                 median([step.total_ms for step in one_step]) for one_step in zip(*self.steps, strict=True)
             ),
@@ -451,6 +458,9 @@ class _Studio:
         firsts = {lengths[prompt]: number for number, (prompt, _) in reversed(list(enumerate(self.orders)))}
         self._trials = sorted(firsts.values())
 
+    def _steps_of(self, entry: _Entry) -> int:
+        return entry.variant.steps or self._request.preset.sampling.steps
+
     def try_cache(self, entry: _Entry, adapters: tuple[Adapter, ...]) -> None:
         """Makes sure, before anything is timed, that the transformers can have the cache of an entry."""
         if not (entry.variant.cache or entry.over_steps) or entry.skipped is not None:
@@ -497,7 +507,7 @@ class _Studio:
                 return
             _, trial_ms, _ = self._denoised(entry, 0, trial_steps)
             spent = time.monotonic() - began
-            steps = self._request.preset.sampling.steps
+            steps = self._steps_of(entry)
             seconds = spent + trial_ms / 1000 / len(trial_steps) * steps * len(self.orders)
             if seconds > self._max_seconds:
                 count = len(self.orders)
@@ -565,7 +575,7 @@ class _Studio:
             under_way = step_under_way(pipe.scheduler)
             return under_way if trial_steps is None else trial_steps[under_way]
 
-        steps = None if trial_steps is None else len(trial_steps)
+        steps = self._steps_of(entry) if trial_steps is None else len(trial_steps)
         call = call_for(self._request, seed, arguments, watch, steps)
         tokens, sampling = self._request.grid.tokens, self._request.preset.sampling
         # Counted where steps are those of the whole run; a trial computes all of its few.

@@ -72,7 +72,7 @@ class BenchOptions:
         "grat-choose:exact=8:fine=32:block=8x8:means=4x4. Short for some: "
         "b, x, bx, far, choose, and for videos planes and lines. For attention also grat-heads, for heads that differ. "
         "For image and video also presets, by name or from a YAML file, with their schedules, and each with a cache: "
-        "far+first-block, demo-tuned+taylor:cache_interval=3. "
+        "far+first-block, demo-tuned+taylor:cache_interval=3; and full attention in fewer steps: full:steps=10. "
         "For highres: off, direct, cascade. Default: full,na,grat-b for attention.",
         _WHAT,
         complete=complete_compare,

@@ -3,7 +3,8 @@
 A name may carry parameters, each after a colon: `grat-b:radius=2`, `na:window=49`, `grat-far:block=8x8:group=16x16`.
 Those of `--variant` are understood as well: `b` is short for `grat-b`, `lines` for `grat-x:share=2`. In whole runs, a
 preset by name or from a file stands for its attention and schedule: `demo-far`, `./tuned.yaml`. There, each may have a
-step cache after a plus sign: `far+first-block`, `demo-tuned+taylor:cache_interval=3:max_order=2`, `full+taylor`.
+step cache after a plus sign: `far+first-block`, `demo-tuned+taylor:cache_interval=3:max_order=2`, `full+taylor`; and
+full attention may take fewer steps: `full:steps=10`.
 The names of `--peers` stand here as well, so that a mistake in either is seen without loading torch.
 """
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 Role = Literal["full", "pattern", "baseline", "peer", "noise floor"]
 # The parameters that each name takes.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "full": (),
+    "full": ("steps",),
     "full-list": ("group",),
     "na": ("window",),
     "clear": ("window",),
@@ -70,6 +71,7 @@ _OF_TOKENS = ("na", "clear")
 # Not a name but what a preset is: its attention and schedule, in runs that have steps and layers.
 PRESET = "preset"
 _LEVELS_OF_PRESETS: tuple[str, ...] = ("image", "video")
+_LEVELS_OF_STEPS = _LEVELS_OF_PRESETS
 # What presets say by rules is measured alone at the level of one attention.
 _LEVELS_OF_HEADS: tuple[str, ...] = ("attention",)
 # What `--compare` names at `--level highres`: ways to make pictures beyond the trained size.
@@ -99,8 +101,9 @@ _EXAMPLES = {
     "group": "16x16",
     "exact": "8",
     "fine": "32",
+    "steps": "10",
 }
-_SINGLE = ("share", "exact", "fine")
+_SINGLE = ("share", "exact", "fine", "steps")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,11 @@ class Request:
     preset: Preset | None = None
     cache: Cache | None = None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it is full attention and nothing else, which others are compared with."""
+        return self.kind == "full" and not self.parameters and self.cache is None
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -140,6 +148,7 @@ class Variant:
         preset: what says which attention runs when; None where it is one attention throughout.
         obstacle: why it does not exist on this grid; None where it does.
         cache: what steps take over from those before them; None for nothing.
+        steps: of a run; None for as many as all others.
     """
 
     name: str
@@ -155,6 +164,7 @@ class Variant:
     preset: Preset | None = None
     obstacle: str | None = None
     cache: Cache | None = None
+    steps: int | None = None
 
     def plan(self, text_len: int, text_first: bool, heads: int = 1) -> Plan | HeadPlan | None:
         """The plan of a joint sequence; None for what is not one plan: windows, dense attention and presets.
@@ -285,6 +295,8 @@ def _request(text: str, level: str | None, option: str) -> Request:
         if name not in known:
             takes = choices(name, known) if known else "it takes no parameters"
             raise BadInput(f"{option} {text}: {word} has no parameter {name!r}: {takes}")
+        if name == "steps" and level not in (None, *_LEVELS_OF_STEPS):
+            raise BadInput(f"{option} {text}: runs have steps, at --level {' and '.join(_LEVELS_OF_STEPS)}")
         if name in parameters:
             raise BadInput(f"{option} {text}: {name} is given twice")
         if not re.fullmatch(r"\d{1,6}(x\d{1,6})*", value, re.ASCII):
@@ -423,8 +435,14 @@ def clear_pairs(grid: Grid, window: Sequence[int]) -> int:
 
 
 def _full(request: Request, grid: Grid) -> Variant:
-    section = {"variant": "full"}
-    return Variant(request.name, "full", "full", "every token attends every token", grid, attention=section)
+    (steps,) = request.parameters.get("steps", (None,))
+    words, section = "every token attends every token", {"variant": "full"}
+    if steps is None:
+        return Variant(request.name, "full", "full", words, grid, attention=section)
+    if steps < 1:
+        raise ValueError("a run has one step or more")
+    words = f"{words}, in runs of {steps} {'step' if steps == 1 else 'steps'}"
+    return Variant(request.name, "full", "baseline", words, grid, attention=section, steps=steps)
 
 
 def _full_list(request: Request, grid: Grid) -> Variant:

@@ -107,7 +107,7 @@ class Taylor(_Cache):
     Attributes:
         cache_interval: steps from one that is computed to the next.
         max_order: of the series; each order keeps one more output of each attention.
-        disable_cache_before_step: first steps, which are computed.
+        disable_cache_before_step: first steps, which are computed; from nothing nothing is forecast.
         disable_cache_after_step: step from which on all are computed; None for none.
         use_lite_mode: whether the prediction is forecast as a whole, which keeps next to nothing, and computes next to
             nothing in steps between.
@@ -119,7 +119,7 @@ class Taylor(_Cache):
     kind: Literal["taylor"] = "taylor"
     cache_interval: SkipRange = 5
     max_order: Annotated[int, Field(ge=0, le=4)] = 1
-    disable_cache_before_step: Steps = 3
+    disable_cache_before_step: Annotated[int, Field(ge=1, le=_MOST_STEPS)] = 3
     disable_cache_after_step: Steps | None = None
     use_lite_mode: bool = False
     taylor_factors_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -76,21 +76,29 @@ def run() -> tuple[BenchResult, Pictures, Progress]:
     return *compare_runs(settings(seeds_per_prompt=2), progress), progress
 
 
-def picture_of(preset: str, **options: Any) -> Any:
-    """The first prompt's picture in four steps, by `install` in a pipeline of diffusers."""
+def stock_pipe() -> Any:
     pipe: Any = load_pipeline(DEMO_FLUX.path)
     pipe.set_progress_bar_config(disable=True)
-    with grat_cli.install(pipe, preset, height=HEIGHT, width=WIDTH, **options):
-        return pipe(
-            PROMPTS[0],
-            negative_prompt="",
-            true_cfg_scale=DEMO_FLUX.guidance,
-            height=HEIGHT,
-            width=WIDTH,
-            num_inference_steps=4,
-            max_sequence_length=DEMO_FLUX.text_tokens,
-            generator=torch.Generator().manual_seed(0),
-        ).images[0]
+    return pipe
+
+
+def drawn(pipe: Any, prompt: str = PROMPTS[0], *, seed: int = 0, steps: int = 4) -> Any:
+    """A picture by a pipeline of diffusers."""
+    return pipe(
+        prompt,
+        negative_prompt="",
+        true_cfg_scale=DEMO_FLUX.guidance,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=steps,
+        max_sequence_length=DEMO_FLUX.text_tokens,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+
+
+def largest_difference(one: Any, other: Any) -> int:
+    """In grey levels; between processes or buffers of another alignment, sums may differ in their last bit."""
+    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max())
 
 
 def test_every_row_has_a_time_and_a_picture_for_every_prompt_and_seed(run: Any) -> None:
@@ -112,21 +120,9 @@ def test_every_row_has_a_time_and_a_picture_for_every_prompt_and_seed(run: Any) 
 
 def test_pictures_of_full_attention_are_those_of_stock_diffusers(run: Any) -> None:
     _, pictures, _ = run
-    pipe: Any = load_pipeline(DEMO_FLUX.path)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = stock_pipe()
     for number, made in enumerate(pictures.rows[0][1]):
-        stock = pipe(
-            PROMPTS[number % 2],
-            negative_prompt="",
-            true_cfg_scale=DEMO_FLUX.guidance,
-            height=HEIGHT,
-            width=WIDTH,
-            num_inference_steps=STEPS,
-            max_sequence_length=DEMO_FLUX.text_tokens,
-            generator=torch.Generator().manual_seed(number),
-        ).images[0]
-        # Between processes or buffers of another alignment, sums may differ in their last bit.
-        assert np.abs(np.asarray(stock).astype(int) - np.asarray(made).astype(int)).max() <= 1
+        assert largest_difference(drawn(pipe, PROMPTS[number % 2], seed=number, steps=STEPS), made) <= 1
 
 
 def test_quality_is_that_of_the_pictures_beside_those_of_full_attention(run: Any) -> None:
@@ -288,9 +284,34 @@ def test_a_row_with_a_cache_is_the_picture_that_a_run_with_it_makes() -> None:
         compare=parse_variants("demo-b+taylor:cache_interval=2", "image"), steps=4, prompts=PROMPTS[:1], recall=False
     )
     _, pictures = compare_runs(asked)
-    made = picture_of("demo-b", cache="taylor:cache_interval=2")
+    pipe = stock_pipe()
+    with grat_cli.install(pipe, "demo-b", height=HEIGHT, width=WIDTH, cache="taylor:cache_interval=2"):
+        made = drawn(pipe)
     (of_bench,) = dict(pictures.rows)["demo-b+taylor:cache_interval=2"]
-    assert np.abs(np.asarray(made).astype(int) - np.asarray(of_bench).astype(int)).max() <= 1
+    assert largest_difference(made, of_bench) <= 1
+
+
+def test_full_attention_in_fewer_steps_is_a_row_and_stock_diffusers_in_fewer_steps() -> None:
+    compare = parse_variants("full:steps=2,full:steps=3+taylor:cache_interval=2:disable_cache_before_step=1", "image")
+    result, pictures = compare_runs(settings(compare=compare, steps=4, prompts=PROMPTS[:1]))
+    names, found = [request.name for request in compare], rows(result)
+    assert list(found) == ["full", *names, NOISE_FLOOR]
+    fewer, cached = (found[name] for name in names)
+    assert (fewer.density, fewer.steps_computed, len(fewer.step_times_ms)) == (pytest.approx(2 / 4), 2, 2)
+    assert cached.steps_computed is not None
+    assert cached.steps_computed < len(cached.step_times_ms) == 3
+    assert cached.density == pytest.approx(cached.steps_computed / 4)
+    assert fewer.fidelity is None
+    (of_bench,) = dict(pictures.rows)[names[0]]
+    assert largest_difference(drawn(stock_pipe(), steps=2), of_bench) <= 1
+    assert largest_difference(drawn(stock_pipe(), steps=4), of_bench) > 1
+
+
+def test_rows_of_as_many_steps_as_all_others_are_refused() -> None:
+    assert "full:steps=4: expected fewer steps than the 4 of all others" in refusal(
+        *("bench", "--level", "image", "--model", "demo", "--steps", "4", "--compare", "full:steps=4")
+    )
+    assert "runs have steps, at --level image and video" in refusal("bench", "--compare", "full:steps=4")
 
 
 @pytest.mark.parametrize(
@@ -334,6 +355,8 @@ def test_presets_that_carry_attention_over_steps_are_those_of_runs_and_count_wha
     assert plain.work is not None
     assert (plain.steps_computed, plain.work["selection"]) == (None, 0)
     assert plain.density == pytest.approx(plain.work["pairs"] + plain.work["text"])
-    expected = picture_of(str(path))
+    pipe = stock_pipe()
+    with grat_cli.install(pipe, str(path), height=HEIGHT, width=WIDTH):
+        expected = drawn(pipe)
     (made,) = dict(pictures.rows)[str(path)]
     np.testing.assert_array_equal(np.asarray(made), np.asarray(expected))

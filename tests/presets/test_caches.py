@@ -69,6 +69,7 @@ def test_a_kind_alone_has_diffusers_defaults() -> None:
         ("{threshold: 0.1}", "cache.kind: is missing: choose from first-block"),
         ("{kind: taylor, interval: 3}", "cache.interval: unknown key: did you mean 'cache_interval'?"),
         ("{kind: taylor, cache_interval: 1}", "cache.cache_interval: expected 2 or more, not 1"),
+        ("{kind: taylor, disable_cache_before_step: 0}", "disable_cache_before_step: expected 1 or more, not 0"),
         ("{kind: taylor, max_order: 9}", "cache.max_order: expected 4 or less, not 9"),
         ("{kind: first-block, threshold: '0.1'}", "cache.threshold: expected a number, not '0.1'"),
         ("{kind: first-block, threshold: .nan}", "cache.threshold: expected "),
