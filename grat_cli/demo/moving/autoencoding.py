@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 import torch
@@ -173,7 +173,7 @@ class AutoencoderTrainer:
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-        self._worker = copy.deepcopy(self.model).to(training_dtype())
+        self._worker = cast(Any, copy.deepcopy(self.model)).to(training_dtype())
         held = range(self._next_crop() - settings.pool, self._next_crop())
         self._pool = {number % settings.pool: self._crop(number) for number in held}
 
