@@ -20,6 +20,7 @@ from grat_cli.presets.schema import BACKENDS, SMALLEST_CHUNK, Memory
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.any_transformer import AnyTransformer
@@ -187,6 +188,7 @@ def install(
     extrapolation: Extrapolation | None = None,
     guard: float | None = None,
     cache: str | Cache | None = None,
+    ranks: ProcessGroup | None = None,
 ) -> Iterator[Installation]:
     """Runs a pipeline with GRAT attention: `with grat_cli.install(pipe, "flux-x", height=8192, width=8192): pipe(...)`.
 
@@ -226,6 +228,9 @@ def install(
         cache: overrides the preset's: what steps take over from those before, such as `first-block` or
             `taylor:cache_interval=3`; `none` for nothing. A cache that the caller enables on the transformer himself,
             before or inside, works as well. `Installation.work` tells what was computed.
+        ranks: share each call of the transformer, in a script that `torchrun` starts: all of them call the pipeline
+            with the same arguments and the same noise, and all get the whole output. Each has a share of the image
+            tokens, and in attention of the heads, whose number theirs must divide.
 
     Raises:
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
@@ -275,7 +280,8 @@ def install(
         if over_steps:
             installation.carrying = stack.enter_context(_carrying(installation))
         for adapter in adapters:
-            stack.enter_context(adapter.attached(installation, installation.backend, observer, installation.carrying))
+            attached = adapter.attached(installation, installation.backend, observer, installation.carrying, ranks)
+            stack.enter_context(attached)
         if family and tokens is None:
             installation.caches = stack.enter_context(
                 _cached(transformers, adapters, installation, preset.cache, family)

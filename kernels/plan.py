@@ -329,6 +329,10 @@ class Plan(JointSequence):
         """Tokens of each group, in token order, `[groups]`."""
         return self.grouping.sizes[np.argsort(self.grouping.starts)]
 
+    def of_heads(self, heads: range) -> Plan:
+        """What some of the heads attend: all attend alike."""
+        return self
+
     @cached_property
     def tokens_behind(self) -> IntArray:
         """Tokens that each span list stands for, `[lists]`: keys, for a summary the tokens of its block, and those of
@@ -441,6 +445,19 @@ class HeadPlan(JointSequence):
     def heads_of(self, number: int) -> list[int]:
         """The heads of a class."""
         return [head for head, owner in enumerate(self.class_of_head) if owner == number]
+
+    def of_heads(self, heads: range) -> Plan | HeadPlan:
+        """What some of the heads attend, counted from the first of them; summaries are the same."""
+        owners = self.class_of_head[heads.start : heads.stop]
+        kept = sorted(set(owners))
+
+        def build() -> Plan | HeadPlan:
+            classes = tuple(self.classes[number] for number in kept)
+            if len(classes) == 1:
+                return classes[0]
+            return HeadPlan(self.grouping, self.segments, self.summaries, classes, tuple(map(kept.index, owners)))
+
+        return self.cached(("of heads", owners), build)
 
 
 def plan_by_key(key: int) -> Plan | HeadPlan:

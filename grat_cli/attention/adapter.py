@@ -21,12 +21,14 @@ from grat_cli.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.carrying import CarriedLayers, Carrying
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.processor import SpanAttentionProcessor
     from grat_cli.attention.schedule import AttentionSchedule
+    from grat_cli.attention.sharing import Shared
     from grat_cli.presets.schema import ChunkTokens
     from grat_kernels import Backend, Grid, HeadPlan, Plan
 
@@ -54,9 +56,10 @@ class Adapter(ABC):
         grid: image tokens of the calls to come.
         blocks: whose attention takes a plan, in order.
         references: tokens of pictures to refer to, in the call under way.
-        order: raster index of each image token in the order of the call under way, on its device; behind them tokens of
-            references keep their places.
-        inverse: what undoes it.
+        order: raster index of each image token of the call under way in its order, on its device, of those that this
+            rank has where several share the call; behind them tokens of references keep their places.
+        inverse: what undoes the order of all of them.
+        shared: by which ranks the tokens of the call under way are shared; None where one has them all.
         preparation: what normalises, rotates and joins queries and keys, and why; None before the first call.
         chunking: how many tokens at most run through feed-forward and modulation at once, None for all; and why.
         carries_modules: whether attention modules are carried over steps as a whole.
@@ -69,6 +72,7 @@ class Adapter(ABC):
     preparation: str | None = None
     chunking: tuple[int | None, str] = None, "not attached yet"
     carries_modules = False
+    shared: Shared | None = None
     _caller: int | None = None  # the thread whose call is under way
 
     def __init__(
@@ -188,15 +192,35 @@ class Adapter(ABC):
 
     def grouped(self, dim: int) -> Callable[..., Any]:
         """A forward hook that puts a module's output, a tensor or several, in group order along an axis."""
-        return lambda module, args, output: _ordered(output, dim, self.order)
+        return lambda module, args, output: self.in_groups(output, dim)
 
     def restored(self, dim: int) -> Callable[..., Any]:
         """A forward hook that puts it back in raster order."""
-        return lambda module, args, output: _ordered(output, dim, self.inverse)
+        return lambda module, args, output: self.in_raster(output, dim)
+
+    def in_groups(self, tokens: Any, dim: int) -> Any:
+        """A tensor of tokens in raster order along an axis, or several, in the order of the call under way: those that
+        this rank has."""
+        if isinstance(tokens, tuple):
+            return tuple(self.in_groups(part, dim) for part in tokens)
+        return tokens.index_select(dim, self.order)
+
+    def in_raster(self, tokens: Any, dim: int) -> Any:
+        """What undoes it: all tokens, from those that this rank has."""
+        if isinstance(tokens, tuple):
+            return tuple(self.in_raster(part, dim) for part in tokens)
+        if self.shared is not None:
+            tokens = self.shared.gathered(tokens, dim)
+        return tokens.index_select(dim, self.inverse)
 
     @contextmanager
     def attached(
-        self, run: Run, backend: Backend, observer: CallObserver | None = None, carrying: Carrying | None = None
+        self,
+        run: Run,
+        backend: Backend,
+        observer: CallObserver | None = None,
+        carrying: Carrying | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> Iterator[None]:
         """While inside, the transformer attends over spans; leaving restores it exactly, also after an exception.
 
@@ -205,6 +229,7 @@ class Adapter(ABC):
             backend: how span attention is computed.
             observer: told of calls and attentions, or None.
             carrying: what carries attention over steps, or None.
+            ranks: share each call, all of them with the same arguments; None for one alone.
 
         Raises:
             BadInput: if the transformer is in a state that is not supported, with the reason.
@@ -229,7 +254,7 @@ class Adapter(ABC):
                 layer.over_steps = carried
         with ExitStack() as stack:
             stack.enter_context(self.attending(layers))
-            before, after, ended = self._around(run, observer, layers, over_steps)
+            before, after, ended = self._around(run, observer, layers, over_steps, ranks)
             handles = [self._called.register_forward_pre_hook(before, with_kwargs=True)]
             hooks = self.hooks()
             self._hooked = [module for module, _ in hooks]
@@ -278,9 +303,12 @@ class Adapter(ABC):
         observer: CallObserver | None,
         layers: Sequence[LayerAttention],
         over_steps: CarriedLayers | None,
+        ranks: ProcessGroup | None,
     ) -> tuple[Callable[..., Any], ...]:
         """Hooks before and after a transformer call, and one when it has ended, also by an exception."""
         import torch
+
+        from grat_cli.attention.sharing import Shared
 
         trained = None
         if self.extrapolation is not None and self.extrapolation.proportional_attention:
@@ -294,6 +322,7 @@ class Adapter(ABC):
             step = run.current_step()
             schedule = run.schedule(text.longest, text.references)
             tokens, self.references = call["hidden_states"], text.references
+            self.shared = None if ranks is None else Shared.of(ranks, self.grid.tokens + text.references)
             self.prepare(tokens)
             if observer:
                 observer.begin_call(step, schedule.density_of_step(step))
@@ -302,7 +331,7 @@ class Adapter(ABC):
                 over_steps.begin_call(step, schedule)
                 plan_of = schedule.reference_plan
             for number, layer in enumerate(layers):
-                layer.plan, layer.text_valid = plan_of(step, number), text.valid
+                layer.plan, layer.text_valid, layer.shared = plan_of(step, number), text.valid, self.shared
                 if trained is not None:
                     from grat_cli.attention.extrapolation import proportional_scaling
 
@@ -311,6 +340,8 @@ class Adapter(ABC):
                     )
             # All plans of a schedule share one token order.
             self.order, self.inverse = _orders(layers[0].plan, text.references, tokens.device)
+            if self.shared is not None:
+                self.order = self.order[self.shared.own]
             return (), self.enter(call, step)
 
         def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -462,7 +493,9 @@ class ProcessorAdapter(_ReplacingAdapter):
         from grat_cli.attention import preparation
 
         super().prepare(tokens)
-        fused, self.preparation = preparation.choose(self._fused, self._attentions, tokens, self.references)
+        fused, self.preparation = preparation.choose(
+            self._fused, self._attentions, tokens, self.references, is_shared=self.shared is not None
+        )
         for processor in self._processors:
             processor.fused = fused
 
@@ -518,9 +551,3 @@ def _in_place(module: Any) -> bool:
 
 def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
-
-
-def _ordered(output: Any, dim: int, order: torch.Tensor) -> Any:
-    if isinstance(output, tuple):
-        return tuple(part.index_select(dim, order) for part in output)
-    return output.index_select(dim, order)

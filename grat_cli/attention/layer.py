@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.carrying import CarriedLayer
+    from grat_cli.attention.sharing import Shared
     from grat_kernels import Backend, HeadPlan, Plan
 
 
@@ -88,11 +89,13 @@ class LayerAttention:
         scaling: of the scores under a plan, beside 1/√D; likewise. None for none.
         number: by which compiled code finds it; see `operators`.
         over_steps: what of it is carried over steps; None where nothing is.
+        shared: by which ranks the tokens of the next call are shared; None where one has them all.
     """
 
     text_valid: torch.Tensor | None = None
     scaling: Callable[[Plan | HeadPlan], Scaling] | None = None
     over_steps: CarriedLayer | None = None
+    shared: Shared | None = None
 
     def __init__(self, layer: int, attend: Attend, observer: CallObserver | None) -> None:
         from grat_cli.attention.operators import numbered
@@ -164,6 +167,13 @@ class LayerAttention:
         """
 
         def attended(plan: Plan | HeadPlan) -> torch.Tensor:
+            if self.shared is None:
+                return attended_by_one(query, key, value, plan)
+            return self.shared.attention(query, key, value, plan, attended_by_one)
+
+        def attended_by_one(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan | HeadPlan
+        ) -> torch.Tensor:
             scaling = Scaling() if self.scaling is None else self.scaling(plan)
             scaled = query
             # Scores are scaled through the queries, one more pass over them, because keys share their rotation tables

@@ -519,13 +519,13 @@ class FluxAdapter(ProcessorAdapter):
         assert self._ids is not None
         if self._positions is not None:
             self._positions.prepare(self.order, call["encoder_hidden_states"].shape[1], call["timestep"], step)
-        tokens = call["hidden_states"].index_select(1, self.order)
-        return call | {"hidden_states": tokens, "img_ids": self._ids[1][self.order]}
+        tokens, positions = self.in_groups(call["hidden_states"], 1), self.in_groups(self._ids[1], 0)
+        return call | {"hidden_states": tokens, "img_ids": positions}
 
     def leave(self, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (output[0].index_select(1, self.inverse), *output[1:])
-        return replace(output, sample=output.sample.index_select(1, self.inverse))
+            return (self.in_raster(output[0], 1), *output[1:])
+        return replace(output, sample=self.in_raster(output.sample, 1))
 
     def _exact_ids(self, hidden_states: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
         """Positions `[tokens, 3]` in fp32: of the image in raster order (0, row, column), checked against those of the

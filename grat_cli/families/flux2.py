@@ -654,13 +654,13 @@ class Flux2Adapter(DispatchAdapter):
     def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
         self._check_positions(call["img_ids"], step)
         positions = call["img_ids"][0] if call["img_ids"].dim() == 3 else call["img_ids"]
-        tokens = call["hidden_states"].index_select(1, self.order)
-        return call | {"hidden_states": tokens, "img_ids": positions.index_select(0, self.order)}
+        tokens = self.in_groups(call["hidden_states"], 1)
+        return call | {"hidden_states": tokens, "img_ids": self.in_groups(positions, 0)}
 
     def leave(self, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (output[0].index_select(1, self.inverse), *output[1:])
-        return replace(output, sample=output.sample.index_select(1, self.inverse))
+            return (self.in_raster(output[0], 1), *output[1:])
+        return replace(output, sample=self.in_raster(output.sample, 1))
 
     @property
     def _size(self) -> str:

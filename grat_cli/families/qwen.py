@@ -626,7 +626,7 @@ class QwenAdapter(DispatchAdapter):
         ) -> tuple[torch.Tensor, torch.Tensor]:
             image, text = output  # the module keeps tables, so they are never changed in place
             if self._fitted is None:
-                return image.index_select(0, self.order), text
+                return self.in_groups(image, 0), text
             return self._fitted.image_and_text(image, text)
 
         return ((self.model.pos_embed, grouped),)
@@ -645,12 +645,12 @@ class QwenAdapter(DispatchAdapter):
     def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
         if self._fitted is not None:
             self._fitted.prepare(self.order, call["timestep"], step)
-        return call | {"hidden_states": call["hidden_states"].index_select(1, self.order)}
+        return call | {"hidden_states": self.in_groups(call["hidden_states"], 1)}
 
     def leave(self, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (output[0].index_select(1, self.inverse), *output[1:])
-        return replace(output, sample=output.sample.index_select(1, self.inverse))
+            return (self.in_raster(output[0], 1), *output[1:])
+        return replace(output, sample=self.in_raster(output.sample, 1))
 
     def _references(self, call: Mapping[str, Any]) -> int:
         """Tokens of pictures to refer to.

@@ -596,7 +596,7 @@ class WanAdapter(DispatchAdapter):
 
     def _embedded(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         """A hook that puts embedded patches `[B, C, T, h, w]`, which are flattened afterwards, in group order."""
-        return output.flatten(2).index_select(2, self.order).view(output.shape)
+        return self.in_groups(output.flatten(2), 2)[..., None, None]
 
     def read(self, call: dict[str, Any]) -> Text:
         shape = tuple(
@@ -617,7 +617,7 @@ class WanAdapter(DispatchAdapter):
     def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
         """Timesteps of tokens `[B, N]` go with their tokens."""
         timestep = call["timestep"]
-        return call | {"timestep": timestep.index_select(1, self.order)} if timestep.ndim == 2 else call
+        return call | {"timestep": self.in_groups(timestep, 1)} if timestep.ndim == 2 else call
 
 
 def _in_chunks(block: Any, chunk: int) -> Callable[..., torch.Tensor]:

@@ -1,0 +1,153 @@
+"""One transformer call on several ranks: each has a share of the image tokens, and in attention a share of the heads.
+
+DeepSpeed Ulysses (arXiv 2309.14509, section 3.1): before attention tokens are exchanged for heads, so that each rank
+attends over the whole sequence, and afterwards heads for tokens. Everything else acts on each token alone. Text is on
+all ranks, as it is short. Plans know of none of it: tokens are in group order before they are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from grat_cli.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+    from grat_kernels import HeadPlan, Plan
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The tokens of a call, shared by the ranks of a group.
+
+    Attributes:
+        group: of the ranks.
+        rank: this one's place in the group.
+        counts: tokens besides text that each rank has, in order of their positions.
+    """
+
+    group: ProcessGroup
+    rank: int
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: ProcessGroup, tokens: int) -> Shared:
+        """Shares of so many tokens, as even as they can be.
+
+        Raises:
+            BadInput: if there are fewer tokens than ranks.
+        """
+        size = group.size()
+        if tokens < size:
+            raise BadInput(f"{tokens} tokens cannot be shared by {size} ranks: take fewer")
+        return cls(group, group.rank(), tuple(tokens // size + (rank < tokens % size) for rank in range(size)))
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.counts)
+
+    @property
+    def own(self) -> slice:
+        """This rank's tokens, among all besides text."""
+        stop = list(accumulate(self.counts))[self.rank]
+        return slice(stop - self.counts[self.rank], stop)
+
+    def gathered(self, tokens: torch.Tensor, dim: int) -> torch.Tensor:
+        """All tokens, on all ranks.
+
+        Args:
+            tokens: this rank's, along `dim`.
+            dim: counted from 0.
+        """
+        import torch
+        from torch.distributed import all_gather
+
+        own, most = tokens.movedim(dim, 0), max(self.counts)
+        sent = own.new_zeros((most, *own.shape[1:]))  # ranks have to send equally many
+        sent[: len(own)] = own
+        received = [torch.empty_like(sent) for _ in self.counts]
+        all_gather(received, sent, group=self.group)
+        kept = [part[:count] for part, count in zip(received, self.counts, strict=True)]
+        return torch.cat(kept).movedim(0, dim)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: Plan | HeadPlan,
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Plan | HeadPlan], torch.Tensor],
+    ) -> torch.Tensor:
+        """Attention of all tokens, each rank computing its share of the heads.
+
+        Args:
+            query: of the text and this rank's tokens, `[B, N, H, D]`, placed as in the joint sequence.
+            key: likewise.
+            value: likewise.
+            plan: of the joint sequence of all tokens.
+            attend: computes it for some heads: query, key and value of all tokens, `[B, tokens, heads, D]`, and the
+                plan of these heads.
+
+        Returns:
+            `[B, N, H, D]` like each input.
+
+        Raises:
+            BadInput: if ranks cannot have equally many heads.
+        """
+        import torch
+
+        heads = self._heads(query.shape[2])
+        text_first, own = plan.text_start == 0, self.counts[self.rank]
+        text_len = query.shape[1] - own
+        places = [text_len, own] if text_first else [own, text_len]
+        joined = torch.stack([query, key, value])
+        parts = joined.split(places, dim=2)
+        text, tokens = parts if text_first else reversed(parts)
+
+        # To each rank its heads of this rank's tokens: [ranks, own, 3, B, heads, D].
+        sent = tokens.unflatten(3, (self.size, len(heads))).permute(3, 2, 0, 1, 4, 5).flatten(0, 1).contiguous()
+        received = self._exchanged(sent, [own] * self.size, list(self.counts))
+        tokens, text = received.permute(1, 2, 0, 3, 4), text[:, :, :, heads.start : heads.stop]
+        query, key, value = torch.cat([text, tokens] if text_first else [tokens, text], dim=2)
+
+        attended = attend(query, key, value, plan.of_heads(heads)).transpose(0, 1)  # [N, B, heads, D]
+        if text_first:
+            text, tokens = attended.split([text_len, sum(self.counts)])
+        else:
+            tokens, text = attended.split([sum(self.counts), text_len])
+
+        # To each rank its tokens of this rank's heads, and the text: [tokens and text of rank 0, of rank 1, ...].
+        sent = torch.cat([part for of_rank in tokens.split(list(self.counts)) for part in (of_rank, text)])
+        received = self._exchanged(sent, [count + text_len for count in self.counts], [own + text_len] * self.size)
+        tokens, text = (
+            part.permute(2, 1, 0, 3, 4).flatten(2, 3)  # [B, N, H, D]
+            for part in received.unflatten(0, (self.size, own + text_len)).split([own, text_len], dim=1)
+        )
+        return torch.cat([text, tokens] if text_first else [tokens, text], dim=1)
+
+    def _heads(self, count: int) -> range:
+        """This rank's heads of so many."""
+        if count % self.size:
+            fitting = [size for size in range(1, count + 1) if count % size == 0]
+            raise BadInput(
+                f"{count} heads cannot be shared by {self.size} ranks: take {', '.join(map(str, fitting[:-1]))} "
+                f"or {fitting[-1]}"
+                if len(fitting) > 1
+                else f"one head cannot be shared by {self.size} ranks: take 1"
+            )
+        own = count // self.size
+        return range(self.rank * own, (self.rank + 1) * own)
+
+    def _exchanged(self, sent: torch.Tensor, to_each: list[int], from_each: list[int]) -> torch.Tensor:
+        """What all ranks send this one, along the first axis."""
+        from torch.distributed import all_to_all_single
+
+        received = sent.new_empty((sum(from_each), *sent.shape[1:]))
+        all_to_all_single(received, sent, from_each, to_each, group=self.group)
+        return received
