@@ -264,6 +264,8 @@ def install(
             "use FlowMatchEulerDiscreteScheduler"
         )
     grid = adapters[0].grid
+    if ranks is not None:
+        _refuse_with_ranks(pipe, preset, tokens)
     installation = Installation(pipe, preset, grid, first_step, steps, adapters)
     family = family_of_transformer(getattr(pipe, "transformer", None))
     given = family.given_shift(pipe, grid.tokens, steps or 1) if family else None
@@ -287,6 +289,18 @@ def install(
                 _cached(transformers, adapters, installation, preset.cache, family)
             )
         yield installation
+
+
+def _refuse_with_ranks(pipe: Any, preset: Preset, tokens: Grid | None) -> None:
+    """Raises BadInput where ranks that share calls would come to different decisions, or cannot share them."""
+    transformers = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    for name, given in (
+        ("a guard", preset.guard),
+        ("a step cache", preset.cache or any(getattr(one, "is_cache_enabled", False) for one in transformers)),
+        ("a transformer that GRAT does not know", tokens),
+    ):
+        if given:
+            raise BadInput(f"several ranks do not share the calls of a run with {name} yet: leave it out, or ranks")
 
 
 def _counter(adapters: Sequence[Adapter | AnyTransformer]) -> Work:

@@ -1,30 +1,59 @@
-"""What ranks compute that share calls of small transformers; by one rank alone as well."""
+"""What ranks compute that share calls of transformers; by one rank alone as well."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from small_transformers import MODELS, Run
 from torch.distributed import ProcessGroup
 
+import grat_cli
+from grat_cli.attention.adapter import Adapter
+from grat_cli.demo import DEMO_FLUX
+from grat_cli.demo.architecture import load_pipeline
+from grat_cli.presets import Preset
 from grat_kernels import Backend
 
 STEPS = 4
 
 
-def predictions(ranks: ProcessGroup | None, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def adapter_of(name: str) -> Adapter:
+    """Of the small transformer of a family."""
+    kind = MODELS[name]
+    return kind.adapter(kind.make(), kind.grids[0])
+
+
+def predictions(ranks: ProcessGroup | None, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Of the small transformer of each family, `[steps, ...]`, at steps with other plans."""
     made = {}
     for name in names:
-        kind = MODELS[name]
-        model, grid = kind.make(), kind.grids[0]
-        adapter = kind.adapter(model, grid)
+        adapter = adapter_of(name)
         run = Run(adapter)
         with torch.no_grad(), adapter.attached(run, Backend.SDPA, ranks=ranks):
             outputs = []
             for run.step in range(STEPS):
-                output: Any = model(**kind.inputs(grid))
+                output: Any = adapter.model(**MODELS[name].inputs(adapter.grid))
                 outputs.append(output[0] if isinstance(output, tuple) else output.sample)
         made[name] = torch.stack(outputs)
     return made
+
+
+def picture(ranks: ProcessGroup | None, preset: dict[str, Any]) -> np.ndarray:
+    """Of the demo model, 120x128 pixels, by `install`."""
+    pipe: Any = load_pipeline(DEMO_FLUX.path)
+    pipe.set_progress_bar_config(disable=True)
+    size: dict[str, Any] = {"height": 120, "width": 128}
+    with grat_cli.install(pipe, Preset.model_validate(preset), **size, ranks=ranks):
+        return pipe(
+            "a red fox in the snow",
+            negative_prompt="",
+            true_cfg_scale=DEMO_FLUX.guidance,
+            num_inference_steps=STEPS,
+            max_sequence_length=DEMO_FLUX.text_tokens,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+            **size,
+        ).images[0]
