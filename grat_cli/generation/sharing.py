@@ -97,7 +97,9 @@ def _refuse_auto() -> Shard:
 
 def _shard(rank: int, count: int, told: str, local_rank: int | None = None) -> Shard:
     if not 1 <= rank <= count <= MOST_SHARDS:
-        raise BadInput(f"{told}: expected a part from 1/1 to {MOST_SHARDS}/{MOST_SHARDS}, such as --shard 2/8")
+        raise BadInput(
+            f"{told}: expected a part from 1 to the number of parts, at most {MOST_SHARDS}, such as --shard 2/8"
+        )
     return Shard(rank, count, local_rank)
 
 

@@ -437,7 +437,9 @@ def test_a_terminal_shows_the_time_left_of_the_whole_batch() -> None:
         progress.phase("denoise")
         progress.step(1, 2)
         progress.outputs(1, 3)
+        progress.waiting(2)
     shown = screen.getvalue()
+    assert "waiting for 2 that other workers make" in shown
     assert "0 of 3" in shown
     assert re.search(r"1 of 3 done, 0\.\d s each, \d s left", shown)
 
