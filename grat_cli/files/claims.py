@@ -151,18 +151,17 @@ class Claims:
 
     def _placed(self, path: Path) -> Claim | None:
         token = secrets.token_hex(16)
-        for _ in range(_MOST_TRIES):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            discard_leftovers(path)
+        for left in reversed(range(_MOST_TRIES)):
             try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                discard_leftovers(path)
                 with part_of(path, folder=True) as part:
                     os.close(os.open(part / token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-                    if _renamed(part, path, token):
-                        return Claim(path / token, self._beat_s)
-                    return None
-            except FileNotFoundError:  # another process found the folder empty, and removed it
-                continue
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                    return Claim(path / token, self._beat_s) if _renamed(part, path, token) else None
+            except (FileNotFoundError, FileExistsError):  # another process found the folder empty, and removed it
+                if not left:
+                    raise
+        return None
 
     def _is_dead(self, name: str, path: Path) -> bool:
         """Whether nothing has changed for so long; what lies there is removed then."""
@@ -182,6 +181,7 @@ class Claims:
 
 
 def _renamed(part: Path, path: Path, token: str) -> bool:
+    _remove_if_empty(path)  # on Windows a folder takes the place of nothing
     try:
         os.rename(part, path)
     except OSError as error:

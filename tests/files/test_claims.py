@@ -291,3 +291,5 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match=r"cannot write .*file/claims/a\.claim: not a directory"):
         Claims(tmp_path / "file" / "claims").take("a")
+    with pytest.raises(CannotWrite, match=r"cannot write .*file/a\.claim"):
+        Claims(tmp_path / "file").take("a")
