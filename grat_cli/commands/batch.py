@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -78,6 +79,12 @@ def batch(
     quality: int | None = options.QUALITY,
     crf: int | None = options.CRF,
     keeping: Annotated[options.KeepingOptions, only("checkpoint_every")],
+    shard: str | None = option(
+        "PART",
+        "Share the batch with other workers that write to the same folder: 2/8 begins with the second of eight parts, "
+        "then helps with what is left of the others; auto: as torchrun or a Slurm array says.",
+        options.OUTPUT,
+    ),
     overwrite: bool = options.OVERWRITE,
     no_metadata: bool = options.NO_METADATA,
     terminal: options.TerminalOptions,
@@ -90,11 +97,13 @@ def batch(
     from grat_cli.files import outputs
     from grat_cli.files.formats import choose_format
     from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS, read_prompts, unknown_keys
-    from grat_cli.generation.batch import Batch, Failure, make_samples, missing, refuse_pictures
+    from grat_cli.generation.batch import Batch, Failure, MadeElsewhere, make_samples, missing, refuse_pictures
     from grat_cli.generation.batch_layout import LAYOUTS, lay_out
     from grat_cli.generation.request import note_expectations
     from grat_cli.generation.selection import mismatch_note, require_choice, variant_word
+    from grat_cli.generation.sharing import parse_shard
     from grat_cli.models.catalogue import choose_model
+    from grat_cli.models.devices import device_of_worker
     from grat_cli.presets import HIGHRES_MODES
 
     output = terminal.output()
@@ -110,6 +119,7 @@ def batch(
     if out is not None and (out.is_file() or out.suffix.lower() in outputs.OUTPUT_SUFFIXES):
         raise BadInput(f"--out {out}: a batch goes into a folder: use --out {out.with_suffix('')}")
     require_choice("--highres", highres, HIGHRES_MODES)
+    part = None if shard is None else parse_shard(shard, os.environ)
     entries = read_prompts(file)
     if ignored := unknown_keys(entries):
         named = ", ".join(ignored[:_KEYS_NAMED]) + (" and more" if len(ignored) > _KEYS_NAMED else "")
@@ -120,6 +130,8 @@ def batch(
         "image": {"--highres": highres, "--quality": quality},
         "video": {f"--{name}": value for name, value in vars(extent).items() if name != "res"} | {"--crf": crf},
     }
+    if part is not None:
+        model = replace(model, device=device_of_worker(model.device, part.local_rank))
     medium = _medium(chosen_layout.medium, chosen_layout.name, model.model, of_one)
     choice = choose_model(model.model, medium, model.base)
     chosen = attention.preset_for(choice, sampling, highres)
@@ -159,7 +171,7 @@ def batch(
         negative=sampling.negative,
         plain_name=lambda prompt, seed: outputs.default_name(now, prompt, template.size, word, seed, suffix),
     )
-    whole = Batch(file, chosen_layout, folder, samples, template)
+    whole = Batch(file, chosen_layout, folder, samples, template, part)
     refuse_pictures(whole)
     left = missing(whole)
     there = len(samples) - len(left)
@@ -169,7 +181,7 @@ def batch(
         output.hint(f"{repeated} of the prompts stand there before, with the same seed: they are made once")
 
     # 4. Make the others, one by one; each is written as soon as it is done.
-    made, failures = [], []
+    made, others, failures = [], 0, []
     with output.progress() as progress:
         if left:
             words = " ".join(dict.fromkeys(" ".join(sample.entry.prompt for sample in left).split()))
@@ -179,8 +191,11 @@ def batch(
                 failures.append(result)
                 progress.note(f"{result.sample.output.name} failed: {result.reason}")
                 continue
-            made.append(result[0])
-            output.file(result[0].output)
+            if isinstance(result, MadeElsewhere):
+                others += 1
+                continue
+            made.append(result.sample)
+            output.file(result.sample.output)
 
     # 5. What came of it.
     output.data(
@@ -188,11 +203,15 @@ def batch(
             "layout": chosen_layout.name,
             "folder": str(folder / chosen_layout.folder),
             "made": [_sample_data(sample) for sample in made],
+            "made_by_others": others,
             "skipped": there,
             "failed": [{**_sample_data(failure.sample), "reason": failure.reason} for failure in failures],
         }
     )
-    output.show(f"{len(made)} made, {there} there before, {len(failures)} failed, in {folder / chosen_layout.folder}")
+    by_others = "" if part is None else f" {others} made by others,"
+    output.show(
+        f"{len(made)} made,{by_others} {there} there before, {len(failures)} failed, in {folder / chosen_layout.folder}"
+    )
     for failure in failures:
         output.show(f"failed: {failure.sample.entry.prompt} (seed {failure.sample.seed}): {failure.reason}")
     if failures:

@@ -61,6 +61,9 @@ class ProgressDisplay:
     def outputs(self, done: int, total: int) -> None:
         """So many outputs of a batch are done; the first call, with 0, says that a batch begins."""
 
+    def waiting(self, others: int) -> None:
+        """Nothing is left of a batch but so many outputs that other workers make."""
+
 
 class LogProgress(ProgressDisplay):
     """For files and pipes: a line per phase, and during denoising a line at most every `interval_s` seconds."""
@@ -70,6 +73,7 @@ class LogProgress(ProgressDisplay):
         self._pace, self._last_line = _Pace(), 0.0
         self._batch: _Pace | None = None
         self._work = ""
+        self._others = 0
 
     def phase(self, name: str) -> None:
         self._pace, self._work = _Pace(), ""
@@ -102,6 +106,11 @@ class LogProgress(ProgressDisplay):
         if done:
             self._last_line = time.monotonic()
             self._output.hint(batch_text(done, total, each))
+
+    def waiting(self, others: int) -> None:
+        if others != self._others:
+            self._others = others
+            self._output.hint(waiting_text(others))
 
 
 class LiveProgress(ProgressDisplay):
@@ -168,6 +177,9 @@ class LiveProgress(ProgressDisplay):
         text = batch_text(done, total, pace.after(done)) if done else f"0 of {total}"
         self._progress.update(task, completed=done, steps=text)
 
+    def waiting(self, others: int) -> None:
+        self.phase(waiting_text(others))
+
 
 class _Pace:
     """Time per step, counted from where a phase began; a resumed run does not begin at step 0."""
@@ -192,6 +204,11 @@ def batch_text(done: int, total: int, seconds_each: float) -> str:
     """How far a batch is, such as `3 of 12 done, 4.1 s each, 37 s left`."""
     each = f"{seconds_each:.1f} s" if seconds_each < 60 else duration(seconds_each)
     return f"{done} of {total} done, {each} each, {duration(seconds_each * (total - done))} left"
+
+
+def waiting_text(others: int) -> str:
+    """What a worker does that has nothing left to make."""
+    return f"waiting for {others} that other workers make"
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grat_cli.errors import BadInput, printable, shortened
+from grat_cli.errors import BadInput, CannotWrite, printable, shortened
 from grat_cli.files.outputs import report_path, write_text
 from grat_cli.files.places import LONGEST_NAME_BYTES
 from grat_cli.files.prompts import LARGEST_SEED, PromptEntry
@@ -139,7 +139,11 @@ def write_metadata(sample: Sample, *, overwrite: bool = False) -> None:
         CannotWrite: if it cannot be written.
     """
     if sample.metadata is not None and not has_metadata(sample):
-        write_text(metadata_text(sample), sample.metadata, overwrite=overwrite)
+        try:
+            write_text(metadata_text(sample), sample.metadata, overwrite=overwrite)
+        except CannotWrite:
+            if not has_metadata(sample):  # else another worker has written the same just now
+                raise
 
 
 def has_metadata(sample: Sample) -> bool:

@@ -46,6 +46,21 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_of_worker(name: str, local_rank: int | None) -> str:
+    """The name of the device of one of several workers on a machine, which take turns at its CUDA devices.
+
+    Args:
+        name: as typed; one with a number, or of another kind, stays.
+        local_rank: of the worker, from 0; None where nobody says.
+    """
+    if local_rank is None or name not in ("auto", "cuda"):
+        return name
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{local_rank % count}" if count > 1 else name
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a name; `auto` is bfloat16 on CUDA (float16 before Ampere), float16 on MPS and float32 on CPU.
 

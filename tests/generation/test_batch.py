@@ -20,10 +20,10 @@ import torch
 from command_line import Result, grat, refusal
 from PIL import Image
 from rich.console import Console
+from small_batches import GENEVAL, SMALL, fail_at, files, pixels, write_lines
 
 from grat_cli.console.output import Output
 from grat_cli.console.progress import LiveProgress, batch_text
-from grat_cli.errors import NumericalFailure
 from grat_cli.families.picture_coding import decode as decode_picture
 from grat_cli.files.videos import read_frames
 from grat_cli.files.whole import write_whole
@@ -32,7 +32,6 @@ from grat_cli.generation import run as generation
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
 
-SMALL = ("--model", "demo", "--res", "64", "--steps", "2")
 SMALL_VIDEO = ("--res", "64x48", "--frames", "5", "--fps", "8", "--variant", "lines", "--group", "2x2x2")
 
 
@@ -65,33 +64,6 @@ def loads(monkeypatch: pytest.MonkeyPatch, demo: Any) -> list[str]:
 def small(request: pytest.FixtureRequest, video_model: Path) -> tuple[object, ...]:
     """Model and size of pictures or videos."""
     return ("--model", video_model, *SMALL_VIDEO, "--steps", "2") if request.param == "video" else SMALL
-
-
-def write_lines(name: str, *items: Any) -> None:
-    Path(name).write_text("".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items))
-
-
-def files(folder: str) -> dict[str, int]:
-    """Every file in a folder, and when it was written last."""
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}
-
-
-def pixels(path: Path | str) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def fail_at(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs of one seed turn out to be NaN."""
-    finish = generation.finish
-
-    def finish_or_fail(pipe: Any, device: Any, run: Any, *rest: Any, **options: Any) -> Any:
-        if run.seed == seed:
-            raise NumericalFailure("the picture has NaN after decoding: try --dtype float32")
-        return finish(pipe, device, run, *rest, **options)
-
-    monkeypatch.setattr(generation, "finish", finish_or_fail)
 
 
 def test_a_batch_makes_the_pictures_of_grat_image_with_one_loaded_model(loads: list[str]) -> None:
@@ -184,17 +156,6 @@ def geneval_images(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
             if not image.is_file() or not re.match(r"\d+\.png", name):
                 continue
             yield metadata, image
-
-
-GENEVAL = (
-    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {
-        "tag": "counting",
-        "include": [{"class": "cow", "count": 2}],
-        "exclude": [{"class": "cow", "count": 3}],
-        "prompt": "a photo of two cows",
-    },
-)
 
 
 def test_geneval_reads_what_it_is_given(loads: list[str]) -> None:
@@ -476,7 +437,9 @@ def test_a_terminal_shows_the_time_left_of_the_whole_batch() -> None:
         progress.phase("denoise")
         progress.step(1, 2)
         progress.outputs(1, 3)
+        progress.waiting(2)
     shown = screen.getvalue()
+    assert "waiting for 2 that other workers make" in shown
     assert "0 of 3" in shown
     assert re.search(r"1 of 3 done, 0\.\d s each, \d s left", shown)
 
