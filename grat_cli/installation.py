@@ -253,7 +253,7 @@ def install(
         raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
     adapters: Sequence[Adapter | AnyTransformer]
     if tokens is None:
-        adapters = _family_adapters(pipe, preset, height, width, num_frames, extrapolation)
+        adapters = _family_adapters(pipe, preset, height, width, num_frames, extrapolation, ranks)
     else:
         adapters = [_any_transformer(pipe, preset, tokens, text, check, extrapolation)]
     from grat_cli.attention.watch import CallWatch, counts_steps
@@ -282,8 +282,7 @@ def install(
         if over_steps:
             installation.carrying = stack.enter_context(_carrying(installation))
         for adapter in adapters:
-            attached = adapter.attached(installation, installation.backend, observer, installation.carrying, ranks)
-            stack.enter_context(attached)
+            stack.enter_context(adapter.attached(installation, installation.backend, observer, installation.carrying))
         if family and tokens is None:
             installation.caches = stack.enter_context(
                 _cached(transformers, adapters, installation, preset.cache, family)
@@ -352,6 +351,7 @@ def _family_adapters(
     width: int | None,
     num_frames: int | None,
     extrapolation: Extrapolation | None,
+    ranks: ProcessGroup | None,
 ) -> list[Adapter]:
     """What runs the transformers of a known family."""
     family = _family(pipe)
@@ -365,7 +365,7 @@ def _family_adapters(
     grid = family.grid(pipe, height, width, num_frames)
     chunk_tokens = preset.memory.chunk_tokens
     return [
-        family.adapter(transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens)
+        family.adapter(transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens, ranks=ranks)
         for transformer in family.transformers(pipe)
     ]
 

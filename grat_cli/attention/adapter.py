@@ -83,6 +83,7 @@ class Adapter(ABC):
         extrapolation: Extrapolation | None = None,
         chunk_tokens: ChunkTokens = "auto",
         attend: Attend | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> None:
         """Prepares, and changes nothing yet.
 
@@ -92,6 +93,7 @@ class Adapter(ABC):
             extrapolation: how positions and scores are fitted to the grid; None leaves them as they are.
             chunk_tokens: see `presets.schema.Memory`. `chunking` tells.
             attend: computes attention in place of span attention by a backend.
+            ranks: share each call, all of them with the same arguments; None for one alone.
         """
         # Hooks go on the outermost module, so that a compiled model runs them outside its graph.
         self._called = transformer
@@ -101,6 +103,7 @@ class Adapter(ABC):
         self.extrapolation = extrapolation
         self._chunk_tokens: ChunkTokens = chunk_tokens
         self._attend = attend
+        self._ranks = ranks
         self._hooked: list[torch.nn.Module] = []
         self._parameters = tuple(inspect.signature(type(self.model).forward).parameters)[1:]
 
@@ -215,12 +218,7 @@ class Adapter(ABC):
 
     @contextmanager
     def attached(
-        self,
-        run: Run,
-        backend: Backend,
-        observer: CallObserver | None = None,
-        carrying: Carrying | None = None,
-        ranks: ProcessGroup | None = None,
+        self, run: Run, backend: Backend, observer: CallObserver | None = None, carrying: Carrying | None = None
     ) -> Iterator[None]:
         """While inside, the transformer attends over spans; leaving restores it exactly, also after an exception.
 
@@ -229,7 +227,6 @@ class Adapter(ABC):
             backend: how span attention is computed.
             observer: told of calls and attentions, or None.
             carrying: what carries attention over steps, or None.
-            ranks: share each call, all of them with the same arguments; None for one alone.
 
         Raises:
             BadInput: if the transformer is in a state that is not supported, with the reason.
@@ -254,7 +251,7 @@ class Adapter(ABC):
                 layer.over_steps = carried
         with ExitStack() as stack:
             stack.enter_context(self.attending(layers))
-            before, after, ended = self._around(run, observer, layers, over_steps, ranks)
+            before, after, ended = self._around(run, observer, layers, over_steps)
             handles = [self._called.register_forward_pre_hook(before, with_kwargs=True)]
             hooks = self.hooks()
             self._hooked = [module for module, _ in hooks]
@@ -303,7 +300,6 @@ class Adapter(ABC):
         observer: CallObserver | None,
         layers: Sequence[LayerAttention],
         over_steps: CarriedLayers | None,
-        ranks: ProcessGroup | None,
     ) -> tuple[Callable[..., Any], ...]:
         """Hooks before and after a transformer call, and one when it has ended, also by an exception."""
         import torch
@@ -322,7 +318,8 @@ class Adapter(ABC):
             step = run.current_step()
             schedule = run.schedule(text.longest, text.references)
             tokens, self.references = call["hidden_states"], text.references
-            self.shared = None if ranks is None else Shared.of(ranks, self.grid.tokens + text.references)
+            if self._ranks is not None:
+                self.shared = Shared.of(self._ranks, self.grid.tokens + text.references)
             self.prepare(tokens)
             if observer:
                 observer.begin_call(step, schedule.density_of_step(step))

@@ -28,6 +28,7 @@ from grat_kernels import Grid
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.extrapolation import Extrapolation
@@ -658,6 +659,7 @@ class Family(ABC):
         chunk_tokens: ChunkTokens = "auto",
         fused: bool | None = None,
         attend: Attend | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> Adapter:
         """An adapter of a transformer; see `attention.adapter` for the options.
 
@@ -666,7 +668,7 @@ class Family(ABC):
         """
         if extrapolation is not None and not self.fits_positions:
             raise BadInput(f"positions of {self.title} are not fitted: leave out extrapolation")
-        options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "fused": fused, "attend": attend}
+        options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "fused": fused, "attend": attend, "ranks": ranks}
         return self.adapter_class()(transformer, grid, extrapolation=extrapolation, **options)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
 
 def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -24,14 +25,14 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
         ProcessRaisedException: if it raises on one of them, with what it raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run, (count, folder, function, arguments), count)
+        spawn(_run, (count, folder, function, arguments), count)
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
 
 
 def _run(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    store = distributed.FileStore(f"{folder}/store", count)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
+    met = f"file://{folder}/met"
+    distributed.init_process_group("gloo", init_method=met, rank=rank, world_size=count, timeout=timedelta(seconds=60))
     try:
         torch.save(function(distributed.group.WORLD, *arguments), Path(folder, f"{rank}.pt"))
     finally:

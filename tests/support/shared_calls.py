@@ -20,19 +20,19 @@ from grat_kernels import Backend
 STEPS = 4
 
 
-def adapter_of(name: str) -> Adapter:
+def adapter_of(name: str, ranks: ProcessGroup | None = None) -> Adapter:
     """Of the small transformer of a family."""
     kind = MODELS[name]
-    return kind.adapter(kind.make(), kind.grids[0])
+    return kind.adapter(kind.make(), kind.grids[0], ranks=ranks)
 
 
 def predictions(ranks: ProcessGroup | None, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Of the small transformer of each family, `[steps, ...]`, at steps with other plans."""
     made = {}
     for name in names:
-        adapter = adapter_of(name)
+        adapter = adapter_of(name, ranks)
         run = Run(adapter)
-        with torch.no_grad(), adapter.attached(run, Backend.SDPA, ranks=ranks):
+        with torch.no_grad(), adapter.attached(run, Backend.SDPA):
             outputs = []
             for run.step in range(STEPS):
                 output: Any = adapter.model(**MODELS[name].inputs(adapter.grid))
