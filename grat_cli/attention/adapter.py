@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from grat_cli.attention.carrying import CarriedLayers, Carrying
     from grat_cli.attention.chunking import Forward
+    from grat_cli.attention.context_parallel import Shared
     from grat_cli.attention.extrapolation import Extrapolation
     from grat_cli.attention.processor import SpanAttentionProcessor
     from grat_cli.attention.schedule import AttentionSchedule
-    from grat_cli.attention.sharing import Shared
     from grat_cli.presets.schema import ChunkTokens
     from grat_kernels import Backend, Grid, HeadPlan, Plan
 
@@ -304,7 +304,7 @@ class Adapter(ABC):
         """Hooks before and after a transformer call, and one when it has ended, also by an exception."""
         import torch
 
-        from grat_cli.attention.sharing import Shared
+        from grat_cli.attention.context_parallel import Shared
 
         trained = None
         if self.extrapolation is not None and self.extrapolation.proportional_attention:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from grat_cli.attention.carrying import CarriedLayer
-    from grat_cli.attention.sharing import Shared
+    from grat_cli.attention.context_parallel import Shared
     from grat_kernels import Backend, HeadPlan, Plan
 
 

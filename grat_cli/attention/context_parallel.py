@@ -1,4 +1,4 @@
-"""One transformer call on several ranks: each has a share of the image tokens, and in attention a share of the heads.
+"""Context parallelism: ranks that share a transformer call have some of the tokens each, and in attention of the heads.
 
 DeepSpeed Ulysses (arXiv 2309.14509, section 3.1): before attention tokens are exchanged for heads, so that each rank
 attends over the whole sequence, and afterwards heads for tokens. Everything else acts on each token alone. Text is on

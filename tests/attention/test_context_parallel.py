@@ -19,7 +19,7 @@ from shared_calls import adapter_of, picture, predictions
 from small_transformers import MODELS
 
 import grat_cli
-from grat_cli.attention.sharing import Shared
+from grat_cli.attention.context_parallel import Shared
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput
