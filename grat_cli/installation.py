@@ -65,6 +65,7 @@ class Installation:
         first_step: int,
         steps: int | None,
         adapters: Sequence[Adapter | AnyTransformer],
+        ranks: ProcessGroup | None = None,
     ) -> None:
         self._pipe, self._preset, self._adapters = pipe, preset, adapters
         self.clock = PipelineClock(pipe, first_step, steps)
@@ -74,7 +75,7 @@ class Installation:
         self._laid_out: torch.Tensor | None = None
         self.grid = grid
         transformer, layers = adapters[0].model, adapters[0].layers
-        self.guard = _guard(preset, layers)
+        self.guard = _guard(preset, layers, ranks)
         device = pipe._execution_device  # public `device` is where weights rest; with offload they run elsewhere
         self._head_dim, self._chooses = _head_dim(transformer), preset.chooses
         kind = transformer.dtype, self._head_dim, grid.tokens
@@ -266,7 +267,7 @@ def install(
     grid = adapters[0].grid
     if ranks is not None:
         _refuse_with_ranks(pipe, preset, tokens)
-    installation = Installation(pipe, preset, grid, first_step, steps, adapters)
+    installation = Installation(pipe, preset, grid, first_step, steps, adapters, ranks)
     family = family_of_transformer(getattr(pipe, "transformer", None))
     given = family.given_shift(pipe, grid.tokens, steps or 1) if family else None
     warning = extrapolated_shift(pipe.scheduler, grid.tokens, given)
@@ -294,7 +295,6 @@ def _refuse_with_ranks(pipe: Any, preset: Preset, tokens: Grid | None) -> None:
     """Raises BadInput where ranks that share calls would come to different decisions, or cannot share them."""
     transformers = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
     for name, given in (
-        ("a guard", preset.guard),
         ("a step cache", preset.cache or any(getattr(one, "is_cache_enabled", False) for one in transformers)),
         ("a transformer that GRAT does not know", tokens),
     ):
@@ -447,12 +447,12 @@ def _with_cache(preset: Preset, cache: Cache | None) -> Preset:
         raise BadInput(f"{'.'.join(map(str, problem.path))}: {problem.message}") from error
 
 
-def _guard(preset: Preset, layers: int) -> RecallGuard | None:
+def _guard(preset: Preset, layers: int, ranks: ProcessGroup | None) -> RecallGuard | None:
     if not preset.guard:
         return None
     from grat_cli.attention.guard import RecallGuard
 
-    return RecallGuard(preset.guard, layers)
+    return RecallGuard(preset.guard, layers, ranks=ranks)
 
 
 def _observers(*observers: CallObserver | None) -> CallObserver | None:

@@ -82,7 +82,7 @@ class Shared:
         key: torch.Tensor,
         value: torch.Tensor,
         plan: Plan | HeadPlan,
-        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Plan | HeadPlan], torch.Tensor],
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Plan | HeadPlan, range], torch.Tensor],
     ) -> torch.Tensor:
         """Attention of all tokens, each rank computing its share of the heads.
 
@@ -91,8 +91,8 @@ class Shared:
             key: likewise.
             value: likewise.
             plan: of the joint sequence of all tokens.
-            attend: computes it for some heads: query, key and value of all tokens, `[B, tokens, heads, D]`, and the
-                plan of these heads.
+            attend: computes it for some heads: query, key and value of all tokens, `[B, tokens, heads, D]`, the plan
+                of these heads, and their numbers.
 
         Returns:
             `[B, N, H, D]` like each input.
@@ -116,7 +116,7 @@ class Shared:
         tokens, text = received.permute(1, 2, 0, 3, 4), text[:, :, :, heads.start : heads.stop]
         query, key, value = torch.cat([text, tokens] if text_first else [tokens, text], dim=2)
 
-        attended = attend(query, key, value, plan.of_heads(heads)).transpose(0, 1)  # [N, B, heads, D]
+        attended = attend(query, key, value, plan.of_heads(heads), heads).transpose(0, 1)  # [N, B, heads, D]
         if text_first:
             text, tokens = attended.split([text_len, sum(self.counts)])
         else:
@@ -151,3 +151,19 @@ class Shared:
         received = sent.new_empty((sum(from_each), *sent.shape[1:]))
         all_to_all_single(received, sent, from_each, to_each, group=self.group)
         return received
+
+
+def mean_over_ranks(figures: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The mean of each figure over the ranks that have one, which is not NaN; the same on all ranks.
+
+    Args:
+        figures: `[n]`.
+        group: of the ranks.
+    """
+    import torch
+    from torch.distributed import all_reduce
+
+    there = ~figures.isnan()
+    sums = torch.stack([figures.nan_to_num(0.0), there.to(figures.dtype)])
+    all_reduce(sums, group=group)
+    return sums[0] / sums[1]

@@ -39,6 +39,7 @@ from grat_cli.presets import MOST_STEPS
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.layer import AttentionInputs
     from grat_cli.attention.online_recall import SampledRows
@@ -209,10 +210,11 @@ class RecallGuard:
         bar: share of full attention that a layer has to keep, above 0 and up to 1.
         layers: of the transformer.
         rows: queries that are looked at in each layer, drawn anew for every step, the same for each run.
+        ranks: share each call, and decide alike: by the mean of what each finds with its heads.
     """
 
-    def __init__(self, bar: float, layers: int, rows: int = ROWS) -> None:
-        self.bar, self.rows = bar, rows
+    def __init__(self, bar: float, layers: int, rows: int = ROWS, ranks: ProcessGroup | None = None) -> None:
+        self.bar, self.rows, self._ranks = bar, rows, ranks
         self._layers = layers
         self.start_anew()
 
@@ -333,7 +335,7 @@ class RecallGuard:
     def end_call(self) -> None:
         """All of it has been issued: what was measured sets out for the host."""
         if self._call.has_figures:
-            self._call.send()
+            self._call.send(self._ranks)
             self._pending.setdefault(self._step, []).append(self._call)
 
     @contextmanager
@@ -342,7 +344,8 @@ class RecallGuard:
         if inputs is not None and self._is_judged(inputs.layer):
             step = self._sparse_step(inputs.layer)
             if step is not None:
-                figures = self._measured(inputs, self._applied.reference_plan(step, inputs.layer))
+                plan = self._applied.reference_plan(step, inputs.layer)
+                figures = self._measured(inputs, plan if inputs.heads is None else plan.of_heads(inputs.heads))
                 self._call.add(inputs.layer, self._width_of(inputs.layer), figures)
         yield
 
@@ -506,13 +509,18 @@ class _Call:
     def add(self, layer: int, width: int, figures: torch.Tensor) -> None:
         self.measured[layer] = int(width), figures
 
-    def send(self) -> None:
-        """Copies all figures to the host; on a CUDA device into pinned memory, with an event to wait for."""
+    def send(self, ranks: ProcessGroup | None) -> None:
+        """Copies all figures, means over ranks, to the host; on a CUDA device into pinned memory, with an event to wait
+        for."""
         import torch
+
+        from grat_cli.attention.context_parallel import mean_over_ranks
 
         together = torch.cat(
             [figures for _, figures in self.measured.values()] + [one.reshape(1) for _, one in self.carried]
         )
+        if ranks is not None:
+            together = mean_over_ranks(together, ranks)
         if together.is_cuda:
             on_host = torch.empty(together.shape, pin_memory=True)
             on_host.copy_(together, non_blocking=True)

@@ -29,6 +29,7 @@ class AttentionInputs(NamedTuple):
         scale: factor on the scores.
         text_valid: valid text tokens of each sample, `[B]`, or None for all.
         summaries: means of keys and values for the far field, `[B, R, H, D]` each, where they are made already.
+        heads: which of the layer's these are, where ranks share them; None for all.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class AttentionInputs(NamedTuple):
     scale: float
     text_valid: torch.Tensor | None = None
     summaries: tuple[torch.Tensor, torch.Tensor] | None = None
+    heads: range | None = None
 
 
 Attend = Callable[[AttentionInputs], "torch.Tensor"]
@@ -172,7 +174,11 @@ class LayerAttention:
             return self.shared.attention(query, key, value, plan, attended_by_one)
 
         def attended_by_one(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan | HeadPlan
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            plan: Plan | HeadPlan,
+            heads: range | None = None,
         ) -> torch.Tensor:
             scaling = Scaling() if self.scaling is None else self.scaling(plan)
             scaled = query
@@ -183,7 +189,7 @@ class LayerAttention:
                 scaled = query.mul_(scaling.queries) if may_change else query * scaling.queries
             scale = scaling.factor / math.sqrt(query.shape[-1])
             made = summaries if plan.summaries.blocks == self.plan.summaries.blocks else None
-            inputs = AttentionInputs(self._layer, scaled, key, value, plan, scale, self.text_valid, made)
+            inputs = AttentionInputs(self._layer, scaled, key, value, plan, scale, self.text_valid, made, heads)
             with without_autocast(query.device), self._observed(inputs):
                 return self._attend(inputs)
 

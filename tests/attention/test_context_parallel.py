@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
-from shared_calls import adapter_of, picture, predictions
+from shared_calls import adapter_of, pictures, predictions
 from small_transformers import MODELS
 
 import grat_cli
@@ -46,7 +46,8 @@ def test_ranks_that_share_calls_predict_what_one_does() -> None:
 
 
 def test_ranks_that_share_a_run_make_the_picture_of_one() -> None:
-    """The demo model has three heads: one a rank, and layers of which they differ, choose, and are carried."""
+    """The demo model has three heads: one a rank, and layers of which they differ, choose, and are carried; or that a
+    guard widens."""
     preset = {
         "name": "own",
         "model": "demo",
@@ -56,9 +57,14 @@ def test_ranks_that_share_a_run_make_the_picture_of_one() -> None:
             "over_steps": [{"reference": [0, 2], "between": "extrapolate", "layers": "0-1"}],
         },
     }
-    alone = picture(None, preset)
-    for of_rank in on_ranks(3, picture, preset):
-        np.testing.assert_allclose(of_rank, alone, rtol=0, atol=TOLERANCE)
+    watched = {"name": "watched", "model": "demo", "attention": {"variant": "b", "group": [4, 4]}, "guard": 0.9}
+    presets = (preset, watched)
+    alone = pictures(None, presets)
+    assert alone[1].widened
+    for of_rank in on_ranks(3, pictures, presets):
+        for made, expected in zip(of_rank, alone, strict=True):
+            np.testing.assert_allclose(made.pixels, expected.pixels, rtol=0, atol=TOLERANCE)
+            assert made.widened == expected.widened
 
 
 @given(tokens=st.integers(1, 10_000), size=st.integers(1, 64))
@@ -92,11 +98,10 @@ def test_plans_of_some_heads_are_those_of_their_classes() -> None:
     assert plan.classes[0].of_heads(range(1, 2)) is plan.classes[0]
 
 
-@pytest.mark.parametrize(("options", "words"), [({"guard": 0.9}, "a guard"), ({"cache": "taylor"}, "a step cache")])
-def test_what_ranks_would_decide_differently_is_refused(options: dict[str, Any], words: str) -> None:
+def test_what_ranks_would_decide_differently_is_refused() -> None:
     pipe = load_pipeline(DEMO_FLUX.path)
     with (
-        pytest.raises(BadInput, match=words),
-        grat_cli.install(pipe, "demo-b", height=128, width=128, ranks=group_of(2), **options),
+        pytest.raises(BadInput, match="a step cache"),
+        grat_cli.install(pipe, "demo-b", height=128, width=128, ranks=group_of(2), cache="taylor"),
     ):
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,19 +41,31 @@ def predictions(ranks: ProcessGroup | None, names: Sequence[str]) -> dict[str, t
     return made
 
 
-def picture(ranks: ProcessGroup | None, preset: dict[str, Any]) -> np.ndarray:
-    """Of the demo model, 120x128 pixels, by `install`."""
+class Picture(NamedTuple):
+    """Pixels from 0 to 1, and which layers a guard has widened when."""
+
+    pixels: np.ndarray
+    widened: list[tuple[int, int]]
+
+
+def pictures(ranks: ProcessGroup | None, presets: Sequence[dict[str, Any]]) -> list[Picture]:
+    """Of the demo model, 120x128 pixels, by `install` with each preset."""
     pipe: Any = load_pipeline(DEMO_FLUX.path)
     pipe.set_progress_bar_config(disable=True)
     size: dict[str, Any] = {"height": 120, "width": 128}
-    with grat_cli.install(pipe, Preset.model_validate(preset), **size, ranks=ranks):
-        return pipe(
-            "a red fox in the snow",
-            negative_prompt="",
-            true_cfg_scale=DEMO_FLUX.guidance,
-            num_inference_steps=STEPS,
-            max_sequence_length=DEMO_FLUX.text_tokens,
-            generator=torch.Generator().manual_seed(0),
-            output_type="np",
-            **size,
-        ).images[0]
+    made = []
+    for preset in presets:
+        with grat_cli.install(pipe, Preset.model_validate(preset), **size, ranks=ranks) as installation:
+            pixels = pipe(
+                "a red fox in the snow",
+                negative_prompt="",
+                true_cfg_scale=DEMO_FLUX.guidance,
+                num_inference_steps=STEPS,
+                max_sequence_length=DEMO_FLUX.text_tokens,
+                generator=torch.Generator().manual_seed(0),
+                output_type="np",
+                **size,
+            ).images[0]
+        widened = installation.guard.report()["widened"] if installation.guard else []
+        made.append(Picture(pixels, [(one["step"], one["layer"]) for one in widened]))
+    return made
