@@ -509,7 +509,7 @@ class _Call:
     def add(self, layer: int, width: int, figures: torch.Tensor) -> None:
         self.measured[layer] = int(width), figures
 
-    def send(self, ranks: ProcessGroup | None) -> None:
+    def send(self, ranks: ProcessGroup | None = None) -> None:
         """Copies all figures, means over ranks, to the host; on a CUDA device into pinned memory, with an event to wait
         for."""
         import torch

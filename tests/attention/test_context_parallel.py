@@ -84,7 +84,7 @@ def test_heads_that_cannot_be_shared_are_refused(heads: int, size: int, fitting:
     rows = torch.zeros(1, 16 // size, heads, 8)
     shared = Shared.of(group_of(size), 16)
     with pytest.raises(BadInput, match=fitting):
-        shared.attention(rows, rows, rows, plan, lambda query, key, value, plan: query)
+        shared.attention(rows, rows, rows, plan, lambda query, key, value, plan, heads: query)
 
 
 def test_plans_of_some_heads_are_those_of_their_classes() -> None:
