@@ -18,10 +18,7 @@ from ranks import on_ranks
 from shared_calls import adapter_of, pictures, predictions
 from small_transformers import MODELS
 
-import grat_cli
 from grat_cli.attention.context_parallel import Shared
-from grat_cli.demo import DEMO_FLUX
-from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput
 from grat_kernels import Block, CrissCross, Full, Grid, Grouping, build_plan
 from grat_kernels.plan import build_head_plan
@@ -96,12 +93,3 @@ def test_plans_of_some_heads_are_those_of_their_classes() -> None:
     assert two.tokens == plan.tokens
     assert plan.of_heads(range(3, 6)) is two
     assert plan.classes[0].of_heads(range(1, 2)) is plan.classes[0]
-
-
-def test_what_ranks_would_decide_differently_is_refused() -> None:
-    pipe = load_pipeline(DEMO_FLUX.path)
-    with (
-        pytest.raises(BadInput, match="a step cache"),
-        grat_cli.install(pipe, "demo-b", height=128, width=128, ranks=group_of(2), cache="taylor"),
-    ):
-        pass

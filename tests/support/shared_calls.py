@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from small_transformers import MODELS, Run
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
 
 import grat_cli
 from grat_cli.attention.adapter import Adapter
@@ -48,14 +49,21 @@ class Picture(NamedTuple):
     widened: list[tuple[int, int]]
 
 
-def pictures(ranks: ProcessGroup | None, presets: Sequence[dict[str, Any]]) -> list[Picture]:
-    """Of the demo model, 120x128 pixels, by `install` with each preset."""
+def pictures(
+    ranks: ProcessGroup | None, presets: Sequence[dict[str, Any]], mesh: Mapping[str, int] | None = None
+) -> list[Picture]:
+    """Of the demo model, 120x128 pixels, by `install` with each preset; ranks share them as a mesh says, all calls by
+    default."""
+    parallel = None
+    if ranks is not None:
+        mesh = mesh or {"cp": ranks.size()}
+        parallel = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
     pipe: Any = load_pipeline(DEMO_FLUX.path)
     pipe.set_progress_bar_config(disable=True)
     size: dict[str, Any] = {"height": 120, "width": 128}
     made = []
     for preset in presets:
-        with grat_cli.install(pipe, Preset.model_validate(preset), **size, ranks=ranks) as installation:
+        with grat_cli.install(pipe, Preset.model_validate(preset), **size, parallel=parallel) as installation:
             pixels = pipe(
                 "a red fox in the snow",
                 negative_prompt="",
