@@ -13,7 +13,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -361,7 +361,8 @@ class Adapter(ABC):
             schedule = run.schedule(text.longest, text.references)
             tokens, self.references = call["hidden_states"], text.references
             if self._ranks is not None:
-                self.shared = Shared.of(self._ranks, self.grid.tokens + text.references)
+                observed = observer.exchange if observer else nullcontext
+                self.shared = Shared.of(self._ranks, self.grid.tokens + text.references, observed)
             self.prepare(tokens)
             if observer:
                 observer.begin_call(step, schedule.density_of_step(step))

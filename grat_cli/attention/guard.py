@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from grat_cli.attention.layer import CallObserver
 from grat_cli.attention.ranks import ALONE, Ranks
 from grat_cli.attention.schedule import AttentionSchedule, Width
 from grat_cli.errors import BadInput
@@ -201,7 +202,7 @@ def in_the_middle(references: Sequence[int], steps: int, begin: int) -> tuple[in
     return tuple((one + other) // 2 for one, other in gaps if other - one > 1)
 
 
-class RecallGuard:
+class RecallGuard(CallObserver):
     """Watches the layers of one run and widens them; an `layer.CallObserver`.
 
     It starts anew where steps go back, and when it is told to, so that a pipeline may be called again.

@@ -8,6 +8,7 @@ it is NaN, so that one that is used before, or never filled in, cannot pass for 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.attention.clock import CallCounter, PipelineClock
@@ -66,8 +67,10 @@ class GuidanceSplit:
 
         from grat_cli.attention.context_parallel import peers
 
-        for rank, one in enumerate((self._first, prediction)):
-            with peers():
+        both = self._first, prediction
+        observed = observer.exchange if observer else nullcontext
+        with observed(both[self._group.rank()].nbytes), peers():
+            for rank, one in enumerate(both):
                 broadcast(one.contiguous(), group=self._group, group_src=rank)
         self._first = None
 

@@ -29,6 +29,8 @@ SCHEMA = "grat.report/1"
 
 # What a run cost says nothing about how to repeat it, and stays out of the output.
 _COSTS = ("phases", "steps", "text", "peak_memory_bytes", "peak_memory_kind", "memory")
+# Of a step, what is told where there is any.
+_WHERE_ANY = ("computed", "over_steps", "exchange_ms", "exchanged_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +327,7 @@ def measured(
             {
                 name: round(value, 6) if isinstance(value, float) else value
                 for name, value in asdict(step).items()
-                if value not in ((), None)
+                if value or name not in _WHERE_ANY
             }
             for step in steps
         ],

@@ -72,7 +72,11 @@ def test_each_rank_makes_one_of_two_calls(clock: Steps) -> None:
 @pytest.mark.parametrize(("calls", "said"), [(1, "one call"), (3, "more than two")])
 def test_other_numbers_of_calls_are_refused(clock: Steps, calls: int, said: str) -> None:
     split = split_of(1, clock)
-    with pytest.raises(BadInput, match=said):
+
+    def call() -> None:
         for clock.step in range(2):
             for _ in range(calls):
                 split.takes()
+
+    with pytest.raises(BadInput, match=said):
+        call()
