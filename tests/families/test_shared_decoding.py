@@ -1,0 +1,51 @@
+"""Tiles that several ranks share, in processes of their own that talk by gloo.
+
+Each tile is made by one rank from the same numbers in the same order, and put together by all alike: the same bits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import on_ranks
+from shared_tiles import CASES, decoded, told_of_nan
+
+from grat_cli.families.shared_decoding import tiles_over_ranks
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(2, torch.float32), (3, torch.bfloat16)])
+def test_ranks_that_share_tiles_have_the_pixels_of_one(count: int, dtype: torch.dtype) -> None:
+    names = tuple(CASES)
+    alone = decoded(None, names, dtype)
+    every = on_ranks(count, decoded, names, dtype)
+    for name, case in CASES.items():
+        for of_rank in every:
+            assert torch.equal(of_rank[name].pixels, alone[name].pixels), name
+            assert of_rank[name].own == alone[name].own == []
+        calls = [of_rank[name].calls for of_rank in every]
+        if name == "whole":
+            assert set(calls) == {alone[name].calls}
+        else:
+            assert sum(calls) == alone[name].calls, name
+            assert max(calls) - min(calls) <= case.apart, name
+
+
+def test_there_may_be_more_ranks_than_tiles() -> None:
+    names = ("AutoencoderKLFlux2", "qwen")
+    alone = decoded(None, names)
+    assert [alone[name].calls for name in names] == [4, 4]
+    every = on_ranks(5, decoded, names)
+    for name in names:
+        assert all(torch.equal(of_rank[name].pixels, alone[name].pixels) for of_rank in every)
+        assert sorted(of_rank[name].calls for of_rank in every) == [0, 1, 1, 1, 1]
+
+
+def test_all_ranks_end_where_one_has_nan() -> None:
+    assert all("NaN after decoding" in told for told in on_ranks(2, told_of_nan))
+
+
+def test_one_rank_alone_decodes_as_ever() -> None:
+    autoencoder = CASES["AutoencoderKL"].make()
+    stock = vars(autoencoder).copy()
+    with tiles_over_ranks(autoencoder, None):
+        assert vars(autoencoder) == stock
