@@ -29,6 +29,7 @@ class Case(NamedTuple):
         family: that decodes them; None for the autoencoder itself, in tiles of its own.
         tile: side in pixels.
         apart: by how many calls of the decoder ranks may differ: those of a tile, for each time that tiles are shared.
+        dtype: of the autoencoder.
     """
 
     make: Callable[[], Any]
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     family: str | None
     tile: int = 0
     apart: int = 1
+    dtype: torch.dtype = torch.float32
 
 
 def _tiled(autoencoder: Any, **changes: Any) -> Any:
@@ -62,13 +64,20 @@ CASES = {
         (1, 4, 20, 11),
         None,
     ),
+    # Of two tiles.
     "AutoencoderKLFlux2": Case(
-        lambda: _tiled(tiny_flux2.autoencoder(), tile_sample_min_size=16, tile_latent_min_size=8), (1, 4, 7, 11), None
+        lambda: _tiled(tiny_flux2.autoencoder(), tile_sample_min_size=16, tile_latent_min_size=8), (1, 4, 4, 9), None
     ),
     "AutoencoderKLQwenImage": Case(
         lambda: _tiled(tiny_qwen.autoencoder(), tile_sample_min_width=64, tile_sample_stride_width=48),
         (1, 4, 1, 5, 14),
         None,
+    ),
+    "half precision": Case(
+        lambda: _tiled(tiny_flux.autoencoder_of_distributions(), tile_sample_min_size=32, tile_latent_min_size=8),
+        (1, 4, 7, 11),
+        None,
+        dtype=torch.bfloat16,
     ),
     "whole": Case(tiny_wan.autoencoder, (1, 4, 2, 3, 2), "wan"),
 }
@@ -82,13 +91,13 @@ class Decoded(NamedTuple):
     own: list[str]
 
 
-def decoded(ranks: ProcessGroup | None, names: Sequence[str], dtype: torch.dtype = torch.float32) -> dict[str, Decoded]:
+def decoded(ranks: ProcessGroup | None, names: Sequence[str]) -> dict[str, Decoded]:
     """Of each case."""
     made = {}
     for name in names:
         case = CASES[name]
-        autoencoder = case.make().to(dtype)
-        latents = torch.randn(case.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        autoencoder = case.make().to(case.dtype)
+        latents = torch.randn(case.shape, generator=torch.Generator().manual_seed(3)).to(case.dtype)
         calls: list[int] = []
         convolutions = (torch.nn.Conv2d, torch.nn.Conv3d)
         first = next(module for module in autoencoder.decoder.modules() if isinstance(module, convolutions))
