@@ -6,6 +6,7 @@ as it is called, while the one before it computes, and let go of after it. What 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.errors import BadInput
@@ -14,6 +15,8 @@ from grat_cli.models.quantization import quantization_of
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
+
+_NOT_PLAIN = "only plain tensors can be cut in parts"
 
 
 def require_sharding(
@@ -49,6 +52,27 @@ def require_sharding(
         )
 
 
+def shard_pipeline(pipe: Any, transformers: Sequence[Any], device: torch.device, mesh: DeviceMesh) -> None:
+    """Puts a pipeline on a device, of its transformers the part of this rank.
+
+    Args:
+        pipe: a pipeline on the CPU.
+        transformers: of it.
+        device: where it runs.
+        mesh: the ranks; see `shard_weights`.
+
+    Raises:
+        BadInput: if the weights are quantized.
+    """
+    import torch
+
+    for transformer in transformers:
+        shard_weights(transformer, mesh)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module) and not any(part is transformer for transformer in transformers):
+            part.to(device)
+
+
 def shard_weights(transformer: Any, mesh: DeviceMesh) -> None:
     """Leaves each rank its part of the weights of a transformer, on its device; for good.
 
@@ -74,9 +98,6 @@ def shard_weights(transformer: Any, mesh: DeviceMesh) -> None:
         # In front of it FSDP puts a class with methods for training. By their own ones caches of diffusers, and chunks
         # of tokens, know blocks.
         module.__class__ = kind
-
-
-_NOT_PLAIN = "only plain tensors can be cut in parts"
 
 
 def _blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:

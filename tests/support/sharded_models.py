@@ -13,7 +13,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+import grat_cli
+from grat_cli.demo import DEMO_FLUX
+from grat_cli.families import FAMILIES
+from grat_cli.models.catalogue import choose_model
+from grat_cli.models.loading import load_model
 from grat_cli.models.sharding import shard_weights
+from grat_cli.models.weights import Lora, Weights
+from grat_cli.presets import Preset
 from grat_kernels import Backend
 
 
@@ -26,6 +33,7 @@ class Sharded(NamedTuple):
         kept: bytes of all tensors after calls beyond those before.
         whole: blocks that are whole at the end of one, at most.
         chunking: of the adapter.
+        is_call_shared: whether calls are shared as well.
     """
 
     predictions: torch.Tensor
@@ -33,6 +41,7 @@ class Sharded(NamedTuple):
     kept: int
     whole: int
     chunking: tuple[int | None, str]
+    is_call_shared: bool
 
 
 def sharded(
@@ -68,7 +77,8 @@ def sharded(
             for run.step in range(STEPS):
                 output: Any = model(**kind.inputs(adapter.grid))
                 outputs.append(output[0] if isinstance(output, tuple) else output.sample)
-        made[name] = Sharded(torch.stack(outputs), share, held() - before, max(whole), adapter.chunking)
+        kept = held() - before
+        made[name] = Sharded(torch.stack(outputs), share, kept, max(whole), adapter.chunking, is_call_shared)
     return made
 
 
@@ -88,10 +98,81 @@ def held() -> int:
     return sum(storages.values())
 
 
-def variants(ranks: ProcessGroup | None, names: Sequence[str]) -> list[dict[str, Sharded]]:
-    """Of each transformer: as it is, in chunks of tokens, and where ranks share calls as well."""
-    return [
+class Ran(NamedTuple):
+    """A run of a pipeline that was loaded.
+
+    Attributes:
+        made: latents or pixels.
+        shares: of the bytes of weights of each transformer that this rank holds.
+        dtypes: of their weights.
+        elsewhere: weights in other parts that ranks share.
+    """
+
+    made: torch.Tensor
+    shares: list[float]
+    dtypes: set[torch.dtype]
+    elsewhere: list[str]
+
+
+def _ran(pipe: Any, made: torch.Tensor) -> Ran:
+    transformers = [one for name, one in pipe.components.items() if name.startswith("transformer")]
+    weights = [list(one.parameters()) for one in transformers if one is not None]
+    rest = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module) and part not in transformers]
+    return Ran(
+        made,
+        [sum(local(one).nbytes for one in own) / sum(one.nbytes for one in own) for own in weights],
+        {one.dtype for own in weights for one in own},
+        [name for part in rest for name, one in part.named_parameters() if isinstance(one, DTensor)],
+    )
+
+
+def runs(ranks: ProcessGroup | None, wan: str, lora: str) -> tuple[Ran, Ran]:
+    """Of Wan's two transformers, in bf16 but for what is always in fp32; and of the demo with a LoRA and a step cache.
+
+    Args:
+        ranks: that share the weights; None for one that has them all.
+        wan: a folder.
+        lora: a file.
+    """
+    mesh = None if ranks is None else DeviceMesh.from_group(ranks, "cpu")
+    cpu = torch.device("cpu")
+    choice = choose_model(wan, "video")
+    pipe = load_model(choice, device=cpu, dtype=torch.bfloat16, shard_over=mesh).pipe
+    text = FAMILIES["wan"].encode_text(pipe, choice, "a red fox", None)
+    size: dict[str, Any] = {"height": 48, "width": 64, "num_frames": 9}
+    preset = Preset.model_validate({"name": "own", "model": "wan", "attention": {"variant": "b", "group": [2, 2, 2]}})
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(5), "guidance_scale": 1.0}
+    with grat_cli.install(pipe, preset, **size):
+        latents = pipe(**size, **text, **options, num_inference_steps=3, output_type="latent").frames
+    of_wan = _ran(pipe, latents)
+
+    weights = Weights(loras=(Lora(source=lora),))
+    pipe = load_model(choose_model("demo"), device=cpu, dtype=torch.float32, weights=weights, shard_over=mesh).pipe
+    size = {"height": 64, "width": 64}
+    with grat_cli.install(pipe, "demo-b", **size, cache="first-block"):
+        pixels = pipe(
+            "a red fox",
+            num_inference_steps=3,
+            max_sequence_length=DEMO_FLUX.text_tokens,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+            **size,
+        ).images
+    return of_wan, _ran(pipe, pixels)
+
+
+class Everything(NamedTuple):
+    """Transformers as they are, in chunks of tokens, and where ranks share calls as well; and runs of pipelines."""
+
+    variants: list[dict[str, Sharded]]
+    runs: tuple[Ran, Ran]
+
+
+def everything(ranks: ProcessGroup | None, names: Sequence[str], wan: str, lora: str) -> Everything:
+    """Of one group of processes."""
+    variants = [
         sharded(ranks, names),
         sharded(ranks, names, chunk=16),
         sharded(ranks, names, is_call_shared=ranks is not None),
     ]
+    return Everything(variants, runs(ranks, wan, lora))
