@@ -1,7 +1,8 @@
 """Weights of a transformer that ranks share, where they are too many for the memory of one device.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`): each rank has a part of every weight; a block is put together on all ranks
-as it is called, while the one before it computes, and let go of after it. What it computes is the same to the bit.
+as it is called, while the one before it computes, and let go of after it. What it computes is the same to the bit. In
+main memory each rank has all weights until they are cut.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import tiny_flux
 import tiny_wan
 import torch
 from lora_files import diffusers_layout, layers_of, write
 from ranks import on_ranks
 from sharded_models import Everything, everything
-from small_transformers import MODELS
 
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import load_pipeline
@@ -32,23 +32,29 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> list[Everything]:
     wan = tiny_wan.save(folder / "wan", "two")
     demo = layers_of(load_pipeline(DEMO_FLUX.path).transformer, "attn", "proj_mlp")
     lora = write(folder / "style.safetensors", diffusers_layout(demo, strength=0.2))
-    given = tuple(MODELS), str(wan), str(lora)
-    return [everything(None, *given), *on_ranks(2, everything, *given)]
+    return [everything(None, str(wan), str(lora)), *on_ranks(2, everything, str(wan), str(lora))]
 
 
 def test_ranks_that_share_weights_predict_what_one_does(every: list[Everything]) -> None:
-    """Also in chunks of tokens, and where they share calls as well."""
+    """Also where they share calls as well, and tokens come in chunks."""
     alone, *others = every
     for of_rank in others:
-        for number, variant in enumerate(alone.variants):
-            for name, expected in variant.items():
-                made = of_rank.variants[number][name]
+        for variant, expected_variant in ((of_rank.plain, alone.plain), (of_rank.shared, alone.shared)):
+            for name, expected in expected_variant.items():
+                made = variant[name]
                 assert torch.equal(made.predictions, expected.predictions), name
                 assert 0.45 < made.share < 0.55
                 assert made.whole == 1 < expected.whole, "blocks are whole as they are called"
                 assert made.chunking == expected.chunking
-                if not made.is_call_shared:  # which keeps orders of fewer tokens as well
-                    assert made.kept == expected.kept
+    assert alone.shared["flux"].chunking[0] == 16
+
+
+def test_no_more_is_held_after_a_call_than_before(every: list[Everything]) -> None:
+    whole, *parts = (one.held for one in every)
+    for before, after in (whole, *parts):
+        assert before == after
+    assert whole[0] == sum(parameter.nbytes for parameter in tiny_flux.transformer().parameters())
+    assert sum(before for before, _ in parts) == pytest.approx(whole[0], rel=0.01)
 
 
 def test_pipelines_are_loaded_with_the_weights_of_their_transformers_shared(every: list[Everything]) -> None:
@@ -80,16 +86,9 @@ def test_what_does_not_go_with_shared_weights_is_refused(options: dict[str, Any]
 
 
 def test_weights_that_are_no_plain_tensors_are_refused_before_anything_is_loaded_or_cut() -> None:
-    mesh = cast(Any, None)
-    weights = Weights(cast="fp8")
-    with pytest.raises(BadInput, match="--cast fp8"):
-        load_model(
-            choose_model("demo"),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            weights=weights,
-            shard_over=cast(Any, 1),
-        )
+    demo, mesh = choose_model("demo"), cast(Any, SimpleNamespace())
+    with pytest.raises(BadInput, match="--shard-weights with --cast fp8"):
+        load_model(demo, device=torch.device("cpu"), dtype=torch.float32, weights=Weights(cast="fp8"), shard_over=mesh)
     method = SimpleNamespace(quant_method=SimpleNamespace(value="gguf"))
     quantized = SimpleNamespace(hf_quantizer=SimpleNamespace(quantization_config=method))
     with pytest.raises(BadInput, match="quantized by gguf"):

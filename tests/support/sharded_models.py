@@ -6,6 +6,7 @@ import gc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import tiny_flux
 import torch
 from shared_calls import STEPS
 from small_transformers import MODELS, Run
@@ -29,19 +30,15 @@ class Sharded(NamedTuple):
 
     Attributes:
         predictions: `[steps, ...]`.
-        share: of the bytes of weights that this rank holds.
-        kept: bytes of all tensors after calls beyond those before.
+        share: of the bytes of weights that this rank holds after calls.
         whole: blocks that are whole at the end of one, at most.
         chunking: of the adapter.
-        is_call_shared: whether calls are shared as well.
     """
 
     predictions: torch.Tensor
     share: float
-    kept: int
     whole: int
     chunking: tuple[int | None, str]
-    is_call_shared: bool
 
 
 def sharded(
@@ -62,7 +59,6 @@ def sharded(
         size = sum(parameter.nbytes for parameter in model.parameters())
         if ranks is not None:
             shard_weights(model, DeviceMesh.from_group(ranks, "cpu"))
-        share = sum(local(parameter).nbytes for parameter in model.parameters()) / size
         adapter = kind.adapter(model, kind.grids[0], chunk_tokens=chunk, ranks=ranks if is_call_shared else None)
         run, whole, outputs = Run(adapter), [0], []
 
@@ -72,13 +68,12 @@ def sharded(
 
         for block in adapter.blocks:
             block.register_forward_pre_hook(count)
-        before = held()
         with torch.no_grad(), adapter.attached(run, Backend.SDPA):
             for run.step in range(STEPS):
                 output: Any = model(**kind.inputs(adapter.grid))
                 outputs.append(output[0] if isinstance(output, tuple) else output.sample)
-        kept = held() - before
-        made[name] = Sharded(torch.stack(outputs), share, kept, max(whole), adapter.chunking, is_call_shared)
+        share = sum(local(parameter).nbytes for parameter in model.parameters()) / size
+        made[name] = Sharded(torch.stack(outputs), share, max(whole), adapter.chunking)
     return made
 
 
@@ -87,15 +82,24 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def held() -> int:
-    """Bytes of all tensors that there are."""
-    gc.collect()
-    storages = {}
-    for one in gc.get_objects():
-        if isinstance(one, torch.Tensor):
-            storage = local(one).untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+def held(ranks: ProcessGroup | None) -> tuple[int, int]:
+    """Bytes of the tensors of a small Flux before and after a call."""
+
+    def count() -> int:
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+        storages = [local(tensor).untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    given = tiny_flux.inputs(4, 4)
+    others = count()
+    model = tiny_flux.transformer()
+    if ranks is not None:
+        shard_weights(model, DeviceMesh.from_group(ranks, "cpu"))
+    before = count()
+    with torch.no_grad():
+        model(**given)
+    return before - others, count() - others
 
 
 class Ran(NamedTuple):
@@ -162,17 +166,20 @@ def runs(ranks: ProcessGroup | None, wan: str, lora: str) -> tuple[Ran, Ran]:
 
 
 class Everything(NamedTuple):
-    """Transformers as they are, in chunks of tokens, and where ranks share calls as well; and runs of pipelines."""
+    """Of transformers as they are, and where ranks share calls as well and tokens come in chunks; bytes of `held`; and
+    runs of pipelines."""
 
-    variants: list[dict[str, Sharded]]
+    plain: dict[str, Sharded]
+    shared: dict[str, Sharded]
+    held: tuple[int, int]
     runs: tuple[Ran, Ran]
 
 
-def everything(ranks: ProcessGroup | None, names: Sequence[str], wan: str, lora: str) -> Everything:
-    """Of one group of processes."""
-    variants = [
-        sharded(ranks, names),
-        sharded(ranks, names, chunk=16),
-        sharded(ranks, names, is_call_shared=ranks is not None),
-    ]
-    return Everything(variants, runs(ranks, wan, lora))
+def everything(ranks: ProcessGroup | None, wan: str, lora: str) -> Everything:
+    """By one group of processes; arguments are those of `runs`."""
+    return Everything(
+        sharded(ranks, tuple(MODELS)),
+        sharded(ranks, ("flux", "wan"), chunk=16, is_call_shared=ranks is not None),
+        held(ranks),
+        runs(ranks, wan, lora),
+    )
