@@ -64,7 +64,7 @@ def tiles_over_ranks(autoencoder: Any, ranks: ProcessGroup | None) -> Iterator[N
     def tiled_decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         tiles = _calls_of_tiles(autoencoder, lambda: stock(latents, *args, **kwargs))
         like, frames = tiles[0][0][0], [len(calls) for calls in tiles]
-        # Those at edges are smaller: so are those of a round alike.
+        # Those at edges are smaller, and the ranks of a round wait for its largest: rounds of tiles that are alike.
         order = sorted(range(len(tiles)), key=lambda number: -tiles[number][0][0].numel())
         decoder = autoencoder.decoder.forward
 
