@@ -47,7 +47,7 @@ Attend = Callable[[AttentionInputs], "torch.Tensor"]
 
 
 class CallObserver(Protocol):
-    """Told of every transformer call and every attention inside it, so that timing stays outside the model."""
+    """Told of every transformer call, and of every attention and exchange inside it, so that timing stays outside."""
 
     def begin_call(self, step: int, density: float) -> None:
         """A transformer call of denoising step `step` begins; `density` is the mean over its layers."""
@@ -58,8 +58,15 @@ class CallObserver(Protocol):
         ...
 
     def attention(self, inputs: AttentionInputs | None = None) -> AbstractContextManager[None]:
-        """Surrounds one attention; `inputs` are None where it is not span attention."""
+        """Surrounds one attention, without exchanges; `inputs` are None where it is not span attention."""
         ...
+
+    def exchange(self, sent_bytes: int) -> AbstractContextManager[None]:
+        """Surrounds one exchange between ranks that share the call, in which this one sends so many bytes to others.
+
+        An observer to which it is all the same leaves this as it is.
+        """
+        return nullcontext()
 
 
 class Text(NamedTuple):

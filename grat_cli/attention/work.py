@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from grat_cli.attention.layer import CallObserver
 from grat_cli.console.run_tables import ranges_text
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class _Call:
     densities: list[float] = field(default_factory=list)
 
 
-class Work:
+class Work(CallObserver):
     """Counts the attentions of transformer calls; a `layer.CallObserver`."""
 
     def __init__(self, layers: int) -> None:

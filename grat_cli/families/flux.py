@@ -467,6 +467,7 @@ class FluxAdapter(ProcessorAdapter):
     """Image tokens and their positions are put in order outside the transformer, so that it may be compiled whole."""
 
     text_first = Flux.text_first
+    orders_calls = True
     contiguous = True
 
     def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
@@ -524,11 +525,6 @@ class FluxAdapter(ProcessorAdapter):
             self._positions.prepare(self.order, call["encoder_hidden_states"].shape[1], call["timestep"], step)
         tokens, positions = self.in_groups(call["hidden_states"], 1), self.in_groups(self._ids[1], 0)
         return call | {"hidden_states": tokens, "img_ids": positions}
-
-    def leave(self, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.in_raster(output[0], 1), *output[1:])
-        return replace(output, sample=self.in_raster(output.sample, 1))
 
     def _exact_ids(self, hidden_states: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
         """Positions `[tokens, 3]` in fp32: of the image in raster order (0, row, column), checked against those of the

@@ -617,6 +617,7 @@ class Flux2Adapter(DispatchAdapter):
     """Tokens and their positions are put in order outside the transformer; those of references keep their places."""
 
     text_first = Flux2.text_first
+    orders_calls = True
 
     def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
         """See `DispatchAdapter`."""
@@ -659,11 +660,6 @@ class Flux2Adapter(DispatchAdapter):
         positions = call["img_ids"][0] if call["img_ids"].dim() == 3 else call["img_ids"]
         tokens = self.in_groups(call["hidden_states"], 1)
         return call | {"hidden_states": tokens, "img_ids": self.in_groups(positions, 0)}
-
-    def leave(self, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.in_raster(output[0], 1), *output[1:])
-        return replace(output, sample=self.in_raster(output.sample, 1))
 
     @property
     def _size(self) -> str:

@@ -588,6 +588,7 @@ class QwenAdapter(DispatchAdapter):
     """
 
     text_first = Qwen.text_first
+    orders_calls = True
 
     def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
         """See `DispatchAdapter`."""
@@ -649,11 +650,6 @@ class QwenAdapter(DispatchAdapter):
         if self._fitted is not None:
             self._fitted.prepare(self.order, call["timestep"], step)
         return call | {"hidden_states": self.in_groups(call["hidden_states"], 1)}
-
-    def leave(self, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.in_raster(output[0], 1), *output[1:])
-        return replace(output, sample=self.in_raster(output.sample, 1))
 
     def _references(self, call: Mapping[str, Any]) -> int:
         """Tokens of pictures to refer to.

@@ -23,6 +23,7 @@ from grat_cli.models.devices import (
     wait_for,
 )
 from grat_cli.models.loading import LoadedModel
+from grat_cli.models.parallel import Parallel
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.video_size import VideoSize
 
@@ -38,8 +39,8 @@ def phases_of(device: torch.device, run: Run | None = None) -> Phases:
     return phases
 
 
-def surroundings(model: LoadedModel, device: torch.device) -> report.Surroundings:
-    """Where a model runs, and in which form."""
+def surroundings(model: LoadedModel, device: torch.device, parallel: Parallel | None = None) -> report.Surroundings:
+    """Where a model runs, in which form, and on how many ranks."""
     return report.Surroundings(
         device=str(device),
         device_name=device_name(device),
@@ -52,6 +53,7 @@ def surroundings(model: LoadedModel, device: torch.device) -> report.Surrounding
         memory_kind=peak_memory(device)[1],
         loras=tuple(lora.told() for lora in model.loras),
         weights=tuple(file.as_dict() for file in model.files),
+        parallel=parallel,
     )
 
 
