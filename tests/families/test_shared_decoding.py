@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import on_ranks
-from shared_tiles import CASES, decoded, told_of_nan
+from shared_tiles import CASES, decoded, decoded_and_told
 
 from grat_cli.families.shared_decoding import tiles_over_ranks
 
@@ -16,7 +16,8 @@ from grat_cli.families.shared_decoding import tiles_over_ranks
 @pytest.mark.parametrize(("count", "names"), [(2, ("flux", "wan")), (3, tuple(CASES))])
 def test_ranks_that_share_tiles_have_the_pixels_of_one(count: int, names: tuple[str, ...]) -> None:
     alone = decoded(None, names)
-    every = on_ranks(count, decoded, names)
+    every, told = zip(*on_ranks(count, decoded_and_told, names), strict=True)
+    assert all("NaN after decoding" in one for one in told), "all end where one tile has NaN"
     for name in names:
         for of_rank in every:
             assert torch.equal(of_rank[name].pixels, alone[name].pixels), name
@@ -29,10 +30,6 @@ def test_ranks_that_share_tiles_have_the_pixels_of_one(count: int, names: tuple[
             assert max(calls) - min(calls) <= CASES[name].apart, name
     if count == 3:
         assert sum(of_rank["AutoencoderKLFlux2"].calls == 0 for of_rank in every) == 1  # of two tiles
-
-
-def test_all_ranks_end_where_one_has_nan() -> None:
-    assert all("NaN after decoding" in told for told in on_ranks(2, told_of_nan))
 
 
 def test_one_rank_alone_decodes_as_ever() -> None:

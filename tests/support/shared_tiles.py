@@ -118,7 +118,7 @@ def decoded(ranks: ProcessGroup | None, names: Sequence[str]) -> dict[str, Decod
     return made
 
 
-def told_of_nan(ranks: ProcessGroup) -> str:
+def _told_of_nan(ranks: ProcessGroup) -> str:
     """What a rank says of latents with NaN in one tile."""
     latents = torch.zeros(1, 4, 40, 23)
     latents[..., 0, 0] = torch.nan
@@ -127,3 +127,8 @@ def told_of_nan(ranks: ProcessGroup) -> str:
     except NumericalFailure as failure:
         return str(failure)
     return ""
+
+
+def decoded_and_told(ranks: ProcessGroup, names: Sequence[str]) -> tuple[dict[str, Decoded], str]:
+    """Both, of one group of processes."""
+    return decoded(ranks, names), _told_of_nan(ranks)
