@@ -35,6 +35,9 @@ class Parallel:
         return f"cp={self.cp},cfg={self.cfg}"
 
 
+ALONE = Parallel(1, reason="one GPU")
+
+
 def parse_parallel(text: str) -> tuple[int | None, int | None]:
     """`cp` and `cfg` of `--parallel`, each None where it is left open; `auto` leaves both so.
 
