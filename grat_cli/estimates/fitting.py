@@ -372,7 +372,9 @@ def _with_less_at_once(execution: Execution) -> Iterator[tuple[str, Execution]]:
             if (offload, quantize) == (execution.offload, execution.quantize):
                 continue
             # Which do not go together.
-            if execution.cast != "none" and quantize != "none" or execution.shards_weights and offload != "none":
+            if execution.cast != "none" and quantize != "none":
+                continue
+            if execution.shards_weights and offload != "none":
                 continue
             flags = [f"--offload {offload}"] if offload != "none" else []
             flags += [f"--quantize {quantize}"] if quantize != "none" else []

@@ -76,9 +76,9 @@ def _gpu(
 # NVIDIA's data sheets: H200 and H100 Tensor Core GPU, A100 Tensor Core GPU, DGX B200, L40S, L4, A10, RTX A6000 and
 # RTX 6000 Ada; for GeForce cards the whitepapers of the GA102, Ada and Blackwell architectures. Gigabytes are binary,
 # as stated but where nvidia-smi shows less (B200, H200; L40S and A10 with error correction). Links: PCIe x16, half of
-# the stated sum of both ways: 64 GB/s of generation 5, 32 GB/s of generation 4. NVLink likewise: 1.8 TB/s of both ways in
-# generation 5, 900 GB/s in 4, 600 GB/s in 3; bridges, which join two cards or four, are not counted. Power is the
-# largest of the board. Tensor rates are in `peak_rates`.
+# the stated sum of both ways: 64 GB/s of generation 5, 32 GB/s of generation 4. NVLink likewise: 1.8 TB/s in generation
+# 5, 900 GB/s in 4, 600 GB/s in 3; bridges, which join two cards, are not counted. Power is the most that a board takes.
+# Tensor rates are in `peak_rates`.
 _GEN5, _GEN4 = 64e9, 32e9
 _NVLINK5, _NVLINK4, _NVLINK3 = 900e9, 450e9, 300e9
 GPUS: Mapping[str, Device] = {

@@ -390,14 +390,13 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
 
 
 def _attending_shared(shape: TransformerShape, plan: Plan, execution: Execution, own: int) -> float:
-    """Bytes that attention allocates where GPUs share it (`attention.context_parallel`): of own tokens query, key and
-    value side by side, and as they are sent and received; of all tokens but own heads the same, and attention."""
+    """Bytes that attention allocates where GPUs share it (`attention.context_parallel`): query, key and value of own
+    heads and all tokens, beside them the same as they are sent and received, later what is attended."""
     if execution.parallel.cp == 1:
         return attending_bytes(shape, plan, execution)
     of_rank = replace(shape, heads=shape.heads // execution.parallel.cp)
     row, row_of_rank = shape.width * execution.element, of_rank.width * execution.element
-    exchanged = 3 * (own + plan.text_len) * row + 2 * 3 * own * row + 3 * plan.tokens * row_of_rank
-    return exchanged + attending_bytes(of_rank, plan, execution)
+    return 3 * plan.tokens * row_of_rank + max(2 * 3 * own * row, attending_bytes(of_rank, plan, execution))
 
 
 def _outside_blocks(

@@ -95,8 +95,8 @@ def bytes_of_step(forecast: Forecast, parallel: Parallel, step: int) -> tuple[in
 
 
 def density_on_ranks(schedule: AttentionSchedule, step: int, ranks: int) -> float:
-    """Attended pairs over all pairs of the heads of a rank, mean over the layers of a step: in each of the rank that has
-    most to do, for which the others wait.
+    """Attended pairs over all pairs of a rank's heads, mean over the layers of a step: in each layer of the rank that
+    has most to do, for which the others wait.
 
     Args:
         schedule: of the run.

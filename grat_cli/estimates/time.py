@@ -99,9 +99,9 @@ ATTENTION_SHARE, LINEAR_SHARE, CONVOLUTION_SHARE = 490 / 989, 790 / 989, 0.4
 # How often a block reads or writes a hidden state outside attention and matrix products: norm and modulation 6, GELU
 # 16 of an inner layer, joining it with attention's output 10 and text with image 2, rotation 4, gate and sum 5.
 _PASSES_OF_BLOCK = 43
-# Likewise around the exchanges of an attention: query, key and value are put side by side, in order of the ranks, and
-# come to have all tokens; what they attend to is put in order of the ranks, by head, and together with the text.
-_PASSES_OF_EXCHANGE = 2 * (3 * 3 + 3)
+# Likewise around the exchanges of an attention: query, key and value are put in order of the ranks, and what comes
+# together with the text; what was attended is put in order of the ranks, by head, and together with the text.
+_PASSES_OF_EXCHANGE = 2 * (3 * 2 + 3)
 _DISK = 2e9  # bytes per second that weights are read at, as from an NVMe disk
 
 

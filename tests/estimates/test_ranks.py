@@ -9,10 +9,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import on_ranks
+from sent_bytes import sent_in_calls, sent_in_run
+from shared_calls import STEPS, adapter_of
+from small_transformers import MODELS
 
 from grat_cli.attention.context_parallel import Shared
+from grat_cli.demo import DEMO_FLUX
 from grat_cli.errors import BadInput
-from grat_cli.estimates.ranks import Exchange
+from grat_cli.estimates.planning import Forecast, architecture_for, forecast
+from grat_cli.estimates.ranks import Exchange, bytes_of_step
+from grat_cli.families import family_of_transformer
+from grat_cli.models.catalogue import choose_model
+from grat_cli.models.parallel import Parallel
+from grat_cli.models.resolution import Resolution
+from grat_cli.presets import Preset
 from grat_kernels import Full, Grid, Grouping, build_plan
 from grat_kernels.plan import Segments
 
@@ -59,3 +70,41 @@ def test_an_attention_sends_what_is_foretold(
     without = exchange.of_call(0)
     assert sent == [one - other for one, other in zip(exchange.of_call(1), without, strict=True)]
     assert set(without) == {max(exchange.counts) * 3 * 4 * samples * (ranks - 1)}
+
+
+def test_calls_send_what_is_foretold() -> None:
+    """Small transformers of all families."""
+    measured = on_ranks(2, sent_in_calls, tuple(MODELS))
+    for name, kind in MODELS.items():
+        adapter, inputs = adapter_of(name), kind.inputs(kind.grids[0])
+        shape = family_of_transformer(adapter.model).transformer_shape(adapter.model.config)
+        text = adapter.read(dict(inputs))
+        tokens, samples = adapter.grid.tokens + text.references, len(inputs["hidden_states"])
+        exchange = Exchange.of(shape, tokens, text.longest, 2, 4, samples)
+        assert [of_rank[name] for of_rank in measured] == list(exchange.of_call(adapter.layers))
+
+
+@pytest.mark.parametrize("parallel", [Parallel(3), Parallel(1, 2)], ids=str)
+def test_runs_send_what_is_foretold(parallel: Parallel) -> None:
+    """The demo model, whose layers are computed, carried over steps, or carried beside a base that is computed."""
+    beside = {"reference": [0, 2], "between": "residual", "base": {"radius": 0}, "layers": "3"}
+    preset = {
+        "name": "own",
+        "model": "demo",
+        "sampling": {"steps": STEPS, "guidance": DEMO_FLUX.guidance},
+        "attention": {"variant": "b", "group": [4, 4], "radius": 1},
+        "schedule": {"over_steps": [{"reference": [0, 2], "layers": "0-1"}, beside]},
+    }
+    run = forecast_of(preset)
+    assert run.calls_per_step == 2
+    foretold = [bytes_of_step(run, parallel, step) for step in range(STEPS)]
+    assert len({*foretold}) == (2 if parallel.cp > 1 else 1)
+    mesh = {"cp": parallel.cp, "cfg": parallel.cfg}
+    measured = on_ranks(parallel.ranks, sent_in_run, preset, mesh)
+    assert measured == list(map(sum, zip(*foretold, strict=True))) * parallel.cfg
+
+
+def forecast_of(preset: dict[str, Any]) -> Forecast:
+    """Of the demo model as `pictures` calls it."""
+    model = choose_model("demo")
+    return forecast(Preset.model_validate(preset), "demo", architecture_for(model), Resolution(128, 120), "float32")
