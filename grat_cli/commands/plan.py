@@ -62,7 +62,7 @@ def plan(
         options.MODEL,
     ),
     weights: Annotated[options.ModelOptions, only("offload", "quantize", "cast", "lora", "fuse_lora")],
-    sharing: Annotated[
+    ranks: Annotated[
         options.ParallelOptions, changed(gpus="Plan for so many GPUs of a machine that make each output together.")
     ],
     fleet: int | None = option(
@@ -101,11 +101,11 @@ def plan(
     if preset_name and attention.preset:
         raise BadInput(f"two presets are given, {preset_name} and {attention.preset}: leave one out")
     model.check()
-    sharing.check()
-    if sharing.gpus is None and (sharing.parallel is not None or sharing.shard_weights):
-        name = "--shard-weights" if sharing.parallel is None else "--parallel"
+    ranks.check()
+    if ranks.gpus is None and (ranks.parallel is not None or ranks.shard_weights):
+        name = "--shard-weights" if ranks.parallel is None else "--parallel"
         raise BadInput(f"{name} is for several GPUs: add --gpus COUNT")
-    if sharing.shard_weights and weights.offload != "none":
+    if ranks.shard_weights and weights.offload != "none":
         raise BadInput("--shard-weights and --offload are two ways to hold fewer weights: leave one out")
     if fleet is not None and fleet < 1:
         raise BadInput(f"--fleet {fleet}: expected 1 or more machines")
@@ -170,23 +170,23 @@ def plan(
     if device is not None and device.kind == "cpu" and (weights.offload, weights.quantize) != ("none", "none"):
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
     parallel = ALONE
-    if sharing.gpus is not None:
-        heads, wanted = result.architecture.transformer.heads, sharing.parallel or "auto"
-        shards = sharing.shard_weights
-        parallel = choose_parallel(wanted, sharing.gpus, heads, result.calls_per_step, shards_weights=shards)
+    if ranks.gpus is not None:
+        heads, wanted = result.architecture.transformer.heads, ranks.parallel or "auto"
+        calls, shards = min(stage.calls_per_step for stage in runs), ranks.shard_weights
+        parallel = choose_parallel(wanted, ranks.gpus, heads, calls, shards_weights=shards)
     how: dict[str, Any] = {
         "offload": weights.offload,
         "quantize": weights.quantize,
         "cast": weights.cast,
         "parallel": parallel,
-        "shards_weights": sharing.shard_weights,
+        "shards_weights": ranks.shard_weights,
     }
     verdict = judge(runs, components, choice, device or GPUS["h200"], **how, at_size=forecasts)
     # Measuring a CPU takes seconds, and loads torch: only where it is asked for.
     timed = device is not None and (device.kind == "cuda" or gpu is not None)
     took = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
     several = None
-    if sharing.gpus is not None:
+    if ranks.gpus is not None:
         several = several_gpus(runs, components, verdict.execution, device or Device("unknown", "unknown", 0))
     fleets: list[Fleet] = []
     if fleet is not None:

@@ -86,9 +86,7 @@ class SeveralGpus:
         ]
 
 
-def several_gpus(
-    runs: Sequence[Forecast], components: Components, execution: Execution, device: Device
-) -> SeveralGpus:
+def several_gpus(runs: Sequence[Forecast], components: Components, execution: Execution, device: Device) -> SeveralGpus:
     """What several GPUs make of a run in one stage or several.
 
     Args:

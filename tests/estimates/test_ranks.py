@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
-from sent_bytes import sent_in_calls, sent_in_run
-from shared_calls import STEPS, adapter_of
+from sent_bytes import sent, small
+from shared_calls import STEPS
 from small_transformers import MODELS
 
 from grat_cli.attention.context_parallel import Shared
@@ -60,33 +60,22 @@ def test_an_attention_sends_what_is_foretold(
         return
     exchange = Exchange.of(shape, tokens, text, ranks, 4, samples)
     plan = build_plan(Grouping(Grid(sides), (2, 2)), Full(), segments=Segments.of_text(text, text_first))
-    sent = []
+    made = []
     for rank in range(ranks):
         group = cast(Any, SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank))
         shared, Counted.sent = Counted.of(group, tokens), 0
         rows = torch.zeros(samples, shared.counts[rank] + text, heads, WIDE)
         shared.attention(rows, rows, rows, plan, lambda query, key, value, plan, heads: query)
-        sent.append(Counted.sent)
+        made.append(Counted.sent)
     without = exchange.of_call(0)
-    assert sent == [one - other for one, other in zip(exchange.of_call(1), without, strict=True)]
+    assert made == [one - other for one, other in zip(exchange.of_call(1), without, strict=True)]
     assert set(without) == {max(exchange.counts) * 3 * 4 * samples * (ranks - 1)}
 
 
-def test_calls_send_what_is_foretold() -> None:
-    """Small transformers of all families."""
-    measured = on_ranks(2, sent_in_calls, tuple(MODELS))
-    for name, kind in MODELS.items():
-        adapter, inputs = adapter_of(name), kind.inputs(kind.grids[0])
-        shape = family_of_transformer(adapter.model).transformer_shape(adapter.model.config)
-        text = adapter.read(dict(inputs))
-        tokens, samples = adapter.grid.tokens + text.references, len(inputs["hidden_states"])
-        exchange = Exchange.of(shape, tokens, text.longest, 2, 4, samples)
-        assert [of_rank[name] for of_rank in measured] == list(exchange.of_call(adapter.layers))
-
-
-@pytest.mark.parametrize("parallel", [Parallel(3), Parallel(1, 2)], ids=str)
-def test_runs_send_what_is_foretold(parallel: Parallel) -> None:
-    """The demo model, whose layers are computed, carried over steps, or carried beside a base that is computed."""
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, Parallel(1, 2)), (3, Parallel(3))])
+def test_ranks_send_what_is_foretold(ranks: int, parallel: Parallel) -> None:
+    """In calls of small transformers of all families; and in a run of the demo model, whose layers are computed, carried
+    over steps, or carried beside a base that is computed."""
     beside = {"reference": [0, 2], "between": "residual", "base": {"radius": 0}, "layers": "3"}
     preset = {
         "name": "own",
@@ -97,11 +86,23 @@ def test_runs_send_what_is_foretold(parallel: Parallel) -> None:
     }
     run = forecast_of(preset)
     assert run.calls_per_step == 2
-    foretold = [bytes_of_step(run, parallel, step) for step in range(STEPS)]
-    assert len({*foretold}) == (2 if parallel.cp > 1 else 1)
-    mesh = {"cp": parallel.cp, "cfg": parallel.cfg}
-    measured = on_ranks(parallel.ranks, sent_in_run, preset, mesh)
-    assert measured == list(map(sum, zip(*foretold, strict=True))) * parallel.cfg
+    by_step = [bytes_of_step(run, parallel, step) for step in range(STEPS)]
+    assert len({*by_step}) == (2 if parallel.cp > 1 else 1)
+    measured = on_ranks(ranks, sent, tuple(MODELS), preset, {"cp": parallel.cp, "cfg": parallel.cfg})
+    assert [rank.in_run for rank in measured] == list(map(sum, zip(*by_step, strict=True))) * parallel.cfg
+    foretold = list(zip(*(sent_in_call(name, ranks) for name in MODELS), strict=True))
+    assert [(tuple(rank.in_calls), tuple(rank.counted)) for rank in measured] == [(each, each) for each in foretold]
+
+
+def sent_in_call(name: str, ranks: int) -> tuple[int, ...]:
+    """Foretold of each rank in a call of the small transformer of a family."""
+    kind, model = MODELS[name], small(name, ranks)
+    adapter = kind.adapter(model, kind.grids[1])
+    inputs = kind.inputs(adapter.grid)
+    shape = family_of_transformer(model).transformer_shape(model.config)
+    text, samples = adapter.read(dict(inputs)), len(inputs["hidden_states"])
+    exchange = Exchange.of(shape, adapter.grid.tokens + text.references, text.longest, ranks, 4, samples)
+    return exchange.of_call(adapter.layers)
 
 
 def forecast_of(preset: dict[str, Any]) -> Forecast:

@@ -1,31 +1,65 @@
-"""Bytes that a rank sends to others, counted where they are handed to `torch.distributed`."""
+"""Bytes that a rank sends to others: as they are recorded, and counted where they are handed to `torch.distributed`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from shared_calls import STEPS, pictures, predictions
+from shared_calls import pictures
+from small_transformers import MODELS, FullRun
 from torch import distributed
 from torch.distributed import ProcessGroup
 
+from grat_cli.generation.timing import StepRecorder
+from grat_kernels import Backend
 
-class Sent:
-    """What was sent so far."""
 
-    nbytes = 0
+class Sent(NamedTuple):
+    """Of one rank.
+
+    Attributes:
+        in_calls: recorded of a call of the small transformer of each family.
+        counted: of the same.
+        in_run: counted of a run of the demo model.
+    """
+
+    in_calls: list[int]
+    counted: list[int]
+    in_run: int
+
+
+def sent(ranks: ProcessGroup, names: Sequence[str], preset: dict[str, Any], mesh: dict[str, int]) -> Sent:
+    """What one of some ranks sends, that share calls of small transformers with as many heads or twice as many, and as a
+    mesh says a run with a preset."""
+    recorded, counted = [], []
+    for name in names:
+        kind = MODELS[name]
+        adapter = kind.adapter(small(name, ranks.size()), kind.grids[1], ranks=ranks)
+        recorder = StepRecorder()
+        with torch.no_grad(), _counted() as count, adapter.attached(FullRun(adapter), Backend.SDPA, recorder):
+            adapter.model(**kind.inputs(adapter.grid))
+        recorded.append(recorder.steps([1000.0])[0].exchanged_bytes)
+        counted.append(sum(count))
+    with _counted() as count:
+        pictures(ranks, [preset], mesh)
+    return Sent(recorded, counted, sum(count))
+
+
+def small(name: str, ranks: int) -> Any:
+    """The small transformer of a family, with heads for so many ranks."""
+    return MODELS[name].make(num_attention_heads=ranks)
 
 
 @contextmanager
-def counted() -> Iterator[Sent]:
-    """While inside, counts what the collectives send that ranks exchange tokens and predictions with.
+def _counted() -> Iterator[list[int]]:
+    """While inside, lists what the collectives send that ranks exchange tokens and predictions with.
 
     What is sent to all of a group goes to each of the others.
     """
-    sent = Sent()
+    found: list[int] = []
     kinds: dict[str, Callable[..., int]] = {
         "all_to_all_single": _to_others,
         "all_gather": lambda received, own, group: own.nbytes * (group.size() - 1),
@@ -34,13 +68,13 @@ def counted() -> Iterator[Sent]:
 
     def counting(stock: Callable[..., Any], count: Callable[..., int]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            sent.nbytes += count(*args, **kwargs)
+            found.append(count(*args, **kwargs))
             return stock(*args, **kwargs)
 
         return call
 
     with patch.multiple(distributed, **{name: counting(getattr(distributed, name), kinds[name]) for name in kinds}):
-        yield sent
+        yield found
 
 
 def _to_others(
@@ -48,20 +82,3 @@ def _to_others(
 ) -> int:
     rows = sum(to_each) - to_each[group.rank()]
     return rows * own[0].nbytes
-
-
-def sent_in_calls(ranks: ProcessGroup, names: Sequence[str]) -> dict[str, float]:
-    """In a call of the small transformer of each family, on one of the ranks that share it."""
-    found = {}
-    for name in names:
-        with counted() as sent:
-            predictions(ranks, [name])
-        found[name] = sent.nbytes / STEPS
-    return found
-
-
-def sent_in_run(ranks: ProcessGroup, preset: dict[str, Any], mesh: dict[str, int]) -> int:
-    """In a run of the demo model with a preset, on one of the ranks of a mesh."""
-    with counted() as sent:
-        pictures(ranks, [preset], mesh)
-    return sent.nbytes
