@@ -109,11 +109,11 @@ class Fleet:
         operations = LOOKS * OPERATIONS_OF_LOOK
         lines = [
             f"Weights: {self.workers:,} x {bytes_text(self.weights)} / {bytes_text(STORE_RATE)}/s = "
-            f"{self.workers * self.weights / STORE_RATE:,.0f} s; from {self.most_with_store + 1} machines on each waits "
-            "for others: keep a copy on each.",
-            f"Claims of --shard: {self.workers:,} machines x {self.workers:,} items made at once x {operations} operations / "
-            f"{STORE_OPERATIONS:,}/s = {self.looking * self.seconds:,.3g} s for {self.seconds:,.3g} s of making; "
-            f"from {self.most_with_claims + 1:,} machines on use --ray.",
+            f"{self.workers * self.weights / STORE_RATE:,.0f} s; from {self.most_with_store + 1} machines on they wait "
+            "for each other: keep a copy on each.",
+            f"Claims of --shard: {self.workers:,} machines x {self.workers:,} items made at once x {operations} "
+            f"operations / {STORE_OPERATIONS:,}/s = {self.looking * self.seconds:,.3g} s for {self.seconds:,.3g} s of "
+            f"making; from {self.most_with_claims + 1:,} machines on use --ray.",
         ]
         if self.outputs_per_kwh is not None and self.power is not None:
             lines.append(

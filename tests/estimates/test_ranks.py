@@ -74,8 +74,8 @@ def test_an_attention_sends_what_is_foretold(
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, Parallel(1, 2)), (3, Parallel(3))])
 def test_ranks_send_what_is_foretold(ranks: int, parallel: Parallel) -> None:
-    """In calls of small transformers of all families; and in a run of the demo model, whose layers are computed, carried
-    over steps, or carried beside a base that is computed."""
+    """In calls of small transformers of all families; and in a run of the demo model, whose layers are computed,
+    carried over steps, or carried beside a base that is computed."""
     beside = {"reference": [0, 2], "between": "residual", "base": {"radius": 0}, "layers": "3"}
     preset = {
         "name": "own",

@@ -32,8 +32,8 @@ class Sent(NamedTuple):
 
 
 def sent(ranks: ProcessGroup, names: Sequence[str], preset: dict[str, Any], mesh: dict[str, int]) -> Sent:
-    """What one of some ranks sends, that share calls of small transformers with as many heads or twice as many, and as a
-    mesh says a run with a preset."""
+    """What one of some ranks sends, which share calls of small transformers with as many heads, and a run with a preset
+    as a mesh says."""
     recorded, counted = [], []
     for name in names:
         kind = MODELS[name]
