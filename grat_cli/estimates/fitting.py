@@ -231,6 +231,8 @@ def refuse_unfit_here(
     dtype: str,
     offload: str,
     weights: Weights = AS_THEY_ARE,
+    parallel: Parallel = ALONE,
+    shards_weights: bool = False,
 ) -> None:
     """Makes sure, before anything is loaded, that a run fits the device that it is for.
 
@@ -244,6 +246,8 @@ def refuse_unfit_here(
         dtype: as for `devices.choose_dtype`.
         offload: `--offload`.
         weights: how they come.
+        parallel: how several such devices share it.
+        shards_weights: `--shard-weights`.
 
     Raises:
         OutOfMemory: if it does not fit, with what does.
@@ -280,6 +284,8 @@ def refuse_unfit_here(
             offload=offload,
             quantize=weights.quantize,
             cast=weights.cast,
+            parallel=parallel,
+            shards_weights=shards_weights,
             at_size=forecasts,
         )
     )
