@@ -99,7 +99,9 @@ def sent_in_call(name: str, ranks: int) -> tuple[int, ...]:
     kind, model = MODELS[name], small(name, ranks)
     adapter = kind.adapter(model, kind.grids[1])
     inputs = kind.inputs(adapter.grid)
-    shape = family_of_transformer(model).transformer_shape(model.config)
+    family = family_of_transformer(model)
+    assert family is not None
+    shape = family.transformer_shape(model.config)
     text, samples = adapter.read(dict(inputs)), len(inputs["hidden_states"])
     exchange = Exchange.of(shape, adapter.grid.tokens + text.references, text.longest, ranks, 4, samples)
     return exchange.of_call(adapter.layers)

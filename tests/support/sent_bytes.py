@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -50,7 +50,8 @@ def sent(ranks: ProcessGroup, names: Sequence[str], preset: dict[str, Any], mesh
 
 def small(name: str, ranks: int) -> Any:
     """The small transformer of a family, with heads for so many ranks."""
-    return MODELS[name].make(num_attention_heads=ranks)
+    make: Callable[..., Any] = MODELS[name].make
+    return make(num_attention_heads=ranks)
 
 
 @contextmanager
@@ -73,7 +74,9 @@ def _counted() -> Iterator[list[int]]:
 
         return call
 
-    with patch.multiple(distributed, **{name: counting(getattr(distributed, name), kinds[name]) for name in kinds}):
+    with ExitStack() as patches:
+        for name, count in kinds.items():
+            patches.enter_context(patch.object(distributed, name, counting(getattr(distributed, name), count)))
         yield found
 
 
