@@ -131,9 +131,9 @@ def judge(
         shards_weights: `--shard-weights`.
         at_size: forecasts of another size, which is advised where nothing else helps; None for no advice at all.
     """
-    kinds = (
-        OFFLOAD_KINDS if offload == "auto" and device.kind == "cuda" else (offload if offload != "auto" else "none",)
-    )
+    kinds: Sequence[str] = (offload,)
+    if offload == "auto":
+        kinds = OFFLOAD_KINDS if device.kind == "cuda" and not shards_weights else ("none",)
     verdict = None
     for kind in kinds:
         execution = execution_of(
