@@ -105,8 +105,10 @@ def plan(
     if ranks.gpus is None and (ranks.parallel is not None or ranks.shard_weights):
         name = "--shard-weights" if ranks.parallel is None else "--parallel"
         raise BadInput(f"{name} is for several GPUs: add --gpus COUNT")
-    if ranks.shard_weights and weights.offload not in ("none", "auto"):
-        raise BadInput("--shard-weights and --offload are two ways to hold fewer weights: leave one out")
+    others = {"--offload": weights.offload, "--quantize": weights.quantize, "--cast": weights.cast}
+    for flag, value in others.items() if ranks.shard_weights else ():
+        if value not in ("none", "auto"):
+            raise BadInput(f"--shard-weights and {flag} {value} are two ways to hold fewer weights: leave one out")
     if fleet is not None and fleet < 1:
         raise BadInput(f"--fleet {fleet}: expected 1 or more machines")
     pictures.check()

@@ -359,9 +359,9 @@ def _with_less_at_once(execution: Execution) -> Iterator[tuple[str, Execution]]:
     chunks.append((f"--set memory.chunk_tokens={_SMALL_CHUNK}", _SMALL_CHUNK))
     for flags, tokens in chunks:
         yield flags, replace(execution, chunk_tokens=tokens)
-    if execution.on_cpu:
+    if execution.on_cpu or execution.shards_weights:
         return
-    if execution.parallel.cp > 1 and not execution.shards_weights:
+    if execution.parallel.cp > 1 and (execution.offload, execution.quantize, execution.cast) == ("none",) * 3:
         yield "--shard-weights", replace(execution, shards_weights=True)
     # Moving whole parts costs seconds a run; the weights of every step cost more, and one layer at a time the most.
     ways = (
@@ -377,10 +377,7 @@ def _with_less_at_once(execution: Execution) -> Iterator[tuple[str, Execution]]:
         for offload, quantize in ways:
             if (offload, quantize) == (execution.offload, execution.quantize):
                 continue
-            # Which do not go together.
-            if execution.cast != "none" and quantize != "none":
-                continue
-            if execution.shards_weights and offload != "none":
+            if execution.cast != "none" and quantize != "none":  # which do not go together
                 continue
             flags = [f"--offload {offload}"] if offload != "none" else []
             flags += [f"--quantize {quantize}"] if quantize != "none" else []

@@ -11,7 +11,7 @@ from grat_cli.estimates.hardware import LINK_SHARE, Device
 from grat_cli.estimates.memory import Execution
 from grat_cli.estimates.planning import Forecast
 from grat_cli.estimates.ranks import bytes_of_step, exchange_of
-from grat_cli.estimates.time import DenoiseSeconds, denoise_seconds
+from grat_cli.estimates.time import DenoiseSeconds, denoise_seconds, gathered_bytes
 from grat_cli.families.shapes import Components
 from grat_cli.models.parallel import ALONE, Parallel
 
@@ -29,6 +29,7 @@ class SeveralGpus:
         of_call: bytes that each of the GPUs that share a call sends to others in one that computes all attention, in
             the last stage.
         of_steps: likewise in all steps.
+        weights_of_call: bytes of weights that each gets from the others in a call.
         link: what carries them, and bytes per second one way; None where that is not known.
         one: what denoising takes on one such GPU; likewise.
         several: on these; likewise.
@@ -38,6 +39,7 @@ class SeveralGpus:
     steps: int
     of_call: tuple[int, ...]
     of_steps: tuple[int, ...]
+    weights_of_call: float
     link: tuple[str, float] | None
     one: DenoiseSeconds | None
     several: DenoiseSeconds | None
@@ -61,6 +63,7 @@ class SeveralGpus:
             "cfg": self.parallel.cfg,
             "reason": self.parallel.reason,
             "exchanged_bytes": {"call": self.of_call, "run": self.of_steps},
+            "gathered_bytes": {"call": round(self.weights_of_call)},
             "link": None if self.link is None else {"kind": self.link[0], "bytes_per_second": self.link[1]},
             "link_share": LINK_SHARE,
             "denoise_seconds": None if several is None or self.one is None else {"one": self.one.total, **several},
@@ -77,7 +80,9 @@ class SeveralGpus:
             return [*lines, f"A step: {sent}; of this device no rates are known, so add --gpu h200 or another."]
         attention, rest, exchange, weights = (_seconds(each / self.steps) for each in self.several)
         kind, rate = self.link
-        gathered = f", weights {weights}" if self.several.weights else ""
+        gathered = f", weights {weights}" if self.weights_of_call else ""
+        if self.weights_of_call:
+            sent += f", {bytes_text(self.weights_of_call)} of weights in a call"
         return [
             *lines,
             f"A step: attention {attention}, the rest {rest}, exchange {exchange}{gathered} "
@@ -106,6 +111,7 @@ def several_gpus(runs: Sequence[Forecast], components: Components, execution: Ex
         len(sent),
         exchange_of(last, parallel).of_call(last.schedule.layers),
         tuple(map(sum, zip(*sent, strict=True))),
+        gathered_bytes(components, execution),
         device.peers if device.kind == "cuda" else None,
         _all_stages(runs, components, alone, device),
         _all_stages(runs, components, execution, device),

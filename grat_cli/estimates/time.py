@@ -130,6 +130,12 @@ class DenoiseSeconds(NamedTuple):
         return DenoiseSeconds(*map(operator.add, self, other))
 
 
+def gathered_bytes(components: Components, execution: Execution) -> float:
+    """Bytes of weights that a GPU gets in a transformer call from those that it shares them with."""
+    called = component_weights(components, execution)["transformer"] / components.transformers
+    return called * (1 - 1 / execution.parallel.cp) if execution.shards_weights else 0.0
+
+
 def denoise_seconds(
     forecast: Forecast, components: Components, execution: Execution, device: Device
 ) -> DenoiseSeconds | None:
@@ -156,7 +162,7 @@ def denoise_seconds(
     share = tokens / main.tokens
     row = components.transformer.width * execution.element
     passed = _PASSES_OF_BLOCK * shape.layers * tokens * row + called
-    gathered = calls * called * (1 - 1 / parallel.cp) if execution.shards_weights else 0.0
+    gathered = calls * gathered_bytes(components, execution)
 
     def of_step(step: int) -> DenoiseSeconds:
         density = density_on_ranks(forecast.schedule, step, parallel.cp)

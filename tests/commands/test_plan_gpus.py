@@ -50,7 +50,8 @@ def test_figures_of_several_gpus_are_in_the_json() -> None:
     assert phases["denoise"]["peak_bytes"] < alone["denoise"]["peak_bytes"]
     typed = grat(*QWEN, "--gpus", 4, "--parallel", "cp=4,cfg=1", "--json").data["gpus"]
     assert (typed["cp"], typed["cfg"], typed["reason"]) == (4, 1, "as typed")
-    sharded = grat(*QWEN, "--gpus", 4, "--shard-weights", "--json").data
+    sharded = grat(*QWEN, "--gpus", 4, "--shard-weights", "--offload", "auto", "--json").data
+    assert data["gpus"]["gathered_bytes"]["call"] == 0 < sharded["gpus"]["gathered_bytes"]["call"]
     assert sharded["gpus"]["denoise_seconds"]["weights"] > 0
     weights = {phase["phase"]: phase["weights_bytes"] for phase in sharded["phases"]}
     assert weights["denoise"] < alone["denoise"]["weights_bytes"] / 2
@@ -102,7 +103,7 @@ def test_more_gpus_than_a_machine_has_are_pointed_out() -> None:
         ((*FLUX, "--parallel", "cp=2"), "--parallel is for several GPUs: add --gpus COUNT"),
         ((*FLUX, "--shard-weights"), "--shard-weights is for several GPUs: add --gpus COUNT"),
         ((*FLUX, "--gpus", 1, "--shard-weights"), "no ranks share a call: leave it out, or share calls by more"),
-        ((*FLUX, "--gpus", 2, "--shard-weights", "--offload", "group"), "two ways to hold fewer weights"),
+        ((*FLUX, "--gpus", 2, "--shard-weights", "--quantize", "int8"), "two ways to hold fewer weights"),
         ((*FLUX, "--fleet", 0), "--fleet 0: expected 1 or more machines"),
         (("plan", "demo-b", "--fleet", 5), "--fleet needs the time of an output: add --gpu h200"),
     ],
