@@ -43,7 +43,7 @@ def image(
 ) -> None:
     """Make pictures from a prompt, or from a prompt and pictures."""
     from grat_cli.commands import making
-    from grat_cli.commands.ranks import done_elsewhere
+    from grat_cli.commands.ranks import leave_to_others
     from grat_cli.errors import BadInput
     from grat_cli.estimates.stages import stages_of, uses_highres
     from grat_cli.files.formats import choose_format
@@ -52,8 +52,7 @@ def image(
     from grat_cli.models.resolution import parse_resolution
     from grat_cli.presets import HIGHRES_MODES
 
-    if (code := done_elsewhere(context, ranks)) is not None:
-        raise typer.Exit(code)
+    leave_to_others(context, ranks)
     output = terminal.output()
 
     # 1. What can be refused without looking at any model.

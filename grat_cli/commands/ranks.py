@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from grat_cli.console.output import Output, print_error
@@ -18,35 +19,35 @@ if TYPE_CHECKING:
     from grat_cli.generation.world import World
 
 
-def done_elsewhere(context: typer.Context, ranks: ParallelOptions) -> int | None:
-    """Starts the ranks that `--gpus` asks for, or does, as one of them, what the first one says.
+def leave_to_others(context: typer.Context, ranks: ParallelOptions) -> None:
+    """Starts the ranks that `--gpus` asks for, or does, as one of them, what the first one says, and ends this process.
 
-    Returns:
-        An exit code; None where the command line is to be run here.
+    It returns where the command line is to be run here: without ranks, and on the first of them.
 
     Raises:
         BadInput: if there cannot be so many.
+        SystemExit: when it is done; all that is to be said has been.
     """
     ranks.check()
     here = of_launcher(os.environ)
     if here is None:
         if (ranks.gpus or 1) == 1:
             _refuse_alone(ranks)
-            return None
+            return
         from grat_cli.generation.world import launch
 
         code, why = launch(ranks.gpus or 1, context.find_root().obj or ())
         if why is not None:
             print_error(why)
-        return code
+        sys.exit(code)
     if ranks.gpus not in (None, here.count):
         raise BadInput(f"--gpus {ranks.gpus}, but torchrun has started {here.count}: leave --gpus out")
     if here.rank == 1:
-        return None
+        return
     from grat_cli.console.progress import ProgressDisplay
     from grat_cli.generation.run import follow
 
-    return follow(here, ProgressDisplay())
+    sys.exit(follow(here, ProgressDisplay()))
 
 
 def _refuse_alone(ranks: ParallelOptions) -> None:

@@ -53,7 +53,7 @@ def rerun(
 ) -> None:
     """Make a picture or video once more, to the same pixels, or with other options."""
     from grat_cli.commands import making
-    from grat_cli.commands.ranks import done_elsewhere
+    from grat_cli.commands.ranks import leave_to_others
     from grat_cli.errors import BadInput
     from grat_cli.files import formats
     from grat_cli.generation.repeating import read_repeatable
@@ -63,8 +63,7 @@ def rerun(
     from grat_cli.models.video_size import parse_size
     from grat_cli.presets import HIGHRES_MODES
 
-    if (code := done_elsewhere(context, ranks)) is not None:
-        raise typer.Exit(code)
+    leave_to_others(context, ranks)
     output = terminal.output()
 
     # 1. What can be refused without looking at any model.

@@ -24,14 +24,13 @@ def resume(
 ) -> None:
     """Go on with an output that was interrupted, to the same result; it lies beside FILE, by its name, or at --out."""
     from grat_cli.commands import making
-    from grat_cli.commands.ranks import done_elsewhere
+    from grat_cli.commands.ranks import leave_to_others
     from grat_cli.files import outputs, whole
     from grat_cli.files.formats import SUFFIXES
     from grat_cli.generation.checkpoint import files_of, find_run, read_run
     from grat_cli.generation.finishing import written_already
 
-    if (code := done_elsewhere(context, ranks)) is not None:
-        raise typer.Exit(code)
+    leave_to_others(context, ranks)
     output = terminal.output()
 
     # 1. Where it stands.

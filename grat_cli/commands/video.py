@@ -58,7 +58,7 @@ def video(
 ) -> None:
     """Make videos from a prompt, or from a prompt and a picture."""
     from grat_cli.commands import making
-    from grat_cli.commands.ranks import done_elsewhere
+    from grat_cli.commands.ranks import leave_to_others
     from grat_cli.console.progress import duration
     from grat_cli.errors import BadInput
     from grat_cli.estimates.time import planned_seconds
@@ -66,8 +66,7 @@ def video(
     from grat_cli.generation.selection import cache_note, guard_note, mismatch_note
     from grat_cli.models.catalogue import choose_model
 
-    if (code := done_elsewhere(context, ranks)) is not None:
-        raise typer.Exit(code)
+    leave_to_others(context, ranks)
     output = terminal.output()
 
     # 1. What can be refused without looking at any model.

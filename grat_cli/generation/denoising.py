@@ -28,7 +28,7 @@ from grat_cli.generation.preview import Preview, PreviewedSteps
 from grat_cli.generation.request import Request, WritingProgress
 from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
 from grat_cli.generation.timing import Phases, StepRecorder, StepTiming, phase_of, while_compiling, with_work
-from grat_cli.generation.world import World, undisturbed
+from grat_cli.generation.world import World, end_undisturbed
 from grat_cli.models import compiling
 from grat_cli.models.devices import is_out_of_memory, wait_for
 from grat_cli.presets.caches import Mag
@@ -138,12 +138,13 @@ class Denoising:
             if kept := self._kept():
                 raise Interrupted(f"interrupted {self._stands}; go on with {command_for('resume', kept)}") from None
             raise
-        except RankLost as error:
-            with undisturbed():
-                if self._run.done:
-                    self._keep(self._run)
+        except RankLost:
+            if self._run.done:
+                self._keep(self._run)
             if kept := self._kept():
-                raise RankLost(f"{error}, {self._stands}; go on with {command_for('resume', kept)}") from None
+                raise RankLost(
+                    f"another rank has ended, {self._stands}; go on with {command_for('resume', kept)}"
+                ) from None
             raise
         except Exception as error:
             of_this_machine = isinstance(error, OutOfMemory) or not isinstance(error, GratError)
@@ -226,7 +227,9 @@ class Denoising:
                             history=run.history,
                         ),
                     )
-                except (KeyboardInterrupt, RankLost):
+                except (KeyboardInterrupt, RankLost) as error:
+                    if isinstance(error, RankLost):
+                        end_undisturbed()
                     if (latents := callback.latents) is not None:
                         if callback.done == stage.steps:
                             latents = self._family.spatial(inside.pipe, latents, stage.width, stage.height)

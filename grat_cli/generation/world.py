@@ -6,13 +6,11 @@ alone writes and talks. A rank that ends has the others end too: with `RankLost`
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -162,21 +160,13 @@ def _broadcast(objects: list[Any]) -> list[Any]:
     return objects
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """While inside, signals to end do nothing: the launcher sends some when a rank has ended, and what is done is to be
-    kept."""
-    names = ("SIGTERM", "SIGINT", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            with contextlib.suppress(TypeError):  # of one that was not set by Python
-                signal.signal(number, handler)
+def end_undisturbed() -> None:
+    """From here on signals to end do nothing: this process ends by itself, and keeps what is done; the launcher sends
+    some as soon as a rank has ended."""
+    if threading.current_thread() is threading.main_thread():  # which alone gets signals
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):  # Windows lacks one
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
@@ -206,7 +196,7 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
     # What a rank computes with on a CPU, unless the user says; and no module of the current folder is to be imported.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ["PYTHONSAFEPATH"] = "1"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks say themselves what is wrong
+    logging.disable(logging.CRITICAL)  # in this process: ranks say themselves what is wrong
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
