@@ -39,6 +39,7 @@ from grat_kernels import Grid
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.fitted_positions import FittedPositions
@@ -387,8 +388,10 @@ class Flux(Family):
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipe._pack_latents(latents, *latents.shape)
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
-        return picture_coding.decode(pipe, latents, tile).unsqueeze(2)
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
+        return picture_coding.decode(pipe, latents, tile, ranks=ranks).unsqueeze(2)
 
     def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
         return picture_coding.encode(pipe, picture)

@@ -38,6 +38,7 @@ from grat_kernels import Grid
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
     from grat_cli.attention.chunking import Forward
@@ -479,9 +480,11 @@ class Flux2(Family):
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipe._pack_latents(pipe._patchify_latents(latents))
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         mean, deviation = _statistics(pipe, latents)
-        return picture_coding.decode(pipe, latents * deviation + mean, tile, _pixels_by(pipe)).unsqueeze(2)
+        return picture_coding.decode(pipe, latents * deviation + mean, tile, _pixels_by(pipe), ranks).unsqueeze(2)
 
     def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
         latents = picture_coding.encode(pipe, picture, latents_of=_latents_by(pipe))

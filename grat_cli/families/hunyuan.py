@@ -32,10 +32,12 @@ from grat_cli.families.base import (
     token_sides,
 )
 from grat_cli.families.shapes import CLIP_L, JointShape, TextEncoderShape, TransformerCall
+from grat_cli.families.shared_decoding import tiles_over_ranks
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.layer import LayerAttention, Text
@@ -385,12 +387,14 @@ class Hunyuan(Family):
     def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
         return _latents_shape(self.transformer_config(model), grid)
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         import torch
 
         if tile is not None:
             self.prepare(pipe, tile)
-        with torch.no_grad():
+        with torch.no_grad(), tiles_over_ranks(pipe.vae, ranks):
             scaled = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
             return pipe.vae.decode(scaled, return_dict=False)[0]
 

@@ -38,6 +38,7 @@ from grat_kernels import Grid
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.chunking import Forward
     from grat_kernels import Plan
@@ -417,12 +418,14 @@ class Qwen(Family):
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipe._pack_latents(latents, *latents.shape)
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         def pixels_of(window: torch.Tensor) -> torch.Tensor:
             mean, deviation = _scaling(pipe.vae, window)
             return pipe.vae.decode((window * deviation + mean).unsqueeze(2), return_dict=False)[0].squeeze(2)
 
-        return picture_coding.decode(pipe, latents, tile or self.tile, pixels_of).unsqueeze(2)
+        return picture_coding.decode(pipe, latents, tile or self.tile, pixels_of, ranks).unsqueeze(2)
 
     def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
         def latents_of(window: torch.Tensor) -> torch.Tensor:

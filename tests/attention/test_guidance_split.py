@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
-from shared_calls import pictures
+from shared_calls import GUIDED, latents, pictures, pictures_and_latents
 
 from grat_cli.attention.guidance_split import GuidanceSplit
 from grat_cli.errors import BadInput
 
+# Of latents of about 1: some hundred times fp32's rounding, some thousandth of what a wrong token would change.
+TOLERANCE = 2e-5
 CARRIED = {"over_steps": [{"reference": [0, 2], "between": "extrapolate", "layers": "0-1"}]}
 FAR = {"variant": "b", "group": [4, 4], "far": [{"beyond": 1, "block": [2, 2]}]}
 
@@ -23,19 +25,31 @@ def preset(**sections: Any) -> dict[str, Any]:
 
 
 def test_two_ranks_make_the_picture_of_one() -> None:
-    """To the bit: each call is computed by one rank as it is by one alone."""
+    """To the bit: each call is computed by one rank as it is by one alone. Families call their transformers in ways of
+    their own."""
     presets = (
         preset(),
         preset(schedule=CARRIED),
         preset(attention={"variant": "b", "group": [4, 4]}, guard=0.9),
         preset(schedule=CARRIED, guard=0.99),
     )
-    alone = pictures(None, presets)
-    assert alone[2].widened
-    for of_rank in on_ranks(2, pictures, presets, {"cfg": 2}):
-        for made, expected in zip(of_rank, alone, strict=True):
-            np.testing.assert_array_equal(made.pixels, expected.pixels)
-            assert made.widened == expected.widened
+    names = tuple(GUIDED)
+    expected = pictures(None, presets), latents(None, names)
+    assert expected[0][2].widened
+    for made in on_ranks(2, pictures_and_latents, presets, names, {"cfg": 2}):
+        for one, other in zip(made[0], expected[0], strict=True):
+            np.testing.assert_array_equal(one.pixels, other.pixels)
+            assert one.widened == other.widened
+        for name in names:
+            torch.testing.assert_close(made[1][name], expected[1][name], rtol=0, atol=0)
+
+
+def test_four_ranks_split_guidance_and_share_its_calls() -> None:
+    names = ("Qwen-Image", "Wan A14B")
+    alone = latents(None, names)
+    for of_rank in on_ranks(4, latents, names, {"cfg": 2, "cp": 2}):
+        for name in names:
+            torch.testing.assert_close(of_rank[name], alone[name], rtol=0, atol=TOLERANCE)
 
 
 class Steps:

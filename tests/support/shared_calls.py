@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
+import combinations
 import numpy as np
 import pytest
 import torch
 from small_transformers import MODELS, Run
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import grat_cli
 from grat_cli.attention.adapter import Adapter
@@ -101,15 +102,54 @@ class Picture(NamedTuple):
     computed: list[tuple[str, ...]]
 
 
+PRESETS = {2: "flux", 3: "hunyuan"}  # by axes
+# Of what `combinations` has, and with guidance by two calls.
+GUIDED = {
+    **{name: combinations.GUIDED[name] for name in ("Flux", "Qwen-Image", "HunyuanVideo", "Wan")},
+    "HunyuanVideo-1.5": dict,
+    "Wan A14B": dict,
+}
+
+
+def mesh_of(ranks: ProcessGroup | None, mesh: Mapping[str, int] | None) -> DeviceMesh | None:
+    """Of all ranks by the sizes of dimensions, which all share calls by default; None for one alone."""
+    if ranks is None:
+        return None
+    mesh = mesh or {"cp": ranks.size()}
+    return init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+
+
+def latents(
+    ranks: ProcessGroup | None, names: Sequence[str], mesh: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Of the small pipelines of families with guidance and a far field, by ranks that share them as a mesh says."""
+    parallel = mesh_of(ranks, mesh)
+    made = {}
+    for name in names:
+        kind = combinations.CARRIED[name]
+        pipe = kind.make()
+        pipe.set_progress_bar_config(disable=True)
+        far = [{"beyond": 0, "block": list(kind.block)}]
+        attention = {"variant": "b", "group": list(kind.group), "radius": 0, "far": far}
+        preset = Preset.model_validate({"name": "own", "model": PRESETS[len(kind.group)], "attention": attention})
+        with grat_cli.install(pipe, preset, **kind.size, parallel=parallel):
+            made[name] = pipe(
+                **kind.size,
+                **kind.text(),
+                **GUIDED[name](),
+                num_inference_steps=STEPS,
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+            )[0]
+    return made
+
+
 def pictures(
     ranks: ProcessGroup | None, presets: Sequence[dict[str, Any]], mesh: Mapping[str, int] | None = None
 ) -> list[Picture]:
     """Of the demo model, 120x128 pixels, by `install` with each preset; ranks share them as a mesh says, all calls by
     default."""
-    parallel = None
-    if ranks is not None:
-        mesh = mesh or {"cp": ranks.size()}
-        parallel = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+    parallel = mesh_of(ranks, mesh)
     pipe: Any = load_pipeline(DEMO_FLUX.path)
     pipe.set_progress_bar_config(disable=True)
     size: dict[str, Any] = {"height": 120, "width": 128}
@@ -131,3 +171,10 @@ def pictures(
         computed = [work.computed for work in works if work]
         made.append(Picture(pixels, [(one["step"], one["layer"]) for one in widened], computed))
     return made
+
+
+def pictures_and_latents(
+    ranks: ProcessGroup, presets: Sequence[dict[str, Any]], names: Sequence[str], mesh: Mapping[str, int]
+) -> tuple[list[Picture], dict[str, torch.Tensor]]:
+    """Both, in the same processes, which take longer to start than to compute."""
+    return pictures(ranks, presets, mesh), latents(ranks, names, mesh)
