@@ -16,6 +16,7 @@ from diffusers.hooks.group_offloading import apply_group_offloading
 from flux_runs import GUIDED, HEIGHT, WIDTH, NoHostReads, call, preset, relative_difference
 
 import grat_cli
+from grat_cli.attention.layer import CallObserver
 from grat_cli.attention.work import Work
 from grat_cli.errors import BadInput
 from grat_cli.estimates.memory import cached_bytes
@@ -297,8 +298,8 @@ def test_chunks_and_offloading_change_nothing_with_a_cache(name: str, offload: s
 # ---- What is counted
 
 
-class Counting:
-    """Counts by itself what attentions are computed, as a `CallObserver`."""
+class Counting(CallObserver):
+    """Counts by itself what attentions are computed."""
 
     def __init__(self) -> None:
         self.steps: dict[int, list[list[int]]] = {}
