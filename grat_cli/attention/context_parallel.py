@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from grat_kernels import HeadPlan, Plan
 
 
+def shares(tokens: int, ranks: int) -> tuple[int, ...]:
+    """How many of so many tokens each rank has: as evenly as can be.
+
+    Raises:
+        BadInput: if there are fewer tokens than ranks.
+    """
+    if tokens < ranks:
+        raise BadInput(f"{tokens} tokens cannot be shared by {ranks} ranks: take fewer")
+    return tuple(tokens // ranks + (rank < tokens % ranks) for rank in range(ranks))
+
+
 @dataclass(frozen=True)
 class Shared:
     """The tokens of a call, shared by the ranks of a group.
@@ -43,16 +54,8 @@ class Shared:
     def of(
         cls, group: ProcessGroup, tokens: int, observed: Callable[[int], AbstractContextManager[Any]] = nullcontext
     ) -> Shared:
-        """Shares of so many tokens, as even as they can be.
-
-        Raises:
-            BadInput: if there are fewer tokens than ranks.
-        """
-        size = group.size()
-        if tokens < size:
-            raise BadInput(f"{tokens} tokens cannot be shared by {size} ranks: take fewer")
-        counts = tuple(tokens // size + (rank < tokens % size) for rank in range(size))
-        return cls(group, group.rank(), counts, observed)
+        """Shares of so many tokens; raises BadInput as `shares`."""
+        return cls(group, group.rank(), shares(tokens, group.size()), observed)
 
     @property
     def size(self) -> int:

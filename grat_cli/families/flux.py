@@ -141,6 +141,10 @@ class FluxShape(JointShape):
         return self.in_channels
 
     @property
+    def predicted_channels(self) -> int:
+        return self.out_channels
+
+    @property
     def other_parameters(self) -> int:
         return super().other_parameters + (self.width + 1) * (self.out_channels - self.in_channels)
 

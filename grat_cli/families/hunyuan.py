@@ -99,10 +99,12 @@ class HunyuanShape(JointShape):
     Attributes:
         refiner_blocks: blocks that see text alone.
         picture_tokens: of a picture that videos start from, before the text.
+        out_channels: of the latents; what comes in may have those of a picture and a mask besides.
     """
 
     refiner_blocks: int = 0
     picture_tokens: int = 0
+    out_channels: int = 16
 
     rotates_text = False
     joins_in_single = True
@@ -113,6 +115,10 @@ class HunyuanShape(JointShape):
     @property
     def token_channels(self) -> int:
         return 4 * self.in_channels
+
+    @property
+    def predicted_channels(self) -> int:
+        return 4 * self.out_channels
 
     @property
     def other_parameters(self) -> int:
@@ -234,6 +240,7 @@ class Hunyuan(Family):
             config,
             "text_embed_dim",
             refiner_blocks=int(config["num_refiner_layers"]),
+            out_channels=int(config["out_channels"]),
             picture_tokens=_PICTURE_TOKENS if config.get("image_condition_type") == "token_replace" else 0,
         )
 

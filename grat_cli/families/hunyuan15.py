@@ -122,6 +122,10 @@ class Hunyuan15Shape(HunyuanShape):
         return self.patch * self.out_channels
 
     @property
+    def predicted_channels(self) -> int:
+        return self.token_channels
+
+    @property
     def other_parameters(self) -> int:
         """In order: latents in and out, time, modulation before the last projection, kinds of text; then each kind."""
         width = self.width

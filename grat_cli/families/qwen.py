@@ -118,6 +118,10 @@ class QwenShape(TransformerShape):
     def token_channels(self) -> int:
         return self.in_channels
 
+    @property
+    def predicted_channels(self) -> int:
+        return self.out_channels
+
     # ---- Weights
 
     @property

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from grat_cli.attention.context_parallel import peers
+
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
@@ -29,6 +31,9 @@ def decoded_over_ranks(
         decode: makes the tile of a number; its sides are known to no other rank.
         like: has as many axes, the dtype and the device of what is made.
         ranks: that share them; all have to take all tiles.
+
+    Raises:
+        RankLost: if another rank has ended.
     """
     import torch
     from torch.distributed import all_gather, broadcast
@@ -39,10 +44,12 @@ def decoded_over_ranks(
         assert own is None or (own.dtype, own.dim()) == (like.dtype, like.dim())
         sides = torch.tensor([0] * like.dim() if own is None else own.shape, device=like.device)
         every = [torch.empty_like(sides) for _ in range(size)]
-        all_gather(every, sides, group=ranks)
+        with peers():
+            all_gather(every, sides, group=ranks)
         for owner in range(min(size, count - first)):
             made = own if owner == rank and own is not None else like.new_empty(every[owner].tolist())
-            broadcast(made, group=ranks, group_src=owner)
+            with peers():
+                broadcast(made, group=ranks, group_src=owner)
             yield made
 
 

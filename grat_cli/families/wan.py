@@ -201,6 +201,10 @@ class WanShape(TransformerShape):
         return self.patch * self.in_channels
 
     @property
+    def predicted_channels(self) -> int:
+        return self.patch * self.out_channels
+
+    @property
     def timed_tokens(self) -> bool:
         """Whether each token has a timestep of its own, as the pipeline of TI2V-5B has it."""
         return self.in_channels == _CHANNELS_5B

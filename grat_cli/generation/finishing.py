@@ -28,6 +28,7 @@ from grat_cli.models.loading import load_autoencoder
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 from grat_cli.generation.machine import phases_of
 
@@ -130,6 +131,7 @@ def decoded(
     phases: Phases,
     progress: WritingProgress,
     tile: int | None = None,
+    ranks: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """The pixels of latents, as `Family.decode` has them.
 
@@ -141,12 +143,13 @@ def decoded(
         phases: of the run so far.
         progress: told how it goes on.
         tile: side in pixels of the tiles that are decoded one by one, None for the family's own.
+        ranks: that share the tiles; None for this process alone.
     """
     # 6. Decode.
     progress.phase("decode")
     with phases(phase_of("decode", run.stage)):
         assert run.latents is not None, "a run whose steps are done has latents"
-        return request.family.decode(pipe, run.latents.to(device), tile)
+        return request.family.decode(pipe, run.latents.to(device), tile, ranks)
 
 
 def written(

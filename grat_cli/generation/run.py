@@ -47,6 +47,7 @@ from grat_cli.models.devices import (
 )
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.sharding import require_sharding
 from grat_cli.models.text_cache import Embedded, laid_out
 from grat_cli.models.weight_files import WeightFile
 
@@ -176,6 +177,8 @@ class Generator:
         cache = request.preset.cache and request.preset.cache.kind
         if request.compile:
             require_compile(self._device, request.offload, cache)
+        if self._world is not None and self._world.shards_weights:
+            require_sharding(request.offload, compiled=request.compile)
         with memory_advice(request, self._device, self.stages[0]):
             progress.phase("load")
             with self._common("load"):
@@ -188,6 +191,7 @@ class Generator:
                     pictures=request.kinds,
                     weights=request.weights,
                     are_texts_known=are_texts_known,
+                    shard_over=self._world and self._world.shares_weights,
                 )
             if request.offload == "auto":
                 progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")
@@ -325,7 +329,8 @@ class Generator:
             with kept_latents(kept, request, output, self._progress):
                 if world is not None and (told := world.told(run.steps[steps_before:])):
                     run = replace(run, report={**run.report, "ranks": told})
-                pixels = decoded(self._pipe, self._device, run, request, phases, self._progress)
+                ranks = world and world.group
+                pixels = decoded(self._pipe, self._device, run, request, phases, self._progress, ranks=ranks)
                 made = written(self._pipe, pixels, run, request, output, phases, self._progress) if writes else None
         except (KeyboardInterrupt, Interrupted):
             making.remove_preview()  # what is kept to go on from makes previews of its own

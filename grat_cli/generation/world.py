@@ -29,6 +29,7 @@ from grat_cli.models.devices import device_of_worker
 from grat_cli.models.parallel import Parallel
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 # Within which ranks meet, and wait for one another: while the first one writes a large video, for example.
@@ -65,6 +66,20 @@ class World:
         kind = "cuda" if torch.distributed.get_backend() != "gloo" else "cpu"
         with peers():
             return init_device_mesh(kind, (self.parallel.cfg, self.parallel.cp), mesh_dim_names=(CFG, CP))
+
+    @property
+    def group(self) -> ProcessGroup:
+        """All ranks, for tensors on the device of each."""
+        from torch import distributed
+
+        group = distributed.group.WORLD
+        assert group is not None, "the ranks have met"
+        return group
+
+    @property
+    def shares_weights(self) -> DeviceMesh | None:
+        """The ranks that share weights: those that share a call, as others may leave out blocks that these compute."""
+        return self.mesh[CP] if self.shards_weights else None
 
     def for_this_rank(self, request: Request) -> Request:
         """A request on the device of this rank; but for the first rank, without anything that is written beside."""
