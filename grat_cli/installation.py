@@ -271,7 +271,7 @@ def install(
         )
     grid = adapters[0].grid
     if ranks is not ALONE:
-        _refuse_with_ranks(pipe, preset, tokens)
+        _refuse_with_ranks(tokens)
     installation = Installation(pipe, preset, grid, first_step, steps, adapters, ranks)
     family = family_of_transformer(getattr(pipe, "transformer", None))
     given = family.given_shift(pipe, grid.tokens, steps or 1) if family else None
@@ -294,20 +294,17 @@ def install(
             )
         if family and tokens is None:
             installation.caches = stack.enter_context(
-                _cached(transformers, adapters, installation, preset.cache, family)
+                _cached(transformers, adapters, installation, preset.cache, family, ranks)
             )
         yield installation
 
 
-def _refuse_with_ranks(pipe: Any, preset: Preset, tokens: Grid | None) -> None:
-    """Raises BadInput where ranks that share calls would come to different decisions, or cannot share them."""
-    transformers = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
-    for name, given in (
-        ("a step cache", preset.cache or any(getattr(one, "is_cache_enabled", False) for one in transformers)),
-        ("a transformer that GRAT does not know", tokens),
-    ):
-        if given:
-            raise BadInput(f"several ranks do not share the calls of a run with {name} yet: leave it out, or parallel")
+def _refuse_with_ranks(tokens: Grid | None) -> None:
+    """Raises BadInput where ranks cannot share calls."""
+    if tokens is not None:
+        raise BadInput(
+            "several ranks do not share the calls of a transformer that GRAT does not know: leave out parallel"
+        )
 
 
 def _counter(adapters: Sequence[Adapter | AnyTransformer]) -> Work:
@@ -336,6 +333,7 @@ def _cached(
     installation: Installation,
     cache: Cache | None,
     family: Family,
+    ranks: Ranks,
 ) -> AbstractContextManager[StepCaches]:
     """The transformers' caches, ours or the caller's."""
     from grat_cli.attention import caching
@@ -349,6 +347,7 @@ def _cached(
         ratios,
         _begun(installation),
         over_steps=installation.carrying is not None,
+        ranks=ranks,
     )
 
 

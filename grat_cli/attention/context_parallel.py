@@ -136,6 +136,29 @@ class Shared:
         )
         return torch.cat([text, tokens] if text_first else [tokens, text], dim=1)
 
+    def means(self, figures: Sequence[torch.Tensor], *, text_first: bool) -> torch.Tensor:
+        """Means over all tokens, `[n]` in fp32, the same to the last bit on all ranks.
+
+        Args:
+            figures: each `[B, N, ...]`, of this rank's tokens, or of the text and them.
+            text_first: whether text comes first, where it is there.
+
+        Raises:
+            RankLost: if another rank has ended.
+        """
+        import torch
+
+        own, parts = self.counts[self.rank], []
+        for figure in figures:
+            text_len = figure.shape[1] - own
+            count = figure[:, :1].numel() * (sum(self.counts) + text_len)
+            if self.rank:  # all have the text, and the first counts it
+                figure = figure[:, text_len:] if text_first else figure[:, :own]
+            parts.append(figure.sum(dtype=torch.float32) / count)
+        together = torch.stack(parts)
+        with self.observed(together.nbytes * (self.size - 1)):
+            return sum_over_ranks(together, self.group)
+
     def _heads(self, count: int) -> range:
         """This rank's heads of so many."""
         if count % self.size:
@@ -196,6 +219,25 @@ def peers() -> Iterator[None]:
         raise RankLost("another rank of the run has ended: what it said last tells why") from error
 
 
+def sum_over_ranks(figures: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The sum over ranks, in their order, so that it is the same to the last bit on all of them.
+
+    Args:
+        figures: of any shape, the same on all ranks.
+        group: of the ranks.
+
+    Raises:
+        RankLost: if another rank has ended.
+    """
+    import torch
+    from torch.distributed import all_gather
+
+    received = [torch.empty_like(figures) for _ in range(group.size())]
+    with peers():
+        all_gather(received, figures, group=group)
+    return torch.stack(received).sum(dim=0)
+
+
 def mean_over_ranks(figures: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """The mean of each figure over the ranks that have one, which is not NaN; the same on all ranks.
 
@@ -207,10 +249,7 @@ def mean_over_ranks(figures: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
         RankLost: if another rank has ended.
     """
     import torch
-    from torch.distributed import all_reduce
 
     there = ~figures.isnan()
-    sums = torch.stack([figures.nan_to_num(0.0), there.to(figures.dtype)])
-    with peers():
-        all_reduce(sums, group=group)
+    sums = sum_over_ranks(torch.stack([figures.nan_to_num(0.0), there.to(figures.dtype)]), group)
     return sums[0] / sums[1]

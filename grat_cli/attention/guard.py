@@ -533,7 +533,8 @@ class _Call:
         figures = iter(self._sent.read().tolist())
         measured = {}
         for layer, (width, _) in self.measured.items():
-            measured[layer] = _measured(*islice(figures, 3), width)
+            kept, recall, error = islice(figures, 3)
+            measured[layer] = _measured(kept, recall, error, width)
         return _Found(measured, {layer: _kept_of(next(figures)) for layer, _ in self.carried})
 
 

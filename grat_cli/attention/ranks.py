@@ -53,5 +53,10 @@ class Ranks:
         several = {name: group for name, group in groups.items() if sizes[name] > 1}
         return cls(several.get(CP), several.get(CFG), torch.device(mesh.device_type))
 
+    @property
+    def are_several(self) -> bool:
+        """Whether there is another one."""
+        return self.cp is not None or self.cfg is not None
+
 
 ALONE = Ranks()

@@ -75,7 +75,7 @@ class Work(CallObserver):
         """Likewise; `inputs` are None where it is not span attention."""
         if (call := self._call) is not None:
             call.layers.append(len(call.layers) if inputs is None else inputs.layer)
-            call.densities.append(call.density if inputs is None else inputs.plan.density)
+            call.densities.append(call.density if inputs is None else inputs.density)
 
     def of_step(self, step: int) -> StepWork | None:
         """What was computed in a step; None of one of which no call has ended."""

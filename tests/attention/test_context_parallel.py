@@ -68,7 +68,8 @@ def test_a_rank_learns_within_seconds_that_another_has_ended(of_two: list[Any]) 
 
 def test_ranks_that_share_a_run_make_the_picture_of_one() -> None:
     """The demo model has three heads: one a rank, and layers of which they differ, choose, and are carried; or that a
-    guard widens."""
+    guard widens; or that a cache takes over, by what all ranks see: what each sees is now above the threshold, now
+    below it."""
     preset = {
         "name": "own",
         "model": "demo",
@@ -79,13 +80,15 @@ def test_ranks_that_share_a_run_make_the_picture_of_one() -> None:
         },
     }
     watched = {"name": "watched", "model": "demo", "attention": {"variant": "b", "group": [4, 4]}, "guard": 0.9}
-    presets = (preset, watched)
+    cached = {**watched, "guard": 0, "cache": {"kind": "first-block", "threshold": 0.5}}
+    presets = (preset, watched, cached)
     alone = pictures(None, presets)
     assert alone[1].widened
+    assert any(alone[2].computed)
     for of_rank in on_ranks(3, pictures, presets):
         for made, expected in zip(of_rank, alone, strict=True):
             np.testing.assert_allclose(made.pixels, expected.pixels, rtol=0, atol=TOLERANCE)
-            assert made.widened == expected.widened
+            assert (made.widened, made.computed) == (expected.widened, expected.computed)
 
 
 @given(tokens=st.integers(1, 10_000), size=st.integers(1, 64))

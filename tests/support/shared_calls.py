@@ -94,10 +94,12 @@ def until_one_ends(ranks: ProcessGroup) -> float:
 
 
 class Picture(NamedTuple):
-    """Pixels from 0 to 1, and which layers a guard has widened when."""
+    """Pixels from 0 to 1, which layers a guard has widened when, and which layers were computed in the calls of each
+    step, where that is counted."""
 
     pixels: np.ndarray
     widened: list[tuple[int, int]]
+    computed: list[tuple[str, ...]]
 
 
 PRESETS = {2: "flux", 3: "hunyuan"}  # by axes
@@ -165,7 +167,9 @@ def pictures(
                 **size,
             ).images[0]
         widened = installation.guard.report()["widened"] if installation.guard else []
-        made.append(Picture(pixels, [(one["step"], one["layer"]) for one in widened]))
+        works = [installation.work and installation.work.of_step(step) for step in range(STEPS)]
+        computed = [work.computed for work in works if work]
+        made.append(Picture(pixels, [(one["step"], one["layer"]) for one in widened], computed))
     return made
 
 
