@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,9 @@ def generate(
             yield made
 
 
+_FIRST_SPEAKS_S = 3.0
+
+
 def follow(here: Shard, progress: WritingProgress) -> int:
     """Makes, as one of the ranks but the first, what that one says; returns an exit code.
 
@@ -126,6 +130,8 @@ def follow(here: Shard, progress: WritingProgress) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except GratError as error:
+        # Where the first one fails alike, the launcher ends this one, and it is said once.
+        time.sleep(_FIRST_SPEAKS_S)
         raise type(error)(f"rank {here.rank - 1}: {error}") from error
     return 0
 
