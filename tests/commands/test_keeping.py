@@ -79,14 +79,14 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     often = ("--seed", "7", "--checkpoint-every", "1")
     if request.param == "image":
         demo = ("image", "a red fox in the snow", "--model", "demo", "--variant", "b")
-        staged = ("--res", "512", "--steps", "6", "--set", "highres.strength=0.8", "--guard", "0.99")
+        staged = ("--res", "384", "--steps", "6", "--set", "highres.strength=0.8", "--guard", "0.99")
         small = (*demo, "--res", "64", "--steps", "4", "--group", "2x2")
         return Kind(
             "image", "flux", small, (*demo, *staged, *often), 11, "png", ("webp", "jpg"), (".png", ".webp", ".jpg")
         )
     sparse = ("--model", request.getfixturevalue("hunyuan"), "--variant", "lines", "--group", "2x2x2")
     waves = ("video", "waves at night", *sparse)
-    large = ("--res", "192x160", "--frames", "33", "--steps", "12", "--guard", "0.8", "--format", "frames")
+    large = ("--res", "128x96", "--frames", "33", "--steps", "12", "--guard", "0.8", "--format", "frames")
     small = (*waves, "--res", "64x48", "--frames", "9", "--fps", "8", "--steps", "4")
     return Kind(
         "video", "hunyuan", small, (*waves, *large, *often), 12, "frames", ("mp4", "webm"), ("", ".mp4", ".webm")

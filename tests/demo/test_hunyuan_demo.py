@@ -32,7 +32,7 @@ def pipeline() -> HunyuanVideoPipeline:
 
 
 @cache
-def frames_of(prompt: str, seed: int = 0, steps: int = 10) -> numpy.ndarray:
+def frames_of(prompt: str, seed: int = 0, steps: int = 5) -> numpy.ndarray:
     """A video [frames, height, width, 3] in 0 to 1."""
     result: Any = pipeline()(
         prompt,
@@ -66,7 +66,7 @@ def test_a_stock_call_makes_a_video_of_the_native_size() -> None:
 
 
 def test_the_caption_is_read() -> None:
-    losses = held_out_losses(pipeline(), 6, (0.95, 0.8))
+    losses = held_out_losses(pipeline(), 3, (0.95, 0.8))
     for own, other, none in zip(losses["own"], losses["another's"], losses["no"], strict=True):
         assert own < none < other
 
@@ -103,14 +103,11 @@ def test_a_boat_sails_across() -> None:
 
 
 def test_full_attention_without_padding_equals_stock() -> None:
-    """Stock attends 256 padded text tokens under a mask; ours cuts them off."""
+    """Stock attends 256 padded text tokens under a mask; ours cuts them off. At a quarter of the native sides, the
+    text is most of what is attended."""
     pipe = pipeline()
     prompts = ["snow", "a big red boat sailing on the sea at sunset"]  # of different lengths
-    size: dict[str, Any] = {
-        "height": DEMO_HUNYUAN.height,
-        "width": DEMO_HUNYUAN.width,
-        "num_frames": DEMO_HUNYUAN.frames,
-    }
+    size: dict[str, Any] = {"height": 48, "width": 64, "num_frames": 9}
 
     def frames() -> numpy.ndarray:
         result: Any = pipe(

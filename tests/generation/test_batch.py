@@ -392,7 +392,7 @@ def begin(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("layout", ["geneval", "vbench"])
 def test_a_batch_that_is_killed_goes_on_where_it_was(video_model: Path, layout: str) -> None:
     """In the middle of an output too, and with the same pixels."""
-    small: tuple[object, ...] = ("--model", "demo", "--res", "512", "--steps", "4")  # in two stages
+    small: tuple[object, ...] = ("--model", "demo", "--res", "384", "--steps", "4")  # in two stages
     if layout == "vbench":
         small = ("--model", video_model, "--res", "192x160", "--frames", "17", "--steps", "8")
         small = (*small, "--variant", "lines", "--group", "2x2x2")

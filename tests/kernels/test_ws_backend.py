@@ -65,7 +65,7 @@ def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
     assert_accurate(run(*tensors, plan), *tensors, plan)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(problem=problems())
 def test_equals_the_definition_of_random_problems(problem: Problem) -> None:
     query, key, value, text_valid = problem.tensors(torch.float32)
