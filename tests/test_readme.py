@@ -52,7 +52,19 @@ QUICK_BENCH = {
     "attention": ["--grid", "12x20", "--heads", "1", "--reps", "1", "--overwrite"],
     "step": ["--grid", "4x4", "--text", "8", "--compare", "full,grat-b", "--reps", "1", "--overwrite"],
     "image": ["--res", "128", "--steps", "2", "--prompts", "1", "--compare", "full,grat-b", "--overwrite"],
-    "video": ["--res", "64x64", "--frames", "5", "--steps", "1", "--prompts", "1", "--compare", "full,b", "--overwrite"],
+    "video": [
+        "--res",
+        "64x64",
+        "--frames",
+        "5",
+        "--steps",
+        "1",
+        "--prompts",
+        "1",
+        "--compare",
+        "full,b",
+        "--overwrite",
+    ],
     "highres": ["--res", "384", "--steps", "2", "--prompts", "1", "--overwrite"],
 }
 

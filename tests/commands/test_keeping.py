@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
@@ -10,9 +9,6 @@ import re
 import shlex
 import signal
 import stat
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import torch
 from command_line import grat, refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from workers import Worker, begin, needs_fork, wait_until
 
 from grat_cli.errors import CannotWrite
 from grat_cli.families import FAMILIES
@@ -209,24 +206,14 @@ def test_latents_outlive_what_ends_a_run_late(
 # ---- Processes that end
 
 
-def begin(arguments: tuple[object, ...], **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "grat_cli", *map(str, arguments)]
-    # As many threads as the tests' own process has: sums over another number of them round differently.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
-
-
-def wait_for_step(run: subprocess.Popen[str], step: int) -> None:
+def wait_for_step(step: int, worker: Worker) -> None:
     """Returns when a run has kept so many steps."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if KEPT.is_file() and (about := read_about(KEPT)) and about["steps_done"] >= step:
-            return
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.005)
-    raise TimeoutError
+
+    def is_kept() -> bool:
+        about = read_about(KEPT) if KEPT.is_file() else None
+        return bool(about) and about["steps_done"] >= step
+
+    wait_until(is_kept, worker)
 
 
 def repeatable(made: dict[str, Any]) -> list[Any]:
@@ -238,6 +225,7 @@ def repeatable(made: dict[str, Any]) -> list[Any]:
     return [kept, steps, list(made["phases"]), list(made["memory"]), made["peak_memory_kind"]]
 
 
+@needs_fork
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_frames(
     kind: Kind, whole: tuple[dict[str, Any], list[np.ndarray]]
 ) -> None:
@@ -245,11 +233,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_frames(
     out = f"a{kind.endings[0]}"
     arguments = (*kind.long, "--out", out)
     for step in sorted(random.Random(KILLS).choices(range(1, kind.steps), k=KILLS)):
-        run = begin(arguments)
-        wait_for_step(run, step)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL
-        run.communicate()
+        worker = begin(*arguments)
+        wait_for_step(step, worker)
+        worker.kill()
         arguments = ("resume", out)
     result = grat("resume", KEPT, "--json")
     assert result.code == 0, result.err
@@ -260,35 +246,34 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_frames(
     assert names() == sorted([out, "a.json"])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C is no signal")
+@needs_fork
 def test_ctrl_c_says_how_to_go_on(kind: Kind, whole: tuple[dict[str, Any], list[np.ndarray]]) -> None:
-    # A shell's background jobs ignore Ctrl-C, and so would a run that tests begin from there.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    run = begin((*kind.long, "--out", f"a{kind.endings[0]}"), preexec_fn=heed)
-    wait_for_step(run, kind.steps - 3)
-    run.send_signal(signal.SIGINT)
-    _, told = run.communicate(timeout=300)
-    assert run.returncode == 130
+    worker = begin(*kind.long, "--out", f"a{kind.endings[0]}")
+    wait_for_step(kind.steps - 3, worker)
+    worker.signal(signal.SIGINT)
+    result = worker.result()
+    assert result.code == 130
     match = re.fullmatch(
         rf"error: interrupted after step (\d+) of {kind.steps}; go on with (grat resume {re.escape(str(KEPT))})",
-        told.splitlines()[-1],
+        result.err.splitlines()[-1],
     )
-    assert match, told
+    assert match, result.err
     assert f"{match[1]} of {kind.steps} are done" in grat("info", KEPT).out
     assert "grat resume does the rest" in refusal("decode", KEPT)
     assert grat(*match[2].split()[1:], "--quiet").out == f"a{kind.endings[0]}\n"
     kind.require_equal(whole[1], "a")
 
 
+@needs_fork
 @pytest.mark.parametrize("kind", ["video"], indirect=True)
 def test_two_runs_of_one_name_do_not_meet(kind: Kind) -> None:
-    run = begin((*kind.long, "--out", "a"))
-    wait_for_step(run, 1)
+    worker = begin(*kind.long, "--out", "a")
+    wait_for_step(1, worker)
     assert "of another run exists" in refusal(*kind.long, "--out", "a")
     second = grat(*kind.long, "--out", "a", "--overwrite")
     assert (second.code, "another grat is making a: wait for it" in second.err) == (2, True)
-    out, _ = run.communicate(timeout=300)
-    assert (run.returncode, out.splitlines()[0]) == (0, "a")
+    result = worker.result()
+    assert (result.code, result.out.splitlines()[0]) == (0, "a")
     assert names() == ["a", "a.json"]
 
 

@@ -6,10 +6,6 @@ import io
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from command_line import Result, grat, refusal
 from PIL import Image
 from rich.console import Console
 from small_batches import GENEVAL, SMALL, fail_at, files, pixels, write_lines
+from workers import begin, needs_fork, wait_until
 
 from grat_cli.console.output import Output
 from grat_cli.console.progress import LiveProgress, batch_text
@@ -383,12 +380,7 @@ def test_an_output_that_is_written_but_not_in_its_place_is_not_made_again(
     assert {path.name for path in Path("v").iterdir()} == {made.name, f"{made.stem}.json"}
 
 
-def begin(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "grat_cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
+@needs_fork
 @pytest.mark.parametrize("layout", ["geneval", "vbench"])
 def test_a_batch_that_is_killed_goes_on_where_it_was(video_model: Path, layout: str) -> None:
     """In the middle of an output too, and with the same pixels."""
@@ -402,14 +394,9 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(video_model: Path, layout: 
     assert whole.code == 0, whole.err
 
     arguments = (*arguments, "--out", "killed")
-    run = begin(arguments)
-    deadline = time.monotonic() + 300
-    while not list(Path("killed").glob("unfinished/a-boat-*.checkpoint.safetensors")):
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    worker = begin(*arguments)
+    wait_until(lambda: list(Path("killed").glob("unfinished/a-boat-*.checkpoint.safetensors")), worker)
+    worker.kill()
     outputs = ("00000/samples/0000.png", "00001/samples/0000.png")
     if layout == "vbench":
         outputs = ("videos/waves-0.mp4", "videos/a boat-0.mp4")

@@ -10,16 +10,16 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import Result, grat, refusal
+from command_line import grat, refusal
 from PIL import Image
 from small_batches import GENEVAL, SMALL, fail_at, files, pixels, write_lines
+from workers import Worker, begin, needs_fork, wait_until
 
 from grat_cli.files.claims import Claim, Claims
 from grat_cli.generation import batch, batch_layout
@@ -27,8 +27,6 @@ from grat_cli.generation import run as generation
 from grat_cli.models import devices
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forks, with the model that is loaded here")
 
 
 @pytest.fixture(scope="module")
@@ -43,45 +41,6 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo: Any) -> None:
     monkeypatch.setattr(generation, "load_model", lambda *_, **__: LoadedModel(demo, None))
     monkeypatch.setattr(batch, "Claims", functools.partial(Claims, beat_s=0.1, silent_s=1.0))
     monkeypatch.setattr("grat_cli.generation.sharing.POLL_S", 0.05)
-
-
-@dataclass
-class Worker:
-    """A process that runs a command line."""
-
-    process: Any
-    receiver: Any
-
-    def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    def result(self) -> Result:
-        result = self.receiver.recv()
-        self.process.join()
-        return result
-
-
-def begin(*arguments: object, at_first: Callable[[], object] = lambda: None) -> Worker:
-    """Forks one, which calls `at_first` to begin with."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def run() -> None:
-        at_first()
-        sender.send(grat(*arguments))
-
-    process = context.Process(target=run)
-    process.start()
-    sender.close()
-    return Worker(process, receiver)
-
-
-def wait_until(condition: Callable[[], object], worker: Worker) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert worker.process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def instead(module: Any, name: str, act: Callable[[], object]) -> Callable[[], None]:
