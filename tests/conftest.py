@@ -41,7 +41,17 @@ def cache_of_a_test(cache_of_all_tests: Path, request: pytest.FixtureRequest) ->
 
 
 # Files of few tests that take long begin first, so that no process is left with one of them at the end.
-_LONG = ("test_readme.py", "test_hunyuan_demo.py", "test_keeping.py", "test_aot.py", "test_moving.py", "test_stages.py")
+_LONG = (
+    "test_combinations.py",
+    "test_runs.py",
+    "test_aot.py",
+    "test_readme.py",
+    "test_hunyuan_demo.py",
+    "test_memory.py",
+    "test_large_offsets.py",
+    "test_keeping.py",
+    "test_moving.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
