@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.multiprocessing.spawn import start_processes
 
 # Once for all tests of this process: they take seconds of each process that imports them itself.
-_IMPORTED = ("sent_bytes", "shared_calls", "shared_runs", "shared_tiles", "sharded_models")
+_IMPORTED = ("cached_runs", "sent_bytes", "shared_calls", "shared_runs", "shared_tiles", "sharded_models")
 
 
 def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
