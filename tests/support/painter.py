@@ -43,7 +43,7 @@ class Painter:
         self.requests: list[Request] = []
         self.fails_at_seed: dict[int, BaseException] = {}
 
-    def __call__(self, request: Request, progress: Any, begun: object = None) -> Iterator[Made]:
+    def __call__(self, request: Request, progress: Any, begun: object = None, world: object = None) -> Iterator[Made]:
         self.requests.append(request)
         for seed, path in zip(request.seeds, request.outputs, strict=True):
             progress.phase("denoise")
