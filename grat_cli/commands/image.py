@@ -101,7 +101,7 @@ def image(
         command=options.command_line(context),
     )
     request = making.placed(request, out, suffix)
-    making.refuse_unfit(request, size)
+    making.refuse_unfit(request, size, ranks)
 
     # 4. What they will be.
     output.hint(f"{choice.name} ({choice.reason}), {size}, {chosen.sampling.steps} steps")

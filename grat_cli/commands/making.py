@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grat_cli.commands.ranks import led
+from grat_cli.commands.ranks import led, shared_by
 from grat_cli.console import run_tables
 from grat_cli.console.output import Output, bytes_text
 from grat_cli.errors import BadInput
@@ -20,6 +20,7 @@ from grat_cli.generation import inputs
 from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.selection import require_backend, variant_word
 from grat_cli.models.loading import refuse_weights
+from grat_cli.models.parallel import ALONE
 
 if TYPE_CHECKING:
     from grat_cli.commands.options import ModelOptions, ParallelOptions, PictureOptions
@@ -99,11 +100,13 @@ def planned_request(
     return request, runs
 
 
-def refuse_unfit(request: Request, size: Any) -> None:
-    """Makes sure, before anything is loaded, that a request fits the device that it is for.
+def refuse_unfit(request: Request, size: Any, ranks: ParallelOptions | None = None) -> None:
+    """Makes sure, before anything is loaded, that a request fits the device that it is for, or the share of it that
+    falls to each of several ranks.
 
     Raises:
         OutOfMemory: if it does not, with what does.
+        BadInput: if the ranks cannot share it.
     """
     from grat_cli.estimates.fitting import refuse_unfit_here
     from grat_cli.estimates.planning import run_forecasts
@@ -122,6 +125,8 @@ def refuse_unfit(request: Request, size: Any) -> None:
         dtype=request.dtype,
         offload=request.offload,
         weights=request.weights,
+        parallel=ALONE if ranks is None else shared_by(request, ranks),
+        shards_weights=ranks is not None and ranks.shard_weights,
     )
 
 

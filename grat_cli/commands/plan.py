@@ -94,6 +94,7 @@ def plan(
     from grat_cli.models.hub_metadata import ask_hub
     from grat_cli.models.parallel import ALONE, choose_parallel
     from grat_cli.models.resolution import Resolution
+    from grat_cli.models.sharding import require_sharding
     from grat_cli.presets import HIGHRES_MODES, load_preset
 
     output = terminal.output()
@@ -105,10 +106,8 @@ def plan(
     if ranks.gpus is None and (ranks.parallel is not None or ranks.shard_weights):
         name = "--shard-weights" if ranks.parallel is None else "--parallel"
         raise BadInput(f"{name} is for several GPUs: add --gpus COUNT")
-    others = {"--offload": weights.offload, "--quantize": weights.quantize, "--cast": weights.cast}
-    for flag, value in others.items() if ranks.shard_weights else ():
-        if value not in ("none", "auto"):
-            raise BadInput(f"--shard-weights and {flag} {value} are two ways to hold fewer weights: leave one out")
+    if ranks.shard_weights:
+        require_sharding(weights.offload, quantize=weights.quantize, cast=weights.cast)
     if fleet is not None and fleet < 1:
         raise BadInput(f"--fleet {fleet}: expected 1 or more machines")
     pictures.check()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from grat_cli.console.output import Output, print_error
 from grat_cli.errors import BadInput
 from grat_cli.generation.sharing import of_launcher
+from grat_cli.models.parallel import ALONE, Parallel, choose_parallel
 
 if TYPE_CHECKING:
     import typer
@@ -57,28 +58,36 @@ def _refuse_alone(ranks: ParallelOptions) -> None:
             raise BadInput(f"{flag} is for several GPUs: add --gpus COUNT")
 
 
+def shared_by(request: Request, ranks: ParallelOptions) -> Parallel:
+    """How the ranks that this process leads share outputs; `ALONE` for this process alone.
+
+    Raises:
+        BadInput: if they cannot share these outputs.
+    """
+    if (here := of_launcher(os.environ)) is None:
+        return ALONE
+    from grat_cli.estimates.components import denoising_shapes
+    from grat_cli.families.guidance import calls_per_step
+    from grat_cli.generation.stage import stages_for
+
+    calls = min(calls_per_step(request.model, stage.preset, request.negative_prompt) for stage in stages_for(request))
+    heads = denoising_shapes(request.model)[0].heads
+    return choose_parallel(ranks.parallel or "auto", here.count, heads, calls, shards_weights=ranks.shard_weights)
+
+
 def led(request: Request, ranks: ParallelOptions, run: Run | None, output: Output) -> World | None:
     """The ranks that make outputs together, which this one leads; None for this process alone.
 
     Raises:
-        BadInput: if they cannot share these outputs.
+        BadInput: as `shared_by`.
         RankLost: if they do not come.
     """
     if (here := of_launcher(os.environ)) is None:
         return None
-    from grat_cli.estimates.components import denoising_shapes
-    from grat_cli.families.guidance import calls_per_step
-    from grat_cli.generation.stage import stages_for
+    from grat_cli.generation.machine import foretold
     from grat_cli.generation.world import lead
-    from grat_cli.models.parallel import choose_parallel
 
-    calls = min(calls_per_step(request.model, stage.preset, request.negative_prompt) for stage in stages_for(request))
-    parallel = choose_parallel(
-        ranks.parallel or "auto",
-        here.count,
-        denoising_shapes(request.model)[0].heads,
-        calls,
-        shards_weights=ranks.shard_weights,
-    )
+    parallel, shards_weights = shared_by(request, ranks), ranks.shard_weights
     output.hint(f"{here.count} ranks, {parallel}: {parallel.reason}")
-    return lead(request, run, here, parallel, shards_weights=ranks.shard_weights)
+    of_plan = foretold(request, parallel, shards_weights=shards_weights)
+    return lead(request, run, here, parallel, shards_weights=shards_weights, foretold=of_plan)

@@ -135,7 +135,7 @@ def rerun(
 
     # 3. Where the outputs go, and whether they fit.
     request = making.placed(request, out, suffix, never=file)
-    making.refuse_unfit(request, size)
+    making.refuse_unfit(request, size, ranks)
 
     # 4. What they will be, and what is no more as it was.
     from grat_cli.generation.run import compute_on

@@ -105,7 +105,7 @@ def video(
         command=options.command_line(context),
     )
     request = making.placed(request, out, suffix)
-    making.refuse_unfit(request, size)
+    making.refuse_unfit(request, size, ranks)
 
     # 4. What they will be, and how long it will take.
     output.hint(f"{choice.name} ({choice.reason}), {size.resolution}, {size.frames} frames at {size.fps} per second")

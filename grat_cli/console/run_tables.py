@@ -71,8 +71,15 @@ def ranks_text(report: Mapping[str, Any]) -> str | None:
         f"{shared}: of {milliseconds_text(middle['total_ms'])} a rank "
         f"{milliseconds_text(middle['attention_ms'])} in attention, "
         f"{milliseconds_text(middle['exchange_ms'])} in exchange ({bytes_text(most['bytes_per_step'])} a step), "
-        f"at most {milliseconds_text(most['waiting_ms'])} waiting"
+        f"at most {milliseconds_text(most['waiting_ms'])} waiting{_foretold_text(ranks.get('foretold', {}))}"
     )
+
+
+def _foretold_text(foretold: Mapping[str, float]) -> str:
+    """How much faster than on one rank it was to be, where that is known."""
+    if "speedup" not in foretold:
+        return ""
+    return f"; foretold {foretold['speedup']:.1f}x as fast as one, {foretold['ceiling']:.1f}x without exchange"
 
 
 def guard_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -345,7 +345,8 @@ def provenance(report: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a report that goes into the picture or video: all but what the run cost."""
     kept = {name: value for name, value in report.items() if name not in _COSTS}
     if "ranks" in kept:
-        kept["ranks"] = {name: value for name, value in kept["ranks"].items() if name != "each"}
+        told = ("count", "cp", "cfg", "reason")
+        kept["ranks"] = {name: value for name, value in kept["ranks"].items() if name in told}
     if "stages" in kept:
         kept["stages"] = [{name: stage[name] for name in stage if name != "phases"} for stage in kept["stages"]]
     return kept

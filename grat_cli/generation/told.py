@@ -173,6 +173,7 @@ class ToldRanks(Told):
     cfg: Annotated[int, Field(ge=1, le=2)]
     reason: Line
     each: Annotated[tuple[ToldRank, ...], Field(max_length=MOST_RANKS)] = ()
+    foretold: Annotated[dict[Name, Number], Field(max_length=10)] = {}
 
 
 class ToldSampling(Told):

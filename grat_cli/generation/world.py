@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from statistics import fmean
@@ -45,12 +45,14 @@ class World:
         local_rank: among those of its machine; None where nobody says.
         parallel: how they share the work.
         shards_weights: whether those that share a call share the transformer's weights.
+        foretold: what `grat plan` says of it, of `machine.foretold`; of the first rank.
     """
 
     rank: int
     local_rank: int | None
     parallel: Parallel
     shards_weights: bool = False
+    foretold: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def leads(self) -> bool:
@@ -120,13 +122,26 @@ class World:
             }
             for rank in range(self.parallel.ranks)
         ]
-        return {**ranks_data(self.parallel), "each": each}
+        return {**ranks_data(self.parallel), "each": each, "foretold": dict(self.foretold)}
 
 
-def lead(request: Request, run: Run | None, here: Shard, parallel: Parallel, *, shards_weights: bool) -> World:
-    """Joins the other ranks as the first one, and tells them what is made."""
+def lead(
+    request: Request,
+    run: Run | None,
+    here: Shard,
+    parallel: Parallel,
+    *,
+    shards_weights: bool,
+    foretold: Mapping[str, float],
+) -> World:
+    """Joins the other ranks as the first one, and tells them what is made.
+
+    Raises:
+        BadInput: if this machine has too few devices.
+        RankLost: if they do not come.
+    """
     _join(here, request.device)
-    world = World(0, here.local_rank, parallel, shards_weights)
+    world = World(0, here.local_rank, parallel, shards_weights, foretold)
     _broadcast([request, run, parallel, shards_weights])
     return world
 

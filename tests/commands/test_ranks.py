@@ -63,6 +63,8 @@ def test_two_gpus_make_the_picture_of_one() -> None:
     (told,) = json.loads(out)["images"]
     assert told["file"] == "two.png"
     assert (told["ranks"]["cfg"], len(told["ranks"]["each"])) == (2, 2)
+    sent = max(one["bytes_per_step"] for one in told["ranks"]["each"])
+    assert told["ranks"]["foretold"]["bytes_per_step"] == sent
     assert err.count("2 ranks, cp=1,cfg=2: guidance makes two calls") == 1
     assert err.count("seed 2") == 1
     shown = grat("info", "two.png")
