@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -223,10 +224,6 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices and devices < count:
         raise BadInput(f"--gpus {count}: this machine has {devices} CUDA devices: use --gpus {devices} or fewer")
-    # What a rank computes with on a CPU, unless the user says; and no module of the current folder is to be imported.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    os.environ["PYTHONSAFEPATH"] = "1"
-    logging.disable(logging.CRITICAL)  # in this process: ranks say themselves what is wrong
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -238,8 +235,14 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    # What a rank computes with on a CPU, unless the user says; and no module of the current folder is to be imported.
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "PYTHONSAFEPATH": "1"}
+    quiet = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # ranks say themselves what is wrong
     try:
-        elastic_launch(config, sys.executable)("-m", "grat_cli", *arguments)
+        with inherited(environment):
+            elastic_launch(config, sys.executable)("-m", "grat_cli", *arguments)
     except SignalException:
         return INTERRUPTED, None
     except ChildFailedError as error:
@@ -251,4 +254,21 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         advice = ", as Linux does where memory runs out" if name == "SIGKILL" else ""
         return 128 + number, f"rank {rank} was ended by {name}{advice}"
+    finally:
+        logging.disable(quiet)
     return 0, None
+
+
+@contextmanager
+def inherited(environment: Mapping[str, str]) -> Iterator[None]:
+    """While inside, processes that are started have these variables."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
