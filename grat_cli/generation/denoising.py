@@ -186,7 +186,7 @@ class Denoising:
             if inside.installation.guard and first_step:
                 inside.installation.guard.restore(run.guard or {}, first_step)
             caches = inside.installation.caches if stage.preset.cache else None
-            if caches and first_step:
+            if caches and first_step and not self._begins_empty(run):
                 caches.restore(*(run.cache or ((), {})))
             watch = StepWatch(self._progress, first_step, partial(self._tell_work, stage, inside))
 
@@ -244,6 +244,10 @@ class Denoising:
                         raise BadInput("what the cache had kept does not fit the run: start it anew") from error
                     raise
             self._run = run_after(stage.steps, latents, {}, None)
+
+    def _begins_empty(self, run: Run) -> bool:
+        """Whether a cache that goes on with a run keeps nothing yet, because ranks have a part of the tokens each."""
+        return self._studio.world is not None or (run.cache is None and "ranks" in run.report)
 
     @contextmanager
     def _compiling(self, recorder: StepRecorder) -> Iterator[None]:

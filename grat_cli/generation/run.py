@@ -88,6 +88,8 @@ def generate(
     jobs = list(zip(request.seeds, request.outputs, strict=True))
     if begun is not None:
         take_up(begun, choose_device(request.device), progress, world)
+        if request.preset.cache and begun.done_in_stage and (world or "ranks" in begun.report):
+            progress.note("what the cache kept is not known to several ranks: it begins with nothing kept")
         jobs = jobs[request.seeds.index(begun.seed) :]
         if begun.finished:
             _, output = jobs.pop(0)
