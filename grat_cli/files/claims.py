@@ -46,12 +46,18 @@ class ClaimLost(GratError):
 
 
 class Claim:
-    """What one process has to itself while a `with` block lasts; a thread touches it meanwhile."""
+    """What one process has to itself while a `with` block lasts; a thread touches it meanwhile.
+
+    A process may send it to one that works for it, which touches it too; it ends for both.
+    """
 
     def __init__(self, file: Path, beat_s: float) -> None:
         self._file, self._beat_s = file, beat_s
         self._over, self._lost = threading.Event(), False
         threading.Thread(target=self._beat, name="grat-claim", daemon=True).start()
+
+    def __reduce__(self) -> tuple[type[Claim], tuple[Path, float]]:
+        return Claim, (self._file, self._beat_s)
 
     def __enter__(self) -> Claim:
         return self

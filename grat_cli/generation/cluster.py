@@ -1,0 +1,484 @@
+"""A batch on a Ray cluster: an actor per GPU that has loaded the model once, and this process, which deals out samples.
+
+What an actor does with a sample is what every worker of a shared batch does (`batch_worker`); the claim on it is this
+process's, and ends when its actor has died, so that nothing is made twice. Imported where it is used: it imports Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from grat_cli import __version__
+from grat_cli.console.progress import PHASE_WORDS, ProgressDisplay
+from grat_cli.console.worker_table import GONE, WorkerRow
+from grat_cli.errors import BadInput, GratError, first_line
+from grat_cli.files.claims import Claim, ClaimLost
+from grat_cli.files.outputs import read_provenance
+from grat_cli.generation.batch_folder import Batch
+from grat_cli.generation.batch_layout import Sample
+from grat_cli.generation.batch_worker import Failure, MadeElsewhere, MadeHere, Result, SaidOnce, Sharing, Worker
+from grat_cli.generation.dealing import MOST_DEATHS, Deal
+from grat_cli.generation.sharing import Shard
+
+HERE = "local"
+"""`--ray` for the GPUs of this machine, without a cluster."""
+
+_ALONE = Shard(1, 1)  # this process hands everything out
+_POLL_S, _STATE_S, _ROOM_S = 0.5, 1.0, 5.0
+_PATIENCE_S = 15.0  # until a note says that no worker has begun, and for workers to keep what they have begun
+_MOST_FAILED_STARTS = 3
+_OBJECT_STORE_BYTES = 128 << 20  # of a Ray of our own: all that goes through it are requests and reports
+_ASIDE = "told"  # the concurrency group of what an actor answers while it makes a sample
+
+
+@dataclass(frozen=True)
+class About:
+    """What an actor is.
+
+    Attributes:
+        version: of grat there.
+        machine: by the name that it has itself.
+    """
+
+    version: str
+    machine: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a call.
+
+    Attributes:
+        value: a result, the name of the device, or None where another process goes on with the sample.
+        error: that ends the batch.
+        notes: for the user.
+    """
+
+    value: Any = None
+    error: GratError | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Maker:
+    """The actor. Its methods run in one thread, but for `doing` and `stop`, which are called meanwhile."""
+
+    def __init__(self) -> None:
+        self._progress = _Doing()
+
+    def about(self) -> About:
+        """What tells whether it can be sent anything else."""
+        return About(__version__, platform.node())
+
+    def load(self, batch: Batch, samples: Sequence[Sample], folder: str, threads: int | None) -> Answer:
+        """Loads the model and encodes all prompts; the answer's value is the name of the device.
+
+        Args:
+            batch: whose samples are made.
+            samples: those that are missing.
+            folder: that relative paths lead from.
+            threads: on the CPU; None for torch's own choice.
+        """
+        import torch
+
+        from grat_cli.models.devices import choose_device, device_name
+
+        try:
+            os.chdir(folder)
+        except OSError:
+            return Answer(
+                error=BadInput(f"{platform.node()} has no folder {folder}: start from one that all machines see")
+            )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            self._sharing = Sharing(batch, _ALONE, ())
+            self._worker = Worker(batch, samples, SaidOnce(self._progress))
+        except GratError as error:
+            return self._answer(error=error)
+        return self._answer(device_name(choose_device(batch.template.device)))
+
+    def make(self, key: str, sample: Sample, claim: Claim) -> Answer:
+        """Makes a sample; what goes wrong with it alone is its result.
+
+        Raises:
+            torch.AcceleratorError: after which this process cannot use its device any more.
+        """
+        import torch
+
+        try:
+            return self._answer(self._sharing.make(self._worker, key, sample, claim))
+        except (ClaimLost, KeyboardInterrupt):
+            return self._answer()
+        except GratError as error:
+            return self._answer(error=error)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            return self._answer(Failure(sample, f"{type(error).__name__}: {first_line(error)}"))
+
+    def doing(self) -> str:
+        """What it is at, in a few words."""
+        return self._progress.text
+
+    def stop(self) -> None:
+        """Breaks off what it makes, as Ctrl-C does: what can be gone on with is kept."""
+        self._progress.is_over = True
+
+    def _answer(self, value: Any = None, error: GratError | None = None) -> Answer:
+        return Answer(value, error, self._progress.taken_notes())
+
+
+class _Doing(ProgressDisplay):
+    """Keeps what an actor is at for whoever asks."""
+
+    def __init__(self) -> None:
+        self.text, self.is_over, self._notes = "", False, list[str]()
+
+    def phase(self, name: str) -> None:
+        self._tell(PHASE_WORDS.get(name, name))
+
+    def step(self, done: int, total: int) -> None:
+        self._tell(f"step {done}/{total}")
+
+    def written(self, count: int) -> None:
+        self._tell(f"{count / 2**20:.0f} MiB written")
+
+    def note(self, text: str) -> None:
+        self._notes.append(text)
+
+    def taken_notes(self) -> tuple[str, ...]:
+        notes, self._notes, self.text = tuple(self._notes), [], ""
+        return notes
+
+    def _tell(self, text: str) -> None:
+        if self.is_over:
+            raise KeyboardInterrupt
+        self.text = text
+
+
+@dataclass
+class _Hired:
+    """An actor, as this process knows it."""
+
+    number: int
+    actor: Any
+    row: WorkerRow
+    is_ready: bool = False
+    began_s: float = 0.0  # with what it makes now
+    asked_s: float = 0.0  # what it is at
+    is_asked: bool = False
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call whose answer is to come: `about`, `load`, `doing`, or `make` with the name of what is made."""
+
+    hired: _Hired
+    method: str
+    name: str = ""
+
+
+class Cluster:
+    """The workers of a cluster.
+
+    Attributes:
+        workers: that there are or were, as last heard of.
+    """
+
+    def __init__(self, address: str, most: int | None = None) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            address: of the cluster, as `ray.init` takes it; `local` for the GPUs or cores of this machine.
+            most: workers; None for as many as there is room for.
+        """
+        self._address, self._most = address, most
+        self.workers: list[WorkerRow] = []
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this machine alone."""
+        return self._address == HERE
+
+    def results(self, batch: Batch, samples: Sequence[Sample], progress: ProgressDisplay) -> Generator[Result]:
+        """What came of each sample, as it comes. Errors are those of `make_samples`."""
+        progress.phase("workers")
+        with _connected(self._address):
+            driver = _Driver(batch, samples, progress, self._most, self.workers)
+            try:
+                yield from driver.results()
+            except KeyboardInterrupt:
+                driver.stop()
+                raise
+            finally:
+                driver.dismiss()
+
+
+class _Driver:
+    """Hires actors and deals samples out to them."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        samples: Sequence[Sample],
+        progress: ProgressDisplay,
+        most: int | None,
+        rows: list[WorkerRow],
+    ) -> None:
+        self._batch, self._progress, self._most, self._rows = batch, SaidOnce(progress), most, rows
+        self._display, self._total = progress, len(samples)
+        self._sharing = Sharing(batch, _ALONE, samples)
+        self._deal = Deal(self._sharing.left)
+        self._claims: dict[str, Claim] = {}
+        self._hired: dict[int, _Hired] = {}
+        self._calls: dict[Any, _Call] = {}
+        self._failed_starts = 0
+        self._kind = _resource(batch.template.device)
+        self._room, self._looked_s = 1, 0.0
+        self._began_s, self._has_begun = time.monotonic(), False
+        self._sent = ray.put(batch), ray.put(tuple(samples))
+
+    def results(self) -> Iterator[Result]:
+        """What came of each sample."""
+        while self._deal:
+            self._hire()
+            yield from self._deal_out()
+            for call in self._answered():
+                result = self._heard(call)
+                if result is not None:
+                    yield result
+            self._show()
+
+    def stop(self) -> None:
+        """Has what was begun kept, if that does not take long."""
+        self._progress.note("the workers keep what they have begun; Ctrl-C again ends them at once")
+        for hired in self._hired.values():
+            hired.actor.stop.options(concurrency_group=_ASIDE).remote()
+        made = [reference for reference, call in self._calls.items() if call.method == "make"]
+        with suppress(ray.exceptions.RayError):
+            ray.wait(made, num_returns=len(made), timeout=_PATIENCE_S)
+
+    def dismiss(self) -> None:
+        """Ends all actors, and the claims on what they had."""
+        for hired in self._hired.values():
+            ray.kill(hired.actor)
+            hired.row.doing = ""
+        for name in tuple(self._claims):
+            self._let_go(name)
+
+    def _hire(self) -> None:
+        """Starts actors, as many as there is room and work for."""
+        now = time.monotonic()
+        if now - self._looked_s >= _ROOM_S:
+            self._room, self._looked_s = int(ray.cluster_resources().get(self._kind, 0)), now
+        left = self._deal.waiting + sum(len(self._deal.hands(number)) for number in self._hired)
+        wanted = min(max(1, self._room), left, self._most or left)
+        while len(self._hired) < wanted:
+            number = len(self._rows) + 1
+            of_gpu = self._kind == "GPU"
+            actor = ray.remote(
+                num_cpus=0 if of_gpu else 1, num_gpus=1 if of_gpu else 0, concurrency_groups={_ASIDE: 1}
+            )(Maker).remote()
+            hired = _Hired(number, actor, WorkerRow(number, doing="starting"))
+            self._rows.append(hired.row)
+            self._hired[number] = hired
+            self._ask(hired, "about")
+        if not self._has_begun and now - self._began_s > _PATIENCE_S and not any(row.machine for row in self._rows):
+            self._progress.note("no worker has begun yet: the cluster has no room for one at present")
+
+    def _deal_out(self) -> Iterator[Result]:
+        """Gives workers what they need, as far as others do not make it."""
+        elsewhere = 0
+        while elsewhere < self._deal.waiting and (number := self._deal.neediest()) is not None:
+            name = self._deal.next()
+            result = self._known(name)
+            if result is not None:
+                yield result
+            elif (claim := self._sharing.claims.take(name)) is None:
+                elsewhere += 1
+                self._deal.back(name)
+            else:
+                self._claims[name] = claim
+                self._deal.give(number, name)
+                self._ask(self._hired[number], "make", name, self._sharing.left[name], claim)
+        if elsewhere and elsewhere == self._deal.waiting and not self._claims:
+            self._display.waiting(elsewhere)
+
+    def _known(self, name: str) -> Result | None:
+        """What came of a sample before it is given to anybody."""
+        sample = self._sharing.left[name]
+        if self._deal.deaths(name) >= MOST_DEATHS:
+            return Failure(sample, f"{MOST_DEATHS} workers died while they made it")
+        return self._sharing.look(name, sample)
+
+    def _ask(self, hired: _Hired, method: str, name: str = "", *arguments: Any) -> None:
+        call = getattr(hired.actor, method)
+        if method == "doing":
+            call = call.options(concurrency_group=_ASIDE)
+        if method == "make":
+            arguments = (name, *arguments)
+        self._calls[call.remote(*arguments)] = _Call(hired, method, name)
+
+    def _answered(self) -> Iterator[tuple[Any, _Call]]:
+        """Calls of which there are answers, after a while at most."""
+        pending = list(self._calls)
+        if not pending:
+            time.sleep(_POLL_S)
+            return
+        ray.wait(pending, timeout=_POLL_S)
+        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+        for reference in ready:
+            if reference in self._calls:  # else its actor was found dead just now
+                yield reference, self._calls.pop(reference)
+
+    def _heard(self, answered: tuple[Any, _Call]) -> Result | None:
+        """What an answer tells of a sample, if anything.
+
+        Raises:
+            GratError: that ends the batch.
+        """
+        reference, call = answered
+        hired = call.hired
+        try:
+            answer = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            self._lose(hired, error)
+            return None
+        if call.method == "doing":
+            hired.is_asked, hired.row.doing = False, answer
+            return None
+        if call.method == "about":
+            _refuse_other(answer)
+            hired.row.machine, hired.row.doing = answer.machine, "loading"
+            self._ask(hired, "load", "", *self._sent, os.getcwd(), None if self._kind == "GPU" else 1)
+            return None
+        for note in answer.notes:
+            self._progress.note(note)
+        if answer.error is not None:
+            raise answer.error
+        if call.method == "load":
+            self._begin(hired, answer.value)
+            return None
+        return self._over(hired, call.name, answer.value)
+
+    def _begin(self, hired: _Hired, device: str) -> None:
+        if not self._has_begun:
+            self._display.outputs(0, self._total)
+        self._has_begun, hired.is_ready, self._failed_starts = True, True, 0
+        hired.row.device, hired.row.doing, hired.began_s = device, "", time.monotonic()
+        self._deal.join(hired.number)
+        self._display.note(f"worker {hired.number}: {hired.row.machine}, {device}")
+
+    def _over(self, hired: _Hired, name: str, result: Result | None) -> Result | None:
+        self._let_go(name)
+        self._deal.over(hired.number, name)
+        now = time.monotonic()
+        seconds, hired.began_s, hired.row.doing = now - hired.began_s, now, ""
+        if result is None:
+            self._deal.back(name)
+        elif isinstance(result, MadeElsewhere) and self._deal.deaths(name):
+            return MadeHere(result.sample, read_provenance(result.sample.report))  # by the worker that died then
+        elif isinstance(result, MadeHere):
+            hired.row.made += 1
+            hired.row.seconds += seconds
+        return result
+
+    def _lose(self, hired: _Hired, error: BaseException) -> None:
+        """An actor is gone; others make what it had.
+
+        Raises:
+            GratError: if none gets as far as having the model.
+        """
+        reason = _reason(error)
+        hired.row.doing = GONE
+        del self._hired[hired.number]
+        self._calls = {reference: call for reference, call in self._calls.items() if call.hired is not hired}
+        with suppress(Exception):
+            ray.kill(hired.actor)
+        had = self._deal.died(hired.number)
+        for name in had:
+            self._let_go(name)
+        if not hired.is_ready:
+            self._failed_starts += 1
+            if self._failed_starts >= _MOST_FAILED_STARTS:
+                raise GratError(f"{_MOST_FAILED_STARTS} workers in a row died before they had the model: {reason}")
+        goes_on = f"; another one makes {self._sharing.left[had[0]].output.name}" if had else ""
+        self._display.note(f"worker {hired.number} died: {reason}{goes_on}")
+
+    def _let_go(self, name: str) -> None:
+        if (claim := self._claims.pop(name, None)) is not None:
+            claim.__exit__()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        for hired in self._hired.values():
+            if hired.is_ready and not hired.is_asked and now - hired.asked_s >= _STATE_S:
+                hired.asked_s, hired.is_asked = now, True
+                self._ask(hired, "doing")
+        self._display.workers(self._rows)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    """Connects this process to Ray; one that is connected already stays so.
+
+    Raises:
+        BadInput: if that fails.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of runs, unless the user says so
+    before = signal.getsignal(signal.SIGTERM)  # which Ray takes for itself
+    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == HERE else {}))
+    except (ConnectionError, OSError, RuntimeError, ValueError, ImportError) as error:
+        advice = ": pip install 'ray[client]'" if isinstance(error, ImportError) else ""
+        raise BadInput(f"--ray {address}: cannot connect to Ray: {first_line(error)}{advice}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _resource(device: str) -> str:
+    """What of a cluster's resources a worker takes one of: GPU or CPU."""
+    if device == "cuda":
+        return "GPU"
+    return "GPU" if device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
+
+
+def _refuse_other(about: About) -> None:
+    if about.version != __version__:
+        raise BadInput(
+            f"{about.machine} has grat {about.version}, and this machine {__version__}: install the same everywhere"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """Why an actor died, in a few words; Ray's own take a paragraph."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return f"{type(error.cause).__name__}: {first_line(error.cause)}"
+    text = str(error)
+    if "No module named 'grat_cli" in text:
+        raise BadInput("the machines of the cluster have no grat: install grat-cli where Ray runs") from error
+    if "running low on memory" in text or isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "its machine ran out of memory"
+    if "node" in text and "died" in text.partition("node")[2][:40]:
+        return "its machine is gone"
+    return "its process was killed, or crashed"
