@@ -24,6 +24,7 @@ class WorkerRow:
         number: from 1, in the order in which they were started.
         machine: its name; empty until it is known.
         device: likewise.
+        process: its number on that machine; 0 until it is known.
         made: outputs.
         seconds: that these took together.
         doing: what it is at, in a few words.
@@ -32,6 +33,7 @@ class WorkerRow:
     number: int
     machine: str = ""
     device: str = ""
+    process: int = 0
     made: int = 0
     seconds: float = 0.0
     doing: str = ""

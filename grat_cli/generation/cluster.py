@@ -10,12 +10,16 @@ import logging
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+
+# Read when Ray is imported: what it prints on stdout itself, such as that an actor has died, is told here in one line.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 
 import ray
 
@@ -37,6 +41,7 @@ HERE = "local"
 _ALONE = Shard(1, 1)  # this process hands everything out
 _POLL_S, _STATE_S, _ROOM_S = 0.5, 1.0, 5.0
 _PATIENCE_S = 15.0  # until a note says that no worker has begun, and for workers to keep what they have begun
+_ANSWER_S = 10.0  # for a cluster's port
 _MOST_FAILED_STARTS = 3
 _OBJECT_STORE_BYTES = 128 << 20  # of a Ray of our own: all that goes through it are requests and reports
 _ASIDE = "told"  # the concurrency group of what an actor answers while it makes a sample
@@ -49,10 +54,12 @@ class About:
     Attributes:
         version: of grat there.
         machine: by the name that it has itself.
+        process: its number there.
     """
 
     version: str
     machine: str
+    process: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Maker:
 
     def about(self) -> About:
         """What tells whether it can be sent anything else."""
-        return About(__version__, platform.node())
+        return About(__version__, platform.node(), os.getpid())
 
     def load(self, batch: Batch, samples: Sequence[Sample], folder: str, threads: int | None) -> Answer:
         """Loads the model and encodes all prompts; the answer's value is the name of the device.
@@ -95,10 +102,9 @@ class Maker:
 
         try:
             os.chdir(folder)
+            os.listdir(batch.out)
         except OSError:
-            return Answer(
-                error=BadInput(f"{platform.node()} has no folder {folder}: start from one that all machines see")
-            )
+            return Answer(error=_unseen(batch, platform.node()))
         if threads is not None:
             torch.set_num_threads(threads)
         try:
@@ -360,7 +366,7 @@ class _Driver:
             return None
         if call.method == "about":
             _refuse_other(answer)
-            hired.row.machine, hired.row.doing = answer.machine, "loading"
+            hired.row.machine, hired.row.process, hired.row.doing = answer.machine, answer.process, "loading"
             self._ask(hired, "load", "", *self._sent, os.getcwd(), None if self._kind == "GPU" else 1)
             return None
         for note in answer.notes:
@@ -381,6 +387,8 @@ class _Driver:
         self._display.note(f"worker {hired.number}: {hired.row.machine}, {device}")
 
     def _over(self, hired: _Hired, name: str, result: Result | None) -> Result | None:
+        if result is None and self._claims[name].is_held():  # which its actor, too, would know in the same folder
+            raise _unseen(self._batch, hired.row.machine)
         self._let_go(name)
         self._deal.over(hired.number, name)
         now = time.monotonic()
@@ -440,13 +448,13 @@ def _connected(address: str) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of runs, unless the user says so
+    _refuse_silent(address)
     before = signal.getsignal(signal.SIGTERM)  # which Ray takes for itself
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == HERE else {}))
-    except (ConnectionError, OSError, RuntimeError, ValueError, ImportError) as error:
-        advice = ": pip install 'ray[client]'" if isinstance(error, ImportError) else ""
-        raise BadInput(f"--ray {address}: cannot connect to Ray: {first_line(error)}{advice}") from error
+    except Exception as error:  # of many kinds
+        raise BadInput(f"--ray {address}: {_why_not_connected(address, error)}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
@@ -454,6 +462,25 @@ def _connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_silent(address: str) -> None:
+    """Raises BadInput if nothing answers at an address; Ray itself tries that for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise BadInput(f"--ray {address}: nothing answers there: {first_line(error)}") from error
+
+
+def _why_not_connected(address: str, error: Exception) -> str:
+    if "ray[client]" in str(error):
+        return "Ray's client is not installed: pip install 'ray[client]'"
+    if address == "auto" and isinstance(error, ConnectionError):
+        return "no Ray cluster is at work here: start one (ray start --head), or use --ray local"
+    return f"cannot connect to Ray: {first_line(error)}"
 
 
 def _resource(device: str) -> str:
@@ -468,6 +495,12 @@ def _refuse_other(about: About) -> None:
         raise BadInput(
             f"{about.machine} has grat {about.version}, and this machine {__version__}: install the same everywhere"
         )
+
+
+def _unseen(batch: Batch, machine: str) -> BadInput:
+    return BadInput(
+        f"{machine} does not see the folder {batch.out.absolute()}: use --out with one that all machines share"
+    )
 
 
 def _reason(error: BaseException) -> str:
