@@ -17,6 +17,7 @@ from grat_cli.commands.parameters import argument, changed, only, option
 
 if TYPE_CHECKING:
     from grat_cli.files.prompts import PromptEntry
+    from grat_cli.files.stores import Store
     from grat_cli.generation.cluster import Cluster
     from grat_cli.models.catalogue import Medium
 
@@ -71,9 +72,10 @@ def batch(
             )
         ),
     ],
-    out: Path | None = option(
+    out: str | None = option(
         "FOLDER",
-        "Where to write. Default: the current folder; for geneval and vbench one named after FILE.",
+        "Where to write, or an address that fsspec knows, such as s3://BUCKET/NAME. Default: the current folder; for "
+        "geneval and vbench one named after FILE.",
         options.OUTPUT,
     ),
     format: str | None = option(
@@ -110,6 +112,7 @@ def batch(
     from grat_cli.files import outputs
     from grat_cli.files.formats import choose_format
     from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS, read_prompts, unknown_keys
+    from grat_cli.files.stores import store_of
     from grat_cli.generation.batch import make_samples, missing
     from grat_cli.generation.batch_folder import Batch, refuse_pictures
     from grat_cli.generation.batch_layout import LAYOUTS, lay_out
@@ -131,8 +134,12 @@ def batch(
         raise BadInput(f"--seed {seed}: seeds go from 0 to {LARGEST_SEED}")
     if n is not None and not 1 <= n <= MOST_OUTPUTS:
         raise BadInput(f"--n {n}: expected 1 to {MOST_OUTPUTS} samples")
-    if out is not None and (out.is_file() or out.suffix.lower() in outputs.OUTPUT_SUFFIXES):
-        raise BadInput(f"--out {out}: a batch goes into a folder: use --out {out.with_suffix('')}")
+    default = "." if chosen_layout.name == "plain" else f"{file.stem}-{chosen_layout.name}"
+    store, folder = store_of(default if out is None else out, "--out")
+    if out and ((store.has_claims and folder.is_file()) or folder.suffix.lower() in outputs.OUTPUT_SUFFIXES):
+        raise BadInput(f"--out {out}: a batch goes into a folder: use --out {out.removesuffix(folder.suffix)}")
+    if shard is not None and not store.has_claims:
+        raise BadInput(f"--out {out}: workers of --shard meet in a folder that all see: use one, or --ray")
     require_choice("--highres", highres, HIGHRES_MODES)
     part = None if shard is None else parse_shard(shard, os.environ)
     cluster = _cluster(ray, workers, shard, model)
@@ -156,6 +163,8 @@ def batch(
     if format is not None and chosen_layout.formats and format not in chosen_layout.formats:
         raise BadInput(f"--layout {layout} takes {' or '.join(chosen_layout.formats)} files, not {format}")
     chosen_format, suffix = choose_format(medium, None, format)
+    if not suffix and not store.has_claims:
+        raise BadInput(f"--format {format}: frames go to a folder of a machine: use another format, or another --out")
     size = extent.size_for(choice)
     template, runs = making.planned_request(
         choice,
@@ -177,7 +186,6 @@ def batch(
 
     # 3. Where everything goes, and what is there already.
     now, word = datetime.now().astimezone(), variant_word(chosen)
-    folder = out or (Path() if chosen_layout.name == "plain" else Path(f"{file.stem}-{chosen_layout.name}"))
     samples = lay_out(
         entries,
         chosen_layout,
@@ -188,7 +196,7 @@ def batch(
         negative=sampling.negative,
         plain_name=lambda prompt, seed: outputs.default_name(now, prompt, template.size, word, seed, suffix),
     )
-    whole = Batch(file, chosen_layout, folder, samples, template, Shard(1, 1) if cluster else part)
+    whole = Batch(file, chosen_layout, folder, samples, template, Shard(1, 1) if cluster else part, store)
     refuse_pictures(whole)
     left = missing(whole)
     there = len(samples) - len(left)
@@ -212,30 +220,32 @@ def batch(
                     others += 1
                 else:
                     made.append(result.sample)
-                    output.file(result.sample.output)
+                    if store.has_claims:
+                        output.file(result.sample.output)
+                    else:
+                        output.line(store.shown(result.sample.output))
 
     # 5. What came of it.
+    where = store.shown(folder / chosen_layout.folder)
     output.data(
         {
             "layout": chosen_layout.name,
-            "folder": str(folder / chosen_layout.folder),
-            "made": [_sample_data(sample) for sample in made],
+            "folder": where,
+            "made": [_sample_data(sample, store) for sample in made],
             "made_by_others": others,
             **({"workers": [asdict(row) for row in cluster.workers]} if cluster else {}),
             "skipped": there,
-            "failed": [{**_sample_data(failure.sample), "reason": failure.reason} for failure in failures],
+            "failed": [{**_sample_data(failure.sample, store), "reason": failure.reason} for failure in failures],
         }
     )
     if cluster and cluster.workers:
         output.show(worker_table(cluster.workers, output.console.width))
     by_others = f" {others} made by others," if part or others else ""
-    output.show(
-        f"{len(made)} made,{by_others} {there} there before, {len(failures)} failed, in {folder / chosen_layout.folder}"
-    )
+    output.show(f"{len(made)} made,{by_others} {there} there before, {len(failures)} failed, in {where}")
     for failure in failures:
         output.show(f"failed: {failure.sample.entry.prompt} (seed {failure.sample.seed}): {failure.reason}")
     if failures:
-        names = ", ".join(str(failure.sample.output) for failure in failures[:_FAILURES_NAMED])
+        names = ", ".join(store.shown(failure.sample.output) for failure in failures[:_FAILURES_NAMED])
         more = f" and {len(failures) - _FAILURES_NAMED} more" if len(failures) > _FAILURES_NAMED else ""
         raise NumericalFailure(
             f"{len(failures)} of {len(left)} failed: {names}{more}\n"
@@ -311,11 +321,11 @@ def _pictures(entries: Sequence[PromptEntry]) -> options.PictureOptions:
     return options.PictureOptions(**given, reference=references)
 
 
-def _sample_data(sample: Any) -> dict[str, Any]:
+def _sample_data(sample: Any, store: Store) -> dict[str, Any]:
     prompt, negative, seed = sample.asked
     return {
-        "file": str(sample.output),
-        "report": str(sample.report),
+        "file": store.shown(sample.output),
+        "report": store.shown(sample.report),
         "prompt": prompt,
         "negative_prompt": negative,
         "seed": seed,

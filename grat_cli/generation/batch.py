@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 from grat_cli.console.progress import ProgressDisplay
 from grat_cli.errors import BadInput, Interrupted
 from grat_cli.files.claims import Claims
-from grat_cli.files.outputs import refuse_unwritable
-from grat_cli.files.whole import adopt
-from grat_cli.generation.batch_folder import Batch, Folder, is_told_of, key_of, make_folder
+from grat_cli.generation.batch_folder import Batch, Folder, is_told_of, key_of
 from grat_cli.generation.batch_layout import Sample, write_metadata
 from grat_cli.generation.batch_worker import Failure, Result, SaidOnce, Sharing, Worker
 
@@ -33,16 +31,14 @@ def missing(batch: Batch) -> list[Sample]:
     """
     folder = Folder(batch)
     left = [found for sample in batch.samples if (found := folder.find(sample)) is not None]
-    make_folder(batch.out)
+    store = batch.store
     for sample in left:
-        for path in (sample.output, sample.report):
-            make_folder(path.parent)
         # A report of the same that lacks its output is what a killed process left.
         if same := is_told_of(batch, sample):
-            adopt(sample.report)
+            store.adopt(sample.report)
         try:
-            refuse_unwritable([sample.output], overwrite=batch.overwrite)
-            refuse_unwritable([sample.report], overwrite=batch.overwrite or same)
+            store.require_room(sample.output, overwrite=batch.overwrite)
+            store.require_room(sample.report, overwrite=batch.overwrite or same)
         except BadInput:
             if batch.shard is None or not is_told_of(batch, sample):
                 raise  # else another worker has just made it
@@ -74,7 +70,7 @@ def make_samples(
     try:
         # 1. What evaluators read beside the samples.
         for sample in {sample.metadata: sample for sample in samples}.values():
-            write_metadata(sample, overwrite=batch.overwrite)
+            write_metadata(sample, batch.store, overwrite=batch.overwrite)
 
         # 2. Load the model, once, and make one sample after another.
         results = cluster.results(batch, samples, progress) if cluster else _made_here(batch, samples, progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,8 +12,9 @@ from typing import Any
 
 from grat_cli.errors import BadInput
 from grat_cli.files.fingerprint import fingerprint
-from grat_cli.files.outputs import read_provenance, report_path, slug
+from grat_cli.files.outputs import report_path, slug
 from grat_cli.files.prompts import PromptEntry
+from grat_cli.files.stores import LOCAL, Store
 from grat_cli.generation.batch_layout import Layout, Sample, has_metadata
 from grat_cli.generation.inputs import refuse_sizes
 from grat_cli.generation.request import Request, check_pictures
@@ -39,6 +39,7 @@ class Batch:
         template: what is made of each prompt; prompt, negative prompt, seeds and outputs are replaced. Its `overwrite`
             says whether outputs of other requests may be replaced.
         shard: that this worker begins with; None of one that works alone.
+        store: that takes the outputs.
     """
 
     file: Path
@@ -47,11 +48,12 @@ class Batch:
     samples: Sequence[Sample]
     template: Request
     shard: Shard | None = None
+    store: Store = LOCAL
 
     @property
     def unfinished(self) -> Path:
         """Where outputs are made, with all that is kept of one until it is written, and moved to their place whole."""
-        return self.out / "unfinished"
+        return self.store.unfinished(self.out)
 
     @property
     def overwrite(self) -> bool:
@@ -135,24 +137,24 @@ def _is_there(batch: Batch, sample: Sample) -> bool:
     Raises:
         BadInput: if something else is, and may not be overwritten.
     """
-    metadata, overwrite = sample.metadata, batch.overwrite
-    if metadata is not None and not overwrite and os.path.lexists(metadata) and not has_metadata(sample):
+    metadata, overwrite, store = sample.metadata, batch.overwrite, batch.store
+    if metadata is not None and not overwrite and store.exists(metadata) and not has_metadata(sample, store):
         raise BadInput(
-            f"{metadata} is of another prompt than {sample.entry.place} of {batch.file}: "
+            f"{store.shown(metadata)} is of another prompt than {sample.entry.place} of {batch.file}: "
             "use another --out, or --overwrite"
         )
-    if not sample.output.exists():
+    if not store.exists(sample.output):
         return False
-    asked, found = _facts_asked(batch, sample), _facts_found(sample.report)
+    asked, found = _facts_asked(batch, sample), _facts_at(batch, sample.report)
     if found == asked:
         return True
     if not overwrite:
         if found is None:
-            raise BadInput(f"{sample.output} exists and has no report: use another --out, or --overwrite")
+            raise BadInput(f"{store.shown(sample.output)} exists and has no report: use another --out, or --overwrite")
         told, wanted = json.loads(found), json.loads(asked)
         others = ", ".join(name for name in wanted if wanted[name] != told.get(name))
         raise BadInput(
-            f"{sample.output} was made with other options ({others}): "
+            f"{store.shown(sample.output)} was made with other options ({others}): "
             "to go on, give the same as then; or another --out, or --overwrite"
         )
     return False
@@ -172,13 +174,16 @@ class Folder:
 
     def look(self) -> None:
         """Reads the reports that came since."""
+        store = self._batch.store
+        store.look(self._batch.out)
         if not self._by_reports:
             return
         suffix = self._batch.samples[0].output.suffix
-        for report in sorted(set(self._batch.out.glob("grat-*.json")) - self._read):
+        new = set(store.matching(self._batch.out, "grat-*.json")) - self._read
+        for path, report in store.reports(sorted(new)):
             if (facts := _facts_found(report)) is not None:
-                self._read.add(report)
-                self._outputs.setdefault(facts, []).append(report.with_name(report.stem + suffix))
+                self._read.add(path)
+                self._outputs.setdefault(facts, []).append(path.with_name(path.stem + suffix))
 
     def find(self, sample: Sample) -> Sample | None:
         """The sample as it is to be made, None if it is there; one whose output is lost keeps its name.
@@ -189,7 +194,7 @@ class Folder:
         if not self._by_reports:
             return None if _is_there(self._batch, sample) else sample
         outputs = self._outputs.get(_facts_asked(self._batch, sample), ())
-        if any(output.exists() for output in outputs):
+        if any(self._batch.store.exists(output) for output in outputs):
             return None
         return replace(sample, output=outputs[-1], report=report_path(outputs[-1])) if outputs else sample
 
@@ -202,7 +207,7 @@ def key_of(batch: Batch, sample: Sample) -> str:
 
 def is_told_of(batch: Batch, sample: Sample) -> bool:
     """Whether the report at a sample's place is of that very sample."""
-    return _facts_found(sample.report) == _facts_asked(batch, sample)
+    return _facts_at(batch, sample.report) == _facts_asked(batch, sample)
 
 
 def _facts_asked(batch: Batch, sample: Sample) -> str:
@@ -234,10 +239,14 @@ def _loras_told(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"LoRAs": known} if known else {}
 
 
-def _facts_found(path: Path) -> str | None:
-    """The same as a report tells it; None where there is none, or another kind of file."""
+def _facts_at(batch: Batch, path: Path) -> str | None:
+    """The same of a report that is at its place; None where there is none, or another kind of file."""
+    return next((_facts_found(report) for _, report in batch.store.reports([path])), None)
+
+
+def _facts_found(told: Mapping[str, Any]) -> str | None:
+    """The same as a report tells it; None of another kind of file."""
     try:
-        told = read_provenance(path)
         facts = {
             "prompt": told["prompt"],
             "negative prompt": told["negative_prompt"],
@@ -253,18 +262,10 @@ def _facts_found(path: Path) -> str | None:
         if "frames" in told:
             facts["size"] += [told["frames"]]
             facts["frame rate"] = told["fps"]
-    except (BadInput, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return None
     return json.dumps(facts)
 
 
 def _facts_of_preset(preset: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in preset.items() if name not in _NOT_SHOWN_OF_PRESETS}
-
-
-def make_folder(folder: Path) -> None:
-    """Raises BadInput if it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot make the folder {folder}: {(error.strerror or str(error)).lower()}") from error

@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 from grat_cli.console.progress import ProgressDisplay
 from grat_cli.errors import BadInput, CannotWrite, NumericalFailure, first_line
 from grat_cli.files.claims import Claim, ClaimLost, Claims
-from grat_cli.files.outputs import checkpoint_path, latents_path, read_provenance, report_path, write_json
-from grat_cli.files.whole import adopt, cannot_write, claimed, discard, place, remove
-from grat_cli.generation.batch_folder import Batch, Folder, is_told_of, key_of, make_folder, request_of, work_name
+from grat_cli.files.outputs import checkpoint_path, json_text, latents_path, read_provenance, report_path
+from grat_cli.files.stores import make_folder
+from grat_cli.files.whole import claimed, discard, remove
+from grat_cli.generation.batch_folder import Batch, Folder, is_told_of, key_of, request_of, work_name
 from grat_cli.generation.batch_layout import Sample
 from grat_cli.generation.checkpoint import Run, discard_run, read_run
 from grat_cli.generation.denoising import Text
@@ -76,9 +77,26 @@ class Worker:
         """Makes all, in order; outputs that another process makes just now are refused."""
         FailureNotes(self._batch.unfinished).remove_all()
         for number, sample in enumerate(samples):
-            with claimed([self._work(sample)]):
-                result = self.make(sample, is_last=number == len(samples) - 1)
-            yield result
+            yield self._make_alone(sample, is_last=number == len(samples) - 1)
+
+    def make_unclaimed(self, sample: Sample) -> Result:
+        """Makes and writes one that no other worker was given, unless one that has died did so.
+
+        Raises:
+            CannotWrite: if it cannot be written.
+        """
+        try:
+            if self._batch.store.exists(sample.output) and is_told_of(self._batch, sample):
+                return MadeElsewhere(sample)
+            return self._make_alone(sample)
+        except CannotWrite:
+            raise
+        except BadInput as error:
+            return Failure(sample, first_line(error))
+
+    def _make_alone(self, sample: Sample, *, is_last: bool = False) -> MadeHere | Failure:
+        with claimed([self._work(sample)]):
+            return self.make(sample, is_last=is_last)
 
     def make(self, sample: Sample, claim: Claim | None = None, *, is_last: bool = False) -> MadeHere | Failure:
         """Makes and writes one.
@@ -91,8 +109,9 @@ class Worker:
         Raises:
             ClaimLost: if another worker has taken over.
         """
-        batch = self._batch
+        batch, store = self._batch, self._batch.store
         work = self._work(sample)
+        replaces = batch.overwrite and claim is None  # of workers with claims, each adopts what it may replace
         self._progress.begin(claim)
         try:
             # 1. Make it, but for what an earlier process has done of it.
@@ -102,12 +121,12 @@ class Worker:
             told = {**made, "batch": batch.told(sample)}
             if claim is not None:
                 claim.require()
-                if batch.overwrite or is_told_of(batch, sample):
-                    adopt(sample.report)
-            write_json(told, sample.report, overwrite=self._replaces)
+            if batch.shard is not None and (batch.overwrite or is_told_of(batch, sample)):
+                store.adopt(sample.report)
+            store.write(json_text(told), sample.report, overwrite=replaces)
             if claim is not None:
                 claim.require()
-            _move(work, sample.output, overwrite=self._replaces)
+            store.place(work, sample.output, overwrite=replaces)
             remove(report_path(work), overwrite=True)
         except NumericalFailure as error:
             discard_run(work, overwrite=True)  # going on with it would fail again
@@ -120,13 +139,8 @@ class Worker:
         for path in (report_path(work), *(() if work.is_dir() else (work,))):
             remove(path)
         discard_run(work)
-        if not sample.output.exists():
-            remove(sample.report)
-
-    @property
-    def _replaces(self) -> bool:
-        """Whether whatever lies at an output's place is replaced; workers that share a batch adopt what they may."""
-        return self._batch.overwrite and self._batch.shard is None
+        if not self._batch.store.exists(sample.output):
+            self._batch.store.remove(sample.report)
 
     def _work(self, sample: Sample) -> Path:
         """Where a sample is made."""
@@ -229,7 +243,7 @@ class Sharing:
 
     def _tried(self, worker: Worker, sample: Sample, claim: Claim) -> Result:
         if self._batch.overwrite:
-            adopt(sample.output)
+            self._batch.store.adopt(sample.output)
         try:
             return worker.make(sample, claim)
         except (ClaimLost, CannotWrite) as error:
@@ -296,15 +310,3 @@ def _finished(work: Path) -> Mapping[str, Any] | None:
         return None
     discard_run(work, overwrite=True)
     return read_provenance(report_path(work)) if work.exists() else None
-
-
-def _move(work: Path, output: Path, *, overwrite: bool) -> None:
-    """Puts what is whole in its place.
-
-    Raises:
-        CannotWrite: if it cannot be put there, or something is there that may not be replaced.
-    """
-    try:
-        place(work, output, overwrite=overwrite)
-    except OSError as error:
-        raise cannot_write(output, error) from error

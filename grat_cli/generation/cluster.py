@@ -28,7 +28,6 @@ from grat_cli.console.progress import PHASE_WORDS, ProgressDisplay
 from grat_cli.console.worker_table import GONE, WorkerRow
 from grat_cli.errors import BadInput, GratError, first_line
 from grat_cli.files.claims import Claim, ClaimLost
-from grat_cli.files.outputs import read_provenance
 from grat_cli.generation.batch_folder import Batch
 from grat_cli.generation.batch_layout import Sample
 from grat_cli.generation.batch_worker import Failure, MadeElsewhere, MadeHere, Result, SaidOnce, Sharing, Worker
@@ -102,20 +101,27 @@ class Maker:
 
         try:
             os.chdir(folder)
-            os.listdir(batch.out)
+            if batch.store.has_claims:
+                os.listdir(batch.out)
         except OSError:
-            return Answer(error=_unseen(batch, platform.node()))
+            if batch.store.has_claims:
+                return Answer(error=_unseen(batch, platform.node()))
         if threads is not None:
             torch.set_num_threads(threads)
         try:
-            self._sharing = Sharing(batch, _ALONE, ())
+            self._sharing = Sharing(batch, _ALONE, ()) if batch.store.has_claims else None
             self._worker = Worker(batch, samples, SaidOnce(self._progress))
         except GratError as error:
             return self._answer(error=error)
         return self._answer(device_name(choose_device(batch.template.device)))
 
-    def make(self, key: str, sample: Sample, claim: Claim) -> Answer:
+    def make(self, key: str, sample: Sample, claim: Claim | None) -> Answer:
         """Makes a sample; what goes wrong with it alone is its result.
+
+        Args:
+            key: name of the sample.
+            sample: to make.
+            claim: on it, where its store has such.
 
         Raises:
             torch.AcceleratorError: after which this process cannot use its device any more.
@@ -123,6 +129,8 @@ class Maker:
         import torch
 
         try:
+            if self._sharing is None or claim is None:
+                return self._answer(self._worker.make_unclaimed(sample))
             return self._answer(self._sharing.make(self._worker, key, sample, claim))
         except (ClaimLost, KeyboardInterrupt):
             return self._answer()
@@ -317,7 +325,8 @@ class _Driver:
             else:
                 self._claims[name] = claim
                 self._deal.give(number, name)
-                self._ask(self._hired[number], "make", name, self._sharing.left[name], claim)
+                sent = claim if self._batch.store.has_claims else None
+                self._ask(self._hired[number], "make", name, self._sharing.left[name], sent)
         if elsewhere and elsewhere == self._deal.waiting and not self._claims:
             self._display.waiting(elsewhere)
 
@@ -387,7 +396,7 @@ class _Driver:
         self._display.note(f"worker {hired.number}: {hired.row.machine}, {device}")
 
     def _over(self, hired: _Hired, name: str, result: Result | None) -> Result | None:
-        if result is None and self._claims[name].is_held():  # which its actor, too, would know in the same folder
+        if result is None and self._claims[name].is_held():  # which its worker does not see
             raise _unseen(self._batch, hired.row.machine)
         self._let_go(name)
         self._deal.over(hired.number, name)
@@ -396,7 +405,8 @@ class _Driver:
         if result is None:
             self._deal.back(name)
         elif isinstance(result, MadeElsewhere) and self._deal.deaths(name):
-            return MadeHere(result.sample, read_provenance(result.sample.report))  # by the worker that died then
+            reports = self._batch.store.reports([result.sample.report])
+            return MadeHere(result.sample, next(reports)[1])  # by the worker that died then
         elif isinstance(result, MadeHere):
             hired.row.made += 1
             hired.row.seconds += seconds

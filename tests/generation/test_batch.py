@@ -25,9 +25,9 @@ from small_batches import GENEVAL, SMALL, fail_at, files, pixels, write_lines
 from grat_cli.console.output import Output
 from grat_cli.console.progress import LiveProgress, batch_text
 from grat_cli.families.picture_coding import decode as decode_picture
+from grat_cli.files.stores import LocalStore
 from grat_cli.files.videos import read_frames
 from grat_cli.files.whole import write_whole
-from grat_cli.generation import batch_worker
 from grat_cli.generation import run as generation
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
@@ -372,7 +372,7 @@ def test_an_output_that_is_written_but_not_in_its_place_is_not_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_worker, "_move", interrupted)
+        patch.setattr(LocalStore, "place", interrupted)
         assert grat(*arguments).code == 130
     assert len(list(Path("v/unfinished").iterdir())) == 2
     with monkeypatch.context() as patch:

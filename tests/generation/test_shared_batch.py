@@ -22,7 +22,8 @@ from PIL import Image
 from small_batches import GENEVAL, SMALL, fail_at, files, pixels, write_lines
 
 from grat_cli.files.claims import Claim, Claims
-from grat_cli.generation import batch_layout, batch_worker
+from grat_cli.files.stores import LocalStore
+from grat_cli.generation import batch_worker
 from grat_cli.generation import run as generation
 from grat_cli.models import devices
 from grat_cli.models.catalogue import choose_model
@@ -170,8 +171,8 @@ def test_workers_of_which_one_is_killed_make_everything_once(layout: str) -> Non
 
 _PLACES: dict[str, tuple[Any, str]] = {
     "denoising": (batch_worker.SaidOnce, "step"),
-    "before its report": (batch_worker, "write_json"),
-    "before its output": (batch_worker, "_move"),
+    "before its report": (LocalStore, "write"),
+    "before its output": (LocalStore, "place"),
 }
 
 
@@ -205,7 +206,7 @@ def test_nor_does_one_that_may_overwrite() -> None:
     assert grat(*arguments, "--seed", "5").code == 0
     before = files("b")
     arguments = (*arguments, "--overwrite", "--shard", "1/1")
-    stalled = begin(*arguments, at_first=instead(batch_worker, "_move", stop))
+    stalled = begin(*arguments, at_first=instead(LocalStore, "place", stop))
     wait_until(lambda: is_stopped(stalled), stalled)
     # Its report is there, and the output that this one told of.
     Path("b/reports/00000-0000.json").unlink()
@@ -291,7 +292,7 @@ def test_a_disk_that_is_full_ends_a_worker_and_keeps_what_it_has(monkeypatch: py
         raise batch_worker.CannotWrite("cannot write it: no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_worker, "_move", full)
+        patch.setattr(LocalStore, "place", full)
         assert refusal(*arguments).startswith("cannot write it: no space left on device")
     assert {path.suffix for path in Path("b/unfinished").iterdir()} == {".png", ".json"}
     with monkeypatch.context() as patch:
@@ -303,13 +304,14 @@ def test_a_disk_that_is_full_ends_a_worker_and_keeps_what_it_has(monkeypatch: py
 def test_metadata_that_another_worker_writes_at_that_moment_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines("p.jsonl", GENEVAL[0])
     arguments = ("batch", "p.jsonl", "--layout", "geneval", *SMALL, "--n", "1")
-    write = batch_layout.write_text
+    write = LocalStore.write
 
-    def late(text: str, path: Path, **options: Any) -> None:
-        path.write_text(text if others == "the same" else "{}\n")
-        write(text, path, **options)
+    def late(store: LocalStore, text: str, path: Path, **options: Any) -> None:
+        if path.name == "metadata.jsonl":
+            path.write_text(text if others == "the same" else "{}\n")
+        write(store, text, path, **options)
 
-    monkeypatch.setattr(batch_layout, "write_text", late)
+    monkeypatch.setattr(LocalStore, "write", late)
     others = "the same"
     assert grat(*arguments, "--out", "b", "--shard", "1/2").code == 0
     assert json.loads(Path("b/00000/metadata.jsonl").read_text()) == GENEVAL[0]
@@ -322,7 +324,7 @@ def test_what_a_batch_alone_made_leaves_no_claim_of_a_dead_worker(monkeypatch: p
     arguments = ("batch", "p.txt", *SMALL, "--out", "b")
     with monkeypatch.context() as patch:
         patch.setattr(Claim, "__exit__", lambda *_: None)
-        patch.setattr(batch_worker, "_move", interrupted)
+        patch.setattr(LocalStore, "place", interrupted)
         assert grat(*arguments, "--shard", "1/1").code == 130
     assert len(list(Path("b/unfinished").glob("*.claim"))) == 1
     assert grat(*arguments).code == 0
