@@ -60,13 +60,15 @@ def worker_table(rows: Sequence[WorkerRow], width: int, most: int = MOST_ROWS) -
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     table.add_column("made", justify="right", no_wrap=True)
     table.add_column("s each", justify="right", no_wrap=True)
-    table.add_column("at", no_wrap=True, overflow="ellipsis")
+    if is_live := any(row.doing for row in rows):
+        table.add_column("at", no_wrap=True, overflow="ellipsis")
     shown = rows if len(rows) <= most else [row for row in rows if row.doing != GONE][: most - 1]
     for row in shown:
         where = () if is_narrow else (row.machine, row.device)
-        table.add_row(str(row.number), *where, str(row.made), row.seconds_each, row.doing)
+        doing = (row.doing,) if is_live else ()
+        table.add_row(str(row.number), *where, str(row.made), row.seconds_each, *doing)
     if left := len(rows) - len(shown):
         numbers = {row.number for row in shown}
         made = sum(row.made for row in rows if row.number not in numbers)
-        table.add_row(f"{left} more", *(() if is_narrow else ("", "")), str(made), "", "")
+        table.add_row(f"{left} more", *(() if is_narrow else ("", "")), str(made))
     return table

@@ -102,7 +102,7 @@ def test_actors_fill_what_fsspec_knows(cluster_of_two: None) -> None:
     assert {one["file"] for one in result.data["made"]} == {
         f"{address}/{path.name}" for path in Path("there").glob("*.png")
     }
-    # Of an actor that died between the two, and of one that died before it could say what it had made.
+    # What an actor leaves that dies between the two is gone on with, and here without Ray.
     (lost, _) = sorted(Path("there").glob("*.png"))
     lost.unlink()
     again = grat(*arguments)
@@ -110,13 +110,14 @@ def test_actors_fill_what_fsspec_knows(cluster_of_two: None) -> None:
 
 
 def test_what_fails_and_what_kills_fails_alone(quick: None) -> None:
-    result = ray_batch("a fox", "deadly", "a boat", "unforeseen", "a cat", workers=1, code=5)
-    assert {one["prompt"] for one in result.data["made"]} == {"a fox", "a boat", "a cat"}
+    result = ray_batch("a fox", "deadly", "a boat", "unforeseen", "made before", workers=1, code=5)
+    assert {one["prompt"] for one in result.data["made"]} == {"a fox", "a boat", "made before"}
+    assert result.data["made_by_others"] == 0
     assert {(one["prompt"], one["reason"]) for one in result.data["failed"]} == {
         ("deadly", "2 workers died while they made it"),
         ("unforeseen", "ValueError: nobody thought of that"),
     }
-    assert [row["doing"] for row in result.data["workers"]] == ["gone"] * 2 + [""]
+    assert [row["doing"] for row in result.data["workers"]] == ["gone"] * 3 + [""]
     assert result.err.count("said once") == 1
     assert not Path("b/unfinished").exists()
 
