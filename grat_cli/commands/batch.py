@@ -153,6 +153,8 @@ def batch(
         "image": {"--highres": highres, "--quality": quality},
         "video": {f"--{name}": value for name, value in vars(extent).items() if name != "res"} | {"--crf": crf},
     }
+    if cluster and not cluster.is_here and model.device == "cuda":
+        model = replace(model, device="auto")  # this machine may have none
     if part is not None:
         model = replace(model, device=device_of_worker(model.device, part.local_rank))
     medium = _medium(chosen_layout.medium, chosen_layout.name, model.model, of_one)
@@ -239,7 +241,7 @@ def batch(
         }
     )
     if cluster and cluster.workers:
-        output.show(worker_table(cluster.workers, output.console.width))
+        output.show(worker_table(cluster.workers, output.console.width, is_live=False))
     by_others = f" {others} made by others," if part or others else ""
     output.show(f"{len(made)} made,{by_others} {there} there before, {len(failures)} failed, in {where}")
     for failure in failures:
@@ -309,7 +311,7 @@ def _cluster(
         raise ModelUnavailable(
             f"--ray {address}: give a --model, since this machine cannot know what suits the cluster"
         )
-    return cluster.Cluster(address, workers)
+    return cluster.Cluster(address, workers, model.device)
 
 
 def _pictures(entries: Sequence[PromptEntry]) -> options.PictureOptions:

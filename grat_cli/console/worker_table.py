@@ -44,13 +44,14 @@ class WorkerRow:
         return f"{self.seconds / self.made:.1f}" if self.made else ""
 
 
-def worker_table(rows: Sequence[WorkerRow], width: int, most: int = MOST_ROWS) -> Table:
+def worker_table(rows: Sequence[WorkerRow], width: int, most: int = MOST_ROWS, *, is_live: bool = True) -> Table:
     """A line for each worker; of many only those at work, and the others in a last line together.
 
     Args:
         rows: of all workers.
         width: of the terminal; in a narrow one machine and device are left out.
         most: lines.
+        is_live: whether it says what workers are at.
     """
     from rich.table import Table
 
@@ -60,7 +61,7 @@ def worker_table(rows: Sequence[WorkerRow], width: int, most: int = MOST_ROWS) -
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     table.add_column("made", justify="right", no_wrap=True)
     table.add_column("s each", justify="right", no_wrap=True)
-    if is_live := any(row.doing for row in rows):
+    if is_live:
         table.add_column("at", no_wrap=True, overflow="ellipsis")
     shown = rows if len(rows) <= most else [row for row in rows if row.doing != GONE][: most - 1]
     for row in shown:

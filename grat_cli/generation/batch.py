@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ def missing(batch: Batch) -> list[Sample]:
 
 def make_samples(
     batch: Batch, samples: Sequence[Sample], progress: ProgressDisplay, cluster: Cluster | None = None
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Makes samples, here one by one with one loaded model; each is written, its report too, as soon as it is made.
 
     Args:

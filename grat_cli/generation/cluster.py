@@ -22,6 +22,7 @@ from typing import Any
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 
 import ray
+from ray import exceptions
 
 from grat_cli import __version__
 from grat_cli.console.progress import PHASE_WORDS, ProgressDisplay
@@ -93,7 +94,7 @@ class Maker:
             batch: whose samples are made.
             samples: those that are missing.
             folder: that relative paths lead from.
-            threads: on the CPU; None for torch's own choice.
+            threads: on the CPU; None where a GPU does the work.
         """
         import torch
 
@@ -207,17 +208,20 @@ class Cluster:
     """The workers of a cluster.
 
     Attributes:
+        most: workers; None for as many as there is room for.
+        device: `cuda`, `cpu`, or `auto` for GPUs where there are any.
         workers: that there are or were, as last heard of.
     """
 
-    def __init__(self, address: str, most: int | None = None) -> None:
+    def __init__(self, address: str, most: int | None = None, device: str = "auto") -> None:
         """Connects to nothing yet.
 
         Args:
             address: of the cluster, as `ray.init` takes it; `local` for the GPUs or cores of this machine.
-            most: workers; None for as many as there is room for.
+            most: as in the attributes.
+            device: likewise.
         """
-        self._address, self._most = address, most
+        self._address, self.most, self.device = address, most, device
         self.workers: list[WorkerRow] = []
 
     @property
@@ -229,7 +233,7 @@ class Cluster:
         """What came of each sample, as it comes. Errors are those of `make_samples`."""
         progress.phase("workers")
         with _connected(self._address):
-            driver = _Driver(batch, samples, progress, self._most, self.workers)
+            driver = _Driver(batch, samples, progress, self)
             try:
                 yield from driver.results()
             except KeyboardInterrupt:
@@ -247,9 +251,9 @@ class _Driver:
         batch: Batch,
         samples: Sequence[Sample],
         progress: ProgressDisplay,
-        most: int | None,
-        rows: list[WorkerRow],
+        cluster: Cluster,
     ) -> None:
+        most, rows = cluster.most, cluster.workers
         self._batch, self._progress, self._most, self._rows = batch, SaidOnce(progress), most, rows
         self._display, self._total = progress, len(samples)
         self._sharing = Sharing(batch, _ALONE, samples)
@@ -258,8 +262,10 @@ class _Driver:
         self._hired: dict[int, _Hired] = {}
         self._calls: dict[Any, _Call] = {}
         self._failed_starts = 0
-        self._kind = _resource(batch.template.device)
-        self._room, self._looked_s = 1, 0.0
+        self._kind, self._room, self._looked_s = _resource(cluster.device), 1, 0.0
+        # CPU threads of a worker: those of this machine are shared out; on a cluster any core may be alone.
+        cores = int(ray.cluster_resources().get("CPU", 1)) if cluster.is_here else 1
+        self._threads = max(1, cores // min(most or cores, len(samples))) if self._kind == "CPU" else None
         self._began_s, self._has_begun = time.monotonic(), False
         self._sent = ray.put(batch), ray.put(tuple(samples))
 
@@ -280,7 +286,7 @@ class _Driver:
         for hired in self._hired.values():
             hired.actor.stop.options(concurrency_group=_ASIDE).remote()
         made = [reference for reference, call in self._calls.items() if call.method == "make"]
-        with suppress(ray.exceptions.RayError):
+        with suppress(exceptions.RayError, ValueError):  # where there is nothing to wait for
             ray.wait(made, num_returns=len(made), timeout=_PATIENCE_S)
 
     def dismiss(self) -> None:
@@ -295,15 +301,15 @@ class _Driver:
         """Starts actors, as many as there is room and work for."""
         now = time.monotonic()
         if now - self._looked_s >= _ROOM_S:
-            self._room, self._looked_s = int(ray.cluster_resources().get(self._kind, 0)), now
+            self._room = int(ray.cluster_resources().get(self._kind, 0)) // (self._threads or 1)
+            self._looked_s = now
         left = self._deal.waiting + sum(len(self._deal.hands(number)) for number in self._hired)
         wanted = min(max(1, self._room), left, self._most or left)
         while len(self._hired) < wanted:
             number = len(self._rows) + 1
-            of_gpu = self._kind == "GPU"
-            actor = ray.remote(
-                num_cpus=0 if of_gpu else 1, num_gpus=1 if of_gpu else 0, concurrency_groups={_ASIDE: 1}
-            )(Maker).remote()
+            takes: dict[str, Any] = {"num_cpus": self._threads or 0, "num_gpus": 0 if self._threads else 1}
+            asked: Any = ray.remote(concurrency_groups={_ASIDE: 1}, **takes)  # pyright: ignore[reportCallIssue]
+            actor = asked(Maker).remote()
             hired = _Hired(number, actor, WorkerRow(number, doing="starting"))
             self._rows.append(hired.row)
             self._hired[number] = hired
@@ -366,8 +372,8 @@ class _Driver:
         reference, call = answered
         hired = call.hired
         try:
-            answer = ray.get(reference)
-        except ray.exceptions.RayError as error:
+            answer: Any = ray.get(reference)
+        except exceptions.RayError as error:
             self._lose(hired, error)
             return None
         if call.method == "doing":
@@ -376,7 +382,7 @@ class _Driver:
         if call.method == "about":
             _refuse_other(answer)
             hired.row.machine, hired.row.process, hired.row.doing = answer.machine, answer.process, "loading"
-            self._ask(hired, "load", "", *self._sent, os.getcwd(), None if self._kind == "GPU" else 1)
+            self._ask(hired, "load", "", *self._sent, os.getcwd(), self._threads)
             return None
         for note in answer.notes:
             self._progress.note(note)
@@ -515,12 +521,12 @@ def _unseen(batch: Batch, machine: str) -> BadInput:
 
 def _reason(error: BaseException) -> str:
     """Why an actor died, in a few words; Ray's own take a paragraph."""
-    if isinstance(error, ray.exceptions.RayTaskError):
+    if isinstance(error, exceptions.RayTaskError):
         return f"{type(error.cause).__name__}: {first_line(error.cause)}"
     text = str(error)
     if "No module named 'grat_cli" in text:
         raise BadInput("the machines of the cluster have no grat: install grat-cli where Ray runs") from error
-    if "running low on memory" in text or isinstance(error, ray.exceptions.OutOfMemoryError):
+    if "running low on memory" in text or isinstance(error, exceptions.OutOfMemoryError):
         return "its machine ran out of memory"
     if "node" in text and "died" in text.partition("node")[2][:40]:
         return "its machine is gone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,7 @@ ROWS = [
 ]
 
 
-def shown(rows: list[WorkerRow], width: int, **options: int) -> list[str]:
+def shown(rows: list[WorkerRow], width: int, **options: Any) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
     console.print(worker_table(rows, width, **options))
     return console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
@@ -43,7 +44,7 @@ def test_of_many_it_shows_those_at_work_and_sums_the_others() -> None:
 
 
 def test_at_the_end_nobody_is_at_anything() -> None:
-    assert shown([WorkerRow(1, "here", "CPU", 7, 1, 1.5)], 80)[0].split() == [
+    assert shown([WorkerRow(1, "here", "CPU", 7, 1, 1.5)], 80, is_live=False)[0].split() == [
         "worker",
         "machine",
         "device",
