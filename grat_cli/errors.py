@@ -48,6 +48,12 @@ class NumericalFailure(GratError):
     exit_code = 5
 
 
+class RankLost(GratError):
+    """Another rank of the run has ended."""
+
+    exit_code = 6
+
+
 class Interrupted(GratError):
     """Ctrl-C or a signal ended a run that can be gone on with; the text says how."""
 

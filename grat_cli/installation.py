@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from grat_cli.attention.clock import PipelineClock, same
+from grat_cli.attention.guidance_split import GuidanceSplit
+from grat_cli.attention.ranks import ALONE, Ranks
 from grat_cli.errors import BadInput, NumericalFailure, choices
 from grat_cli.families import FAMILIES, family_of_transformer
 from grat_cli.families.time_shift import extrapolation as extrapolated_shift
@@ -20,7 +22,7 @@ from grat_cli.presets.schema import BACKENDS, SMALLEST_CHUNK, Memory
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
     from grat_cli.attention.adapter import Adapter
     from grat_cli.attention.any_transformer import AnyTransformer
@@ -65,7 +67,7 @@ class Installation:
         first_step: int,
         steps: int | None,
         adapters: Sequence[Adapter | AnyTransformer],
-        ranks: ProcessGroup | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._pipe, self._preset, self._adapters = pipe, preset, adapters
         self.clock = PipelineClock(pipe, first_step, steps)
@@ -189,7 +191,7 @@ def install(
     extrapolation: Extrapolation | None = None,
     guard: float | None = None,
     cache: str | Cache | None = None,
-    ranks: ProcessGroup | None = None,
+    parallel: DeviceMesh | None = None,
 ) -> Iterator[Installation]:
     """Runs a pipeline with GRAT attention: `with grat_cli.install(pipe, "flux-x", height=8192, width=8192): pipe(...)`.
 
@@ -229,9 +231,11 @@ def install(
         cache: overrides the preset's: what steps take over from those before, such as `first-block` or
             `taylor:cache_interval=3`; `none` for nothing. A cache that the caller enables on the transformer himself,
             before or inside, works as well. `Installation.work` tells what was computed.
-        ranks: share each call of the transformer, in a script that `torchrun` starts: all of them call the pipeline
-            with the same arguments and the same noise, and all get the whole output. Each has a share of the image
-            tokens, and in attention of the heads, whose number theirs must divide.
+        parallel: ranks that make each output together, in a script that `torchrun` starts: all of them call the
+            pipeline with the same arguments and the same noise, and all get the whole output. Those of the mesh's
+            dimension `cp` share each call of the transformer: each has some of the image tokens, and in attention of
+            the heads, whose number theirs must divide. With a dimension `cfg` of 2, one half of the ranks makes the
+            first call of guidance and one the second.
 
     Raises:
         BadInput: if pipeline, preset, size or backend do not fit, here or at the pipeline call.
@@ -252,6 +256,7 @@ def install(
         preset = _with_cache(preset, cache_from_text(cache, "cache") if isinstance(cache, str) else cache)
     if first_step < 0 or (steps is not None and first_step >= steps):
         raise BadInput(f"first_step {first_step} is none of the run's steps, which are counted from 0")
+    ranks = ALONE if parallel is None else Ranks.of(parallel)
     adapters: Sequence[Adapter | AnyTransformer]
     if tokens is None:
         adapters = _family_adapters(pipe, preset, height, width, num_frames, extrapolation, ranks)
@@ -265,8 +270,8 @@ def install(
             "use FlowMatchEulerDiscreteScheduler"
         )
     grid = adapters[0].grid
-    if ranks is not None:
-        _refuse_with_ranks(pipe, preset, tokens)
+    if ranks is not ALONE:
+        _refuse_with_ranks(tokens)
     installation = Installation(pipe, preset, grid, first_step, steps, adapters, ranks)
     family = family_of_transformer(getattr(pipe, "transformer", None))
     given = family.given_shift(pipe, grid.tokens, steps or 1) if family else None
@@ -282,24 +287,24 @@ def install(
         stack.enter_context(CallWatch(pipe, adapters, installation.require_able).watching())
         if over_steps:
             installation.carrying = stack.enter_context(_carrying(installation))
+        split = None if ranks.cfg is None else GuidanceSplit(ranks.cfg, installation.clock)
         for adapter in adapters:
-            stack.enter_context(adapter.attached(installation, installation.backend, observer, installation.carrying))
+            stack.enter_context(
+                adapter.attached(installation, installation.backend, observer, installation.carrying, split)
+            )
         if family and tokens is None:
             installation.caches = stack.enter_context(
-                _cached(transformers, adapters, installation, preset.cache, family)
+                _cached(transformers, adapters, installation, preset.cache, family, ranks)
             )
         yield installation
 
 
-def _refuse_with_ranks(pipe: Any, preset: Preset, tokens: Grid | None) -> None:
-    """Raises BadInput where ranks that share calls would come to different decisions, or cannot share them."""
-    transformers = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
-    for name, given in (
-        ("a step cache", preset.cache or any(getattr(one, "is_cache_enabled", False) for one in transformers)),
-        ("a transformer that GRAT does not know", tokens),
-    ):
-        if given:
-            raise BadInput(f"several ranks do not share the calls of a run with {name} yet: leave it out, or ranks")
+def _refuse_with_ranks(tokens: Grid | None) -> None:
+    """Raises BadInput where ranks cannot share calls."""
+    if tokens is not None:
+        raise BadInput(
+            "several ranks do not share the calls of a transformer that GRAT does not know: leave out parallel"
+        )
 
 
 def _counter(adapters: Sequence[Adapter | AnyTransformer]) -> Work:
@@ -328,6 +333,7 @@ def _cached(
     installation: Installation,
     cache: Cache | None,
     family: Family,
+    ranks: Ranks,
 ) -> AbstractContextManager[StepCaches]:
     """The transformers' caches, ours or the caller's."""
     from grat_cli.attention import caching
@@ -341,6 +347,7 @@ def _cached(
         ratios,
         _begun(installation),
         over_steps=installation.carrying is not None,
+        ranks=ranks,
     )
 
 
@@ -351,7 +358,7 @@ def _family_adapters(
     width: int | None,
     num_frames: int | None,
     extrapolation: Extrapolation | None,
-    ranks: ProcessGroup | None,
+    ranks: Ranks,
 ) -> list[Adapter]:
     """What runs the transformers of a known family."""
     family = _family(pipe)
@@ -365,7 +372,7 @@ def _family_adapters(
     grid = family.grid(pipe, height, width, num_frames)
     chunk_tokens = preset.memory.chunk_tokens
     return [
-        family.adapter(transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens, ranks=ranks)
+        family.adapter(transformer, grid, extrapolation=extrapolation, chunk_tokens=chunk_tokens, ranks=ranks.cp)
         for transformer in family.transformers(pipe)
     ]
 
@@ -447,7 +454,7 @@ def _with_cache(preset: Preset, cache: Cache | None) -> Preset:
         raise BadInput(f"{'.'.join(map(str, problem.path))}: {problem.message}") from error
 
 
-def _guard(preset: Preset, layers: int, ranks: ProcessGroup | None) -> RecallGuard | None:
+def _guard(preset: Preset, layers: int, ranks: Ranks) -> RecallGuard | None:
     if not preset.guard:
         return None
     from grat_cli.attention.guard import RecallGuard

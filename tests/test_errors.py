@@ -9,6 +9,7 @@ from grat_cli.errors import (
     ModelUnavailable,
     NumericalFailure,
     OutOfMemory,
+    RankLost,
     choices,
     nearest,
     steadier,
@@ -16,8 +17,8 @@ from grat_cli.errors import (
 
 
 def test_exit_codes_are_the_documented_ones() -> None:
-    codes = {error: error.exit_code for error in (BadInput, ModelUnavailable, OutOfMemory, NumericalFailure)}
-    assert codes == {BadInput: 2, ModelUnavailable: 3, OutOfMemory: 4, NumericalFailure: 5}
+    codes = {error: error.exit_code for error in (BadInput, ModelUnavailable, OutOfMemory, NumericalFailure, RankLost)}
+    assert codes == {BadInput: 2, ModelUnavailable: 3, OutOfMemory: 4, NumericalFailure: 5, RankLost: 6}
     assert all(issubclass(error, GratError) for error in codes)
 
 

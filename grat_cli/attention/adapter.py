@@ -13,7 +13,8 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from grat_cli.attention.layer import Attend, AttentionInputs, CallObserver, LayerAttention, Text, over_spans
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.context_parallel import Shared
     from grat_cli.attention.extrapolation import Extrapolation
+    from grat_cli.attention.guidance_split import GuidanceSplit
     from grat_cli.attention.processor import SpanAttentionProcessor
     from grat_cli.attention.schedule import AttentionSchedule
     from grat_cli.presets.schema import ChunkTokens
@@ -63,9 +65,12 @@ class Adapter(ABC):
         preparation: what normalises, rotates and joins queries and keys, and why; None before the first call.
         chunking: how many tokens at most run through feed-forward and modulation at once, None for all; and why.
         carries_modules: whether attention modules are carried over steps as a whole.
+        orders_calls: whether tokens are put in order where a call begins, and back where it ends, not by hooks inside
+            the transformer.
     """
 
     text_first: ClassVar[bool]
+    orders_calls: ClassVar[bool] = False
     references: int = 0
     order: torch.Tensor
     inverse: torch.Tensor
@@ -74,6 +79,7 @@ class Adapter(ABC):
     carries_modules = False
     shared: Shared | None = None
     _caller: int | None = None  # the thread whose call is under way
+    _unmade: torch.Tensor | None = None  # the prediction of the call under way, where another rank makes it
 
     def __init__(
         self,
@@ -93,7 +99,7 @@ class Adapter(ABC):
             extrapolation: how positions and scores are fitted to the grid; None leaves them as they are.
             chunk_tokens: see `presets.schema.Memory`. `chunking` tells.
             attend: computes attention in place of span attention by a backend.
-            ranks: share each call, all of them with the same arguments; None for one alone.
+            ranks: that share the tokens of each call, all with the same arguments; None for one alone.
         """
         # Hooks go on the outermost module, so that a compiled model runs them outside its graph.
         self._called = transformer
@@ -135,12 +141,8 @@ class Adapter(ABC):
         """
 
     def enter(self, call: dict[str, Any], step: int) -> dict[str, Any]:
-        """A call with its tokens in group order, where that is not done inside the transformer."""
+        """A call as the transformer is to have it; see `orders_calls`."""
         return call
-
-    def leave(self, output: Any) -> Any:
-        """What a call returns in raster order; likewise."""
-        return output
 
     def hooks(self) -> Sequence[tuple[torch.nn.Module, Callable[..., Any]]]:
         """Forward hooks inside the transformer, such as `grouped` and `restored`."""
@@ -218,7 +220,12 @@ class Adapter(ABC):
 
     @contextmanager
     def attached(
-        self, run: Run, backend: Backend, observer: CallObserver | None = None, carrying: Carrying | None = None
+        self,
+        run: Run,
+        backend: Backend,
+        observer: CallObserver | None = None,
+        carrying: Carrying | None = None,
+        split: GuidanceSplit | None = None,
     ) -> Iterator[None]:
         """While inside, the transformer attends over spans; leaving restores it exactly, also after an exception.
 
@@ -227,6 +234,7 @@ class Adapter(ABC):
             backend: how span attention is computed.
             observer: told of calls and attentions, or None.
             carrying: what carries attention over steps, or None.
+            split: says which calls another rank makes; None for none.
 
         Raises:
             BadInput: if the transformer is in a state that is not supported, with the reason.
@@ -236,6 +244,8 @@ class Adapter(ABC):
         reason = self.obstacle()
         if reason is None and self.is_compiled_whole:
             reason = self.whole_obstacle()
+        if reason is None and self.is_compiled_whole and split is not None:
+            reason = "calls of a transformer that is compiled as a whole cannot be left to another rank: compile blocks"
         if reason is not None:
             raise BadInput(reason)
         forwards = self.chunked_blocks()
@@ -251,7 +261,7 @@ class Adapter(ABC):
                 layer.over_steps = carried
         with ExitStack() as stack:
             stack.enter_context(self.attending(layers))
-            before, after, ended = self._around(run, observer, layers, over_steps)
+            before, after, ended = self._around(run, observer, layers, over_steps, split)
             handles = [self._called.register_forward_pre_hook(before, with_kwargs=True)]
             hooks = self.hooks()
             self._hooked = [module for module, _ in hooks]
@@ -261,7 +271,34 @@ class Adapter(ABC):
             for handle in handles:
                 stack.callback(handle.remove)
             stack.enter_context(chunking.in_chunks(self.blocks, forwards, self.chunking[0]))
+            if split is not None:
+                stack.enter_context(self._leaving_out())
             yield
+
+    @contextmanager
+    def _leaving_out(self) -> Iterator[None]:
+        """While inside, the transformer is not run in calls that another rank makes."""
+        model, stock = self.model, self.model.forward
+        had_own = "forward" in vars(model)
+
+        @functools.wraps(stock)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._unmade is None:
+                return stock(*args, **kwargs)
+            if not kwargs.get("return_dict", True):
+                return (self._unmade,)
+            from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+            return Transformer2DModelOutput(sample=self._unmade)
+
+        model.forward = forward
+        try:
+            yield
+        finally:
+            if had_own:
+                model.forward = stock
+            else:
+                del model.forward
 
     def _refuse_changed(self, called: torch.nn.Module) -> None:
         """Raises BadInput where a call would not run what was installed.
@@ -300,11 +337,13 @@ class Adapter(ABC):
         observer: CallObserver | None,
         layers: Sequence[LayerAttention],
         over_steps: CarriedLayers | None,
+        split: GuidanceSplit | None,
     ) -> tuple[Callable[..., Any], ...]:
         """Hooks before and after a transformer call, and one when it has ended, also by an exception."""
         import torch
 
         from grat_cli.attention.context_parallel import Shared
+        from grat_cli.attention.guidance_split import unmade
 
         trained = None
         if self.extrapolation is not None and self.extrapolation.proportional_attention:
@@ -314,12 +353,16 @@ class Adapter(ABC):
             self._refuse_changed(module)
             self._caller = threading.get_ident()
             call = dict(zip(self._parameters, args, strict=False)) | kwargs
+            if split is not None and not split.takes():
+                self._unmade = unmade(self.model, call["hidden_states"])
+                return (), call
             text = self.read(call)
             step = run.current_step()
             schedule = run.schedule(text.longest, text.references)
             tokens, self.references = call["hidden_states"], text.references
             if self._ranks is not None:
-                self.shared = Shared.of(self._ranks, self.grid.tokens + text.references)
+                observed = observer.exchange if observer else nullcontext
+                self.shared = Shared.of(self._ranks, self.grid.tokens + text.references, observed)
             self.prepare(tokens)
             if observer:
                 observer.begin_call(step, schedule.density_of_step(step))
@@ -342,16 +385,20 @@ class Adapter(ABC):
             return (), self.enter(call, step)
 
         def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            output = self.leave(output)
-            if observer:
-                observer.end_call()
-            if over_steps is not None:
-                over_steps.end_call()
+            if self._unmade is None:
+                if self.orders_calls:
+                    output = with_sample(output, self.in_raster(output[0], 1))
+                if observer:
+                    observer.end_call()
+                if over_steps is not None:
+                    over_steps.end_call()
+            if split is not None:
+                split.exchanged(output[0], observer)
             return output
 
         def ended(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._caller == threading.get_ident():
-                self._caller = None
+                self._caller = self._unmade = None
                 for layer in layers:
                     layer.forget()
                 if over_steps is not None:
@@ -539,6 +586,11 @@ def _orders(plan: Plan | HeadPlan, references: int, device: torch.device) -> tup
         return torch.cat([order, behind]), torch.cat([inverse, behind])
 
     return plan.cached(("order with references", references, device), extended)
+
+
+def with_sample(output: Any, sample: torch.Tensor) -> Any:
+    """What a transformer returns, a tuple or diffusers' own output, with another prediction."""
+    return (sample, *output[1:]) if isinstance(output, tuple) else replace(output, sample=sample)
 
 
 def _in_place(module: Any) -> bool:

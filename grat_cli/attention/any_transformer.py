@@ -24,6 +24,7 @@ from grat_kernels import Full, HeadPlan, Plan, build_plan
 if TYPE_CHECKING:
     from grat_cli.attention.adapter import Run
     from grat_cli.attention.carrying import Carrying
+    from grat_cli.attention.guidance_split import GuidanceSplit
     from grat_kernels import Backend, Grid
 
 _COMPILED = "a compiled transformer that GRAT does not know is not supported: leave torch.compile out"
@@ -97,7 +98,12 @@ class AnyTransformer:
 
     @contextmanager
     def attached(
-        self, run: Run, backend: Backend, observer: CallObserver | None = None, carrying: Carrying | None = None
+        self,
+        run: Run,
+        backend: Backend,
+        observer: CallObserver | None = None,
+        carrying: Carrying | None = None,
+        split: GuidanceSplit | None = None,
     ) -> Iterator[None]:
         """While inside, attention goes over spans; leaving restores the transformer exactly, also after an exception.
 
@@ -106,6 +112,7 @@ class AnyTransformer:
             backend: how span attention is computed.
             observer: told of calls and attentions, or None.
             carrying: None: nothing is carried over steps here.
+            split: None: ranks do not share calls here.
         """
         stock = [attention.processor for attention in self._attentions]
         calls = _Calls(self, run, over_spans(backend), observer, [processor._attention_backend for processor in stock])

@@ -3,8 +3,9 @@
 A cache's hooks stand around blocks or attentions, GRAT's processors and plans inside them, so each skips the other as a
 whole. What they keep is in group order, which is one for a whole run. What is done here is what diffusers leaves to its
 callers: a context for each call of a step where a pipeline sets none, states of their own for the two calls of true
-guidance, the step and timestep of a call without waiting for the device, and a state that begins anew with every run,
-also after one that was broken off. Read against diffusers 0.42.1, `hooks/` and `models/cache_utils.py`.
+guidance, the step and timestep of a call without waiting for the device, a state that begins anew with every run, also
+after one that was broken off, and decisions that are the same on all ranks (`shared_caches`). Read against diffusers
+0.42.1, `hooks/` and `models/cache_utils.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from grat_cli.attention import shared_caches
 from grat_cli.attention.cache_states import Snapshot, copied, kept, moved, thawed
 from grat_cli.attention.clock import CallCounter, same
+from grat_cli.attention.ranks import ALONE, Ranks
 from grat_cli.errors import BadInput
 from grat_cli.presets.caches import KINDS, Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
 
@@ -32,6 +35,7 @@ _CALLS = "cond", "uncond"  # as pipelines name them
 _OF_BLOCKS = "FirstBlockCacheConfig", "MagCacheConfig"  # which take the place of whole blocks
 _NEVER = math.inf  # a timestep that no range holds
 _MOST_PARTS = 100_000
+_LEAVE = "call disable_cache() on the transformer, or leave out parallel"
 _FIRST_STEPS = 2  # that FasterCache has to have computed before it can forecast
 
 
@@ -42,8 +46,8 @@ class StepCaches:
         settings: what was asked for; None where nothing was, and the caller may have enabled a cache himself.
     """
 
-    def __init__(self, settings: Cache | None, watched: Sequence[_Watched]) -> None:
-        self.settings, self._watched = settings, watched
+    def __init__(self, settings: Cache | None, watched: Sequence[_Watched], ranks: Ranks = ALONE) -> None:
+        self.settings, self._watched, self._ranks = settings, watched, ranks
 
     @property
     def is_restored(self) -> bool:
@@ -59,10 +63,13 @@ class StepCaches:
         return tuple(ratio for _, ratio in sorted(found.items()))
 
     def snapshot(self) -> Snapshot | None:
-        """What the rest of the run depends on, between two steps; None if it is too much to be kept in a file.
+        """What the rest of the run depends on, between two steps; None if it is too much to be kept in a file, or if
+        each of several ranks has a part of it: a run that is gone on with then begins with nothing kept.
 
         It holds on to tensors, which no cache changes in place, and copies none.
         """
+        if self._ranks.are_several:
+            return None
         if isinstance(self.settings, Mag) and self.settings.calibrate:
             return None
         snapshot = Snapshot(
@@ -101,6 +108,7 @@ def attached(
     begun: Callable[[], None] = lambda: None,
     *,
     over_steps: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[StepCaches]:
     """While inside, transformers run with a step cache, or with the one that the caller has enabled; leaving disables
     the former again exactly.
@@ -113,13 +121,14 @@ def attached(
         ratios: of `Mag`, where they are known for the model.
         begun: called when a run begins anew.
         over_steps: whether attention is carried over steps besides.
+        ranks: share the calls. Where a cache looks at tokens, they decide together.
 
     Raises:
         BadInput: if the cache cannot run in these transformers, with the reason.
     """
     runs = _Runs(begun)
     watched = [
-        _Watched(called, adapter, cache, clock, runs, over_steps)
+        _Watched(called, adapter, cache, clock, runs, over_steps, ranks)
         for called, adapter in zip(transformers, adapters, strict=True)
     ]
     with ExitStack() as stack:
@@ -127,7 +136,7 @@ def attached(
             if cache is not None:
                 stack.enter_context(one.enabled(cache, ratios))
             stack.enter_context(one.served())
-        yield StepCaches(cache, watched)
+        yield StepCaches(cache, watched, ranks)
 
 
 def refuse(model: Any, blocks: Sequence[Any], cache: Cache, ratios: Sequence[float] | None) -> None:
@@ -244,10 +253,12 @@ class _Watched:
         clock: PipelineClock,
         runs: _Runs,
         over_steps: bool,
+        ranks: Ranks,
     ) -> None:
-        self._model, self._called, self._blocks = adapter.model, called, adapter.blocks
+        self._adapter, self._model, self._called, self._blocks = adapter, adapter.model, called, adapter.blocks
         self._settings, self._clock, self._runs = settings, clock, runs
         self._is_compiled, self._over_steps = adapter.is_compiled, over_steps
+        self._shares_tokens, self._together = ranks.cp is not None, ExitStack()
         self.ratios: dict[int, float] = {}
         self._seen: Any = None
         self._hooks: list[tuple[Any, Any]] = []  # with their registries
@@ -372,6 +383,7 @@ class _Watched:
         finally:
             for handle in handles:
                 handle.remove()
+            self._together.close()
             self._reset()
 
     def _reset(self) -> None:
@@ -390,6 +402,8 @@ class _Watched:
                     f"the cache that is enabled on the transformer, {type(config).__name__}, and schedule.over_steps "
                     "take the same place: leave out one of the two"
                 )
+            if self._shares_tokens and (reason := shared_caches.obstacle(config)) is not None:
+                raise BadInput(f"{type(config).__name__} and ranks that share calls do not combine, {reason}: {_LEAVE}")
             self._seen = config
             self._find()
         timesteps, index = self._clock.timesteps()
@@ -412,7 +426,9 @@ class _Watched:
         if self._seen is None:
             return
         if isinstance(self._settings, Mag) and self._settings.calibrate and not self._call:
-            self.ratios[self._step] = self._managers[0].get_state().calibration_ratios[-1]
+            measured = self._managers[0].get_state().calibration_ratios
+            if measured:  # by this rank, if it makes the call
+                self.ratios[self._step] = measured[-1]
         for manager in self._managers:
             if manager._context is self._context:
                 manager.set_context(None)
@@ -429,6 +445,9 @@ class _Watched:
         self._holders = [hook for _, hook in found if hook._is_stateful and hasattr(hook, "state")]
         self._hooks = [(registry, hook) for registry, hook in found if hook._is_stateful]
         self._managers, self._by_call = list(managers.values()), {}
+        self._together.close()
+        if self._shares_tokens:
+            self._together.enter_context(shared_caches.decided_together([hook for _, hook in found], self._adapter))
         self._counter, self._run = CallCounter(self._clock), None
 
     def _begin(self) -> None:

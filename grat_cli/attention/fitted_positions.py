@@ -36,7 +36,7 @@ class FittedPositions(torch.nn.Module):
         """Makes the tables of the image tokens for a call, unless the last ones serve.
 
         Args:
-            order: raster index of each image token in the order of the call.
+            order: raster index of each image token of the call, of those that this rank has, in its order.
             text_len: text tokens before them, whose rows are left open.
             timestep: of the call, `[B]`, from 1 in noise to 0; one for all.
             step: its number; positions that depend on time are made anew at each.
@@ -45,7 +45,7 @@ class FittedPositions(torch.nn.Module):
         if self._made_for == wanted:
             return
         idle, *turning = self._stock.axes_dim
-        unturned = torch.ones(self._sides[0] * self._sides[1], idle, device=order.device)
+        unturned = torch.ones(len(order), idle, device=order.device)
         cosines, sines = [unturned], [torch.zeros_like(unturned)]
         dtype = maybe_adjust_dtype_for_device(torch.float64, order.device)
         places = order // self._sides[1], order % self._sides[1]

@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from grat_cli.attention.layer import CallObserver
+from grat_cli.attention.ranks import ALONE, Ranks
 from grat_cli.attention.schedule import AttentionSchedule, Width
 from grat_cli.errors import BadInput
 from grat_cli.files.json_objects import validated
@@ -39,7 +41,6 @@ from grat_cli.presets import MOST_STEPS
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.layer import AttentionInputs
     from grat_cli.attention.online_recall import SampledRows
@@ -201,7 +202,7 @@ def in_the_middle(references: Sequence[int], steps: int, begin: int) -> tuple[in
     return tuple((one + other) // 2 for one, other in gaps if other - one > 1)
 
 
-class RecallGuard:
+class RecallGuard(CallObserver):
     """Watches the layers of one run and widens them; an `layer.CallObserver`.
 
     It starts anew where steps go back, and when it is told to, so that a pipeline may be called again.
@@ -210,10 +211,11 @@ class RecallGuard:
         bar: share of full attention that a layer has to keep, above 0 and up to 1.
         layers: of the transformer.
         rows: queries that are looked at in each layer, drawn anew for every step, the same for each run.
-        ranks: share each call, and decide alike: by the mean of what each finds with its heads.
+        ranks: share the calls, and decide alike: by the mean of what those of a call find with their heads, and by all
+            calls of a step.
     """
 
-    def __init__(self, bar: float, layers: int, rows: int = ROWS, ranks: ProcessGroup | None = None) -> None:
+    def __init__(self, bar: float, layers: int, rows: int = ROWS, ranks: Ranks = ALONE) -> None:
         self.bar, self.rows, self._ranks = bar, rows, ranks
         self._layers = layers
         self.start_anew()
@@ -225,7 +227,7 @@ class RecallGuard:
         self._lowest: _Seen | None = None
         self._doublings: list[Doubling] = []
         self._least_carried: tuple[int, int, float] | None = None
-        self._pending: dict[int, list[_Call | _Known]] = {}
+        self._pending: dict[int, list[_Call | _SplitCall | _Known]] = {}
         self._sampled: dict[tuple[int, torch.device], tuple[Plan | HeadPlan, SampledRows]] = {}
         self._planned_density = math.nan
         self._laid_out: dict[AttentionSchedule, tuple[int, AttentionSchedule]] = {}
@@ -334,9 +336,12 @@ class RecallGuard:
 
     def end_call(self) -> None:
         """All of it has been issued: what was measured sets out for the host."""
-        if self._call.has_figures:
-            self._call.send(self._ranks)
-            self._pending.setdefault(self._step, []).append(self._call)
+        call: _Call | _SplitCall = self._call
+        if self._ranks.cfg is not None:
+            call = _SplitCall(self._call, list(map(self._width_of, range(self._layers))))
+        if call.has_figures:
+            call.send(self._ranks)
+            self._pending.setdefault(self._step, []).append(call)
 
     @contextmanager
     def attention(self, inputs: AttentionInputs | None = None) -> Iterator[None]:
@@ -499,8 +504,7 @@ class _Call:
 
     measured: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
     carried: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    _figures: torch.Tensor | None = None
-    _arrived: torch.cuda.Event | None = None
+    _sent: _Sent | None = None
 
     @property
     def has_figures(self) -> bool:
@@ -509,9 +513,8 @@ class _Call:
     def add(self, layer: int, width: int, figures: torch.Tensor) -> None:
         self.measured[layer] = int(width), figures
 
-    def send(self, ranks: ProcessGroup | None = None) -> None:
-        """Copies all figures, means over ranks, to the host; on a CUDA device into pinned memory, with an event to wait
-        for."""
+    def gathered(self, ranks: Ranks) -> torch.Tensor:
+        """All figures on the device, means over the ranks that share the call."""
         import torch
 
         from grat_cli.attention.context_parallel import mean_over_ranks
@@ -519,26 +522,102 @@ class _Call:
         together = torch.cat(
             [figures for _, figures in self.measured.values()] + [one.reshape(1) for _, one in self.carried]
         )
-        if ranks is not None:
-            together = mean_over_ranks(together, ranks)
-        if together.is_cuda:
-            on_host = torch.empty(together.shape, pin_memory=True)
-            on_host.copy_(together, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(together.device))
-            together = on_host
-        self._figures = together
+        return together if ranks.cp is None else mean_over_ranks(together, ranks.cp)
+
+    def send(self, ranks: Ranks) -> None:
+        """Copies all figures to the host."""
+        self._sent = _Sent(self.gathered(ranks))
 
     def read(self) -> _Found:
-        assert self._figures is not None, "it was sent"
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        figures = iter(self._figures.tolist())
+        assert self._sent is not None, "it was sent"
+        figures = iter(self._sent.read().tolist())
         measured = {}
         for layer, (width, _) in self.measured.items():
             kept, recall, error = islice(figures, 3)
-            measured[layer] = Measured(kept, recall, None if math.isnan(error) else error, width)
-        return _Found(measured, {layer: 1 - next(figures) / 2 for layer, _ in self.carried})
+            measured[layer] = _measured(kept, recall, error, width)
+        return _Found(measured, {layer: _kept_of(next(figures)) for layer, _ in self.carried})
+
+
+class _SplitCall:
+    """What both calls of a step measured, of which another rank made one.
+
+    A cache may have the two compute different layers, so figures of all layers are exchanged, infinite where there is
+    none.
+    """
+
+    has_figures = True
+
+    def __init__(self, own: _Call, widths: Sequence[int]) -> None:
+        """Of this rank's call, and the widths of all layers in both."""
+        self._own, self._widths = own, widths
+        self._sent: _Sent | None = None
+
+    def send(self, ranks: Ranks) -> None:
+        """Copies all figures of both calls to the host."""
+        import torch
+        from torch.distributed import all_gather
+
+        from grat_cli.attention.context_parallel import peers
+
+        assert ranks.cfg is not None, "the calls are split"
+        none = torch.full((4,), torch.inf, device=ranks.device)
+        rows = dict.fromkeys(range(len(self._widths)), none)
+        if self._own.has_figures:
+            sizes = [3] * len(self._own.measured) + [1] * len(self._own.carried)
+            figures = iter(self._own.gathered(ranks).split(sizes))
+            for layer in self._own.measured:
+                rows[layer] = torch.cat([next(figures), none[:1]])
+            for layer, _ in self._own.carried:
+                rows[layer] = torch.cat([rows[layer][:3], next(figures)])
+        table = torch.stack([*rows.values()]).float()
+        tables = [torch.empty_like(table) for _ in range(ranks.cfg.size())]
+        with peers():
+            all_gather(tables, table, group=ranks.cfg)
+        self._sent = _Sent(torch.stack(tables))
+
+    def read(self) -> _Found:
+        assert self._sent is not None, "it was sent"
+        return _lowest_of([_Known(self._found(table)) for table in self._sent.read().tolist()])
+
+    def _found(self, table: Sequence[Sequence[float]]) -> _Found:
+        measured = {
+            layer: _measured(kept, recall, error, self._widths[layer])
+            for layer, (kept, recall, error, _) in enumerate(table)
+            if not math.isinf(kept)
+        }
+        carried = {layer: _kept_of(row[3]) for layer, row in enumerate(table) if not math.isinf(row[3])}
+        return _Found(measured, carried)
+
+
+def _measured(kept: float, recall: float, error: float, width: int) -> Measured:
+    return Measured(kept, recall, None if math.isnan(error) else error, width)
+
+
+def _kept_of(distance: float) -> float:
+    """How much would have been carried to a call, by what `compared` takes in."""
+    return 1 - distance / 2
+
+
+class _Sent:
+    """Figures on their way to the host; on a CUDA device into pinned memory, with an event to wait for."""
+
+    def __init__(self, figures: torch.Tensor) -> None:
+        import torch
+
+        self._arrived: torch.cuda.Event | None = None
+        if figures.is_cuda:
+            on_host = torch.empty(figures.shape, pin_memory=True)
+            on_host.copy_(figures, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(figures.device))
+            figures = on_host
+        self._figures = figures
+
+    def read(self) -> torch.Tensor:
+        """They have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._figures
 
 
 class _Known:
@@ -551,7 +630,7 @@ class _Known:
         return self._found
 
 
-def _lowest_of(calls: list[_Call | _Known]) -> _Found:
+def _lowest_of(calls: Sequence[_Call | _SplitCall | _Known]) -> _Found:
     """What each layer kept at one step: the least of its calls."""
     lowest = _Found({}, {})
     for found in (call.read() for call in calls):

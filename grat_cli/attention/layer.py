@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,7 @@ class AttentionInputs(NamedTuple):
         text_valid: valid text tokens of each sample, `[B]`, or None for all.
         summaries: means of keys and values for the far field, `[B, R, H, D]` each, where they are made already.
         heads: which of the layer's these are, where ranks share them; None for all.
+        whole: plan of all heads of the layer, where ranks share them; None for `plan`.
     """
 
     layer: int
@@ -41,13 +43,19 @@ class AttentionInputs(NamedTuple):
     text_valid: torch.Tensor | None = None
     summaries: tuple[torch.Tensor, torch.Tensor] | None = None
     heads: range | None = None
+    whole: Plan | HeadPlan | None = None
+
+    @property
+    def density(self) -> float:
+        """Attended pairs over all pairs, mean over all heads of the layer."""
+        return (self.plan if self.whole is None else self.whole).density
 
 
 Attend = Callable[[AttentionInputs], "torch.Tensor"]
 
 
 class CallObserver(Protocol):
-    """Told of every transformer call and every attention inside it, so that timing stays outside the model."""
+    """Told of every transformer call, and of every attention and exchange inside it, so that timing stays outside."""
 
     def begin_call(self, step: int, density: float) -> None:
         """A transformer call of denoising step `step` begins; `density` is the mean over its layers."""
@@ -58,8 +66,15 @@ class CallObserver(Protocol):
         ...
 
     def attention(self, inputs: AttentionInputs | None = None) -> AbstractContextManager[None]:
-        """Surrounds one attention; `inputs` are None where it is not span attention."""
+        """Surrounds one attention, without exchanges; `inputs` are None where it is not span attention."""
         ...
+
+    def exchange(self, sent_bytes: int) -> AbstractContextManager[None]:
+        """Surrounds one exchange between ranks that share the call, in which this one sends so many bytes to others.
+
+        An observer to which it is all the same leaves this as it is.
+        """
+        return nullcontext()
 
 
 class Text(NamedTuple):
@@ -171,7 +186,8 @@ class LayerAttention:
         def attended(plan: Plan | HeadPlan) -> torch.Tensor:
             if self.shared is None:
                 return attended_by_one(query, key, value, plan)
-            return self.shared.attention(query, key, value, plan, attended_by_one)
+            attended_by_share = functools.partial(attended_by_one, whole=plan)
+            return self.shared.attention(query, key, value, plan, attended_by_share)
 
         def attended_by_one(
             query: torch.Tensor,
@@ -179,6 +195,7 @@ class LayerAttention:
             value: torch.Tensor,
             plan: Plan | HeadPlan,
             heads: range | None = None,
+            whole: Plan | HeadPlan | None = None,
         ) -> torch.Tensor:
             scaling = Scaling() if self.scaling is None else self.scaling(plan)
             scaled = query
@@ -189,7 +206,7 @@ class LayerAttention:
                 scaled = query.mul_(scaling.queries) if may_change else query * scaling.queries
             scale = scaling.factor / math.sqrt(query.shape[-1])
             made = summaries if plan.summaries.blocks == self.plan.summaries.blocks else None
-            inputs = AttentionInputs(self._layer, scaled, key, value, plan, scale, self.text_valid, made, heads)
+            inputs = AttentionInputs(self._layer, scaled, key, value, plan, scale, self.text_valid, made, heads, whole)
             with without_autocast(query.device), self._observed(inputs):
                 return self._attend(inputs)
 

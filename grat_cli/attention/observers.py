@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Observers:
     """Tells each of several observers, in order; an `layer.CallObserver`.
 
-    Around an attention the last one is innermost, so that a stopwatch there does not count what the others do.
+    Around an attention or exchange the last one is innermost, so that a stopwatch does not count what the others do.
     """
 
     def __init__(self, *observers: CallObserver) -> None:
@@ -35,4 +35,12 @@ class Observers:
         with ExitStack() as stack:
             for observer in self._observers:
                 stack.enter_context(observer.attention(inputs))
+            yield
+
+    @contextmanager
+    def exchange(self, sent_bytes: int) -> Iterator[None]:
+        """Surrounds one exchange between ranks."""
+        with ExitStack() as stack:
+            for observer in self._observers:
+                stack.enter_context(observer.exchange(sent_bytes))
             yield

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grat_cli.attention.layer import AttentionInputs
+from grat_cli.attention.layer import AttentionInputs, CallObserver
 from grat_cli.errors import BadInput
 from grat_kernels.plan import JointSequence
 
@@ -28,7 +28,7 @@ class OutputGram:
     calls: int
 
 
-class OutputGramRecorder:
+class OutputGramRecorder(CallObserver):
     """Computes some rows of every attention of a run with full attention; a `layer.CallObserver`.
 
     The rows are the same ones at every step: drawn once for each layer, call of a step and sample, image rows and text

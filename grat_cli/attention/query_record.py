@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grat_cli.attention.layer import AttentionInputs
+from grat_cli.attention.layer import AttentionInputs, CallObserver
 from grat_cli.attention.recall import query_maps
 from grat_kernels import Grid
 from grat_kernels.geometry import Cell, cell_counts
@@ -59,7 +59,7 @@ class QueryRecord:
     head_text: np.ndarray
 
 
-class QueryRecorder:
+class QueryRecorder(CallObserver):
     """Records maps of chosen queries at each recorded step; an `layer.CallObserver`.
 
     With true guidance a step has two transformer calls; the first one, with the prompt, is looked at.
@@ -144,7 +144,7 @@ def _added_up(maps: np.ndarray, factor: int) -> np.ndarray:
     return maps
 
 
-class CallCounter:
+class CallCounter(CallObserver):
     """Counts transformer calls, and the text tokens of the longest; an `layer.CallObserver`."""
 
     def __init__(self) -> None:

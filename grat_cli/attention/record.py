@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grat_cli.attention.layer import AttentionInputs
+from grat_cli.attention.layer import AttentionInputs, CallObserver
 from grat_cli.attention.recall import BINS, RowStatistics, row_statistics, sample_positions
 from grat_cli.errors import BadInput
 from grat_cli.presets import Attention, Preset
@@ -99,7 +99,7 @@ class AttentionRecord:
         return self.text[..., None] + self.image
 
 
-class AttentionRecorder:
+class AttentionRecorder(CallObserver):
     """Judges candidates at every attention of a run with full attention; an `layer.CallObserver`.
 
     Queries are drawn anew for every call, the same ones for all layers of it.

@@ -292,8 +292,8 @@ class AttentionSchedule:
             )
         return [list(of_step) for of_step in zip(*of_sections, strict=True)]
 
-    def _computed(self, step: int, layer: int) -> list[Plan | HeadPlan]:
-        """The plans of the attentions that are computed at a step in a layer."""
+    def computed(self, step: int, layer: int) -> list[Plan | HeadPlan]:
+        """The plans of the attentions that are computed at a step in a layer: none where it is carried as a whole."""
         own, carried = self._plans[step][layer], self.carried(step, layer)
         if carried is None:
             return [own]
@@ -304,7 +304,7 @@ class AttentionSchedule:
 
     def density_of_step(self, step: int) -> float:
         """Attended pairs over all pairs, mean over the layers of a step."""
-        plans = [self._computed(step, layer) for layer in range(self.layers)]
+        plans = [self.computed(step, layer) for layer in range(self.layers)]
         return float(np.mean([sum(plan.density for plan in of_layer) for of_layer in plans]))
 
     @property
@@ -320,7 +320,7 @@ class AttentionSchedule:
         """
         served = dict.fromkeys(self.plans, 0)
         calls = np.ndindex(self.steps, self.layers)
-        for plan in (plan for step, layer in calls for plan in self._computed(step, layer)):
+        for plan in (plan for step, layer in calls for plan in self.computed(step, layer)):
             if isinstance(plan, HeadPlan):
                 for number, member in enumerate(plan.classes):
                     served[self._built[member.grouping, member.pattern]] += len(plan.heads_of(number))
@@ -332,7 +332,7 @@ class AttentionSchedule:
     def parts(self) -> Parts:
         """The run's attention work by part over all pairs, mean over steps, layers and heads."""
         calls = np.ndindex(self.steps, self.layers)
-        computed = Counter(plan for step, layer in calls for plan in self._computed(step, layer))
+        computed = Counter(plan for step, layer in calls for plan in self.computed(step, layer))
         total = np.sum(
             [np.multiply(count, plan.parts.over(plan.tokens**2)) for plan, count in computed.items()], axis=0
         )

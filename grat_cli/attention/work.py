@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from grat_cli.attention.layer import CallObserver
 from grat_cli.console.run_tables import ranges_text
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class _Call:
     densities: list[float] = field(default_factory=list)
 
 
-class Work:
+class Work(CallObserver):
     """Counts the attentions of transformer calls; a `layer.CallObserver`."""
 
     def __init__(self, layers: int) -> None:
@@ -74,7 +75,7 @@ class Work:
         """Likewise; `inputs` are None where it is not span attention."""
         if (call := self._call) is not None:
             call.layers.append(len(call.layers) if inputs is None else inputs.layer)
-            call.densities.append(call.density if inputs is None else inputs.plan.density)
+            call.densities.append(call.density if inputs is None else inputs.density)
 
     def of_step(self, step: int) -> StepWork | None:
         """What was computed in a step; None of one of which no call has ended."""

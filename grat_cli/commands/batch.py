@@ -229,19 +229,20 @@ def batch(
 
     # 5. What came of it.
     where = store.shown(folder / chosen_layout.folder)
+    workers_then = [row for row in cluster.workers if row.device] if cluster else []
     output.data(
         {
             "layout": chosen_layout.name,
             "folder": where,
             "made": [_sample_data(sample, store) for sample in made],
             "made_by_others": others,
-            **({"workers": [asdict(row) for row in cluster.workers]} if cluster else {}),
+            **({"workers": [asdict(row) for row in workers_then]} if cluster else {}),
             "skipped": there,
             "failed": [{**_sample_data(failure.sample, store), "reason": failure.reason} for failure in failures],
         }
     )
-    if cluster and cluster.workers:
-        output.show(worker_table(cluster.workers, output.console.width, is_live=False))
+    if workers_then:
+        output.show(worker_table(workers_then, output.console.width, is_live=False))
     by_others = f" {others} made by others," if part or others else ""
     output.show(f"{len(made)} made,{by_others} {there} there before, {len(failures)} failed, in {where}")
     for failure in failures:

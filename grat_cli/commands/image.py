@@ -26,6 +26,7 @@ def image(
     highres: str | None = options.HIGHRES,
     attention: options.AttentionOptions,
     model: options.ModelOptions,
+    ranks: options.ParallelOptions,
     preview: int | None = options.PREVIEW,
     out: Path | None = options.OUT,
     format: str | None = option(
@@ -42,6 +43,7 @@ def image(
 ) -> None:
     """Make pictures from a prompt, or from a prompt and pictures."""
     from grat_cli.commands import making
+    from grat_cli.commands.ranks import leave_to_others
     from grat_cli.errors import BadInput
     from grat_cli.estimates.stages import stages_of, uses_highres
     from grat_cli.files.formats import choose_format
@@ -50,6 +52,7 @@ def image(
     from grat_cli.models.resolution import parse_resolution
     from grat_cli.presets import HIGHRES_MODES
 
+    leave_to_others(context, ranks)
     output = terminal.output()
 
     # 1. What can be refused without looking at any model.
@@ -98,7 +101,7 @@ def image(
         command=options.command_line(context),
     )
     request = making.placed(request, out, suffix)
-    making.refuse_unfit(request, size)
+    making.refuse_unfit(request, size, ranks)
 
     # 4. What they will be.
     output.hint(f"{choice.name} ({choice.reason}), {size}, {chosen.sampling.steps} steps")
@@ -111,4 +114,4 @@ def image(
     output.hint(mismatch_note(chosen, choice))
 
     # 5. Make them, one by one; each is written as soon as it is done.
-    making.make(request, output)
+    making.make(request, output, ranks)

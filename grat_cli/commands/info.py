@@ -86,6 +86,7 @@ def _facts(found: Mapping[str, Any], preset: Preset) -> dict[str, str]:
         "time shift": f"{sampling['shift']:.3g}",
         "backend": f"{backend['used']} ({backend['reason']})",
         "device": f"{device['model']} ({device['name']}, {device['dtype']})",
+        "ranks": run_tables.ranks_text(found),
         "peak memory": _peak_memory(found),
         "made": f"{found['created']} by grat {found['versions']['grat']}",
         "command": found["command"],

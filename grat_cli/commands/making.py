@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grat_cli.commands.ranks import led, shared_by
 from grat_cli.console import run_tables
 from grat_cli.console.output import Output, bytes_text
 from grat_cli.errors import BadInput
@@ -19,9 +20,10 @@ from grat_cli.generation import inputs
 from grat_cli.generation.request import Request, check_pictures
 from grat_cli.generation.selection import require_backend, variant_word
 from grat_cli.models.loading import refuse_weights
+from grat_cli.models.parallel import ALONE
 
 if TYPE_CHECKING:
-    from grat_cli.commands.options import ModelOptions, PictureOptions
+    from grat_cli.commands.options import ModelOptions, ParallelOptions, PictureOptions
     from grat_cli.estimates.planning import Forecast
     from grat_cli.families import ModelChoice
     from grat_cli.generation.checkpoint import Run
@@ -98,11 +100,13 @@ def planned_request(
     return request, runs
 
 
-def refuse_unfit(request: Request, size: Any) -> None:
-    """Makes sure, before anything is loaded, that a request fits the device that it is for.
+def refuse_unfit(request: Request, size: Any, ranks: ParallelOptions | None = None) -> None:
+    """Makes sure, before anything is loaded, that a request fits the device that it is for, or the share of it that
+    falls to each of several ranks.
 
     Raises:
         OutOfMemory: if it does not, with what does.
+        BadInput: if the ranks cannot share it.
     """
     from grat_cli.estimates.fitting import refuse_unfit_here
     from grat_cli.estimates.planning import run_forecasts
@@ -121,6 +125,8 @@ def refuse_unfit(request: Request, size: Any) -> None:
         dtype=request.dtype,
         offload=request.offload,
         weights=request.weights,
+        parallel=ALONE if ranks is None else shared_by(request, ranks),
+        shards_weights=ranks is not None and ranks.shard_weights,
     )
 
 
@@ -170,13 +176,14 @@ def refuse_unwritable(
                 raise BadInput(f"{kept} of another run exists: go on with it (grat resume {kept}), or use --overwrite")
 
 
-def make(request: Request, output: Output, begun: Run | None = None) -> None:
+def make(request: Request, output: Output, ranks: ParallelOptions, begun: Run | None = None) -> None:
     """Makes the outputs of a request, names each as soon as it is written, and shows what they took."""
     from grat_cli.generation.run import generate
 
     made: list[Made] = []
+    world = led(request, ranks, begun, output)
     with claimed(request.outputs), output.progress() as progress:
-        for one in generate(request, progress, begun):
+        for one in generate(request, progress, begun, world):
             made.append(one)
             output.file(one.path)
     show(made, request, output)
@@ -191,7 +198,7 @@ def show(made: Sequence[Made], request: Request, output: Output) -> None:
         output.show(table, phases, memory_line(reports[0]))
     else:
         output.show(run_tables.pictures_table(reports))
-    for lines in (run_tables.guard_lines, run_tables.cache_lines, run_tables.over_steps_lines):
+    for lines in (run_tables.ranks_lines, run_tables.guard_lines, run_tables.cache_lines, run_tables.over_steps_lines):
         output.show(*lines(reports))
 
 

@@ -428,6 +428,38 @@ class PictureOptions:
 
 
 @dataclass(frozen=True)
+class ParallelOptions:
+    """How many GPUs make each output together, and how they share it."""
+
+    gpus: int | None = option(
+        "COUNT", "Make each output on so many GPUs of this machine together. On several machines: see torchrun.", MODEL
+    )
+    parallel: str | None = option(
+        "HOW",
+        "What the GPUs of an output share: cp=4 the tokens of each call, cp=2,cfg=2 also the two calls of guidance; "
+        "auto chooses. Default: auto.",
+        MODEL,
+    )
+    shard_weights: bool = switch(
+        "Let the GPUs that share a call share the transformer's weights too, where one cannot hold them.", MODEL
+    )
+
+    def check(self) -> None:
+        """Refuses what is wrong whatever the model.
+
+        Raises:
+            BadInput: naming the option.
+        """
+        from grat_cli.errors import BadInput
+        from grat_cli.models.parallel import MOST_RANKS, parse_parallel
+
+        if self.gpus is not None and not 1 <= self.gpus <= MOST_RANKS:
+            raise BadInput(f"--gpus {self.gpus}: expected 1 or more, at most {MOST_RANKS}")
+        if self.parallel is not None:
+            parse_parallel(self.parallel)
+
+
+@dataclass(frozen=True)
 class KeepingOptions:
     """What is kept beside an output."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from grat_cli.console.output import Mode, bytes_text, fact_table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from grat_cli.estimates.fleet import Fleet
     from grat_cli.estimates.memory import RunMemory
     from grat_cli.estimates.planning import Forecast
     from grat_cli.models.catalogue import ModelChoice
@@ -61,6 +62,12 @@ def plan(
         options.MODEL,
     ),
     weights: Annotated[options.ModelOptions, only("offload", "quantize", "cast", "lora", "fuse_lora")],
+    ranks: Annotated[
+        options.ParallelOptions, changed(gpus="Plan for so many GPUs of a machine that make each output together.")
+    ],
+    fleet: int | None = option(
+        "COUNT", "What so many such machines make in an hour, and what stops more of them.", options.MODEL
+    ),
     picture: Path | None = option("FILE.png", "Draw the pattern into a file instead of the terminal.", options.OUTPUT),
     overwrite: bool = options.OVERWRITE,
     terminal: options.TerminalOptions,
@@ -70,8 +77,11 @@ def plan(
     from grat_cli.errors import BadInput
     from grat_cli.estimates.components import components_of, with_loras
     from grat_cli.estimates.fitting import judge, refuse_unfit, what_fits
-    from grat_cli.estimates.hardware import GPUS, device_named, present_cpu, present_gpu
+    from grat_cli.estimates.fleet import WORKERS, Fleet
+    from grat_cli.estimates.hardware import GPUS, Device, device_named, present_cpu, present_gpu
+    from grat_cli.estimates.memory import component_weights
     from grat_cli.estimates.planning import run_forecasts
+    from grat_cli.estimates.several_gpus import MOST_OF_MACHINE, several_gpus
     from grat_cli.estimates.stages import stage_data, stages_of
     from grat_cli.estimates.time import phase_seconds
     from grat_cli.files import outputs
@@ -82,7 +92,9 @@ def plan(
     from grat_cli.generation.selection import choose_medium, mismatch_note, require_choice
     from grat_cli.models.catalogue import choose_model, is_known, models_for
     from grat_cli.models.hub_metadata import ask_hub
+    from grat_cli.models.parallel import ALONE, choose_parallel
     from grat_cli.models.resolution import Resolution
+    from grat_cli.models.sharding import require_sharding
     from grat_cli.presets import HIGHRES_MODES, load_preset
 
     output = terminal.output()
@@ -90,6 +102,14 @@ def plan(
     if preset_name and attention.preset:
         raise BadInput(f"two presets are given, {preset_name} and {attention.preset}: leave one out")
     model.check()
+    ranks.check()
+    if ranks.gpus is None and (ranks.parallel is not None or ranks.shard_weights):
+        name = "--shard-weights" if ranks.parallel is None else "--parallel"
+        raise BadInput(f"{name} is for several GPUs: add --gpus COUNT")
+    if ranks.shard_weights:
+        require_sharding(weights.offload, quantize=weights.quantize, cast=weights.cast)
+    if fleet is not None and fleet < 1:
+        raise BadInput(f"--fleet {fleet}: expected 1 or more machines")
     pictures.check()
     require_choice("--highres", highres, HIGHRES_MODES)
     attention = replace(attention, preset=attention.preset or preset_name)
@@ -150,17 +170,43 @@ def plan(
         raise BadInput(f"{choice.name} is quantized already: leave out --quantize and --cast")
     if device is not None and device.kind == "cpu" and (weights.offload, weights.quantize) != ("none", "none"):
         raise BadInput("--offload and --quantize are for GPUs: leave them out, or give --gpu with one of them")
-    how = {"offload": weights.offload, "quantize": weights.quantize, "cast": weights.cast}
+    parallel = ALONE
+    if ranks.gpus is not None:
+        heads, wanted = result.architecture.transformer.heads, ranks.parallel or "auto"
+        calls, shards = min(stage.calls_per_step for stage in runs), ranks.shard_weights
+        parallel = choose_parallel(wanted, ranks.gpus, heads, calls, shards_weights=shards)
+    how: dict[str, Any] = {
+        "offload": weights.offload,
+        "quantize": weights.quantize,
+        "cast": weights.cast,
+        "parallel": parallel,
+        "shards_weights": ranks.shard_weights,
+    }
     verdict = judge(runs, components, choice, device or GPUS["h200"], **how, at_size=forecasts)
     # Measuring a CPU takes seconds, and loads torch: only where it is asked for.
     timed = device is not None and (device.kind == "cuda" or gpu is not None)
     took = phase_seconds(runs, components, verdict.execution, verdict.device, dtype) if timed else {}
+    several = None
+    if ranks.gpus is not None:
+        several = several_gpus(runs, components, verdict.execution, device or Device("unknown", "unknown", 0))
+    fleets: list[Fleet] = []
+    if fleet is not None:
+        if not took:
+            raise BadInput("--fleet needs the time of an output: add --gpu h200, or another of those known")
+        seconds = sum(spent for phase, spent in took.items() if phase != "load")
+        stored_bytes = sum(component_weights(components, verdict.execution).values())
+        fleets = [
+            Fleet(count, parallel.ranks, seconds, stored_bytes, verdict.device.power)
+            for count in sorted({fleet, *WORKERS})
+        ]
 
     # 4. Show it.
     stored = _stored_in(choice)
     output.hint(mismatch_note(chosen, choice))
     if chosen.cache:
         output.hint(f"cache {chosen.cache.summary}: its memory is counted, the time that it saves is not")
+    if several is not None and parallel.ranks > MOST_OF_MACHINE:
+        output.hint(f"{parallel.ranks} GPUs are more than a machine has: between machines the link is slower than told")
     if any(section.is_spaced for section in chosen.schedule.over_steps):
         output.hint("references are told as if steps were even: the run spaces them by the sigmas of its schedule")
     output.data(
@@ -184,6 +230,8 @@ def plan(
             "cast": weights.cast,
             "file": stored,
             "verdict": verdict.as_dict() if device else None,
+            "gpus": None if several is None else several.as_dict(),
+            "fleet": [each.as_dict() for each in fleets],
         }
     )
     facts = _facts(result, stages)
@@ -193,6 +241,10 @@ def plan(
     if verdict.execution.offload != "none":
         waiting = bytes_text(verdict.memory.offloaded)
         output.show(f"--offload {verdict.execution.offload}: {waiting} of weights wait in main memory")
+    if several is not None:
+        output.show("", *several.lines)
+    if fleets:
+        output.show("", _fleet_table(fleets), *next(each for each in fleets if each.workers == fleet).lines)
     if took and verdict.device.kind == "cuda":
         output.show("Times are estimates from data sheets, not measured.")
     if device is None:
@@ -230,6 +282,24 @@ def _phase_table(memory: RunMemory, seconds: Mapping[str, float]) -> RenderableT
             bytes_text(phase.peak),
             "" if took is None else _time(took),
             phase.moment,
+        )
+    return table
+
+
+def _fleet_table(fleets: Sequence[Fleet]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("machines", "outputs/h", "weights in", "claims"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("what breaks first", overflow="fold")
+    for each in fleets:
+        table.add_row(
+            f"{each.workers:,}",
+            f"{each.outputs_per_hour:,.0f}" if each.outputs_per_hour >= 100 else f"{each.outputs_per_hour:.3g}",
+            _time(each.loading),
+            f"{each.looking:.1%}" if each.looking < 10 else ">1,000%",
+            each.breaks,
         )
     return table
 

@@ -38,6 +38,7 @@ def rerun(
     highres: str | None = options.HIGHRES,
     attention: Annotated[options.AttentionOptions, as_then()],
     model: Annotated[options.ModelOptions, as_then(model=options.EITHER_MODEL)],
+    ranks: options.ParallelOptions,
     preview: int | None = options.PREVIEW,
     out: Path | None = options.OUT,
     format: str | None = option(
@@ -52,6 +53,7 @@ def rerun(
 ) -> None:
     """Make a picture or video once more, to the same pixels, or with other options."""
     from grat_cli.commands import making
+    from grat_cli.commands.ranks import leave_to_others
     from grat_cli.errors import BadInput
     from grat_cli.files import formats
     from grat_cli.generation.repeating import read_repeatable
@@ -61,6 +63,7 @@ def rerun(
     from grat_cli.models.video_size import parse_size
     from grat_cli.presets import HIGHRES_MODES
 
+    leave_to_others(context, ranks)
     output = terminal.output()
 
     # 1. What can be refused without looking at any model.
@@ -132,7 +135,7 @@ def rerun(
 
     # 3. Where the outputs go, and whether they fit.
     request = making.placed(request, out, suffix, never=file)
-    making.refuse_unfit(request, size)
+    making.refuse_unfit(request, size, ranks)
 
     # 4. What they will be, and what is no more as it was.
     from grat_cli.generation.run import compute_on
@@ -149,7 +152,7 @@ def rerun(
     compute_on(told.device.threads, device)
 
     # 5. Make them, one by one; each is written as soon as it is done.
-    making.make(request, output)
+    making.make(request, output, ranks)
 
 
 def _one(path: Path | None) -> Sequence[Path]:

@@ -6,25 +6,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from grat_cli.commands import options
 from grat_cli.commands.parameters import argument, only
 
 
 def resume(
+    context: typer.Context,
     file: Annotated[Path, argument("FILE", "The checkpoint, or the output that it is to become.")],
     *,
     out: Path | None = options.OUT_BESIDE,
     overwrite: bool = options.OVERWRITE,
     model: Annotated[options.ModelOptions, only("allow_pickle")],
+    ranks: options.ParallelOptions,
     terminal: options.TerminalOptions,
 ) -> None:
     """Go on with an output that was interrupted, to the same result; it lies beside FILE, by its name, or at --out."""
     from grat_cli.commands import making
+    from grat_cli.commands.ranks import leave_to_others
     from grat_cli.files import outputs, whole
     from grat_cli.files.formats import SUFFIXES
     from grat_cli.generation.checkpoint import files_of, find_run, read_run
     from grat_cli.generation.finishing import written_already
 
+    leave_to_others(context, ranks)
     output = terminal.output()
 
     # 1. Where it stands.
@@ -54,4 +60,4 @@ def resume(
         output.hint(f"{there.path} is there, whole{tidied}")
 
     # 2. The rest.
-    making.make(request, output, run)
+    making.make(request, output, ranks, run)

@@ -41,6 +41,7 @@ def video(
             )
         ),
     ],
+    ranks: options.ParallelOptions,
     pictures: Annotated[
         options.PictureOptions,
         only(
@@ -57,6 +58,7 @@ def video(
 ) -> None:
     """Make videos from a prompt, or from a prompt and a picture."""
     from grat_cli.commands import making
+    from grat_cli.commands.ranks import leave_to_others
     from grat_cli.console.progress import duration
     from grat_cli.errors import BadInput
     from grat_cli.estimates.time import planned_seconds
@@ -64,6 +66,7 @@ def video(
     from grat_cli.generation.selection import cache_note, guard_note, mismatch_note
     from grat_cli.models.catalogue import choose_model
 
+    leave_to_others(context, ranks)
     output = terminal.output()
 
     # 1. What can be refused without looking at any model.
@@ -102,7 +105,7 @@ def video(
         command=options.command_line(context),
     )
     request = making.placed(request, out, suffix)
-    making.refuse_unfit(request, size)
+    making.refuse_unfit(request, size, ranks)
 
     # 4. What they will be, and how long it will take.
     output.hint(f"{choice.name} ({choice.reason}), {size.resolution}, {size.frames} frames at {size.fps} per second")
@@ -119,4 +122,4 @@ def video(
     output.hint(f"planned time: about {duration(planned * len(seeds))}{each}")
 
     # 5. Make them, one by one; each is written as soon as it is done.
-    making.make(request, output)
+    making.make(request, output, ranks)

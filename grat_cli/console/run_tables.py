@@ -46,6 +46,42 @@ def phases_line(report: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {milliseconds_text(value)}" for name, value in report["phases"].items())
 
 
+def ranks_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What several ranks took, a line for each picture or video that they made together.
+
+    For example `4 ranks, cp=4,cfg=1: of 41.0 s a rank 21.3 s in attention, 3.1 s in exchange (1.2 GiB a step), at most
+    0.4 s waiting`.
+    """
+    lines = [(made["seed"], ranks_text(made)) for made in reports]
+    return [f"seed {seed}: {text}" if len(reports) > 1 else text for seed, text in lines if text]
+
+
+def ranks_text(report: Mapping[str, Any]) -> str | None:
+    """How ranks shared an output, in a line, and where it is told what each took; None of an output of one process."""
+    from grat_cli.console.output import bytes_text
+
+    if (ranks := report.get("ranks")) is None:
+        return None
+    shared = f"{ranks['count']} rank{'s' * (ranks['count'] > 1)}, cp={ranks['cp']},cfg={ranks['cfg']}"
+    if not (each := ranks.get("each")):
+        return shared
+    middle = {name: statistics.median(one[name] for one in each) for name in each[0]}
+    most = {name: max(one[name] for one in each) for name in each[0]}
+    return (
+        f"{shared}: of {milliseconds_text(middle['total_ms'])} a rank "
+        f"{milliseconds_text(middle['attention_ms'])} in attention, "
+        f"{milliseconds_text(middle['exchange_ms'])} in exchange ({bytes_text(most['bytes_per_step'])} a step), "
+        f"at most {milliseconds_text(most['waiting_ms'])} waiting{_foretold_text(ranks.get('foretold', {}))}"
+    )
+
+
+def _foretold_text(foretold: Mapping[str, float]) -> str:
+    """How much faster than on one rank it was to be, where that is known."""
+    if "speedup" not in foretold:
+        return ""
+    return f"; foretold {foretold['speedup']:.1f}x as fast as one, {foretold['ceiling']:.1f}x without exchange"
+
+
 def guard_lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the guard did, a line for each picture or video that was made with one.
 

@@ -19,6 +19,7 @@ from grat_cli.families.base import ModelChoice
 from grat_cli.families.shapes import Components
 from grat_cli.models.catalogue import is_known
 from grat_cli.models.offloading import choose_offload
+from grat_cli.models.parallel import ALONE, Parallel
 from grat_cli.models.resolution import Resolution
 from grat_cli.models.weights import AS_THEY_ARE, Weights
 from grat_cli.presets.over_steps import Keep
@@ -83,6 +84,8 @@ def needs(runs: Sequence[Forecast], components: Components, execution: Execution
     offloaded = 0.0
     for number, stage in enumerate(runs):
         kept = stage.kept(execution.keep, on_cpu=execution.on_cpu)
+        text, tokens = stage.main_plan.text_len, stage.main_plan.tokens
+        share = (execution.own(tokens - text) + text) / tokens
         memory = run_memory(
             components,
             Pixels.of(stage.size),
@@ -92,7 +95,7 @@ def needs(runs: Sequence[Forecast], components: Components, execution: Execution
             encodes=number > 0 or bool(stage.architecture.model.needs),
             lets_go=family_of(stage.architecture.model).lets_go,
             cache=stage.preset.cache,
-            kept=kept.device + kept.buffers,
+            kept=share * (kept.device + kept.buffers),
         )
         offloaded = memory.offloaded
         for phase in memory.phases:
@@ -110,6 +113,8 @@ def judge(
     offload: str = "none",
     quantize: str = "none",
     cast: str = "none",
+    parallel: Parallel = ALONE,
+    shards_weights: bool = False,
     at_size: Callable[[Any], Sequence[Forecast]] | None = None,
 ) -> Verdict:
     """Whether a run fits a device; where it does not, with the nearest thing that does.
@@ -122,14 +127,25 @@ def judge(
         offload: as for `load_model`; `auto` is the first kind that fits.
         quantize: likewise.
         cast: likewise.
+        parallel: how several such devices share it.
+        shards_weights: `--shard-weights`.
         at_size: forecasts of another size, which is advised where nothing else helps; None for no advice at all.
     """
-    kinds = (
-        OFFLOAD_KINDS if offload == "auto" and device.kind == "cuda" else (offload if offload != "auto" else "none",)
-    )
+    kinds: Sequence[str] = (offload,)
+    if offload == "auto":
+        kinds = OFFLOAD_KINDS if device.kind == "cuda" and not shards_weights else ("none",)
     verdict = None
     for kind in kinds:
-        execution = execution_of(choice, runs[-1], device, offload=kind, quantize=quantize, cast=cast)
+        execution = execution_of(
+            choice,
+            runs[-1],
+            device,
+            offload=kind,
+            quantize=quantize,
+            cast=cast,
+            parallel=parallel,
+            shards_weights=shards_weights,
+        )
         memory = needs(runs, components, execution)
         verdict = Verdict(device, memory, device.with_overhead(memory.peak), execution)
         if verdict.fits:
@@ -182,12 +198,24 @@ def what_fits(
     offload: str = "none",
     quantize: str = "none",
     cast: str = "none",
+    parallel: Parallel = ALONE,
+    shards_weights: bool = False,
 ) -> str:
     """Which of the GPUs known a run fits, in a line."""
     fitting = [
         gpu.name
         for gpu in GPUS.values()
-        if judge(runs, components, choice, gpu, offload=offload, quantize=quantize, cast=cast).fits
+        if judge(
+            runs,
+            components,
+            choice,
+            gpu,
+            offload=offload,
+            quantize=quantize,
+            cast=cast,
+            parallel=parallel,
+            shards_weights=shards_weights,
+        ).fits
     ]
     if not fitting:
         return "fits none of the GPUs known: --gpu h200 says what would"
@@ -203,6 +231,8 @@ def refuse_unfit_here(
     dtype: str,
     offload: str,
     weights: Weights = AS_THEY_ARE,
+    parallel: Parallel = ALONE,
+    shards_weights: bool = False,
 ) -> None:
     """Makes sure, before anything is loaded, that a run fits the device that it is for.
 
@@ -216,6 +246,8 @@ def refuse_unfit_here(
         dtype: as for `devices.choose_dtype`.
         offload: `--offload`.
         weights: how they come.
+        parallel: how several such devices share it.
+        shards_weights: `--shard-weights`.
 
     Raises:
         OutOfMemory: if it does not fit, with what does.
@@ -252,6 +284,8 @@ def refuse_unfit_here(
             offload=offload,
             quantize=weights.quantize,
             cast=weights.cast,
+            parallel=parallel,
+            shards_weights=shards_weights,
             at_size=forecasts,
         )
     )
@@ -325,8 +359,10 @@ def _with_less_at_once(execution: Execution) -> Iterator[tuple[str, Execution]]:
     chunks.append((f"--set memory.chunk_tokens={_SMALL_CHUNK}", _SMALL_CHUNK))
     for flags, tokens in chunks:
         yield flags, replace(execution, chunk_tokens=tokens)
-    if execution.on_cpu:
+    if execution.on_cpu or execution.shards_weights:
         return
+    if execution.parallel.cp > 1 and (execution.offload, execution.quantize, execution.cast) == ("none",) * 3:
+        yield "--shard-weights", replace(execution, shards_weights=True)
     # Moving whole parts costs seconds a run; the weights of every step cost more, and one layer at a time the most.
     ways = (
         ("model", execution.quantize),
@@ -369,6 +405,8 @@ def execution_of(
     offload: str = "none",
     quantize: str = "none",
     cast: str = "none",
+    parallel: Parallel = ALONE,
+    shards_weights: bool = False,
 ) -> Execution:
     """How a run uses a device, by what was typed and by grat's defaults.
 
@@ -379,6 +417,8 @@ def execution_of(
         offload: `--offload`.
         quantize: `--quantize`.
         cast: `--cast`.
+        parallel: how several such devices share it.
+        shards_weights: `--shard-weights`.
     """
     half = device.kind == "cuda" and expected.dtype != "float32"
     family = family_of(choice)
@@ -394,4 +434,6 @@ def execution_of(
         autoencoder_dtype=family.autoencoder_dtype or beside,
         text_dtype=beside,
         threads=os.cpu_count() or 1,
+        parallel=parallel,
+        shards_weights=shards_weights,
     )

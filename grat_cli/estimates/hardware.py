@@ -33,6 +33,8 @@ class Device:
         bandwidth: of its memory, bytes per second; None where unknown.
         tensor_rate: floating-point operations per second of its tensor cores in bf16, dense; likewise.
         link: bytes per second from main memory to the device, one way; likewise.
+        nvlink: bytes per second to other GPUs of the machine, one way; None for one that reaches them by `link`.
+        power: watts that the board takes at most; None where unknown.
         present: whether it is in this machine.
     """
 
@@ -43,7 +45,16 @@ class Device:
     bandwidth: float | None = None
     tensor_rate: float | None = None
     link: float | None = None
+    nvlink: float | None = None
+    power: float | None = None
     present: bool = False
+
+    @property
+    def peers(self) -> tuple[str, float] | None:
+        """By what it reaches other GPUs of its machine, and bytes per second one way; None where unknown."""
+        if self.nvlink is not None:
+            return "NVLink", self.nvlink
+        return None if self.link is None else ("PCIe", self.link)
 
     def with_overhead(self, tensors: float) -> float:
         """Bytes that a run takes of this device, whose tensors take so many.
@@ -54,36 +65,46 @@ class Device:
         return tensors + 0.75 * _GIB if self.kind == "cpu" else 1.03 * tensors + 0.6 * _GIB
 
 
-def _gpu(name: str, title: str, gigabytes: int, bandwidth: float, link: float) -> Device:
+def _gpu(
+    name: str, title: str, gigabytes: int, bandwidth: float, link: float, power: float, nvlink: float | None = None
+) -> Device:
     rate = peak_tflops(title, "bfloat16")
     assert rate is not None, title
-    return Device(name, title, gigabytes * _GIB, "cuda", bandwidth, rate * 1e12, link)
+    return Device(name, title, gigabytes * _GIB, "cuda", bandwidth, rate * 1e12, link, nvlink, power)
 
 
 # NVIDIA's data sheets: H200 and H100 Tensor Core GPU, A100 Tensor Core GPU, DGX B200, L40S, L4, A10, RTX A6000 and
 # RTX 6000 Ada; for GeForce cards the whitepapers of the GA102, Ada and Blackwell architectures. Gigabytes are binary,
 # as stated but where nvidia-smi shows less (B200, H200; L40S and A10 with error correction). Links: PCIe x16, half of
-# the stated sum of both ways: 64 GB/s of generation 5, 32 GB/s of generation 4. Tensor rates are in `peak_rates`.
+# the stated sum of both ways: 64 GB/s of generation 5, 32 GB/s of generation 4. NVLink likewise: 1.8 TB/s in generation
+# 5, 900 GB/s in 4, 600 GB/s in 3; bridges, which join two cards, are not counted. Power is the most that a board takes.
+# Tensor rates are in `peak_rates`.
 _GEN5, _GEN4 = 64e9, 32e9
+_NVLINK5, _NVLINK4, _NVLINK3 = 900e9, 450e9, 300e9
 GPUS: Mapping[str, Device] = {
     device.name: device
     for device in (
-        _gpu("b200", "B200", 179, 8.0e12, _GEN5),
-        _gpu("h200", "H200", 140, 4.8e12, _GEN5),
-        _gpu("h100", "H100", 80, 3.35e12, _GEN5),
-        _gpu("h100-pcie", "H100 PCIe", 80, 2.0e12, _GEN5),
-        _gpu("a100-80", "A100", 80, 2.039e12, _GEN4),
-        _gpu("a100-40", "A100", 40, 1.555e12, _GEN4),
-        _gpu("l40s", "L40S", 45, 0.864e12, _GEN4),
-        _gpu("a6000", "RTX A6000", 48, 0.768e12, _GEN4),
-        _gpu("6000-ada", "RTX 6000 Ada Generation", 48, 0.96e12, _GEN4),
-        _gpu("5090", "GeForce RTX 5090", 32, 1.792e12, _GEN5),
-        _gpu("4090", "GeForce RTX 4090", 24, 1.008e12, _GEN4),
-        _gpu("3090", "GeForce RTX 3090", 24, 0.936e12, _GEN4),
-        _gpu("l4", "L4", 24, 0.3e12, _GEN4),
-        _gpu("a10", "A10", 22, 0.6e12, _GEN4),
+        _gpu("b200", "B200", 179, 8.0e12, _GEN5, 1000, _NVLINK5),
+        _gpu("h200", "H200", 140, 4.8e12, _GEN5, 700, _NVLINK4),
+        _gpu("h100", "H100", 80, 3.35e12, _GEN5, 700, _NVLINK4),
+        _gpu("h100-pcie", "H100 PCIe", 80, 2.0e12, _GEN5, 350),
+        _gpu("a100-80", "A100", 80, 2.039e12, _GEN4, 400, _NVLINK3),
+        _gpu("a100-40", "A100", 40, 1.555e12, _GEN4, 400, _NVLINK3),
+        _gpu("l40s", "L40S", 45, 0.864e12, _GEN4, 350),
+        _gpu("a6000", "RTX A6000", 48, 0.768e12, _GEN4, 300),
+        _gpu("6000-ada", "RTX 6000 Ada Generation", 48, 0.96e12, _GEN4, 300),
+        _gpu("5090", "GeForce RTX 5090", 32, 1.792e12, _GEN5, 575),
+        _gpu("4090", "GeForce RTX 4090", 24, 1.008e12, _GEN4, 450),
+        _gpu("3090", "GeForce RTX 3090", 24, 0.936e12, _GEN4, 350),
+        _gpu("l4", "L4", 24, 0.3e12, _GEN4, 72),
+        _gpu("a10", "A10", 22, 0.6e12, _GEN4, 150),
     )
 }
+
+
+# What is left of a link's rate for what is sent: NCCL's protocol leaves 370 of 450 GB/s of NVLink 4, as its author says
+# (NVIDIA/nccl-tests #212). Taken for PCIe as well.
+LINK_SHARE = 370 / 450
 
 
 def device_named(name: str) -> Device:

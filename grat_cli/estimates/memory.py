@@ -8,13 +8,15 @@ libraries, the driver of a GPU, and what an allocator holds back; `hardware.Devi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from grat_cli.attention.context_parallel import shares
 from grat_cli.estimates.hardware import has_convolutions
 from grat_cli.families.autoencoders import Coding, Pixels
 from grat_cli.families.shapes import Components, TextEncoderShape, TransformerCall, TransformerShape
+from grat_cli.models.parallel import ALONE, Parallel
 from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
 from grat_cli.presets.over_steps import Keep
 from grat_cli.presets.schema import chunk_for
@@ -65,6 +67,8 @@ class Execution:
         text_dtype: likewise.
         threads: of a CPU.
         keep: where attention that is carried over steps is kept; None for where the preset says.
+        parallel: how GPUs share its denoising; this is each of them.
+        shards_weights: whether each of those that share a call has a share of the transformer's weights.
     """
 
     dtype: str = "bfloat16"
@@ -79,6 +83,8 @@ class Execution:
     text_dtype: str | None = None
     threads: int = 1
     keep: Keep | None = None
+    parallel: Parallel = ALONE
+    shards_weights: bool = False
 
     @property
     def element(self) -> int:
@@ -98,8 +104,13 @@ class Execution:
 
     @property
     def fused(self) -> bool:
-        """Whether norms, rotation and joining are one kernel: not where hooks move the norms' weights."""
-        return self.kernel and not self.on_cpu and self.offload in ("none", "model")
+        """Whether norms, rotation and joining are one kernel: not where hooks move the norms' weights, or GPUs share a
+        call."""
+        return self.kernel and not self.on_cpu and self.offload in ("none", "model") and self.parallel.cp == 1
+
+    def own(self, tokens: int) -> int:
+        """Of so many tokens besides text those of the GPU that has most."""
+        return max(shares(tokens, self.parallel.cp))
 
     def chunk(self, image_tokens: int) -> int | None:
         """Tokens that blocks take at once, but for attention; None for all."""
@@ -180,7 +191,7 @@ def run_memory(
     decoding = _peak_of(components.autoencoder.decode_moments(size, execution.coding))
     activations, moment = _peak_of(denoise_moments(components, list(plans), execution, guided_twice, cache))
     saving = _peak_of(save_moments(size, execution))
-    resident = _resident(weights, components, execution, lets_go)
+    resident = _resident(_held(weights, components, execution), components, execution, lets_go)
     phases = [PhaseMemory("text", resident["text"], *_peak_of(_text_moments(components, execution)))]
     if encodes:
         encoding = _peak_of(components.autoencoder.encode_moments(size, execution.coding))
@@ -228,6 +239,16 @@ def _encoder_weights(encoder: TextEncoderShape, execution: Execution) -> float:
     if encoder.parameters > _LARGE_ENCODER:
         element = QUANTIZED_BYTES.get(execution.quantize, element)
     return encoder.parameters * element
+
+
+def _held(weights: Mapping[str, float], components: Components, execution: Execution) -> Mapping[str, float]:
+    """The same of one of the GPUs that share them: its share, and of the block at work and the next one all."""
+    if not execution.shards_weights:
+        return weights
+    transformer = components.transformer
+    of_weight = weights["transformer"] / (components.transformers * transformer.parameters)
+    held = weights["transformer"] / execution.parallel.cp + 2 * transformer.largest_block * of_weight
+    return {**weights, "transformer": min(held, weights["transformer"])}
 
 
 def _resident(
@@ -312,16 +333,30 @@ def denoise_moments(
     for plan in plans:
         turned_back = components.transformer_bytes is not None
         outside = _outside_blocks(shape, plan, len(plans), execution, guided_twice, turned_back)
-        outside += cached_bytes(cache, shape, plan, execution.element) * (1 + guided_twice)
+        outside += cached_bytes(cache, shape, plan, execution.element, execution.own) * (1 + guided_twice)
         for moment, size in shape.moments(_call(shape, plan, execution)).items():
             moments[moment] = max(moments.get(moment, 0.0), outside + size)
     return moments
 
 
-def cached_bytes(cache: Cache | None, shape: TransformerShape, plan: Plan, element: int) -> float:
-    """Bytes that a cache keeps from step to step, of one of the calls of a step."""
-    row = shape.width * element
-    image, joint = (plan.tokens - plan.text_len) * row, plan.tokens * row
+def cached_bytes(
+    cache: Cache | None,
+    shape: TransformerShape,
+    plan: Plan,
+    element: int,
+    own: Callable[[int], int] = lambda tokens: tokens,
+) -> float:
+    """Bytes that a cache keeps from step to step, of one of the calls of a step.
+
+    Args:
+        cache: which.
+        shape: of the transformer.
+        plan: of the call.
+        element: bytes of an activation.
+        own: of so many tokens besides text those that a GPU has.
+    """
+    row, tokens = shape.width * element, own(plan.tokens - plan.text_len)
+    image, joint = tokens * row, (tokens + plan.text_len) * row
     if isinstance(cache, FirstBlock):
         # The first block's output and residual, and what the others add to image and text.
         return image + 2 * joint
@@ -329,7 +364,7 @@ def cached_bytes(cache: Cache | None, shape: TransformerShape, plan: Plan, eleme
         return 2 * image  # what blocks are given, and what they add
     if isinstance(cache, Taylor):
         if cache.use_lite_mode:
-            return (cache.max_order + 1) * (plan.tokens - plan.text_len) * shape.token_channels * element
+            return (cache.max_order + 1) * tokens * shape.token_channels * element
         kept = {"auto": element, "float32": 4}.get(cache.taylor_factors_dtype, 2) / element
         per_layer = 1 if shape.joins_text else 2  # attention to text is one more
         return (cache.max_order + 1) * shape.layers * per_layer * joint * kept
@@ -341,16 +376,27 @@ def cached_bytes(cache: Cache | None, shape: TransformerShape, plan: Plan, eleme
 def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> TransformerCall:
     row = shape.width * execution.element
     chunk = execution.chunk(plan.image_tokens)
+    own = execution.own(plan.tokens - plan.text_len)
     return TransformerCall(
-        image=(plan.tokens - plan.text_len) * row,
+        image=own * row,
         text=plan.text_len * row,
         chunk=(chunk or 0) * row,
         chunked=chunk is not None,
         rotated=1 + 3 * (4 / execution.element),
         fused=execution.fused,
         summaries=plan.summaries.rows * row,
-        attending=attending_bytes(shape, plan, execution),
+        attending=_attending_shared(shape, plan, execution, own),
     )
+
+
+def _attending_shared(shape: TransformerShape, plan: Plan, execution: Execution, own: int) -> float:
+    """Bytes that attention allocates where GPUs share it (`attention.context_parallel`): query, key and value of own
+    heads and all tokens, beside them the same as they are sent and received, later what is attended."""
+    if execution.parallel.cp == 1:
+        return attending_bytes(shape, plan, execution)
+    of_rank = replace(shape, heads=shape.heads // execution.parallel.cp)
+    row, row_of_rank = shape.width * execution.element, of_rank.width * execution.element
+    return 3 * plan.tokens * row_of_rank + max(2 * 3 * own * row, attending_bytes(of_rank, plan, execution))
 
 
 def _outside_blocks(

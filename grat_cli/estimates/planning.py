@@ -76,11 +76,23 @@ class Forecast:
         return self.full_flop_per_step * self.schedule.density
 
     @property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return _BYTES_OF_DTYPE[self.dtype]
+
+    @property
     def linear_flop_per_call(self) -> float:
         """Floating-point operations of a transformer call besides attention over image tokens."""
-        architecture = self.architecture
-        behind = self.main_plan.tokens - self.main_plan.text_len  # image tokens, and those of references
-        return architecture.transformer.linear_flop(behind, architecture.model.text_tokens)
+        return self.linear_flop(self.tokens_besides_text)
+
+    def linear_flop(self, tokens: int) -> float:
+        """The same of a rank that has so many tokens besides text."""
+        return self.architecture.transformer.linear_flop(tokens, self.architecture.model.text_tokens)
+
+    @property
+    def tokens_besides_text(self) -> int:
+        """Image tokens, and those of references."""
+        return self.main_plan.tokens - self.main_plan.text_len
 
     @property
     def calls_per_step(self) -> int:
@@ -90,12 +102,11 @@ class Forecast:
     def kept(self, keep: Keep | None = None, *, on_cpu: bool = False) -> KeptBytes:
         """What is kept where attention is carried over steps; see `over_steps.kept_bytes`."""
         schedules = [self.schedule] * self.calls_per_step
-        shape, element = self.architecture.transformer, _BYTES_OF_DTYPE[self.dtype]
-        return kept_bytes(schedules, shape, element, keep=keep, on_cpu=on_cpu)
+        return kept_bytes(schedules, self.architecture.transformer, self.element, keep=keep, on_cpu=on_cpu)
 
     def carrying(self, step: int) -> StepCost:
         """What carrying changes of a transformer call of a step."""
-        return step_cost(self.schedule, self.architecture.transformer, step, _BYTES_OF_DTYPE[self.dtype])
+        return step_cost(self.schedule, self.architecture.transformer, step, self.element)
 
     @property
     def over_steps(self) -> dict[str, Any] | None:

@@ -10,14 +10,17 @@ For a GPU that is not here the rates are shares of what its maker states. No ker
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grat_cli.estimates.hardware import Device
+from grat_cli.estimates.hardware import LINK_SHARE, Device
 from grat_cli.estimates.memory import Execution, component_weights
 from grat_cli.estimates.planning import Forecast
+from grat_cli.estimates.ranks import bytes_of_step, density_on_ranks, exchange_of
 from grat_cli.families import family_of
 from grat_cli.families.autoencoders import Pixels
 from grat_cli.families.shapes import Components
@@ -96,13 +99,101 @@ ATTENTION_SHARE, LINEAR_SHARE, CONVOLUTION_SHARE = 490 / 989, 790 / 989, 0.4
 # How often a block reads or writes a hidden state outside attention and matrix products: norm and modulation 6, GELU
 # 16 of an inner layer, joining it with attention's output 10 and text with image 2, rotation 4, gate and sum 5.
 _PASSES_OF_BLOCK = 43
+# Likewise around the exchanges of an attention: query, key and value are put in order of the ranks, and what comes
+# together with the text; what was attended is put in order of the ranks, by head, and together with the text.
+_PASSES_OF_EXCHANGE = 2 * (3 * 2 + 3)
 _DISK = 2e9  # bytes per second that weights are read at, as from an NVMe disk
+
+
+class DenoiseSeconds(NamedTuple):
+    """What denoising takes on a GPU, summed over the steps of a run in one stage or several.
+
+    Attributes:
+        attention: of image tokens, and of text among them.
+        rest: linear layers, norms, and what of moved weights and tensors computing does not hide.
+        exchange: between GPUs that share a call.
+        weights: their gathering, where GPUs have a share of them each.
+    """
+
+    attention: float = 0.0
+    rest: float = 0.0
+    exchange: float = 0.0
+    weights: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it: nothing is exchanged while something is computed."""
+        return sum(self)
+
+    def plus(self, other: DenoiseSeconds) -> DenoiseSeconds:
+        """Both."""
+        return DenoiseSeconds(*map(operator.add, self, other))
+
+
+def gathered_bytes(components: Components, execution: Execution) -> float:
+    """Bytes of weights that a GPU gets in a transformer call from those that it shares them with."""
+    called = component_weights(components, execution)["transformer"] / components.transformers
+    return called * (1 - 1 / execution.parallel.cp) if execution.shards_weights else 0.0
+
+
+def denoise_seconds(
+    forecast: Forecast, components: Components, execution: Execution, device: Device
+) -> DenoiseSeconds | None:
+    """What denoising will take on a GPU, or on each of several that share it, from its maker's data; None where that is
+    not known.
+
+    Args:
+        forecast: of the run.
+        components: parts of the pipeline.
+        execution: how it uses the GPUs.
+        device: each of them.
+    """
+    if device.tensor_rate is None or device.bandwidth is None or device.link is None or device.peers is None:
+        return None
+    shape, main, parallel = forecast.architecture.transformer, forecast.main_plan, execution.parallel
+    # Tensor cores take fp32 as TF32, at half of the rate.
+    peak = device.tensor_rate if execution.element == 2 else device.tensor_rate / 2
+    bandwidth, link, between = device.bandwidth, device.link, LINK_SHARE * device.peers[1]
+    calls = forecast.calls_per_step // parallel.cfg
+    called = component_weights(components, execution)["transformer"] / components.transformers
+    # Each GPU has a share of the tokens, and all of the text.
+    most = max(exchange_of(forecast, parallel).counts)
+    tokens = most + main.text_len
+    share = tokens / main.tokens
+    row = components.transformer.width * execution.element
+    passed = _PASSES_OF_BLOCK * shape.layers * tokens * row + called
+    gathered = calls * gathered_bytes(components, execution)
+
+    def of_step(step: int) -> DenoiseSeconds:
+        density = density_on_ranks(forecast.schedule, step, parallel.cp)
+        pairs = forecast.full_flop_per_step * density / parallel.ranks
+        attention = pairs / main.tile_efficiency() / (ATTENTION_SHARE * peak)
+        carrying = forecast.carrying(step)
+        rest = calls * (
+            (forecast.linear_flop(most) - share * carrying.flop) / (LINEAR_SHARE * peak)
+            + (passed + share * carrying.device_bytes) / bandwidth
+        )
+        # Weights that come anew with every call: by group while the block before is at work, as what is carried does
+        # from main memory; by layer before each.
+        weights_moving = calls * called / link
+        meanwhile = calls * share * carrying.link_bytes / link
+        meanwhile += weights_moving if execution.offload == "group" else 0
+        rest = max(attention + rest, meanwhile) - attention
+        rest += weights_moving if execution.offload == "sequential" else 0
+        exchange = max(bytes_of_step(forecast, parallel, step)) / between
+        if parallel.cp > 1:
+            attentions = sum(len(forecast.schedule.computed(step, layer)) for layer in range(shape.layers))
+            exchange += calls * attentions * _PASSES_OF_EXCHANGE * tokens * row / bandwidth
+        return DenoiseSeconds(attention, rest, exchange, gathered / between)
+
+    return functools.reduce(DenoiseSeconds.plus, map(of_step, range(forecast.schedule.steps)), DenoiseSeconds())
 
 
 def estimate_for(
     forecast: Forecast, components: Components, execution: Execution, device: Device
 ) -> dict[str, float] | None:
-    """Seconds of the phases of a run on a GPU, from its maker's data; None where that is not known.
+    """Seconds of the phases of a run on a GPU, or on several that share its denoising; None where its maker's data are
+    not known.
 
     Args:
         forecast: of the run.
@@ -110,33 +201,13 @@ def estimate_for(
         execution: how it uses the GPU.
         device: the GPU.
     """
-    if device.tensor_rate is None or device.bandwidth is None or device.link is None:
+    denoising = denoise_seconds(forecast, components, execution, device)
+    if denoising is None or device.tensor_rate is None or device.bandwidth is None or device.link is None:
         return None
-    architecture, main = forecast.architecture, forecast.main_plan
-    # Tensor cores take fp32 as TF32, at half of the rate.
     peak = device.tensor_rate if execution.element == 2 else device.tensor_rate / 2
-    calls = forecast.calls_per_step
     weights = component_weights(components, execution)
-    called = weights["transformer"] / components.transformers
-    hidden = main.tokens * components.transformer.width * execution.element
-    passed = _PASSES_OF_BLOCK * architecture.transformer.layers * hidden + called
-
-    def step_seconds(step: int, bandwidth: float = device.bandwidth, link: float = device.link) -> float:
-        attention = forecast.full_flop_per_step * forecast.schedule.density_of_step(step)
-        carrying = forecast.carrying(step)
-        compute = attention / main.tile_efficiency() / (ATTENTION_SHARE * peak) + calls * (
-            (forecast.linear_flop_per_call - carrying.flop) / (LINEAR_SHARE * peak)
-            + (passed + carrying.device_bytes) / bandwidth
-        )
-        # Weights that come anew with every call: by group while the block before is at work, as what is carried does
-        # from main memory; by layer before each.
-        weights_moving = calls * called / link
-        meanwhile = calls * carrying.link_bytes / link
-        meanwhile += weights_moving if execution.offload == "group" else 0
-        return max(compute, meanwhile) + (weights_moving if execution.offload == "sequential" else 0)
-
     tokens = max(encoder.tokens for encoder in components.text_encoders)
-    prompts = calls
+    prompts = forecast.calls_per_step
     coding = Pixels.of(forecast.size), execution.tile
     total = sum(weights.values())
     return {
@@ -144,8 +215,7 @@ def estimate_for(
         "load": total / _DISK + (total / device.link if execution.offload == "none" else 0),
         "text": prompts * 2 * components.text_parameters * tokens / (LINEAR_SHARE * peak)
         + (weights["text"] / device.link if execution.offload != "none" else weights["text"] / device.bandwidth),
-        "denoise": sum(map(step_seconds, range(forecast.schedule.steps)))
-        + (weights["transformer"] / device.link if execution.offload == "model" else 0),
+        "denoise": denoising.total + (weights["transformer"] / device.link if execution.offload == "model" else 0),
         "decode": components.autoencoder.decode_flop(*coding) / (CONVOLUTION_SHARE * peak),
     }
 

@@ -608,13 +608,16 @@ class Family(ABC):
         return latents
 
     @abstractmethod
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         """Pixels `[1, 3, T, H, W]` from about -1 to 1 of spatial latents; a picture has one frame.
 
         Args:
             pipe: a pipeline, or what is left of one that has an autoencoder.
             latents: as the pipeline denoises them.
             tile: side in pixels of what is decoded at once; None for the family's own.
+            ranks: that share the tiles, and all have the same latents; what is decoded as a whole, each decodes.
 
         Raises:
             NumericalFailure: if there are NaN or infinite pixels, where that is told tile by tile.

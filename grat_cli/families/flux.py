@@ -39,6 +39,7 @@ from grat_kernels import Grid
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.fitted_positions import FittedPositions
@@ -138,6 +139,10 @@ class FluxShape(JointShape):
     @property
     def token_channels(self) -> int:
         return self.in_channels
+
+    @property
+    def predicted_channels(self) -> int:
+        return self.out_channels
 
     @property
     def other_parameters(self) -> int:
@@ -387,8 +392,10 @@ class Flux(Family):
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipe._pack_latents(latents, *latents.shape)
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
-        return picture_coding.decode(pipe, latents, tile).unsqueeze(2)
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
+        return picture_coding.decode(pipe, latents, tile, ranks=ranks).unsqueeze(2)
 
     def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
         return picture_coding.encode(pipe, picture)
@@ -464,6 +471,7 @@ class FluxAdapter(ProcessorAdapter):
     """Image tokens and their positions are put in order outside the transformer, so that it may be compiled whole."""
 
     text_first = Flux.text_first
+    orders_calls = True
     contiguous = True
 
     def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
@@ -521,11 +529,6 @@ class FluxAdapter(ProcessorAdapter):
             self._positions.prepare(self.order, call["encoder_hidden_states"].shape[1], call["timestep"], step)
         tokens, positions = self.in_groups(call["hidden_states"], 1), self.in_groups(self._ids[1], 0)
         return call | {"hidden_states": tokens, "img_ids": positions}
-
-    def leave(self, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.in_raster(output[0], 1), *output[1:])
-        return replace(output, sample=self.in_raster(output.sample, 1))
 
     def _exact_ids(self, hidden_states: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
         """Positions `[tokens, 3]` in fp32: of the image in raster order (0, row, column), checked against those of the

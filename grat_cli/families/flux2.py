@@ -38,6 +38,7 @@ from grat_kernels import Grid
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
     from grat_cli.attention.chunking import Forward
@@ -479,9 +480,11 @@ class Flux2(Family):
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipe._pack_latents(pipe._patchify_latents(latents))
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         mean, deviation = _statistics(pipe, latents)
-        return picture_coding.decode(pipe, latents * deviation + mean, tile, _pixels_by(pipe)).unsqueeze(2)
+        return picture_coding.decode(pipe, latents * deviation + mean, tile, _pixels_by(pipe), ranks).unsqueeze(2)
 
     def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
         latents = picture_coding.encode(pipe, picture, latents_of=_latents_by(pipe))
@@ -614,6 +617,7 @@ class Flux2Adapter(DispatchAdapter):
     """Tokens and their positions are put in order outside the transformer; those of references keep their places."""
 
     text_first = Flux2.text_first
+    orders_calls = True
 
     def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
         """See `DispatchAdapter`."""
@@ -656,11 +660,6 @@ class Flux2Adapter(DispatchAdapter):
         positions = call["img_ids"][0] if call["img_ids"].dim() == 3 else call["img_ids"]
         tokens = self.in_groups(call["hidden_states"], 1)
         return call | {"hidden_states": tokens, "img_ids": self.in_groups(positions, 0)}
-
-    def leave(self, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.in_raster(output[0], 1), *output[1:])
-        return replace(output, sample=self.in_raster(output.sample, 1))
 
     @property
     def _size(self) -> str:

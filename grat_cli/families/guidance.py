@@ -42,6 +42,11 @@ def encoded_negative(model: ModelChoice, preset: Preset, negative_prompt: str | 
     return model.negative_prompt if negative_prompt is None else negative_prompt
 
 
+def calls_per_step(model: ModelChoice, preset: Preset, negative_prompt: str | None) -> int:
+    """Transformer calls of a step, by the guidance of `choose_guidance`; known before a model is loaded."""
+    return 1 if encoded_negative(model, preset, negative_prompt) is None else 2
+
+
 def choose_guidance(pipe: Any, model: ModelChoice, preset: Preset, negative_prompt: str | None) -> Guidance:
     """The guidance for a model.
 

@@ -32,10 +32,12 @@ from grat_cli.families.base import (
     token_sides,
 )
 from grat_cli.families.shapes import CLIP_L, JointShape, TextEncoderShape, TransformerCall
+from grat_cli.families.shared_decoding import tiles_over_ranks
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.layer import LayerAttention, Text
@@ -97,10 +99,12 @@ class HunyuanShape(JointShape):
     Attributes:
         refiner_blocks: blocks that see text alone.
         picture_tokens: of a picture that videos start from, before the text.
+        out_channels: of the latents; what comes in may have those of a picture and a mask besides.
     """
 
     refiner_blocks: int = 0
     picture_tokens: int = 0
+    out_channels: int = 16
 
     rotates_text = False
     joins_in_single = True
@@ -111,6 +115,10 @@ class HunyuanShape(JointShape):
     @property
     def token_channels(self) -> int:
         return 4 * self.in_channels
+
+    @property
+    def predicted_channels(self) -> int:
+        return 4 * self.out_channels
 
     @property
     def other_parameters(self) -> int:
@@ -232,6 +240,7 @@ class Hunyuan(Family):
             config,
             "text_embed_dim",
             refiner_blocks=int(config["num_refiner_layers"]),
+            out_channels=int(config["out_channels"]),
             picture_tokens=_PICTURE_TOKENS if config.get("image_condition_type") == "token_replace" else 0,
         )
 
@@ -385,12 +394,14 @@ class Hunyuan(Family):
     def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
         return _latents_shape(self.transformer_config(model), grid)
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         import torch
 
         if tile is not None:
             self.prepare(pipe, tile)
-        with torch.no_grad():
+        with torch.no_grad(), tiles_over_ranks(pipe.vae, ranks):
             scaled = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
             return pipe.vae.decode(scaled, return_dict=False)[0]
 

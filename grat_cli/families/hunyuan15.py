@@ -35,10 +35,12 @@ from grat_cli.families.base import (
 )
 from grat_cli.families.hunyuan import HunyuanAdapter, HunyuanShape
 from grat_cli.families.shapes import TextEncoderShape
+from grat_cli.families.shared_decoding import tiles_over_ranks
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.chunking import Forward
     from grat_cli.attention.layer import Text
@@ -118,6 +120,10 @@ class Hunyuan15Shape(HunyuanShape):
     @property
     def token_channels(self) -> int:
         return self.patch * self.out_channels
+
+    @property
+    def predicted_channels(self) -> int:
+        return self.token_channels
 
     @property
     def other_parameters(self) -> int:
@@ -503,12 +509,14 @@ class Hunyuan15(Family):
     def latents_shape(self, model: ModelChoice, grid: Grid, *, called: bool) -> tuple[int, ...]:
         return _latents_shape(self.transformer_config(model), grid)
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         import torch
 
         if tile is not None:
             self.prepare(pipe, tile)
-        with torch.no_grad():
+        with torch.no_grad(), tiles_over_ranks(pipe.vae, ranks):
             scaled = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
             return pipe.vae.decode(scaled, return_dict=False)[0]
 

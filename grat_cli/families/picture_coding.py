@@ -11,16 +11,18 @@ have little to go by, and takes 8 pixels per latent for granted in `AutoencoderT
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, Literal
 
 from grat_cli.errors import BadInput, NumericalFailure, steadier
+from grat_cli.families.shared_decoding import decoded_over_ranks
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed import ProcessGroup
 
 TILE = 1024  # side in pixels, the sample size of Flux's autoencoder, which its group norms were trained at
 _TILE_UNIT = 16  # pixels; sides of tiles are typed in multiples of it
@@ -35,6 +37,7 @@ def decode(
     latents: torch.Tensor,
     tile: int | None = None,
     pixels_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ranks: ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Pixels of latents.
 
@@ -43,6 +46,7 @@ def decode(
         latents: `[1, C, h, w]`, unpacked, scaled as the pipeline denoises them.
         tile: side in pixels of what is decoded at once, 1024 by default. Pictures of no larger area are decoded whole.
         pixels_of: what an autoencoder makes of a tile of latents in its dtype; None for those of Flux.
+        ranks: that share the tiles, and have the same latents; None for this one alone.
 
     Returns:
         `[1, 3, H, W]` from about -1 to 1, in fp32 on the CPU.
@@ -59,8 +63,8 @@ def decode(
         scaled = window / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         return pipe.vae.decode(scaled, return_dict=False)[0]
 
-    def decode_tile(window: torch.Tensor) -> torch.Tensor:
-        pixels = (pixels_of or pixels_by_factor)(window.to(device, pipe.vae.dtype)).float().cpu()
+    def finite(pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.float().cpu()
         if not pixels.isfinite().all():
             raise NumericalFailure(f"the picture has NaN after decoding: {steadier(pipe.vae.dtype, 'another --seed')}")
         return pixels
@@ -70,9 +74,21 @@ def decode(
     tiling = _tiling(pipe.vae, "decoder", tile, scale)
     if rows * columns <= tiling.side**2:
         tiling = _WHOLE
+    places = list(product(pieces(rows, tiling), pieces(columns, tiling)))
+
+    def decode_tile(number: int) -> torch.Tensor:
+        window = _window(latents, places[number], 1)
+        return (pixels_of or pixels_by_factor)(window.to(device, pipe.vae.dtype))
+
     pixels = torch.zeros(1, 3, rows * scale, columns * scale)
     with torch.no_grad():
-        _run_in_tiles(decode_tile, latents, pixels, pieces(rows, tiling), pieces(columns, tiling), 1, scale)
+        if ranks is None or len(places) == 1:
+            tiles = map(decode_tile, range(len(places)))
+        else:
+            like = latents.new_empty(0, 0, 0, 0, device=device, dtype=pipe.vae.dtype)
+            tiles = decoded_over_ranks(len(places), decode_tile, like, ranks)
+        # Every rank looks at all tiles, so that all end where one has NaN.
+        _add_tiles(pixels, map(finite, tiles), places, scale)
     pipe.maybe_free_model_hooks()
     return pixels
 
@@ -109,8 +125,8 @@ def encode(
         raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return (raw - config.shift_factor) * config.scaling_factor
 
-    def encode_tile(window: torch.Tensor) -> torch.Tensor:
-        return (latents_of or latents_by_factor)(window.to(device, dtype))
+    def encode_tile(place: tuple[Piece, Piece]) -> torch.Tensor:
+        return (latents_of or latents_by_factor)(_window(pixels, place, scale).to(device, dtype))
 
     scale = pipe.vae_scale_factor
     rows, columns = (side // scale for side in pixels.shape[2:])
@@ -119,7 +135,8 @@ def encode(
         tiling = _WHOLE
     latents = torch.zeros(1, channels or config.latent_channels, rows, columns, device=device, dtype=dtype)
     with torch.no_grad():
-        _run_in_tiles(encode_tile, pixels, latents, pieces(rows, tiling), pieces(columns, tiling), scale, 1)
+        places = list(product(pieces(rows, tiling), pieces(columns, tiling)))
+        _add_tiles(latents, map(encode_tile, places), places, 1)
     pipe.maybe_free_model_hooks()
     return latents
 
@@ -219,35 +236,28 @@ def _tiling(vae: Any, part: Literal["encoder", "decoder"], tile: int | None, sca
     return Tiling(side, overlap, blend)
 
 
-def _run_in_tiles(
-    run: Callable[[torch.Tensor], torch.Tensor],
-    source: torch.Tensor,
-    target: torch.Tensor,
-    rows: list[Piece],
-    columns: list[Piece],
-    source_scale: int,
-    target_scale: int,
+def _window(source: torch.Tensor, place: tuple[Piece, Piece], scale: int) -> torch.Tensor:
+    """A tile of `[1, channels, rows, columns]`, of so many places per latent, before it is coded."""
+    tall, wide = (slice(piece.start * scale, piece.stop * scale) for piece in place)
+    return source[:, :, tall, wide]
+
+
+def _add_tiles(
+    target: torch.Tensor, tiles: Iterable[torch.Tensor], places: Sequence[tuple[Piece, Piece]], scale: int
 ) -> None:
-    """Adds what `run` makes of each tile of `source` to `target`, both `[1, channels, rows, columns]`.
+    """Adds what was made of each tile.
 
     Args:
-        run: takes and gives a tile.
-        source: what is cut into tiles.
-        target: zeros.
-        rows: tiles along the rows.
-        columns: tiles along the columns.
-        source_scale: of `source`, in places per latent.
-        target_scale: likewise.
+        target: zeros, `[1, channels, rows, columns]`.
+        tiles: where `target` is, in its dtype.
+        places: of each, on both axes.
+        scale: of `target`, in places per latent.
     """
-    for row in rows:
-        for column in columns:
-            tall = slice(row.start * source_scale, row.stop * source_scale)
-            wide = slice(column.start * source_scale, column.stop * source_scale)
-            made = run(source[:, :, tall, wide])
-            (tall, tall_in_target), (wide, wide_in_target) = _used(row, target_scale), _used(column, target_scale)
-            made = made[:, :, tall, wide]
-            made = made * _weights(row, target_scale, made)[:, None] * _weights(column, target_scale, made)
-            target[:, :, tall_in_target, wide_in_target] += made
+    for made, (row, column) in zip(tiles, places, strict=True):
+        (tall, tall_in_target), (wide, wide_in_target) = _used(row, scale), _used(column, scale)
+        used = made[:, :, tall, wide]
+        used = used * _weights(row, scale, used)[:, None] * _weights(column, scale, used)
+        target[:, :, tall_in_target, wide_in_target] += used
 
 
 def _used(piece: Piece, scale: int) -> tuple[slice, slice]:

@@ -38,6 +38,7 @@ from grat_kernels import Grid
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.chunking import Forward
     from grat_kernels import Plan
@@ -116,6 +117,10 @@ class QwenShape(TransformerShape):
     @property
     def token_channels(self) -> int:
         return self.in_channels
+
+    @property
+    def predicted_channels(self) -> int:
+        return self.out_channels
 
     # ---- Weights
 
@@ -417,12 +422,14 @@ class Qwen(Family):
     def as_called(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipe._pack_latents(latents, *latents.shape)
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         def pixels_of(window: torch.Tensor) -> torch.Tensor:
             mean, deviation = _scaling(pipe.vae, window)
             return pipe.vae.decode((window * deviation + mean).unsqueeze(2), return_dict=False)[0].squeeze(2)
 
-        return picture_coding.decode(pipe, latents, tile or self.tile, pixels_of).unsqueeze(2)
+        return picture_coding.decode(pipe, latents, tile or self.tile, pixels_of, ranks).unsqueeze(2)
 
     def encode(self, pipe: Any, picture: Image.Image) -> torch.Tensor:
         def latents_of(window: torch.Tensor) -> torch.Tensor:
@@ -585,6 +592,7 @@ class QwenAdapter(DispatchAdapter):
     """
 
     text_first = Qwen.text_first
+    orders_calls = True
 
     def __init__(self, transformer: torch.nn.Module, grid: Grid, **options: Any) -> None:
         """See `DispatchAdapter`."""
@@ -646,11 +654,6 @@ class QwenAdapter(DispatchAdapter):
         if self._fitted is not None:
             self._fitted.prepare(self.order, call["timestep"], step)
         return call | {"hidden_states": self.in_groups(call["hidden_states"], 1)}
-
-    def leave(self, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.in_raster(output[0], 1), *output[1:])
-        return replace(output, sample=self.in_raster(output.sample, 1))
 
     def _references(self, call: Mapping[str, Any]) -> int:
         """Tokens of pictures to refer to.

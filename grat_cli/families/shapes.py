@@ -86,6 +86,11 @@ class TransformerShape(ABC):
     def token_channels(self) -> int:
         """Numbers that a token of latents holds."""
 
+    @property
+    def predicted_channels(self) -> int:
+        """Numbers that a token of the prediction holds."""
+        return self.token_channels
+
     def joint_text(self, text_tokens: int) -> int:
         """How many of so many text tokens are in the joint sequence."""
         return text_tokens if self.joins_text else 0

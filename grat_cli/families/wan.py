@@ -33,10 +33,12 @@ from grat_cli.families.base import (
     token_sides,
 )
 from grat_cli.families.shapes import TextEncoderShape, TransformerCall, TransformerShape
+from grat_cli.families.shared_decoding import tiles_over_ranks
 from grat_kernels import Grid
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from grat_cli.attention.chunking import Forward
     from grat_kernels import Plan
@@ -197,6 +199,10 @@ class WanShape(TransformerShape):
     @property
     def token_channels(self) -> int:
         return self.patch * self.in_channels
+
+    @property
+    def predicted_channels(self) -> int:
+        return self.patch * self.out_channels
 
     @property
     def timed_tokens(self) -> bool:
@@ -492,7 +498,9 @@ class Wan(Family):
         config = self.transformer_config(model)
         return _latents_shape(config, grid, config["out_channels"])
 
-    def decode(self, pipe: Any, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, tile: int | None = None, ranks: ProcessGroup | None = None
+    ) -> torch.Tensor:
         import torch
 
         if tile is not None:
@@ -503,7 +511,7 @@ class Wan(Family):
         def by_channel(numbers: Any) -> torch.Tensor:
             return torch.tensor(numbers).view(1, -1, 1, 1, 1).to(latents)
 
-        with torch.no_grad():
+        with torch.no_grad(), tiles_over_ranks(pipe.vae, ranks):
             scaled = latents / (1.0 / by_channel(vae.config.latents_std)) + by_channel(vae.config.latents_mean)
             return vae.decode(scaled, return_dict=False)[0]
 

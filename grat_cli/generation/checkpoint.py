@@ -418,6 +418,8 @@ class _StoredStep(BaseModel):
     stage: Annotated[int, Field(ge=0, le=MOST_STAGES)]
     computed: Annotated[tuple[Ranges, ...], Field(max_length=16)] = ()
     over_steps: StepKind | None = None
+    exchange_ms: Time = 0.0
+    exchanged_bytes: Bytes = 0
 
 
 class _StoredCache(BaseModel):

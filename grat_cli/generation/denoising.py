@@ -13,7 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from grat_cli.console.run_tables import step_text
-from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted, OutOfMemory
+from grat_cli.errors import BadInput, CannotWrite, GratError, Interrupted, OutOfMemory, RankLost
 from grat_cli.estimates.memory import DTYPE_BYTES
 from grat_cli.estimates.over_steps import kept_bytes, over_steps_data
 from grat_cli.estimates.stages import Stage
@@ -28,6 +28,7 @@ from grat_cli.generation.preview import Preview, PreviewedSteps
 from grat_cli.generation.request import Request, WritingProgress
 from grat_cli.generation.stage import Installed, StepWatch, installed, upscaled
 from grat_cli.generation.timing import Phases, StepRecorder, StepTiming, phase_of, while_compiling, with_work
+from grat_cli.generation.world import World, end_undisturbed
 from grat_cli.models import compiling
 from grat_cli.models.devices import is_out_of_memory, wait_for
 from grat_cli.presets.caches import Mag
@@ -76,6 +77,7 @@ class Studio:
         picture: latents `[1, C, h, w]` of the picture that every output of a request starts from, where the first stage
             is no sampling from noise.
         known: what the files of its pictures are known by.
+        world: the ranks that make each output together; None for one process alone.
     """
 
     pipe: Any
@@ -85,6 +87,7 @@ class Studio:
     surroundings: report.Surroundings
     picture: Callable[[Request], torch.Tensor]
     known: inputs.Known
+    world: World | None = None
 
 
 class Denoising:
@@ -133,9 +136,14 @@ class Denoising:
             if self._run.done:
                 self._keep(self._run)
             if kept := self._kept():
-                raise Interrupted(
-                    f"interrupted after step {self._run.done} of {self._run.total}; "
-                    f"go on with {command_for('resume', kept)}"
+                raise Interrupted(f"interrupted {self._stands}; go on with {command_for('resume', kept)}") from None
+            raise
+        except RankLost:
+            if self._run.done:
+                self._keep(self._run)
+            if kept := self._kept():
+                raise RankLost(
+                    f"another rank has ended, {self._stands}; go on with {command_for('resume', kept)}"
                 ) from None
             raise
         except Exception as error:
@@ -143,6 +151,10 @@ class Denoising:
             if of_this_machine and (kept := self._kept()):
                 self._progress.note(f"the last checkpoint is kept: {command_for('resume', kept)} goes on")
             raise
+
+    @property
+    def _stands(self) -> str:
+        return f"after step {self._run.done} of {self._run.total}"
 
     def remove_preview(self) -> None:
         """The output itself is there, or is made another time."""
@@ -162,7 +174,13 @@ class Denoising:
         start = None if start is None else start.to(self._device)
         self._progress.phase("denoise" if stage.number == 0 else f"denoising {stage.size}")
         with installed(
-            self._pipe, self._request, stage, start=start, first_step=first_step, observer=recorder
+            self._pipe,
+            self._request,
+            stage,
+            start=start,
+            first_step=first_step,
+            observer=recorder,
+            parallel=self._studio.world and self._studio.world.mesh,
         ) as inside:
             if inside.installation.guard and first_step:
                 inside.installation.guard.restore(run.guard or {}, first_step)
@@ -177,7 +195,8 @@ class Denoising:
                 after = self._after(run, stage, inside, guidance, watch, recorder, done, latents)
                 if done == stage.steps:
                     return after
-                is_keepable = caches is None or kept is not None
+                # What a rank's cache keeps is of its tokens alone: another number of ranks begins with an empty one.
+                is_keepable = caches is None or kept is not None or self._studio.world is not None
                 return replace(after, history=history, cache=kept and kept.data(), is_keepable=is_keepable)
 
             callback = StepKeeper(
@@ -208,7 +227,9 @@ class Denoising:
                             history=run.history,
                         ),
                     )
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, RankLost) as error:
+                    if isinstance(error, RankLost):
+                        end_undisturbed()
                     if (latents := callback.latents) is not None:
                         if callback.done == stage.steps:
                             latents = self._family.spatial(inside.pipe, latents, stage.width, stage.height)
@@ -369,7 +390,9 @@ class Denoising:
         )
 
     def _keep(self, run: Run) -> None:
-        """Writes a checkpoint. A run does not end because there is no room for one."""
+        """Writes a checkpoint, on the first of several ranks. A run does not end because there is no room for one."""
+        if not self._writes:
+            return
         if not run.is_keepable:
             measures = isinstance(cache := self._request.preset.cache, Mag) and cache.calibrate
             why = "a run that measures ratios" if measures else "a cache that keeps so much"
@@ -380,7 +403,13 @@ class Denoising:
         except CannotWrite as error:
             self._progress.note(f"{error}: step {run.done} is not kept")
 
+    @property
+    def _writes(self) -> bool:
+        return self._studio.world is None or self._studio.world.leads
+
     def _kept(self) -> Path | None:
+        if not self._writes:
+            return None
         places = (outputs.latents_path(self._output), outputs.checkpoint_path(self._output), self._run.kept)
         return next((path for path in places if path is not None and path.is_file()), None)
 

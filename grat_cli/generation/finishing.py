@@ -28,6 +28,7 @@ from grat_cli.models.loading import load_autoencoder
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 from grat_cli.generation.machine import phases_of
 
@@ -69,7 +70,8 @@ def decode_run(
         request.family.prepare(pipe, tile)
         if command:
             run = replace(run, report={**run.report, **_decoded(run, request, tile, command)})
-        return finish(pipe, device, run, request, output, phases, progress, tile)
+        pixels = decoded(pipe, device, run, request, phases, progress, tile)
+        return written(pipe, pixels, run, request, output, phases, progress)
 
 
 def written_already(run: Run, request: Request, output: Path) -> Made | None:
@@ -121,38 +123,59 @@ def _decoded(run: Run, request: Request, tile: int | None, command: str) -> dict
     }
 
 
-def finish(
+def decoded(
     pipe: Any,
     device: torch.device,
     run: Run,
     request: Request,
-    output: Path,
     phases: Phases,
     progress: WritingProgress,
     tile: int | None = None,
-) -> Made:
-    """Decodes latents, writes the output and its report.
+    ranks: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The pixels of latents, as `Family.decode` has them.
 
     Args:
         pipe: with an autoencoder.
         device: where it runs.
         run: with all of its steps done.
-        request: how to write the output.
-        output: where.
+        request: of the output.
         phases: of the run so far.
         progress: told how it goes on.
         tile: side in pixels of the tiles that are decoded one by one, None for the family's own.
-
-    Raises:
-        NumericalFailure: if there are NaN, or all is of one colour.
-        CannotWrite: if the output cannot be written.
+        ranks: that share the tiles; None for this process alone.
     """
     # 6. Decode.
     progress.phase("decode")
     with phases(phase_of("decode", run.stage)):
         assert run.latents is not None, "a run whose steps are done has latents"
-        pixels = request.family.decode(pipe, run.latents.to(device), tile)
+        return request.family.decode(pipe, run.latents.to(device), tile, ranks)
 
+
+def written(
+    pipe: Any,
+    pixels: torch.Tensor,
+    run: Run,
+    request: Request,
+    output: Path,
+    phases: Phases,
+    progress: WritingProgress,
+) -> Made:
+    """Writes an output and its report.
+
+    Args:
+        pipe: with the autoencoder.
+        pixels: of `decoded`.
+        run: with all of its steps done.
+        request: how to write the output.
+        output: where.
+        phases: of the run so far.
+        progress: told how it goes on.
+
+    Raises:
+        NumericalFailure: if there are NaN, or all is of one colour.
+        CannotWrite: if the output cannot be written.
+    """
     # 7. Write.
     progress.phase("save")
     check = FrameCheck(pipe.vae.dtype)

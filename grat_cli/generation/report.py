@@ -22,12 +22,15 @@ from grat_cli.models.environment import versions
 if TYPE_CHECKING:
     from grat_cli.attention.schedule import AttentionSchedule
     from grat_cli.generation.request import Request
+    from grat_cli.models.parallel import Parallel
     from grat_cli.presets import Cache
 
 SCHEMA = "grat.report/1"
 
 # What a run cost says nothing about how to repeat it, and stays out of the output.
 _COSTS = ("phases", "steps", "text", "peak_memory_bytes", "peak_memory_kind", "memory")
+# Of a step, what is told where there is any.
+_WHERE_ANY = ("computed", "over_steps", "exchange_ms", "exchanged_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Surroundings:
         memory_kind: what is measured as peak memory, in words.
         loras: that are added to the weights, of `lora.AppliedLora.told`.
         weights: files that weights were read from, of `WeightFile.as_dict`.
+        parallel: how ranks share an output; None for one process alone.
     """
 
     device: str
@@ -59,6 +63,7 @@ class Surroundings:
     memory_kind: str
     loras: tuple[Mapping[str, Any], ...] = ()
     weights: tuple[dict[str, Any], ...] = ()
+    parallel: Parallel | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +231,16 @@ def build_report(
             "cast": request.weights.cast,
             "compile": request.compile,
         },
+        **({"ranks": ranks_data(surroundings.parallel)} if surroundings.parallel else {}),
         "text": {"from": "cache" if text_known else "encoders"},
         "versions": versions(),
         "peak_memory_kind": surroundings.memory_kind,
     }
+
+
+def ranks_data(parallel: Parallel) -> dict[str, Any]:
+    """How ranks share an output, as plain data."""
+    return {"count": parallel.ranks, "cp": parallel.cp, "cfg": parallel.cfg, "reason": parallel.reason}
 
 
 def _name_of(file: str | None) -> str | None:
@@ -316,7 +327,7 @@ def measured(
             {
                 name: round(value, 6) if isinstance(value, float) else value
                 for name, value in asdict(step).items()
-                if value not in ((), None)
+                if value or name not in _WHERE_ANY
             }
             for step in steps
         ],
@@ -333,6 +344,9 @@ def _rounded(phases_ms: Mapping[str, float]) -> dict[str, float]:
 def provenance(report: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a report that goes into the picture or video: all but what the run cost."""
     kept = {name: value for name, value in report.items() if name not in _COSTS}
+    if "ranks" in kept:
+        told = ("count", "cp", "cfg", "reason")
+        kept["ranks"] = {name: value for name, value in kept["ranks"].items() if name in told}
     if "stages" in kept:
         kept["stages"] = [{name: stage[name] for name in stage if name != "phases"} for stage in kept["stages"]]
     return kept

@@ -7,14 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grat_cli.errors import Interrupted
+from grat_cli.errors import INTERRUPTED, GratError, Interrupted, RankLost
 from grat_cli.families import cut_prompts
 from grat_cli.families.cut_prompts import watched
 from grat_cli.families.guidance import choose_guidance
 from grat_cli.files import whole
 from grat_cli.generation.checkpoint import Run, discard_run, files_of
 from grat_cli.generation.denoising import Denoising, Studio, Text
-from grat_cli.generation.finishing import Made, decode_run, finish, keep_latents, kept_latents, tidy_up, written_already
+from grat_cli.generation.finishing import (
+    Made,
+    decode_run,
+    decoded,
+    keep_latents,
+    kept_latents,
+    tidy_up,
+    written,
+    written_already,
+)
 from grat_cli.generation.inputs import (
     known_before,
     known_files,
@@ -26,7 +35,9 @@ from grat_cli.generation.inputs import (
 from grat_cli.generation.known_texts import KnownTexts, negative_of
 from grat_cli.generation.machine import memory_advice, offload_chooser, phases_of, release, surroundings
 from grat_cli.generation.request import Progress, Request, WritingProgress, check, note_expectations
+from grat_cli.generation.sharing import Shard
 from grat_cli.generation.stage import refuse_cache, stages_for, upscaled
+from grat_cli.generation.world import World, followed
 from grat_cli.models.compiling import compile_blocks, require_compile
 from grat_cli.models.devices import (
     can_compute_on,
@@ -36,6 +47,7 @@ from grat_cli.models.devices import (
 )
 from grat_cli.models.loading import load_model
 from grat_cli.models.resolution import Resolution
+from grat_cli.models.sharding import require_sharding
 from grat_cli.models.text_cache import Embedded, laid_out
 from grat_cli.models.weight_files import WeightFile
 
@@ -44,13 +56,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def generate(request: Request, progress: WritingProgress, begun: Run | None = None) -> Iterator[Made]:
+def generate(
+    request: Request, progress: WritingProgress, begun: Run | None = None, world: World | None = None
+) -> Iterator[Made]:
     """Makes one output per seed and writes it with its report; the model is loaded once.
 
     Args:
         request: what to make.
         progress: told how it goes on.
         begun: a run that is taken up; the seeds before its own are left out.
+        world: the ranks that make the outputs together, all of which call this; None for one process alone.
+
+    Yields:
+        Each output that this process has written: where ranks make them together, the first one does.
 
     Raises:
         BadInput: if the request cannot be done, with what to change.
@@ -59,23 +77,27 @@ def generate(request: Request, progress: WritingProgress, begun: Run | None = No
         OutOfMemory: if the device has too little memory.
         NumericalFailure: if latents turn NaN or infinite, or an output is of one flat colour.
         Interrupted: by Ctrl-C, where something was kept to go on with.
+        RankLost: if another rank has ended.
     """
+    if world is not None:
+        request = world.for_this_rank(request)
     # 1. Refuse what can be refused before anything is loaded, and finish what is only to be decoded.
     check(request)
     note_expectations(request, progress)
     jobs = list(zip(request.seeds, request.outputs, strict=True))
     if begun is not None:
-        take_up(begun, choose_device(request.device), progress)
+        take_up(begun, choose_device(request.device), progress, world)
         jobs = jobs[request.seeds.index(begun.seed) :]
         if begun.finished:
             _, output = jobs.pop(0)
-            yield written_already(begun, request, output) or decode_run(begun, request, output, progress)
-            tidy_up(begun, request, output, None)
+            if world is None or world.leads:
+                yield written_already(begun, request, output) or decode_run(begun, request, output, progress)
+                tidy_up(begun, request, output, None)
     if not jobs:
         return
 
     # 2. Load.
-    generator = Generator(request, progress, begun)
+    generator = Generator(request, progress, begun, world=world)
 
     # 3. Encode the prompts, once for all seeds.
     text = generator.encode(request)
@@ -84,7 +106,28 @@ def generate(request: Request, progress: WritingProgress, begun: Run | None = No
     # 4. to 8. Denoise in stages, keep, decode, write, report.
     for number, (seed, output) in enumerate(jobs):
         run = begun if begun is not None and begun.seed == seed else generator.new_run(seed)
-        yield generator.make(request, run, output, text, is_last=number == len(jobs) - 1)
+        made = generator.make(request, run, output, text, is_last=number == len(jobs) - 1)
+        if made is not None:
+            yield made
+
+
+def follow(here: Shard, progress: WritingProgress) -> int:
+    """Makes, as one of the ranks but the first, what that one says; returns an exit code.
+
+    Raises:
+        GratError: for what goes wrong on this rank, which it names.
+    """
+    try:
+        request, begun, world = followed(here)
+        for _ in generate(request, progress, begun, world):
+            pass
+    except RankLost:  # which is for the one that was lost to explain, or for the first
+        return RankLost.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except GratError as error:
+        raise type(error)(f"rank {here.rank - 1}: {error}") from error
+    return 0
 
 
 # What of a pipeline no output needs any more once its prompt is encoded, or its latents are made.
@@ -104,6 +147,7 @@ class Generator:
         progress: WritingProgress,
         begun: Run | None = None,
         later: Sequence[Request] = (),
+        world: World | None = None,
     ) -> None:
         """Loads the model.
 
@@ -113,7 +157,9 @@ class Generator:
             progress: told how it goes on.
             begun: the run that is taken up.
             later: what is made afterwards, as far as it is known: where the texts of all are, no encoder is loaded.
+            world: the ranks that make the outputs together; None for one process alone.
         """
+        self._world = world
         self._device, self._progress, self._family = choose_device(request.device), progress, request.family
         self._picture: Image.Image | torch.Tensor | None
         self._read(request, begun)
@@ -131,6 +177,8 @@ class Generator:
         cache = request.preset.cache and request.preset.cache.kind
         if request.compile:
             require_compile(self._device, request.offload, cache)
+        if self._world is not None and self._world.shards_weights:
+            require_sharding(request.offload, compiled=request.compile)
         with memory_advice(request, self._device, self.stages[0]):
             progress.phase("load")
             with self._common("load"):
@@ -143,6 +191,7 @@ class Generator:
                     pictures=request.kinds,
                     weights=request.weights,
                     are_texts_known=are_texts_known,
+                    shard_over=self._world and self._world.shares_weights,
                 )
             if request.offload == "auto":
                 progress.note(f"--offload auto is {self._model.offload}: {self._model.offload_reason}")
@@ -153,9 +202,9 @@ class Generator:
             require_compile(self._device, self._model.offload, cache)  # which auto may have chosen
             compile_blocks(self._family.transformers(self._pipe))
         self._family.prepare(self._pipe)
-        told = surroundings(self._model, self._device)
-        picture, known = self._latents_of_picture, self._known
-        self._studio = Studio(self._pipe, self._device, progress, self.stages, told, picture, known)
+        told = surroundings(self._model, self._device, self._world and self._world.parallel)
+        picture, known, world = self._latents_of_picture, self._known, self._world
+        self._studio = Studio(self._pipe, self._device, progress, self.stages, told, picture, known, world)
 
     def _read(self, request: Request, begun: Run | None = None) -> None:
         """Pictures and stages of a request; of a run that is taken up, as they were."""
@@ -246,8 +295,8 @@ class Generator:
         if self._lets_go:
             release(self._pipe, *(name for name in _ENCODERS if getattr(self._pipe, name, None) is not None))
 
-    def make(self, request: Request, run: Run, output: Path, text: Text, *, is_last: bool) -> Made:
-        """One output, written with its report.
+    def make(self, request: Request, run: Run, output: Path, text: Text, *, is_last: bool) -> Made | None:
+        """One output, written with its report; None on a rank that leaves writing to the first.
 
         Args:
             request: of the prompt.
@@ -261,7 +310,9 @@ class Generator:
         phases.take(self._common)
         phases.take(text.phases)
         making = Denoising(self._studio, request, run, output, text, phases)
-        if not run.done:
+        world, steps_before = self._world, len(run.steps)
+        writes = world is None or world.leads
+        if not run.done and writes:
             # Of an earlier run, which would be taken for this one's.
             discard_run(output, overwrite=request.overwrite)
 
@@ -272,17 +323,22 @@ class Generator:
                 release(self._pipe, *(name for name in _TRANSFORMERS if getattr(self._pipe, name, None) is not None))
 
             # 5. Keep the latents until the output is written: decoding is where memory runs out.
-            kept = keep_latents(run, request, output, self._progress)
+            kept = keep_latents(run, request, output, self._progress) if writes else None
 
             # 6. to 8. Decode, write, report.
             with kept_latents(kept, request, output, self._progress):
-                made = finish(self._pipe, self._device, run, request, output, phases, self._progress)
+                if world is not None and (told := world.told(run.steps[steps_before:])):
+                    run = replace(run, report={**run.report, "ranks": told})
+                ranks = world and world.group
+                pixels = decoded(self._pipe, self._device, run, request, phases, self._progress, ranks=ranks)
+                made = written(self._pipe, pixels, run, request, output, phases, self._progress) if writes else None
         except (KeyboardInterrupt, Interrupted):
             making.remove_preview()  # what is kept to go on from makes previews of its own
             raise
         self._pipe.maybe_free_model_hooks()
-        making.remove_preview()
-        tidy_up(run, request, output, kept)
+        if writes:
+            making.remove_preview()
+            tidy_up(run, request, output, kept)
         return made
 
 
@@ -290,11 +346,19 @@ def _files(request: Request) -> tuple[object, ...]:
     return request.init_image, request.mask, request.control, request.references
 
 
-def take_up(run: Run, device: torch.device, progress: Progress) -> None:
+def take_up(run: Run, device: torch.device, progress: Progress, world: World | None = None) -> None:
     """Makes a run's files this process's own, and computes on as many CPU threads as it was begun with: on others sums
-    are rounded in another order."""
-    for kept in files_of(run):
+    are rounded in another order, as they are on another number of ranks, of which each has threads of its own."""
+    for kept in files_of(run) if world is None or world.leads else ():
         whole.adopt(kept)
+    before, now = run.report.get("ranks", {}).get("count", 1), 1 if world is None else world.parallel.ranks
+    if before != now:
+        progress.note(
+            f"the run was begun on {before} rank{'s' * (before > 1)}, and goes on with {now}: sums may be rounded in "
+            "another order"
+        )
+    if max(before, now) > 1:
+        return
     threads, here = run.report.get("device", {}).get("threads"), cpu_threads(device)
     if threads and here and not can_compute_on(threads):
         progress.note(

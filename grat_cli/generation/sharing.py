@@ -60,21 +60,41 @@ def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
         BadInput: if it is no part of a whole, or nothing says which.
     """
     if text == "auto":
-        return _of_torchrun(environment) or _of_slurm(environment) or _refuse_auto()
+        return of_torchrun(environment, "--shard auto") or _of_slurm(environment) or _refuse_auto()
     found = _SHARD.fullmatch(text)
     if found is None:
         raise BadInput(f"--shard {text}: expected a part such as 2/8 (the second of eight), or auto")
     return _shard(int(found[1]), int(found[2]), f"--shard {text}")
 
 
-def _of_torchrun(environment: Mapping[str, str]) -> Shard | None:
+def of_torchrun(environment: Mapping[str, str], asked: str) -> Shard | None:
+    """What torch's launcher tells a process, as the part of a whole that it is; None where it tells nothing.
+
+    Args:
+        environment: of the process.
+        asked: for whom it is, to begin a complaint with.
+
+    Raises:
+        BadInput: if it is no part of a whole.
+    """
     if not {"RANK", "WORLD_SIZE"} <= environment.keys():
         return None
-    numbers = _Numbers(environment)
+    numbers = _Numbers(environment, asked)
     rank, count, local = numbers["RANK"], numbers["WORLD_SIZE"], None
     if "LOCAL_RANK" in environment:
         local = numbers["LOCAL_RANK"]
-    return _shard(rank + 1, count, f"--shard auto: RANK={rank}, WORLD_SIZE={count}", local)
+    return _shard(rank + 1, count, f"{asked}: RANK={rank}, WORLD_SIZE={count}", local)
+
+
+def of_launcher(environment: Mapping[str, str]) -> Shard | None:
+    """This process among ranks that can talk, which torch's launcher has started; None where nothing has.
+
+    Raises:
+        BadInput: as `of_torchrun`.
+    """
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        return None
+    return of_torchrun(environment, "torchrun")
 
 
 def _of_slurm(environment: Mapping[str, str]) -> Shard | None:
@@ -106,15 +126,15 @@ def _shard(rank: int, count: int, told: str, local_rank: int | None = None) -> S
 class _Numbers:
     """Whole numbers that a launcher has set."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, environment: Mapping[str, str], asked: str = "--shard auto") -> None:
+        self._environment, self._asked = environment, asked
 
     def __getitem__(self, name: str) -> int:
         text = self._environment[name]
         if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _LARGEST_NUMBER):
             shown = printable(text[:40])
             raise BadInput(
-                f"--shard auto: {name} is {shown!r}, no whole number: type which part this is, such as --shard 2/8"
+                f"{self._asked}: {name} is {shown!r}, no whole number: type which part this is, such as --shard 2/8"
             )
         return int(text)
 

@@ -20,6 +20,7 @@ from grat_cli.models.devices import wait_for
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch.distributed.device_mesh import DeviceMesh
 
     from grat_cli.attention.adapter import CallObserver
     from grat_cli.models.resolution import Resolution
@@ -90,6 +91,7 @@ def installed(
     start: torch.Tensor | None = None,
     first_step: int = 0,
     observer: CallObserver | None = None,
+    parallel: DeviceMesh | None = None,
 ) -> Iterator[Installed]:
     """While inside, a pipeline runs a stage with its attention, time shift and guidance.
 
@@ -100,6 +102,7 @@ def installed(
         start: latents that it starts from; None for noise, and where the pipeline is given pictures.
         first_step: steps of it that are done.
         observer: told of transformer calls and attentions.
+        parallel: ranks that run it together, as for `install`.
 
     Raises:
         BadInput: if attention or schedule do not fit the stage, or its backend cannot run.
@@ -122,6 +125,7 @@ def installed(
             first_step=first_step,
             observer=observer,
             extrapolation=_extrapolation(request, stage),
+            parallel=parallel,
         ) as installation,
         explained_backend_failures(),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,14 @@ class StepTiming:
         timestep: the scheduler's timestep.
         total_ms: time in the transformer, both calls where classifier-free guidance makes two.
         attention_ms: the part of it in span attention, text queries included.
-        other_ms: the rest: projections, feed-forward, norms, permutation.
+        other_ms: the rest but for exchanges: projections, feed-forward, norms, permutation.
         density: attended pairs over all pairs, mean over layers.
         stage: of the run that it belongs to, counted from 0; see `highres.Stage`.
         computed: of each transformer call the layers whose attention was computed, such as `0, 3-5`; empty where all
             were.
         over_steps: what the step was where attention is carried over steps, else None.
+        exchange_ms: the part of `total_ms` in exchanges between ranks, waiting for each other included.
+        exchanged_bytes: that this rank sent to others in them.
     """
 
     index: int
@@ -42,22 +44,28 @@ class StepTiming:
     stage: int = 0
     computed: tuple[str, ...] = ()
     over_steps: StepKind | None = None
+    exchange_ms: float = 0.0
+    exchanged_bytes: int = 0
 
 
 @dataclass
 class _Call:
-    """Marks of one transformer call: its begin and end, and (begin, end) of every attention in it."""
+    """Marks of one transformer call: its begin and end, and (begin, end) of every attention and exchange in it, and of
+    exchanges of what it has made."""
 
     step: int
     density: float
     begin: Any
     end: Any = None
     attentions: list[tuple[Any, Any]] = field(default_factory=list)
+    exchanges: list[tuple[Any, Any]] = field(default_factory=list)
+    afterwards: list[tuple[Any, Any]] = field(default_factory=list)
+    sent_bytes: int = 0
     left_out_ms: float = 0.0
 
 
 class StepRecorder:
-    """Records transformer calls and the attentions in them; an `adapters.base.CallObserver`.
+    """Records transformer calls, and the attentions and exchanges in them; a `layer.CallObserver`.
 
     On CUDA and MPS devices a mark is an event in the stream, so nothing waits for the device until `steps()`;
     elsewhere it is the wall clock.
@@ -82,6 +90,14 @@ class StepRecorder:
         yield
         self._calls[-1].attentions.append((begin, self._mark()))
 
+    @contextmanager
+    def exchange(self, sent_bytes: int) -> Iterator[None]:
+        """Marks begin and end of one exchange between ranks; one after a transformer call counts with it."""
+        begin, call = self._mark(), self._calls[-1]
+        yield
+        (call.exchanges if call.end is None else call.afterwards).append((begin, self._mark()))
+        call.sent_bytes += sent_bytes
+
     def leave_out(self, milliseconds: float) -> None:
         """Time of the transformer call under way, if any, that is not its own: the device did nothing in it."""
         if self._calls and self._calls[-1].end is None:
@@ -93,21 +109,32 @@ class StepRecorder:
         Args:
             timesteps: the scheduler's timestep of every step that was run.
         """
-        totals: dict[int, float] = {}
-        attentions: dict[int, float] = {}
-        densities: dict[int, float] = {}
+        calls: dict[int, list[_Call]] = {}
         for call in self._calls:
-            if call.end is None:
-                continue
-            total = max(0.0, self._elapsed_ms(call.begin, call.end) - call.left_out_ms)
-            totals[call.step] = totals.get(call.step, 0.0) + total
-            inside = sum(self._elapsed_ms(begin, end) for begin, end in call.attentions)
-            attentions[call.step] = attentions.get(call.step, 0.0) + inside
-            densities[call.step] = call.density
-        return [
-            StepTiming(step, float(timesteps[step]), total, attentions[step], total - attentions[step], densities[step])
-            for step, total in sorted(totals.items())
-        ]
+            if call.end is not None:
+                calls.setdefault(call.step, []).append(call)
+        return [self._timing(step, float(timesteps[step]), of_step) for step, of_step in sorted(calls.items())]
+
+    def _timing(self, step: int, timestep: float, calls: Sequence[_Call]) -> StepTiming:
+        """Of a step, from its calls."""
+
+        def within(marks: Iterable[tuple[Any, Any]]) -> float:
+            return sum((self._elapsed_ms(begin, end) for begin, end in marks), start=0.0)
+
+        afterwards = sum(within(call.afterwards) for call in calls)
+        total = sum(max(0.0, within([(call.begin, call.end)]) - call.left_out_ms) for call in calls) + afterwards
+        attention = sum(within(call.attentions) for call in calls)
+        exchange = sum(within(call.exchanges) for call in calls) + afterwards
+        return StepTiming(
+            step,
+            timestep,
+            total,
+            attention,
+            total - attention - exchange,
+            calls[-1].density,
+            exchange_ms=exchange,
+            exchanged_bytes=sum(call.sent_bytes for call in calls),
+        )
 
 
 def with_work(steps: Sequence[StepTiming], work: Work | None, carrying: Carrying | None = None) -> list[StepTiming]:

@@ -13,6 +13,7 @@ from grat_cli.attention.schedule import STEP_KINDS, StepKind
 from grat_cli.files import videos
 from grat_cli.files.prompts import LARGEST_SEED
 from grat_cli.models.lora import MOST_LORAS
+from grat_cli.models.parallel import MOST_RANKS
 from grat_cli.models.resolution import LARGEST_SIDE
 from grat_cli.models.video_size import MOST_FRAMES
 from grat_cli.presets import MOST_STEPS, Preset
@@ -153,6 +154,28 @@ class ToldStep(Told):
     over_steps: StepKind | None = None
 
 
+class ToldRank(Told):
+    """What one of several ranks took; see `world.World.told`."""
+
+    rank: Count
+    total_ms: Time
+    attention_ms: Time
+    exchange_ms: Time
+    waiting_ms: Time
+    bytes_per_step: Bytes
+
+
+class ToldRanks(Told):
+    """How ranks shared an output, and once it is done what each took."""
+
+    count: Annotated[int, Field(ge=1, le=MOST_RANKS)]
+    cp: Annotated[int, Field(ge=1, le=MOST_RANKS)]
+    cfg: Annotated[int, Field(ge=1, le=2)]
+    reason: Line
+    each: Annotated[tuple[ToldRank, ...], Field(max_length=MOST_RANKS)] = ()
+    foretold: Annotated[dict[Name, Number], Field(max_length=10)] = {}
+
+
 class ToldSampling(Told):
     """How an output was sampled."""
 
@@ -234,6 +257,7 @@ class ShownReport(Told):
     guard: ToldGuard | None = None
     cache: ToldCache | None = None
     over_steps: ToldOverSteps | None = None
+    ranks: ToldRanks | None = None
     backend: ToldBackend
     device: ToldDevice
     versions: ToldVersions
@@ -305,5 +329,6 @@ class KeptReport(Told):
     guard: ToldGuard | None
     cache: ToldCache | None = None
     over_steps: ToldOverSteps | None = None
+    ranks: ToldRanks | None = None
     peak_memory_kind: Line
     pictures: Annotated[tuple[KeptPicture, ...], Field(max_length=MOST_REFERENCES + 3)] = ()

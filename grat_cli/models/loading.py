@@ -39,12 +39,14 @@ from grat_cli.models.quantization import (
     require_quantization,
 )
 from grat_cli.models.quiet import without_bars, without_pointless_warnings
+from grat_cli.models.sharding import require_sharding, shard_pipeline
 from grat_cli.models.single_file import holds_other_parts, read_weights, text_encoder_of, transformer_of
 from grat_cli.models.weight_files import WeightFile, files_of_part, known_file, variant_of
 from grat_cli.models.weights import AS_THEY_ARE, Weights
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 _NEURAL_PARTS: tuple[str, ...] = (
     *("text_encoder", "text_encoder_2", "image_encoder", "transformer", "transformer_2", "vae"),
@@ -84,6 +86,7 @@ def load_model(
     choose_offload: Callable[[Any], tuple[str, str]] | None = None,
     pictures: frozenset[PictureKind] = NO_PICTURES,
     are_texts_known: Callable[[Path, Mapping[str, torch.dtype]], bool] | None = None,
+    shard_over: DeviceMesh | None = None,
 ) -> LoadedModel:
     """Loads a model and puts it on a device.
 
@@ -97,10 +100,12 @@ def load_model(
         pictures: kinds of the pictures that the pipeline is to take.
         are_texts_known: whether all texts are encoded already, by the folder of the pipeline's parts and the dtypes of
             these; then those that encode are not loaded, and are None.
+        shard_over: ranks that share the weights of transformers, all of which load them; see `sharding.shard_weights`.
+            All other parts are on every rank.
 
     Raises:
         ModelUnavailable: if it is missing, gated, damaged or out of reach, with what to do.
-        BadInput: if offload, quantization, casts, LoRAs and device do not fit.
+        BadInput: if offload, quantization, casts, sharding, LoRAs and device do not fit.
     """
     family = family_of(choice)
     require_offload(offload, device)
@@ -108,6 +113,8 @@ def load_model(
         lora_files = files_of_loras(choice, weights, pictures)
     require_quantization(weights.quantize, device, offload=offload, is_demo=choice.is_demo)
     require_cast(weights.cast, weights.quantize)
+    if shard_over is not None:
+        require_sharding(offload, quantize=weights.quantize, cast=weights.cast)
     how = _How(
         family.dtypes(_NEURAL_PARTS, device, dtype),
         weights,
@@ -124,14 +131,19 @@ def load_model(
     kind, reason = offload, "chosen by name"
     if offload == "auto":
         kind, reason = "none", f"the run is on {device.type}"
-        if device.type == "cuda":
+        if shard_over is not None:
+            reason = "ranks share the weights"
+        elif device.type == "cuda":
             assert choose_offload is not None, "nobody knows what the run will need"
             kind, reason = choose_offload(pipe)
         require_quantization(weights.quantize, device, offload=kind)
     for part in pipe.components.values():
         is_cast = any(part is transformer for transformer in family.transformers(pipe))
         require_movable(part, weights.cast if is_cast else "none", kind, device)
-    offload_pipeline(pipe, kind, device)
+    if shard_over is None:
+        offload_pipeline(pipe, kind, device)
+    else:
+        shard_pipeline(pipe, family.transformers(pipe), device, shard_over)
     revision = revision_of(folder) if choice.kind == "hub" else None
     notes = (*_notes(choice, weights), *(lora.note for lora in loras if lora.note is not None))
     return LoadedModel(pipe, revision, kind, reason, loras, files, notes)

@@ -35,6 +35,9 @@ class Parallel:
         return f"cp={self.cp},cfg={self.cfg}"
 
 
+ALONE = Parallel(1, reason="one GPU")
+
+
 def parse_parallel(text: str) -> tuple[int | None, int | None]:
     """`cp` and `cfg` of `--parallel`, each None where it is left open; `auto` leaves both so.
 
@@ -78,6 +81,8 @@ def choose_parallel(wanted: str, ranks: int, heads: int, calls: int, *, shards_w
         raise BadInput(f"--parallel {wanted}: guidance makes no second call here: leave cfg=2 out")
     if chosen.ranks != ranks:
         raise BadInput(f"--parallel {wanted} is for {chosen.ranks} ranks, not {ranks}: use --gpus {chosen.ranks}")
+    if shards_weights and cp == 1:
+        raise BadInput(f"--shard-weights: with {chosen} no ranks share a call: leave it out, or share calls by more")
     if heads % cp:
         fitting = [count * cfg for count in range(1, heads + 1) if heads % count == 0]
         raise BadInput(f"{heads} heads cannot be shared by {cp} ranks: use --gpus {_listed(fitting)}")

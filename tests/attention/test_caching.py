@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_flux
-import tiny_flux2
-import tiny_hunyuan
-import tiny_hunyuan15
-import tiny_qwen
-import tiny_wan
 import torch
 from accelerate import cpu_offload
-from diffusers.hooks.faster_cache import FasterCacheConfig
-from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+from cached_runs import CACHES, RATIOS, SIZE, STEPS, other_families, run, stock_config
 from diffusers.hooks.group_offloading import apply_group_offloading
-from diffusers.hooks.mag_cache import MagCacheConfig
-from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
-from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from flux_runs import GUIDED, HEIGHT, WIDTH, NoHostReads, call, preset, relative_difference
 
 import grat_cli
+from grat_cli.attention.layer import CallObserver
 from grat_cli.attention.work import Work
 from grat_cli.errors import BadInput
 from grat_cli.estimates.memory import cached_bytes
 from grat_cli.families import FAMILIES
 from grat_cli.presets import Preset
-from grat_cli.presets.caches import Broadcast, Cache, Faster, FirstBlock, Mag, Taylor
+from grat_cli.presets.caches import FirstBlock, Mag
 from grat_kernels import Grid, Plan
 
-STEPS = 7
 RELATIVE = 5e-6  # two computations of one fp32 pass, as without a cache
-SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH}
-RATIOS = (1.0, 1.01, 0.99, 1.01, 1.01, 0.99, 1.01)
-# Each leaves out some attention of a run of so many steps of a small random model, whose steps differ much.
-CACHES: dict[str, Cache] = {
-    "first-block": FirstBlock(threshold=1.0),
-    "mag": Mag(ratios=RATIOS, threshold=0.05),
-    "taylor": Taylor(cache_interval=3, disable_cache_before_step=2),
-    "lite": Taylor(cache_interval=3, disable_cache_before_step=2, use_lite_mode=True),
-    "pab": Broadcast(timesteps=(0, 1000)),
-    "faster": Faster(timesteps=(0, 1000)),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,38 +37,6 @@ def _no_gradients() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     return tiny_flux.pipeline()
-
-
-def run(pipe: Any, **arguments: Any) -> torch.Tensor:
-    return call(pipe, num_inference_steps=STEPS, **arguments)
-
-
-def stock_config(pipe: Any, name: str) -> Any:
-    """The same caches, as a user of diffusers writes them down for Flux and HunyuanVideo."""
-
-    def timestep() -> Any:
-        # FasterCache cannot forecast before two steps are computed.
-        early = name == "faster" and pipe.scheduler.step_index in (None, 0, 1)
-        return 10_000 if early else pipe._current_timestep
-
-    taylor = {"cache_interval": 3, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32}
-    configs: dict[str, Callable[[], Any]] = {
-        "first-block": lambda: FirstBlockCacheConfig(threshold=1.0),
-        "mag": lambda: MagCacheConfig(mag_ratios=list(RATIOS), num_inference_steps=STEPS, threshold=0.05),
-        "taylor": lambda: TaylorSeerCacheConfig(**taylor),
-        "lite": lambda: TaylorSeerCacheConfig(**taylor, use_lite_mode=True),
-        "pab": lambda: PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(0, 1000),
-            current_timestep_callback=timestep,
-        ),
-        "faster": lambda: FasterCacheConfig(
-            spatial_attention_timestep_skip_range=(-1, 1000),
-            is_guidance_distilled=True,
-            current_timestep_callback=timestep,
-        ),
-    }
-    return configs[name]()
 
 
 @contextmanager
@@ -146,48 +94,6 @@ def test_patterns_run_with_a_cache_and_a_guard_and_twice_alike(pipe: Any, name: 
     assert not torch.equal(made, plain)
     assert relative_difference(made, plain) < 1
     assert guard or sum(work.density for work in computed if work) / STEPS < density
-
-
-def other_families() -> dict[str, tuple[Callable[[], Any], str, list[int], dict[str, Any], Callable[[Any], Any]]]:
-    """Pipelines of the other families, their preset's model, groups, size, and what they make."""
-    video = {"height": 48, "width": 80, "num_frames": 13}
-
-    def of(**arguments: Any) -> Callable[[Any], Any]:
-        def make(pipe: Any) -> Any:
-            generator = torch.Generator().manual_seed(5)
-            made = pipe(**arguments, num_inference_steps=STEPS, generator=generator, output_type="latent")
-            return made.images if hasattr(made, "images") else made.frames
-
-        return make
-
-    picture = {"height": 144, "width": 208}
-    guided_qwen = {**tiny_qwen.prompt(7), **tiny_qwen.negative_prompt(5), "true_cfg_scale": 2.0}
-    waves = {"prompt": "waves at night under a red boat"}
-    return {
-        "qwen": (tiny_qwen.pipeline, "qwen", [4, 4], picture, of(**guided_qwen, **picture)),
-        "flux2": (
-            tiny_flux2.pipeline,
-            "flux2",
-            [4, 4],
-            picture,
-            of(**tiny_flux2.prompt(), **picture, guidance_scale=1.0),
-        ),
-        "hunyuan": (
-            tiny_hunyuan.pipeline,
-            "hunyuan",
-            [2, 3, 3],
-            video,
-            of(**waves, **video, negative_prompt="", true_cfg_scale=3.0, max_sequence_length=16),
-        ),
-        "hunyuan15": (tiny_hunyuan15.pipeline, "hunyuan15", [2, 3, 3], video, of(**waves, **video)),
-        "wan": (
-            lambda: tiny_wan.pipeline("two"),
-            "wan",
-            [2, 3, 3],
-            video,
-            of(**waves, **video, guidance_scale=3.0, max_sequence_length=16),
-        ),
-    }
 
 
 SERVED = {
@@ -392,8 +298,8 @@ def test_chunks_and_offloading_change_nothing_with_a_cache(name: str, offload: s
 # ---- What is counted
 
 
-class Counting:
-    """Counts by itself what attentions are computed, as a `CallObserver`."""
+class Counting(CallObserver):
+    """Counts by itself what attentions are computed."""
 
     def __init__(self) -> None:
         self.steps: dict[int, list[list[int]]] = {}

@@ -11,17 +11,15 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import tiny_flux
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
-from shared_calls import adapter_of, pictures, predictions
+from ranks import on_ranks, one_after_another
+from shared_calls import adapter_of, pictures, predictions, told, until_one_ends
 from small_transformers import MODELS
 
-import grat_cli
 from grat_cli.attention.context_parallel import Shared
-from grat_cli.demo import DEMO_FLUX
-from grat_cli.demo.architecture import load_pipeline
 from grat_cli.errors import BadInput
 from grat_kernels import Block, CrissCross, Full, Grid, Grouping, build_plan
 from grat_kernels.plan import build_head_plan
@@ -35,19 +33,43 @@ def group_of(size: int, rank: int = 0) -> Any:
     return cast(Any, SimpleNamespace(size=lambda: size, rank=lambda: rank))
 
 
-def test_ranks_that_share_calls_predict_what_one_does() -> None:
+@pytest.fixture(scope="module")
+def of_two() -> list[Any]:
+    """What two ranks have each come to: predictions, what an observer was told, when they knew that one had ended."""
+    return on_ranks(2, one_after_another, (predictions, tuple(MODELS)), (told,), (until_one_ends,))
+
+
+def test_ranks_that_share_calls_predict_what_one_does(of_two: list[Any]) -> None:
     names = tuple(MODELS)
     assert all(adapter_of(name).heads % 2 == 0 for name in names)
     assert any(MODELS[name].grids[0].tokens % 2 for name in names)
     alone = predictions(None, names)
-    for of_rank in on_ranks(2, predictions, names):
+    for of_rank, _, _ in of_two:
         for name in names:
             assert float((of_rank[name] - alone[name]).abs().max()) <= TOLERANCE
 
 
+def test_an_observer_is_told_of_exchanges_and_of_what_is_sent_in_them(of_two: list[Any]) -> None:
+    adapter = adapter_of("flux")
+    tokens, text, heads = adapter.grid.tokens, tiny_flux.TEXT_TOKENS, adapter.heads
+    of_head = 4 * adapter.model.config.attention_head_dim  # bytes of a token's, in fp32
+    channels = adapter.model.config.in_channels
+    assert tokens % 2
+    for rank, (_, of_rank, _) in enumerate(of_two):
+        own, others = (tokens + 1) // 2 - rank, tokens // 2 + rank
+        there, back = 3 * own * heads // 2 * of_head, (others + text) * heads // 2 * of_head
+        gathered = (tokens + 1) // 2 * channels * 4
+        assert of_rank == ["begin", *[there, "attention", back] * adapter.layers, gathered, "end"]
+
+
+def test_a_rank_learns_within_seconds_that_another_has_ended(of_two: list[Any]) -> None:
+    assert max(seconds for _, _, seconds in of_two) < 30  # the ranks' timeout is twice that
+
+
 def test_ranks_that_share_a_run_make_the_picture_of_one() -> None:
     """The demo model has three heads: one a rank, and layers of which they differ, choose, and are carried; or that a
-    guard widens."""
+    guard widens; or that a cache takes over, by what all ranks see: what each sees is now above the threshold, now
+    below it."""
     preset = {
         "name": "own",
         "model": "demo",
@@ -58,13 +80,15 @@ def test_ranks_that_share_a_run_make_the_picture_of_one() -> None:
         },
     }
     watched = {"name": "watched", "model": "demo", "attention": {"variant": "b", "group": [4, 4]}, "guard": 0.9}
-    presets = (preset, watched)
+    cached = {**watched, "guard": 0, "cache": {"kind": "first-block", "threshold": 0.5}}
+    presets = (preset, watched, cached)
     alone = pictures(None, presets)
     assert alone[1].widened
+    assert any(alone[2].computed)
     for of_rank in on_ranks(3, pictures, presets):
         for made, expected in zip(of_rank, alone, strict=True):
             np.testing.assert_allclose(made.pixels, expected.pixels, rtol=0, atol=TOLERANCE)
-            assert made.widened == expected.widened
+            assert (made.widened, made.computed) == (expected.widened, expected.computed)
 
 
 @given(tokens=st.integers(1, 10_000), size=st.integers(1, 64))
@@ -96,12 +120,3 @@ def test_plans_of_some_heads_are_those_of_their_classes() -> None:
     assert two.tokens == plan.tokens
     assert plan.of_heads(range(3, 6)) is two
     assert plan.classes[0].of_heads(range(1, 2)) is plan.classes[0]
-
-
-def test_what_ranks_would_decide_differently_is_refused() -> None:
-    pipe = load_pipeline(DEMO_FLUX.path)
-    with (
-        pytest.raises(BadInput, match="a step cache"),
-        grat_cli.install(pipe, "demo-b", height=128, width=128, ranks=group_of(2), cache="taylor"),
-    ):
-        pass

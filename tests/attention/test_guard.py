@@ -30,8 +30,8 @@ from small_pictures import preset as demo_preset
 import grat_cli
 from grat_cli.attention import guard as guard_module
 from grat_cli.attention import online_recall
-from grat_cli.attention.adapter import AttentionInputs
 from grat_cli.attention.guard import DELAY_STEPS, ROWS, Measured, RecallGuard
+from grat_cli.attention.layer import AttentionInputs, CallObserver
 from grat_cli.attention.recall import row_statistics, sample_positions
 from grat_cli.attention.schedule import AttentionSchedule, Width, wider
 from grat_cli.console import run_tables
@@ -347,7 +347,7 @@ def test_looking_changes_nothing(far: Any) -> None:
     assert installation.last_schedule.density == plain.last_schedule.density
 
 
-class Keeper:
+class Keeper(CallObserver):
     """Keeps what each attention was computed from."""
 
     def __init__(self) -> None:

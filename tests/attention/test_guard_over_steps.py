@@ -22,7 +22,7 @@ import grat_cli
 from grat_cli.attention import guard as guard_module
 from grat_cli.attention import online_recall
 from grat_cli.attention.guard import DELAY_STEPS, RecallGuard, in_the_middle
-from grat_cli.attention.layer import AttentionInputs
+from grat_cli.attention.layer import AttentionInputs, CallObserver
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.console import run_tables
 from grat_cli.errors import BadInput
@@ -383,7 +383,7 @@ def test_the_denoising_loop_reads_nothing_but_what_arrived(monkeypatch: pytest.M
     monkeypatch.setattr(guard_module._Call, "read", arrived)
     watching, current = NoHostReads(), [-1]
 
-    class Watch:
+    class Watch(CallObserver):
         def begin_call(self, step: int, density: float) -> None:
             current[0] = step
             if step == 1:

@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from tracked_memory import track
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
+from grat_cli.attention.context_parallel import Shared
 from grat_cli.attention.schedule import AttentionSchedule
 from grat_cli.bench.random_weights import (
     STEP_MODELS,
@@ -44,6 +45,7 @@ from grat_cli.generation.single import call_for
 from grat_cli.generation.stage import StepWatch, installed, stages_for
 from grat_cli.models.catalogue import KNOWN_MODELS, choose_model
 from grat_cli.models.loading import load_model
+from grat_cli.models.parallel import Parallel
 from grat_cli.models.resolution import Resolution
 from grat_cli.presets import load_preset
 from grat_kernels import Backend, Block, Far, Grid, Grouping, Union, build_plan, span_attention
@@ -199,6 +201,33 @@ def test_a_step_of_a_random_transformer(
     inputs = step_inputs(config, grid, text_len, "cpu", dtype)
     adapter: Any = (HunyuanAdapter if video else FluxAdapter)(transformer, Grid(grid), chunk_tokens=chunk)
     execution = Execution(str(dtype).removeprefix("torch."), on_cpu=True, chunk_tokens=chunk)
+    with adapter.attached(OneStep(schedule), Backend.SDPA):
+        compare(
+            denoise_moments(Components((), shape, UNUSED), list(schedule.plans), execution),
+            lambda: transformer(**inputs),
+        )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("layers", "preset"), [((1, 0), "flux-b"), ((0, 1), "flux-b"), ((0, 1), "flux-far")])
+def test_a_step_that_ranks_share(
+    layers: tuple[int, int], preset: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one of them, to which nobody sends anything."""
+
+    def exchanged(shared: Shared, sent: torch.Tensor, to_each: list[int], from_each: list[int]) -> torch.Tensor:
+        return sent.new_zeros((sum(from_each), *sent.shape[1:]))
+
+    monkeypatch.setattr(Shared, "_exchanged", exchanged)
+    monkeypatch.setattr(Shared, "gathered", lambda shared, tokens, dim: torch.cat([tokens] * ranks, dim))
+    config, grid, text_len = config_of("flux-dev", layers), (32, 32), 128
+    shape = family_of_class(config["_class_name"]).transformer_shape(config)
+    schedule = AttentionSchedule(load_preset(preset), Grid(grid), text_len, True, 1, shape.layers)
+    transformer = random_transformer(config, "cpu", torch.float32)
+    inputs = step_inputs(config, grid, text_len, "cpu", torch.float32)
+    group: Any = SimpleNamespace(size=lambda: ranks, rank=lambda: 0)
+    adapter = FluxAdapter(transformer, Grid(grid), chunk_tokens=None, ranks=group)
+    execution = Execution("float32", on_cpu=True, chunk_tokens=None, parallel=Parallel(ranks))
     with adapter.attached(OneStep(schedule), Backend.SDPA):
         compare(
             denoise_moments(Components((), shape, UNUSED), list(schedule.plans), execution),

@@ -370,6 +370,8 @@ HUGE = 10**400
         {"state": {"steps": [STEP, {**STEP, "stage": -1}]}},
         {"state": {"steps": [STEP, {**STEP, "total_ms": HUGE}]}},
         {"state": {"steps": [STEP, {**STEP, "index": HUGE}]}},
+        {"state": {"steps": [STEP, {**STEP, "exchange_ms": -1.0}]}},
+        {"state": {"steps": [STEP, {**STEP, "exchanged_bytes": HUGE}]}},
         {"state": {"phases": {"load": "long"}}},
         {"state": {"phases": {"load": 1e300}}},
         {"state": {"memory": {"load": -1}}},

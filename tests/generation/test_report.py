@@ -111,6 +111,12 @@ def test_a_report_says_what_made_the_picture() -> None:
     assert {"python", "grat", "torch", "diffusers"} <= set(made["versions"])
 
 
+def test_steps_tell_of_exchanges_where_ranks_shared_them() -> None:
+    step = StepTiming(0, 1000.0, 10.0, 5.0, 3.0, 1.0, exchange_ms=2.0, exchanged_bytes=640)
+    (told,) = report.measured({"sampling": {}}, [step], [], {}, {})["steps"]
+    assert (told["exchange_ms"], told["exchanged_bytes"]) == (2.0, 640)
+
+
 def test_pictures_and_videos_say_what_only_they_have() -> None:
     picture, video = build(init_image=Path("a.png")), build(medium="video", format="mp4", quality=20)
     of_picture, of_video = {"init_image", "strength"}, {"frames", "fps", "seconds", "format", "crf"}

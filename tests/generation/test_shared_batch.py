@@ -148,7 +148,7 @@ def test_workers_of_which_one_is_killed_make_everything_once(layout: str) -> Non
     arguments = ("batch", "p.jsonl", "--layout", layout, *SMALL, "--n", "4", "--json")
     assert grat(*arguments, "--out", "alone").code == 0
     arguments = (*arguments, "--out", "b", "--shard")
-    hang = instead(generation, "finish", lambda: time.sleep(3600))  # with its latents kept
+    hang = instead(generation, "written", lambda: time.sleep(3600))  # with its latents kept
     killed = begin(*arguments, "1/4", at_first=hang)
     wait_until(lambda: list(Path("b").glob("unfinished/*.latents.safetensors")), killed)
     others = [begin(*arguments, f"{rank}/4") for rank in (2, 3, 3)]  # two begin with the same part

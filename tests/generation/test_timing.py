@@ -38,6 +38,22 @@ def test_steps_sum_their_calls_and_split_off_attention(clock: list[float]) -> No
     assert (second.total_ms, second.attention_ms, second.other_ms) == pytest.approx((800, 600, 200))
 
 
+def test_exchanges_are_neither_attention_nor_the_rest(clock: list[float]) -> None:
+    recorder = StepRecorder()
+    for _ in range(2):
+        recorder.begin_call(0, density=0.5)
+        for sent_bytes in (300, 20):
+            with recorder.exchange(sent_bytes):
+                clock[0] += 0.25
+        with recorder.attention():
+            clock[0] += 0.125
+        clock[0] += 0.5
+        recorder.end_call()
+    (step,) = recorder.steps([1000.0])
+    assert (step.total_ms, step.attention_ms, step.exchange_ms, step.other_ms) == (2250, 250, 1000, 1000)
+    assert step.exchanged_bytes == 640
+
+
 def test_a_call_that_failed_is_left_out(clock: list[float]) -> None:
     recorder = StepRecorder()
     record_call(recorder, clock, 0, 0.3, 0.1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import ProcessGroup
 from torch.multiprocessing.spawn import spawn
 
 
@@ -27,6 +28,11 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
     with tempfile.TemporaryDirectory() as folder:
         spawn(_run, (count, folder, function, arguments), count)
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
+
+
+def one_after_another(group: ProcessGroup, *calls: tuple[Callable[..., Any], ...]) -> list[Any]:
+    """What several functions return on a rank, each with its arguments, so that processes are begun once for all."""
+    return [function(group, *arguments) for function, *arguments in calls]
 
 
 def _run(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import tiny_flux
 import tiny_hunyuan
 
-from grat_cli.attention.adapter import AttentionInputs
+from grat_cli.attention.layer import AttentionInputs, CallObserver
 from grat_cli.presets import Attention, Preset
 
 STEPS = 3
@@ -45,7 +45,7 @@ def candidates(group: list[int], block: list[int]) -> list[Attention]:
     return [Attention.model_validate({"group": group, **one}) for one in given]
 
 
-class Keeper:
+class Keeper(CallObserver):
     """Keeps what each attention was computed from."""
 
     def __init__(self) -> None:

@@ -44,11 +44,11 @@ def pixels(path: Path | str) -> np.ndarray:
 
 def fail_at(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs of one seed turn out to be NaN."""
-    finish = generation.finish
+    written = generation.written
 
-    def finish_or_fail(pipe: Any, device: Any, run: Any, *rest: Any, **options: Any) -> Any:
+    def written_or_failed(pipe: Any, pixels: Any, run: Any, *rest: Any, **options: Any) -> Any:
         if run.seed == seed:
             raise NumericalFailure("the picture has NaN after decoding: try --dtype float32")
-        return finish(pipe, device, run, *rest, **options)
+        return written(pipe, pixels, run, *rest, **options)
 
-    monkeypatch.setattr(generation, "finish", finish_or_fail)
+    monkeypatch.setattr(generation, "written", written_or_failed)

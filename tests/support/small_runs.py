@@ -237,7 +237,10 @@ def run_after(asked: Request, done: int) -> Run:
         latents=torch.randn(shape, generator=drawn),
         noise_state=drawn.get_state(),
         random_state=drawn.get_state(),
-        steps=tuple(StepTiming(step, 1000.0 - step, step + 0.5, 0.25, step + 0.25, 0.5) for step in range(done)),
+        steps=tuple(
+            StepTiming(step, 1000.0 - step, step + 0.5, 0.25, step, 0.5, exchange_ms=0.25, exchanged_bytes=step)
+            for step in range(done)
+        ),
         phases_ms={"load": 1.5},
         memory_bytes={"load": 3},
         report={
