@@ -16,6 +16,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 # Read when Ray is imported: what it prints on stdout itself, such as that an actor has died, is told here in one line.
@@ -43,6 +44,7 @@ _POLL_S, _STATE_S, _ROOM_S = 0.5, 1.0, 5.0
 _PATIENCE_S = 15.0  # until a note says that no worker has begun, and for workers to keep what they have begun
 _ANSWER_S = 10.0  # for a cluster's port
 _MOST_FAILED_STARTS = 3
+_MOST_ASKED = 64  # what they are at: more than a terminal shows
 _OBJECT_STORE_BYTES = 128 << 20  # of a Ray of our own: all that goes through it are requests and reports
 _ASIDE = "told"  # the concurrency group of what an actor answers while it makes a sample
 
@@ -315,7 +317,7 @@ class _Driver:
             self._hired[number] = hired
             self._ask(hired, "about")
         if not self._has_begun and now - self._began_s > _PATIENCE_S and not any(row.machine for row in self._rows):
-            self._progress.note("no worker has begun yet: the cluster has no room for one at present")
+            self._progress.note("no worker has begun yet: the cluster has no room for one, or is slow to start it")
 
     def _deal_out(self) -> Iterator[Result]:
         """Gives workers what they need, as far as others do not make it."""
@@ -357,7 +359,7 @@ class _Driver:
         if not pending:
             time.sleep(_POLL_S)
             return
-        ray.wait(pending, timeout=_POLL_S)
+        ray.wait([each for each in pending if self._calls[each].method != "doing"] or pending, timeout=_POLL_S)
         ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
         for reference in ready:
             if reference in self._calls:  # else its actor was found dead just now
@@ -411,8 +413,8 @@ class _Driver:
         if result is None:
             self._deal.back(name)
         elif isinstance(result, MadeElsewhere) and self._deal.deaths(name):
-            reports = self._batch.store.reports([result.sample.report])
-            return MadeHere(result.sample, next(reports)[1])  # by the worker that died then
+            for _, report in self._batch.store.reports([result.sample.report]):
+                return MadeHere(result.sample, report)  # by the worker that died then
         elif isinstance(result, MadeHere):
             hired.row.made += 1
             hired.row.seconds += seconds
@@ -446,7 +448,7 @@ class _Driver:
 
     def _show(self) -> None:
         now = time.monotonic()
-        for hired in self._hired.values():
+        for hired in islice(self._hired.values(), _MOST_ASKED):
             if hired.is_ready and not hired.is_asked and now - hired.asked_s >= _STATE_S:
                 hired.asked_s, hired.is_asked = now, True
                 self._ask(hired, "doing")

@@ -243,11 +243,11 @@ def test_ctrl_c_says_how_far_it_got(loads: list[str], monkeypatch: pytest.Monkey
     write_lines("p.txt", "a red fox", "a blue boat")
     calls = []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return decode_picture(*arguments)
+        return decode_picture(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("grat_cli.families.picture_coding.decode", interrupted)

@@ -80,7 +80,6 @@ def test_an_actor_that_is_killed_costs_nothing_but_time(cluster_of_two: None, mo
         result = ray_batch(*prompts)
     assert len(result.data["made"]) == len(prompts)
     assert (result.data["made_by_others"], result.data["failed"], rows[0].doing) == (0, [], "gone")
-    assert len(result.data["workers"]) == 3
     assert f"worker {rows[0].number} died: its process was killed, or crashed; another one makes grat-" in result.err
     assert grat("batch", "p.txt", *SMALL, "--out", "alone").code == 0
     ours, alone = by_request("b"), by_request("alone")
