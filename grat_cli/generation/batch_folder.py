@@ -170,11 +170,11 @@ class Folder:
         self._batch, self._by_reports = batch, batch.layout.name == "plain"
         self._read: set[Path] = set()
         self._outputs: dict[str, list[Path]] = {}
-        self.look()
+        self._has_looked = False
 
     def look(self) -> None:
         """Reads the reports that came since."""
-        store = self._batch.store
+        store, self._has_looked = self._batch.store, True
         store.look(self._batch.out)
         if not self._by_reports:
             return
@@ -191,6 +191,8 @@ class Folder:
         Raises:
             BadInput: if something else is in its way, and may not be overwritten.
         """
+        if not self._has_looked:
+            self.look()
         if not self._by_reports:
             return None if _is_there(self._batch, sample) else sample
         outputs = self._outputs.get(_facts_asked(self._batch, sample), ())

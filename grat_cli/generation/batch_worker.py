@@ -231,13 +231,27 @@ class Sharing:
             ClaimLost: if another worker goes on with it.
             CannotWrite: if there is no room for it.
         """
+        self.look_again()
+        found = self.settled(key, sample)
+        return self.tried(worker, key, found, claim) if isinstance(found, Sample) else found
+
+    def look_again(self) -> None:
+        """Finds out what others have made since."""
         self._folder.look()
+
+    def settled(self, key: str, sample: Sample) -> MadeElsewhere | Failure | Sample:
+        """What came of a sample that is claimed; else the sample, under the name that it has, or is to have."""
         result = self.look(key, sample)
-        if result is None:
-            result = self._tried(worker, self._folder.find(sample) or sample, claim)
-            if isinstance(result, Failure):
-                self._notes.write(key, result.reason)
-        if not isinstance(result, Failure):
+        if isinstance(result, MadeElsewhere):
+            self._notes.remove(key)
+        return result or self._folder.find(sample) or sample
+
+    def tried(self, worker: Worker, key: str, sample: Sample, claim: Claim) -> Result:
+        """What comes of a sample that is claimed and not there. Errors are those of `make`."""
+        result = self._tried(worker, sample, claim)
+        if isinstance(result, Failure):
+            self._notes.write(key, result.reason)
+        else:
             self._notes.remove(key)
         return result
 

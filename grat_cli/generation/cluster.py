@@ -134,7 +134,7 @@ class Maker:
         try:
             if self._sharing is None or claim is None:
                 return self._answer(self._worker.make_unclaimed(sample))
-            return self._answer(self._sharing.make(self._worker, key, sample, claim))
+            return self._answer(self._sharing.tried(self._worker, key, sample, claim))
         except (ClaimLost, KeyboardInterrupt):
             return self._answer()
         except GratError as error:
@@ -321,29 +321,39 @@ class _Driver:
 
     def _deal_out(self) -> Iterator[Result]:
         """Gives workers what they need, as far as others do not make it."""
-        elsewhere = 0
+        elsewhere, taken = 0, list[tuple[int, str]]()
         while elsewhere < self._deal.waiting and (number := self._deal.neediest()) is not None:
             name = self._deal.next()
-            result = self._known(name)
-            if result is not None:
-                yield result
+            if self._deal.deaths(name) >= MOST_DEATHS:
+                yield Failure(self._sharing.left[name], f"{MOST_DEATHS} workers died while they made it")
             elif (claim := self._sharing.claims.take(name)) is None:
                 elsewhere += 1
                 self._deal.back(name)
             else:
                 self._claims[name] = claim
                 self._deal.give(number, name)
-                sent = claim if self._batch.store.has_claims else None
-                self._ask(self._hired[number], "make", name, self._sharing.left[name], sent)
+                taken.append((number, name))
         if elsewhere and elsewhere == self._deal.waiting and not self._claims:
             self._display.waiting(elsewhere)
+        # Once for all that are claimed: in a large folder it takes a while. Nobody else fills an address.
+        if taken and self._batch.store.has_claims:
+            self._sharing.look_again()
+        for number, name in taken:
+            found = self._sharing.settled(name, self._sharing.left[name])
+            if isinstance(found, Sample):
+                sent = self._claims[name] if self._batch.store.has_claims else None
+                self._ask(self._hired[number], "make", name, found, sent)
+            else:
+                self._let_go(name)
+                self._deal.over(number, name)
+                yield self._own(name, found)
 
-    def _known(self, name: str) -> Result | None:
-        """What came of a sample before it is given to anybody."""
-        sample = self._sharing.left[name]
-        if self._deal.deaths(name) >= MOST_DEATHS:
-            return Failure(sample, f"{MOST_DEATHS} workers died while they made it")
-        return self._sharing.look(name, sample)
+    def _own(self, name: str, result: Result) -> Result:
+        """What a worker made that died before it could say so was not made elsewhere."""
+        if isinstance(result, MadeElsewhere) and self._deal.deaths(name):
+            for _, report in self._batch.store.reports([result.sample.report]):
+                return MadeHere(result.sample, report)
+        return result
 
     def _ask(self, hired: _Hired, method: str, name: str = "", *arguments: Any) -> None:
         call = getattr(hired.actor, method)
@@ -412,13 +422,11 @@ class _Driver:
         seconds, hired.began_s, hired.row.doing = now - hired.began_s, now, ""
         if result is None:
             self._deal.back(name)
-        elif isinstance(result, MadeElsewhere) and self._deal.deaths(name):
-            for _, report in self._batch.store.reports([result.sample.report]):
-                return MadeHere(result.sample, report)  # by the worker that died then
-        elif isinstance(result, MadeHere):
+            return None
+        if isinstance(result, MadeHere):
             hired.row.made += 1
             hired.row.seconds += seconds
-        return result
+        return self._own(name, result)
 
     def _lose(self, hired: _Hired, error: BaseException) -> None:
         """An actor is gone; others make what it had.
