@@ -93,7 +93,7 @@ def batch(
     ray: str | None = option(
         "ADDRESS",
         "Deal the batch out to a Ray cluster, a worker with the model per GPU: local for those of this machine, auto, "
-        "HOST:6379 or ray://HOST:10001. FOLDER is one that all machines see.",
+        "HOST:6379 or ray://HOST:10001. --out is a folder that all machines see, or an address.",
         options.OUTPUT,
     ),
     workers: int | None = option(

@@ -149,14 +149,15 @@ class Worker:
 
     def _made(self, sample: Sample, work: Path, *, is_last: bool) -> Mapping[str, Any]:
         """The report of a sample that is whole, in `work`."""
-        made = _finished(work)
-        if made is not None:
-            return made
+        if (finished := _finished(work)) is not None:
+            return finished
         # What lies there under that name was made of this very request.
         request = replace(request_of(self._batch.template, sample), outputs=(work,), overwrite=True)
         text = self._texts[request.prompt, request.negative_prompt, sample.pictures]
         self._generator.take(request)
-        return self._generator.make(request, self._begun(work, sample.seed), work, text, is_last=is_last).report
+        made = self._generator.make(request, self._begun(work, sample.seed), work, text, is_last=is_last)
+        assert made is not None, "a process alone writes what it makes"
+        return made.report
 
     def _begun(self, work: Path, seed: int) -> Run:
         """The run that an earlier process has left, else a new one."""
