@@ -120,7 +120,7 @@ def _prepare_and_attend(
         Projections(query, key, value),
         Norms(query_weight, key_weight, eps),
         rotation,
-        layer.plan,
+        layer.prepared,
         text=text,
         text_norms=text_norms,
         fused=True,

@@ -139,6 +139,7 @@ class Denoising:
                 raise Interrupted(f"interrupted {self._stands}; go on with {command_for('resume', kept)}") from None
             raise
         except RankLost:
+            end_undisturbed()
             if self._run.done:
                 self._keep(self._run)
             if kept := self._kept():
@@ -373,7 +374,8 @@ class Denoising:
 
             self._progress.phase("decode")
             with self._phases(phase_of("decode", run.stage)):
-                decoded = self._family.decode(self._pipe, run.latents)
+                world = self._studio.world
+                decoded = self._family.decode(self._pipe, run.latents, ranks=world and world.group)
                 (frame,) = checked_frames([decoded], FrameCheck(self._pipe.vae.dtype))
                 upscale = Image.fromarray(frame)
         with self._phases(phase_of("encode", run.stage + 1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,9 @@ def generate(
             yield made
 
 
+_FIRST_SPEAKS_S = 3.0
+
+
 def follow(here: Shard, progress: WritingProgress) -> int:
     """Makes, as one of the ranks but the first, what that one says; returns an exit code.
 
@@ -118,15 +122,18 @@ def follow(here: Shard, progress: WritingProgress) -> int:
         GratError: for what goes wrong on this rank, which it names.
     """
     try:
-        request, begun, world = followed(here)
-        for _ in generate(request, progress, begun, world):
-            pass
-    except RankLost:  # which is for the one that was lost to explain, or for the first
-        return RankLost.exit_code
+        try:
+            request, begun, world = followed(here)
+            for _ in generate(request, progress, begun, world):
+                pass
+        except RankLost:  # which is for the one that was lost to explain, or for the first
+            return RankLost.exit_code
+        except GratError as error:
+            # Where the first one fails alike, the launcher ends this one meanwhile, and it is said once.
+            time.sleep(_FIRST_SPEAKS_S)
+            raise type(error)(f"rank {here.rank - 1}: {error}") from error
     except KeyboardInterrupt:
         return INTERRUPTED
-    except GratError as error:
-        raise type(error)(f"rank {here.rank - 1}: {error}") from error
     return 0
 
 
