@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,34 @@ def test_what_needs_a_folder_is_refused() -> None:
         "batch", "p.txt", *SMALL, "--out", "memory://bucket/a.png"
     )
     assert "frames go to a folder of a machine" in refusal(*arguments, "--model", "hunyuan", "--format", "frames")
+
+
+def test_an_actor_fills_an_address_and_knows_what_one_before_it_did(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without claims: whoever deals samples out gives each to one actor, and to another when that has died."""
+    cluster: Any = pytest.importorskip("grat_cli.generation.cluster", reason="needs Ray: pip install 'grat-cli[ray]'")
+    write_lines("p.txt", "a red fox", "a blue boat")
+    results: list[str] = []
+
+    def in_this_process(self: Any, batch: Any, samples: Any, progress: Any) -> Iterator[Any]:
+        batch, samples = pickle.loads(pickle.dumps((batch, samples)))
+        for sample in samples:
+            for dies in (True, False, False):
+                maker = cluster.Maker()
+                assert maker.load(batch, samples, str(Path.cwd()), 1).error is None
+                with monkeypatch.context() as patch:
+                    if dies:  # between a report and its output
+                        patch.setattr(RemoteStore, "place", interrupted)
+                    answer = maker.make("a name", sample, None)
+                results.append(type(answer.value).__name__)
+            yield answer.value
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster.Cluster, "results", in_this_process)
+    result = grat("batch", "p.txt", *SMALL, "--out", "memory://bucket/a", "--ray", "local", "--json")
+    assert (result.code, result.data["made_by_others"]) == (0, 2), result.err
+    assert results == ["NoneType", "MadeHere", "MadeElsewhere"] * 2
+    assert sorted(Path(name).suffix for name in memory.find("/bucket")) == [".json", ".json", ".png", ".png"]

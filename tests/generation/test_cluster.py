@@ -91,23 +91,6 @@ def test_an_actor_that_is_killed_costs_nothing_but_time(cluster_of_two: None, mo
     assert (again.code, again.data["skipped"], again.data["workers"]) == (0, len(prompts), [])
 
 
-def test_actors_fill_what_fsspec_knows(cluster_of_two: None) -> None:
-    address = f"local://{Path.cwd()}/there"
-    write_lines("p.txt", "a red fox", "a blue boat")
-    arguments = ("batch", "p.txt", *SMALL, "--out", address, "--json")
-    result = grat(*arguments, "--ray", "local", "--workers", 1)
-    assert (result.code, len(result.data["made"])) == (0, 2), result.err
-    assert len(by_request("there")) == 2
-    assert {one["file"] for one in result.data["made"]} == {
-        f"{address}/{path.name}" for path in Path("there").glob("*.png")
-    }
-    # What an actor leaves that dies between the two is gone on with, and here without Ray.
-    (lost, _) = sorted(Path("there").glob("*.png"))
-    lost.unlink()
-    again = grat(*arguments)
-    assert ([one["file"] for one in again.data["made"]], again.data["skipped"]) == ([f"{address}/{lost.name}"], 1)
-
-
 def test_what_fails_and_what_kills_fails_alone(quick: None) -> None:
     result = ray_batch("a fox", "deadly", "a boat", "unforeseen", "made before", workers=1, code=5)
     assert {one["prompt"] for one in result.data["made"]} == {"a fox", "a boat", "made before"}
