@@ -139,7 +139,7 @@ def test_commands_for_several_cards_are_understood() -> None:
     rows = "".join(re.findall(r"^\| (?:one card|several cards|several machines|beforehand).*$", README, re.MULTILINE))
     shown = [shlex.split(re.sub(r"^torchrun .* -m grat_cli", "grat", text)) for text in _quoted(rows)]
     commands = [command for command in shown if command[0] == "grat"]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         assert _understood(command)
 

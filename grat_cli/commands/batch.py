@@ -119,7 +119,7 @@ def batch(
     from grat_cli.generation.batch_worker import Failure, MadeElsewhere
     from grat_cli.generation.request import note_expectations
     from grat_cli.generation.selection import mismatch_note, require_choice, variant_word
-    from grat_cli.generation.sharing import Shard, parse_shard
+    from grat_cli.generation.sharing import Shard, of_launcher, parse_shard
     from grat_cli.models.catalogue import choose_model
     from grat_cli.models.devices import device_of_worker
     from grat_cli.presets import HIGHRES_MODES
@@ -142,6 +142,8 @@ def batch(
         raise BadInput(f"--out {out}: workers of --shard meet in a folder that all see: use one, or --ray")
     require_choice("--highres", highres, HIGHRES_MODES)
     part = None if shard is None else parse_shard(shard, os.environ)
+    if part is None and (started := of_launcher(os.environ)) and started.count > 1:
+        raise BadInput(f"torchrun has started {started.count} of this batch: add --shard auto, so that they share it")
     cluster = _cluster(ray, workers, shard, model)
     entries = read_prompts(file)
     if ignored := unknown_keys(entries):

@@ -373,3 +373,10 @@ def test_workers_of_torchrun_take_a_device_each(monkeypatch: pytest.MonkeyPatch)
     assert devices.device_of_worker("auto", None) == "auto"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each worker its own
     assert devices.device_of_worker("auto", 5) == "auto"
+
+
+def test_workers_of_torchrun_have_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines("p.jsonl", *GENEVAL)
+    for name, value in {"MASTER_ADDR": "a", "MASTER_PORT": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "add --shard auto" in refusal("batch", "p.jsonl", *SMALL)
