@@ -128,6 +128,7 @@ def follow(here: Shard, progress: WritingProgress) -> int:
             request, begun, world = followed(here)
             for _ in generate(request, progress, begun, world):
                 pass
+            world.leave()
         except RankLost:  # which is for the one that was lost to explain, or for the first
             return RankLost.exit_code
         except GratError as error:

@@ -105,6 +105,12 @@ class World:
             return request
         return replace(request, checkpoint_every=0, preview_every=0, save_latents=False)
 
+    def leave(self) -> None:
+        """All outputs are made: parts from the other ranks."""
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
     def told(self, steps: Sequence[StepTiming]) -> dict[str, Any] | None:
         """What each rank took, for the report of the first one; None for the others.
 
