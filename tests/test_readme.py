@@ -179,10 +179,10 @@ def test_the_python_examples_call_what_exists() -> None:
         for node in ast.walk(ast.parse(shown))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "install"
     ]
-    assert len(calls) == 3
+    assert len(calls) == 4
     for call in calls:
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
-        arguments = {name: eval(value, {"Grid": Grid}) for name, value in given.items()}
+        arguments = {name: eval(value, {"Grid": Grid, "mesh": None}) for name, value in given.items()}
         inspect.signature(grat_cli.install).bind("pipe", **arguments)
         load_preset(arguments["preset"])
 
