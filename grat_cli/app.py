@@ -84,6 +84,9 @@ def _run(arguments: Sequence[str]) -> int:
         code = typer.main.get_command(app).main(
             list(arguments), prog_name="grat", standalone_mode=False, obj=tuple(arguments)
         )
+    except SystemExit as ended:  # of a command that others have run: all is said
+        code = ended.code
+        return code if isinstance(code, int) else 0
     except Exception as error:
         if "--debug" in options:
             sys.stderr.write(printable(traceback.format_exc(), lines=True))

@@ -537,9 +537,7 @@ class ProcessorAdapter(_ReplacingAdapter):
         from grat_cli.attention import preparation
 
         super().prepare(tokens)
-        fused, self.preparation = preparation.choose(
-            self._fused, self._attentions, tokens, self.references, is_shared=self.shared is not None
-        )
+        fused, self.preparation = preparation.choose(self._fused, self._attentions, tokens, self.references)
         for processor in self._processors:
             processor.fused = fused
 

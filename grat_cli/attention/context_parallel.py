@@ -136,6 +136,23 @@ class Shared:
         )
         return torch.cat([text, tokens] if text_first else [tokens, text], dim=1)
 
+    def own_plan(self, plan: Plan | HeadPlan) -> Plan:
+        """Full attention of the text and this rank's tokens, placed as in the joint sequence of all.
+
+        Args:
+            plan: of the joint sequence of all.
+        """
+        from grat_kernels import Full, Grid, Grouping, build_plan
+        from grat_kernels.plan import Segments
+
+        def build() -> Plan:
+            shape = 1, self.counts[self.rank]
+            segments = Segments.of_text(plan.text_len, first=plan.text_start == 0)
+            return build_plan(Grouping(Grid(shape), shape), Full(), segments=segments)
+
+        own: Plan = plan.cached(("own plan", self.counts, self.rank), build)
+        return own
+
     def means(self, figures: Sequence[torch.Tensor], *, text_first: bool) -> torch.Tensor:
         """Means over all tokens, `[n]` in fp32, the same to the last bit on all ranks.
 

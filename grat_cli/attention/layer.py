@@ -140,6 +140,16 @@ class LayerAttention:
     def plan(self, plan: Plan | HeadPlan) -> None:
         self._plan = plan
 
+    @property
+    def prepared(self) -> Plan | HeadPlan:
+        """The joint sequence that is prepared in the call under way, and the far field that is pooled with it: of the
+        plan; where ranks share tokens, of this rank's, and the far field waits for all of them.
+
+        Raises:
+            BadInput: as for `plan`.
+        """
+        return self.plan if self.shared is None else self.shared.own_plan(self.plan)
+
     def forget(self) -> None:
         """The call is over: there is no plan until the next one."""
         self._plan = None

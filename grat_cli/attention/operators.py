@@ -21,8 +21,8 @@ class Layer(Protocol):
     """What operators ask of a `layer.LayerAttention`."""
 
     @property
-    def plan(self) -> Plan | HeadPlan:
-        """What attends what in the call under way."""
+    def prepared(self) -> Plan | HeadPlan:
+        """The joint sequence that is prepared in the call under way, and its far field."""
         ...
 
     def compute(
@@ -120,7 +120,7 @@ def _prepare_and_attend(
         Projections(query, key, value),
         Norms(query_weight, key_weight, eps),
         rotation,
-        layer.plan,
+        layer.prepared,
         text=text,
         text_norms=text_norms,
         fused=True,

@@ -26,8 +26,6 @@ def choose(
     attentions: Sequence[Any],
     tokens: torch.Tensor,
     references: int = 0,
-    *,
-    is_shared: bool = False,
 ) -> tuple[bool, str]:
     """Whether the fused kernel prepares the attention of a call, and in words what does and why.
 
@@ -36,7 +34,6 @@ def choose(
         attentions: attention modules of the transformer.
         tokens: of the call, for their device and dtype.
         references: how many tokens of pictures to refer to are in the joint sequence.
-        is_shared: whether other ranks have some of the tokens.
 
     Raises:
         BadInput: if the fused kernel is wanted and cannot run.
@@ -47,8 +44,6 @@ def choose(
     obstacle = next(filter(None, map(_norm_obstacle, attentions)), None)
     if references:
         obstacle = "the fused kernel knows no tokens of references"
-    elif is_shared:
-        obstacle = "the fused kernel would need all tokens, and ranks share them"
     elif torch.is_autocast_enabled(device.type):
         obstacle = "under autocast projections are of another dtype than norms"
     if obstacle is None and wanted:

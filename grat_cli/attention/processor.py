@@ -68,7 +68,7 @@ class SpanAttentionProcessor:
             ).flatten(2, 3)
         else:
             if self.fused:
-                joined = preparation.at_once(attn, image, text, image_rotary_emb, self.attention.plan)
+                joined = preparation.at_once(attn, image, text, image_rotary_emb, self.attention.prepared)
             else:
                 joined = preparation.as_stock(attn, image, text, image_rotary_emb, self._text_first)
             del image, text  # else the projections would be kept for as long as attention runs

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +17,12 @@ from grat_cli.commands.parameters import argument, changed, only, option
 
 if TYPE_CHECKING:
     from grat_cli.files.prompts import PromptEntry
+    from grat_cli.files.stores import Store
+    from grat_cli.generation.cluster import Cluster
     from grat_cli.models.catalogue import Medium
 
 _FAILURES_NAMED, _KEYS_NAMED = 3, 8
+_MOST_WORKERS = 100_000
 _OUTPUTS: Mapping[Medium, str] = {"image": "pictures", "video": "videos"}
 
 
@@ -68,9 +72,10 @@ def batch(
             )
         ),
     ],
-    out: Path | None = option(
+    out: str | None = option(
         "FOLDER",
-        "Where to write. Default: the current folder; for geneval and vbench one named after FILE.",
+        "Where to write, or an address that fsspec knows, such as s3://BUCKET/NAME. Default: the current folder; for "
+        "geneval and vbench one named after FILE.",
         options.OUTPUT,
     ),
     format: str | None = option(
@@ -85,6 +90,15 @@ def batch(
         "then helps with what is left of the others; auto: as torchrun or a Slurm array says.",
         options.OUTPUT,
     ),
+    ray: str | None = option(
+        "ADDRESS",
+        "Deal the batch out to a Ray cluster, a worker with the model per GPU: local for those of this machine, auto, "
+        "HOST:6379 or ray://HOST:10001. --out is a folder that all machines see, or an address.",
+        options.OUTPUT,
+    ),
+    workers: int | None = option(
+        "COUNT", "Of --ray, at most. Default: a worker per GPU, where there is none per core.", options.OUTPUT
+    ),
     overwrite: bool = options.OVERWRITE,
     no_metadata: bool = options.NO_METADATA,
     terminal: options.TerminalOptions,
@@ -92,16 +106,20 @@ def batch(
     """Make pictures or videos of many prompts; typed again, it goes on with what is missing."""
     from grat_cli.commands import making
     from grat_cli.console.progress import duration
+    from grat_cli.console.worker_table import worker_table
     from grat_cli.errors import BadInput, NumericalFailure
     from grat_cli.estimates.time import planned_seconds
     from grat_cli.files import outputs
     from grat_cli.files.formats import choose_format
     from grat_cli.files.prompts import LARGEST_SEED, MOST_OUTPUTS, read_prompts, unknown_keys
-    from grat_cli.generation.batch import Batch, Failure, MadeElsewhere, make_samples, missing, refuse_pictures
+    from grat_cli.files.stores import store_of
+    from grat_cli.generation.batch import make_samples, missing
+    from grat_cli.generation.batch_folder import Batch, refuse_pictures
     from grat_cli.generation.batch_layout import LAYOUTS, lay_out
+    from grat_cli.generation.batch_worker import Failure, MadeElsewhere
     from grat_cli.generation.request import note_expectations
     from grat_cli.generation.selection import mismatch_note, require_choice, variant_word
-    from grat_cli.generation.sharing import parse_shard
+    from grat_cli.generation.sharing import Shard, of_launcher, parse_shard
     from grat_cli.models.catalogue import choose_model
     from grat_cli.models.devices import device_of_worker
     from grat_cli.presets import HIGHRES_MODES
@@ -116,10 +134,17 @@ def batch(
         raise BadInput(f"--seed {seed}: seeds go from 0 to {LARGEST_SEED}")
     if n is not None and not 1 <= n <= MOST_OUTPUTS:
         raise BadInput(f"--n {n}: expected 1 to {MOST_OUTPUTS} samples")
-    if out is not None and (out.is_file() or out.suffix.lower() in outputs.OUTPUT_SUFFIXES):
-        raise BadInput(f"--out {out}: a batch goes into a folder: use --out {out.with_suffix('')}")
+    default = "." if chosen_layout.name == "plain" else f"{file.stem}-{chosen_layout.name}"
+    store, folder = store_of(default if out is None else out, "--out")
+    if out and ((store.has_claims and folder.is_file()) or folder.suffix.lower() in outputs.OUTPUT_SUFFIXES):
+        raise BadInput(f"--out {out}: a batch goes into a folder: use --out {out.removesuffix(folder.suffix)}")
+    if shard is not None and not store.has_claims:
+        raise BadInput(f"--out {out}: workers of --shard meet in a folder that all see: use one, or --ray")
     require_choice("--highres", highres, HIGHRES_MODES)
     part = None if shard is None else parse_shard(shard, os.environ)
+    if part is None and (started := of_launcher(os.environ)) and started.count > 1:
+        raise BadInput(f"torchrun has started {started.count} of this batch: add --shard auto, so that they share it")
+    cluster = _cluster(ray, workers, shard, model)
     entries = read_prompts(file)
     if ignored := unknown_keys(entries):
         named = ", ".join(ignored[:_KEYS_NAMED]) + (" and more" if len(ignored) > _KEYS_NAMED else "")
@@ -130,6 +155,8 @@ def batch(
         "image": {"--highres": highres, "--quality": quality},
         "video": {f"--{name}": value for name, value in vars(extent).items() if name != "res"} | {"--crf": crf},
     }
+    if cluster and not cluster.is_here and model.device == "cuda":
+        model = replace(model, device="auto")  # this machine may have none
     if part is not None:
         model = replace(model, device=device_of_worker(model.device, part.local_rank))
     medium = _medium(chosen_layout.medium, chosen_layout.name, model.model, of_one)
@@ -140,6 +167,8 @@ def batch(
     if format is not None and chosen_layout.formats and format not in chosen_layout.formats:
         raise BadInput(f"--layout {layout} takes {' or '.join(chosen_layout.formats)} files, not {format}")
     chosen_format, suffix = choose_format(medium, None, format)
+    if not suffix and not store.has_claims:
+        raise BadInput(f"--format {format}: frames go to a folder of a machine: use another format, or another --out")
     size = extent.size_for(choice)
     template, runs = making.planned_request(
         choice,
@@ -151,7 +180,8 @@ def batch(
         checkpoint_every=keeping.checkpoint_every,
         pictures=_pictures(entries),
     )
-    making.refuse_unfit(template, size)
+    if cluster is None or cluster.is_here:
+        making.refuse_unfit(template, size)
     template = replace(template, metadata=not no_metadata, overwrite=overwrite, command=options.command_line(context))
     output.hint(*getattr(size, "notes", ()))
     stages = ", ".join(f"{run.size} ({run.schedule.steps} steps)" for run in runs)
@@ -160,7 +190,6 @@ def batch(
 
     # 3. Where everything goes, and what is there already.
     now, word = datetime.now().astimezone(), variant_word(chosen)
-    folder = out or (Path() if chosen_layout.name == "plain" else Path(f"{file.stem}-{chosen_layout.name}"))
     samples = lay_out(
         entries,
         chosen_layout,
@@ -171,7 +200,7 @@ def batch(
         negative=sampling.negative,
         plain_name=lambda prompt, seed: outputs.default_name(now, prompt, template.size, word, seed, suffix),
     )
-    whole = Batch(file, chosen_layout, folder, samples, template, part)
+    whole = Batch(file, chosen_layout, folder, samples, template, Shard(1, 1) if cluster else part, store)
     refuse_pictures(whole)
     left = missing(whole)
     there = len(samples) - len(left)
@@ -186,36 +215,42 @@ def batch(
         if left:
             words = " ".join(dict.fromkeys(" ".join(sample.entry.prompt for sample in left).split()))
             note_expectations(replace(template, prompt=words), progress)
-        for result in make_samples(whole, left, progress):
-            if isinstance(result, Failure):
-                failures.append(result)
-                progress.note(f"{result.sample.output.name} failed: {result.reason}")
-                continue
-            if isinstance(result, MadeElsewhere):
-                others += 1
-                continue
-            made.append(result.sample)
-            output.file(result.sample.output)
+        with closing(make_samples(whole, left, progress, cluster)) as results:
+            for result in results:
+                if isinstance(result, Failure):
+                    failures.append(result)
+                    progress.note(f"{result.sample.output.name} failed: {result.reason}")
+                elif isinstance(result, MadeElsewhere):
+                    others += 1
+                else:
+                    made.append(result.sample)
+                    if store.has_claims:
+                        output.file(result.sample.output)
+                    else:
+                        output.line(store.shown(result.sample.output))
 
     # 5. What came of it.
+    where = store.shown(folder / chosen_layout.folder)
+    workers_then = [row for row in cluster.workers if row.device] if cluster else []
     output.data(
         {
             "layout": chosen_layout.name,
-            "folder": str(folder / chosen_layout.folder),
-            "made": [_sample_data(sample) for sample in made],
+            "folder": where,
+            "made": [_sample_data(sample, store) for sample in made],
             "made_by_others": others,
+            **({"workers": [asdict(row) for row in workers_then]} if cluster else {}),
             "skipped": there,
-            "failed": [{**_sample_data(failure.sample), "reason": failure.reason} for failure in failures],
+            "failed": [{**_sample_data(failure.sample, store), "reason": failure.reason} for failure in failures],
         }
     )
-    by_others = "" if part is None else f" {others} made by others,"
-    output.show(
-        f"{len(made)} made,{by_others} {there} there before, {len(failures)} failed, in {folder / chosen_layout.folder}"
-    )
+    if workers_then:
+        output.show(worker_table(workers_then, output.console.width, is_live=False))
+    by_others = f" {others} made by others," if part or others else ""
+    output.show(f"{len(made)} made,{by_others} {there} there before, {len(failures)} failed, in {where}")
     for failure in failures:
         output.show(f"failed: {failure.sample.entry.prompt} (seed {failure.sample.seed}): {failure.reason}")
     if failures:
-        names = ", ".join(str(failure.sample.output) for failure in failures[:_FAILURES_NAMED])
+        names = ", ".join(store.shown(failure.sample.output) for failure in failures[:_FAILURES_NAMED])
         more = f" and {len(failures) - _FAILURES_NAMED} more" if len(failures) > _FAILURES_NAMED else ""
         raise NumericalFailure(
             f"{len(failures)} of {len(left)} failed: {names}{more}\n"
@@ -249,20 +284,53 @@ def _medium(of_layout: Medium | None, layout: str, model: str | None, of_one: di
     return medium
 
 
+def _cluster(
+    address: str | None, workers: int | None, shard: str | None, model: options.ModelOptions
+) -> Cluster | None:
+    """The cluster of `--ray`, None without it.
+
+    Raises:
+        BadInput: if Ray is not installed, or another option says otherwise.
+    """
+    from importlib.util import find_spec
+
+    from grat_cli.errors import BadInput, ModelUnavailable
+
+    if address is None:
+        if workers is not None:
+            raise BadInput(f"--workers {workers} is for --ray: give that too, or leave it out")
+        return None
+    if workers is not None and not 1 <= workers <= _MOST_WORKERS:
+        raise BadInput(f"--workers {workers}: expected 1 to {_MOST_WORKERS}")
+    if shard is not None:
+        raise BadInput("--ray and --shard exclude each other: with --ray one process deals the batch out to all")
+    if model.device not in ("auto", "cuda", "cpu"):
+        raise BadInput(f"--device {model.device}: workers of --ray get a GPU each: use cuda, or cpu")
+    if find_spec("ray") is None:
+        raise BadInput("--ray needs Ray, which is not installed: pip install 'grat-cli[ray]'")
+    from grat_cli.generation import cluster
+
+    if address != cluster.HERE and model.model is None:
+        raise ModelUnavailable(
+            f"--ray {address}: give a --model, since this machine cannot know what suits the cluster"
+        )
+    return cluster.Cluster(address, workers, model.device)
+
+
 def _pictures(entries: Sequence[PromptEntry]) -> options.PictureOptions:
     """Those of the first entry, by which a batch is planned."""
-    from grat_cli.generation.batch import pictures_of
+    from grat_cli.generation.batch_folder import pictures_of
 
     given = pictures_of(entries[0])
     references = list(given.pop("references"))
     return options.PictureOptions(**given, reference=references)
 
 
-def _sample_data(sample: Any) -> dict[str, Any]:
+def _sample_data(sample: Any, store: Store) -> dict[str, Any]:
     prompt, negative, seed = sample.asked
     return {
-        "file": str(sample.output),
-        "report": str(sample.report),
+        "file": store.shown(sample.output),
+        "report": store.shown(sample.report),
         "prompt": prompt,
         "negative_prompt": negative,
         "seed": seed,

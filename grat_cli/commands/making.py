@@ -186,6 +186,8 @@ def make(request: Request, output: Output, ranks: ParallelOptions, begun: Run | 
         for one in generate(request, progress, begun, world):
             made.append(one)
             output.file(one.path)
+    if world is not None:
+        world.leave()
     show(made, request, output)
 
 

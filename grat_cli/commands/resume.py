@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,7 @@ def resume(
     from grat_cli.files.formats import SUFFIXES
     from grat_cli.generation.checkpoint import files_of, find_run, read_run
     from grat_cli.generation.finishing import written_already
+    from grat_cli.generation.sharing import of_launcher
 
     leave_to_others(context, ranks)
     output = terminal.output()
@@ -40,6 +42,8 @@ def resume(
     paths = list(request.outputs[-len(left) :])
     if out is not None:
         paths = outputs.output_paths(out, [path.name for path in paths], left, SUFFIXES[request.format])
+    if of_launcher(os.environ):  # each rank has a device of its own
+        request = replace(request, device=request.device.partition(":")[0])
     weights = replace(request.weights, allow_pickle=model.allow_pickle)
     request = replace(request, seeds=left, outputs=tuple(paths), overwrite=overwrite, weights=weights)
     there = written_already(run, request, paths[0])

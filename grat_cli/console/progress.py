@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+    from grat_cli.console.worker_table import WorkerRow
 
 PHASE_WORDS = {
     "load": "loading",
@@ -16,6 +19,7 @@ PHASE_WORDS = {
     "denoise": "denoising",
     "decode": "decoding",
     "save": "saving",
+    "workers": "starting workers",
 }
 
 
@@ -63,6 +67,9 @@ class ProgressDisplay:
 
     def waiting(self, others: int) -> None:
         """Nothing is left of a batch but so many outputs that other workers make."""
+
+    def workers(self, rows: Sequence[WorkerRow]) -> None:
+        """What the workers of a batch are at, now and then; they tell no phases and steps of their own."""
 
 
 class LogProgress(ProgressDisplay):
@@ -117,10 +124,10 @@ class LiveProgress(ProgressDisplay):
     """For terminals: a bar with steps, time per step and time left; a spinner for other phases."""
 
     def __init__(self, output: Hints) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn
 
         self._output = output
-        self._progress = Progress(
+        self._progress = _bars_class()(
             SpinnerColumn("dots" if output.error_console.encoding.startswith("utf") else "line"),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -179,6 +186,31 @@ class LiveProgress(ProgressDisplay):
 
     def waiting(self, others: int) -> None:
         self.phase(waiting_text(others))
+
+    def workers(self, rows: Sequence[WorkerRow]) -> None:
+        self._progress.rows = rows
+        self._progress.update(self._task, visible=not rows)
+
+
+@cache
+def _bars_class() -> Any:
+    """Made when it is needed: rich takes time to load."""
+    from rich.progress import Progress
+
+    from grat_cli.console.worker_table import worker_table
+
+    class Bars(Progress):
+        """Bars, with a table of workers above them where there are any."""
+
+        rows: Sequence[WorkerRow] = ()
+
+        def get_renderables(self) -> Iterator[Any]:
+            """What is drawn anew several times a second."""
+            if self.rows:
+                yield worker_table(self.rows, self.console.width, max(3, self.console.height - 4))
+            yield from super().get_renderables()
+
+    return Bars
 
 
 class _Pace:

@@ -104,9 +104,8 @@ class Execution:
 
     @property
     def fused(self) -> bool:
-        """Whether norms, rotation and joining are one kernel: not where hooks move the norms' weights, or GPUs share a
-        call."""
-        return self.kernel and not self.on_cpu and self.offload in ("none", "model") and self.parallel.cp == 1
+        """Whether norms, rotation and joining are one kernel: not where hooks move the norms' weights."""
+        return self.kernel and not self.on_cpu and self.offload in ("none", "model")
 
     def own(self, tokens: int) -> int:
         """Of so many tokens besides text those of the GPU that has most."""
@@ -384,7 +383,7 @@ def _call(shape: TransformerShape, plan: Plan, execution: Execution) -> Transfor
         chunked=chunk is not None,
         rotated=1 + 3 * (4 / execution.element),
         fused=execution.fused,
-        summaries=plan.summaries.rows * row,
+        summaries=plan.summaries.rows * row / execution.parallel.cp,
         attending=_attending_shared(shape, plan, execution, own),
     )
 

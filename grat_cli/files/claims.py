@@ -57,7 +57,7 @@ class Claim:
         threading.Thread(target=self._beat, name="grat-claim", daemon=True).start()
 
     def __reduce__(self) -> tuple[type[Claim], tuple[Path, float]]:
-        return Claim, (self._file, self._beat_s)
+        return Claim, (self._file.absolute(), self._beat_s)
 
     def __enter__(self) -> Claim:
         return self

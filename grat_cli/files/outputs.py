@@ -211,7 +211,12 @@ def write_json(data: Mapping[str, Any], path: Path, *, overwrite: bool = False) 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    write_text(pictures.json_text(data, indent=2) + "\n", path, overwrite=overwrite)
+    write_text(json_text(data), path, overwrite=overwrite)
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """JSON as it is written to files."""
+    return pictures.json_text(data, indent=2) + "\n"
 
 
 def write_text(text: str, path: Path, *, overwrite: bool = False) -> None:
@@ -233,7 +238,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
         BadInput: if there is no such file, or nothing of grat's in it.
     """
     if path.suffix.lower() == ".json":
-        return _checked(texts.read_bytes(path, _LONGEST_REPORT), path)
+        return checked_report(texts.read_bytes(path, _LONGEST_REPORT), path)
     if (embedded := embedded_provenance(path)) is not None:
         return embedded
     report = path.with_suffix(".json") if path.is_file() else report_path(path)
@@ -255,7 +260,7 @@ def embedded_provenance(path: Path) -> dict[str, Any] | None:
         embedded = _embedded(path / FIRST_FRAME if is_folder else path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise texts.unreadable(path, error) from error
-    return None if embedded is None else _checked(embedded, path)
+    return None if embedded is None else checked_report(embedded, path)
 
 
 def _embedded(path: Path) -> bytes | str | None:
@@ -277,7 +282,16 @@ def _embedded(path: Path) -> bytes | str | None:
     return None
 
 
-def _checked(text: bytes | str, path: Path) -> dict[str, Any]:
+def checked_report(text: bytes | str, path: Path) -> dict[str, Any]:
+    """What a report of grat says.
+
+    Args:
+        text: of it.
+        path: that it was read from.
+
+    Raises:
+        BadInput: if it is none.
+    """
     try:
         data = parsed(text)
     except ValueError as error:

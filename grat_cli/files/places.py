@@ -26,6 +26,11 @@ class TypedPath(type(Path())):  # pyright: ignore[reportUntypedBaseClass] - of t
     ends_with_slash = False
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is an address, such as https://... or s3://..., and no path."""
+    return _ADDRESS.match(text) is not None
+
+
 def typed_path(text: str, option: str) -> Path:
     """A path as it was typed, so that `is_folder` knows one that is meant.
 
@@ -36,7 +41,7 @@ def typed_path(text: str, option: str) -> Path:
     Raises:
         BadInput: if it is an address on the web, or no file can have it for a name.
     """
-    if _ADDRESS.match(text):
+    if is_address(text):
         raise BadInput(f"{option} {text}: expected a file of this machine, not an address: download it first")
     refuse_impossible(text, option)
     path = TypedPath(text)

@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grat_cli.errors import BadInput, CannotWrite, printable, shortened
-from grat_cli.files.outputs import report_path, write_text
+from grat_cli.files.outputs import report_path
 from grat_cli.files.places import LONGEST_NAME_BYTES
 from grat_cli.files.prompts import LARGEST_SEED, PromptEntry
+from grat_cli.files.stores import Store
 from grat_cli.models.catalogue import Medium
 
 REPORTS = "reports"
@@ -132,24 +133,23 @@ def lay_out(
     return _without_repetitions(drafts)
 
 
-def write_metadata(sample: Sample, *, overwrite: bool = False) -> None:
+def write_metadata(sample: Sample, store: Store, *, overwrite: bool = False) -> None:
     """Writes the object of a sample's prompt, where its layout wants that and it is not there.
 
     Raises:
         CannotWrite: if it cannot be written.
     """
-    if sample.metadata is not None and not has_metadata(sample):
+    if sample.metadata is not None and not has_metadata(sample, store):
         try:
-            write_text(metadata_text(sample), sample.metadata, overwrite=overwrite)
+            store.write(metadata_text(sample), sample.metadata, overwrite=overwrite)
         except CannotWrite:
-            if not has_metadata(sample):  # else another worker has written the same just now
+            if not has_metadata(sample, store):  # else another worker has written the same just now
                 raise
 
 
-def has_metadata(sample: Sample) -> bool:
+def has_metadata(sample: Sample, store: Store) -> bool:
     """Whether the object of a sample's prompt is where its layout wants it."""
-    path = sample.metadata
-    return path is not None and path.is_file() and path.read_bytes() == metadata_text(sample).encode()
+    return sample.metadata is not None and store.holds(metadata_text(sample).encode(), sample.metadata)
 
 
 def metadata_text(sample: Sample) -> str:

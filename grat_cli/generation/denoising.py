@@ -139,6 +139,7 @@ class Denoising:
                 raise Interrupted(f"interrupted {self._stands}; go on with {command_for('resume', kept)}") from None
             raise
         except RankLost:
+            end_undisturbed()
             if self._run.done:
                 self._keep(self._run)
             if kept := self._kept():
@@ -185,7 +186,7 @@ class Denoising:
             if inside.installation.guard and first_step:
                 inside.installation.guard.restore(run.guard or {}, first_step)
             caches = inside.installation.caches if stage.preset.cache else None
-            if caches and first_step:
+            if caches and first_step and not self._begins_empty(run):
                 caches.restore(*(run.cache or ((), {})))
             watch = StepWatch(self._progress, first_step, partial(self._tell_work, stage, inside))
 
@@ -243,6 +244,10 @@ class Denoising:
                         raise BadInput("what the cache had kept does not fit the run: start it anew") from error
                     raise
             self._run = run_after(stage.steps, latents, {}, None)
+
+    def _begins_empty(self, run: Run) -> bool:
+        """Whether a cache that goes on with a run keeps nothing yet, because ranks have a part of the tokens each."""
+        return self._studio.world is not None or (run.cache is None and "ranks" in run.report)
 
     @contextmanager
     def _compiling(self, recorder: StepRecorder) -> Iterator[None]:
@@ -373,7 +378,8 @@ class Denoising:
 
             self._progress.phase("decode")
             with self._phases(phase_of("decode", run.stage)):
-                decoded = self._family.decode(self._pipe, run.latents)
+                world = self._studio.world
+                decoded = self._family.decode(self._pipe, run.latents, ranks=world and world.group)
                 (frame,) = checked_frames([decoded], FrameCheck(self._pipe.vae.dtype))
                 upscale = Image.fromarray(frame)
         with self._phases(phase_of("encode", run.stage + 1)):

@@ -88,6 +88,8 @@ def generate(
     jobs = list(zip(request.seeds, request.outputs, strict=True))
     if begun is not None:
         take_up(begun, choose_device(request.device), progress, world)
+        if request.preset.cache and begun.done_in_stage and (world or "ranks" in begun.report):
+            progress.note("what the cache kept is not known to several ranks: it begins with nothing kept")
         jobs = jobs[request.seeds.index(begun.seed) :]
         if begun.finished:
             _, output = jobs.pop(0)
@@ -122,17 +124,19 @@ def follow(here: Shard, progress: WritingProgress) -> int:
         GratError: for what goes wrong on this rank, which it names.
     """
     try:
-        request, begun, world = followed(here)
-        for _ in generate(request, progress, begun, world):
-            pass
-    except RankLost:  # which is for the one that was lost to explain, or for the first
-        return RankLost.exit_code
+        try:
+            request, begun, world = followed(here)
+            for _ in generate(request, progress, begun, world):
+                pass
+            world.leave()
+        except RankLost:  # which is for the one that was lost to explain, or for the first
+            return RankLost.exit_code
+        except GratError as error:
+            # Where the first one fails alike, the launcher ends this one meanwhile, and it is said once.
+            time.sleep(_FIRST_SPEAKS_S)
+            raise type(error)(f"rank {here.rank - 1}: {error}") from error
     except KeyboardInterrupt:
         return INTERRUPTED
-    except GratError as error:
-        # Where the first one fails alike, the launcher ends this one, and it is said once.
-        time.sleep(_FIRST_SPEAKS_S)
-        raise type(error)(f"rank {here.rank - 1}: {error}") from error
     return 0
 
 

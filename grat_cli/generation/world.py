@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -25,7 +26,7 @@ from grat_cli.generation.report import ranks_data
 from grat_cli.generation.request import Request
 from grat_cli.generation.sharing import Shard
 from grat_cli.generation.timing import StepTiming
-from grat_cli.models.devices import device_of_worker
+from grat_cli.models.devices import choose_device
 from grat_cli.models.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class World:
         rank: from 0, which is the one that writes and talks.
         local_rank: among those of its machine; None where nobody says.
         parallel: how they share the work.
+        device_type: of all ranks, `cuda` or `cpu`.
         shards_weights: whether those that share a call share the transformer's weights.
         foretold: what `grat plan` says of it, of `machine.foretold`; of the first rank.
     """
@@ -51,6 +53,7 @@ class World:
     rank: int
     local_rank: int | None
     parallel: Parallel
+    device_type: str = "cpu"
     shards_weights: bool = False
     foretold: Mapping[str, float] = field(default_factory=dict)
 
@@ -62,12 +65,10 @@ class World:
     @cached_property
     def mesh(self) -> DeviceMesh:
         """All ranks, by what they share; the first time, all have to ask."""
-        import torch
         from torch.distributed.device_mesh import init_device_mesh
 
-        kind = "cuda" if torch.distributed.get_backend() != "gloo" else "cpu"
         with peers():
-            return init_device_mesh(kind, (self.parallel.cfg, self.parallel.cp), mesh_dim_names=(CFG, CP))
+            return init_device_mesh(self.device_type, (self.parallel.cfg, self.parallel.cp), mesh_dim_names=(CFG, CP))
 
     @property
     def group(self) -> ProcessGroup:
@@ -84,11 +85,31 @@ class World:
         return self.mesh[CP] if self.shards_weights else None
 
     def for_this_rank(self, request: Request) -> Request:
-        """A request on the device of this rank; but for the first rank, without anything that is written beside."""
-        request = replace(request, device=device_of_worker(request.device, self.local_rank))
+        """A request, but for the first rank without anything that is written beside; and takes the rank's device, which
+        `cuda` and `auto` mean from then on.
+
+        Raises:
+            BadInput: if this machine has too few devices.
+        """
+        if self.device_type == "cuda":
+            import torch
+
+            local, count = self.local_rank or 0, torch.cuda.device_count()
+            if local >= count:
+                raise BadInput(
+                    f"this machine has {count} CUDA device{'s' * (count != 1)}, and this is rank {local + 1} of it: "
+                    "start fewer ranks"
+                )
+            torch.cuda.set_device(local)
         if self.leads:
             return request
         return replace(request, checkpoint_every=0, preview_every=0, save_latents=False)
+
+    def leave(self) -> None:
+        """All outputs are made: parts from the other ranks."""
+        from torch import distributed
+
+        distributed.destroy_process_group()
 
     def told(self, steps: Sequence[StepTiming]) -> dict[str, Any] | None:
         """What each rank took, for the report of the first one; None for the others.
@@ -137,45 +158,35 @@ def lead(
     """Joins the other ranks as the first one, and tells them what is made.
 
     Raises:
-        BadInput: if this machine has too few devices.
+        BadInput: if the device of the request is one for all ranks, or of a kind that cannot exchange.
         RankLost: if they do not come.
     """
-    _join(here, request.device)
-    world = World(0, here.local_rank, parallel, shards_weights, foretold)
-    _broadcast([request, run, parallel, shards_weights])
+    kind, _, number = request.device.partition(":")
+    if number or (kind := choose_device(kind).type) == "mps":
+        raise BadInput(f"--device {request.device} is one device, and each rank has its own: use cuda, cpu or auto")
+    _join()
+    world = World(0, here.local_rank, parallel, kind, shards_weights, foretold)
+    _broadcast([request, run, parallel, kind, shards_weights])
     return world
 
 
 def followed(here: Shard) -> tuple[Request, Run | None, World]:
-    """Joins as one of the other ranks: what is made, as the first one says."""
-    _join(here, "auto")
-    request, run, parallel, shards_weights = _broadcast([None] * 4)
-    return request, run, World(here.rank - 1, here.local_rank, parallel, shards_weights)
-
-
-def _join(here: Shard, device: str) -> None:
-    """Meets the other ranks.
+    """Joins as one of the other ranks: what is made, as the first one says.
 
     Raises:
-        BadInput: if the machine has fewer devices than ranks, or the device is of a kind that cannot exchange.
         RankLost: if they do not come.
     """
+    _join()
+    request, run, *told = _broadcast([None] * 5)
+    return request, run, World(here.rank - 1, here.local_rank, *told)
+
+
+def _join() -> None:
+    """Meets the other ranks; what lies on CPUs is exchanged by gloo, what lies on GPUs by NCCL."""
     import torch
     from torch import distributed
 
-    kind, _, number = device.partition(":")
-    if kind == "mps" or number:
-        raise BadInput(f"--device {device} is one device, and each rank has its own: use cuda, cpu or auto")
-    uses_cuda = kind != "cpu" and torch.cuda.is_available()
-    if uses_cuda:
-        local = here.local_rank or 0
-        if local >= torch.cuda.device_count():
-            raise BadInput(
-                f"rank {here.rank - 1} is number {local + 1} of this machine, which has "
-                f"{torch.cuda.device_count()} CUDA devices: start fewer ranks"
-            )
-        torch.cuda.set_device(local)
-    backend = "cpu:gloo,cuda:nccl" if uses_cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with peers():
         distributed.init_process_group(backend, timeout=_TIMEOUT)
 
@@ -223,10 +234,6 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices and devices < count:
         raise BadInput(f"--gpus {count}: this machine has {devices} CUDA devices: use --gpus {devices} or fewer")
-    # What a rank computes with on a CPU, unless the user says; and no module of the current folder is to be imported.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    os.environ["PYTHONSAFEPATH"] = "1"
-    logging.disable(logging.CRITICAL)  # in this process: ranks say themselves what is wrong
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -238,8 +245,14 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    # What a rank computes with on a CPU, unless the user says; and no module of the current folder is to be imported.
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "PYTHONSAFEPATH": "1"}
+    quiet = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # ranks say themselves what is wrong
     try:
-        elastic_launch(config, sys.executable)("-m", "grat_cli", *arguments)
+        with inherited(environment):
+            elastic_launch(config, sys.executable)("-m", "grat_cli", *arguments)
     except SignalException:
         return INTERRUPTED, None
     except ChildFailedError as error:
@@ -251,4 +264,21 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         advice = ", as Linux does where memory runs out" if name == "SIGKILL" else ""
         return 128 + number, f"rank {rank} was ended by {name}{advice}"
+    finally:
+        logging.disable(quiet)
     return 0, None
+
+
+@contextmanager
+def inherited(environment: Mapping[str, str]) -> Iterator[None]:
+    """While inside, processes that are started have these variables."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -26,6 +26,7 @@ from grat_kernels.plan import build_head_plan
 
 # Of predictions of about 1: some hundred times fp32's rounding, some thousandth of what a wrong token would change.
 TOLERANCE = 2e-5
+FUSED = "flux", "hunyuan"  # which a fused kernel prepares, in Triton's interpreter here
 CHOICE = {"levels": [{"beyond": 0, "block": [4, 4]}], "choose": {"exact": 2, "fine": 4, "block": [2, 2]}}
 
 
@@ -35,8 +36,10 @@ def group_of(size: int, rank: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def of_two() -> list[Any]:
-    """What two ranks have each come to: predictions, what an observer was told, when they knew that one had ended."""
-    return on_ranks(2, one_after_another, (predictions, tuple(MODELS)), (told,), (until_one_ends,))
+    """What two ranks have each come to: predictions, by stock modules and by the fused kernel, what an observer was
+    told, when they knew that one had ended."""
+    calls = (predictions, tuple(MODELS)), (predictions, FUSED, 1, True), (told,), (until_one_ends,)
+    return on_ranks(2, one_after_another, *calls)
 
 
 def test_ranks_that_share_calls_predict_what_one_does(of_two: list[Any]) -> None:
@@ -44,9 +47,11 @@ def test_ranks_that_share_calls_predict_what_one_does(of_two: list[Any]) -> None
     assert all(adapter_of(name).heads % 2 == 0 for name in names)
     assert any(MODELS[name].grids[0].tokens % 2 for name in names)
     alone = predictions(None, names)
-    for of_rank, _, _ in of_two:
+    for by_modules, by_kernel, *_ in of_two:
         for name in names:
-            assert float((of_rank[name] - alone[name]).abs().max()) <= TOLERANCE
+            assert float((by_modules[name] - alone[name]).abs().max()) <= TOLERANCE
+        for name in FUSED:  # its far field is pooled when all tokens are there
+            assert float((by_kernel[name][0] - alone[name][0]).abs().max()) <= TOLERANCE
 
 
 def test_an_observer_is_told_of_exchanges_and_of_what_is_sent_in_them(of_two: list[Any]) -> None:
@@ -55,7 +60,7 @@ def test_an_observer_is_told_of_exchanges_and_of_what_is_sent_in_them(of_two: li
     of_head = 4 * adapter.model.config.attention_head_dim  # bytes of a token's, in fp32
     channels = adapter.model.config.in_channels
     assert tokens % 2
-    for rank, (_, of_rank, _) in enumerate(of_two):
+    for rank, (*_, of_rank, _) in enumerate(of_two):
         own, others = (tokens + 1) // 2 - rank, tokens // 2 + rank
         there, back = 3 * own * heads // 2 * of_head, (others + text) * heads // 2 * of_head
         gathered = (tokens + 1) // 2 * channels * 4
@@ -63,7 +68,7 @@ def test_an_observer_is_told_of_exchanges_and_of_what_is_sent_in_them(of_two: li
 
 
 def test_a_rank_learns_within_seconds_that_another_has_ended(of_two: list[Any]) -> None:
-    assert max(seconds for _, _, seconds in of_two) < 30  # the ranks' timeout is twice that
+    assert max(seconds for *_, seconds in of_two) < 30  # the ranks' timeout is twice that
 
 
 def test_ranks_that_share_a_run_make_the_picture_of_one() -> None:

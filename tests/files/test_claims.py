@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -293,3 +294,18 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         Claims(tmp_path / "file" / "claims").take("a")
     with pytest.raises(CannotWrite, match=r"cannot write .*file/a\.claim"):
         Claims(tmp_path / "file").take("a")
+
+
+def test_a_claim_that_is_sent_to_another_process_is_its_own_too_and_ends_for_both(tmp_path: Path) -> None:
+    claims = Claims(tmp_path, beat_s=0.05)
+    claim = claims.take("a")
+    assert claim is not None
+    with claim:
+        sent: Claim = pickle.loads(pickle.dumps(claim))
+        assert sent.is_held()
+    with pytest.raises(ClaimLost):
+        sent.require()
+    another = claims.take("a")  # by whoever goes on; what was sent before stays without it
+    assert another is not None
+    with another:
+        assert not sent.is_held()

@@ -22,9 +22,9 @@ from workers import begin, needs_fork, wait_until
 from grat_cli.console.output import Output
 from grat_cli.console.progress import LiveProgress, batch_text
 from grat_cli.families.picture_coding import decode as decode_picture
+from grat_cli.files.stores import LocalStore
 from grat_cli.files.videos import read_frames
 from grat_cli.files.whole import write_whole
-from grat_cli.generation import batch
 from grat_cli.generation import run as generation
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
@@ -240,11 +240,11 @@ def test_ctrl_c_says_how_far_it_got(loads: list[str], monkeypatch: pytest.Monkey
     write_lines("p.txt", "a red fox", "a blue boat")
     calls = []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return decode_picture(*arguments)
+        return decode_picture(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("grat_cli.families.picture_coding.decode", interrupted)
@@ -369,7 +369,7 @@ def test_an_output_that_is_written_but_not_in_its_place_is_not_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "_move", interrupted)
+        patch.setattr(LocalStore, "place", interrupted)
         assert grat(*arguments).code == 130
     assert len(list(Path("v/unfinished").iterdir())) == 2
     with monkeypatch.context() as patch:

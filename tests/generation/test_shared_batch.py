@@ -22,7 +22,8 @@ from small_batches import GENEVAL, SMALL, fail_at, files, pixels, write_lines
 from workers import Worker, begin, needs_fork, wait_until
 
 from grat_cli.files.claims import Claim, Claims
-from grat_cli.generation import batch, batch_layout
+from grat_cli.files.stores import LocalStore
+from grat_cli.generation import batch_worker
 from grat_cli.generation import run as generation
 from grat_cli.models import devices
 from grat_cli.models.catalogue import choose_model
@@ -39,7 +40,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo: Any) -> None:
     """In a folder of its own, with one model for all tests, and claims that are dead after a second."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generation, "load_model", lambda *_, **__: LoadedModel(demo, None))
-    monkeypatch.setattr(batch, "Claims", functools.partial(Claims, beat_s=0.1, silent_s=1.0))
+    monkeypatch.setattr(batch_worker, "Claims", functools.partial(Claims, beat_s=0.1, silent_s=1.0))
     monkeypatch.setattr("grat_cli.generation.sharing.POLL_S", 0.05)
 
 
@@ -128,9 +129,9 @@ def test_workers_of_which_one_is_killed_make_everything_once(layout: str) -> Non
 
 
 _PLACES: dict[str, tuple[Any, str]] = {
-    "denoising": (batch._SaidOnce, "step"),
-    "before its report": (batch, "write_json"),
-    "before its output": (batch, "_move"),
+    "denoising": (batch_worker.SaidOnce, "step"),
+    "before its report": (LocalStore, "write"),
+    "before its output": (LocalStore, "place"),
 }
 
 
@@ -164,7 +165,7 @@ def test_nor_does_one_that_may_overwrite() -> None:
     assert grat(*arguments, "--seed", "5").code == 0
     before = files("b")
     arguments = (*arguments, "--overwrite", "--shard", "1/1")
-    stalled = begin(*arguments, at_first=instead(batch, "_move", stop))
+    stalled = begin(*arguments, at_first=instead(LocalStore, "place", stop))
     wait_until(lambda: is_stopped(stalled), stalled)
     # Its report is there, and the output that this one told of.
     Path("b/reports/00000-0000.json").unlink()
@@ -228,7 +229,7 @@ def test_a_picture_that_is_spoilt_meanwhile_fails_alone_and_a_batch_without_work
     def spoilt(self: Any, request: Any) -> None:
         calls.append(request)
         if len(calls) == 3:  # after those of both texts
-            raise batch.BadInput("cannot read a.png: it is damaged")
+            raise batch_worker.BadInput("cannot read a.png: it is damaged")
         take(self, request)
 
     with monkeypatch.context() as patch:
@@ -247,10 +248,10 @@ def test_a_disk_that_is_full_ends_a_worker_and_keeps_what_it_has(monkeypatch: py
     arguments = ("batch", "p.txt", *SMALL, "--out", "b", "--shard", "1/1")
 
     def full(*_: Any, **__: Any) -> None:
-        raise batch.CannotWrite("cannot write it: no space left on device")
+        raise batch_worker.CannotWrite("cannot write it: no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "_move", full)
+        patch.setattr(LocalStore, "place", full)
         assert refusal(*arguments).startswith("cannot write it: no space left on device")
     assert {path.suffix for path in Path("b/unfinished").iterdir()} == {".png", ".json"}
     with monkeypatch.context() as patch:
@@ -262,13 +263,14 @@ def test_a_disk_that_is_full_ends_a_worker_and_keeps_what_it_has(monkeypatch: py
 def test_metadata_that_another_worker_writes_at_that_moment_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines("p.jsonl", GENEVAL[0])
     arguments = ("batch", "p.jsonl", "--layout", "geneval", *SMALL, "--n", "1")
-    write = batch_layout.write_text
+    write = LocalStore.write
 
-    def late(text: str, path: Path, **options: Any) -> None:
-        path.write_text(text if others == "the same" else "{}\n")
-        write(text, path, **options)
+    def late(store: LocalStore, text: str, path: Path, **options: Any) -> None:
+        if path.name == "metadata.jsonl":
+            path.write_text(text if others == "the same" else "{}\n")
+        write(store, text, path, **options)
 
-    monkeypatch.setattr(batch_layout, "write_text", late)
+    monkeypatch.setattr(LocalStore, "write", late)
     others = "the same"
     assert grat(*arguments, "--out", "b", "--shard", "1/2").code == 0
     assert json.loads(Path("b/00000/metadata.jsonl").read_text()) == GENEVAL[0]
@@ -281,7 +283,7 @@ def test_what_a_batch_alone_made_leaves_no_claim_of_a_dead_worker(monkeypatch: p
     arguments = ("batch", "p.txt", *SMALL, "--out", "b")
     with monkeypatch.context() as patch:
         patch.setattr(Claim, "__exit__", lambda *_: None)
-        patch.setattr(batch, "_move", interrupted)
+        patch.setattr(LocalStore, "place", interrupted)
         assert grat(*arguments, "--shard", "1/1").code == 130
     assert len(list(Path("b/unfinished").glob("*.claim"))) == 1
     assert grat(*arguments).code == 0
@@ -294,7 +296,9 @@ def test_samples_that_reports_cannot_tell_apart_are_refused() -> None:
         Image.new("RGB", (64, 64), (number, 0, 0)).save(f"{folder}/a.png")
     write_lines("p.jsonl", *({"prompt": "a fox", "init_image": f"{folder}/a.png"} for folder in ("x", "y")))
     arguments = ("batch", "p.jsonl", *SMALL, "--out", "b")
-    says = "line 1 and line 2 ask for the same, with pictures of the same names: rename one, or leave out --shard"
+    says = (
+        "line 1 and line 2 ask for the same, with pictures of the same names: rename one, or leave out --shard or --ray"
+    )
     assert says in refusal(*arguments, "--shard", "1/2")
     assert len(grat(*arguments, "--json").data["made"]) == 2
 
@@ -328,3 +332,10 @@ def test_workers_of_torchrun_take_a_device_each(monkeypatch: pytest.MonkeyPatch)
     assert devices.device_of_worker("auto", None) == "auto"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each worker its own
     assert devices.device_of_worker("auto", 5) == "auto"
+
+
+def test_workers_of_torchrun_have_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines("p.jsonl", *GENEVAL)
+    for name, value in {"MASTER_ADDR": "a", "MASTER_PORT": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "add --shard auto" in refusal("batch", "p.jsonl", *SMALL)

@@ -41,6 +41,7 @@ KINDS = {
     "guarded": replace(
         small_runs.picture(), request=replace(small_runs.picture().request, preset=small_runs.picture().guarded())
     ),
+    "cached": demo(cache={"kind": "first-block", "threshold": 0.5}),
     "cascade": small_runs.cascade(),
 }
 

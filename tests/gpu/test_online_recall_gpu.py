@@ -68,11 +68,12 @@ def test_the_figures_are_those_of_the_cpu_and_nothing_waits(name: str) -> None:
 def test_figures_come_to_the_host_by_themselves() -> None:
     pytest.importorskip("pydantic")
     from grat_cli.attention.guard import _Call
+    from grat_cli.attention.ranks import ALONE
 
     call = _Call()
     figures = torch.tensor([[0.5, 0.25, 0.125], [0.75, 0.5, torch.nan]], device=CUDA)
     with no_waiting():
         for layer, row in enumerate(figures):
             call.add(layer, layer, row)
-        call.send()
+        call.send(ALONE)
     assert [tuple(one) for one in call.read().measured.values()] == [(0.5, 0.25, 0.125, 0), (0.75, 0.5, None, 1)]

@@ -27,21 +27,23 @@ from grat_kernels import Backend
 STEPS = 4
 
 
-def adapter_of(name: str, ranks: ProcessGroup | None = None) -> Adapter:
+def adapter_of(name: str, ranks: ProcessGroup | None = None, **options: Any) -> Adapter:
     """Of the small transformer of a family."""
     kind = MODELS[name]
-    return kind.adapter(kind.make(), kind.grids[0], ranks=ranks)
+    return kind.adapter(kind.make(), kind.grids[0], ranks=ranks, **options)
 
 
-def predictions(ranks: ProcessGroup | None, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def predictions(
+    ranks: ProcessGroup | None, names: Sequence[str], steps: int = STEPS, fused: bool = False
+) -> dict[str, torch.Tensor]:
     """Of the small transformer of each family, `[steps, ...]`, at steps with other plans."""
     made = {}
     for name in names:
-        adapter = adapter_of(name, ranks)
+        adapter = adapter_of(name, ranks, fused=fused)
         run = Run(adapter)
         with torch.no_grad(), adapter.attached(run, Backend.SDPA):
             outputs = []
-            for run.step in range(STEPS):
+            for run.step in range(steps):
                 output: Any = adapter.model(**MODELS[name].inputs(adapter.grid))
                 outputs.append(output[0] if isinstance(output, tuple) else output.sample)
         made[name] = torch.stack(outputs)
