@@ -112,6 +112,15 @@ def test_what_no_sample_is_to_blame_for_ends_the_batch(quick: None) -> None:
     assert not Path("b/unfinished").exists()
 
 
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """A shell's background jobs ignore Ctrl-C, and so would tests that run there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_an_interrupted_batch_has_what_was_begun_kept(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     over = cluster._Driver._over
 
