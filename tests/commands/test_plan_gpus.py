@@ -103,7 +103,7 @@ def test_more_gpus_than_a_machine_has_are_pointed_out() -> None:
         ((*FLUX, "--parallel", "cp=2"), "--parallel is for several GPUs: add --gpus COUNT"),
         ((*FLUX, "--shard-weights"), "--shard-weights is for several GPUs: add --gpus COUNT"),
         ((*FLUX, "--gpus", 1, "--shard-weights"), "no ranks share a call: leave it out, or share calls by more"),
-        ((*FLUX, "--gpus", 2, "--shard-weights", "--quantize", "int8"), "two ways to hold fewer weights"),
+        ((*FLUX, "--gpus", 2, "--shard-weights", "--quantize", "int8"), "leave one of them out"),
         ((*FLUX, "--fleet", 0), "--fleet 0: expected 1 or more machines"),
         (("plan", "demo-b", "--fleet", 5), "--fleet needs the time of an output: add --gpu h200"),
     ],
