@@ -251,7 +251,7 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
     quiet = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # ranks say themselves what is wrong
     try:
-        with inherited(environment):
+        with inherited(environment), _own_signals():
             elastic_launch(config, sys.executable)("-m", "grat_cli", *arguments)
     except SignalException:
         return INTERRUPTED, None
@@ -267,6 +267,21 @@ def launch(count: int, arguments: Sequence[str]) -> tuple[int, str | None]:
     finally:
         logging.disable(quiet)
     return 0, None
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """What signals do is as before when the block is left: the launcher takes them for itself, and keeps them."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # Windows lacks some
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before: dict[Any, Any] = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # which alone gets signals
+            for number, handler in before.items():
+                if handler is not None:  # one that Python did not set
+                    signal.signal(number, handler)
 
 
 @contextmanager

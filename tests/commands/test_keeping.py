@@ -19,8 +19,9 @@ import torch
 from command_line import grat, refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from workers import Worker, begin, needs_fork, wait_until
+from workers import Worker, begin, instead, needs_fork
 
+from grat_cli.console.progress import LogProgress
 from grat_cli.errors import CannotWrite
 from grat_cli.families import FAMILIES
 from grat_cli.files.tensors import read_about
@@ -206,14 +207,15 @@ def test_latents_outlive_what_ends_a_run_late(
 # ---- Processes that end
 
 
-def wait_for_step(step: int, worker: Worker) -> None:
-    """Returns when a run has kept so many steps."""
+def stopped(*arguments: object, kept: int) -> Worker:
+    """One that runs a command line and has stopped with so many steps kept."""
 
-    def is_kept() -> bool:
-        about = read_about(KEPT) if KEPT.is_file() else None
-        return bool(about) and about["steps_done"] >= step
+    def is_kept(*_: object) -> bool:
+        return KEPT.is_file() and (read_about(KEPT) or {})["steps_done"] == kept
 
-    wait_until(is_kept, worker)
+    worker = begin(*arguments, at_first=instead(LogProgress, "step", when=is_kept))
+    worker.wait_until_stopped()
+    return worker
 
 
 def repeatable(made: dict[str, Any]) -> list[Any]:
@@ -233,9 +235,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_frames(
     out = f"a{kind.endings[0]}"
     arguments = (*kind.long, "--out", out)
     for step in sorted(random.Random(KILLS).choices(range(1, kind.steps), k=KILLS)):
-        worker = begin(*arguments)
-        wait_for_step(step, worker)
-        worker.kill()
+        stopped(*arguments, kept=step).kill()
         arguments = ("resume", out)
     result = grat("resume", KEPT, "--json")
     assert result.code == 0, result.err
@@ -248,9 +248,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_frames(
 
 @needs_fork
 def test_ctrl_c_says_how_to_go_on(kind: Kind, whole: tuple[dict[str, Any], list[np.ndarray]]) -> None:
-    worker = begin(*kind.long, "--out", f"a{kind.endings[0]}")
-    wait_for_step(kind.steps - 3, worker)
+    worker = stopped(*kind.long, "--out", f"a{kind.endings[0]}", kept=kind.steps - 3)
     worker.signal(signal.SIGINT)
+    worker.go_on()
     result = worker.result()
     assert result.code == 130
     match = re.fullmatch(
@@ -267,11 +267,11 @@ def test_ctrl_c_says_how_to_go_on(kind: Kind, whole: tuple[dict[str, Any], list[
 @needs_fork
 @pytest.mark.parametrize("kind", ["video"], indirect=True)
 def test_two_runs_of_one_name_do_not_meet(kind: Kind) -> None:
-    worker = begin(*kind.long, "--out", "a")
-    wait_for_step(1, worker)
+    worker = stopped(*kind.long, "--out", "a", kept=1)
     assert "of another run exists" in refusal(*kind.long, "--out", "a")
     second = grat(*kind.long, "--out", "a", "--overwrite")
     assert (second.code, "another grat is making a: wait for it" in second.err) == (2, True)
+    worker.go_on()
     result = worker.result()
     assert (result.code, result.out.splitlines()[0]) == (0, "a")
     assert names() == ["a", "a.json"]

@@ -17,6 +17,7 @@ from command_line import grat, refusal
 from PIL import Image
 
 import grat_cli
+from grat_cli.generation.world import launch
 
 PROMPT = "a red fox in the snow"
 SMALL = ("--model", "demo", "--seed", "2", "--res", "96x80", "--steps", "12", "--device", "cpu")
@@ -69,6 +70,13 @@ def test_two_gpus_make_the_picture_of_one() -> None:
     assert err.count("seed 2") == 1
     shown = grat("info", "two.png")
     assert "2 ranks" in shown.out
+
+
+def test_the_launcher_leaves_signals_as_they_were() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    assert launch(2, ["--version"]) == (0, None)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="ranks are found by what Linux tells of processes")

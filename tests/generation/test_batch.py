@@ -17,7 +17,7 @@ from command_line import Result, grat, refusal
 from PIL import Image
 from rich.console import Console
 from small_batches import GENEVAL, SMALL, fail_at, files, pixels, write_lines
-from workers import begin, needs_fork, wait_until
+from workers import begin, instead, needs_fork
 
 from grat_cli.console.output import Output
 from grat_cli.console.progress import LiveProgress, batch_text
@@ -25,6 +25,7 @@ from grat_cli.families.picture_coding import decode as decode_picture
 from grat_cli.files.stores import LocalStore
 from grat_cli.files.videos import read_frames
 from grat_cli.files.whole import write_whole
+from grat_cli.generation import batch_worker
 from grat_cli.generation import run as generation
 from grat_cli.models.catalogue import choose_model
 from grat_cli.models.loading import LoadedModel, load_model
@@ -394,8 +395,10 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(video_model: Path, layout: 
     assert whole.code == 0, whole.err
 
     arguments = (*arguments, "--out", "killed")
-    worker = begin(*arguments)
-    wait_until(lambda: list(Path("killed").glob("unfinished/a-boat-*.checkpoint.safetensors")), worker)
+    kept = "unfinished/a-boat-*.checkpoint.safetensors"
+    in_the_second = instead(batch_worker.SaidOnce, "step", when=lambda *_: any(Path("killed").glob(kept)))
+    worker = begin(*arguments, at_first=in_the_second)
+    worker.wait_until_stopped()
     worker.kill()
     outputs = ("00000/samples/0000.png", "00001/samples/0000.png")
     if layout == "vbench":

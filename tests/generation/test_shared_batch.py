@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
-import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from command_line import grat, refusal
 from PIL import Image
 from small_batches import GENEVAL, SMALL, fail_at, files, pixels, write_lines
-from workers import Worker, begin, needs_fork, wait_until
+from workers import begin, instead, needs_fork, wait_until
 
 from grat_cli.files.claims import Claim, Claims
 from grat_cli.files.stores import LocalStore
@@ -44,34 +42,8 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo: Any) -> None:
     monkeypatch.setattr("grat_cli.generation.sharing.POLL_S", 0.05)
 
 
-def instead(module: Any, name: str, act: Callable[[], object]) -> Callable[[], None]:
-    """What makes a worker do something when it first comes to a function, and then go on."""
-
-    def patch() -> None:
-        real, met = getattr(module, name), []
-
-        def first_act(*arguments: Any, **options: Any) -> Any:
-            if not met:
-                met.append(True)
-                act()
-            return real(*arguments, **options)
-
-        setattr(module, name, first_act)
-
-    return patch
-
-
 def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
-
-
-def stop() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def is_stopped(worker: Worker) -> bool:
-    found, status = os.waitpid(worker.process.pid, os.WUNTRACED | os.WNOHANG)
-    return bool(found) and os.WIFSTOPPED(status)
 
 
 def outputs(folder: str) -> list[Path]:
@@ -145,13 +117,13 @@ def test_a_worker_that_was_suspended_replaces_nothing_and_adds_nothing(layout: s
     arguments = ("batch", "p.jsonl", "--layout", layout, *SMALL, "--n", "2", "--json")
     assert grat(*arguments, "--out", "alone").code == 0
     arguments = (*arguments, "--out", "b", "--shard")
-    stalled = begin(*arguments, "1/1", at_first=instead(*_PLACES[place], stop))
-    wait_until(lambda: is_stopped(stalled), stalled)
+    stalled = begin(*arguments, "1/1", at_first=instead(*_PLACES[place]))
+    stalled.wait_until_stopped()
     time.sleep(1)  # names of the plain layout hold the second
     result = grat(*arguments, "1/1")
     assert (result.code, len(result.data["made"])) == (0, 2), result.err
     before = files("b")
-    stalled.signal(signal.SIGCONT)
+    stalled.go_on()
     woken = stalled.result()
     assert (woken.code, woken.data["made"], woken.data["made_by_others"]) == (0, [], 2), woken.err
     assert files("b") == before
@@ -165,14 +137,14 @@ def test_nor_does_one_that_may_overwrite() -> None:
     assert grat(*arguments, "--seed", "5").code == 0
     before = files("b")
     arguments = (*arguments, "--overwrite", "--shard", "1/1")
-    stalled = begin(*arguments, at_first=instead(LocalStore, "place", stop))
-    wait_until(lambda: is_stopped(stalled), stalled)
+    stalled = begin(*arguments, at_first=instead(LocalStore, "place"))
+    stalled.wait_until_stopped()
     # Its report is there, and the output that this one told of.
     Path("b/reports/00000-0000.json").unlink()
     assert len(grat(*arguments).data["made"]) == 1
     after = files("b")
     assert after["00000/samples/0000.png"] != before["00000/samples/0000.png"]
-    stalled.signal(signal.SIGCONT)
+    stalled.go_on()
     woken = stalled.result()
     assert (woken.code, woken.data["made_by_others"]) == (0, 1), woken.err
     assert files("b") == after

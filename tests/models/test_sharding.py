@@ -14,7 +14,7 @@ import tiny_wan
 import torch
 from lora_files import diffusers_layout, layers_of, write
 from ranks import on_ranks
-from sharded_models import Everything, everything
+from sharded_models import Everything, alone, everything
 
 from grat_cli.demo import DEMO_FLUX
 from grat_cli.demo.architecture import load_pipeline
@@ -32,21 +32,22 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> list[Everything]:
     wan = tiny_wan.save(folder / "wan", "two")
     demo = layers_of(load_pipeline(DEMO_FLUX.path).transformer, "attn", "proj_mlp")
     lora = write(folder / "style.safetensors", diffusers_layout(demo, strength=0.2))
-    return [everything(None, str(wan), str(lora)), *on_ranks(2, everything, str(wan), str(lora))]
+    read = (str(wan), str(lora))
+    return [*on_ranks(1, alone, *read), *on_ranks(2, everything, *read)]
 
 
 def test_ranks_that_share_weights_predict_what_one_does(every: list[Everything]) -> None:
     """Also where they share calls as well, and tokens come in chunks."""
-    alone, *others = every
+    whole, *others = every
     for of_rank in others:
-        for variant, expected_variant in ((of_rank.plain, alone.plain), (of_rank.shared, alone.shared)):
+        for variant, expected_variant in ((of_rank.plain, whole.plain), (of_rank.shared, whole.shared)):
             for name, expected in expected_variant.items():
                 made = variant[name]
                 assert torch.equal(made.predictions, expected.predictions), name
                 assert 0.45 < made.share < 0.55
                 assert made.whole == 1 < expected.whole, "blocks are whole as they are called"
                 assert made.chunking == expected.chunking
-    assert alone.shared["flux"].chunking[0] == 16
+    assert whole.shared["flux"].chunking[0] == 16
 
 
 def test_no_more_is_held_after_a_call_than_before(every: list[Everything]) -> None:

@@ -87,9 +87,7 @@ def held(ranks: ProcessGroup | None) -> tuple[int, int]:
 
     def count() -> int:
         gc.collect()
-        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
-        tensors = [one for one in tensors if one.layout is torch.strided]  # sparse ones of other tests have no storage
-        storages = [local(tensor).untyped_storage() for tensor in tensors]
+        storages = [local(one).untyped_storage() for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     given = tiny_flux.inputs(4, 4)
@@ -174,6 +172,11 @@ class Everything(NamedTuple):
     shared: dict[str, Sharded]
     held: tuple[int, int]
     runs: tuple[Ran, Ran]
+
+
+def alone(_: ProcessGroup, wan: str, lora: str) -> Everything:
+    """By one process, which holds no tensors of other tests."""
+    return everything(None, wan, lora)
 
 
 def everything(ranks: ProcessGroup | None, wan: str, lora: str) -> Everything:

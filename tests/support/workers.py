@@ -26,6 +26,18 @@ class Worker:
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
+    def wait_until_stopped(self) -> None:
+        """Returns when it has come to where it stops."""
+        wait_until(self._is_stopped, self)
+
+    def _is_stopped(self) -> bool:
+        found, status = os.waitpid(self.process.pid, os.WUNTRACED | os.WNOHANG)
+        return bool(found) and os.WIFSTOPPED(status)
+
+    def go_on(self) -> None:
+        """After it has stopped."""
+        self.signal(signal.SIGCONT)
+
     def result(self) -> Result:
         """Waits for it."""
         result = self.receiver.recv()
@@ -54,6 +66,37 @@ def begin(*arguments: object, at_first: Callable[[], object] = lambda: None) -> 
     process.start()
     sender.close()
     return Worker(process, receiver)
+
+
+def stop() -> None:
+    """Stops this process, until it is told to go on."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def instead(
+    owner: Any, name: str, act: Callable[[], object] = stop, *, when: Callable[..., bool] = lambda *_: True
+) -> Callable[[], None]:
+    """What makes a worker do something, and then go on, as it first comes to a function.
+
+    Args:
+        owner: a module or class.
+        name: of its function.
+        act: what is done before it.
+        when: whether it is, by the function's arguments.
+    """
+
+    def patch() -> None:
+        real, met = getattr(owner, name), []
+
+        def first_act(*arguments: Any, **options: Any) -> Any:
+            if not met and when(*arguments):
+                met.append(True)
+                act()
+            return real(*arguments, **options)
+
+        setattr(owner, name, first_act)
+
+    return patch
 
 
 def wait_until(condition: Callable[[], object], worker: Worker) -> None:
