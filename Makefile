@@ -26,9 +26,16 @@ lint: $(LINT_READY) links
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
 
-# Compiles every kernel configuration for every architecture; needs no GPU.
+# Compiles every kernel configuration for every architecture, with each version of Triton that GPU machines may have, and
+# reads the machine code; needs no GPU. AOT=--help says what else.
+AOT_TRITON := 3.6.0 3.7.1
 aot: $(INSTALLED)
-	$(RUN) -m grat_kernels.aot
+	@status=0; for version in $(AOT_TRITON); do \
+		folder=build/triton-$$version; \
+		test -d $$folder/triton || $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+			--target $$folder triton==$$version || exit 1; \
+		PYTHONPATH=$$folder:tests/aot $(RUN) -m aot $(AOT) || status=1; \
+	done; exit $$status
 
 # Planning, start-up and memory of the CPU path; `grat bench` times attention.
 bench: $(TEST_READY)
@@ -38,7 +45,7 @@ bench: $(TEST_READY)
 # tested in a process of its own, so that one that hangs or faults leaves the others their results.
 GPU_PYTHON = PYTHONPATH=.links:tests/gpu $(PYTHON)
 test-gpu: links
-	@status=0; for kernel in "triton and not ws" ws gluon "not triton and not gluon"; do \
+	@status=0; for kernel in triton gluon "not triton and not gluon"; do \
 		$(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu -k "$$kernel" || status=1; \
 	done; exit $$status
 

@@ -15,7 +15,6 @@ from grat_kernels import (
     sdpa_backend,
     self_test,
     triton_backend,
-    ws_backend,
 )
 from grat_kernels.launching import heads_of_class
 from grat_kernels.plan import HeadPlan, Plan, plan_by_key
@@ -30,7 +29,6 @@ class Backend(str, Enum):
     SDPA = "sdpa"
     FLEX = "flex"
     TRITON = "triton"
-    TRITON_WS = "triton-ws"
     GLUON = "gluon"
 
 
@@ -39,11 +37,10 @@ _MODULES = {
     Backend.SDPA: sdpa_backend,
     Backend.FLEX: flex_backend,
     Backend.TRITON: triton_backend,
-    Backend.TRITON_WS: ws_backend,
     Backend.GLUON: gluon_backend,
 }
 # Kernels of our own, the fastest first. One launch serves all classes of heads, and each is tested before it is used.
-KERNELS = (Backend.GLUON, Backend.TRITON_WS, Backend.TRITON)
+KERNELS = (Backend.GLUON, Backend.TRITON)
 # Those that attend blocks chosen by content.
 _CHOOSING = (Backend.REFERENCE, Backend.SDPA, Backend.TRITON)
 

@@ -1,7 +1,7 @@
 """Tile sizes of the span kernel, one readable table: architecture, head dimension, width of the dtype.
 
 Every row compiles without a spill inside a loop and within the shared memory of its architecture, which
-`python -m grat_kernels.aot` checks without a GPU.
+`python -m aot` checks without a GPU.
 """
 
 from __future__ import annotations
@@ -119,8 +119,6 @@ class HopperConfig(NamedTuple):
 
 # The Gluon kernel, by head dimension: as many stages as fit into shared memory, and no more than four.
 HOPPER = {64: HopperConfig(128, 128, 4), 128: HopperConfig(128, 128, 3), 256: HopperConfig(128, 64, 2)}
-# The warp-specialised kernel: likewise, but its output takes a place of its own.
-SPECIALISED = {64: HopperConfig(128, 128, 4), 128: HopperConfig(128, 128, 2)}
 
 
 class ScoreConfig(NamedTuple):

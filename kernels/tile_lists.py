@@ -40,26 +40,6 @@ class TileLists(NamedTuple):
 EMPTY = -1
 
 
-class SingleLists(NamedTuple):
-    """Work lists of a kernel that has one loop for tokens and summaries, full tiles and partial ones.
-
-    Attributes:
-        query_tiles: `[C·T, 4]` int32: first query, queries, then begin and end of the list in `key_tiles`. Classes and
-            order as in `TileLists`.
-        key_tiles: `[n, 3]` int32, shared by all query tiles of one span list: first row, rows, and row of `biased_rows`
-            of each tile. Rows are positions in the joint sequence, then those of the summaries. A tile of fewer than
-            `block_n` rows covers rows outside its span, which need a mask.
-        biased_rows: `[P, block_n]` int32: the rows of each tile that need a bias, and first what stands for all tiles
-            that need none, which is `EMPTY` throughout.
-        leading: how many query tiles at the front of each class are text tiles.
-    """
-
-    query_tiles: npt.NDArray[np.int32]
-    key_tiles: npt.NDArray[np.int32]
-    biased_rows: npt.NDArray[np.int32]
-    leading: int
-
-
 def build_tile_lists(
     plan: Plan | HeadPlan, block_m: int, block_n: int, block_tail: int, *, mask_text: bool
 ) -> TileLists:
@@ -92,41 +72,6 @@ def build_tile_lists(
         np.concatenate([lists.packed_rows for lists in classes]),
         _leading(plan, block_m),
         _chosen_tiles(plan, query_tiles, block_tail),
-    )
-
-
-def build_single_lists(plan: Plan | HeadPlan, block_m: int, block_n: int, *, bias_text: bool) -> SingleLists:
-    """Cuts a plan into tiles of one kind, in order of their rows; what is left of each span is a tile of its own.
-
-    Args:
-        plan: what attends what.
-        block_m: queries per tile.
-        block_n: most keys per tile.
-        bias_text: whether text needs a bias, as summaries always do.
-    """
-    query_tiles, key_tiles = [], []
-    for member in plan.classes:
-        spans = _spans(member, mask_text=False)
-        span, offset = _cut(-(-spans.lengths // block_n), block_n)
-        first = (spans.starts + np.where(spans.of_summaries, plan.tokens, 0))[span] + offset
-        rows = np.minimum(block_n, spans.lengths[span] - offset)
-        in_text = (first < plan.text_start + plan.text_len) & (first + rows > plan.text_start)
-        biased = spans.of_summaries[span] | (in_text & bias_text)
-        key_tiles.append(np.stack([first, rows, biased], axis=1).astype(np.int32))
-        # Spans, and so tiles, come list by list.
-        bounds = np.searchsorted(spans.owners[span], np.arange(len(member.span_lists) + 1))
-        query_tiles.append(_query_tiles(member, block_m, np.stack([bounds[:-1], bounds[1:]], axis=1)))
-    joined = np.concatenate(key_tiles)
-    biased = joined[:, 2] == 1
-    starts, joined[biased, 2] = np.unique(joined[biased, 0], return_inverse=True)
-    joined[biased, 2] += 1
-    # A tile may reach past the last row, where its mask ends before.
-    biased_rows = np.minimum(starts[:, None] + np.arange(block_n), plan.tokens + plan.summaries.rows - 1)
-    return SingleLists(
-        _joined_query_tiles(query_tiles, [len(tiles) for tiles in key_tiles]),
-        joined,
-        np.concatenate([np.full((1, block_n), EMPTY), biased_rows]).astype(np.int32),
-        _leading(plan, block_m),
     )
 
 

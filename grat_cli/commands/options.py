@@ -193,8 +193,7 @@ class AttentionOptions:
     )
     backend: str | None = option(
         "NAME",
-        "auto, reference, sdpa, flex, triton, triton-ws or gluon. "
-        "One that is named runs or says why not (see grat env).",
+        "auto, reference, sdpa, flex, triton or gluon. One that is named runs or says why not (see grat env).",
         ATTENTION,
         complete=complete_backend,
     )

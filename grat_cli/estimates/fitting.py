@@ -430,7 +430,7 @@ def execution_of(
         quantize=quantize,
         cast=cast,
         chunk_tokens=expected.preset.memory.chunk_tokens,
-        kernel=expected.preset.kernel.backend in ("auto", "triton", "triton-ws", "gluon"),
+        kernel=expected.preset.kernel.backend in ("auto", "triton", "gluon"),
         autoencoder_dtype=family.autoencoder_dtype or beside,
         text_dtype=beside,
         threads=os.cpu_count() or 1,

@@ -32,7 +32,7 @@ from grat_cli.presets.problems import invalid, nesting_sizes, problem_of, shape_
 from grat_cli.presets.section import MOST_STEPS, Number, Range, Section, as_tuple
 from grat_kernels.geometry import nests
 
-BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "triton-ws", "gluon"]
+BackendName = Literal["auto", "reference", "sdpa", "flex", "triton", "gluon"]
 HighresMode = Literal["off", "cascade", "direct"]
 PositionsName = Literal["none", "ntk", "yarn", "dype"]
 

@@ -16,7 +16,7 @@ from grat_cli.generation import report
 from grat_cli.presets import load_preset
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Union, build_plan
 from grat_kernels import plan as plan_module
-from grat_kernels.tile_lists import build_single_lists, build_tile_lists
+from grat_kernels.tile_lists import build_tile_lists
 
 SIDE = 1024
 TOKENS = SIDE * SIDE
@@ -59,13 +59,9 @@ def test_plans_and_work_lists_are_megabytes(name: str, group: int) -> None:
     # Two numbers of 8 bytes for each block of 16 tokens.
     assert array_bytes((plan.summaries.starts, plan.summaries.counts)) <= TOKENS
     assert len(plan.query_runs) <= (SIDE // group) ** 2 + 1
-    for build in (
-        lambda: build_tile_lists(plan, 128, 128, 64, mask_text=True),
-        lambda: build_single_lists(plan, 128, 128, bias_text=True),
-    ):
-        tiles, peak = peak_bytes(build)
-        assert array_bytes(tiles) < 40 * MEGABYTE
-        assert peak < 250 * MEGABYTE
+    tiles, peak = peak_bytes(lambda: build_tile_lists(plan, 128, 128, 64, mask_text=True))
+    assert array_bytes(tiles) < 40 * MEGABYTE
+    assert peak < 250 * MEGABYTE
     assert plan.reach >= group
 
 

@@ -51,9 +51,9 @@ pytestmark = [
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 # A kernel, and how it reads full tiles where it can do so in two ways.
 TRITON_FORMS = ("triton-descriptors", "triton-pointers")
-KERNELS = pytest.mark.parametrize("kernel", [*TRITON_FORMS, "triton-ws", "gluon"])
+KERNELS = pytest.mark.parametrize("kernel", [*TRITON_FORMS, "gluon"])
 # A kernel as `span_attention` calls it: of triton the form that fits the tensors.
-BACKENDS = pytest.mark.parametrize("kernel", ["triton", "triton-ws", "gluon"])
+BACKENDS = pytest.mark.parametrize("kernel", ["triton", "gluon"])
 
 PLANS = {
     "full": build_plan(Grouping(Grid((20, 26)), (16, 16)), Full(), 77),
@@ -277,9 +277,7 @@ def test_nothing_unattended_reaches_the_output(name: str, kernel: str, dtype: to
         rows = slice(start, start + int(plan.grouping.sizes[group]))
         bad_key, bad_value = key.clone(), value.clone()
         bad_key[:, unseen] = torch.nan if group % 2 else torch.inf
-        # The warp-specialised kernel multiplies the neighbours in a partial tile by zero: there, only keys are safe.
-        if kernel != "triton-ws":
-            bad_value[:, unseen] = torch.nan
+        bad_value[:, unseen] = torch.nan
         assert torch.equal(run(kernel, query, bad_key, bad_value, plan)[:, rows], clean[:, rows])
 
 

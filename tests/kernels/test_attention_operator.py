@@ -163,7 +163,7 @@ def test_auto_takes_the_fastest_kernel_of_a_gpu_and_says_why_not_the_first(monke
     with monkeypatch.context() as without_gluon:
         without_gluon.setattr(gluon_backend, "obstacle", lambda *_: "no Gluon")
         assert choice((9, 0)) == (
-            Backend.TRITON_WS,
+            Backend.TRITON,
             "the fastest that runs on this device; gluon cannot run here: no Gluon",
         )
     backend, reason = choice((7, 5))
@@ -174,7 +174,7 @@ def test_auto_takes_the_fastest_kernel_of_a_gpu_and_says_why_not_the_first(monke
 def test_what_is_chosen_by_content_is_left_to_backends_that_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = build_plan(Grouping(Grid((6, 10)), (4, 4)), Union(Block(0), Far([(0, (2, 2))], Choice(2, 1, (1, 1)))), 4)
     query, key, value = (torch.randn(1, plan.tokens, 2, 32) for _ in range(3))
-    for backend in (Backend.GLUON, Backend.TRITON_WS, Backend.FLEX):
+    for backend in (Backend.GLUON, Backend.FLEX):
         with pytest.raises(BackendUnavailable):
             span_attention(query, key, value, plan, backend=backend)
     assert can_run(Backend.FLEX, "cpu")

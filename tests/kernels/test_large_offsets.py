@@ -17,7 +17,6 @@ from hopper_simulator import Simulation
 from large_tensors import zeros_on_demand
 
 from grat_kernels import Far, Full, Grid, Grouping, Plan, Union, build_plan, gluon_backend, rope_norm, triton_backend
-from grat_kernels import ws_backend as ws
 from grat_kernels.launching import DeviceTiles
 from grat_kernels.rope_norm import Norms, Projections
 from grat_kernels.tile_configs import HopperConfig, TileConfig
@@ -108,16 +107,16 @@ class Tensors:
     """Query, key and value with their summaries, zeros but for the rows that some work needs.
 
     Attributes:
-        joint_key: `[B, N + R, H, D]`: keys, then their summaries.
-        joint_value: likewise.
+        keys: `[B, N, H, D]`, then their summaries, `[B, R, H, D]`.
+        values: likewise.
         query: `[B, N, H, D]`, as the outer part of a fused projection.
         output: `[B, N, H, D]` contiguous.
     """
 
-    def __init__(self, work: Work, dtype: torch.dtype, together: bool) -> None:
+    def __init__(self, work: Work, dtype: torch.dtype) -> None:
         plan, generator = work.plan, torch.Generator().manual_seed(0)
-        self.work, self.dtype, self.together = work, dtype, together
-        rows = (plan.tokens + plan.summaries.rows,) if together else (plan.tokens, plan.summaries.rows)
+        self.work, self.dtype = work, dtype
+        rows = (plan.tokens, plan.summaries.rows)
         self.query = zeros_on_demand((BATCH, plan.tokens, 3, HEADS, HEAD_DIM), dtype)[:, :, 2]
         self.output = zeros_on_demand((BATCH, plan.tokens, HEADS, HEAD_DIM), dtype)
         self.keys, self.values = (
@@ -217,7 +216,7 @@ def launch_by_tiles(
 def test_the_triton_kernel(size: str, dtype: torch.dtype, config: TileConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from grat_kernels.span_kernel import span_attention_kernel
 
-    tensors = Tensors(Work.at_both_ends_of(PLANS[size]), dtype, together=False)
+    tensors = Tensors(Work.at_both_ends_of(PLANS[size]), dtype)
     launch, bias = launch_by_tiles(triton_backend, tensors, config, monkeypatch)
     assert launch.programs == BATCH * HEADS
     span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
@@ -231,7 +230,7 @@ def test_chosen_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work.at_both_ends_of(PLANS["a million tokens"])
     # Chosen tiles hold no text.
     work = replace(work, packed=tuple(row for row in work.packed if row >= 512))
-    tensors = Tensors(work, torch.float16, together=False)
+    tensors = Tensors(work, torch.float16)
     slots = -(-(2**31 // (BATCH * HEADS) + 1) // BLOCK) * BLOCK
     chosen = zeros_on_demand((BATCH, HEADS, slots), torch.int32)
     launch, bias = launch_by_tiles(triton_backend, tensors, POINTERS, monkeypatch, chosen=chosen)
@@ -241,7 +240,7 @@ def test_chosen_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @SIZES
 def test_the_hopper_kernel(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = Tensors(Work.at_both_ends_of(PLANS[size]), torch.float16, together=False)
+    tensors = Tensors(Work.at_both_ends_of(PLANS[size]), torch.float16)
     launch, bias = launch_by_tiles(gluon_backend, tensors, HOPPER, monkeypatch)
     assert launch.items == BATCH * HEADS
     simulation = Simulation(seed=1, programs=1)
@@ -249,38 +248,6 @@ def test_the_hopper_kernel(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written, writes = (torch.from_numpy(array)[:, tensors.work.queries] for array in simulation.written(tensors.output))
     assert (writes == 1).all()
     tensors.assert_attended(written, bias)
-
-
-@SIZES
-def test_the_warp_specialised_kernel(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grat_kernels.ws_kernel import specialised_attention_kernel
-
-    work = Work.at_both_ends_of(PLANS[size])
-    plan = work.plan
-    tensors = Tensors(work, torch.float16, together=True)
-    # Every tile has a row of biases of its own; single keys are tiles with one row.
-    starts = [*work.token_tiles, *(plan.tokens + start for start in work.summary_tiles), *work.packed]
-    counts = [BLOCK] * (len(starts) - len(work.packed)) + [1] * len(work.packed)
-    rows = (torch.tensor(starts)[:, None] + torch.arange(BLOCK)).clamp_max(plan.tokens + plan.summaries.rows - 1)
-    key_tiles = torch.tensor([starts, counts, range(1, len(starts) + 1)], dtype=torch.int32).T.contiguous()
-    tiles = ws._DeviceTiles(
-        torch.tensor([[*work.query_tiles, 0, len(starts)]], dtype=torch.int32),
-        key_tiles,
-        torch.cat([torch.full((1, BLOCK), -1), rows]),
-        None,
-        count=1,
-        leading=0,
-        partial=True,
-    )
-    monkeypatch.setattr(ws, "_device_tiles", lambda *_, **__: tiles)
-    position = torch.arange(plan.tokens)
-    padded = (position >= TEXT_VALID[:, None]) & (position < plan.text_len)
-    (key,), (value,) = tensors.keys, tensors.values
-    launch = ws.launch_of(tensors.query, key, value, tensors.output, plan, padded, SCALE, HOPPER)
-    assert launch.programs == BATCH * HEADS
-    specialised_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
-    bias = expected_bias(work, plan.tensors("cpu").log_counts, TEXT_VALID)
-    tensors.assert_attended(tensors.output[:, work.queries], bias)
 
 
 CHUNK = rope_norm._CHUNK_TOKENS

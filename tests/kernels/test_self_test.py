@@ -28,7 +28,6 @@ from grat_kernels import (
     self_test,
     span_attention,
     triton_backend,
-    ws_backend,
 )
 from grat_kernels.attention import check_kernel
 from grat_kernels.tile_lists import EMPTY
@@ -77,12 +76,11 @@ def breaks(
     monkeypatch.setattr(module, "attention", lambda *arguments: break_it(intact(*arguments)))
 
 
-@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.TRITON_WS])
-def test_an_intact_kernel_is_tested_once(backend: Backend, tested: list[self_test.Form]) -> None:
-    first = span_attention(*tensors(), NEAR, backend=backend)
+def test_an_intact_kernel_is_tested_once(tested: list[self_test.Form]) -> None:
+    first = span_attention(*tensors(), NEAR, backend="triton")
     assert set(tested) == {self_test.Form(CPU, torch.float32, 64)}
     plans = len(tested)
-    assert torch.equal(span_attention(*tensors(), NEAR, backend=backend), first)
+    assert torch.equal(span_attention(*tensors(), NEAR, backend="triton"), first)
     assert len(tested) == plans
 
 
@@ -97,7 +95,6 @@ def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
     span_attention(*tensors(32), FAR, backend="triton")
     span_attention(*tensors(heads_first=True), FAR, backend="triton")
     span_attention(*tensors(), CHOOSING, backend="triton")
-    span_attention(*tensors(), FAR, backend="triton-ws")
     form = self_test.Form(CPU, torch.float32, 64, far=True)
     assert list(dict.fromkeys(tested)) == [
         form,
@@ -108,7 +105,6 @@ def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
         form._replace(in_place=False),
         form._replace(choosing=True),
     ]
-    assert tested.count(form) == 2
 
 
 def test_what_is_not_a_kernel_of_ours_is_not_tested(tested: list[self_test.Form]) -> None:
@@ -152,7 +148,6 @@ def test_a_broken_kernel_stops_the_run(break_it, monkeypatch: pytest.MonkeyPatch
     for part in ("float32, 64 channels", f"torch {torch.__version__.partition('+')[0]}", "triton 3.", "grat-cli "):
         assert part in found
     assert "--backend sdpa" in advice
-    span_attention(*tensors(), NEAR, backend="triton-ws")
 
 
 @pytest.mark.parametrize("dropped", ["far", "padded", "by_head"])
@@ -164,7 +159,7 @@ def test_a_kernel_that_ignores_a_part_of_its_form_is_found(dropped: str) -> None
             plan = plan.classes[0]
         elif not isinstance(plan, Plan) or plan.summaries.rows:
             plan = build_plan(plan.grouping, Block(0), plan.text_len)
-        return ws_backend.attention(query, key, value, plan, text_valid, scale)
+        return triton_backend.attention(query, key, value, plan, text_valid, scale)
 
     intact, broken = (
         self_test.Form(CPU, torch.float16, 64),
@@ -218,10 +213,10 @@ def test_a_wrong_choice_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_surroundings_do_not_matter(tested: list[self_test.Form]) -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        self_test.check("triton-ws", ws_backend.attention, self_test.Form(CPU, torch.float32, 64))
+        self_test.check("triton", triton_backend.attention, self_test.Form(CPU, torch.float32, 64))
     assert tested
     state = torch.random.get_rng_state()
-    self_test.check("triton-ws", ws_backend.attention, self_test.Form(CPU, torch.float32, 128))
+    self_test.check("triton", triton_backend.attention, self_test.Form(CPU, torch.float32, 128))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

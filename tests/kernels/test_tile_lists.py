@@ -13,7 +13,7 @@ from kernel_cases import CHOOSING_BY_HEAD
 
 from grat_kernels import Block, Full, Grid, Grouping, Plan, build_head_plan, build_plan
 from grat_kernels.geometry import nests
-from grat_kernels.tile_lists import EMPTY, TileLists, build_single_lists, build_tile_lists, chosen_tiles_of_group
+from grat_kernels.tile_lists import EMPTY, TileLists, build_tile_lists, chosen_tiles_of_group
 
 BLOCK_N = 16
 block_sizes = st.sampled_from([(16, 8), (8, 16), (64, 32)])
@@ -142,28 +142,3 @@ def test_tile_efficiency_is_that_of_the_lists(plan: Plan, sizes: tuple[int, int]
     keys = (full_summary_end - begin) * BLOCK_N + (end - full_summary_end) * block_tail
     # Lists cut queries where they meet the text, which may take one tile more than the plan's runs.
     assert plan.tile_efficiency(block_m, BLOCK_N, block_tail) >= plan.attended_pairs / (block_m * int(keys.sum()))
-
-
-@given(data=st.data(), block_m=st.sampled_from([8, 64]), bias_text=st.booleans())
-def test_single_lists_cover_what_is_attended_once(data: st.DataObject, block_m: int, bias_text: bool) -> None:
-    grouping = data.draw(groupings(150))
-    chosen = data.draw(st.lists(patterns(grouping), min_size=1, max_size=3))
-    blocks = sorted({level.block for pattern in chosen for level in pattern.far_levels}, key=math.prod)
-    assume(all(nests(inner, outer) for inner, outer in itertools.pairwise(blocks)))
-    classes = tuple((grouping, pattern) for pattern in chosen)
-    plan = build_head_plan(classes, tuple(range(len(classes))), data.draw(st.sampled_from([0, 7])))
-    lists = build_single_lists(plan, block_m, BLOCK_N, bias_text=bias_text)
-    assert lists.leading == -(-plan.text_len // block_m)
-    assert ((lists.key_tiles[:, 1] >= 1) & (lists.key_tiles[:, 1] <= BLOCK_N)).all()
-    assert (lists.biased_rows[0] == EMPTY).all()
-    for number, tiles in enumerate(np.split(lists.query_tiles, len(classes))):
-        count = np.zeros((plan.tokens, plan.tokens + plan.summaries.rows), np.int64)
-        for first_query, queries, begin, end in tiles.tolist():
-            for first_row, rows, biased in lists.key_tiles[begin:end].tolist():
-                count[first_query : first_query + queries, first_row : first_row + rows] += 1
-                tile = np.arange(first_row, first_row + rows)
-                in_text = (tile >= plan.text_start) & (tile < plan.text_start + plan.text_len)
-                assert bool(biased) == (first_row >= plan.tokens or (bias_text and bool(in_text.any())))
-                if biased:
-                    np.testing.assert_array_equal(lists.biased_rows[biased, :rows], tile)
-        np.testing.assert_array_equal(count, attended(plan.classes[number]))

@@ -1,4 +1,4 @@
-"""The compilations of `rope_norm`, and what its machine code promises: see `grat_kernels.aot`."""
+"""The compilations of `rope_norm`, and what its machine code promises: see `aot`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from grat_kernels.compilation import compile_for, read_cuda, read_rocm
+from compilation import compile_for, read_cuda, read_rocm
+
 from grat_kernels.tile_configs import SHARED_MEMORY_LIMIT
 
 _WIDE_LOAD = "LDG.E.128"
@@ -123,7 +124,7 @@ def _launch(variant: RopeNormVariant) -> tuple[Any, tuple[Any, ...], dict[str, i
 
 
 def rope_norm_row(build: RopeNormBuild) -> str:
-    """A line of the table that `grat_kernels.aot` prints."""
+    """A line of the table that `aot` prints."""
     variant = build.variant
     options = f"{'text apart' if variant.text_apart else 'joint'}, {variant.levels} levels"
     return (

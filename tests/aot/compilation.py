@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from grat_kernels.sass import MachineCode, parse
+from sass import MachineCode, parse
 
 
 def compile_for(architecture: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> Any:

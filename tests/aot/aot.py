@@ -1,9 +1,9 @@
 """Ahead-of-time compilation, without a GPU: the span kernels for every row of their tables, what scores blocks for
 them, and `rope_norm`.
 
-    python -m grat_kernels.aot                 everything (minutes)
-    python -m grat_kernels.aot --arch sm_90    one architecture
-    python -m grat_kernels.aot --kernel gluon  one kernel
+    python -m aot                 everything (minutes)
+    python -m aot --arch sm_90    one architecture
+    python -m aot --kernel gluon  one kernel
 
 What is compiled is what the launchers launch: their own arguments, for tensors without data. The machine code is then
 read for what a row of a table promises: no spill inside a loop over tiles, shared memory within the architecture's,
@@ -22,23 +22,24 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-from grat_kernels.compilation import Code, compile_for, read_cuda, read_rocm
-from grat_kernels.rope_norm_builds import (
+from compilation import Code, compile_for, read_cuda, read_rocm
+from rope_norm_builds import (
     RopeNormBuild,
     RopeNormVariant,
     compile_rope_norm,
     rope_norm_row,
     rope_norm_variants,
 )
-from grat_kernels.sass import MachineCode
+from sass import MachineCode
+
 from grat_kernels.tile_configs import (
     HOPPER,
     SCORES,
     SHARED_MEMORY_LIMIT,
-    SPECIALISED,
     HopperConfig,
     ScoreConfig,
     TileConfig,
@@ -283,56 +284,6 @@ def _gluon_problems(variant: Variant, code: Code) -> list[str]:
     return problems
 
 
-# The warp-specialised kernel
-
-
-def _specialised_variants(architectures: Iterable[str]) -> Iterator[Variant]:
-    if "sm_90" in architectures:
-        for dtype, head_dim, text_valid, far, ragged in itertools.product(
-            ("bfloat16", "float16"), SPECIALISED, (False, True), (False, True), (False, True)
-        ):
-            # Summaries are ragged as it is.
-            if not (far and ragged):
-                yield Variant("sm_90", dtype, head_dim, True, text_valid, far, "triton-ws", ragged)
-
-
-def _specialised_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
-    import torch
-
-    from grat_kernels.ws_backend import launch_of
-    from grat_kernels.ws_kernel import specialised_attention_kernel
-
-    query, *_, output, summary_key, _, plan, text_valid, scale, config = _inputs(variant)
-    keys = query if summary_key is None else torch.cat([query, summary_key], dim=1)
-    padded = None if text_valid is None else torch.empty(query.shape[:2], dtype=torch.bool, device="meta")
-    launch = launch_of(query, keys, keys, output, plan, padded, scale, config)
-    return specialised_attention_kernel, launch.arguments, launch.options
-
-
-def _specialised_tile_loops(code: MachineCode) -> tuple[tuple[int, ...], ...]:
-    """Within the loop in which the warps that are not the first wait for work, those of consumers and producer."""
-    return tuple(loop for opcode in ("HGMMA", "UTMALDG") for loop in code.innermost_with(opcode))
-
-
-def _specialised_problems(variant: Variant, code: Code) -> list[str]:
-    machine = code.machine
-    assert machine is not None
-    problems = []
-    loops = machine.innermost_with("HGMMA")
-    if len(loops) != 2:
-        problems.append(f"{len(loops)} loops on tensor cores instead of one for each of two warp groups")
-    if not all(machine.arrives_as_one(loop) for loop in loops):
-        problems.append("a thread arrives before its warps have met")
-    # A third one loads. It gives registers away, they take some.
-    if (code.threads, bool(machine.count("USETMAXREG"))) != (3 * 128, True):
-        problems.append(f"{code.threads} threads, which are not specialised")
-    # Both halves of the queries, keys and values, and a bias.
-    expected_loads = 5 if variant.far or variant.text_valid else 4
-    if code.opcodes["UTMALDG"] != expected_loads:
-        problems.append(f"{code.opcodes['UTMALDG']} UTMALDG instead of {expected_loads}")
-    return problems
-
-
 # The kernel that scores the blocks that groups choose from
 
 
@@ -360,13 +311,6 @@ def _score_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int
 
 KERNELS = {
     "triton": Kernel(_triton_variants, _triton_config, _triton_launch, lambda code: code.loops, _triton_problems),
-    "triton-ws": Kernel(
-        _specialised_variants,
-        lambda variant: SPECIALISED[variant.head_dim],
-        _specialised_launch,
-        _specialised_tile_loops,
-        _specialised_problems,
-    ),
     "gluon": Kernel(
         _gluon_variants,
         lambda variant: HOPPER[variant.head_dim],
@@ -418,7 +362,7 @@ def _compile_any(variant: Variant | RopeNormVariant) -> Build | RopeNormBuild:
 def main(arguments: list[str] | None = None) -> int:
     """Compiles the table and prints what came out; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m grat_kernels.aot", description="Compile the span kernels' tile tables, and rope_norm."
+        prog="python -m aot", description="Compile the span kernels' tile tables, and rope_norm."
     )
     parser.add_argument("--arch", action="append", choices=list(SHARED_MEMORY_LIMIT), help="only this one; repeatable")
     parser.add_argument("--kernel", action="append", choices=[*KERNELS, _ROPE_NORM], help="only this one; repeatable")
@@ -440,7 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     builds: list[Build | RopeNormBuild] = []
     if not chosen.json:
-        print(_HEADER)
+        print(f"Triton {version('triton')}\n{_HEADER}")
     with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
         for build in pool.map(_compile_any, wanted):
             builds.append(build)

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import aot
 import pytest
+import sass
 
-from grat_kernels import aot, sass
-from grat_kernels.tile_configs import HOPPER, SHARED_MEMORY_LIMIT, SPECIALISED, TABLE, architecture_of
+from grat_kernels.tile_configs import HOPPER, SHARED_MEMORY_LIMIT, TABLE, architecture_of
 
 # The head dimension of Flux and HunyuanVideo on every architecture, and the other forms of Hopper.
 COMPILED = [
@@ -30,17 +31,13 @@ COMPILED = [
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="gluon"),
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="gluon"),
     aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True, kernel="gluon"),
-    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="triton-ws"),
-    aot.Variant("sm_90", "bfloat16", 128, True, text_valid=False, far=False, kernel="triton-ws", ragged=True),
-    aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="triton-ws"),
-    aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True, kernel="triton-ws"),
     aot.Variant("sm_90", "bfloat16", 128, False, text_valid=False, far=True, kernel="block-scores", choosing=True),
 ]
 
 # Compiles the cases, and one configuration that is too large for its architecture.
 PROGRAM = """
 import json, sys
-from grat_kernels import aot
+import aot
 
 builds = [aot.compile_variant(aot.Variant(*fields)) for fields in json.loads(sys.argv[1])]
 tile_config = aot.tile_config
@@ -51,7 +48,8 @@ print(json.dumps([[build.opcodes, build.spills_in_loops, build.shared_bytes, bui
 
 WITHOUT_PIN = """
 import json
-from grat_kernels import aot, hopper_kernel
+import aot
+from grat_kernels import hopper_kernel
 
 hopper_kernel.PIN = hopper_kernel.gl.constexpr("mov.b32 $0, $1;")
 print(json.dumps(aot.compile_variant(aot.Variant("sm_90", "bfloat16", 128, True, False, False, "gluon")).problems))
@@ -61,7 +59,7 @@ print(json.dumps(aot.compile_variant(aot.Variant("sm_90", "bfloat16", 128, True,
 def run_compiler(program: str, cache: Path, *arguments: str) -> Any:
     """What a program prints as JSON, in a process without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -71,23 +69,6 @@ def run_compiler(program: str, cache: Path, *arguments: str) -> Any:
 @pytest.mark.slow
 def test_the_assembler_needs_the_pin_to_leave_the_softmax_where_it_is(tmp_path: Path) -> None:
     assert run_compiler(WITHOUT_PIN, tmp_path) == ["a softmax outside of the matrix products"]
-
-
-# With twice the warps the compiler ignores the request.
-UNSPECIALISED = """
-import json
-from grat_kernels import aot, ws_backend
-
-ws_backend._WARPS = 8
-build = aot.compile_variant(aot.Variant("sm_90", "bfloat16", 128, True, False, False, "triton-ws"))
-print(json.dumps(build.problems))
-"""
-
-
-@pytest.mark.slow
-def test_a_kernel_that_is_not_specialised_is_told(tmp_path: Path) -> None:
-    problems = run_compiler(UNSPECIALISED, tmp_path)
-    assert any("256 threads, which are not specialised" in problem for problem in problems)
 
 
 @pytest.mark.slow
@@ -118,7 +99,7 @@ ROPE_NORM_COMPILED = [
 
 ROPE_NORM_PROGRAM = """
 import json, sys
-from grat_kernels import aot
+import aot
 
 builds = [aot.compile_rope_norm(aot.RopeNormVariant(*fields)) for fields in json.loads(sys.argv[1])]
 print(json.dumps([[build.wide_loads, build.spills_in_loops, build.problems] for build in builds]))
@@ -127,14 +108,8 @@ print(json.dumps([[build.wide_loads, build.spills_in_loops, build.problems] for 
 
 @pytest.mark.slow
 def test_rope_norm_compiles_as_promised(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", ROPE_NORM_PROGRAM, json.dumps(ROPE_NORM_COMPILED)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for variant, (wide_loads, spills_in_loops, problems) in zip(
-        ROPE_NORM_COMPILED, json.loads(result.stdout), strict=True
-    ):
+    builds = run_compiler(ROPE_NORM_PROGRAM, tmp_path, json.dumps(ROPE_NORM_COMPILED))
+    for variant, (wide_loads, spills_in_loops, problems) in zip(ROPE_NORM_COMPILED, builds, strict=True):
         assert not problems, (variant, problems)
         assert wide_loads >= 8
         assert spills_in_loops == 0
@@ -142,7 +117,7 @@ def test_rope_norm_compiles_as_promised(tmp_path: Path) -> None:
 
 def test_every_row_of_the_table_is_compiled() -> None:
     compiled = {variant.config for variant in aot.variants(SHARED_MEMORY_LIMIT)}
-    assert {*HOPPER.values(), *SPECIALISED.values()} <= compiled
+    assert set(HOPPER.values()) <= compiled
     for architecture, rows in TABLE.items():
         if architecture != "interpreter":
             assert {row.config for row in rows} <= compiled
