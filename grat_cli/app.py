@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -30,7 +31,7 @@ from grat_cli.commands.rerun import rerun
 from grat_cli.commands.resume import resume
 from grat_cli.commands.tune import tune
 from grat_cli.commands.video import video
-from grat_cli.console.output import print_error
+from grat_cli.console.output import print_error, print_warning
 from grat_cli.console.streams import SteadyStream, steady_streams
 from grat_cli.errors import INTERRUPTED, BadInput, CannotWrite, GratError, first_line, nearest, printable
 
@@ -71,7 +72,8 @@ def run(arguments: Sequence[str]) -> int:
     Args:
         arguments: as typed, without the program's name.
     """
-    with steady_streams() as out:
+    with steady_streams() as out, warnings.catch_warnings():
+        warnings.showwarning = print_warning
         code = _run(arguments)
         out.flush()
         return code or _code_of(out)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from grat_cli.attention.work import Work
     from grat_cli.families.base import Family
     from grat_kernels import Backend, Grid
+    from grat_kernels.trials import Form
 
 
 _LARGEST = 10**9  # of any number of pixels, frames, tokens or steps
@@ -80,9 +81,7 @@ class Installation:
         self.guard = _guard(preset, layers, ranks)
         device = pipe._execution_device  # public `device` is where weights rest; with offload they run elsewhere
         self._head_dim, self._chooses = _head_dim(transformer), preset.chooses
-        kind = transformer.dtype, self._head_dim, grid.tokens
-        self.backend, self.backend_reason = backend_for(preset.kernel.backend, device, *kind, choosing=self._chooses)
-        _check_kernel(transformer, device, preset, self.backend)
+        self.backend, self.backend_reason = _tried_backend(preset, device, transformer.dtype, self._head_dim, grid)
 
     def require_able(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raises BadInput unless the backend can run where, and in what, a call is: a pipeline may have been moved."""
@@ -530,10 +529,11 @@ def backend_for(
         BadInput: if one chosen by name cannot run there.
     """
     from grat_kernels import Backend, can_run
-    from grat_kernels.attention import choose_backend
+    from grat_kernels.backends import tried_backend
+    from grat_kernels.trials import Form
 
     if Backend(name) is Backend.AUTO:
-        return choose_backend(device, dtype, head_dim, choosing=choosing)
+        return tried_backend([Form(_numbered(device), dtype, head_dim, far=choosing, choosing=choosing)])
     ability = can_run(name, device, dtype, head_dim, tokens, choosing=choosing)
     if not ability:
         raise BadInput(
@@ -542,20 +542,46 @@ def backend_for(
     return Backend(name), f"chosen by name; {ability.reason}"
 
 
-def _check_kernel(transformer: Any, device: torch.device, preset: Preset, backend: Backend) -> None:
-    """Tests the kernel in the forms that the preset uses, so that no denoising step waits for it.
+def _tried_backend(
+    preset: Preset, device: torch.device, dtype: torch.dtype, head_dim: int, grid: Grid
+) -> tuple[Backend, str]:
+    """The backend of a preset, whose kernel was tried in all that the preset needs, and why this one.
 
     Raises:
-        NumericalFailure: if it computes wrong results on this machine.
+        BadInput: if one chosen by name cannot run.
+        NumericalFailure: if its kernel fails on this machine.
     """
-    from grat_kernels.attention import KernelMismatch, check_kernel
+    from grat_kernels.backends import KernelFailure, check_kernel, tried_backend
+
+    name, forms = preset.kernel.backend, _forms(_numbered(device), dtype, head_dim, preset)
+    if name == "auto":
+        return tried_backend(forms)
+    backend, reason = backend_for(name, device, dtype, head_dim, grid.tokens, choosing=preset.chooses)
+    try:
+        check_kernel(backend, forms)
+    except KernelFailure as error:
+        raise NumericalFailure(str(error)) from error
+    return backend, reason
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A device as tensors on it call it."""
+    import torch
+
+    return torch.empty(0, device=device).device
+
+
+def _forms(device: torch.device, dtype: torch.dtype, head_dim: int, preset: Preset) -> list[Form]:
+    """What kernels are compiled for by a preset, so that no denoising step waits until they are tried."""
+    from grat_kernels.trials import Form
 
     fields = [attention.far for attention in preset.attentions]
-    forms = {(bool(far), bool(far and far.choose)) for far in fields}
+    kinds = {(bool(far), bool(far and far.choose)) for far in fields}
     if preset.schedule.dense_steps or preset.guard:
-        forms.add((False, False))
-    try:
-        for far, choosing in sorted(forms):
-            check_kernel(backend, device, transformer.dtype, _head_dim(transformer), far=far, choosing=choosing)
-    except KernelMismatch as error:
-        raise NumericalFailure(str(error)) from error
+        kinds.add((False, False))
+    by_head = (False, True) if preset.schedule.tells_heads_apart else (False,)
+    return [
+        Form(device, dtype, head_dim, far=far, choosing=choosing, by_head=apart)
+        for far, choosing in sorted(kinds)
+        for apart in by_head
+    ]

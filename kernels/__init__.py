@@ -12,7 +12,9 @@ from grat_kernels.pattern import Block, Choice, CrissCross, Far, FarLevel, Full,
 from grat_kernels.plan import HeadPlan, Plan, Segments, Span, build_head_plan, build_plan
 
 if TYPE_CHECKING:
-    from grat_kernels.attention import Ability, Backend, BackendUnavailable, KernelMismatch, can_run, span_attention
+    from grat_kernels.attention import span_attention
+    from grat_kernels.backends import Ability, Backend, BackendUnavailable, can_run
+    from grat_kernels.trials import KernelFailure
 
 __all__ = [
     "Ability",
@@ -27,7 +29,7 @@ __all__ = [
     "Grid",
     "Grouping",
     "HeadPlan",
-    "KernelMismatch",
+    "KernelFailure",
     "Pattern",
     "Plan",
     "Segments",
@@ -41,9 +43,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("Ability", "Backend", "BackendUnavailable", "KernelMismatch", "can_run", "span_attention"):
-        from grat_kernels import attention
+_LOADS_TORCH = {
+    "Ability": "backends",
+    "Backend": "backends",
+    "BackendUnavailable": "backends",
+    "KernelFailure": "trials",
+    "can_run": "backends",
+    "span_attention": "attention",
+}
 
-        return getattr(attention, name)
-    raise AttributeError(f"module 'grat_kernels' has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOADS_TORCH:
+        raise AttributeError(f"module 'grat_kernels' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"grat_kernels.{_LOADS_TORCH[name]}"), name)

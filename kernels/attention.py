@@ -1,150 +1,16 @@
-"""`span_attention`: one signature over every backend, and what each backend can run."""
+"""`span_attention`: one signature over every backend."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from enum import Enum
 
 import torch
 
-from grat_kernels import (
-    flex_backend,
-    gluon_backend,
-    reference,
-    sdpa_backend,
-    self_test,
-    triton_backend,
-)
+from grat_kernels import reference
+from grat_kernels.backends import KERNELS, MODULES, Backend, BackendUnavailable, can_run, check_kernel, tried_backend
 from grat_kernels.launching import heads_of_class
 from grat_kernels.plan import HeadPlan, Plan, plan_by_key
-from grat_kernels.self_test import KernelMismatch as KernelMismatch
-
-
-class Backend(str, Enum):
-    """How span attention is computed. `AUTO` picks; a backend chosen by name runs or says why it cannot."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    SDPA = "sdpa"
-    FLEX = "flex"
-    TRITON = "triton"
-    GLUON = "gluon"
-
-
-# Backends that say what they need.
-_MODULES = {
-    Backend.SDPA: sdpa_backend,
-    Backend.FLEX: flex_backend,
-    Backend.TRITON: triton_backend,
-    Backend.GLUON: gluon_backend,
-}
-# Kernels of our own, the fastest first. One launch serves all classes of heads, and each is tested before it is used.
-KERNELS = (Backend.GLUON, Backend.TRITON)
-# Those that attend blocks chosen by content.
-_CHOOSING = (Backend.REFERENCE, Backend.SDPA, Backend.TRITON)
-
-
-@dataclass(frozen=True)
-class Ability:
-    """Whether a backend can run, and the reason in words, also where it can. True in a condition where it can."""
-
-    able: bool
-    reason: str
-
-    def __bool__(self) -> bool:
-        return self.able
-
-
-class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name where it cannot run."""
-
-
-def can_run(
-    backend: Backend | str,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
-    tokens: int | None = None,
-    *,
-    choosing: bool = False,
-) -> Ability:
-    """Whether a backend runs on a device for a dtype, head dimension and sequence length; never raises.
-
-    Args:
-        backend: a backend by name; for `AUTO` the answer names the choice.
-        device: where the tensors lie.
-        dtype: dtype of query, key and value.
-        head_dim: channels per head.
-        tokens: length of the joint sequence, where known: some backends are for small sizes only.
-        choosing: whether groups choose by content what they attend (`Plan.chooses`).
-    """
-    backend, device = Backend(backend), torch.device(device)
-    if backend is Backend.AUTO:
-        choice, reason = choose_backend(device, dtype, head_dim, choosing=choosing)
-        return Ability(True, f"{choice.value}: {reason}")
-    if backend is Backend.REFERENCE:
-        return Ability(True, "dense masks in fp32, for small sizes")
-    obstacle = _obstacle(backend, device, dtype, head_dim, tokens, choosing)
-    return Ability(obstacle is None, obstacle or _MODULES[backend].DESCRIPTION)
-
-
-def _obstacle(
-    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None, choosing: bool
-) -> str | None:
-    """Why a backend cannot run, or None; arguments as for `can_run`."""
-    obstacle = _MODULES[backend].obstacle(device, dtype, head_dim, tokens)
-    if obstacle is None and choosing and backend not in _CHOOSING:
-        return "it does not attend blocks chosen by content: use triton or sdpa"
-    return obstacle
-
-
-def choose_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, choosing: bool = False
-) -> tuple[Backend, str]:
-    """The backend that `AUTO` stands for, and why; arguments as for `can_run`.
-
-    Triton's interpreter is for tests and never chosen.
-    """
-    if device.type != "cuda":
-        return Backend.SDPA, f"the fastest on {device.type}"
-    obstacles = []
-    for backend in KERNELS:
-        obstacle = _obstacle(backend, device, dtype, head_dim, None, choosing)
-        if obstacle is None:
-            return backend, "; ".join(["the fastest that runs on this device", *obstacles[:1]])
-        obstacles.append(f"{backend.value} cannot run here: {obstacle}")
-    return Backend.SDPA, obstacles[-1]
-
-
-def check_kernel(
-    backend: Backend | str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    far: bool,
-    padded: bool = False,
-    choosing: bool = False,
-) -> None:
-    """Tests a kernel of ours now, and not at its first use, where the wait would disturb; others need no test.
-
-    Args:
-        backend: any but `AUTO`.
-        device: where the tensors will lie.
-        dtype: of the tensors to come.
-        head_dim: channels per head.
-        far: whether they will attend summaries.
-        padded: whether `text_valid` will be given.
-        choosing: whether groups will choose by content what they attend.
-
-    Raises:
-        KernelMismatch: if the kernel computes wrong results on this machine.
-    """
-    backend = Backend(backend)
-    if backend in KERNELS:
-        form = self_test.Form(torch.empty(0, device=device).device, dtype, head_dim, far, padded, choosing=choosing)
-        self_test.check(backend.value, _MODULES[backend].attention, form)
+from grat_kernels.self_test import form_of
 
 
 def span_attention(
@@ -167,7 +33,7 @@ def span_attention(
         text_valid: valid text tokens of each sample, `[B]` integers on the device of `q`: later text keys are not
             attended. None means that all are valid.
         scale: factor on the scores, 1/√D by default.
-        backend: `AUTO` picks; any other runs or raises.
+        backend: `AUTO` picks, and passes over what fails its test, with a warning; any other runs or raises.
         summaries: means of keys and of values over the plan's blocks where they are known already, `[B, R, H, D]`
             each, as `rope_norm` makes them; else they are computed here.
 
@@ -177,7 +43,7 @@ def span_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit one another or the plan.
         BackendUnavailable: if the named backend cannot run these tensors, with the reason.
-        KernelMismatch: if the kernel, at its first use, computes wrong results on this machine.
+        KernelFailure: if the kernel that is named, at its first use, computes wrong results on this machine, or none.
     """
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f"q, k and v must share one shape [B, N, H, D], not {[tuple(t.shape) for t in (q, k, v)]}")
@@ -192,9 +58,7 @@ def span_attention(
     if summaries is not None:
         _check_summaries(summaries, k, plan)
     backend = Backend(backend)
-    if backend is Backend.AUTO:
-        backend, _ = choose_backend(q.device, q.dtype, q.shape[3], choosing=plan.chooses)
-    else:
+    if backend is not Backend.AUTO:
         ability = can_run(backend, q.device, q.dtype, q.shape[3], q.shape[1], choosing=plan.chooses)
         if not ability:
             raise BackendUnavailable(f"the {backend.value} backend cannot run here: {ability.reason}")
@@ -232,11 +96,13 @@ def _operator(
     if summary_key is not None and summary_value is not None:
         summaries = summary_key.contiguous(), summary_value.contiguous()
     chosen = Backend(backend)
+    if chosen is Backend.AUTO:
+        chosen, _ = tried_backend([form_of(q, k, v, plan, text_valid)])
+    elif chosen in KERNELS:
+        check_kernel(chosen, [form_of(q, k, v, plan, text_valid)])
     if chosen in KERNELS:
-        kernel = _MODULES[chosen].attention
-        self_test.check(backend, kernel, self_test.form_of(q, k, v, plan, text_valid))
-        return kernel(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
-    run = reference.attention if chosen is Backend.REFERENCE else _MODULES[chosen].attention
+        return MODULES[chosen].attention(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
+    run = reference.attention if chosen is Backend.REFERENCE else MODULES[chosen].attention
     if isinstance(plan, Plan):
         return run(q, k, v, plan, text_valid, scale, summaries=summaries).contiguous()
     # These take one class of heads at a time.

@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from grat_kernels import trials
 from grat_kernels.geometry import Grid, Grouping
 from grat_kernels.launching import Launch, on_device, padded_head_dim, triton_obstacle
 from grat_kernels.pattern import Block, Far, Union
 from grat_kernels.plan import build_plan, plan_by_key
 from grat_kernels.self_test import require_close
 from grat_kernels.summaries import summarise
+from grat_kernels.trials import Form, KernelFailure
 
 if TYPE_CHECKING:
     from grat_kernels.plan import JointSequence
+
+# As trials know it.
+NAME = "rope_norm"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
@@ -94,11 +99,17 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[bool, str]:
-    """Whether the kernel is the way to go, and why. Triton's interpreter is for tests and never chosen."""
+    """Whether the kernel is the way to go, and why; it is tried for that. Triton's interpreter is for tests and never
+    chosen."""
     if device.type != "cuda":
         return False, f"the fused kernel is for CUDA and ROCm devices, not for {device.type}"
-    reason = obstacle(device, dtype, head_dim)
-    return reason is None, f"the fused kernel cannot run here: {reason}" if reason else "fused kernel"
+    if (reason := obstacle(device, dtype, head_dim)) is not None:
+        return False, f"the fused kernel cannot run here: {reason}"
+    try:
+        trials.require(NAME, [Form(device, dtype, head_dim)], compare)
+    except KernelFailure as failure:
+        return False, str(failure).splitlines()[0]
+    return True, "fused kernel"
 
 
 def rope_norm(
@@ -237,7 +248,7 @@ def _operator(
     )
     outputs = empty_outputs(query, plan.tokens, summary_rows, text is not None)
     if fused:
-        _check_kernel(query.device, query.dtype, query.shape[3])
+        trials.require(NAME, [Form(query.device, query.dtype, query.shape[3])], compare)
         _launch(sections, outputs, plan)
     else:
         _compute(sections, outputs, plan)
@@ -464,33 +475,21 @@ def _chunk_starts(starts: np.ndarray, origin: int) -> np.ndarray:
     return starts[first]
 
 
-_passed: set[tuple[torch.device, torch.dtype, int]] = set()
-
-
-def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Compares the kernel with torch at its first use in this process for a device, dtype and head dimension.
-
-    It waits for the device then, and inside a CUDA graph's capture leaves the test to the next call, as `self_test`
-    does for the other kernels.
+def compare(form: Form) -> None:
+    """Compares the kernel with torch for a device, dtype and head dimension.
 
     Raises:
-        KernelMismatch: if rounding cannot explain the difference.
+        KernelFailure: if rounding cannot explain the difference.
     """
-    if (device, dtype, head_dim) in _passed:
-        return
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
     plan = build_plan(Grouping(Grid((7, 6)), (4, 4)), Union(Block(0), Far([(0, (2, 2)), (1, (4, 4))])), 5)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        results = []
-        for work_dtype, work in ((dtype, _launch), (dtype, _compute), (torch.float64, _compute)):
-            sections = _random_sections(plan, device, dtype, head_dim, work_dtype)
-            outputs = empty_outputs(sections[1].projections.query, plan.tokens, plan.summaries.rows, text_apart=True)
-            work(sections, outputs, plan)
-            results.append([tensor.double() for tensor in outputs if tensor is not None])
-        for output, plain, exact in zip(*results, strict=True):
-            require_close("the fused norm and rotation kernel", output.to(dtype), plain, exact)
-    _passed.add((device, dtype, head_dim))
+    results = []
+    for work_dtype, work in ((form.dtype, _launch), (form.dtype, _compute), (torch.float64, _compute)):
+        sections = _random_sections(plan, form.device, form.dtype, form.head_dim, work_dtype)
+        outputs = empty_outputs(sections[1].projections.query, plan.tokens, plan.summaries.rows, text_apart=True)
+        work(sections, outputs, plan)
+        results.append([tensor.double() for tensor in outputs if tensor is not None])
+    for output, plain, exact in zip(*results, strict=True):
+        require_close("the fused norm and rotation kernel", output.to(form.dtype), plain, exact)
 
 
 def _random_sections(

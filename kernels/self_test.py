@@ -1,19 +1,10 @@
-"""The start-up test of the compiled kernels: on its first use here, each must agree with the definition.
-
-A compiler, a driver or a GPU that nobody has tried may break a kernel without a sound. So before a kernel's first use
-in a process, for each device, dtype, head dimension and form (each is compiled by itself), it computes a small ragged
-problem, and a result that rounding cannot explain stops the run.
-"""
+"""The comparison of span attention by a kernel with its definition, on small ragged problems: see `trials`."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -22,35 +13,11 @@ from grat_kernels.geometry import Grid, Grouping
 from grat_kernels.launching import fits_descriptor
 from grat_kernels.pattern import Block, Choice, CrissCross, Far, Full, Pattern, Union
 from grat_kernels.plan import HeadPlan, Plan, build_head_plan, build_plan
+from grat_kernels.trials import Form, failed
 
 Attention = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Plan | HeadPlan, torch.Tensor | None, float], torch.Tensor
 ]
-
-
-class KernelMismatch(RuntimeError):
-    """A kernel disagrees with the definition on this machine; the text says where and what to do."""
-
-
-class Form(NamedTuple):
-    """What a kernel is compiled for.
-
-    Attributes:
-        far: whether the plan has summaries.
-        padded: whether text is masked per sample.
-        by_head: whether heads attend differently.
-        in_place: whether the tensors can be read through tensor descriptors.
-        choosing: whether groups choose by content what they attend; of a plan with summaries.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-    far: bool = False
-    padded: bool = False
-    by_head: bool = False
-    in_place: bool = True
-    choosing: bool = False
 
 
 def form_of(
@@ -69,14 +36,8 @@ def form_of(
     )
 
 
-_passed: set[tuple[str, Form]] = set()
-
-
-def check(backend: str, attention: Attention, form: Form) -> None:
-    """Compares a kernel with the definition, at its first use in this process and for each form.
-
-    It waits for the device then. Inside a CUDA graph's capture, where nothing may wait, it does nothing and leaves the
-    test to the next call.
+def compare(backend: str, attention: Attention, form: Form) -> None:
+    """Compares a kernel with the definition in one form.
 
     Args:
         backend: by name.
@@ -84,21 +45,15 @@ def check(backend: str, attention: Attention, form: Form) -> None:
         form: what is about to be used.
 
     Raises:
-        KernelMismatch: if rounding cannot explain the difference.
+        KernelFailure: if rounding cannot explain the difference.
     """
-    if (backend, form) in _passed:
-        return
-    if form.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
-    with torch.no_grad(), torch.autocast(form.device.type, enabled=False):
-        side = _INTERPRETED_SIDE if form.device.type == "cpu" else _SIDE
-        for plan in _plans(side, form.far, form.by_head, form.choosing):
-            arguments = _problem(plan, form)
-            exact = _definition(arguments, plan, torch.float64)
-            plain = _definition(arguments, plan, form.dtype)
-            output = attention(*arguments[:3], plan, *arguments[3:])
-            require_close(f"the {backend} kernel", output, plain, exact)
-    _passed.add((backend, form))
+    side = _INTERPRETED_SIDE if form.device.type == "cpu" else _SIDE
+    for plan in _plans(side, form.far, form.by_head, form.choosing):
+        arguments = _problem(plan, form)
+        exact = _definition(arguments, plan, torch.float64)
+        plain = _definition(arguments, plan, form.dtype)
+        output = attention(*arguments[:3], plan, *arguments[3:])
+        require_close(f"the {backend} kernel", output, plain, exact)
 
 
 def require_close(name: str, output: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
@@ -112,37 +67,15 @@ def require_close(name: str, output: torch.Tensor, plain: torch.Tensor, exact: t
         exact: the same in float64.
 
     Raises:
-        KernelMismatch: naming the versions and what to do.
+        KernelFailure: naming the versions and what to do.
     """
     bound = 2 * (plain - exact).abs().max() + torch.finfo(output.dtype).eps * exact.abs().max()
     error = (output - exact).abs().max()
     if error <= bound:
         return
     dtype = str(output.dtype).removeprefix("torch.")
-    raise KernelMismatch(
-        f"{name} computes wrong results here: an error of {float(error):.2g} where rounding explains "
-        f"{float(bound):.2g} ({dtype}, {output.shape[-1]} channels; {', '.join(_machine(output.device))}).\n"
-        "Choose another one, such as --backend sdpa, and report this line with what grat env prints."
-    )
-
-
-def _machine(device: torch.device) -> list[str]:
-    """What may be to blame: device, driver, and versions."""
-    names = []
-    if device.type == "cuda":
-        names.append(torch.cuda.get_device_name(device))
-        driver = Path("/proc/driver/nvidia/version")
-        found = re.search(r"\d+(\.\d+)+", driver.read_text()) if driver.is_file() else None
-        names += [f"driver {found[0]}"] if found else []
-        names.append(f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}")
-    else:
-        names.append(f"{device.type} (Triton's interpreter)")
-    for package in ("torch", "triton", "grat-cli"):
-        try:
-            names.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            names.append(f"{package} of no known version")
-    return names
+    found = f"an error of {float(error):.2g} where rounding explains {float(bound):.2g}"
+    raise failed(f"{name} computes wrong results here: {found}, {dtype}, {output.shape[-1]} channels", output.device)
 
 
 # Side of a group: two full tiles of a GPU; in the interpreter, whose time goes by the operation, one of its tiles.

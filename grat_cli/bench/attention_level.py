@@ -36,7 +36,8 @@ from grat_cli.estimates.peak_rates import peak_tflops
 from grat_cli.fidelity.variants import Request, Variant, variant_for
 from grat_cli.models.devices import device_name
 from grat_kernels import HeadPlan, Plan, can_run, span_attention
-from grat_kernels.attention import choose_backend
+from grat_kernels.backends import tried_backend
+from grat_kernels.trials import Form
 
 _SAMPLED_ROWS = 5  # besides three corners
 # What the sdpa backend gathers at once on a device that is no CPU.
@@ -222,7 +223,10 @@ class _AttentionBench:
 
     def _span_candidate(self, plan: Plan | HeadPlan, backend: str, row: Row, scene: Scene) -> _Candidate:
         kind = self.device, self.dtype, self.head_dim
-        resolved = choose_backend(*kind, choosing=plan.chooses)[0].value if backend == "auto" else backend
+        resolved = backend
+        if backend == "auto":
+            form = Form(scene.query.device, *kind[1:], far=plan.summaries.rows > 0, choosing=plan.chooses)
+            resolved = tried_backend([form])[0].value
         if len(self.backends) > 1:
             row = replace(row, name=f"{row.name} ({backend})")
         row = replace(row, kernel=resolved)

@@ -100,6 +100,11 @@ class Output:
         return self._display
 
 
+def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning on stderr: what it says, and not where in the code it stands; as `warnings.showwarning`."""
+    _console(sys.stderr).print(str(message), style="dim", soft_wrap=True)
+
+
 def print_error(message: str) -> None:
     """An error on stderr."""
     console = _console(sys.stderr)

@@ -237,9 +237,9 @@ class Denoising:
                         self._run = run_after(callback.done, latents, callback.history, callback.cache)
                     raise
                 except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-                    from grat_kernels import BackendUnavailable, KernelMismatch
+                    from grat_kernels import BackendUnavailable, KernelFailure
 
-                    of_kernels = isinstance(error, BackendUnavailable | KernelMismatch)
+                    of_kernels = isinstance(error, BackendUnavailable | KernelFailure)
                     if caches and caches.is_restored and not (of_kernels or is_out_of_memory(error)):
                         raise BadInput("what the cache had kept does not fit the run: start it anew") from error
                     raise

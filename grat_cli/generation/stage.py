@@ -152,13 +152,13 @@ def _extrapolation(request: Request, stage: Stage) -> Extrapolation | None:
 @contextmanager
 def explained_backend_failures() -> Iterator[None]:
     """Around a pipeline call: what a backend refuses is bad input, what it computes wrongly a numerical failure."""
-    from grat_kernels import BackendUnavailable, KernelMismatch
+    from grat_kernels import BackendUnavailable, KernelFailure
 
     try:
         yield
     except BackendUnavailable as error:
         raise BadInput(f"{error}; use --backend auto") from error
-    except KernelMismatch as error:
+    except KernelFailure as error:
         raise NumericalFailure(str(error)) from error
 
 

@@ -170,6 +170,12 @@ class Schedule(Section):
                     )
         return self
 
+    @property
+    def tells_heads_apart(self) -> bool:
+        """Whether heads of a layer may attend differently."""
+        words = (word for table in self.tables for word in table.layers)
+        return any(rule.heads is not None for rule in self.rules) or any(len(word) > 1 for word in words)
+
     @field_serializer("over_steps", mode="wrap")
     def _write_one_as_it_is_given(self, value: Any, write: SerializerFunctionWrapHandler) -> Any:
         sections = write(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,18 @@ def test_what_nobody_foresaw_says_so_in_two_lines(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("grat_cli.estimates.planning.forecast", fail)
     message = refusal("plan", code=1)
     assert message == "ZeroDivisionError: division by zero\nThis was not foreseen: --debug shows where it happened."
+
+
+def test_a_warning_is_a_line_that_says_no_more_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*_: object) -> None:
+        warnings.warn("the [gluon] kernel hangs here\x1b[2J", stacklevel=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grat_cli.estimates.planning.forecast", warn)
+    shown = warnings.showwarning
+    result = grat("plan")
+    assert result.err.splitlines()[0] == "the [gluon] kernel hangs here\\x1b[2J"
+    assert warnings.showwarning is shown
 
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

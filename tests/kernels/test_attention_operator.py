@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -22,11 +23,13 @@ from grat_kernels import (
     build_plan,
     can_run,
     gluon_backend,
+    proven,
     span_attention,
     triton_backend,
 )
-from grat_kernels.attention import BackendUnavailable, choose_backend
+from grat_kernels.backends import BackendUnavailable, choose_backend
 from grat_kernels.plan import plan_by_key
+from grat_kernels.proven import Proof
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -151,6 +154,9 @@ def test_auto_takes_the_fastest_kernel_of_a_gpu_and_says_why_not_the_first(monke
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return choose_backend(gpu, dtype, head_dim)
 
+    assert choice((9, 0)) == (Backend.TRITON, "gluon has not passed its tests on sm_90 yet")
+    proof = Proof("gluon", "sm_90", ".".join(version("triton").split(".")[:2]), "2.11", "a GPU", "2026-12-01")
+    monkeypatch.setattr(proven, "PROOFS", (proof,))
     assert choice((9, 0)) == (Backend.GLUON, "the fastest that runs on this device")
     backend, reason = choice((9, 0), torch.float32)
     assert backend is Backend.TRITON
@@ -166,6 +172,8 @@ def test_auto_takes_the_fastest_kernel_of_a_gpu_and_says_why_not_the_first(monke
             Backend.TRITON,
             "the fastest that runs on this device; gluon cannot run here: no Gluon",
         )
+    monkeypatch.setattr(proven, "PROOFS", (proof._replace(triton="3.1"),))
+    assert choice((9, 0))[0] is Backend.TRITON
     backend, reason = choice((7, 5))
     assert backend is Backend.SDPA
     assert reason.startswith("triton cannot run here: it needs compute capability 8.0")

@@ -25,15 +25,16 @@ from grat_kernels import (
     Full,
     Grid,
     Grouping,
+    KernelFailure,
     Plan,
     Union,
     build_head_plan,
     build_plan,
     rope_norm,
     summaries,
+    trials,
 )
 from grat_kernels.rope_norm import Joined, Norms, Projections
-from grat_kernels.self_test import KernelMismatch
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu tests the compiled kernel", allow_module_level=True)
@@ -582,7 +583,8 @@ def test_wrong_arguments_are_refused_in_words() -> None:
 
 def test_a_kernel_that_computes_something_else_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     call = random_call(PLANS["far field"], torch.float32, True, True)
-    monkeypatch.setattr(rope_norm, "_passed", set())
+    monkeypatch.setattr(trials, "_passed", set())
+    monkeypatch.setattr(trials, "_failures", {})
     launch = rope_norm._launch
 
     def broken(sections: Any, outputs: rope_norm.Outputs, plan: Any) -> None:
@@ -590,11 +592,14 @@ def test_a_kernel_that_computes_something_else_stops_the_run(monkeypatch: pytest
         outputs.key[0, -1, 0, 0] += 1e-3
 
     monkeypatch.setattr(rope_norm, "_launch", broken)
-    with pytest.raises(KernelMismatch, match=r"fused norm and rotation kernel computes wrong results here.*float32"):
+    with pytest.raises(KernelFailure, match=r"fused norm and rotation kernel computes wrong results here.*float32"):
         call.run(True)
     monkeypatch.setattr(rope_norm, "_launch", launch)
+    with pytest.raises(KernelFailure):  # once is enough
+        call.run(True)
+    monkeypatch.setattr(trials, "_failures", {})
     call.run(True)
-    assert rope_norm._passed == {(torch.device("cpu"), torch.float32, 16)}
+    assert trials._passed == {("rope_norm", trials.Form(torch.device("cpu"), torch.float32, 16))}
 
 
 def test_what_the_kernel_cannot_run_is_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from grat_kernels import (
     Far,
     Grid,
     Grouping,
-    KernelMismatch,
+    KernelFailure,
     Plan,
     Union,
     build_head_plan,
@@ -27,10 +28,12 @@ from grat_kernels import (
     sdpa_backend,
     self_test,
     span_attention,
+    trials,
     triton_backend,
 )
-from grat_kernels.attention import check_kernel
+from grat_kernels.backends import check_kernel
 from grat_kernels.tile_lists import EMPTY
+from grat_kernels.trials import Form
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu tests the compiled kernels", allow_module_level=True)
@@ -54,15 +57,21 @@ def tensors(
     return query, key, value
 
 
+def require(backend: str, attention: self_test.Attention, form: Form) -> None:
+    """Tries a kernel in one form."""
+    trials.require(backend, [form], partial(self_test.compare, backend, attention))
+
+
 @pytest.fixture(autouse=True)
 def nothing_passed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test, "_passed", set())
+    monkeypatch.setattr(trials, "_passed", set())
+    monkeypatch.setattr(trials, "_failures", {})
 
 
 @pytest.fixture
-def tested(monkeypatch: pytest.MonkeyPatch) -> list[self_test.Form]:
+def tested(monkeypatch: pytest.MonkeyPatch) -> list[Form]:
     """Forms in the order in which they were computed by the definition, once per plan and precision."""
-    forms: list[self_test.Form] = []
+    forms: list[Form] = []
     problem = self_test._problem
     monkeypatch.setattr(self_test, "_problem", lambda plan, form: forms.append(form) or problem(plan, form))
     return forms
@@ -76,9 +85,9 @@ def breaks(
     monkeypatch.setattr(module, "attention", lambda *arguments: break_it(intact(*arguments)))
 
 
-def test_an_intact_kernel_is_tested_once(tested: list[self_test.Form]) -> None:
+def test_an_intact_kernel_is_tested_once(tested: list[Form]) -> None:
     first = span_attention(*tensors(), NEAR, backend="triton")
-    assert set(tested) == {self_test.Form(CPU, torch.float32, 64)}
+    assert set(tested) == {Form(CPU, torch.float32, 64)}
     plans = len(tested)
     assert torch.equal(span_attention(*tensors(), NEAR, backend="triton"), first)
     assert len(tested) == plans
@@ -86,7 +95,7 @@ def test_an_intact_kernel_is_tested_once(tested: list[self_test.Form]) -> None:
 
 # Tiles that fill up the shorter class of heads have no keys: 0/0, computed and not stored.
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
-def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
+def test_each_form_is_tested(tested: list[Form]) -> None:
     text_valid = torch.tensor([3])
     span_attention(*tensors(), FAR, backend="triton")
     span_attention(*tensors(), FAR, text_valid, backend="triton")
@@ -95,7 +104,7 @@ def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
     span_attention(*tensors(32), FAR, backend="triton")
     span_attention(*tensors(heads_first=True), FAR, backend="triton")
     span_attention(*tensors(), CHOOSING, backend="triton")
-    form = self_test.Form(CPU, torch.float32, 64, far=True)
+    form = Form(CPU, torch.float32, 64, far=True)
     assert list(dict.fromkeys(tested)) == [
         form,
         form._replace(padded=True),
@@ -107,16 +116,16 @@ def test_each_form_is_tested(tested: list[self_test.Form]) -> None:
     ]
 
 
-def test_what_is_not_a_kernel_of_ours_is_not_tested(tested: list[self_test.Form]) -> None:
+def test_what_is_not_a_kernel_of_ours_is_not_tested(tested: list[Form]) -> None:
     for backend in (Backend.REFERENCE, Backend.SDPA, Backend.FLEX):
         span_attention(*tensors(), NEAR, backend=backend)
-        check_kernel(backend, CPU, torch.float32, 64, far=False)
+        check_kernel(backend, [Form(CPU, torch.float32, 64)])
     assert not tested
 
 
-def test_a_test_ahead_spares_the_first_call(tested: list[self_test.Form]) -> None:
-    check_kernel("triton", CPU, torch.float32, 64, far=True)
-    assert set(tested) == {self_test.Form(CPU, torch.float32, 64, far=True)}
+def test_a_test_ahead_spares_the_first_call(tested: list[Form]) -> None:
+    check_kernel("triton", [Form(CPU, torch.float32, 64, far=True)])
+    assert set(tested) == {Form(CPU, torch.float32, 64, far=True)}
     tested.clear()
     span_attention(*tensors(), FAR, backend="triton")
     assert not tested
@@ -141,7 +150,7 @@ def test_a_broken_kernel_stops_the_run(break_it, monkeypatch: pytest.MonkeyPatch
     breaks(monkeypatch, break_it)
     # Not only the first time.
     for _ in range(2):
-        with pytest.raises(KernelMismatch) as caught:
+        with pytest.raises(KernelFailure) as caught:
             span_attention(*tensors(), NEAR, backend="triton")
     found, advice = str(caught.value).splitlines()
     assert found.startswith("the triton kernel computes wrong results here: an error of ")
@@ -162,24 +171,24 @@ def test_a_kernel_that_ignores_a_part_of_its_form_is_found(dropped: str) -> None
         return triton_backend.attention(query, key, value, plan, text_valid, scale)
 
     intact, broken = (
-        self_test.Form(CPU, torch.float16, 64),
-        self_test.Form(CPU, torch.float16, 64)._replace(**{dropped: True}),
+        Form(CPU, torch.float16, 64),
+        Form(CPU, torch.float16, 64)._replace(**{dropped: True}),
     )
-    self_test.check("ignorant", ignorant, intact)
-    with pytest.raises(KernelMismatch, match="the ignorant kernel"):
-        self_test.check("ignorant", ignorant, broken)
+    require("ignorant", ignorant, intact)
+    with pytest.raises(KernelFailure, match="the ignorant kernel"):
+        require("ignorant", ignorant, broken)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.float16, 128), (torch.float32, 64)])
 def test_a_kernel_that_chooses_passes(dtype: torch.dtype, head_dim: int) -> None:
-    form = self_test.Form(CPU, dtype, head_dim, far=True, padded=True, choosing=True)
-    self_test.check("triton", triton_backend.attention, form)
+    form = Form(CPU, dtype, head_dim, far=True, padded=True, choosing=True)
+    require("triton", triton_backend.attention, form)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 def test_a_kernel_that_chooses_for_some_heads_passes() -> None:
-    form = self_test.Form(CPU, torch.float16, 64, far=True, by_head=True, choosing=True)
-    self_test.check("triton", triton_backend.attention, form)
+    form = Form(CPU, torch.float16, 64, far=True, by_head=True, choosing=True)
+    require("triton", triton_backend.attention, form)
 
 
 @pytest.mark.parametrize("mistake", ["other group", "other head", "other sample", "no fine blocks"])
@@ -204,37 +213,37 @@ def test_a_wrong_choice_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) 
     def attention(*arguments):
         return sdpa_backend.attention(*arguments)
 
-    form = self_test.Form(CPU, torch.float16, 64, far=True, choosing=True)
-    self_test.check("intact", attention, form)
+    form = Form(CPU, torch.float16, 64, far=True, choosing=True)
+    require("intact", attention, form)
     monkeypatch.setattr(sdpa_backend, "chosen_rows", wrong)
-    with pytest.raises(KernelMismatch):
-        self_test.check("broken", attention, form)
+    with pytest.raises(KernelFailure):
+        require("broken", attention, form)
 
 
-def test_surroundings_do_not_matter(tested: list[self_test.Form]) -> None:
+def test_surroundings_do_not_matter(tested: list[Form]) -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        self_test.check("triton", triton_backend.attention, self_test.Form(CPU, torch.float32, 64))
+        require("triton", triton_backend.attention, Form(CPU, torch.float32, 64))
     assert tested
     state = torch.random.get_rng_state()
-    self_test.check("triton", triton_backend.attention, self_test.Form(CPU, torch.float32, 128))
+    require("triton", triton_backend.attention, Form(CPU, torch.float32, 128))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_compiled_code_is_tested_when_it_runs(tested: list[self_test.Form]) -> None:
+def test_compiled_code_is_tested_when_it_runs(tested: list[Form]) -> None:
     def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return span_attention(query * 2, key, value, NEAR, backend=Backend.TRITON) + 1
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     result = compiled(*tensors())
-    assert set(tested) == {self_test.Form(CPU, torch.float32, 64)}
+    assert set(tested) == {Form(CPU, torch.float32, 64)}
     torch.testing.assert_close(result, block(*tensors()), rtol=0, atol=0)
 
 
 def test_a_capture_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    form = self_test.Form(torch.device("cuda", 0), torch.float16, 64)
-    self_test.check("triton", lambda *_: pytest.fail("called within a capture"), form)
-    assert not self_test._passed
+    form = Form(torch.device("cuda", 0), torch.float16, 64)
+    require("triton", lambda *_: pytest.fail("called within a capture"), form)
+    assert not trials._passed
 
 
 def test_the_command_line_says_so_in_two_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
