@@ -11,7 +11,7 @@ LINT_READY := $(VENV)/.installed-lint
 # Without it, `python -m pytest` here would import this folder's kernels/ in place of the package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint aot bench test-gpu bench-gpu readme links clean
+.PHONY: demo test lint aot bench gpu bench-gpu readme links clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/grat image "a red fox in the snow" --model demo --seed 2 --out demo.png --overwrite
@@ -41,17 +41,16 @@ aot: $(INSTALLED)
 bench: $(TEST_READY)
 	$(RUN) tests/support/cpu_benchmark.py
 
-# On a machine with a GPU, in whatever environment has torch, triton and pytest: nothing is installed. Each kernel is
-# tested in a process of its own, so that one that hangs or faults leaves the others their results.
+# On a machine with a GPU, in whatever environment has torch, triton and pytest: nothing is installed.
 GPU_PYTHON = PYTHONPATH=.links:tests/gpu $(PYTHON)
-test-gpu: links
-	@status=0; for kernel in triton gluon "not triton and not gluon"; do \
-		$(GPU_PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu -k "$$kernel" || status=1; \
-	done; exit $$status
+
+# Trials, tests and timings of every kernel within nine minutes, whatever hangs or faults: OUT=folder gets summary.md.
+gpu: links
+	$(GPU_PYTHON) tests/gpu/run_all.py --out $(or $(OUT),$(error say where to: make gpu OUT=folder)) $(GPU_ARGS)
 
 # Writes kernels/results/<gpu>-<date>.json, from which `make readme` makes the README's table.
 bench-gpu: links
-	$(GPU_PYTHON) tests/gpu/bench_kernels.py
+	$(GPU_PYTHON) tests/gpu/bench_kernels.py $(BENCH_ARGS)
 
 readme: $(INSTALLED)
 	$(RUN) -m grat_cli.bench.readme $(wildcard kernels/results/*.json)

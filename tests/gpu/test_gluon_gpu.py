@@ -1,6 +1,6 @@
 """What the Hopper kernel does beyond the cases of every kernel: other rings, given summaries, many launches.
 
-Needs torch, triton, numpy and pytest, and no downloads: `make test-gpu`.
+Needs torch, triton, numpy and pytest, and no downloads: `make gpu`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The compiled span kernels against the definition, on a CUDA device.
 
-Needs torch, triton, numpy and pytest, and no downloads: `make test-gpu`.
+Needs torch, triton, numpy and pytest, and no downloads: `make gpu`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SECONDS_PER_TEST
 
 from grat_cli.bench.sampled import rows_of_plan, sampled_error
 from grat_kernels import (
@@ -385,6 +384,10 @@ print("finished")
 """
 
 
+SANITIZER_S = 100.0
+
+
+@pytest.mark.seconds(SANITIZER_S + 20)
 @BACKENDS
 @pytest.mark.parametrize("check", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(check: str, kernel: str) -> None:
@@ -398,7 +401,7 @@ def test_the_sanitizer_finds_nothing(check: str, kernel: str) -> None:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, kernel]
     result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=SECONDS_PER_TEST
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=SANITIZER_S
     )
     if "not supported" in result.stdout:
         pytest.skip("compute-sanitizer does not support this device")

@@ -1,6 +1,6 @@
 """The compiled kernel that normalises, rotates, joins and pools, against torch in fp64, on a CUDA device.
 
-Needs torch, triton, numpy and pytest, and no downloads: `make test-gpu`.
+Needs torch, triton, numpy and pytest, and no downloads: `make gpu`.
 """
 
 from __future__ import annotations
