@@ -9,19 +9,17 @@ after the norm (torch.nn.RMSNorm, Flux) or before and after its weight (diffuser
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
-from grat_kernels import trials
-from grat_kernels.geometry import Grid, Grouping
-from grat_kernels.launching import Launch, on_device, padded_head_dim, triton_obstacle
-from grat_kernels.pattern import Block, Far, Union
-from grat_kernels.plan import build_plan, plan_by_key
-from grat_kernels.self_test import require_close
-from grat_kernels.summaries import summarise
+from grat_kernels import rope_norm_runs, trials
+from grat_kernels.launching import triton_obstacle
+from grat_kernels.plan import plan_by_key
+from grat_kernels.rope_norm_check import compare
+from grat_kernels.rope_norm_sections import Norms as Norms
+from grat_kernels.rope_norm_sections import Projections as Projections
+from grat_kernels.rope_norm_sections import compute, empty_outputs, sections_of
 from grat_kernels.trials import Form, KernelFailure
 
 if TYPE_CHECKING:
@@ -32,37 +30,6 @@ NAME = "rope_norm"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
-
-# A run's tokens lie in the registers of one thread, which limits their bytes: 4 tokens of 16-bit dtypes.
-_RUN_BYTES = 8
-# How many tokens one program takes on at least, run after run.
-_CHUNK_TOKENS = 32
-# Heads of one program, which share its angles, and the channels of all of them at one token that fall to a warp: each
-# thread has 16 bytes of a 16-bit dtype.
-_HEADS = 8
-_WARP_ELEMENTS = 256
-
-
-class Projections(NamedTuple):
-    """Query, key and value as projected, `[B, rows, H, D]` each, of any strides."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-
-class Norms(NamedTuple):
-    """RMS norms of queries and keys.
-
-    Attributes:
-        query: weight of the norm of queries, `[D]`; None for a norm without weights.
-        key: likewise.
-        eps: added to the mean square; positive.
-    """
-
-    query: torch.Tensor | None
-    key: torch.Tensor | None
-    eps: float
 
 
 class Joined(NamedTuple):
@@ -249,9 +216,9 @@ def _operator(
     outputs = empty_outputs(query, plan.tokens, summary_rows, text is not None)
     if fused:
         trials.require(NAME, [Form(query.device, query.dtype, query.shape[3])], compare)
-        _launch(sections, outputs, plan)
+        rope_norm_runs.launch(sections, outputs, plan)
     else:
-        _compute(sections, outputs, plan)
+        compute(sections, outputs, plan)
     return [tensor for tensor in outputs if tensor is not None]
 
 
@@ -278,303 +245,3 @@ def _(
     tokens = query.shape[1] + (0 if text_query is None else text_query.shape[1])
     outputs = empty_outputs(query, tokens, summary_rows, text_query is not None)
     return [tensor for tensor in outputs if tensor is not None]
-
-
-class Outputs(NamedTuple):
-    """What is written, all contiguous.
-
-    Attributes:
-        query: `[B, N, H, D]`.
-        key: `[B, N, H, D]`.
-        value: `[B, N, H, D]`; None where the one given is joint already.
-        summary_key: `[B, R, H, D]`; None without far field.
-        summary_value: likewise.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor | None
-    summary_key: torch.Tensor | None
-    summary_value: torch.Tensor | None
-
-
-def empty_outputs(query: torch.Tensor, tokens: int, summary_rows: int, text_apart: bool) -> Outputs:
-    """Tensors to write to: of the joint sequence of `tokens`, and of `summary_rows` summaries."""
-    batch, _, heads, head_dim = query.shape
-
-    def empty(rows: int) -> torch.Tensor:
-        return query.new_empty(batch, rows, heads, head_dim)
-
-    return Outputs(
-        empty(tokens),
-        empty(tokens),
-        empty(tokens) if text_apart else None,
-        empty(summary_rows) if summary_rows else None,
-        empty(summary_rows) if summary_rows else None,
-    )
-
-
-class Section(NamedTuple):
-    """Text or image: a part of the joint sequence that is treated alike.
-
-    Attributes:
-        start: its first position in the joint sequence.
-        length: its tokens.
-        projections: tensors that hold it.
-        row: position in the joint sequence of row 0 of `projections`.
-        norms: of its queries and keys.
-        rotation: cosines and sines, `[rows, D]` each; None for no rotation.
-        rotation_row: position in the joint sequence of row 0 of `rotation`.
-    """
-
-    start: int
-    length: int
-    projections: Projections
-    row: int
-    norms: Norms
-    rotation: tuple[torch.Tensor, torch.Tensor] | None
-    rotation_row: int
-
-
-def sections_of(
-    image: Projections,
-    norms: Norms,
-    text: Projections | None,
-    text_norms: Norms,
-    rotation: tuple[torch.Tensor, torch.Tensor] | None,
-    plan: JointSequence,
-) -> tuple[Section, Section]:
-    """The text section, then the image section."""
-    rotates_text = rotation is not None and rotation[0].shape[0] == plan.tokens
-    return (
-        Section(
-            plan.text_start,
-            plan.text_len,
-            image if text is None else text,
-            0 if text is None else plan.text_start,
-            text_norms,
-            rotation if rotates_text else None,
-            0,
-        ),
-        Section(
-            plan.image_start,
-            plan.image_tokens,
-            image,
-            0 if text is None else plan.image_start,
-            norms,
-            rotation,
-            0 if rotates_text else plan.image_start,
-        ),
-    )
-
-
-def _compute(sections: tuple[Section, Section], outputs: Outputs, plan: JointSequence) -> None:
-    """By torch, on any device: the definition of the kernel."""
-    for section in sections:
-        positions = slice(section.start, section.start + section.length)
-        rows = slice(positions.start - section.row, positions.stop - section.row)
-        rotation = section.rotation
-        if rotation is not None:
-            turns = slice(positions.start - section.rotation_row, positions.stop - section.rotation_row)
-            rotation = rotation[0][turns], rotation[1][turns]
-        query, key, value = section.projections
-        outputs.query[:, positions] = _normalised_and_rotated(
-            query[:, rows], section.norms.query, section.norms.eps, rotation
-        )
-        outputs.key[:, positions] = _normalised_and_rotated(
-            key[:, rows], section.norms.key, section.norms.eps, rotation
-        )
-        if outputs.value is not None:
-            outputs.value[:, positions] = value[:, rows]
-    if outputs.summary_key is not None and outputs.summary_value is not None:
-        value = sections[1].projections.value if outputs.value is None else outputs.value
-        outputs.summary_key.copy_(summarise(outputs.key, plan))
-        outputs.summary_value.copy_(summarise(value, plan))
-
-
-def _normalised_and_rotated(
-    tokens: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    rotation: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    """Tokens `[B, n, H, D]`, normalised and rotated by cosines and sines `[n, D]`, in fp32 or wider."""
-    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        wide = wide * weight
-    if rotation is None:
-        return wide
-    real, imaginary = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    cosines, sines = (table.to(wide.dtype)[:, None] for table in rotation)
-    return wide * cosines + turned * sines
-
-
-class Runs(NamedTuple):
-    """A joint sequence cut into runs of at most `most` tokens that no summary block cuts.
-
-    Attributes:
-        table: one row per run, text before image, `[runs, 3 + 2 · levels]` int32: first position, tokens, and whether
-            a summary block ends with this run; then for each level the summary row that ends with it, or -1, and the
-            tokens that row stands for.
-        chunks: first run of each chunk, and the number of runs last, `[chunks + 1]` int32. Chunks of the image begin
-            where a block of every level begins.
-        text_chunks: chunks of text, which come first.
-        most: a power of two.
-    """
-
-    table: np.ndarray
-    chunks: np.ndarray
-    text_chunks: int
-    most: int
-
-
-def build_runs(plan: JointSequence, most: int) -> Runs:
-    """Cuts a plan's joint sequence into chunks and runs of at most `most` tokens, a power of two."""
-    summaries = plan.summaries
-    levels = [slice(*bounds) for bounds in itertools.pairwise(summaries.offsets)]
-    text_stop, image_stop = plan.text_start + plan.text_len, plan.image_stop
-    pieces = np.unique(np.append(summaries.starts, plan.image_start))
-    lengths = np.diff(pieces, append=image_stop)
-    most = min(most, 1 << (int(lengths.max()) - 1).bit_length())
-    runs_of_piece = -(-lengths // most)
-    first_run = np.cumsum(runs_of_piece) - runs_of_piece
-    image = np.repeat(pieces - first_run * most, runs_of_piece) + np.arange(runs_of_piece.sum()) * most
-    text = np.arange(plan.text_start, text_stop, most)
-
-    # A chunk may begin where a block of every level does.
-    bounds = image
-    for level in levels:
-        bounds = np.intersect1d(bounds, summaries.starts[level])
-    text_chunks = _chunk_starts(text, plan.text_start)
-    image_chunks = _chunk_starts(bounds, plan.image_start)
-    chunks = np.concatenate(
-        [
-            np.searchsorted(text, text_chunks),
-            np.searchsorted(image, image_chunks) + len(text),
-            [len(text) + len(image)],
-        ]
-    )
-
-    starts = np.concatenate([text, image])
-    tokens = np.concatenate([np.diff(text, append=text_stop), np.diff(image, append=image_stop)])
-    stops = starts + tokens
-    columns = [starts, tokens, np.isin(stops, summaries.starts + summaries.counts)]
-    for level in levels:
-        block_stops = summaries.starts[level] + summaries.counts[level]
-        block = np.minimum(np.searchsorted(block_stops, stops), len(block_stops) - 1)
-        columns.append(np.where(block_stops[block] == stops, level.start + block, -1))
-        columns.append(summaries.counts[level][block])
-    return Runs(np.stack(columns, axis=1).astype(np.int32), chunks.astype(np.int32), len(text_chunks), most)
-
-
-def _chunk_starts(starts: np.ndarray, origin: int) -> np.ndarray:
-    """Those of `starts` that come first in each stretch of `_CHUNK_TOKENS` tokens after `origin`."""
-    _, first = np.unique((starts - origin) // _CHUNK_TOKENS, return_index=True)
-    return starts[first]
-
-
-def compare(form: Form) -> None:
-    """Compares the kernel with torch for a device, dtype and head dimension.
-
-    Raises:
-        KernelFailure: if rounding cannot explain the difference.
-    """
-    plan = build_plan(Grouping(Grid((7, 6)), (4, 4)), Union(Block(0), Far([(0, (2, 2)), (1, (4, 4))])), 5)
-    results = []
-    for work_dtype, work in ((form.dtype, _launch), (form.dtype, _compute), (torch.float64, _compute)):
-        sections = _random_sections(plan, form.device, form.dtype, form.head_dim, work_dtype)
-        outputs = empty_outputs(sections[1].projections.query, plan.tokens, plan.summaries.rows, text_apart=True)
-        work(sections, outputs, plan)
-        results.append([tensor.double() for tensor in outputs if tensor is not None])
-    for output, plain, exact in zip(*results, strict=True):
-        require_close("the fused norm and rotation kernel", output.to(form.dtype), plain, exact)
-
-
-def _random_sections(
-    plan: JointSequence, device: torch.device, dtype: torch.dtype, head_dim: int, work_dtype: torch.dtype
-) -> tuple[Section, Section]:
-    """Text and image of two samples and two heads, the same each time: values of `dtype`, held in `work_dtype`."""
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype).to(work_dtype)
-
-    def projections(rows: int) -> Projections:
-        return Projections(*(random(2, rows, 2, head_dim) for _ in range(3)))
-
-    image, text = projections(plan.image_tokens), projections(plan.text_len)
-    norms, text_norms = (Norms(random(head_dim), random(head_dim), 1e-6) for _ in range(2))
-    angles = torch.randn(plan.tokens, head_dim // 2, generator=generator, device="cpu").repeat_interleave(2, dim=1)
-    return sections_of(image, norms, text, text_norms, (angles.cos().to(device), angles.sin().to(device)), plan)
-
-
-def _launch(sections: tuple[Section, Section], outputs: Outputs, plan: JointSequence) -> None:
-    from grat_kernels.rope_norm_kernel import rope_norm_kernel
-
-    launch = launch_of(sections, outputs, plan)
-    with on_device(outputs.query.device):
-        rope_norm_kernel[(launch.programs,)](*launch.arguments, **launch.options)
-
-
-def launch_of(sections: tuple[Section, Section], outputs: Outputs, plan: JointSequence) -> Launch:
-    """The launch for these tensors, which may lie on the meta device: ahead-of-time compilation asks for it too."""
-    device = outputs.query.device
-    batch, _, heads, head_dim = outputs.query.shape
-    most = _RUN_BYTES // outputs.query.element_size()
-    runs = plan.cached(("runs", device, most), lambda: _device_runs(plan, device, most))
-    padded_dim = padded_head_dim(head_dim)
-    text, image = (_section_arguments(section) for section in sections)
-    joined, summaries = outputs[:3], outputs[3:]
-    arguments = (
-        *(*image.tokens, *text.tokens),
-        *(*image.norms, *text.norms),
-        *(*image.rotation, *text.rotation),
-        *(joined, outputs.query.stride()[:3]),
-        *(summaries, None if outputs.summary_key is None else outputs.summary_key.stride()[:3]),
-        *(runs.table, runs.chunks, runs.text_chunks, batch, heads),
-    )
-    options = {
-        "LEVELS": len(plan.summaries.offsets) - 1,
-        "RUN": runs.most,
-        "HEADS": _HEADS,
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": padded_dim,
-        "num_warps": max(1, _HEADS * padded_dim // _WARP_ELEMENTS),
-    }
-    return Launch((len(runs.chunks) - 1) * batch * -(-heads // _HEADS), arguments, options)
-
-
-class _SectionArguments(NamedTuple):
-    """A section as the kernel takes it."""
-
-    tokens: tuple[Any, ...]
-    norms: tuple[Any, ...]
-    rotation: tuple[Any, ...]
-
-
-def _section_arguments(section: Section) -> _SectionArguments:
-    tensors = tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in section.projections)
-    weights = tuple(None if weight is None else weight.contiguous() for weight in section.norms[:2])
-    rotation = (None, None) if section.rotation is None else tuple(table.contiguous() for table in section.rotation)
-    return _SectionArguments(
-        (tensors, tuple(tensor.stride()[:3] for tensor in tensors), section.row),
-        (weights, section.norms.eps),
-        (rotation, section.rotation_row),
-    )
-
-
-class _DeviceRuns(NamedTuple):
-    """`Runs` on a device."""
-
-    table: torch.Tensor
-    chunks: torch.Tensor
-    text_chunks: int
-    most: int
-
-
-def _device_runs(plan: JointSequence, device: torch.device, most: int) -> _DeviceRuns:
-    runs = build_runs(plan, most)
-    table, chunks = (torch.from_numpy(array).to(device) for array in (runs.table, runs.chunks))
-    return _DeviceRuns(table, chunks, runs.text_chunks, runs.most)

@@ -90,11 +90,12 @@ def compile_rope_norm(variant: RopeNormVariant) -> RopeNormBuild:
 def _launch(variant: RopeNormVariant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
     import torch
 
-    from grat_kernels import rope_norm
     from grat_kernels.geometry import Grid, Grouping
     from grat_kernels.pattern import Block, Far, Union
     from grat_kernels.plan import build_plan
     from grat_kernels.rope_norm_kernel import rope_norm_kernel
+    from grat_kernels.rope_norm_runs import launch_of
+    from grat_kernels.rope_norm_sections import Norms, Projections, empty_outputs, sections_of
 
     pattern = Block(0)
     if variant.levels:
@@ -107,17 +108,17 @@ def _launch(variant: RopeNormVariant) -> tuple[Any, tuple[Any, ...], dict[str, i
     def empty(*shape: int, dtype: str = variant.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
-    def projections(rows: int) -> rope_norm.Projections:
+    def projections(rows: int) -> Projections:
         query, key, value = empty(batch, rows, 3, heads, variant.head_dim).unbind(2)
-        return rope_norm.Projections(query, key, value)
+        return Projections(query, key, value)
 
-    norms = rope_norm.Norms(empty(variant.head_dim), empty(variant.head_dim), 1e-6)
+    norms = Norms(empty(variant.head_dim), empty(variant.head_dim), 1e-6)
     angles = empty(plan.tokens, variant.head_dim, dtype="float32")
     image = projections(plan.image_tokens if variant.text_apart else plan.tokens)
     text = projections(plan.text_len) if variant.text_apart else None
-    launch = rope_norm.launch_of(
-        rope_norm.sections_of(image, norms, text, norms, (angles, angles), plan),
-        rope_norm.empty_outputs(image.query, plan.tokens, plan.summaries.rows, variant.text_apart),
+    launch = launch_of(
+        sections_of(image, norms, text, norms, (angles, angles), plan),
+        empty_outputs(image.query, plan.tokens, plan.summaries.rows, variant.text_apart),
         plan,
     )
     return rope_norm_kernel, launch.arguments, launch.options

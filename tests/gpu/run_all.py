@@ -196,7 +196,7 @@ def facts_here() -> dict[str, str]:
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     if told.returncode:
         raise SystemExit(f"this needs a CUDA device: {told.stderr.strip().splitlines()[-1]}")
-    names = dict(zip(("gpu", "architecture", "torch"), told.stdout.splitlines(), strict=True))
+    names: dict[str, str] = dict(zip(("gpu", "architecture", "torch"), told.stdout.splitlines(), strict=True))
     query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     with contextlib.suppress(OSError):
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]

@@ -41,6 +41,7 @@ from grat_kernels.block_scores import block_scores
 from grat_kernels.launching import fits_descriptor
 from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import TABLE, Row, TileConfig, architecture_of, tile_config
+from grat_kernels.trials import Form
 
 pytestmark = [
     pytest.mark.gpu,
@@ -166,8 +167,8 @@ def test_what_groups_choose_is_attended(name: str, kernel: str) -> None:
 @pytest.mark.parametrize("by_head", [False, True])
 def test_what_groups_choose_is_attended_in_16_bits(by_head: bool, head_dim: int, dtype: torch.dtype) -> None:
     device = torch.empty(0, device="cuda").device
-    form = self_test.Form(device, dtype, head_dim, far=True, padded=True, by_head=by_head, choosing=True)
-    self_test.check("triton", triton_backend.attention, form)
+    form = Form(device, dtype, head_dim, far=True, padded=True, by_head=by_head, choosing=True)
+    self_test.compare("triton", triton_backend.attention, form)
 
 
 @DTYPES

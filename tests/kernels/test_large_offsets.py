@@ -16,9 +16,20 @@ import torch
 from hopper_simulator import Simulation
 from large_tensors import zeros_on_demand
 
-from grat_kernels import Far, Full, Grid, Grouping, Plan, Union, build_plan, gluon_backend, rope_norm, triton_backend
+from grat_kernels import (
+    Far,
+    Full,
+    Grid,
+    Grouping,
+    Plan,
+    Union,
+    build_plan,
+    gluon_backend,
+    rope_norm_runs,
+    triton_backend,
+)
 from grat_kernels.launching import DeviceTiles
-from grat_kernels.rope_norm import Norms, Projections
+from grat_kernels.rope_norm_sections import Norms, Outputs, Projections, sections_of
 from grat_kernels.tile_configs import HopperConfig, TileConfig
 
 if torch.cuda.is_available():
@@ -250,7 +261,7 @@ def test_the_hopper_kernel(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors.assert_attended(written, bias)
 
 
-CHUNK = rope_norm._CHUNK_TOKENS
+CHUNK = rope_norm_runs._CHUNK_TOKENS
 
 
 def last_rows(plan: Plan) -> list[slice]:
@@ -259,13 +270,13 @@ def last_rows(plan: Plan) -> list[slice]:
     return [slice(stop - CHUNK, stop) for stop in stops]
 
 
-def last_chunks(plan: Plan, most: int) -> rope_norm._DeviceRuns:
+def last_chunks(plan: Plan, most: int) -> rope_norm_runs._DeviceRuns:
     """What `rope_norm` makes of a plan, for the last chunk of text and the last of the image alone."""
-    runs = rope_norm.build_runs(plan, most)
+    runs = rope_norm_runs.build_runs(plan, most)
     text, image = (slice(*runs.chunks[last - 1 : last + 1]) for last in (runs.text_chunks, len(runs.chunks) - 1))
     table = torch.from_numpy(runs.table)
     chunks = [0, text.stop - text.start, text.stop - text.start + image.stop - image.start]
-    return rope_norm._DeviceRuns(
+    return rope_norm_runs._DeviceRuns(
         torch.cat([table[text], table[image]]), torch.tensor(chunks, dtype=torch.int32), 1, runs.most
     )
 
@@ -286,7 +297,7 @@ def test_norm_rotation_and_pooling(
     grid = PLANS[size].grouping.grid
     large = build_plan(Grouping(grid, grid.shape), FAR, 512, text_first)
     small = build_plan(Grouping(Grid((1, CHUNK)), (1, CHUNK)), FAR, CHUNK, text_first)
-    most = rope_norm._RUN_BYTES // dtype.itemsize
+    most = rope_norm_runs._RUN_BYTES // dtype.itemsize
     monkeypatch.setitem(large._cache, ("runs", torch.device("cpu"), most), last_chunks(large, most))
     generator = torch.Generator().manual_seed(0)
 
@@ -319,12 +330,12 @@ def test_norm_rotation_and_pooling(
     results: list[list[Any]] = []
     for number, plan in enumerate((small, large)):
         rotation = rotations[number][0], rotations[number][1]
-        sections = rope_norm.sections_of(image[number], norms, text[number], text_norms, rotation, plan)
+        sections = sections_of(image[number], norms, text[number], text_norms, rotation, plan)
         shapes = [plan.tokens, plan.tokens, plan.tokens if apart else 0, plan.summaries.rows, plan.summaries.rows]
         tensors: list[Any] = [
             zeros_on_demand((BATCH, rows, HEADS, HEAD_DIM), dtype) if rows else None for rows in shapes
         ]
-        rope_norm._launch(sections, rope_norm.Outputs(*tensors), plan)
+        rope_norm_runs.launch(sections, Outputs(*tensors), plan)
         results.append(tensors)
 
     of_small, of_large = results

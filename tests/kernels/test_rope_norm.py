@@ -31,10 +31,12 @@ from grat_kernels import (
     build_head_plan,
     build_plan,
     rope_norm,
+    rope_norm_runs,
     summaries,
     trials,
 )
 from grat_kernels.rope_norm import Joined, Norms, Projections
+from grat_kernels.rope_norm_sections import Outputs
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu tests the compiled kernel", allow_module_level=True)
@@ -370,7 +372,7 @@ def test_plans_by_head_share_their_summaries() -> None:
 
 @given(cases.plans().filter(lambda plan: plan.segments.tokens == plan.text_len), st.sampled_from([1, 2, 4]))
 def test_runs_cover_the_sequence_and_no_block_is_cut(plan: Plan, most: int) -> None:
-    runs = rope_norm.build_runs(plan, most)
+    runs = rope_norm_runs.build_runs(plan, most)
     starts, counts = runs.table[:, 0].astype(np.int64), runs.table[:, 1]
     assert runs.most <= most
     assert counts.min() >= 1
@@ -585,16 +587,16 @@ def test_a_kernel_that_computes_something_else_stops_the_run(monkeypatch: pytest
     call = random_call(PLANS["far field"], torch.float32, True, True)
     monkeypatch.setattr(trials, "_passed", set())
     monkeypatch.setattr(trials, "_failures", {})
-    launch = rope_norm._launch
+    launch = rope_norm_runs.launch
 
-    def broken(sections: Any, outputs: rope_norm.Outputs, plan: Any) -> None:
+    def broken(sections: Any, outputs: Outputs, plan: Any) -> None:
         launch(sections, outputs, plan)
         outputs.key[0, -1, 0, 0] += 1e-3
 
-    monkeypatch.setattr(rope_norm, "_launch", broken)
+    monkeypatch.setattr(rope_norm_runs, "launch", broken)
     with pytest.raises(KernelFailure, match=r"fused norm and rotation kernel computes wrong results here.*float32"):
         call.run(True)
-    monkeypatch.setattr(rope_norm, "_launch", launch)
+    monkeypatch.setattr(rope_norm_runs, "launch", launch)
     with pytest.raises(KernelFailure):  # once is enough
         call.run(True)
     monkeypatch.setattr(trials, "_failures", {})
