@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -52,10 +51,6 @@ class Ability:
 
 class BackendUnavailable(RuntimeError):
     """A backend was asked for by name where it cannot run."""
-
-
-class KernelPassedOver(UserWarning):
-    """A kernel failed its test, and another one is used in its place."""
 
 
 def can_run(
@@ -130,7 +125,7 @@ def tried_backend(forms: Sequence[Form]) -> tuple[Backend, str]:
         forms: in which it is to be used, of one device, dtype and head dimension.
 
     Warns:
-        UserWarning: for each kernel that fails, in one line.
+        KernelPassedOver: for each kernel that fails, in one line.
     """
     device, dtype, head_dim, *_ = forms[0]
     choosing = any(form.choosing for form in forms)
@@ -139,10 +134,9 @@ def tried_backend(forms: Sequence[Form]) -> tuple[Backend, str]:
         try:
             check_kernel(backend, forms)
         except KernelFailure as failure:
-            # What failed is chosen no more.
-            warnings.warn(KernelPassedOver(str(failure).splitlines()[0]), stacklevel=3)
-            continue
-        return backend, reason
+            trials.pass_over(failure)  # what failed is chosen no more
+        else:
+            return backend, reason
 
 
 def check_kernel(backend: Backend | str, forms: Sequence[Form]) -> None:

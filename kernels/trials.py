@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,12 +27,16 @@ from grat_kernels.proven import is_proven
 # What a process takes to begin, and what compiling and computing one form may take after that.
 _START_S, _FORM_S = 60.0, 60.0
 _PROCESS = "grat_kernels.trial_process"
-# Exit code of a process in which a kernel failed, and which has said how.
-_FAILED = 3
+# Exit codes of a process in which a kernel failed, and which has said how; and of one that found too little memory.
+_FAILED, _OUT_OF_MEMORY = 3, 4
 
 
 class KernelFailure(RuntimeError):
     """A kernel failed its test on this machine; the text says how and where in one line, and in another what to do."""
+
+
+class KernelPassedOver(UserWarning):
+    """A kernel failed its test, and something else computes in its place."""
 
 
 class Form(NamedTuple):
@@ -73,6 +78,7 @@ def require(kernel: str, forms: Sequence[Form], test: Test) -> None:
 
     Raises:
         KernelFailure: if the kernel fails in any way, now or earlier in this process.
+        OutOfMemoryError: if there is too little memory to try it.
     """
     untried = [form for form in forms if (kernel, form) not in _passed]
     if not untried:
@@ -99,9 +105,11 @@ def failure(kernel: str, device: torch.device) -> str | None:
     return _failures.get((kernel, device))
 
 
-def failures() -> tuple[str, ...]:
-    """The first lines of all failures in this process, in the order in which they came."""
-    return tuple(text.splitlines()[0] for text in _failures.values())
+def pass_over(failure: KernelFailure) -> str:
+    """Warns that a kernel failed and another way is taken in its place; its first line."""
+    line = str(failure).splitlines()[0]
+    warnings.warn(KernelPassedOver(line), stacklevel=3)
+    return line
 
 
 def failed(what: str, device: torch.device) -> KernelFailure:
@@ -142,6 +150,8 @@ def _try_apart(kernel: str, forms: Sequence[Form]) -> None:
         raise failed(f"the {kernel} kernel hangs here: no result after {seconds:.0f} s", device) from error
     if ended.returncode == _FAILED:
         raise KernelFailure(ended.stdout.strip())
+    if ended.returncode == _OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(ended.stdout.strip())
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()]
         reason = said[-1].strip() if said and ended.returncode > 0 else _name_of(ended.returncode)
@@ -162,6 +172,9 @@ def try_forms(kernel: str, forms: str, test: Test) -> int:
     except KernelFailure as error:
         print(error)
         return _FAILED
+    except torch.OutOfMemoryError as error:
+        print(error)
+        return _OUT_OF_MEMORY
     return 0
 
 

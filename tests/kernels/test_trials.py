@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from grat_kernels import Backend, KernelFailure, rope_norm, trials
-from grat_kernels.backends import KernelPassedOver, check_kernel, tried_backend
-from grat_kernels.trials import Form
+from grat_kernels.backends import check_kernel, tried_backend
+from grat_kernels.trials import Form, KernelPassedOver
 
 FORM = Form(torch.device("cpu"), torch.float32, 16)
 GPU = Form(torch.device("cuda", 0), torch.bfloat16, 128)
@@ -74,7 +74,11 @@ def test_too_little_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(trials, "_is_safe", lambda *_: True)
     with pytest.raises(torch.OutOfMemoryError):
         trials.require("triton", [FORM], out_of_memory)
-    assert not trials.failures()
+    monkeypatch.setattr(trials, "_is_safe", lambda *_: False)
+    monkeypatch.setenv("GRAT_TEST_FAULT", "finds_no_memory")
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 8 GiB"):
+        check_kernel("triton", [FORM])
+    assert not trials._failures
 
 
 @pytest.fixture
@@ -99,7 +103,14 @@ def test_auto_passes_over_what_fails_and_says_so() -> None:
         assert text.startswith(f"the {name} kernel fails here: ")
         assert "a GPU" in text
         assert text in reason
-    assert trials.failures() == tuple(said)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_where_norms_and_rotations_fail_torch_does_them_and_that_is_said() -> None:
+    with pytest.warns(KernelPassedOver, match="the rope_norm kernel fails here: "):
+        fused, reason = rope_norm.choose(*GPU[:3])
+    assert not fused
+    assert reason.startswith("the rope_norm kernel fails here: ")
 
 
 @pytest.mark.usefixtures("hopper")

@@ -25,6 +25,10 @@ def raises(*_: Any, **__: Any) -> Any:
     raise RuntimeError("CUDA error: an illegal memory access\nCUDA kernel errors might be ...")
 
 
+def finds_no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+
+
 def exits(*_: Any, **__: Any) -> Any:
     os._exit(77)
 
