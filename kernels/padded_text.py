@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import JointSequence
+    from grat_kernels.sequence import JointSequence
 
 
 def padded_positions(plan: JointSequence, text_valid: torch.Tensor, device: torch.device) -> torch.Tensor:

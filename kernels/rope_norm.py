@@ -23,7 +23,7 @@ from grat_kernels.self_test import require_close
 from grat_kernels.summaries import summarise
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import JointSequence
+    from grat_kernels.sequence import JointSequence
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
