@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from grat_kernels.geometry import Grid, Grouping
 from grat_kernels.pattern import Block, Choice, CrissCross, Far, FarLevel, Full, Pattern, SlidingTile, Union
-from grat_kernels.plan import HeadPlan, Plan, Segments, Span, build_head_plan, build_plan
+from grat_kernels.plan import HeadPlan, Plan, build_head_plan, build_plan
+from grat_kernels.sequence import Segments
+from grat_kernels.span_lists import Span
 
 if TYPE_CHECKING:
     from grat_kernels.attention import span_attention

@@ -9,6 +9,7 @@ import torch
 from grat_kernels import reference
 from grat_kernels.backends import KERNELS, MODULES, Backend, BackendUnavailable, can_run, check_kernel, tried_backend
 from grat_kernels.launching import heads_of_class
+from grat_kernels.padded_text import check_text_valid
 from grat_kernels.plan import HeadPlan, Plan, plan_by_key
 from grat_kernels.self_test import form_of
 
@@ -25,13 +26,17 @@ def span_attention(
 ) -> torch.Tensor:
     """Attention of every query to the spans of its group (arXiv 2505.14687, section 3; far levels are this project's).
 
+    A query without any key, such as one that attends text alone where none is valid, gets zeros. There is no backward
+    pass.
+
     Args:
         q: queries `[B, N, H, D]`: image tokens in the plan's order, text before or after them as the plan says.
         k: keys `[B, N, H, D]`.
         v: values `[B, N, H, D]`.
         plan: what attends what, for N tokens; a `HeadPlan` for H heads.
         text_valid: valid text tokens of each sample, `[B]` integers on the device of `q`: later text keys are not
-            attended. None means that all are valid.
+            attended. None means that all are valid. They are checked where they lie on the CPU; elsewhere that would
+            wait for the device, and whoever makes them answers for them.
         scale: factor on the scores, 1/√D by default.
         backend: `AUTO` picks, and passes over what fails its test, with a warning; any other runs or raises.
         summaries: means of keys and of values over the plan's blocks where they are known already, `[B, R, H, D]`
@@ -41,7 +46,8 @@ def span_attention(
         `[B, N, H, D]`, contiguous, in the dtype of `q`.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit one another or the plan.
+        ValueError: if shapes, dtypes or devices do not fit one another or the plan, or there cannot be so much text.
+        RuntimeError: if a gradient would be wanted.
         BackendUnavailable: if the named backend cannot run these tensors, with the reason.
         KernelFailure: if the kernel that is named, at its first use, computes wrong results on this machine, or none.
     """
@@ -57,6 +63,8 @@ def span_attention(
         raise ValueError(f"text_valid needs one number per sample, [{q.shape[0]}], not {list(text_valid.shape)}")
     if summaries is not None:
         _check_summaries(summaries, k, plan)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError("span attention has no backward pass: call it under torch.no_grad(), or detach its inputs")
     backend = Backend(backend)
     if backend is not Backend.AUTO:
         ability = can_run(backend, q.device, q.dtype, q.shape[3], q.shape[1], choosing=plan.chooses)
@@ -92,6 +100,9 @@ def _operator(
 ) -> torch.Tensor:
     """The operator that torch.compile sees; a plan travels as its key, because operators take no objects."""
     plan = plan_by_key(plan_key)
+    # Here and not in `span_attention`, where compiled code cannot read numbers.
+    if text_valid is not None and text_valid.device.type == "cpu":
+        check_text_valid(text_valid, plan)
     summaries = None
     if summary_key is not None and summary_value is not None:
         summaries = summary_key.contiguous(), summary_value.contiguous()

@@ -18,7 +18,7 @@ from grat_kernels.pattern import Choice, Pattern
 from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import Summaries
+    from grat_kernels.sequence import Summaries
 
 # Channels of a head to which the cost of a choice refers.
 _CHANNELS = 64
@@ -107,7 +107,7 @@ def check_pairs(grouping: Grouping, pattern: Pattern) -> None:
 
 def build_candidates(
     pattern: Pattern,
-    by_group: npt.NDArray[np.bool_],
+    by_column: npt.NDArray[np.bool_],
     list_of_group: IntArray,
     columns: IntArray,
     blocks: tuple[Cell, ...],
@@ -116,17 +116,15 @@ def build_candidates(
 
     Args:
         pattern: with a choice.
-        by_group: whether a list's groups choose from the blocks of a group, `[lists, groups]`; groups in token order,
-            as below.
-        list_of_group: span list of each group, `[groups]`.
-        columns: where the summaries of each group begin at each level, `[levels, groups + 1]`.
+        by_column: whether a list's groups choose from the blocks of a column of keys, `[lists, columns]`.
+        list_of_group: span list of each group in token order, `[groups]`.
+        columns: where the summaries of each column begin at each level, and those of the last one end,
+            `[levels, columns + 1]`.
         blocks: sizes of the summaries' levels.
     """
     assert pattern.choice is not None
     block, within = pattern.far_levels[0].block, pattern.choice.block
     level, fine_level = blocks.index(block) + 1, blocks.index(within) + 1
-    of_list = np.repeat(by_group, np.diff(columns[level]), axis=1)
-    # At the end of the lists stands that of text, which chooses nothing.
-    of_list = np.concatenate([of_list, np.zeros((1, of_list.shape[1]), np.bool_)])
+    of_list = np.repeat(by_column, np.diff(columns[level]), axis=1)
     means = math.prod(size // inner for size, inner in zip(block, within, strict=True))
     return Candidates(pattern.choice, level, fine_level, of_list, list_of_group, math.prod(block), means)

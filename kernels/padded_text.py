@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import JointSequence
+    from grat_kernels.sequence import JointSequence
+
+
+def check_text_valid(text_valid: torch.Tensor, plan: JointSequence) -> None:
+    """Raises ValueError unless each of the numbers `[B]` is one of valid text tokens; waits for their device."""
+    numbers = text_valid.tolist()
+    if not all(0 <= number <= plan.text_len for number in numbers):
+        raise ValueError(f"text_valid must lie between 0 and the plan's {plan.text_len} text tokens, not {numbers}")
 
 
 def padded_positions(plan: JointSequence, text_valid: torch.Tensor, device: torch.device) -> torch.Tensor:

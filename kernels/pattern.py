@@ -1,7 +1,8 @@
 """Attention patterns: which groups a query group attends, and how closely.
 
 A pattern gives every pair of groups a *level*: 0 where the query group attends the key group token by token,
-n > 0 where it attends the summaries of the n-th far level, `NOT_ATTENDED` where it does not see it at all.
+n > 0 where it attends the summaries of the n-th far level, `NOT_ATTENDED` where it does not see it at all. Each is
+defined once, by an expression over the coordinates of groups (`Pattern.relation`).
 GRAT-B and GRAT-X are section 3.3 of arXiv 2505.14687; sliding tiles are arXiv 2502.04507; far levels are this
 project's own.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,24 +22,36 @@ from grat_kernels.geometry import Cell, IntArray, nests
 
 NOT_ATTENDED = -1
 Levels = npt.NDArray[np.int8]
+# Coordinates of groups `[..., axes]`. 32 bits, because plans compare millions of pairs.
+Places = npt.NDArray[np.int32]
 Coordinates = tuple[int, ...]
+
+# Pairs of groups whose levels are held at once: some tens of megabytes with all that is made of them.
+_MOST_PAIRS = 1 << 20
 
 
 class Pattern(ABC):
     """What each group attends. Patterns are immutable and hashable, and know nothing of token counts."""
 
     @abstractmethod
-    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
-        """Levels of all pairs.
+    def relation(self, query: Places, key: Places, counts: tuple[int, ...] | None) -> Levels:
+        """The definition: levels of key groups for query groups.
 
         Args:
-            queries: group coordinates `[Q, axes]`.
-            keys: group coordinates `[K, axes]`.
+            query: group coordinates `[..., axes]`.
+            key: group coordinates `[..., axes]`, which broadcast against those of queries.
             counts: groups per axis of the whole grid.
 
         Returns:
-            `[Q, K]` int8: 0 exact, n the n-th far level, `NOT_ATTENDED`.
+            `[...]` int8: 0 exact, n the n-th far level, `NOT_ATTENDED`.
+
+        Raises:
+            ValueError: if it depends on `counts`, and they are not given.
         """
+
+    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+        """Levels of all pairs, `[Q, K]` from group coordinates `[Q, axes]` and `[K, axes]`; see `relation`."""
+        return self.relation(_axis_by_axis(queries)[:, None], _axis_by_axis(keys)[None, :], counts)
 
     @property
     def far_levels(self) -> tuple[FarLevel, ...]:
@@ -61,33 +74,45 @@ class Pattern(ABC):
 
     def level(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> int:
         """Level of key group `b` for query group `a`; `counts` (groups per axis) matters to sliding tiles only."""
-        extent = counts or tuple(max(pair) + 1 for pair in zip(a, b, strict=True))
-        return int(self.levels(np.asarray([a], np.int64), np.asarray([b], np.int64), extent)[0, 0])
+        return int(self.relation(np.asarray(a, np.int32), np.asarray(b, np.int32), counts))
 
     def attends(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> bool:
         """Whether query group `a` attends key group `b` token by token."""
         return self.level(a, b, counts) == 0
 
 
-def _as_levels(attended: npt.NDArray[np.bool_]) -> Levels:
+def query_stretches(groups: int) -> Iterator[slice]:
+    """Stretches of query groups, so that the levels of one stretch for all groups take little memory."""
+    length = max(1, _MOST_PAIRS // groups)
+    for first in range(0, groups, length):
+        yield slice(first, min(first + length, groups))
+
+
+def _axis_by_axis(coordinates: IntArray) -> Places:
+    """The same `[groups, axes]`, one axis after another in memory: NumPy's loops then run over groups, not over the
+    two or three axes."""
+    return np.ascontiguousarray(coordinates.T, np.int32).T
+
+
+def _within(query: Places, key: Places, radius: int | tuple[int, ...]) -> np.bool_ | npt.NDArray[np.bool_]:
+    """Whether |query - key| is at most `radius` on every axis; as two bounds, which spares the differences of all
+    pairs."""
+    radii = np.asarray(radius, np.int32)
+    return ((query - radii <= key) & (key <= query + radii)).all(-1)
+
+
+def _exact_where(attended: np.bool_ | npt.NDArray[np.bool_]) -> Levels:
+    """0 where a group is attended, else `NOT_ATTENDED`."""
     assert NOT_ATTENDED == -1
-    return attended.view(np.int8) - np.int8(1)
-
-
-def _axis_distances(queries: IntArray, keys: IntArray) -> list[npt.NDArray[np.signedinteger]]:
-    """Distance in groups along each axis, `[Q, K]` each, in 16 bits where they suffice: half the time."""
-    highest = max(queries.max(initial=0), keys.max(initial=0))
-    dtype = np.int16 if highest < 2**15 else np.int32
-    pairs = zip(queries.T.astype(dtype), keys.T.astype(dtype), strict=True)
-    return [np.abs(query[:, None] - key[None, :]) for query, key in pairs]
+    return np.asarray(attended).view(np.int8) - np.int8(1)
 
 
 @dataclass(frozen=True)
 class Full(Pattern):
     """Every group attends every group."""
 
-    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
-        return np.zeros((len(queries), len(keys)), np.int8)
+    def relation(self, query: Places, key: Places, counts: tuple[int, ...] | None) -> Levels:
+        return np.zeros(np.broadcast_shapes(query.shape, key.shape)[:-1], np.int8)
 
 
 @dataclass(frozen=True)
@@ -110,13 +135,8 @@ class Block(Pattern):
         if not isinstance(self.radius, int) and len(self.radius) != axes:
             raise ValueError(f"radius {self.radius} has {len(self.radius)} numbers, the grid has {axes} axes")
 
-    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
-        distances = _axis_distances(queries, keys)
-        radii = (self.radius,) * len(distances) if isinstance(self.radius, int) else self.radius
-        attended = np.ones((len(queries), len(keys)), np.bool_)
-        for distance, axis_radius in zip(distances, radii, strict=True):
-            attended &= distance <= axis_radius
-        return _as_levels(attended)
+    def relation(self, query: Places, key: Places, counts: tuple[int, ...] | None) -> Levels:
+        return _exact_where(_within(query, key, self.radius))
 
 
 @dataclass(frozen=True)
@@ -140,11 +160,8 @@ class CrissCross(Pattern):
         if self.share > axes:
             raise ValueError(f"share {self.share} is more than the grid's {axes} axes")
 
-    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
-        shared = np.zeros((len(queries), len(keys)), np.int8)
-        for query, key in zip(queries.T, keys.T, strict=True):
-            shared += query[:, None] == key[None, :]
-        return _as_levels(shared >= self.share)
+    def relation(self, query: Places, key: Places, counts: tuple[int, ...] | None) -> Levels:
+        return _exact_where((query == key).sum(-1, dtype=np.int8) >= self.share)
 
 
 @dataclass(frozen=True)
@@ -171,18 +188,13 @@ class SlidingTile(Pattern):
         if not isinstance(self.window, int) and len(self.window) != axes:
             raise ValueError(f"window {self.window} has {len(self.window)} numbers, the grid has {axes} axes")
 
-    def level(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> int:
+    def relation(self, query: Places, key: Places, counts: tuple[int, ...] | None) -> Levels:
         if counts is None:
             raise ValueError("sliding tiles shift at borders: give counts, the groups per axis")
-        return super().level(a, b, counts)
-
-    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
-        widths = (self.window,) * len(counts) if isinstance(self.window, int) else self.window
-        attended = np.ones((len(queries), len(keys)), np.bool_)
-        for query, key, width, count in zip(queries.T, keys.T, widths, counts, strict=True):
-            first = np.clip(query - width // 2, 0, max(count - width, 0))[:, None]
-            attended &= (key[None, :] >= first) & (key[None, :] < first + width)
-        return _as_levels(attended)
+        window = np.asarray(self.window, np.int32)
+        last = np.maximum(np.asarray(counts, np.int32) - window, 0)
+        first = np.clip(query - window // 2, 0, last)
+        return _exact_where(((first <= key) & (key < first + window)).all(-1))
 
 
 class FarLevel(NamedTuple):
@@ -256,12 +268,9 @@ class Far(Pattern):
             if len(block) != axes:
                 raise ValueError(f"far block {block} has {len(block)} sizes, the grid has {axes} axes")
 
-    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
-        distance = np.max(_axis_distances(queries, keys), axis=0)
-        result = np.full(distance.shape, NOT_ATTENDED, np.int8)
-        for number, level in enumerate(self.far, start=1):
-            result[distance > level.beyond] = number
-        return result
+    def relation(self, query: Places, key: Places, counts: tuple[int, ...] | None) -> Levels:
+        exceeded = np.sum([~_within(query, key, level.beyond) for level in self.far], axis=0, dtype=np.int8)
+        return np.where(exceeded > 0, exceeded, np.int8(NOT_ATTENDED))
 
 
 def _choice_from(exact: int, fine: int, block: Sequence[int], levels: tuple[FarLevel, ...]) -> Choice:
@@ -306,11 +315,7 @@ class Union(Pattern):
         for pattern in self.patterns:
             pattern.check(axes)
 
-    def level(self, a: Coordinates, b: Coordinates, counts: tuple[int, ...] | None = None) -> int:
-        levels = [pattern.level(a, b, counts) for pattern in self.patterns]
-        return min((level for level in levels if level != NOT_ATTENDED), default=NOT_ATTENDED)
-
-    def levels(self, queries: IntArray, keys: IntArray, counts: tuple[int, ...]) -> Levels:
+    def relation(self, query: Places, key: Places, counts: tuple[int, ...] | None) -> Levels:
         # NOT_ATTENDED is -1, the largest value once read as unsigned: the most exact level is the unsigned minimum.
-        levels = [pattern.levels(queries, keys, counts).view(np.uint8) for pattern in self.patterns]
+        levels = [pattern.relation(query, key, counts).view(np.uint8) for pattern in self.patterns]
         return np.minimum.reduce(levels).view(np.int8)

@@ -1,7 +1,7 @@
-"""The definition of span attention: dense masks in full precision, straight from groups and pattern.
+"""The definition of span attention: dense masks in full precision, straight from the coordinates of tokens.
 
-Nothing here uses a plan's spans, lists, tiles or candidates, so that it can judge them. Quadratic in memory: small
-sizes only.
+Nothing here uses a plan's spans, lists, tiles or candidates, nor what patterns say of groups, so that it can judge
+them. Quadratic in memory: small sizes only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from grat_kernels.choosing import SPREAD_LEAST, SPREAD_WITHIN
+from grat_kernels.padded_text import check_text_valid
+from grat_kernels.pattern import NOT_ATTENDED, Block, CrissCross, Far, Full, Pattern, SlidingTile, Union
 
 if TYPE_CHECKING:
     from grat_kernels.geometry import Cell
@@ -29,7 +31,7 @@ def attention(
     compute_dtype: torch.dtype = torch.float32,
     summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Span attention by one dense softmax over all tokens and all summaries.
+    """Span attention by one dense softmax over all tokens and all summaries; zeros for a query without any key.
 
     Args:
         query: `[B, N, H, D]`, image tokens in the plan's order.
@@ -43,7 +45,12 @@ def attention(
 
     Returns:
         `[B, N, H, D]` in the dtype of `query`.
+
+    Raises:
+        ValueError: if a sample has less than no valid text, or more than there is.
     """
+    if text_valid is not None:
+        check_text_valid(text_valid, plan)
     query_wide, key_wide, value_wide = (tensor.to(compute_dtype) for tensor in (query, key, value))
     block_means, score_bias = plan.cached("dense definition", lambda: _dense_definition(plan))
     means = torch.from_numpy(block_means).to(query.device, compute_dtype)
@@ -70,7 +77,9 @@ def attention(
                 head_bias = _with_chosen(sample_bias, plan, means, rows * scale, summary_keys, summary_values)
             scores = rows @ torch.cat([keys, summary_keys]).T * scale
             scores = torch.where(head_bias == -math.inf, -math.inf, scores + head_bias)
-            heads.append(_masked_product(scores.softmax(-1), torch.cat([values, summary_values])))
+            without_keys = (head_bias == -math.inf).all(-1, keepdim=True)
+            weights = scores.softmax(-1).masked_fill(without_keys, 0)
+            heads.append(_masked_product(weights, torch.cat([values, summary_values])))
         outputs.append(torch.stack(heads, dim=1))
     return torch.stack(outputs).to(query.dtype)
 
@@ -164,26 +173,57 @@ def _dense_definition(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         membership[rank[block.reshape(-1)], np.arange(plan.image_tokens)] = 1
         level_of_row += [number] * len(first)
         weights.append(membership / membership.sum(1, keepdims=True))
-    number_of_level = [0, *(plan.summaries.blocks.index(level.block) + 1 for level in plan.pattern.far_levels)]
     means = np.concatenate(weights)
     log_counts = np.log((means > 0).sum(1))
-    levels = np.asarray(level_of_row, np.int64)
+    # From numbers of the pattern's far levels to numbers of the summaries' levels; NOT_ATTENDED is the last entry.
+    number_of_level = [0, *(plan.summaries.blocks.index(level.block) + 1 for level in plan.pattern.far_levels)]
+    told_by = np.asarray([*number_of_level, NOT_ATTENDED])[_levels_of_pairs(plan.pattern, plan)]
+    # Blocks nest in groups: all tokens of a block have one level for a query.
+    sees = told_by[:, (means > 0).argmax(1)] == np.asarray(level_of_row)
 
-    bias = np.full((plan.tokens, plan.tokens + len(means)), -np.inf)
-    for dense in (slice(0, plan.image_start), slice(plan.image_stop, plan.tokens)):
-        bias[:, dense] = 0
-        bias[dense, : plan.tokens] = 0
-    group_of_token = _cell_of_token(plan, plan.grouping.group)
-    group_of_row = group_of_token[(means > 0).argmax(1)] if len(means) else group_of_token[:0]
-    distinct = np.unique(group_of_token, axis=0)
-    for a in distinct:
-        queries = plan.image_start + np.flatnonzero((group_of_token == a).all(1))
-        for b in distinct:
-            level = plan.pattern.level(tuple(a.tolist()), tuple(b.tolist()), plan.grouping.counts)
-            if level == 0:
-                keys = plan.image_start + np.flatnonzero((group_of_token == b).all(1))
-                bias[np.ix_(queries, keys)] = 0
-            elif level > 0:
-                rows = np.flatnonzero((levels == number_of_level[level]) & (group_of_row == b).all(1))
-                bias[np.ix_(queries, plan.tokens + rows)] = log_counts[rows]
+    bias = np.zeros((plan.tokens, plan.tokens + len(means)))
+    bias[:, plan.tokens :] = -np.inf
+    image = slice(plan.image_start, plan.image_stop)
+    bias[image, image] = np.where(told_by == 0, 0, -np.inf)
+    bias[image, plan.tokens :] = np.where(sees, log_counts, -np.inf)
     return means, bias
+
+
+def _levels_of_pairs(pattern: Pattern, plan: Plan) -> np.ndarray:
+    """Levels of all pairs of image tokens in the plan's order, `[queries, keys]`, numbered as `pattern` does it.
+
+    What `pattern` says of groups stands here once more, in another way, so that each can judge the other: every query
+    sees boxes of tokens, whose sides are multiples of the group's.
+    """
+    tokens, group = _cell_of_token(plan, (1,) * plan.grouping.grid.axes), np.asarray(plan.grouping.group)
+    own = tokens // group
+
+    def inside(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Whether keys lie within groups from a first to a last along each axis, `[queries, keys, axes]`."""
+        return (tokens >= (first * group)[:, None]) & (tokens < ((last + 1) * group)[:, None])
+
+    match pattern:
+        case Union():
+            levels = np.stack([_levels_of_pairs(member, plan) for member in pattern.patterns])
+            beyond_all = len(pattern.far_levels) + 1
+            closest = np.where(levels == NOT_ATTENDED, beyond_all, levels).min(0)
+            return np.where(closest == beyond_all, NOT_ATTENDED, closest)
+        case Far():
+            levels = np.full((len(tokens), len(tokens)), NOT_ATTENDED)
+            for number, level in enumerate(pattern.far, start=1):
+                levels[~inside(own - level.beyond, own + level.beyond).all(-1)] = number
+            return levels
+        case Full():
+            attended = np.ones((len(tokens), len(tokens)), np.bool_)
+        case Block():
+            attended = inside(own - pattern.radius, own + pattern.radius).all(-1)
+        case CrissCross():
+            attended = inside(own, own).sum(-1) >= pattern.share
+        case SlidingTile():
+            window = np.asarray(pattern.window)
+            # Moved inward at the far border, then at the near one.
+            first = np.maximum(np.minimum(own - window // 2, plan.grouping.counts - window), 0)
+            attended = inside(first, first + window - 1).all(-1)
+        case _:
+            raise TypeError(f"the reference has no definition of {pattern}")
+    return np.where(attended, 0, NOT_ATTENDED)

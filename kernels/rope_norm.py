@@ -23,7 +23,7 @@ from grat_kernels.rope_norm_sections import compute, empty_outputs, sections_of
 from grat_kernels.trials import Form, KernelFailure
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import JointSequence
+    from grat_kernels.sequence import JointSequence
 
 # As trials know it.
 NAME = "rope_norm"

@@ -25,7 +25,8 @@ from grat_kernels.summaries import Selection, selection, summary_pair
 from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
-    from grat_kernels.plan import Plan, QueryRun
+    from grat_kernels.plan import Plan
+    from grat_kernels.span_lists import QueryRun
 
 DESCRIPTION = "torch scaled_dot_product_attention, groups of equal shape in batches"
 

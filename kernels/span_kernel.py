@@ -260,6 +260,7 @@ def span_attention_kernel(
 
     # Stored by masked pointers: a whole block would overwrite the queries of the next tile.
     output_base = output + batch * tokens * row_stride + head * HEAD_DIM
-    result = accumulator * (1.0 / total)[:, None]
+    # A query without any key has a total of nothing, and zeros come out.
+    result = accumulator * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     output_pointers = output_base + query_rows[:, None] * row_stride + channels[None, :]
     tl.store(output_pointers, result.to(output.dtype.element_ty), mask=stored)

@@ -10,7 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from grat_kernels.geometry import IntArray
-    from grat_kernels.plan import JointSequence
+    from grat_kernels.sequence import JointSequence
 
 
 # Positions or rows that follow one another are a slice, which copies nothing when it selects.

@@ -142,8 +142,7 @@ class Shared:
         Args:
             plan: of the joint sequence of all.
         """
-        from grat_kernels import Full, Grid, Grouping, build_plan
-        from grat_kernels.plan import Segments
+        from grat_kernels import Full, Grid, Grouping, Segments, build_plan
 
         def build() -> Plan:
             shape = 1, self.counts[self.rank]

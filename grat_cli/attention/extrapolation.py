@@ -17,6 +17,7 @@ import numpy.typing as npt
 from grat_cli.attention.layer import Scaling
 from grat_cli.presets import PositionsName
 from grat_kernels import HeadPlan, Plan
+from grat_kernels.analysis import tokens_behind
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def query_scale(plan: Plan, trained_tokens: int) -> npt.NDArray[np.float64]:
         plan: what attends what.
         trained_tokens: image and text tokens that the model was trained on together.
     """
-    of_list = np.sqrt(np.log(plan.tokens_behind) / math.log(trained_tokens))
+    of_list = np.sqrt(np.log(tokens_behind(plan)) / math.log(trained_tokens))
     factors = np.empty(plan.tokens)
     for run in plan.query_runs:
         factors[run.start : run.start + run.length] = of_list[run.span_list]

@@ -11,7 +11,7 @@ import torch
 
 from grat_cli.attention.layer import AttentionInputs, CallObserver
 from grat_cli.errors import BadInput
-from grat_kernels.plan import JointSequence
+from grat_kernels.sequence import JointSequence
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class PaddedTexts:
         for known, text in self._known:
             if known is mask:
                 return text
-        valid = mask.sum(dim=1, dtype=torch.int32)
+        # Counted, whatever the mask holds: `span_attention` does not check numbers that lie on a device.
+        valid = mask.bool().sum(dim=1, dtype=torch.int32)
         first = torch.arange(mask.shape[1], device=mask.device)[None, :] < valid[:, None]
         lengths = valid.tolist()
         if not torch.equal(first, mask.bool()) or min(lengths) < self._least:

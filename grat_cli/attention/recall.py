@@ -17,7 +17,7 @@ import torch
 from grat_kernels import Grid, Plan
 from grat_kernels.choosing import chosen_rows
 from grat_kernels.geometry import Cell, cell_counts
-from grat_kernels.plan import JointSequence
+from grat_kernels.sequence import JointSequence
 from grat_kernels.summaries import summarise
 
 BINS = 32

@@ -27,6 +27,7 @@ from grat_cli.bench.results import Absent, Mask
 from grat_cli.bench.sampled import AttendedRows, rows_of_mask, rows_of_plan
 from grat_cli.fidelity.variants import Variant, na_window_near, size_text
 from grat_kernels import Plan, SlidingTile, can_run, span_attention
+from grat_kernels.analysis import reach
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 _WORKSPACE_BYTES = 128 * 2**20
@@ -355,7 +356,7 @@ def _identical(
         kernel=kernel,
         mask="identical",
         density=plan.density,
-        reach=plan.reach,
+        reach=reach(plan),
         call=guarded(peer, call),
         executed_pairs=plan.attended_pairs,
         extra_bytes=extra_bytes,

@@ -329,6 +329,7 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
     from grat_cli.console.pattern import NOT_ATTENDED, marks
     from grat_cli.console.run_tables import over_steps_summary, work_text
     from grat_cli.models.video_size import VideoSize
+    from grat_kernels.analysis import reach, tile_efficiency
 
     schedule, main = result.schedule, result.main_plan
     references = main.tokens - main.image_tokens - main.text_len
@@ -352,8 +353,8 @@ def _facts(result: Forecast, stages: list[dict[str, Any]]) -> dict[str, str]:
         "groups": f"{len(main.grouping.sizes):,} ({_extents(main.grouping.counts)})",
         "density": f"{schedule.density:.4f} of all query-key pairs",
         "ideal speed-up": f"{schedule.ideal_speedup:.1f}x, attention alone",
-        "tile efficiency": f"{main.tile_efficiency():.0%} of 128x128 tiles",
-        "reach": f"{main.reach:.0f} tokens{beyond}",
+        "tile efficiency": f"{tile_efficiency(main):.0%} of 128x128 tiles",
+        "reach": f"{reach(main):.0f} tokens{beyond}",
         "attention work": f"{planned / scale:.3g} of {full / scale:.3g} {unit} per step",
         "Q, K, V, O": f"{bytes_text(result.qkvo_bytes)} in {result.dtype}",
     }

@@ -18,6 +18,7 @@ from grat_cli.models.video_size import VideoSize
 from grat_cli.presets import Preset
 from grat_cli.presets.over_steps import Keep
 from grat_kernels import Plan
+from grat_kernels.analysis import reach, tile_efficiency
 
 SCHEMA = "grat.plan/1"
 _BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -138,8 +139,8 @@ class Forecast:
             "work": self.schedule.parts._asdict(),
             **({"over_steps": self.over_steps} if self.over_steps else {}),
             "tile": _TILE,
-            "tile_efficiency": plan.tile_efficiency(_TILE, _TILE),
-            "reach_tokens": plan.reach,
+            "tile_efficiency": tile_efficiency(plan, _TILE, _TILE),
+            "reach_tokens": reach(plan),
             "attention_flop_per_step": {"full": self.full_flop_per_step, "planned": self.planned_flop_per_step},
             "dtype": self.dtype,
             "qkvo_bytes": self.qkvo_bytes,

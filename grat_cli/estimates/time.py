@@ -25,6 +25,7 @@ from grat_cli.families import family_of
 from grat_cli.families.autoencoders import Pixels
 from grat_cli.families.shapes import Components
 from grat_cli.models.devices import choose_device, choose_dtype, wait_for
+from grat_kernels.analysis import tile_efficiency
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +168,7 @@ def denoise_seconds(
     def of_step(step: int) -> DenoiseSeconds:
         density = density_on_ranks(forecast.schedule, step, parallel.cp)
         pairs = forecast.full_flop_per_step * density / parallel.ranks
-        attention = pairs / main.tile_efficiency() / (ATTENTION_SHARE * peak)
+        attention = pairs / tile_efficiency(main) / (ATTENTION_SHARE * peak)
         carrying = forecast.carrying(step)
         rest = calls * (
             (forecast.linear_flop(most) - share * carrying.flop) / (LINEAR_SHARE * peak)

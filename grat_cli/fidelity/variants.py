@@ -36,6 +36,7 @@ from grat_kernels import (
     build_head_plan,
     build_plan,
 )
+from grat_kernels.analysis import reach
 
 if TYPE_CHECKING:
     from grat_cli.presets import Cache, Preset
@@ -202,7 +203,7 @@ class Variant:
             return max(self._reaches_of_preset(self.preset))
         if self.grouping is not None:
             patterns = self.head_patterns or (self.pattern,)
-            return max(build_plan(self.grouping, pattern).reach for pattern in patterns if pattern is not None)
+            return max(reach(build_plan(self.grouping, pattern)) for pattern in patterns if pattern is not None)
         if self.kind == "na" and self.window is not None:
             # At a border the window shifts inward whole: its far end is a whole window away.
             return math.hypot(*(width - 1 for width in self.window))
@@ -228,7 +229,7 @@ class Variant:
         for attention in preset.attentions:
             pattern = attention.pattern()
             dense = isinstance(pattern, Full)
-            yield self._diagonal if dense else build_plan(Grouping(self.grid, attention.group), pattern).reach
+            yield self._diagonal if dense else reach(build_plan(Grouping(self.grid, attention.group), pattern))
 
 
 def parse_variants(text: str, level: str | None = None, option: str = "--compare") -> tuple[Request, ...]:

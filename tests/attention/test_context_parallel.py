@@ -21,8 +21,7 @@ from small_transformers import MODELS
 
 from grat_cli.attention.context_parallel import Shared
 from grat_cli.errors import BadInput
-from grat_kernels import Block, CrissCross, Full, Grid, Grouping, build_plan
-from grat_kernels.plan import build_head_plan
+from grat_kernels import Block, CrissCross, Full, Grid, Grouping, build_head_plan, build_plan
 
 # Of predictions of about 1: some hundred times fp32's rounding, some thousandth of what a wrong token would change.
 TOLERANCE = 2e-5

@@ -23,6 +23,7 @@ from grat_cli.fidelity.prompts import built_in_prompts
 from grat_cli.fidelity.variants import NAMES, PEERS, SHORT_NAMES
 from grat_cli.presets import preset_names
 from grat_kernels import Block, Grid, Grouping, build_plan
+from grat_kernels.analysis import reach
 
 PROMPTS, VIDEO_PROMPTS = built_in_prompts("image"), built_in_prompts("video")
 TINY = ("--grid", "12x14", "--text", 3, "--heads", 1, "--head-dim", 16, "--reps", 2, "--device", "cpu")
@@ -94,7 +95,7 @@ def test_it_prints_a_table_and_writes_json_markdown_and_a_page(tmp_path: Path) -
     assert [row.name for row in case.rows] == ["full", "na", "grat-b", "flex (grat-b)"]
     plan = build_plan(Grouping(Grid((12, 14)), (2, 2)), Block(1), 3, True)
     assert case.rows[2].density == plan.density
-    assert case.rows[2].reach_tokens == plan.reach
+    assert case.rows[2].reach_tokens == reach(plan)
     assert all(len(row.times_ms) == 2 for row in case.rows)
     assert [absent.name for absent in result.absent] == ["sage"]
     assert "grat-b" in Path("mine.md").read_text()

@@ -24,8 +24,7 @@ from grat_cli.models.catalogue import choose_model
 from grat_cli.models.parallel import Parallel
 from grat_cli.models.resolution import Resolution
 from grat_cli.presets import Preset
-from grat_kernels import Full, Grid, Grouping, build_plan
-from grat_kernels.plan import Segments
+from grat_kernels import Full, Grid, Grouping, Segments, build_plan
 
 WIDE = 4  # channels of a head
 

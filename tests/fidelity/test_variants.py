@@ -26,6 +26,7 @@ from grat_cli.fidelity.variants import (
 )
 from grat_cli.presets import Preset, load_preset, preset_yaml, resolve_preset
 from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, SlidingTile, Union, build_plan
+from grat_kernels.analysis import reach
 
 FLUX_4K, VIDEO = Grid((256, 256)), Grid((33, 45, 80))
 
@@ -129,7 +130,7 @@ def test_patterns(text: str, grid: Grid, group: tuple[int, ...], pattern: object
     assert (found.name, found.pattern, found.grouping) == (text, pattern, Grouping(grid, group))
     plan = build_plan(Grouping(grid, group), found.pattern or Full(), 512)
     assert found.attended_pairs(512, True) == plan.attended_pairs
-    assert found.reach() == plan.reach
+    assert found.reach() == reach(plan)
 
 
 WITHOUT_SECTION = ("full", "full-list", "na", "clear", "grat-heads")

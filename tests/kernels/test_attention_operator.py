@@ -61,6 +61,19 @@ def test_compiled_code_keeps_one_graph(plan: Plan, tensors: Tensors) -> None:
     torch.testing.assert_close(compiled(*tensors), block(*tensors), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_compiled_code_checks_text_and_gradients_in_one_graph(plan: Plan, tensors: Tensors, grad_mode: bool) -> None:
+    def block(query: torch.Tensor, text_valid: torch.Tensor) -> torch.Tensor:
+        return span_attention(query, *tensors[1:], plan, text_valid, backend=Backend.SDPA) + 1
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad_mode):
+        for valid in (torch.tensor([2, 4]), torch.tensor([0, 1])):
+            torch.testing.assert_close(compiled(tensors[0], valid), block(tensors[0], valid), rtol=0, atol=0)
+        with pytest.raises(ValueError, match="text_valid"):
+            compiled(tensors[0], torch.tensor([2, 5]))
+
+
 def test_compiled_code_follows_a_change_of_plan(plan: Plan, tensors: Tensors) -> None:
     wider = build_plan(plan.grouping, CrissCross(1), 4, True)
 
@@ -102,6 +115,25 @@ def test_wrong_arguments_are_refused_in_words(plan: Plan, tensors: Tensors) -> N
         span_attention(query, key, value, plan, torch.tensor([1]))
     with pytest.raises(ValueError, match="fast"):
         span_attention(query, key, value, plan, backend="fast")
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("text_valid", [[0, -1], [5, 4]])
+def test_more_text_than_there_is_and_less_than_none_are_refused(
+    plan: Plan, tensors: Tensors, backend: str, text_valid: list[int]
+) -> None:
+    with pytest.raises(ValueError, match="between 0 and the plan's 4 text tokens"):
+        span_attention(*tensors, plan, torch.tensor(text_valid), backend=backend)
+
+
+@pytest.mark.parametrize("wanting", range(3))
+def test_gradients_are_refused_where_they_would_be_wanted(plan: Plan, tensors: Tensors, wanting: int) -> None:
+    query, key, value = (tensor.clone().requires_grad_(at == wanting) for at, tensor in enumerate(tensors))
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        span_attention(query, key, value, plan)
+    for inference in (torch.no_grad(), torch.inference_mode()):
+        with inference:
+            assert torch.equal(span_attention(query, key, value, plan), span_attention(*tensors, plan))
 
 
 def test_wrong_summaries_are_refused_in_words(plan: Plan, tensors: Tensors) -> None:
@@ -200,7 +232,8 @@ def test_what_is_chosen_by_content_is_left_to_backends_that_take_it(monkeypatch:
 def test_planning_needs_no_torch() -> None:
     code = (
         "import sys; from grat_kernels import Grid, Grouping, Block, build_plan;"
-        "build_plan(Grouping(Grid((8, 8)), (4, 4)), Block(1)).tile_efficiency();"
+        "from grat_kernels.analysis import tile_efficiency;"
+        "tile_efficiency(build_plan(Grouping(Grid((8, 8)), (4, 4)), Block(1)));"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -32,6 +32,7 @@ from grat_kernels import (
     span_attention,
 )
 from grat_kernels import reference as definition
+from grat_kernels.analysis import tokens_behind
 from grat_kernels.pattern import NOT_ATTENDED
 from grat_kernels.summaries import summary_pair
 from grat_kernels.tile_lists import EMPTY
@@ -153,7 +154,7 @@ def test_nothing_is_dropped_and_nothing_attended_twice(plan: Plan) -> None:
                 blocks[2] += int(row - plan.tokens >= plan.summaries.offsets[candidates.level - 1])
             np.testing.assert_array_equal(found, expected)
             assert (chosen[candidates.slots[number] :] == EMPTY).all()
-        assert expected.sum() == plan.tokens_behind[plan.list_of_group[group]]
+        assert expected.sum() == tokens_behind(plan)[plan.list_of_group[group]]
 
 
 def test_counts_are_those_of_the_plan_and_slots_are_empty_at_borders_alone() -> None:

@@ -114,7 +114,6 @@ def problems(draw: st.DrawFn, max_tokens: int = 200) -> Problem:
     plan = draw(plans(max_tokens))
     batch = draw(st.integers(1, 2))
     text_valid = None
-    # A sample without a single key has no defined output, so an image token is always attended.
     if plan.text_len and draw(st.booleans()):
         text_valid = tuple(draw(st.integers(0, plan.text_len)) for _ in range(batch))
     return Problem(

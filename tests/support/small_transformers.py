@@ -19,8 +19,21 @@ from grat_cli.families.hunyuan import HunyuanAdapter
 from grat_cli.families.hunyuan15 import Hunyuan15Adapter
 from grat_cli.families.qwen import QwenAdapter
 from grat_cli.families.wan import WanAdapter
-from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, HeadPlan, Pattern, Plan, Union
-from grat_kernels.plan import Segments, build_head_plan, build_plan
+from grat_kernels import (
+    Block,
+    CrissCross,
+    Far,
+    Full,
+    Grid,
+    Grouping,
+    HeadPlan,
+    Pattern,
+    Plan,
+    Segments,
+    Union,
+    build_head_plan,
+    build_plan,
+)
 
 PICTURES, VIDEOS = (Grid((9, 13)), Grid((10, 11))), (Grid((3, 5, 6)), Grid((4, 6, 7)))
 
