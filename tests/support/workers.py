@@ -31,8 +31,8 @@ class Worker:
         wait_until(self._is_stopped, self)
 
     def _is_stopped(self) -> bool:
-        found, status = os.waitpid(self.process.pid, os.WUNTRACED | os.WNOHANG)
-        return bool(found) and os.WIFSTOPPED(status)
+        # One that has ended is left to its `process`.
+        return os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG) is not None
 
     def go_on(self) -> None:
         """After it has stopped."""
@@ -103,6 +103,6 @@ def wait_until(condition: Callable[[], object], worker: Worker) -> None:
     """Returns when it holds, while the worker runs."""
     deadline = time.monotonic() + 300
     while not condition():
-        assert worker.process.is_alive()
+        assert worker.process.is_alive(), worker.receiver.recv()
         assert time.monotonic() < deadline
         time.sleep(0.005)
