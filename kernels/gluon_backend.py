@@ -148,7 +148,7 @@ def launch_of(
         raise ValueError(f"the Gluon kernel needs a positive scale, not {scale}")
     device = query.device
     batch, tokens, heads, _ = query.shape
-    block_m, block_n, stages = config
+    block_m, block_n = config.block_m, config.block_n
     if plan.text_len == 0:
         text_valid = None
     tiles = device_tiles(plan, device, block_m, block_n, block_n, scale, mask_text=text_valid is not None)
@@ -189,7 +189,14 @@ def launch_of(
         items,
         scale * LOG2_E,
     )
-    return Launch(items, arguments, {"STAGES": stages, "num_warps": _WARPS, "maxnreg": _REGISTERS})
+    options = {
+        "QUERY_STAGES": config.query_stages,
+        "KEY_STAGES": config.stages,
+        "VALUE_STAGES": config.value_stages,
+        "num_warps": _WARPS,
+        "maxnreg": _REGISTERS,
+    }
+    return Launch(items, arguments, options)
 
 
 def _descriptor(tensor: torch.Tensor, rows: int) -> Any:

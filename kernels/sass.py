@@ -54,14 +54,23 @@ class MachineCode:
         loops = [frozenset(loop) for loop in self.loops if not matching.isdisjoint(loop)]
         return tuple(tuple(sorted(loop)) for loop in loops if not any(other < loop for other in loops))
 
+    def around(self, loop: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The smallest loop around another one, without what lies in the loops within it; empty where there is none."""
+        inside = frozenset(loop)
+        outer = min((frozenset(other) for other in self.loops if inside < frozenset(other)), key=len, default=None)
+        if outer is None:
+            return ()
+        within = frozenset().union(*(other for other in self.loops if frozenset(other) < outer))
+        return (tuple(sorted(outer - within)),)
+
     def hides_softmax(self, loop: tuple[int, ...]) -> bool:
         """Whether a loop computes its exponentials under a matrix product on Hopper.
 
         It starts two products, waits until one of them is under way still, computes all exponentials, and only then
-        waits for the other. The order of addresses is that of execution but for the retries of waits, which hold none
-        of these.
+        waits for the other; before or after that, there may be products alone. The order of addresses is that of
+        execution but for the retries of waits, which hold none of these.
         """
-        return bool(re.fullmatch("M+1E+0", self._events(loop, _PRODUCT_EVENTS)))
+        return bool(re.fullmatch("(M+0)?M+1E+0(M+0)?", self._events(loop, _PRODUCT_EVENTS)))
 
     def arrives_as_one(self, loop: tuple[int, ...]) -> bool:
         """Whether every arrival of one thread at a shared-memory barrier follows a meeting of its warps.

@@ -51,9 +51,9 @@ print(json.dumps([[build.opcodes, build.spills_in_loops, build.shared_bytes, bui
 
 WITHOUT_PIN = """
 import json
-from grat_kernels import aot, hopper_kernel
+from grat_kernels import aot, hopper_consumer
 
-hopper_kernel.PIN = hopper_kernel.gl.constexpr("mov.b32 $0, $1;")
+hopper_consumer.PIN = hopper_consumer.gl.constexpr("mov.b32 $0, $1;")
 print(json.dumps(aot.compile_variant(aot.Variant("sm_90", "bfloat16", 128, True, False, False, "gluon")).problems))
 """
 
@@ -70,7 +70,10 @@ def run_compiler(program: str, cache: Path, *arguments: str) -> Any:
 
 @pytest.mark.slow
 def test_the_assembler_needs_the_pin_to_leave_the_softmax_where_it_is(tmp_path: Path) -> None:
-    assert run_compiler(WITHOUT_PIN, tmp_path) == ["a softmax outside of the matrix products"]
+    assert run_compiler(WITHOUT_PIN, tmp_path) == [
+        "a softmax outside of the matrix products",
+        "the first softmax of an item outside of the matrix products",
+    ]
 
 
 # With twice the warps the compiler ignores the request.
@@ -241,6 +244,23 @@ def test_the_order_of_a_softmax_and_of_arrivals(first: str, meet: str, hides: bo
     assert code.spills == 2
     assert code.spills_in_loops == 1
     assert code.spills_within([loop]) == 0
+
+
+@pytest.mark.parametrize("last", ["0x1", "0x0"])
+def test_a_softmax_between_loops(last: str) -> None:
+    """The loop over items computes one more under its products, and ends with products alone."""
+    between = f"""/*0080*/               @P1 BRA `(.L_x_2) ;
+        /*0081*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0082*/                   WARPGROUP.DEPBAR.LE gsb0, {last} ;
+        /*0083*/                   MUFU.EX2 R4, R4 ;
+        /*0084*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0085*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0086*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"""
+    listing = OVERLAPPED.format(first="0x1", meet=MEETING)
+    code = sass.parse(listing.replace("/*0080*/               @P1 BRA `(.L_x_2) ;", between))
+    (loop,) = code.innermost_with("HGMMA")
+    (outer,) = code.around(loop)
+    assert code.hides_softmax(outer) is (last == "0x1")
 
 
 def test_a_meeting_before_the_fence_is_none() -> None:
