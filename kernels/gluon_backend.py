@@ -9,6 +9,7 @@ import torch
 from grat_kernels.launching import LOG2_E, device_tiles, fits_descriptor, hopper_obstacle, on_device, tokens_obstacle
 from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import HOPPER, HopperConfig
+from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
     from grat_kernels.plan import HeadPlan, Plan
@@ -153,6 +154,10 @@ def launch_of(
         text_valid = None
     tiles = device_tiles(plan, device, block_m, block_n, block_n, scale, mask_text=text_valid is not None)
     packed = len(tiles.packed_rows) > 0
+    runs = None
+    if text_valid is not None:
+        key_of_runs = ("hopper runs", device, block_m, block_n)
+        runs = plan.cached(key_of_runs, lambda: _runs_of(tiles.packed_rows, tokens))
     items = tiles.count * batch * heads
     sources = (
         (query, block_m // _CONSUMERS),
@@ -171,6 +176,7 @@ def launch_of(
         tiles.summary_bias,
         tiles.packed_rows if packed else None,
         tiles.packed_bias if packed else None,
+        runs,
         None if text_valid is None else text_valid.to(device, torch.int32),
         tiles.query_tiles,
         tiles.key_tiles,
@@ -197,6 +203,20 @@ def launch_of(
         "maxnreg": _REGISTERS,
     }
     return Launch(items, arguments, options)
+
+
+def _runs_of(packed_rows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """First token of each packed tile that holds tokens one after another, `EMPTY` for the others, `[P]` int32.
+
+    They are text, which is packed lest its padding is read: where none of it is padded, it can be read as one block.
+
+    Args:
+        packed_rows: as in `TileLists`, `[P, BLOCK_N]`.
+        tokens: in the joint sequence; larger rows are summaries.
+    """
+    first, last = packed_rows[:, 0], packed_rows[:, -1]
+    follow = (packed_rows[:, 1:] == packed_rows[:, :-1] + 1).all(1)
+    return torch.where(follow & (first >= 0) & (last < tokens), first, EMPTY)
 
 
 def _descriptor(tensor: torch.Tensor, rows: int) -> Any:

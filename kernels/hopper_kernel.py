@@ -64,6 +64,7 @@ def span_attention_kernel(
     summary_bias,  # [R] fp32: log of the tokens that a row stands for, divided by the scale; None without far field
     packed_rows,  # [P, BLOCK_N] int32: position, N + summary row, or -1; None where no tile is packed
     packed_bias,  # [P, BLOCK_N] fp32
+    packed_runs,  # [P] int32: first token of a tile of tokens one after another, or -1; None where no text is padded
     text_valid,  # [B] int32: valid text tokens; None where all are
     query_tiles,  # [C·T, 6] int32, see TileLists
     key_tiles,  # [n + 1] int32
@@ -116,7 +117,7 @@ def span_attention_kernel(
     queries_ring = (query_slots, work_slots, query_full, query_empty)
     blocks = (query_blocks, key_blocks, value_blocks, summary_key_blocks, summary_value_blocks)
     sources = (key, value, summary_key, summary_value, key_vectors, value_vectors)
-    producer_lists = (query_tiles, key_tiles, class_of_head, packed_rows, text_valid)
+    producer_lists = (query_tiles, key_tiles, class_of_head, packed_rows, packed_runs, text_valid)
     producer_sizes = (tokens, heads, summaries, text, tiles, (leading_items, leading_tiles), items)
     biases = (summary_bias, packed_bias)
     lists = (key_tiles, packed_rows, text_valid)

@@ -19,6 +19,8 @@ all_threads_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 # Elements that one cp.async copies: 16 bytes.
 VECTOR = gl.constexpr(8)
 ELEMENT_BYTES = gl.constexpr(2)
+# What stands for no row, as in `tile_lists`.
+EMPTY = gl.constexpr(-1)
 # Rows of a packed tile that a thread copies at a time.
 CHUNK_ROWS = gl.constexpr(4)
 
@@ -103,17 +105,25 @@ def _end_rows(ring, step, LATER: gl.constexpr):
 
 
 @gluon.jit
-def produce(blocks, sources, lists, sizes, counter, rings, queries_ring):
-    """Takes work items and fills the slots; ends by publishing an item without queries."""
-    query_blocks, key_blocks, value_blocks, summary_key_blocks, summary_value_blocks = blocks
+def _unpadded_run(packed_runs, tile, padding, BLOCK_N: gl.constexpr):
+    """First token of a packed tile that holds tokens one after another, none of them padded; negative for others."""
+    padding_start, padding_stop = padding
+    first = gl.load(packed_runs + tile)
+    if (first + BLOCK_N > padding_start) & (first < padding_stop):
+        first = EMPTY
+    return first
+
+
+@gluon.jit
+def _send_packed(blocks, sources, lists, sizes, rings, batch, head, padding_start, packed, step):
+    """Sends the packed tiles of an item, the first of which is known; returns the step after them."""
+    _query_blocks, key_blocks, value_blocks, _summary_key_blocks, _summary_value_blocks = blocks
     key, value, summary_key, summary_value, key_vectors, value_vectors = sources
-    query_tiles, key_tiles, class_of_head, packed_rows, text_valid = lists
-    tokens, heads, summaries, text, tiles, leading, items = sizes
-    text_start, text_stop = text
+    _query_tiles, key_tiles, _class_of_head, packed_rows, packed_runs, text_valid = lists
+    tokens, heads, summaries, text, _tiles, _leading, _items = sizes
+    _text_start, text_stop = text
     key_ring, value_ring = rings
-    query_slots, work_slots, query_full, query_empty = queries_ring
-    QUERY_STAGES: gl.constexpr = query_full.shape[0]
-    HALF: gl.constexpr = query_blocks.block_shape[0]
+    begin, end, next_tile = packed
     BLOCK_N: gl.constexpr = key_blocks.block_shape[0]
     HEAD_DIM: gl.constexpr = key_blocks.block_shape[1]
     THREADS_PER_ROW: gl.constexpr = HEAD_DIM // VECTOR
@@ -125,6 +135,66 @@ def produce(blocks, sources, lists, sizes, counter, rings, queries_ring):
     chunk_slots = gl.arange(0, CHUNK, gl.SliceLayout(1, ROWS))
     channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, ROWS))
 
+    column = head * HEAD_DIM
+    row = batch * tokens
+    batch_row = gl.cast(batch, gl.int64) * tokens
+    key_stride = gl.cast(key_vectors, gl.int64) * VECTOR
+    value_stride = gl.cast(value_vectors, gl.int64) * VECTOR
+    key_source = (key + batch_row * key_stride + column, key_stride)
+    value_source = (value + batch_row * value_stride + column, value_stride)
+    summary_key_source = None
+    summary_value_source = None
+    if summary_key is not None:
+        summary_stride = gl.cast(heads, gl.int64) * HEAD_DIM
+        summary_start = gl.cast(batch, gl.int64) * summaries * summary_stride + column
+        summary_key_source = (summary_key + summary_start, summary_stride)
+        summary_value_source = (summary_value + summary_start, summary_stride)
+    padding = None
+    if text_valid is not None:
+        padding = (padding_start, text_stop)
+    # Of keys and values of rows, one copy is under way while the next is started. Whether one of values is by now:
+    late = 0
+    for index in range(begin, end):
+        tile = next_tile
+        next_tile = gl.load(key_tiles + index + 1)
+        first_row = EMPTY
+        if packed_runs is not None:
+            first_row = _unpadded_run(packed_runs, tile, padding, BLOCK_N)
+        if first_row >= 0:
+            if late > 0:
+                _end_rows(value_ring, step - 1, 0)
+            late = 0
+            _send_tile(key_blocks, row + first_row, column, key_ring, step)
+            _send_tile(value_blocks, row + first_row, column, value_ring, step)
+        else:
+            packed_tile = (packed_rows + tile * BLOCK_N, chunk_slots)
+            _send_rows(key_source, summary_key_source, packed_tile, padding, channels, tokens, key_ring, step, CHUNK)
+            if late > 0:
+                _end_rows(value_ring, step - 1, 1)
+            late = 1
+            _send_rows(
+                value_source, summary_value_source, packed_tile, padding, channels, tokens, value_ring, step, CHUNK
+            )
+            _end_rows(key_ring, step, 1)
+        step += 1
+    if late > 0:
+        _end_rows(value_ring, step - 1, 0)
+    return step
+
+
+@gluon.jit
+def produce(blocks, sources, lists, sizes, counter, rings, queries_ring):
+    """Takes work items and fills the slots; ends by publishing an item without queries."""
+    query_blocks, key_blocks, value_blocks, summary_key_blocks, summary_value_blocks = blocks
+    _key, _value, summary_key, _summary_value, _key_vectors, _value_vectors = sources
+    query_tiles, key_tiles, class_of_head, packed_rows, _packed_runs, text_valid = lists
+    tokens, heads, summaries, text, tiles, leading, items = sizes
+    text_start, text_stop = text
+    key_ring, value_ring = rings
+    query_slots, work_slots, query_full, query_empty = queries_ring
+    QUERY_STAGES: gl.constexpr = query_full.shape[0]
+    HALF: gl.constexpr = query_blocks.block_shape[0]
+    HEAD_DIM: gl.constexpr = key_blocks.block_shape[1]
     step = 0
     published = 0
     item = gl.atomic_add(counter, 1, sem="relaxed")
@@ -168,38 +238,8 @@ def produce(blocks, sources, lists, sizes, counter, rings, queries_ring):
                     _send_tile(summary_value_blocks, first_row, column, value_ring, step)
                     step += 1
             if packed_rows is not None:
-                batch_row = gl.cast(batch, gl.int64) * tokens
-                key_stride = gl.cast(key_vectors, gl.int64) * VECTOR
-                value_stride = gl.cast(value_vectors, gl.int64) * VECTOR
-                key_source = (key + batch_row * key_stride + column, key_stride)
-                value_source = (value + batch_row * value_stride + column, value_stride)
-                summary_key_source = None
-                summary_value_source = None
-                if summary_key is not None:
-                    summary_stride = gl.cast(heads, gl.int64) * HEAD_DIM
-                    summary_start = gl.cast(batch, gl.int64) * summaries * summary_stride + column
-                    summary_key_source = (summary_key + summary_start, summary_stride)
-                    summary_value_source = (summary_value + summary_start, summary_stride)
-                padding = None
-                if text_valid is not None:
-                    padding = (padding_start, text_stop)
-                # Of keys and values, one copy is under way while the next is started.
-                for index in range(full_summary_end, end):
-                    packed_tile = (packed_rows + next_tile * BLOCK_N, chunk_slots)
-                    next_tile = gl.load(key_tiles + index + 1)
-                    _send_rows(
-                        key_source, summary_key_source, packed_tile, padding, channels, tokens, key_ring, step, CHUNK
-                    )
-                    if index > full_summary_end:
-                        _end_rows(value_ring, step - 1, 1)
-                    _send_rows(
-                        value_source, summary_value_source, packed_tile, padding, channels, tokens, value_ring, step,
-                        CHUNK,
-                    )  # fmt: skip
-                    _end_rows(key_ring, step, 1)
-                    step += 1
-                if end > full_summary_end:
-                    _end_rows(value_ring, step - 1, 0)
+                packed = (full_summary_end, end, next_tile)
+                step = _send_packed(blocks, sources, lists, sizes, rings, batch, head, padding_start, packed, step)
         item = gl.atomic_add(counter, 1, sem="relaxed")
 
     slot = published % QUERY_STAGES

@@ -198,6 +198,13 @@ def test_the_simulator_sees_a_fault(fault: str) -> None:
     pytest.fail("not seen")
 
 
+def test_tiles_of_tokens_one_after_another_are_known() -> None:
+    """Summaries, tiles that are not full, and rows in another order are none."""
+    rows = [[4, 5, 6, 7], [4, 5, 6, 8], [8, 9, 10, 11], [7, 8, 9, -1], [-1, 0, 1, 2], [9, 8, 7, 6]]
+    assert gluon_backend._runs_of(torch.tensor(rows, dtype=torch.int32), 11).tolist() == [4, -1, -1, -1, -1, -1]
+    assert gluon_backend._runs_of(torch.tensor(rows, dtype=torch.int32), 12).tolist() == [4, -1, 8, -1, -1, -1]
+
+
 def test_what_it_cannot_run_is_said() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert "not on cpu" in (gluon_backend.obstacle(cpu, torch.bfloat16, 128, None) or "")

@@ -134,27 +134,29 @@ FAULTS = {
         ("loaded", "without a fence", "without waiting"),
     ),
     "the last copied rows are not awaited": Fault(
-        "_end_rows(value_ring, step - 1, 0)",
-        "_end_rows(value_ring, step - 1, 1)",
+        "    _end_rows(value_ring, step - 1, 0)\n    return",
+        "    _end_rows(value_ring, step - 1, 1)\n    return",
         ("loaded", "without a fence", "without waiting"),
     ),
     "copied values are never full": Fault(
-        (
-            "                    if index > full_summary_end:\n"
-            "                        _end_rows(value_ring, step - 1, 1)\n"
-        ),
+        "            if late > 0:\n                _end_rows(value_ring, step - 1, 1)\n",
         "",
         ("deadlock",),
     ),
     "copied keys are full too late": Fault(
-        "                    _end_rows(key_ring, step, 1)\n",
-        (
-            "                    if index > full_summary_end:\n"
-            "                        _end_rows(key_ring, step - 1, 1)\n"
-            "                    if index == end - 1:\n"
-            "                        _end_rows(key_ring, step, 1)\n"
-        ),
+        "            _end_rows(key_ring, step, 1)\n        step += 1\n    if late > 0:\n",
+        "        step += 1\n    if late > 0:\n        _end_rows(key_ring, step - 1, 0)\n",
         ("deadlock",),
+    ),
+    "copied values are full after the tile that follows": Fault(
+        "            if late > 0:\n                _end_rows(value_ring, step - 1, 0)\n            late = 0\n",
+        "",
+        ("deadlock", "wrong", "loaded", "without a fence", "arrivals", "bytes"),
+    ),
+    "padded text is read as a block": Fault(
+        "(first + BLOCK_N > padding_start)",
+        "(first > padding_start)",
+        ("wrong",),
     ),
     "too few bytes announced": Fault(
         "mbarrier.expect(full.index(slot), blocks",
