@@ -150,7 +150,7 @@ def launch_of(
     if not scale > 0:
         raise ValueError(f"the warp-specialised kernel needs a positive scale, not {scale}")
     batch, tokens, heads, head_dim = query.shape
-    block_m, block_n, stages = config
+    block_m, block_n, stages = config[:3]
     tiles = _device_tiles(plan, query.device, block_m, block_n, bias_text=padded is not None)
     bias = _bias(plan, tiles, padded, scale)
     arguments = (
