@@ -16,6 +16,8 @@ _BRANCH = re.compile(r"\bBRA\b(?P<operands>.*)`\((?P<target>\.L_x_\d+)\)")
 _END = re.compile(r"\b(EXIT|RET)\b")
 _PREDICATED = re.compile(r"^@|^BRA(\.\S+)? +!?U?P\d")
 _SPILL = re.compile(r"\b(STL|LDL)\b")
+_TEST = re.compile(r"\bFSETP\.NEU\.\w+ P\d, PT, (R\d+)(?:\.reuse)?, 1,")
+_PRODUCT_IN_PLACE = re.compile(r"\bFMUL (R\d+), \1(?:\.reuse)?, (R\d+)")
 # Matrix products, waits until one or none of them is under way, and exponentials.
 _PRODUCT_EVENTS = {
     "M": re.compile(r"\bHGMMA\b"),
@@ -71,6 +73,16 @@ class MachineCode:
         execution but for the retries of waits, which hold none of these.
         """
         return bool(re.fullmatch("(M+0)?M+1E+0(M+0)?", self._events(loop, _PRODUCT_EVENTS)))
+
+    def tests_all_factors(self, loop: tuple[int, ...]) -> bool:
+        """Whether a loop compares with 1 all registers by which it multiplies others in place.
+
+        So where it skips these products because all factors are 1, it has looked at each of them.
+        """
+        instructions = [self.instructions[index] for index in loop]
+        tested = {found[1] for text in instructions if (found := _TEST.search(text))}
+        factors = {found[2] for text in instructions if (found := _PRODUCT_IN_PLACE.search(text))}
+        return factors != set() and factors <= tested
 
     def arrives_as_one(self, loop: tuple[int, ...]) -> bool:
         """Whether every arrival of one thread at a shared-memory barrier follows a meeting of its warps.
