@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from grat_kernels.launching import LOG2_E, device_tiles, fits_descriptor, hopper_obstacle, on_device, tokens_obstacle
+from grat_kernels.launching import (
+    LOG2_E,
+    Launch,
+    descriptor,
+    device_tiles,
+    fits_descriptor,
+    hopper_obstacle,
+    on_device,
+    tokens_obstacle,
+)
 from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import HOPPER, HopperConfig
+from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
     from grat_kernels.plan import HeadPlan, Plan
@@ -109,22 +119,8 @@ def attention(
 
     with on_device(query.device):
         multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-        span_attention_kernel[(min(multiprocessors, launch.items),)](*launch.arguments, **launch.options)
+        span_attention_kernel[(min(multiprocessors, launch.programs),)](*launch.arguments, **launch.options)
     return output
-
-
-class Launch(NamedTuple):
-    """Everything that the kernel is launched with but the number of programs, of which any serves.
-
-    Attributes:
-        items: work items, which the programs share out among themselves.
-        arguments: run-time arguments in order.
-        options: constants and options of the compiler.
-    """
-
-    items: int
-    arguments: tuple[Any, ...]
-    options: dict[str, int]
 
 
 def launch_of(
@@ -148,11 +144,15 @@ def launch_of(
         raise ValueError(f"the Gluon kernel needs a positive scale, not {scale}")
     device = query.device
     batch, tokens, heads, _ = query.shape
-    block_m, block_n, stages = config
+    block_m, block_n = config.block_m, config.block_n
     if plan.text_len == 0:
         text_valid = None
     tiles = device_tiles(plan, device, block_m, block_n, block_n, scale, mask_text=text_valid is not None)
     packed = len(tiles.packed_rows) > 0
+    runs = None
+    if text_valid is not None:
+        key_of_runs = ("hopper runs", device, block_m, block_n)
+        runs = plan.cached(key_of_runs, lambda: _runs_of(tiles.packed_rows, tokens))
     items = tiles.count * batch * heads
     sources = (
         (query, block_m // _CONSUMERS),
@@ -162,7 +162,7 @@ def launch_of(
         (summary_value, block_n),
     )
     arguments = (
-        *(None if tensor is None else _descriptor(tensor, rows) for tensor, rows in sources),
+        *(None if tensor is None else descriptor(tensor, rows, gluon=True) for tensor, rows in sources),
         key,
         value,
         summary_key,
@@ -171,6 +171,7 @@ def launch_of(
         tiles.summary_bias,
         tiles.packed_rows if packed else None,
         tiles.packed_bias if packed else None,
+        runs,
         None if text_valid is None else text_valid.to(device, torch.int32),
         tiles.query_tiles,
         tiles.key_tiles,
@@ -189,16 +190,25 @@ def launch_of(
         items,
         scale * LOG2_E,
     )
-    return Launch(items, arguments, {"STAGES": stages, "num_warps": _WARPS, "maxnreg": _REGISTERS})
+    options = {
+        "QUERY_STAGES": config.query_stages,
+        "KEY_STAGES": config.stages,
+        "VALUE_STAGES": config.value_stages,
+        "num_warps": _WARPS,
+        "maxnreg": _REGISTERS,
+    }
+    return Launch(items, arguments, options)
 
 
-def _descriptor(tensor: torch.Tensor, rows: int) -> Any:
-    """`tensor` `[B, N, H, D]` as a matrix `[B·N, H·D]`, read in blocks of `rows` tokens of one head."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+def _runs_of(packed_rows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """First token of each packed tile that holds tokens one after another, `EMPTY` for the others, `[P]` int32.
 
-    batch, tokens, heads, head_dim = tensor.shape
-    block = [rows, head_dim]
-    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    layout: Any = gl.NVMMASharedLayout.get_default_for(block, element)
-    return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], block, layout)
+    They are text, which is packed lest its padding is read: where none of it is padded, it can be read as one block.
+
+    Args:
+        packed_rows: as in `TileLists`, `[P, BLOCK_N]`.
+        tokens: in the joint sequence; larger rows are summaries.
+    """
+    first, last = packed_rows[:, 0], packed_rows[:, -1]
+    follow = (packed_rows[:, 1:] == packed_rows[:, :-1] + 1).all(1)
+    return torch.where(follow & (first >= 0) & (last < tokens), first, EMPTY)

@@ -22,7 +22,13 @@ _HOPPER = (9, 0)
 
 
 class Launch(NamedTuple):
-    """Everything that a kernel is launched with: programs, run-time arguments in order, constants and options."""
+    """Everything that a kernel is launched with.
+
+    Attributes:
+        programs: as many as there is work for; kernels whose programs share it out take fewer as well.
+        arguments: run-time arguments in order.
+        options: constants and options of the compiler.
+    """
 
     programs: int
     arguments: tuple[Any, ...]
@@ -54,12 +60,27 @@ def fits_descriptor(tensor: torch.Tensor) -> bool:
     )
 
 
-def descriptor(tensor: torch.Tensor, rows: int) -> Any:
-    """`tensor` `[B, N, H, D]` as a matrix `[B·N, H·D]`, read in blocks of `rows` tokens of one head."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def descriptor(tensor: torch.Tensor, rows: int, *, gluon: bool = False) -> Any:
+    """`tensor` `[B, N, H, D]` as a matrix `[B·N, H·D]`, read in blocks of `rows` tokens of one head.
 
+    Args:
+        tensor: one that fits, see `fits_descriptor`; for Gluon in 16 bits.
+        rows: tokens of a block.
+        gluon: whether for a kernel in Gluon, which says how blocks lie in shared memory.
+    """
     batch, tokens, heads, head_dim = tensor.shape
-    return TensorDescriptor(tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], [rows, head_dim])
+    block = [rows, head_dim]
+    matrix = tensor, [batch * tokens, heads * head_dim], [tensor.stride(1), 1], block
+    if not gluon:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(*matrix)
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    layout: Any = gl.NVMMASharedLayout.get_default_for(block, element)
+    return GluonDescriptor(*matrix, layout)
 
 
 @torch.compiler.assume_constant_result

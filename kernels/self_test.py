@@ -118,6 +118,8 @@ def _problem(
     query, key, value = tensors if form.in_place else (tensor.transpose(1, 2) for tensor in tensors)
     if form.choosing:
         _tell_blocks_apart(query, key, plan)
+    else:
+        query *= 4  # so that a maximum rises by so much that what is summed up is rescaled
     text_valid = torch.tensor([plan.text_len, plan.text_len // 3], device=form.device) if form.padded else None
     return query, key, value, text_valid, 1 / math.sqrt(form.head_dim)
 

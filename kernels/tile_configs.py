@@ -109,16 +109,24 @@ class HopperConfig(NamedTuple):
     Attributes:
         block_m: queries per tile, for both consumers.
         block_n: keys per tile.
-        stages: tiles of keys, and of values, in shared memory.
+        stages: tiles of keys in shared memory.
+        value_stages: tiles of values.
+        query_stages: tiles of queries; with two, those of the next work item are there before they are needed.
     """
 
     block_m: int
     block_n: int
     stages: int
+    value_stages: int = 2
+    query_stages: int = 2
 
 
 # The Gluon kernel, by head dimension: as many stages as fit into shared memory, and no more than four.
-HOPPER = {64: HopperConfig(128, 128, 4), 128: HopperConfig(128, 128, 3), 256: HopperConfig(128, 64, 2)}
+HOPPER = {
+    64: HopperConfig(128, 128, 4, value_stages=4),
+    128: HopperConfig(128, 128, 3),
+    256: HopperConfig(128, 64, 2, query_stages=1),
+}
 
 
 class ScoreConfig(NamedTuple):

@@ -275,6 +275,12 @@ def _gluon_problems(variant: Variant, code: Code) -> list[str]:
         problems.append(f"{len(loops)} loops on tensor cores instead of {expected_loops}")
     if not all(machine.hides_softmax(loop) for loop in loops):
         problems.append("a softmax outside of the matrix products")
+    if not all(machine.tests_all_factors(loop) for loop in loops):
+        problems.append("an output that is rescaled by what was not looked at")
+    # From item to item the consumers go on without a gap.
+    items = {outer for loop in loops for outer in machine.around(loop)}
+    if len(items) != 2 or not all(machine.hides_softmax(loop) for loop in items):
+        problems.append("the first softmax of an item outside of the matrix products")
     if not all(machine.arrives_as_one(loop) for loop in (*loops, *machine.innermost_with("LDGSTS"))):
         problems.append("a thread arrives before its warps have met")
     if not code.opcodes["UTMALDG"]:

@@ -16,6 +16,8 @@ _BRANCH = re.compile(r"\bBRA\b(?P<operands>.*)`\((?P<target>\.L_x_\d+)\)")
 _END = re.compile(r"\b(EXIT|RET)\b")
 _PREDICATED = re.compile(r"^@|^BRA(\.\S+)? +!?U?P\d")
 _SPILL = re.compile(r"\b(STL|LDL)\b")
+_TEST = re.compile(r"\bFSETP\.NEU\.\w+ P\d, PT, (R\d+)(?:\.reuse)?, 1,")
+_PRODUCT_IN_PLACE = re.compile(r"\bFMUL (R\d+), \1(?:\.reuse)?, (R\d+)")
 # Matrix products, waits until one or none of them is under way, and exponentials.
 _PRODUCT_EVENTS = {
     "M": re.compile(r"\bHGMMA\b"),
@@ -54,14 +56,33 @@ class MachineCode:
         loops = [frozenset(loop) for loop in self.loops if not matching.isdisjoint(loop)]
         return tuple(tuple(sorted(loop)) for loop in loops if not any(other < loop for other in loops))
 
+    def around(self, loop: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The smallest loop around another one, without what lies in the loops within it; empty where there is none."""
+        inside = frozenset(loop)
+        outer = min((frozenset(other) for other in self.loops if inside < frozenset(other)), key=len, default=None)
+        if outer is None:
+            return ()
+        within = frozenset().union(*(other for other in self.loops if frozenset(other) < outer))
+        return (tuple(sorted(outer - within)),)
+
     def hides_softmax(self, loop: tuple[int, ...]) -> bool:
         """Whether a loop computes its exponentials under a matrix product on Hopper.
 
         It starts two products, waits until one of them is under way still, computes all exponentials, and only then
-        waits for the other. The order of addresses is that of execution but for the retries of waits, which hold none
-        of these.
+        waits for the other; before or after that, there may be products alone. The order of addresses is that of
+        execution but for the retries of waits, which hold none of these.
         """
-        return bool(re.fullmatch("M+1E+0", self._events(loop, _PRODUCT_EVENTS)))
+        return bool(re.fullmatch("(M+0)?M+1E+0(M+0)?", self._events(loop, _PRODUCT_EVENTS)))
+
+    def tests_all_factors(self, loop: tuple[int, ...]) -> bool:
+        """Whether a loop compares with 1 all registers by which it multiplies others in place.
+
+        So where it skips these products because all factors are 1, it has looked at each of them.
+        """
+        instructions = [self.instructions[index] for index in loop]
+        tested = {found[1] for text in instructions if (found := _TEST.search(text))}
+        factors = {found[2] for text in instructions if (found := _PRODUCT_IN_PLACE.search(text))}
+        return factors != set() and factors <= tested
 
     def arrives_as_one(self, loop: tuple[int, ...]) -> bool:
         """Whether every arrival of one thread at a shared-memory barrier follows a meeting of its warps.

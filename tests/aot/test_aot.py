@@ -46,12 +46,16 @@ builds.append(aot.compile_variant(aot.Variant("sm_86", "bfloat16", 128, False, F
 print(json.dumps([[build.opcodes, build.spills_in_loops, build.shared_bytes, build.problems] for build in builds]))
 """
 
-WITHOUT_PIN = """
-import json
+# Compiles the Hopper kernel with other text in one of its pieces of assembly.
+OTHER_ASSEMBLY = """
+import json, sys
 import aot
-from grat_kernels import hopper_kernel
+from grat_kernels import hopper_consumer
 
-hopper_kernel.PIN = hopper_kernel.gl.constexpr("mov.b32 $0, $1;")
+name, text, instead = sys.argv[1:]
+assembly = getattr(hopper_consumer, name).value
+assert text in assembly
+setattr(hopper_consumer, name, hopper_consumer.gl.constexpr(assembly.replace(text, instead)))
 print(json.dumps(aot.compile_variant(aot.Variant("sm_90", "bfloat16", 128, True, False, False, "gluon")).problems))
 """
 
@@ -68,7 +72,18 @@ def run_compiler(program: str, cache: Path, *arguments: str) -> Any:
 
 @pytest.mark.slow
 def test_the_assembler_needs_the_pin_to_leave_the_softmax_where_it_is(tmp_path: Path) -> None:
-    assert run_compiler(WITHOUT_PIN, tmp_path) == ["a softmax outside of the matrix products"]
+    pinning = "@never st.volatile.shared.f32 [address], $1; "
+    assert run_compiler(OTHER_ASSEMBLY, tmp_path, "PIN", pinning, "") == [
+        "a softmax outside of the matrix products",
+        "the first softmax of an item outside of the matrix products",
+    ]
+
+
+@pytest.mark.slow
+def test_a_row_that_is_rescaled_unseen_is_told(tmp_path: Path) -> None:
+    """As if a thread held its elements in another order."""
+    problems = run_compiler(OTHER_ASSEMBLY, tmp_path, "RESCALE", "decays, $66,", "decays, $65,")
+    assert problems == ["an output that is rescaled by what was not looked at"]
 
 
 @pytest.mark.slow
@@ -216,6 +231,36 @@ def test_the_order_of_a_softmax_and_of_arrivals(first: str, meet: str, hides: bo
     assert code.spills == 2
     assert code.spills_in_loops == 1
     assert code.spills_within([loop]) == 0
+
+
+@pytest.mark.parametrize("last", ["0x1", "0x0"])
+def test_a_softmax_between_loops(last: str) -> None:
+    """The loop over items computes one more under its products, and ends with products alone."""
+    between = f"""/*0080*/               @P1 BRA `(.L_x_2) ;
+        /*0081*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0082*/                   WARPGROUP.DEPBAR.LE gsb0, {last} ;
+        /*0083*/                   MUFU.EX2 R4, R4 ;
+        /*0084*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0085*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0086*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"""
+    listing = OVERLAPPED.format(first="0x1", meet=MEETING)
+    code = sass.parse(listing.replace("/*0080*/               @P1 BRA `(.L_x_2) ;", between))
+    (loop,) = code.innermost_with("HGMMA")
+    (outer,) = code.around(loop)
+    assert code.hides_softmax(outer) is (last == "0x1")
+
+
+@pytest.mark.parametrize(("tested", "known"), [("R9", True), ("R8", False)])
+def test_factors_that_are_not_tested(tested: str, known: bool) -> None:
+    rescaling = f"""/*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0071*/                   FSETP.NEU.AND P0, PT, R8, 1, PT ;
+        /*0072*/                   FSETP.NEU.OR P0, PT, {tested}.reuse, 1, P0 ;
+        /*0073*/                   FMUL R24, R24, R8.reuse ;
+        /*0074*/                   FMUL R26, R26, R9 ;"""
+    listing = OVERLAPPED.format(first="0x1", meet=MEETING)
+    code = sass.parse(listing.replace("/*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", rescaling))
+    (loop,) = code.innermost_with("HGMMA")
+    assert code.tests_all_factors(loop) is known
 
 
 def test_a_meeting_before_the_fence_is_none() -> None:

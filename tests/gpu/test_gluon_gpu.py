@@ -26,7 +26,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 @DTYPES
 @pytest.mark.parametrize(
     ("head_dim", "config"),
-    [(64, HopperConfig(128, 128, 2)), (64, HopperConfig(128, 64, 3)), (128, HopperConfig(128, 128, 2))],
+    [
+        (64, HopperConfig(128, 128, 2)),
+        (64, HopperConfig(128, 64, 3, value_stages=3, query_stages=1)),
+        (128, HopperConfig(128, 128, 2)),
+    ],
 )
 @pytest.mark.parametrize("name", ["block", "far pyramid", "text and one token"])
 def test_other_tiles_and_rings(name: str, head_dim: int, config: HopperConfig, dtype: torch.dtype) -> None:
@@ -35,6 +39,18 @@ def test_other_tiles_and_rings(name: str, head_dim: int, config: HopperConfig, d
     for text_valid in (None, torch.tensor([1, plan.text_len], device="cuda")):
         output = gluon_backend.attention(query, key, value, plan, text_valid, head_dim**-0.5, config=config)
         assert_accurate(output, query, key, value, plan, text_valid)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_large_scores_rescale_the_output(head_dim: int, dtype: torch.dtype) -> None:
+    """Of small ones, the maximum never rises by as much as it may lag behind."""
+    plan = PLANS["block"]
+    query, key, value = random_tensors(plan, 2, 3, head_dim, dtype)
+    # Keys that weigh more and more, so that the maximum rises from tile to tile.
+    key = key * torch.linspace(1, 16, plan.tokens, device="cuda", dtype=dtype)[:, None, None]
+    output = gluon_backend.attention(query, key, value, plan, None, head_dim**-0.5)
+    assert_accurate(output, query, key, value, plan, None)
 
 
 def test_summaries_may_be_given() -> None:

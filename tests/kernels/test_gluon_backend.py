@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import Problem, error_bound, problems
 from hopper_faults import FAULTS
-from hopper_simulator import SOURCE, ProtocolError, Simulation
+from hopper_simulator import SOURCES, ProtocolError, Simulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,9 +34,17 @@ from grat_kernels import (
 from grat_kernels.summaries import summarise
 from grat_kernels.tile_configs import HopperConfig
 
-# Tiles so small that small grids have full and packed tiles of tokens and of summaries, in rings of two and three.
+# Tiles so small that small grids have full and packed tiles of tokens and of summaries, in rings of all depths.
 TWO_STAGES = HopperConfig(16, 8, 2)
 THREE_STAGES = HopperConfig(16, 16, 3)
+ONE_QUERY_STAGE = HopperConfig(16, 8, 2, query_stages=1)
+FOUR_STAGES = HopperConfig(16, 16, 4, value_stages=4)
+CONFIGS = {
+    "two stages": TWO_STAGES,
+    "three stages": THREE_STAGES,
+    "one query stage": ONE_QUERY_STAGE,
+    "four stages": FOUR_STAGES,
+}
 
 PLANS = {
     "full": build_plan(Grouping(Grid((7, 8)), (4, 4)), Full(), 20),
@@ -79,7 +87,7 @@ def check(
     text_valid: torch.Tensor | None = None,
     config: HopperConfig = TWO_STAGES,
     seed: int = 0,
-    source: str | None = None,
+    sources: dict[str, str] | None = None,
 ) -> None:
     """Every element is written once and as exact as fp32 arithmetic makes it, whatever lies in padded text."""
     if text_valid is not None:
@@ -98,7 +106,7 @@ def check(
     launch = gluon_backend.launch_of(
         query, key, value, output, summary_key, summary_value, plan, text_valid, scale, config
     )
-    simulation = Simulation(seed, programs=1 + seed % 2, source=source)
+    simulation = Simulation(seed, programs=1 + seed % 2, sources=sources)
     simulation.run(launch, contents)
     result, writes = simulation.written(output)
     assert (writes == 1).all()
@@ -108,11 +116,11 @@ def check(
     assert (torch.from_numpy(result) - expected).abs().max() <= bound
 
 
-@pytest.mark.parametrize("config", [TWO_STAGES, THREE_STAGES], ids=["two stages", "three stages"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", PLANS)
 def test_equals_the_definition(name: str, config: HopperConfig) -> None:
     plan = PLANS[name]
-    for seed in range(3):
+    for seed in range(2):
         check(*tensors_for(plan, 1 + seed % 2, 3, 8), plan, config=config, seed=seed)
 
 
@@ -121,6 +129,21 @@ def test_padded_text_is_masked_in_each_sample(name: str) -> None:
     plan = PLANS[name]
     for seed, valid in enumerate((0, plan.text_len - 2)):
         check(*tensors_for(plan, 2, 2, 8), plan, torch.tensor([valid, plan.text_len]), seed=seed)
+
+
+def test_queries_without_any_key_get_zeros() -> None:
+    """Those of single groups, which have no far field, and no text that is valid."""
+    plan = build_plan(Grouping(Grid((4, 4)), (4, 4)), Far([(0, (2, 2))]), 5)
+    for seed, valid in enumerate((0, 3)):
+        check(*tensors_for(plan, 2, 2, 8), plan, torch.tensor([valid, 5]), seed=seed)
+
+
+@pytest.mark.parametrize("amplitude", [4, 64, 1024])
+def test_large_scores_rescale_the_output(amplitude: int) -> None:
+    """Of small ones, the maximum never rises enough."""
+    plan = PLANS["far field"]
+    query, key, value = tensors_for(plan, 2, 3, 8)
+    check(amplitude * query, key, value, plan, seed=amplitude)
 
 
 def test_heads_of_several_classes() -> None:
@@ -137,7 +160,7 @@ def test_parts_of_a_fused_projection_are_read_in_place() -> None:
 
 
 @settings(max_examples=30)
-@given(problems(max_tokens=90), st.sampled_from([TWO_STAGES, THREE_STAGES]), st.integers(0, 10**6))
+@given(problems(max_tokens=90), st.sampled_from(list(CONFIGS.values())), st.integers(0, 10**6))
 def test_random_problems_and_orders(problem: Problem, config: HopperConfig, seed: int) -> None:
     query, key, value, text_valid = problem.tensors(torch.float16)
     check(query, key, value, problem.plan, text_valid, config, seed)
@@ -162,14 +185,15 @@ def test_programs_share_the_work() -> None:
 def test_the_simulator_sees_a_fault(fault: str) -> None:
     """So that a run without complaint means something."""
     lines, instead, complaints = FAULTS[fault]
-    source = SOURCE.read_text()
-    assert lines in source
-    broken = source.replace(lines, instead)
+    broken = {name: source.replace(lines, instead) for name, source in SOURCES.items()}
+    assert broken != SOURCES
     for seed in range(40):
         plan = BY_HEAD if seed % 2 else PLANS["far pyramid"]
         text_valid = torch.tensor([plan.text_len, 2]) if seed % 4 > 1 else None
         try:
-            check(*tensors_for(plan, 2, 3, 8), plan, text_valid, seed=seed, source=broken)
+            query, key, value = tensors_for(plan, 2, 3, 8)
+            config = ONE_QUERY_STAGE if seed % 3 == 1 else TWO_STAGES
+            check(4 * query, key, value, plan, text_valid, config, seed, broken)
         except ProtocolError as error:
             complaint = str(error)
         except AssertionError as error:
@@ -179,6 +203,13 @@ def test_the_simulator_sees_a_fault(fault: str) -> None:
         assert any(expected in complaint for expected in complaints), complaint
         return
     pytest.fail("not seen")
+
+
+def test_tiles_of_tokens_one_after_another_are_known() -> None:
+    """Summaries, tiles that are not full, and rows in another order are none."""
+    rows = [[4, 5, 6, 7], [4, 5, 6, 8], [8, 9, 10, 11], [7, 8, 9, -1], [-1, 0, 1, 2], [9, 8, 7, 6]]
+    assert gluon_backend._runs_of(torch.tensor(rows, dtype=torch.int32), 11).tolist() == [4, -1, -1, -1, -1, -1]
+    assert gluon_backend._runs_of(torch.tensor(rows, dtype=torch.int32), 12).tolist() == [4, -1, 8, -1, -1, -1]
 
 
 def test_what_it_cannot_run_is_said() -> None:

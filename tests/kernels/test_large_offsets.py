@@ -253,7 +253,7 @@ def test_chosen_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_hopper_kernel(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = Tensors(Work.at_both_ends_of(PLANS[size]), torch.float16)
     launch, bias = launch_by_tiles(gluon_backend, tensors, HOPPER, monkeypatch)
-    assert launch.items == BATCH * HEADS
+    assert launch.programs == BATCH * HEADS
     simulation = Simulation(seed=1, programs=1)
     simulation.run(launch)
     written, writes = (torch.from_numpy(array)[:, tensors.work.queries] for array in simulation.written(tensors.output))

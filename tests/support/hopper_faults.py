@@ -15,18 +15,8 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "refill waits for one consumer": Fault(
-        "init(key_empty.index(slot), count=CONSUMERS)",
-        "init(key_empty.index(slot), count=1)",
-        ("arrivals", "overwritten", "deadlock"),
-    ),
-    "values: refill waits for one consumer": Fault(
-        "init(value_empty.index(slot), count=CONSUMERS)",
-        "init(value_empty.index(slot), count=1)",
-        ("arrivals", "overwritten", "deadlock"),
-    ),
-    "queries: refill waits for one consumer": Fault(
-        "init(query_empty, count=CONSUMERS)",
-        "init(query_empty, count=1)",
+        "init(empty.index(slot), count=CONSUMERS)",
+        "init(empty.index(slot), count=1)",
         ("arrivals", "overwritten", "deadlock"),
     ),
     "refill does not wait": Fault(
@@ -45,27 +35,27 @@ FAULTS = {
         ("deadlock",),
     ),
     "queries: wrong parity of the refill": Fault(
-        "(published & 1) ^ 1",
-        "published & 1",
+        "((published // QUERY_STAGES) & 1) ^ 1",
+        "(published // QUERY_STAGES) & 1",
         ("deadlock",),
     ),
     "keys: wrong parity": Fault(
-        "mbarrier.wait(key_full.index(next_slot), ((step + 1) // STAGES) & 1)",
-        "mbarrier.wait(key_full.index(next_slot), (step // STAGES) & 1)",
+        "mbarrier.wait(key_full.index(key_slot), ((step + 1) // KEY_STAGES) & 1)",
+        "mbarrier.wait(key_full.index(key_slot), (step // KEY_STAGES) & 1)",
         ("loaded", "deadlock", "overwritten", "wrong"),
     ),
     "values are not awaited": Fault(
-        "    mbarrier.wait(value_full.index(slot), (step // STAGES) & 1)\n    pending",
+        "    mbarrier.wait(value_full.index(value_slot), (step // VALUE_STAGES) & 1)\n    pending",
         "    pending",
         ("loaded", "wrong"),
     ),
     "keys are released too early": Fault(
         (
             "        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))\n"
-            "        mbarrier.arrive(key_empty.index(slot), count=1)\n"
+            "        mbarrier.arrive(key_empty.index(0), count=1)\n"
         ),
         (
-            "        mbarrier.arrive(key_empty.index(slot), count=1)\n"
+            "        mbarrier.arrive(key_empty.index(0), count=1)\n"
             "        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))\n"
         ),
         ("overwritten",),
@@ -75,10 +65,10 @@ FAULTS = {
             "    accumulator, next_weights, decay, total = warpgroup_mma_wait(\n"
             "        num_outstanding=0, deps=(pending_output, next_weights, decay, total)\n"
             "    )\n"
-            "    mbarrier.arrive(value_empty.index(slot), count=1)\n"
+            "    mbarrier.arrive(value_empty.index(value_slot), count=1)\n"
         ),
         (
-            "    mbarrier.arrive(value_empty.index(slot), count=1)\n"
+            "    mbarrier.arrive(value_empty.index(value_slot), count=1)\n"
             "    accumulator, next_weights, decay, total = warpgroup_mma_wait(\n"
             "        num_outstanding=0, deps=(pending_output, next_weights, decay, total)\n"
             "    )\n"
@@ -86,14 +76,42 @@ FAULTS = {
         ("overwritten",),
     ),
     "values are never released": Fault(
-        "    mbarrier.arrive(value_empty.index(slot), count=1)\n    accumulator = accumulator *",
-        "    accumulator = accumulator *",
+        "    mbarrier.arrive(value_empty.index(value_slot), count=1)\n    return",
+        "    return",
         ("deadlock",),
     ),
     "queries are released too early": Fault(
-        "        # Queries are not read any more",
-        "        mbarrier.arrive(query_empty, count=1)\n        # Queries",
+        "        # Read again",
+        "        mbarrier.arrive(query_empty.index(query_slot), count=1)\n        # Read again",
         ("arrivals", "overwritten", "deadlock"),
+    ),
+    "a work item is read after its slot is released": Fault(
+        (
+            "        queries_of_item, _bounds, _padding_start = read_work(work_slots, query_slot)\n"
+            "        first_query, query_count, head = queries_of_item\n"
+            "        mbarrier.arrive(query_empty.index(query_slot), count=1)\n"
+        ),
+        (
+            "        mbarrier.arrive(query_empty.index(query_slot), count=1)\n"
+            "        queries_of_item, _bounds, _padding_start = read_work(work_slots, query_slot)\n"
+            "        first_query, query_count, head = queries_of_item\n"
+        ),
+        ("written", "wrong"),
+    ),
+    "queries of the next item are not awaited": Fault(
+        "        mbarrier.wait(query_full.index(query_slot), (taken // QUERY_STAGES) & 1)\n",
+        "",
+        ("loaded", "deadlock", "wrong", "written", "arrivals"),
+    ),
+    "queries of the item before": Fault(
+        "            queries = query_slots.index(query_slot * CONSUMERS + WHICH)\n",
+        "",
+        ("overwritten", "loaded", "wrong"),
+    ),
+    "the next item goes on from this one's total": Fault(
+        "accumulator, zero, lowest, bias",
+        "accumulator, total, highest, bias",
+        ("wrong",),
     ),
     "scores are not awaited": Fault(
         "num_outstanding=1, deps=(pending_scores,)",
@@ -111,9 +129,34 @@ FAULTS = {
         ("without a fence",),
     ),
     "copied rows are not awaited": Fault(
-        "async_copy.wait_group(0)",
-        "async_copy.wait_group(1)",
+        "async_copy.wait_group(LATER)",
+        "async_copy.wait_group(LATER + 1)",
         ("loaded", "without a fence", "without waiting"),
+    ),
+    "the last copied rows are not awaited": Fault(
+        "    _end_rows(value_ring, step - 1, 0)\n    return",
+        "    _end_rows(value_ring, step - 1, 1)\n    return",
+        ("loaded", "without a fence", "without waiting"),
+    ),
+    "copied values are never full": Fault(
+        "            if late > 0:\n                _end_rows(value_ring, step - 1, 1)\n",
+        "",
+        ("deadlock",),
+    ),
+    "copied keys are full too late": Fault(
+        "            _end_rows(key_ring, step, 1)\n        step += 1\n    if late > 0:\n",
+        "        step += 1\n    if late > 0:\n        _end_rows(key_ring, step - 1, 0)\n",
+        ("deadlock",),
+    ),
+    "copied values are full after the tile that follows": Fault(
+        "            if late > 0:\n                _end_rows(value_ring, step - 1, 0)\n            late = 0\n",
+        "",
+        ("deadlock", "wrong", "loaded", "without a fence", "arrivals", "bytes"),
+    ),
+    "padded text is read as a block": Fault(
+        "(first + BLOCK_N > padding_start)",
+        "(first > padding_start)",
+        ("wrong",),
     ),
     "too few bytes announced": Fault(
         "mbarrier.expect(full.index(slot), blocks",
@@ -136,7 +179,7 @@ FAULTS = {
         ("deadlock", "arrivals"),
     ),
     "the end is not published": Fault(
-        "    _publish(items, item_slot, ONE)\n",
+        "    publish_work(work_slots, slot, (0, 0, 0, 0, 0, 0, 0, 0))\n",
         "",
         ("deadlock", "wrong", "written"),
     ),
@@ -170,9 +213,9 @@ FAULTS = {
         "wide = rows * 2**26 // 2**26",
         ("overflows",),
     ),
-    "summaries without their weight": Fault(
-        "bias = gl.load(summary_bias + tile + columns)",
-        "bias = bias",
+    "summaries with weights of others": Fault(
+        "                tile_bias = summary_bias + tile",
+        "                tile_bias = packed_bias",
         ("wrong",),
     ),
     "all heads of one class": Fault(
@@ -181,8 +224,13 @@ FAULTS = {
         ("wrong",),
     ),
     "the accumulator does not decay": Fault(
-        "accumulator * gl.convert_layout(decay",
-        "accumulator + 0 * gl.convert_layout(decay",
+        "[accumulator, decay]",
+        "[accumulator]",
+        ("wrong",),
+    ),
+    "weights by a maximum that is not in use": Fault(
+        "scores * scale - highest_now[:, None]",
+        "scores * scale - risen[:, None]",
         ("wrong",),
     ),
 }

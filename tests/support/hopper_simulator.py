@@ -11,6 +11,7 @@ Not modelled: layouts and registers, which the compiler checks, and the threads 
 from __future__ import annotations
 
 import builtins
+import functools
 import operator
 import random
 import threading
@@ -26,7 +27,9 @@ from large_tensors import zeros_on_demand
 
 from grat_kernels import gluon_backend
 
-SOURCE = Path(gluon_backend.__file__).with_name("hopper_kernel.py")
+# The kernel's modules, of which the last one holds the kernel itself.
+MODULES = ("hopper_work", "hopper_producer", "hopper_consumer", "hopper_kernel")
+SOURCES = {name: Path(gluon_backend.__file__).with_name(f"{name}.py").read_text() for name in MODULES}
 ELEMENT_BYTES = 2
 REGISTER_FILE = 64 * 1024
 THREADS_PER_WARP = 32
@@ -315,9 +318,10 @@ class SharedArray:
     def __init__(self, shape: Sequence[int], dtype: DataType, simulation: Simulation) -> None:
         self.shape, self.dtype = list(shape), dtype
         # Shared memory starts with what the last program left there.
+        left = -1 if dtype is INT32 else np.nan
         self.views = []
         for number in range(shape[0]):
-            content = np.full(shape[1:], np.nan, np.float32)
+            content = np.full(shape[1:], left, dtype.numpy)
             slot = Slot(content, f"slot {number} of {'x'.join(map(str, shape))}")
             self.views.append(View(slot, content, dtype, simulation))
 
@@ -369,12 +373,12 @@ class Barrier:
             self.pending = self.count
 
 
-class BarrierArray(Barrier):
-    """Barriers in a row; of shape [1] it is a barrier itself."""
+class BarrierArray:
+    """Barriers in a row."""
 
     def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        self.barriers = [Barrier() for _ in range(shape[0])] if len(shape) > 1 else []
+        self.shape = list(shape)
+        self.barriers = [Barrier() for _ in range(shape[0])]
 
     def index(self, number: Any) -> Barrier:
         number = operator.index(number)
@@ -417,6 +421,19 @@ def _locked() -> threading.Lock:
 
 
 @dataclass
+class CopyGroup:
+    """Copies of rows that were committed together: what ends each, and the slots that they write."""
+
+    ends: list[Callable[[], None]]
+    slots: list[Slot]
+
+    def finish(self) -> None:
+        for end in self.ends:
+            end()
+        self.ends = []
+
+
+@dataclass
 class Role:
     """A thread of the simulation: one role of one program."""
 
@@ -428,9 +445,13 @@ class Role:
     finished: bool = False
     turn: threading.Lock = field(default_factory=_locked)
     products: list[Product] = field(default_factory=list)
-    copies: list[Callable[[], None]] = field(default_factory=list)
-    groups: list[list[Callable[[], None]]] = field(default_factory=list)
+    copies: CopyGroup = field(default_factory=lambda: CopyGroup([], []))
+    groups: list[CopyGroup] = field(default_factory=list)
     written: list[Slot] = field(default_factory=list)
+
+    @property
+    def pending_groups(self) -> list[CopyGroup]:
+        return [group for group in self.groups if group.ends]
 
 
 class Simulation:
@@ -439,10 +460,10 @@ class Simulation:
     Args:
         seed: of the order in which things happen.
         programs: programs that run at the same time and share the work.
-        source: the kernel's source, for tests that break it.
+        sources: of the kernel's modules, for tests that break them.
     """
 
-    def __init__(self, seed: int, programs: int = 2, source: str | None = None) -> None:
+    def __init__(self, seed: int, programs: int = 2, sources: dict[str, str] | None = None) -> None:
         self.random = random.Random(seed)
         self.programs = programs
         self.memory = GlobalMemory()
@@ -453,7 +474,7 @@ class Simulation:
         self._end = _locked()
         # Some roles and the asynchronous work may be slow as a whole.
         self._speeds = [self.random.choice([0.03, 0.3, 1.0, 1.0]) for _ in range(4)]
-        self.kernel = self._load(SOURCE.read_text() if source is None else source)
+        self.kernel = self._load(sources or SOURCES)
 
     def run(self, launch: gluon_backend.Launch, contents: dict[torch.Tensor, torch.Tensor] | None = None) -> None:
         """Runs all programs to their end.
@@ -470,7 +491,7 @@ class Simulation:
         arguments = [self._argument(value) for value in launch.arguments]
         constants = {name: value for name, value in launch.options.items() if name.isupper()}
         for program in range(self.programs):
-            self._start(f"consumer 0 of program {program}", program, 0, lambda: self.kernel(*arguments, **constants))
+            self._start(f"role 0 of program {program}", program, 0, lambda: self.kernel(*arguments, **constants))
         self._choose().turn.release()
         self._end.acquire()
         if self.failure:
@@ -508,7 +529,7 @@ class Simulation:
             self.current = role
             try:
                 body()
-                if role.products or role.copies or role.groups:
+                if role.products or role.copies.ends or role.groups:
                     raise ProtocolError(f"{role.name} ends without waiting for what it started")
                 role.finished = True
                 while self.in_flight and all(role.finished for role in self.roles):
@@ -531,7 +552,7 @@ class Simulation:
             ready = [role for role in self.roles if not role.finished and (role.condition is None or role.condition())]
             choices: list[Role | None] = [*ready]
             weights = [role.weight for role in ready]
-            if self.in_flight or any(role.products or role.groups for role in self.roles):
+            if self.in_flight or any(role.products or role.pending_groups for role in self.roles):
                 choices.append(None)
                 weights.append(self._speeds[3])
             if not choices:
@@ -551,8 +572,8 @@ class Simulation:
         for role in self.roles:
             if role.products:
                 ends.append(lambda role=role: role.products.pop(0).finish())
-            if role.groups:
-                ends.append(lambda role=role: [copy() for copy in role.groups.pop(0)])
+            if pending := role.pending_groups:
+                ends.append(pending[0].finish)
         self.random.choice(ends)()
 
     def _fail(self, error: BaseException) -> None:
@@ -578,7 +599,7 @@ class Simulation:
             self.memory.pointer_to(value.base), tuple(value.shape), value.strides[0], list(value.block_shape)
         )
 
-    def _load(self, source: str) -> Callable[..., None]:
+    def _load(self, sources: dict[str, str]) -> Callable[..., None]:
         modules = {
             "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=_jit)),
             "triton.experimental.gluon": SimpleNamespace(language=self._language()),
@@ -595,9 +616,12 @@ class Simulation:
         def stand_in(name: str, *details: Any) -> Any:
             return modules.get(name) or __import__(name, *details)
 
-        namespace: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": stand_in}}
-        exec(compile(source, str(SOURCE), "exec"), namespace)
-        return namespace["span_attention_kernel"]
+        # Each module imports those before it only.
+        for name in MODULES:
+            namespace: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": stand_in}}
+            exec(compile(sources[name], f"{name}.py", "exec"), namespace)
+            modules[f"grat_kernels.{name}"] = SimpleNamespace(**namespace)
+        return modules["grat_kernels.hopper_kernel"].span_attention_kernel
 
     def _language(self) -> SimpleNamespace:
         def full(shape: Sequence[int], value: Any, dtype: DataType, layout: Any) -> Array:
@@ -625,9 +649,11 @@ class Simulation:
         def allocate(dtype: DataType, shape: Sequence[int], layout: Any) -> Any:
             if layout == "barrier":
                 return BarrierArray(shape)
-            if len(shape) == 1:
-                return View(Slot(content := np.full(shape, -1), "the item"), content, dtype, self)
             return SharedArray(shape, dtype, self)
+
+        def assembly(text: str, constraints: str, values: list[Array], **options: Any) -> Array:
+            # Two pieces are written in assembly: one returns its operand, one the product of its two.
+            return functools.reduce(operator.mul, values)
 
         def layout(*arguments: Any, **options: Any) -> str:
             return "layout"
@@ -650,7 +676,7 @@ class Simulation:
             sum=lambda value, axis: Array(value.data.sum(axis), value.dtype),
             static_range=range,
             convert_layout=lambda value, layout: value,
-            inline_asm_elementwise=lambda text, constraints, values, **options: values[0],
+            inline_asm_elementwise=assembly,
             warp_specialize=self._specialise,
             barrier=lambda: None,
         )  # fmt: skip
@@ -665,7 +691,7 @@ class Simulation:
         assert all(count % 8 == 0 and 24 <= count <= 256 for count in (*registers, left_over))
         started = []
         for number, (function, arguments) in enumerate(roles[1:], start=1):
-            name = f"{function.__name__.strip('_')} {number} of program {starter.program}"
+            name = f"role {number} of program {starter.program}"
             body = lambda function=function, arguments=arguments: function(*arguments)  # noqa: E731
             started.append(self._start(name, starter.program, number, body))
         function, arguments = roles[0]
@@ -731,23 +757,25 @@ class Simulation:
             def finish() -> None:
                 target.content[...] = values
                 target.slot.loading -= 1
-                role.written.append(target.slot)
 
-            role.copies.append(finish)
+            role.copies.ends.append(finish)
+            role.copies.slots.append(target.slot)
 
         def commit() -> None:
             role = self.current
             assert role is not None
             role.groups.append(role.copies)
-            role.copies = []
+            role.copies = CopyGroup([], [])
 
         def wait(outstanding: int) -> None:
             self.pause()
             role = self.current
             assert role is not None
             while len(role.groups) > outstanding:
-                for finish in role.groups.pop(0):
-                    finish()
+                group = role.groups.pop(0)
+                group.finish()
+                # A fence covers what the role has waited for, not what has come by chance.
+                role.written += group.slots
 
         return SimpleNamespace(async_copy_global_to_shared=copy, commit_group=commit, wait_group=wait)
 
