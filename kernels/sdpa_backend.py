@@ -33,9 +33,9 @@ DESCRIPTION = "torch scaled_dot_product_attention, runs of large groups in parts
 # matters elsewhere.
 CPU_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 256 << 20
-# Mean number of query-key pairs of a part below which gathering whole lists is faster. Measured with groups of 2×2 to
-# 16×16 on 16×16 to 128×128 tokens, torch 2.13: the two take equally long between 2,500 and 5,000.
-LEAST_PAIRS = 4096
+# What gathering costs for each key of a run besides its pairs with queries, in pairs; fitted as the costs of
+# `grat_kernels.sdpa_division`.
+PER_GATHERED_KEY = 32.0
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None) -> str | None:
@@ -64,7 +64,7 @@ def attention(
     budget_bytes = CPU_GATHER_BYTES * torch.get_num_threads() if on_cpu else DEVICE_GATHER_BYTES
     gathered_keys = budget_bytes // (2 * key.shape[0] * key.shape[2] * key.shape[3] * key.element_size())
     if on_cpu and plan.candidates is None:
-        divided = plan.cached(("sdpa parts", LEAST_PAIRS), lambda: divide(plan, LEAST_PAIRS))
+        divided = plan.cached(("sdpa parts", PER_GATHERED_KEY), lambda: divide(plan, PER_GATHERED_KEY))
         if divided is not None:
             return sdpa_parts.attention(query, key, value, plan, divided, gathered_keys, text_valid, scale, summaries)
     out = torch.empty(query.shape, dtype=query.dtype, device=device)

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from grat_kernels.plan import Plan
 
 
+# What calls cost besides their pairs of queries and keys, in pairs of one head. Fitted to groups of 2×2 to 16×16 on
+# 16×16 to 128×128 tokens, 4 heads of 64 channels, torch 2.13: its kernel is slow where queries are few, results are
+# merged query by query, and each call and each key that is copied into another order takes its time.
+_PER_KEY, _PER_QUERY, _PER_CALL, _PER_COPIED_KEY = 20, 30, 6000, 48
+
+
 class Part(NamedTuple):
     """A run of queries that attends a run of keys."""
 
@@ -35,15 +41,16 @@ class Ordered(NamedTuple):
     parts: list[Part]
 
 
-def divide(plan: Plan, least_pairs: int) -> list[Ordered] | None:
+def divide(plan: Plan, per_gathered_key: float) -> list[Ordered] | None:
     """Divides what queries attend token by token, but for the tokens before and after the image: all attend these.
 
     Args:
         plan: without a choice.
-        least_pairs: of queries and keys in a part, on average.
+        per_gathered_key: what the other way, which gathers all keys of each run of queries, costs for each of them
+            besides its pairs; in pairs.
 
     Returns:
-        None where parts are smaller than that, and where all attend all.
+        None where all attend all, and where the other way costs less.
     """
     if len(plan.query_runs) == 1:
         return None
@@ -51,10 +58,15 @@ def divide(plan: Plan, least_pairs: int) -> list[Ordered] | None:
     outside = slice(0, plan.image_start), slice(plan.image_stop, plan.tokens)
     of_outside = [Part(queries, image) for queries in outside if queries.start < queries.stop]
     of_groups = _parts_of_groups(plan)
-    parts = [part for ordered in of_groups for part in ordered.parts]
-    pairs = sum((part.queries.stop - part.queries.start) * (part.keys.stop - part.keys.start) for part in parts)
-    pairs += plan.image_tokens * (plan.tokens - plan.image_tokens)
-    return [Ordered(None, of_outside), *of_groups] if pairs >= least_pairs * len(parts) else None
+    cost = len(of_outside) * _PER_QUERY * plan.image_tokens
+    for order, parts in of_groups:
+        cost += 0 if order is None else _PER_COPIED_KEY * plan.image_tokens
+        for part in parts:
+            cost += _PER_KEY * (part.keys.stop - part.keys.start) + _PER_CALL
+            cost += _PER_QUERY * (part.queries.stop - part.queries.start)
+    tokens = plan.span_lists.sums(np.where(plan.span_lists.levels == 0, plan.span_lists.lengths, 0))
+    gathered = sum(int(tokens[run.span_list]) for run in plan.query_runs if run.span_list != plan.text_list)
+    return [Ordered(None, of_outside), *of_groups] if cost < per_gathered_key * gathered else None
 
 
 def _parts_of_groups(plan: Plan) -> list[Ordered]:

@@ -41,9 +41,9 @@ _TURNED_BACK = 8
 # Rows of pixels that are turned to 8 bits at once.
 _PICTURE_BAND = 1024
 
-# sdpa_backend's own bounds on keys and values gathered at once, on pairs in a part, and on queries in a call.
+# sdpa_backend's own bounds on keys and values gathered at once, and what it takes the cost of gathering a key for.
 _CPU_GATHER, _DEVICE_GATHER = 1 << 20, 256 << 20
-_LEAST_PAIRS, _MOST_QUERIES = 4096, 4096
+_PER_GATHERED_KEY = 32.0
 # Those of choosing on scores that are held at once, and the bytes of a group and block while blocks are put in order.
 _CPU_SCORES, _DEVICE_SCORES, _SORTING = 1 << 20, 256 << 20, 32
 # torch's attention on a CPU keeps for each thread a tile of scores and of outputs in fp32, of 256 queries and 512 keys
@@ -433,7 +433,7 @@ def attending_bytes(shape: TransformerShape, plan: Plan, execution: Execution) -
         means = 2 * plan.summaries.rows * row
         attending = _attending_chosen(shape, plan, plan.candidates, execution) + _scratch(shape, execution)
         return out + means + table + max(scores, attending)
-    if execution.on_cpu and (divided := divide(plan, _LEAST_PAIRS)) is not None:
+    if execution.on_cpu and (divided := divide(plan, _PER_GATHERED_KEY)) is not None:
         return _attending_in_parts(shape, plan, divided, execution) + _scratch(shape, execution)
     source = 0.0
     if plan.summaries.rows:

@@ -35,7 +35,7 @@ WITH_TRITON = [*FAST, "triton"]
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend by name; sdpa gathers groups this small in batches, and is tested as with large ones as well."""
     if request.param == "sdpa in parts":
-        monkeypatch.setattr(sdpa_backend, "LEAST_PAIRS", 0)
+        monkeypatch.setattr(sdpa_backend, "PER_GATHERED_KEY", math.inf)
     return Backend(request.param.split()[0])
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from cases import plans
 from hypothesis import given, settings
 
-from grat_kernels import Block, CrissCross, Far, Full, Grid, Grouping, Pattern, Plan, Union, build_plan
+from grat_kernels import Block, CrissCross, Full, Grid, Grouping, Pattern, Plan, build_plan
 from grat_kernels.sdpa_division import divide
 
 
 @settings(max_examples=60)
 @given(plan=plans(max_tokens=200))
 def test_every_pair_is_attended_once(plan: Plan) -> None:
-    divided = divide(plan, 0)
+    divided = divide(plan, math.inf)
     if divided is None:
         assert len(plan.query_runs) == 1
         return
@@ -44,14 +46,13 @@ def test_every_pair_is_attended_once(plan: Plan) -> None:
     ],
 )
 def test_neighbours_share_calls(pattern: Pattern, calls: int) -> None:
-    divided = divide(build_plan(Grouping(Grid((32, 32)), (4, 4)), pattern), 0)
+    divided = divide(build_plan(Grouping(Grid((32, 32)), (4, 4)), pattern), math.inf)
     assert divided is not None
     assert sum(len(parts) for _, parts in divided) == calls
 
 
 def test_small_groups_and_dense_plans_are_not_divided() -> None:
-    grouping = Grouping(Grid((32, 32)), (4, 4))
-    near = build_plan(grouping, Union(Block(1), Far([(1, (2, 2))])))
-    assert divide(near, 1000) is not None
-    assert divide(near, 4096) is None
-    assert divide(build_plan(grouping, Full(), 16), 0) is None
+    small, large = (build_plan(Grouping(Grid((side * 8, side * 8)), (side, side)), Block(1), 64) for side in (4, 16))
+    assert divide(small, 32) is None
+    assert divide(large, 32) is not None
+    assert divide(build_plan(Grouping(Grid((32, 32)), (4, 4)), Full(), 16), math.inf) is None
