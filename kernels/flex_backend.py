@@ -48,8 +48,8 @@ def attention(
 ) -> torch.Tensor:
     """Span attention; shapes and arguments as in `grat_kernels.span_attention`.
 
-    A NaN in a key that is not attended stays out; one in a *value* spreads to the blocks of queries that share its
-    block of keys, because FlexAttention multiplies masked values by zero.
+    Nothing of a key or value that is not attended reaches the output, whatever it holds; a query that attends a value
+    which is not finite is NaN in all channels.
 
     Returns:
         `[B, N, H, D]`.
@@ -64,6 +64,7 @@ def attention(
     if plan.summaries.rows:
         pair = summary_pair(key, value, plan, summaries)
         key, value = (torch.cat(parts, dim=1) for parts in zip((key, value), pair, strict=True))
+    key, value = _with_flaws_in_keys(key, value)
     output = _flex_attention(query.device.type)(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
         score_mod=_score_modification(tables) if plan.summaries.rows else None,
@@ -71,6 +72,15 @@ def attention(
         scale=scale,
     )
     return output.transpose(1, 2)
+
+
+def _with_flaws_in_keys(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys that are NaN where values `[B, N, H, D]` are not finite, and values that are zero there.
+
+    FlexAttention replaces masked scores, but multiplies masked values by zero, which leaves a NaN a NaN.
+    """
+    flawed = ~value.isfinite().all(-1, keepdim=True)
+    return key.masked_fill(flawed, torch.nan), value.masked_fill(flawed, 0)
 
 
 @lru_cache(maxsize=2)

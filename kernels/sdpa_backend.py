@@ -1,11 +1,9 @@
 """Span attention on torch's scaled_dot_product_attention: CPU, CUDA and MPS, without any N×N mask.
 
-Groups that choose by content gather keys head by head. Else there are three ways, by span list:
+Groups that choose by content gather keys head by head. Large groups on a CPU are `grat_kernels.sdpa_parts`. Else there
+are two ways, by span list:
 - one span (text queries, full attention): keys are a slice, nothing is copied;
-- small groups: runs with lists of equal shape are gathered and computed together, a bounded number at a time;
-- large groups: one run at a time over a *window*, a buffer of keys that moves from group to group. Neighbouring
-  groups share most of their keys, and only those that change are copied: on a CPU, gathering all keys of every
-  group costs a quarter of the time.
+- others: runs with lists of equal shape are gathered and computed together, a bounded number at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +17,10 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from grat_kernels import sdpa_parts
 from grat_kernels.choosing import chosen_rows
 from grat_kernels.padded_text import padded_positions, without_padding
+from grat_kernels.sdpa_division import divide
 from grat_kernels.summaries import Selection, selection, summary_pair
 from grat_kernels.tile_lists import EMPTY
 
@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from grat_kernels.plan import Plan
     from grat_kernels.span_lists import QueryRun
 
-DESCRIPTION = "torch scaled_dot_product_attention, groups of equal shape in batches"
+DESCRIPTION = "torch scaled_dot_product_attention, runs of large groups in parts and small groups in batches"
 
 # Keys and values gathered at once: for each thread about what stays in a CPU core's second-level cache; memory alone
 # matters elsewhere.
 CPU_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 256 << 20
+# What gathering costs for each key of a run besides its pairs with queries, in pairs; fitted as the costs of
+# `grat_kernels.sdpa_division`.
+PER_GATHERED_KEY = 32.0
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None) -> str | None:
@@ -60,6 +63,11 @@ def attention(
     device = query.device
     on_cpu = device.type == "cpu"
     budget_bytes = CPU_GATHER_BYTES * torch.get_num_threads() if on_cpu else DEVICE_GATHER_BYTES
+    gathered_keys = budget_bytes // (2 * key.shape[0] * key.shape[2] * key.shape[3] * key.element_size())
+    if on_cpu and plan.candidates is None:
+        divided = plan.cached(("sdpa parts", PER_GATHERED_KEY), lambda: divide(plan, PER_GATHERED_KEY))
+        if divided is not None:
+            return sdpa_parts.attention(query, key, value, plan, divided, gathered_keys, text_valid, scale, summaries)
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
     if plan.candidates is not None:
         # Text attends tokens alone; groups take means besides, head by head.
@@ -71,8 +79,6 @@ def attention(
         _attend_chosen(query, tokens, summaries, batches, plan, scale, out, budget_bytes)
         return out
     source = _Source.of(key, value, plan, text_valid, summaries)
-    row_bytes = 2 * key.shape[0] * key.shape[2] * key.shape[3] * key.element_size()
-    gathered_keys = budget_bytes // row_bytes
     for work in plan.cached(("sdpa", device, gathered_keys), lambda: _divide(plan, device, gathered_keys)):
         work.run(query, source, scale, out)
     return out
@@ -138,9 +144,13 @@ def _bias_of_means(plan: Plan, key: torch.Tensor) -> torch.Tensor:
 
 def _attend(query: torch.Tensor, source: _Source, scale: float) -> torch.Tensor:
     """Dense attention of queries `[B, n, H, D]` to all of a source with as many samples."""
-    mask = None if source.bias is None else source.bias[:, None, None, :].expand(-1, 1, query.shape[1], -1)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, source.key, source.value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+    if source.bias is None:
+        return scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+    mask = source.bias[:, None, None, :]
+    out = scaled_dot_product_attention(query, key, value, attn_mask=mask.expand(-1, 1, query.shape[2], -1), scale=scale)
+    # Torch's kernels differ in what they give a query without any key.
+    return out.masked_fill(mask.isneginf().all(-1, keepdim=True), 0).transpose(1, 2)
 
 
 class _Slice(NamedTuple):
@@ -245,65 +255,21 @@ def _attend_chosen(
             out[sample, shape.queries, head] = attended.flatten(0, 2)
 
 
-class _Copy(NamedTuple):
-    """Rows of a window to fill, and where they come from."""
-
-    rows: slice
-    origin: slice
-
-
-class _Step(NamedTuple):
-    """One run over a window: what changes in the window since the step before."""
-
-    queries: slice
-    copies: tuple[_Copy, ...]
-
-
-class _Window(NamedTuple):
-    """Runs whose lists hold pieces of equal sizes, in an order that changes few pieces from step to step."""
-
-    rows: int
-    steps: tuple[_Step, ...]
-
-    def run(self, query: torch.Tensor, source: _Source, scale: float, out: torch.Tensor) -> None:
-        window = source.map(self._empty)
-        pairs = [(window.key, source.key), (window.value, source.value)]
-        if window.bias is not None and source.bias is not None:
-            pairs.append((window.bias, source.bias))
-        for step in self.steps:
-            for rows, origin in step.copies:
-                for held, tensor in pairs:
-                    held[:, rows] = tensor[:, origin]
-            out[:, step.queries] = _attend(query[:, step.queries], window, scale)
-
-    def _empty(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A window's part of a source; keys and values head by head in memory, which a CPU reads 10 % faster."""
-        if tensor.dim() == 2:
-            return tensor.new_empty(tensor.shape[0], self.rows)
-        batch, _, heads, head_dim = tensor.shape
-        return tensor.new_empty(batch, heads, self.rows, head_dim).transpose(1, 2)
-
-
-def _divide(plan: Plan, device: torch.device, gathered_keys: int) -> list[_Slice | _Batch | _Window]:
-    """Divides a plan's runs among the three ways; a batch gathers at most `gathered_keys` keys."""
-    work: list[_Slice | _Batch | _Window] = []
+def _divide(plan: Plan, device: torch.device, gathered_keys: int) -> list[_Slice | _Batch]:
+    """Divides a plan's runs; a batch gathers at most `gathered_keys` keys, or those of one run."""
+    work: list[_Slice | _Batch] = []
     batches: dict[tuple[int, int], list[QueryRun]] = defaultdict(list)
-    windows: dict[tuple[tuple[int, ...], int], list[QueryRun]] = defaultdict(list)
     lists = _KeyLists(plan)
     for run in plan.query_runs:
         near, far = lists.near(run), lists.far(run)
         keys = sum(key_range[1] - key_range[0] for key_range in near + far)
         if len(near) == 1 and not far:
             work.append(_Slice(slice(run.start, run.start + run.length), slice(*near[0])))
-        elif keys <= gathered_keys:
-            batches[run.length, keys].append(run)
         else:
-            pieces = lists.pieces(run)
-            windows[tuple(sorted(stop - start for start, stop in pieces)), keys].append(run)
+            batches[run.length, keys].append(run)
     for (_, keys), runs in batches.items():
         size = max(1, gathered_keys // keys)
         work += [_gather_batch(lists, runs[first : first + size], device) for first in range(0, len(runs), size)]
-    work += [_slide_window(lists, runs) for runs in windows.values()]
     return work
 
 
@@ -342,8 +308,6 @@ class _KeyLists:
     def __init__(self, plan: Plan) -> None:
         self._lists = plan.span_lists
         self._offsets = (0, *(plan.tokens + offset for offset in plan.summaries.offsets))
-        # Groups begin here, and what follows the image: neighbouring lists share what lies between as whole pieces.
-        self._cuts = np.sort(np.append(plan.grouping.starts + plan.image_start, plan.image_stop))
 
     def near(self, run: QueryRun) -> list[tuple[int, int]]:
         """Ranges of tokens."""
@@ -357,14 +321,6 @@ class _KeyLists:
             if span.level > 0
         ]
 
-    def pieces(self, run: QueryRun) -> list[tuple[int, int]]:
-        """Ranges of tokens, cut where groups begin, and after the image."""
-        pieces = []
-        for start, stop in self.near(run):
-            inside = self._cuts[(self._cuts > start) & (self._cuts < stop)].tolist()
-            pieces += itertools.pairwise([start, *inside, stop])
-        return pieces
-
 
 def _gather_batch(lists: _KeyLists, runs: list[QueryRun], device: torch.device) -> _Batch:
     def rows(ranges: list[tuple[int, int]]) -> torch.Tensor:
@@ -373,32 +329,3 @@ def _gather_batch(lists: _KeyLists, runs: list[QueryRun], device: torch.device) 
     queries = rows([(run.start, run.start + run.length) for run in runs])
     keys = rows([key_range for run in runs for key_range in lists.near(run) + lists.far(run)])
     return _Batch(len(runs), queries, keys)
-
-
-def _slide_window(lists: _KeyLists, runs: list[QueryRun]) -> _Window:
-    held: dict[tuple[int, int], slice] = {}
-    steps = []
-    token_rows = 0
-    rows = 0
-    for run in runs:
-        pieces = lists.pieces(run)
-        free: dict[int, list[slice]] = defaultdict(list)
-        if held:
-            for start, stop in sorted(held.keys() - set(pieces)):
-                free[stop - start].append(held.pop((start, stop)))
-        else:
-            for start, stop in pieces:
-                free[stop - start].append(slice(token_rows, token_rows + stop - start))
-                token_rows += stop - start
-        copies = []
-        for start, stop in pieces:
-            if (start, stop) not in held:
-                held[start, stop] = free[stop - start].pop(0)
-                copies.append(_Copy(held[start, stop], slice(start, stop)))
-        # Summaries are few: all of them are copied, after the tokens.
-        rows = token_rows
-        for start, stop in lists.far(run):
-            copies.append(_Copy(slice(rows, rows + stop - start), slice(start, stop)))
-            rows += stop - start
-        steps.append(_Step(slice(run.start, run.start + run.length), tuple(copies)))
-    return _Window(rows, tuple(steps))

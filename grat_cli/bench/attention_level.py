@@ -233,8 +233,10 @@ class _AttentionBench:
         ability = can_run(resolved, *kind, plan.tokens, choosing=plan.chooses)
         if not ability:
             return _Candidate(replace(row, skipped=ability.reason), plan.attended_pairs)
-        summaries = 2 * scene.query.nbytes * (1 + plan.summaries.rows / plan.tokens) if plan.summaries.rows else 0
-        extra_bytes = scene.query.nbytes + int(summaries)
+        # sdpa copies keys and values, on a CPU also without a far field.
+        copies = plan.summaries.rows > 0 or (resolved == "sdpa" and self.device.type == "cpu")
+        copied = 2 * scene.query.nbytes * (1 + plan.summaries.rows / plan.tokens) if copies else 0
+        extra_bytes = scene.query.nbytes + int(copied)
         executed = float(plan.attended_pairs)
         if resolved == "reference" or (resolved == "flex" and self.device.type == "cpu"):
             executed = float(plan.tokens) ** 2

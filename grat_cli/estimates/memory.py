@@ -22,6 +22,7 @@ from grat_cli.presets.over_steps import Keep
 from grat_cli.presets.schema import chunk_for
 from grat_kernels import Plan
 from grat_kernels.candidates import Candidates
+from grat_kernels.sdpa_division import Ordered, divide
 
 Phase = Literal["text", "encode", "denoise", "decode", "save"]
 OffloadKind = Literal["none", "model", "group", "sequential"]
@@ -40,8 +41,9 @@ _TURNED_BACK = 8
 # Rows of pixels that are turned to 8 bits at once.
 _PICTURE_BAND = 1024
 
-# sdpa_backend's own bounds on keys and values gathered at once.
+# sdpa_backend's own bounds on keys and values gathered at once, and what it takes the cost of gathering a key for.
 _CPU_GATHER, _DEVICE_GATHER = 1 << 20, 256 << 20
+_PER_GATHERED_KEY = 32.0
 # Those of choosing on scores that are held at once, and the bytes of a group and block while blocks are put in order.
 _CPU_SCORES, _DEVICE_SCORES, _SORTING = 1 << 20, 256 << 20, 32
 # torch's attention on a CPU keeps for each thread a tile of scores and of outputs in fp32, of 256 queries and 512 keys
@@ -431,6 +433,8 @@ def attending_bytes(shape: TransformerShape, plan: Plan, execution: Execution) -
         means = 2 * plan.summaries.rows * row
         attending = _attending_chosen(shape, plan, plan.candidates, execution) + _scratch(shape, execution)
         return out + means + table + max(scores, attending)
+    if execution.on_cpu and (divided := divide(plan, _PER_GATHERED_KEY)) is not None:
+        return _attending_in_parts(shape, plan, divided, execution) + _scratch(shape, execution)
     source = 0.0
     if plan.summaries.rows:
         # Keys and values are copied once to join the summaries.
@@ -444,8 +448,6 @@ def attending_bytes(shape: TransformerShape, plan: Plan, execution: Execution) -
         spans = plan.span_lists[run.span_list]
         if len(spans) == 1:
             largest = max(largest, run.length * row)  # keys are a slice
-        elif keys > gathered_keys:
-            largest = max(largest, (2 * keys + run.length) * row)  # a window of keys and values
         else:
             batches[run.length, keys] = batches.get((run.length, keys), 0) + 1
     for (length, keys), runs in batches.items():
@@ -453,6 +455,19 @@ def attending_bytes(shape: TransformerShape, plan: Plan, execution: Execution) -
         # Gathered queries, keys and values, then what they attended to.
         largest = max(largest, together * (2 * keys + 2 * length) * row)
     return out + source + largest + _scratch(shape, execution)
+
+
+def _attending_in_parts(shape: TransformerShape, plan: Plan, divided: list[Ordered], execution: Execution) -> float:
+    """Bytes that attention in parts allocates: what is merged, and the most that is made at once to be merged."""
+    row, of_sums = shape.width * execution.element, shape.width // shape.head_dim * 4
+    merged = plan.tokens * (shape.width * 4 + of_sums)
+    moments = [plan.tokens * row if execution.element < 4 else 0, 2 * plan.summaries.rows * row]
+    for order, parts in divided:
+        queries = max((part.queries.stop - part.queries.start for part in parts), default=0)
+        # A copy of keys and values, and attention to some of them, in fp32 as well where it is not.
+        copied = 0 if order is None else 2 * plan.image_tokens * row
+        moments.append(copied + queries * (row + of_sums) + (queries * shape.width * 4 if execution.element < 4 else 0))
+    return merged + max(moments)
 
 
 def _scratch(shape: TransformerShape, execution: Execution) -> float:

@@ -48,7 +48,19 @@ from grat_cli.models.loading import load_model
 from grat_cli.models.parallel import Parallel
 from grat_cli.models.resolution import Resolution
 from grat_cli.presets import load_preset
-from grat_kernels import Backend, Block, Far, Grid, Grouping, Union, build_plan, span_attention
+from grat_kernels import (
+    Backend,
+    Block,
+    CrissCross,
+    Far,
+    Full,
+    Grid,
+    Grouping,
+    Pattern,
+    Union,
+    build_plan,
+    span_attention,
+)
 
 # What grat promises of its memory model.
 TOLERANCE = 0.15
@@ -133,6 +145,28 @@ def test_attention_to_what_is_chosen(
     attend()  # tables of the plan, which stay
     shape = SimpleNamespace(width=heads * 64, head_dim=64)
     compare({"attention": attending_bytes(cast(Any, shape), plan, Execution("float32", on_cpu=True))}, attend)
+
+
+@pytest.mark.parametrize(
+    ("grid", "pattern"),
+    [
+        ((64, 64), Block(1)),
+        ((64, 40), Union(Block(1), Far([(1, (4, 4))]))),
+        ((64, 64), CrissCross()),
+        ((48, 48), Full()),
+    ],
+)
+def test_attention_of_large_groups(grid: tuple[int, ...], pattern: Pattern) -> None:
+    plan = build_plan(Grouping(Grid(grid), (8, 8)), pattern, 24)
+    query, key, value = (torch.randn(1, plan.tokens, 4, 64) for _ in range(3))
+
+    def attend() -> None:
+        span_attention(query, key, value, plan, backend="sdpa")
+
+    attend()  # tables of the plan, which stay
+    shape = SimpleNamespace(width=4 * 64, head_dim=64)
+    execution = Execution("float32", on_cpu=True, threads=torch.get_num_threads())
+    compare({"attention": attending_bytes(cast(Any, shape), plan, execution)}, attend)
 
 
 @pytest.mark.parametrize(

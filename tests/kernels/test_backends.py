@@ -27,15 +27,15 @@ from grat_kernels import (
 )
 from grat_kernels import reference as definition
 
-FAST = ["reference", "sdpa", "sdpa in windows", "flex"]
+FAST = ["reference", "sdpa", "sdpa in parts", "flex"]
 WITH_TRITON = [*FAST, "triton"]
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """A backend by name; sdpa gathers groups this small in batches, and is tested with a moving window as well."""
-    if request.param == "sdpa in windows":
-        monkeypatch.setattr(sdpa_backend, "CPU_GATHER_BYTES", 1)
+    """A backend by name; sdpa gathers groups this small in batches, and is tested as with large ones as well."""
+    if request.param == "sdpa in parts":
+        monkeypatch.setattr(sdpa_backend, "PER_GATHERED_KEY", math.inf)
     return Backend(request.param.split()[0])
 
 
@@ -67,7 +67,7 @@ def test_triton_equals_the_definition(problem: Problem) -> None:
     assert error <= error_bound(query, key, value, scale)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "sdpa in windows"], indirect=True)
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa in parts"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
@@ -85,7 +85,7 @@ def test_sdpa_in_16_bits_is_as_exact_as_the_dtype_allows(
 @pytest.mark.parametrize("backend", FAST, indirect=True)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems(max_tokens=120))
-def test_nan_in_an_unattended_key_stays_out(backend: Backend, problem: Problem) -> None:
+def test_nothing_unattended_reaches_the_output(backend: Backend, problem: Problem) -> None:
     query, key, value, text_valid = problem.tensors(torch.float32)
     plan = problem.plan
     group = 0
@@ -101,9 +101,7 @@ def test_nan_in_an_unattended_key_stays_out(backend: Backend, problem: Problem) 
     rows = slice(start, start + int(plan.grouping.sizes[group]))
     clean = span_attention(query, key, value, plan, text_valid, backend=backend)[:, rows]
     key[:, ~seen] = torch.nan
-    # FlexAttention multiplies masked values by zero: there, only keys are safe.
-    if backend is not Backend.FLEX:
-        value[:, ~seen] = torch.inf
+    value[:, ~seen] = torch.inf
     poisoned = span_attention(query, key, value, plan, text_valid, backend=backend)[:, rows]
     torch.testing.assert_close(poisoned, clean, rtol=0, atol=2 * error_bound(query, clean, clean, 1.0))
     assert poisoned.isfinite().all()
@@ -124,6 +122,35 @@ def test_padded_text_is_ignored_whatever_it_holds(backend: Backend, text_first: 
     value[:, drop] = torch.nan
     output = span_attention(query, key, value, padded, torch.tensor([6]), 0.2, backend)[:, kept]
     assert (output - expected).abs().max() <= 2 * error_bound(query, key.nan_to_num(), value.nan_to_num(), 0.2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "sdpa in parts", "flex"], indirect=True)
+def test_a_value_that_is_not_finite_shows_where_it_is_attended(backend: Backend) -> None:
+    plan = build_plan(Grouping(Grid((8, 12)), (4, 4)), Block(0), 5, True)
+    query, key, value = (torch.randn(1, plan.tokens, 2, 32) for _ in range(3))
+    value[0, plan.image_start + 20, 1, 3] = torch.nan
+    output = span_attention(query, key, value, plan, backend=backend)
+    group = slice(plan.image_start + 16, plan.image_start + 32)
+    flawed = output.isnan()
+    assert flawed[0, group, 1, 3].all()
+    assert flawed[0, : plan.image_start, 1, 3].all()  # text attends all
+    assert not flawed[:, :, 0].any()
+    assert not flawed[:, plan.image_start : group.start].any()
+    assert not flawed[:, group.stop :].any()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa in parts", "flex"], indirect=True)
+@pytest.mark.parametrize("text_first", [True, False])
+def test_a_query_without_any_key_is_zero(backend: Backend, text_first: bool) -> None:
+    """Of three groups the one in the middle has no other far enough, and all of its text is padding in one sample."""
+    plan = build_plan(Grouping(Grid((4, 12)), (4, 4)), Far([(1, (2, 2))]), 6, text_first)
+    query, key, value = (torch.randn(2, plan.tokens, 2, 32) for _ in range(3))
+    output = span_attention(query, key, value, plan, torch.tensor([0, 4]), backend=backend)
+    middle = slice(plan.image_start + 16, plan.image_start + 32)
+    assert not output[0, middle].any()
+    output[0, middle] = 1
+    assert output.isfinite().all()
+    assert (output != 0).all()
 
 
 @pytest.mark.parametrize("backend", WITH_TRITON, indirect=True)
@@ -236,6 +263,19 @@ def test_head_plans_say_what_does_not_fit() -> None:
         span_attention(query, query, query, HEAD_PLAN)
     assert HEAD_PLAN.density == pytest.approx(sum(HEAD_PLAN.classes[c].density for c in (2, 0, 1, 0, 3)) / 5)
     assert build_head_plan((near, near), (0, 1)) is build_head_plan((near, near), (0, 1))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa in parts"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sdpa_takes_any_strides(backend: Backend, dtype: torch.dtype) -> None:
+    plan = build_plan(Grouping(Grid((9, 14)), (4, 4)), Union(Block(1), Far([(1, (2, 2))])), 5, False)
+    shape = (2, 3, 32, plan.tokens)
+    query, key, value = (torch.randn(shape, dtype=dtype).permute(0, 3, 1, 2) for _ in range(3))
+    scale = 1 / math.sqrt(32)
+    output = span_attention(query, key, value, plan, backend=backend)
+    assert output.is_contiguous()
+    expected = definition.attention(query.double(), key.double(), value.double(), plan, None, scale, torch.float64)
+    assert (output - expected).abs().max() <= error_bound(query, key, value, scale)
 
 
 def test_heads_that_are_a_view_are_not_copied_for_every_batch() -> None:
