@@ -65,7 +65,8 @@ def divide(plan: Plan, per_gathered_key: float) -> list[Ordered] | None:
             cost += _PER_KEY * (part.keys.stop - part.keys.start) + _PER_CALL
             cost += _PER_QUERY * (part.queries.stop - part.queries.start)
     tokens = plan.span_lists.sums(np.where(plan.span_lists.levels == 0, plan.span_lists.lengths, 0))
-    gathered = sum(int(tokens[run.span_list]) for run in plan.query_runs if run.span_list != plan.text_list)
+    # What all attend is not gathered.
+    gathered = sum(int(keys) for run in plan.query_runs if (keys := tokens[run.span_list]) < plan.tokens)
     # It copies all keys too, where summaries have to join them.
     joined = plan.tokens if plan.span_lists.levels.any() else 0
     other = per_gathered_key * gathered + _PER_COPIED_KEY * joined
