@@ -27,8 +27,16 @@ from typing import Literal
 KERNELS = ("triton", "gluon", "rope_norm")
 # What a step is of that is of no kernel alone.
 ALL = "all"
-# The shortest first, so that something is known early.
-CASES = ("flux-4096", "hunyuan-720p", "flux-8192", "flux-2048")
+_IMAGE = "full,grat-b:radius=2,grat-b,grat-x,grat-far:block=8x8,full-list"
+_VIDEO = "full,grat-b,grat-x:share=2,grat-x:share=1,full-list"
+# What is timed, and how often: each row takes dense attention as many times as well, which at 8192x8192 pixels is a
+# second a call, besides the search for the fastest. The shortest first, so that something is known early.
+CASES = {
+    "flux-4096": (_IMAGE, 20),
+    "hunyuan-720p": (_VIDEO, 10),
+    "flux-8192": (_IMAGE, 3),
+    "flux-2048": (_IMAGE, 20),
+}
 HERE = Path(__file__).parent
 # Under what is left of the time no step is begun.
 LEAST_S = 10.0
@@ -122,8 +130,14 @@ def steps_here(out: Path) -> list[Step]:
     steps.append(Step(ALL, "tests", "other tests", (*pytest, "-k", others), 60))
     bench = (python, str(HERE / "bench_kernels.py"), "--out", str(out / "bench.json"), "--peers", "")
     steps += [
-        Step(kernel, "timing", f"timing of {case}", (*bench, "--case", case, "--backend", kernel), 100)
-        for case in CASES
+        Step(
+            kernel,
+            "timing",
+            f"timing of {case}",
+            (*bench, "--case", case, "--backend", kernel, "--compare", compare, "--repetitions", str(repetitions)),
+            120,
+        )
+        for case, (compare, repetitions) in CASES.items()
         for kernel in ("triton", "gluon")
     ]
     steps += [
