@@ -31,8 +31,10 @@ class Worker:
         wait_until(self._is_stopped, self)
 
     def _is_stopped(self) -> bool:
-        # One that has ended is left to its `process`.
-        return os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG) is not None
+        try:
+            return os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG) is not None
+        except ChildProcessError:  # it has ended
+            return False
 
     def go_on(self) -> None:
         """After it has stopped."""
