@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from command_line import Result, grat
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forks, with what is imported here")
@@ -61,6 +62,9 @@ def begin(*arguments: object, at_first: Callable[[], object] = lambda: None) -> 
     def run() -> None:
         # A shell's background jobs ignore Ctrl-C, and so would workers of tests that run there.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # After a fork torch makes its pool of threads anew when it is first asked for, which two threads must not do at
+        # a time: those that load a model would.
+        torch.set_num_threads(1)
         at_first()
         sender.send(grat(*arguments))
 
