@@ -91,7 +91,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # AMD; MI300 (gfx942) is the one that is checked.
     "rocm": (
         Row(64, 16, TileConfig(128, 64, 32, 4, 1, "pointers")),
-        Row(128, 16, TileConfig(128, 64, 32, 4, 1, "pointers")),
+        Row(128, 16, TileConfig(128, 64, 16, 4, 1, "pointers")),
         Row(256, 16, TileConfig(64, 32, 16, 4, 1, "pointers")),
         *_FP32,
     ),
