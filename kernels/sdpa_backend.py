@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from grat_kernels import sdpa_parts
 from grat_kernels.choosing import chosen_rows
 from grat_kernels.padded_text import padded_positions, without_padding
-from grat_kernels.sdpa_division import divide
+from grat_kernels.sdpa_division import PER_GATHERED_KEY, divide
 from grat_kernels.summaries import Selection, selection, summary_pair
 from grat_kernels.tile_lists import EMPTY
 
@@ -34,9 +34,6 @@ DESCRIPTION = "torch scaled_dot_product_attention, runs of large groups in parts
 # matters elsewhere.
 CPU_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 256 << 20
-# What gathering costs for each key of a run besides its pairs with queries, in pairs; fitted as the costs of
-# `grat_kernels.sdpa_division`.
-PER_GATHERED_KEY = 32.0
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None) -> str | None:

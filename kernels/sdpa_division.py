@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # 16×16 to 128×128 tokens, 4 heads of 64 channels, torch 2.13: its kernel is slow where queries are few, results are
 # merged query by query, and each call and each key that is copied into another order takes its time.
 _PER_KEY, _PER_QUERY, _PER_CALL, _PER_COPIED_KEY = 20, 30, 6000, 48
+# The same of the other way, for each key that it gathers.
+PER_GATHERED_KEY = 32.0
 
 
 class Part(NamedTuple):

@@ -22,7 +22,7 @@ from grat_cli.presets.over_steps import Keep
 from grat_cli.presets.schema import chunk_for
 from grat_kernels import Plan
 from grat_kernels.candidates import Candidates
-from grat_kernels.sdpa_division import Ordered, divide
+from grat_kernels.sdpa_division import PER_GATHERED_KEY, Ordered, divide
 
 Phase = Literal["text", "encode", "denoise", "decode", "save"]
 OffloadKind = Literal["none", "model", "group", "sequential"]
@@ -41,9 +41,8 @@ _TURNED_BACK = 8
 # Rows of pixels that are turned to 8 bits at once.
 _PICTURE_BAND = 1024
 
-# sdpa_backend's own bounds on keys and values gathered at once, and what it takes the cost of gathering a key for.
+# sdpa_backend's own bounds on keys and values gathered at once.
 _CPU_GATHER, _DEVICE_GATHER = 1 << 20, 256 << 20
-_PER_GATHERED_KEY = 32.0
 # Those of choosing on scores that are held at once, and the bytes of a group and block while blocks are put in order.
 _CPU_SCORES, _DEVICE_SCORES, _SORTING = 1 << 20, 256 << 20, 32
 # torch's attention on a CPU keeps for each thread a tile of scores and of outputs in fp32, of 256 queries and 512 keys
@@ -433,7 +432,7 @@ def attending_bytes(shape: TransformerShape, plan: Plan, execution: Execution) -
         means = 2 * plan.summaries.rows * row
         attending = _attending_chosen(shape, plan, plan.candidates, execution) + _scratch(shape, execution)
         return out + means + table + max(scores, attending)
-    if execution.on_cpu and (divided := divide(plan, _PER_GATHERED_KEY)) is not None:
+    if execution.on_cpu and (divided := divide(plan, PER_GATHERED_KEY)) is not None:
         return _attending_in_parts(shape, plan, divided, execution) + _scratch(shape, execution)
     source = 0.0
     if plan.summaries.rows:
