@@ -13,7 +13,7 @@ import torch
 
 from grat_kernels.choosing import SPREAD_LEAST, SPREAD_WITHIN
 from grat_kernels.launching import Launch, on_device, padded_head_dim
-from grat_kernels.tile_configs import SCORES
+from grat_kernels.tile_configs import SCORED_HEAD_DIM, SCORES
 from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _MOST_MEANS = 64
 
 def serves(plan: Plan, head_dim: int) -> bool:
     """Whether the kernel is for a plan with candidates and heads of so many channels."""
-    return plan.candidates is not None and plan.candidates.means <= _MOST_MEANS and head_dim <= SCORES.head_dim
+    return plan.candidates is not None and plan.candidates.means <= _MOST_MEANS and head_dim <= SCORED_HEAD_DIM
 
 
 def block_scores(
@@ -104,7 +104,8 @@ def launch_of(
     """The launch for these tensors, which may lie on the meta device: ahead-of-time compilation asks for it too."""
     batch, heads, groups, head_dim = queries.shape
     blocks, means = tables.rows.shape
-    of_program = max(1, SCORES.columns // means)
+    config = SCORES[8 * summary_key.element_size()]
+    of_program = max(1, config.columns // means)
     arguments = (
         queries,
         summary_key,
@@ -125,9 +126,9 @@ def launch_of(
     options = {
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded_head_dim(head_dim),
-        "GROUPS": SCORES.groups,
+        "GROUPS": config.groups,
         "BLOCKS": of_program,
         "MEANS": means,
-        "num_warps": SCORES.warps,
+        "num_warps": config.warps,
     }
     return Launch(-(-blocks // of_program) * batch * heads, arguments, options)

@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 # fp32 keeps exact products (no TF32) on the ordinary arithmetic units and serves tests and small checks: these tiles
-# fit every architecture.
+# fit every architecture of NVIDIA.
 _FP32 = (
     Row(64, 32, TileConfig(32, 32, 32, 4, 1, "pointers")),
     Row(256, 32, TileConfig(32, 16, 16, 8, 1, "pointers")),
@@ -93,7 +93,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, 16, TileConfig(128, 64, 32, 4, 1, "pointers")),
         Row(128, 16, TileConfig(128, 64, 16, 4, 1, "pointers")),
         Row(256, 16, TileConfig(64, 32, 16, 4, 1, "pointers")),
-        *_FP32,
+        _FP32[0],
+        Row(256, 32, TileConfig(16, 16, 16, 4, 1, "pointers")),
     ),
     # Triton's interpreter on the CPU: its time goes by the operation, so tiles are large for the sizes it is used on.
     "interpreter": (
@@ -133,20 +134,20 @@ class ScoreConfig(NamedTuple):
     """How the kernel that scores blocks is compiled.
 
     Attributes:
-        head_dim: most channels per head; wider heads would spill, and have their blocks scored by torch.
         groups: of queries per tile.
         columns: means within blocks that a program holds, unless one block has more.
         warps: warps per program.
     """
 
-    head_dim: int
     groups: int
     columns: int
     warps: int
 
 
-# On every architecture.
-SCORES = ScoreConfig(128, 64, 16, 8)
+# By the bits of the dtype, on every architecture.
+SCORES = {16: ScoreConfig(64, 16, 8), 32: ScoreConfig(32, 16, 8)}
+# Wider heads would spill, and have their blocks scored by torch.
+SCORED_HEAD_DIM = 128
 
 # Shared memory that one program may use, in bytes: table of compute capabilities in the CUDA C++ programming guide;
 # local data share in AMD's CDNA3 instruction set architecture.

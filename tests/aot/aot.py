@@ -38,6 +38,7 @@ from sass import MachineCode
 
 from grat_kernels.tile_configs import (
     HOPPER,
+    SCORED_HEAD_DIM,
     SCORES,
     SHARED_MEMORY_LIMIT,
     HopperConfig,
@@ -202,11 +203,14 @@ def _triton_variants(architectures: Iterable[str]) -> Iterator[Variant]:
             yield variant._replace(descriptors=True)
 
 
+def _bits(variant: Variant) -> int:
+    return 32 if variant.dtype == "float32" else 16
+
+
 def _triton_config(variant: Variant) -> TileConfig:
     cuda = variant.architecture.startswith("sm_")
     row = architecture_of(divmod(int(variant.architecture.removeprefix("sm_")), 10)) if cuda else "rocm"
-    bits = 32 if variant.dtype == "float32" else 16
-    return tile_config(row, variant.head_dim, bits, descriptors=variant.descriptors)
+    return tile_config(row, variant.head_dim, _bits(variant), descriptors=variant.descriptors)
 
 
 def _triton_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
@@ -294,7 +298,7 @@ def _gluon_problems(variant: Variant, code: Code) -> list[str]:
 
 
 def _score_variants(architectures: Iterable[str]) -> Iterator[Variant]:
-    head_dims = [head_dim for head_dim in _HEAD_DIMS if head_dim <= SCORES.head_dim]
+    head_dims = [head_dim for head_dim in _HEAD_DIMS if head_dim <= SCORED_HEAD_DIM]
     for architecture, dtype, head_dim in itertools.product(architectures, _DTYPES, head_dims):
         yield Variant(architecture, dtype, head_dim, False, False, far=True, kernel="block-scores", choosing=True)
 
@@ -325,7 +329,11 @@ KERNELS = {
         _gluon_problems,
     ),
     "block-scores": Kernel(
-        _score_variants, lambda variant: SCORES, _score_launch, lambda code: code.loops, lambda variant, code: []
+        _score_variants,
+        lambda variant: SCORES[_bits(variant)],
+        _score_launch,
+        lambda code: code.loops,
+        lambda variant, code: [],
     ),
 }
 
