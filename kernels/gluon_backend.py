@@ -1,4 +1,4 @@
-"""The Gluon backend: what it needs, and the launch of the span kernel for Hopper."""
+"""The Gluon backend: what it needs, and the launch of the span kernel for Hopper and Blackwell."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from grat_kernels.launching import (
     descriptor,
     device_tiles,
     fits_descriptor,
-    hopper_obstacle,
     on_device,
     tokens_obstacle,
+    triton_obstacle,
 )
 from grat_kernels.summaries import summarise
-from grat_kernels.tile_configs import HOPPER, HopperConfig
+from grat_kernels.tile_configs import GLUON, GluonConfig, architecture_of
 from grat_kernels.tile_lists import EMPTY
 
 if TYPE_CHECKING:
     from grat_kernels.plan import HeadPlan, Plan
 
-DESCRIPTION = "span kernel in Gluon, for Hopper (compute capability 9.0)"
+DESCRIPTION = "span kernel in Gluon, for Hopper and Blackwell (compute capabilities 9.0 and 10)"
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # What one cp.async copies, in elements: rows of packed tiles are addressed in these.
@@ -31,8 +31,9 @@ _VECTOR = 8
 # Consumers share the queries of a tile.
 _CONSUMERS = 2
 _WARPS = 4
-# Three warp groups share the 64 K registers of a multiprocessor. The limit also makes their split take effect.
-_REGISTERS = 168
+# With which threads start, of the 64 K of a multiprocessor: three warp groups on Hopper, four on Blackwell. The limit
+# also makes their split take effect.
+_REGISTERS = {"sm_90": 168, "sm_100": 128}
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None) -> str | None:
@@ -46,11 +47,30 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: in
     """
     if dtype not in _DTYPES:
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if head_dim not in HOPPER:
-        return f"it takes head dimensions {', '.join(map(str, HOPPER))}, not {head_dim}"
     if device.type == "cpu":
-        return "it runs on Hopper GPUs, not on cpu"
-    return tokens_obstacle(tokens) or hopper_obstacle(device) or _language_obstacle()
+        return "it runs on Hopper and Blackwell GPUs, not on cpu"
+    return tokens_obstacle(tokens) or triton_obstacle(device) or _gpu_obstacle(device, head_dim) or _language_obstacle()
+
+
+@torch.compiler.assume_constant_result
+def _gpu_obstacle(device: torch.device, head_dim: int) -> str | None:
+    architecture = served_architecture(device)
+    if architecture is None:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        named = "ROCm" if torch.version.hip is not None else f"compute capability {capability}"
+        return f"it needs a Hopper or Blackwell GPU (compute capability 9.0 or 10), {device} has {named}"
+    if head_dim not in GLUON[architecture]:
+        served = ", ".join(map(str, GLUON[architecture]))
+        return f"it takes head dimensions {served} on {architecture}, not {head_dim}"
+    return None
+
+
+def served_architecture(device: torch.device) -> str | None:
+    """The key of `GLUON` for a GPU, or None where the kernel is not for it."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability[0] not in (9, 10):
+        return None
+    return architecture_of(capability)
 
 
 def _language_obstacle() -> str | None:
@@ -75,9 +95,9 @@ def attention(
     scale: float,
     *,
     summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
-    config: HopperConfig | None = None,
+    config: GluonConfig | None = None,
 ) -> torch.Tensor:
-    """Span attention by the Hopper kernel.
+    """Span attention by the Gluon kernel.
 
     Args:
         query: `[B, N, H, D]`, image tokens in the plan's order. A tensor that the tensor memory accelerator cannot
@@ -104,6 +124,8 @@ def attention(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if plan.summaries.rows and summaries is None:
         summaries = (summarise(key, plan), summarise(value, plan))
+    architecture = served_architecture(query.device)
+    assert architecture is not None
     launch = launch_of(
         query,
         key,
@@ -113,9 +135,10 @@ def attention(
         plan,
         text_valid,
         scale,
-        config or HOPPER[query.shape[3]],
+        architecture,
+        config or GLUON[architecture][query.shape[3]],
     )
-    from grat_kernels.hopper_kernel import span_attention_kernel
+    from grat_kernels.gluon_kernel import span_attention_kernel
 
     with on_device(query.device):
         multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
@@ -133,9 +156,15 @@ def launch_of(
     plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None,
     scale: float,
-    config: HopperConfig,
+    architecture: str,
+    config: GluonConfig,
 ) -> Launch:
     """The launch for these tensors, which may lie on any device: ahead-of-time compilation asks for it too.
+
+    Args:
+        architecture: a key of `GLUON`.
+
+    Others as for `attention`.
 
     Raises:
         ValueError: if the scale is not positive.
@@ -151,7 +180,7 @@ def launch_of(
     packed = len(tiles.packed_rows) > 0
     runs = None
     if text_valid is not None:
-        key_of_runs = ("hopper runs", device, block_m, block_n)
+        key_of_runs = ("runs", device, block_m, block_n)
         runs = plan.cached(key_of_runs, lambda: _runs_of(tiles.packed_rows, tokens))
     items = tiles.count * batch * heads
     sources = (
@@ -195,7 +224,8 @@ def launch_of(
         "KEY_STAGES": config.stages,
         "VALUE_STAGES": config.value_stages,
         "num_warps": _WARPS,
-        "maxnreg": _REGISTERS,
+        "maxnreg": _REGISTERS[architecture],
+        "TENSOR_MEMORY": architecture == "sm_100",
     }
     return Launch(items, arguments, options)
 

@@ -1,4 +1,10 @@
-"""The consumers of the Hopper kernel, in Gluon: matrix products, softmax and output. Device code only."""
+"""The consumers of the Gluon kernel on Hopper: matrix products, softmax and output. Device code only.
+
+The scores of tile i + 1 and the weighted values of tile i are multiplied at the same time, the softmax between them
+runs under the matrix products, and the two consumers take turns in starting their products, so that one computes its
+softmax while the other multiplies (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2). So it goes on from the
+last tile of an item to the first one of the next.
+"""
 
 # What is `constexpr` to Gluon's compiler is no Python object of that type.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
@@ -10,21 +16,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from grat_kernels.hopper_work import CONSUMER_WARPS, CONSUMERS, read_work
-
-# Where the running maximum starts. Finite, so that a tile whose keys are all masked gives exp2(-inf) = 0 and never
-# exp2(-inf - -inf) = NaN; the lowest float32, so that no finite score lies below it.
-LOWEST = gl.constexpr(-3.4028234663852886e38)
-
-# The maximum in use may lag behind that of the scores by so many powers of two, so that it seldom changes and the
-# output seldom has to be rescaled (FlashAttention-4). Output and total are relative to the same maximum, whichever it
-# is, and their quotient is exact. A weight is at most 2^8, for which float16 (to 2^16) and bfloat16 have the same
-# relative precision as for 1; the total over 2^31 keys at most 2^39, and the output, of float16's values, 2^55: both
-# far below float32's 2^128, which only bfloat16's largest values reach, and now 2^8 sooner. The total is about 1 at
-# least, as the tile that set the maximum holds a weight of 1.
-MOST_RISE = gl.constexpr(8.0)
-# Below any total but that of no key, which is 0.
-LEAST_TOTAL = gl.constexpr(0.5)
+from grat_kernels.gluon_softmax import LOWEST, bias_of, raised
+from grat_kernels.gluon_work import CONSUMER_WARPS, CONSUMERS, read_work, store_queries
 
 # A negative total is impossible, so this stores nothing. But the assembler cannot know, and may not move a wait for
 # the matrix products across it: without it, ptxas hoists the wait above the softmax, and the overlap is lost.
@@ -52,46 +45,17 @@ RESCALE_OPERANDS = gl.constexpr(",".join(["=f"] * _PACK + [str(element) for elem
 
 
 @gluon.jit
-def _bias_of(index, tile, full_summary_end, padding, biases, lists, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """What is added to the scores of a tile that is no full tile of tokens, `[BLOCK_N]`: 0 for tokens, -inf for slots
-    that hold nothing."""
-    summary_bias, packed_bias = biases
-    _key_tiles, packed_rows, text_valid = lists
-    columns = gl.arange(0, BLOCK_N, LAYOUT)
-    if packed_rows is None:
-        tile_bias = summary_bias + tile
-    else:
-        tile_bias = packed_bias + tile * BLOCK_N
-        # The outer condition is the compiler's, which tells it from that of the device only apart.
-        if summary_bias is not None:  # noqa: SIM102
-            if index < full_summary_end:
-                tile_bias = summary_bias + tile
-    bias = gl.load(tile_bias + columns)
-    if text_valid is not None:  # noqa: SIM102
-        if index >= full_summary_end:
-            rows = gl.load(packed_rows + tile * BLOCK_N + columns)
-            padding_start, padding_stop = padding
-            bias = gl.where((rows >= padding_start) & (rows < padding_stop), float("-inf"), bias)
-    return bias
-
-
-@gluon.jit
-def _first_bias(bounds, padding, biases, lists, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """The same for the first tile of an item, whatever it holds."""
-    begin, full_end, full_summary_end, _end = bounds
+def _first_bias(bounds, columns, padding, biases, lists, BLOCK_N: gl.constexpr):
+    """What is added to the scores of an item's first tile, whatever it holds."""
     key_tiles, _packed_rows, _text_valid = lists
-    bias = gl.zeros([BLOCK_N], gl.float32, LAYOUT)
-    if begin >= full_end:
-        tile = gl.load(key_tiles + begin)
-        bias = _bias_of(begin, tile, full_summary_end, padding, biases, lists, BLOCK_N, LAYOUT)
-    return bias
+    begin, _full_end, _full_summary_end, _end = bounds
+    return bias_of(begin, gl.load(key_tiles + begin), columns, bounds, padding, biases, lists, BLOCK_N)
 
 
 @gluon.jit
 def _softmax(scores, scale, total, highest):
     """One step of the online softmax in base 2, exp2 being one instruction; `scale` holds log2(e)."""
-    risen = gl.maximum(highest, gl.max(scores, 1) * scale)
-    highest_now = gl.where(risen - highest > MOST_RISE, risen, highest)
+    highest_now = raised(highest, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - highest_now[:, None])
     decay = gl.exp2(highest - highest_now)
     total = total * decay + gl.sum(weights, 1)
@@ -184,10 +148,10 @@ def consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
-    ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
     COLUMNS: gl.constexpr = gl.BlockedLayout([1], [32], [CONSUMER_WARPS], [0])
     BIASED: gl.constexpr = summary_bias is not None or packed_rows is not None
 
+    columns = gl.arange(0, BLOCK_N, COLUMNS)
     lowest = gl.full([HALF], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     zero = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES))
     nothing = gl.zeros([HALF, BLOCK_N], gl.float32, SCORES)
@@ -197,7 +161,7 @@ def consume(
     step = 0
     taken = 0
     mbarrier.wait(query_full.index(0), 0)
-    queries_of_item, bounds, padding_start = read_work(work_slots, 0)
+    queries_of_item, bounds, padding_start = read_work(work_slots, 0, CONSUMER_WARPS)
     more = queries_of_item[1] > 0
     if more:
         # The very first tile has no weighted values to go with.
@@ -207,16 +171,16 @@ def consume(
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         mbarrier.arrive(key_empty.index(0), count=1)
         if BIASED:
-            bias = _first_bias(bounds, (padding_start, text_stop), biases, lists, BLOCK_N, COLUMNS)
+            bias = _first_bias(bounds, columns, (padding_start, text_stop), biases, lists, BLOCK_N)
             scores = scores + gl.convert_layout(bias, gl.SliceLayout(0, SCORES))[None, :]
         weights, _decay, total, highest = _softmax(scores, scale, total, highest)
         weights = gl.convert_layout(weights.to(ELEMENT), WEIGHTS)
 
     while more:
         query_slot = taken % QUERY_STAGES
-        _queries_of_item, bounds, padding_start = read_work(work_slots, query_slot)
+        _queries_of_item, bounds, padding_start = read_work(work_slots, query_slot, CONSUMER_WARPS)
         padding = (padding_start, text_stop)
-        begin, full_end, full_summary_end, end = bounds
+        begin, full_end, _full_summary_end, end = bounds
         queries = query_slots.index(query_slot * CONSUMERS + WHICH)
         accumulator = gl.zeros([HALF, HEAD_DIM], gl.float32, OUTPUT)
         # Full tiles of tokens: the bulk of the work, with neither mask nor bias.
@@ -231,26 +195,25 @@ def consume(
             for index in range(first_biased, end):
                 tile = next_tile
                 next_tile = gl.load(key_tiles + index + 1)
-                bias = _bias_of(index, tile, full_summary_end, padding, biases, lists, BLOCK_N, COLUMNS)
+                bias = bias_of(index, tile, columns, bounds, padding, biases, lists, BLOCK_N)
                 weights, accumulator, total, highest = _advance(
                     queries, weights, accumulator, total, highest, bias, scale, rings, turns, step, WHICH
                 )
                 step += 1
 
         # Read again: over the loops above, registers are few. Then this slot is not read any more.
-        queries_of_item, _bounds, _padding_start = read_work(work_slots, query_slot)
-        first_query, query_count, head = queries_of_item
+        queries_of_item, _bounds, _padding_start = read_work(work_slots, query_slot, CONSUMER_WARPS)
         mbarrier.arrive(query_empty.index(query_slot), count=1)
         taken += 1
         query_slot = taken % QUERY_STAGES
         mbarrier.wait(query_full.index(query_slot), (taken // QUERY_STAGES) & 1)
-        queries_of_next, bounds, padding_start = read_work(work_slots, query_slot)
+        queries_of_next, bounds, padding_start = read_work(work_slots, query_slot, CONSUMER_WARPS)
         more = queries_of_next[1] > 0
         item_total = total
         if more:
             bias = None
             if BIASED:
-                bias = _first_bias(bounds, (padding_start, text_stop), biases, lists, BLOCK_N, COLUMNS)
+                bias = _first_bias(bounds, columns, (padding_start, text_stop), biases, lists, BLOCK_N)
             queries = query_slots.index(query_slot * CONSUMERS + WHICH)
             weights, accumulator, _decay, total, highest = _overlap(
                 queries, weights, accumulator, zero, lowest, bias, scale, rings, turns, step, WHICH
@@ -263,13 +226,4 @@ def consume(
             mbarrier.arrive(value_empty.index(slot), count=1)
         step += 1
 
-        # Stored by masked pointers: a whole block would overwrite the queries of the next tile.
-        # A query of which all keys are padded text has summed up nothing, and gets zeros.
-        divisor = gl.convert_layout(gl.maximum(item_total, LEAST_TOTAL), ROWS)
-        result = accumulator * (1.0 / divisor)[:, None]
-        rows = WHICH * HALF + gl.arange(0, HALF, ROWS)
-        channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, OUTPUT))
-        output_rows = gl.cast(first_query, gl.int64) + rows
-        pointers = output + head * HEAD_DIM + (output_rows * (heads * HEAD_DIM))[:, None] + channels[None, :]
-        stored = (rows < query_count)[:, None] & (channels >= 0)[None, :]
-        gl.store(pointers, result.to(ELEMENT), mask=stored)
+        store_queries(output, queries_of_item, heads, accumulator, item_total, WHICH)

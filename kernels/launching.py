@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 LOG2_E = 1.4426950408889634
 # Smallest inner dimension of a matrix product in Triton.
 _MIN_PADDED_DIM = 16
-_HOPPER = (9, 0)
 
 
 class Launch(NamedTuple):
@@ -97,19 +96,6 @@ def triton_obstacle(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < (8, 0):
         return f"it needs compute capability 8.0 or newer, {device} has {capability[0]}.{capability[1]}"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def hopper_obstacle(device: torch.device) -> str | None:
-    """The same for kernels that only Hopper GPUs run."""
-    reason = triton_obstacle(device)
-    if reason is not None or device.type == "cpu":
-        return reason
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is not None or capability != _HOPPER:
-        named = "ROCm" if torch.version.hip is not None else f"compute capability {capability[0]}.{capability[1]}"
-        return f"it needs a Hopper GPU (compute capability 9.0), {device} has {named}"
     return None
 
 

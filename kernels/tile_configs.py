@@ -38,10 +38,10 @@ class Row(NamedTuple):
 
 
 # fp32 keeps exact products (no TF32) on the ordinary arithmetic units and serves tests and small checks: these tiles
-# fit every architecture of NVIDIA.
+# fit every architecture.
 _FP32 = (
     Row(64, 32, TileConfig(32, 32, 32, 4, 1, "pointers")),
-    Row(256, 32, TileConfig(32, 16, 16, 8, 1, "pointers")),
+    Row(256, 32, TileConfig(16, 16, 16, 4, 1, "pointers")),
 )
 
 # Rows in order of preference.
@@ -93,8 +93,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, 16, TileConfig(128, 64, 32, 4, 1, "pointers")),
         Row(128, 16, TileConfig(128, 64, 16, 4, 1, "pointers")),
         Row(256, 16, TileConfig(64, 32, 16, 4, 1, "pointers")),
-        _FP32[0],
-        Row(256, 32, TileConfig(16, 16, 16, 4, 1, "pointers")),
+        *_FP32,
     ),
     # Triton's interpreter on the CPU: its time goes by the operation, so tiles are large for the sizes it is used on.
     "interpreter": (
@@ -104,8 +103,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
 }
 
 
-class HopperConfig(NamedTuple):
-    """How a Hopper kernel is compiled for one head dimension.
+class GluonConfig(NamedTuple):
+    """How the Gluon kernel is compiled for one head dimension.
 
     Attributes:
         block_m: queries per tile, for both consumers.
@@ -122,11 +121,18 @@ class HopperConfig(NamedTuple):
     query_stages: int = 2
 
 
-# The Gluon kernel, by head dimension: as many stages as fit into shared memory, and no more than four.
-HOPPER = {
-    64: HopperConfig(128, 128, 4, value_stages=4),
-    128: HopperConfig(128, 128, 3),
-    256: HopperConfig(128, 64, 2, query_stages=1),
+# The Gluon kernel, by architecture and head dimension: as many stages as fit into shared memory, and no more than four.
+# Products of Blackwell are of 128 queries, and those of two consumers fill its tensor memory at head dimension 128.
+GLUON: dict[str, dict[int, GluonConfig]] = {
+    "sm_90": {
+        64: GluonConfig(128, 128, 4, value_stages=4),
+        128: GluonConfig(128, 128, 3),
+        256: GluonConfig(128, 64, 2, query_stages=1),
+    },
+    "sm_100": {
+        64: GluonConfig(256, 128, 4, value_stages=4),
+        128: GluonConfig(256, 128, 3, query_stages=1),
+    },
 }
 
 

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -37,11 +37,11 @@ from rope_norm_builds import (
 from sass import MachineCode
 
 from grat_kernels.tile_configs import (
-    HOPPER,
+    GLUON,
     SCORED_HEAD_DIM,
     SCORES,
     SHARED_MEMORY_LIMIT,
-    HopperConfig,
+    GluonConfig,
     ScoreConfig,
     TileConfig,
     architecture_of,
@@ -81,7 +81,7 @@ class Variant(NamedTuple):
     choosing: bool = False  # whether groups choose by content what they attend
 
     @property
-    def config(self) -> TileConfig | HopperConfig | ScoreConfig:
+    def config(self) -> TileConfig | GluonConfig | ScoreConfig:
         """The table's tiles, in this variant's form."""
         return KERNELS[self.kernel].config(self)
 
@@ -122,7 +122,7 @@ class Kernel(NamedTuple):
     """
 
     variants: Callable[[Iterable[str]], Iterator[Variant]]
-    config: Callable[[Variant], TileConfig | HopperConfig | ScoreConfig]
+    config: Callable[[Variant], TileConfig | GluonConfig | ScoreConfig]
     launch: Callable[[Variant], tuple[Any, tuple[Any, ...], dict[str, int]]]
     tile_loops: Callable[[MachineCode], tuple[tuple[int, ...], ...]]
     problems: Callable[[Variant, Code], list[str]]
@@ -245,9 +245,9 @@ def _triton_problems(variant: Variant, code: Code) -> list[str]:
 
 
 def _gluon_variants(architectures: Iterable[str]) -> Iterator[Variant]:
-    if "sm_90" in architectures:
-        for dtype, head_dim in itertools.product(("bfloat16", "float16"), HOPPER):
-            variant = Variant("sm_90", dtype, head_dim, True, False, False, "gluon")
+    for architecture in architectures:
+        for dtype, head_dim in itertools.product(("bfloat16", "float16"), GLUON.get(architecture, ())):
+            variant = Variant(architecture, dtype, head_dim, True, False, False, "gluon")
             # Padded text and far fields leave tiles to pack by themselves.
             yield from (variant, variant._replace(ragged=True))
             yield from (variant._replace(text_valid=text_valid, far=True) for text_valid in (False, True))
@@ -256,41 +256,58 @@ def _gluon_variants(architectures: Iterable[str]) -> Iterator[Variant]:
 
 def _gluon_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
     from grat_kernels.gluon_backend import launch_of
-    from grat_kernels.hopper_kernel import span_attention_kernel
+    from grat_kernels.gluon_kernel import span_attention_kernel
 
-    launch = launch_of(*_inputs(variant))
+    *inputs, config = _inputs(variant)
+    launch = launch_of(*inputs, variant.architecture, config)
     return span_attention_kernel, launch.arguments, launch.options
 
 
 def _gluon_tile_loops(code: MachineCode) -> tuple[tuple[int, ...], ...]:
-    """Within the loop over work items, those of the consumers and of the producer."""
-    return tuple(loop for opcode in ("HGMMA", "UTMALDG", "LDGSTS") for loop in code.innermost_with(opcode))
+    """Within the loop over work items, those of all roles."""
+    opcodes = ("HGMMA", "UTC*MMA", "MUFU.EX2", "UTMALDG", "LDGSTS")
+    return tuple(loop for opcode in opcodes for loop in code.innermost_with(opcode))
 
 
 def _gluon_problems(variant: Variant, code: Code) -> list[str]:
     machine = code.machine
     assert machine is not None
-    problems = []
-    loops = machine.innermost_with("HGMMA")
-    # Each consumer has one loop for full tiles of tokens and one for what has biases.
     packed = variant.far or variant.text_valid or variant.ragged
+    softmaxes = machine.innermost_with("MUFU.EX2")
+    problems = []
+    # Each consumer has one loop for full tiles of tokens and one for what has biases.
     expected_loops = 4 if packed else 2
-    if len(loops) != expected_loops:
-        problems.append(f"{len(loops)} loops on tensor cores instead of {expected_loops}")
-    if not all(machine.hides_softmax(loop) for loop in loops):
-        problems.append("a softmax outside of the matrix products")
-    if not all(machine.tests_all_factors(loop) for loop in loops):
-        problems.append("an output that is rescaled by what was not looked at")
-    # From item to item the consumers go on without a gap.
-    items = {outer for loop in loops for outer in machine.around(loop)}
-    if len(items) != 2 or not all(machine.hides_softmax(loop) for loop in items):
-        problems.append("the first softmax of an item outside of the matrix products")
-    if not all(machine.arrives_as_one(loop) for loop in (*loops, *machine.innermost_with("LDGSTS"))):
+    if len(softmaxes) != expected_loops:
+        problems.append(f"{len(softmaxes)} loops with a softmax instead of {expected_loops}")
+    if not all(machine.arrives_as_one(loop) for loop in (*softmaxes, *machine.innermost_with("LDGSTS"))):
         problems.append("a thread arrives before its warps have met")
     if not code.opcodes["UTMALDG"]:
         problems.append("no UTMALDG")
     if packed and not code.opcodes["LDGSTS"]:
         problems.append("no LDGSTS")
+    return problems + (_hopper_problems if variant.architecture == "sm_90" else _blackwell_problems)(machine, softmaxes)
+
+
+def _hopper_problems(machine: MachineCode, softmaxes: Sequence[tuple[int, ...]]) -> list[str]:
+    problems = []
+    if not all(machine.hides_softmax(loop) for loop in softmaxes):
+        problems.append("a softmax outside of the matrix products")
+    if not all(machine.tests_all_factors(loop) for loop in softmaxes):
+        problems.append("an output that is rescaled by what was not looked at")
+    # From item to item the consumers go on without a gap.
+    items = {outer for loop in softmaxes for outer in machine.around(loop)}
+    if len(items) != 2 or not all(machine.hides_softmax(loop) for loop in items):
+        problems.append("the first softmax of an item outside of the matrix products")
+    return problems
+
+
+def _blackwell_problems(machine: MachineCode, softmaxes: Sequence[tuple[int, ...]]) -> list[str]:
+    problems = []
+    products = machine.innermost_with("UTC*MMA")
+    if len(products) != 1:
+        problems.append(f"{len(products)} loops on tensor cores instead of 1")
+    if not all(machine.feeds_tensor_cores(loop) for loop in softmaxes):
+        problems.append("weights that follow anything but their scores")
     return problems
 
 
@@ -323,7 +340,7 @@ KERNELS = {
     "triton": Kernel(_triton_variants, _triton_config, _triton_launch, lambda code: code.loops, _triton_problems),
     "gluon": Kernel(
         _gluon_variants,
-        lambda variant: HOPPER[variant.head_dim],
+        lambda variant: GLUON[variant.architecture][variant.head_dim],
         _gluon_launch,
         _gluon_tile_loops,
         _gluon_problems,
@@ -345,7 +362,7 @@ def _row(build: Build) -> str:
             config.form,
             f"{config.block_m}x{config.block_n}/{config.block_tail} w{config.warps} s{config.stages}",
         )
-    elif isinstance(config, HopperConfig):
+    elif isinstance(config, GluonConfig):
         form, tiles = variant.kernel, f"{config.block_m}x{config.block_n} s{config.stages}"
     else:
         form, tiles = "scores", f"{config.groups}x{config.columns} w{config.warps}"

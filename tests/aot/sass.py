@@ -13,6 +13,7 @@ from dataclasses import dataclass
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<text>.+?)\s*;")
 _BRANCH = re.compile(r"\bBRA\b(?P<operands>.*)`\((?P<target>\.L_x_\d+)\)")
+_TABLE = re.compile(r"\bBRX\b.*BRANCH_TARGETS (?P<targets>[^\"]+)\"")
 _END = re.compile(r"\b(EXIT|RET)\b")
 _PREDICATED = re.compile(r"^@|^BRA(\.\S+)? +!?U?P\d")
 _SPILL = re.compile(r"\b(STL|LDL)\b")
@@ -31,6 +32,13 @@ _ARRIVAL_EVENTS = {
     "W": re.compile(r"\bWARPGROUP\.DEPBAR\b"),
     "F": re.compile(r"\bFENCE\.VIEW\.ASYNC\b"),
     "A": re.compile(r"\bSYNCS\.ARRIVE\.TRANS64\.A[1R]T0\b"),
+}
+
+# Reading and writing of tensor memory, and arrivals.
+_TENSOR_MEMORY_EVENTS = {
+    "R": re.compile(r"\bLDTM\b"),
+    "W": re.compile(r"\bSTTM\b"),
+    "A": _ARRIVAL_EVENTS["A"],
 }
 
 
@@ -91,6 +99,11 @@ class MachineCode:
         """
         return not re.search("(^|[^B])A", self._events(loop, _ARRIVAL_EVENTS))
 
+    def feeds_tensor_cores(self, loop: tuple[int, ...]) -> bool:
+        """Whether a loop on Blackwell reads all scores before it writes weights over them, and then perhaps reads and
+        writes the output, before it says that the weights are there."""
+        return bool(re.fullmatch("R+W+(R+W+)?A", self._events(loop, _TENSOR_MEMORY_EVENTS)))
+
     @property
     def spills(self) -> int:
         """Loads and stores of local memory."""
@@ -132,8 +145,12 @@ def parse(listing: str) -> MachineCode:
 
 
 def _find_loops(instructions: Sequence[str], labels: dict[str, int]) -> tuple[tuple[int, ...], ...]:
-    """Natural loops: for each back edge (to a block that dominates its source), the blocks that reach its source."""
-    jumps = [index for index, text in enumerate(instructions) if _BRANCH.search(text) or _END.search(text)]
+    """Natural loops: for each back edge (to a block that dominates its source), the blocks that reach its source.
+
+    Those that begin at the same block are one loop, which has several ways back.
+    """
+    jumping = (_BRANCH, _TABLE, _END)
+    jumps = [index for index, text in enumerate(instructions) if any(jump.search(text) for jump in jumping)]
     starts = sorted({0, *labels.values(), *(index + 1 for index in jumps)} - {len(instructions)})
     stops = [*starts[1:], len(instructions)]
     block_at = {start: block for block, start in enumerate(starts)}
@@ -146,17 +163,21 @@ def _find_loops(instructions: Sequence[str], labels: dict[str, int]) -> tuple[tu
             predecessors[target].append(block)
 
     dominators = _dominators(predecessors)
-    loops = []
+    bodies: dict[int, set[int]] = {}
     for block, targets in enumerate(successors):
         for target in targets:
             if target in dominators[block]:
-                body = _reaching(block, target, predecessors)
-                loops.append(tuple(index for member in sorted(body) for index in range(starts[member], stops[member])))
-    return tuple(loops)
+                bodies.setdefault(target, set()).update(_reaching(block, target, predecessors))
+    return tuple(
+        tuple(index for member in sorted(body) for index in range(starts[member], stops[member]))
+        for body in bodies.values()
+    )
 
 
 def _successors(block: int, last: str, labels: dict[str, int], block_at: dict[int, int], blocks: int) -> list[int]:
     """Blocks that may follow a block that ends with the instruction `last`."""
+    if table := _TABLE.search(last):
+        return [block_at[labels[target]] for target in table["targets"].split(",") if labels[target] in block_at]
     branch = _BRANCH.search(last)
     falls_through = bool(_PREDICATED.match(last)) if branch or _END.search(last) else True
     targets = [block + 1] if falls_through and block + 1 < blocks else []

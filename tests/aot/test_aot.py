@@ -13,7 +13,7 @@ import aot
 import pytest
 import sass
 
-from grat_kernels.tile_configs import HOPPER, SHARED_MEMORY_LIMIT, TABLE, architecture_of
+from grat_kernels.tile_configs import GLUON, SHARED_MEMORY_LIMIT, TABLE, architecture_of
 
 # The head dimension of Flux and HunyuanVideo on every architecture, and the other forms of Hopper.
 COMPILED = [
@@ -31,6 +31,8 @@ COMPILED = [
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="gluon"),
     aot.Variant("sm_90", "bfloat16", 128, descriptors=True, text_valid=True, far=True, kernel="gluon"),
     aot.Variant("sm_90", "float16", 64, descriptors=True, text_valid=False, far=True, kernel="gluon"),
+    aot.Variant("sm_100", "bfloat16", 128, descriptors=True, text_valid=False, far=False, kernel="gluon"),
+    aot.Variant("sm_100", "float16", 64, descriptors=True, text_valid=True, far=True, kernel="gluon"),
     aot.Variant("sm_90", "bfloat16", 128, False, text_valid=False, far=True, kernel="block-scores", choosing=True),
 ]
 
@@ -132,7 +134,7 @@ def test_rope_norm_compiles_as_promised(tmp_path: Path) -> None:
 
 def test_every_row_of_the_table_is_compiled() -> None:
     compiled = {variant.config for variant in aot.variants(SHARED_MEMORY_LIMIT)}
-    assert set(HOPPER.values()) <= compiled
+    assert {config for configs in GLUON.values() for config in configs.values()} <= compiled
     for architecture, rows in TABLE.items():
         if architecture != "interpreter":
             assert {row.config for row in rows} <= compiled
@@ -268,3 +270,35 @@ def test_a_meeting_before_the_fence_is_none() -> None:
     code = sass.parse(OVERLAPPED.format(first="0x1", meet=MEETING).replace("/*0050*/", fence))
     (loop,) = code.innermost_with("HGMMA")
     assert not code.arrives_as_one(loop)
+
+
+# Roles that a table of jumps leads to; the first is a loop with two ways back.
+ROLES = """
+.text.kernel:
+        /*0000*/                   BRX R4 -0x10                                (*"BRANCH_TARGETS .L_x_1,.L_x_3"*);
+.L_x_1:
+        /*0010*/                   LDTM.x32 R4, tmem[UR4] ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+        /*0030*/                   MUFU.EX2 R4, R4 ;
+        /*0040*/                   {first} tmem[UR4], R4 ;
+        /*0050*/                   {then} R4, tmem[UR4] ;
+        /*0060*/              @!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x28160], RZ ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+.L_x_3:
+        /*0090*/                   UTCHMMA gdesc[UR60], gdesc[UR44], tmem[UR71] ;
+        /*00a0*/               @P1 BRA `(.L_x_3) ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "feeds"),
+    [("STTM.x16", "NOP", True), ("STTM.x16", "LDTM.x32", False), ("NOP", "NOP", False)],
+)
+def test_roles_behind_a_table_of_jumps(first: str, then: str, feeds: bool) -> None:
+    code = sass.parse(ROLES.format(first=first, then=then))
+    assert sorted(len(loop) for loop in code.loops) == [2, 7]
+    (softmax,) = code.innermost_with("MUFU.EX2")
+    assert code.loops_with("UTC*MMA") == 1
+    assert code.feeds_tensor_cores(softmax) is feeds

@@ -1,4 +1,4 @@
-"""What the Hopper kernel does beyond the cases of every kernel: other rings, given summaries, many launches.
+"""What the Gluon kernel does beyond the cases of every kernel: other rings, given summaries, many launches.
 
 Needs torch, triton, numpy and pytest, and no downloads: `make gpu`.
 """
@@ -11,29 +11,35 @@ from test_kernels_gpu import PLANS, assert_accurate, random_tensors
 
 from grat_kernels import Block, Grid, Grouping, build_plan, gluon_backend, triton_backend
 from grat_kernels.summaries import summarise
-from grat_kernels.tile_configs import HopperConfig
+from grat_kernels.tile_configs import GLUON, GluonConfig
+
+ARCHITECTURE = gluon_backend.served_architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+HEAD_DIMS = list(GLUON[ARCHITECTURE or "sm_90"])
+OTHERS = {
+    "sm_90": [
+        (64, GluonConfig(128, 128, 2)),
+        (64, GluonConfig(128, 64, 3, value_stages=3, query_stages=1)),
+        (128, GluonConfig(128, 128, 2)),
+    ],
+    "sm_100": [
+        (64, GluonConfig(256, 128, 2)),
+        (64, GluonConfig(256, 64, 3, value_stages=3, query_stages=1)),
+        (128, GluonConfig(256, 128, 2, query_stages=1)),
+    ],
+}
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
+    pytest.mark.skipif(ARCHITECTURE is None, reason="needs a Hopper or Blackwell GPU"),
 ]
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
 @DTYPES
-@pytest.mark.parametrize(
-    ("head_dim", "config"),
-    [
-        (64, HopperConfig(128, 128, 2)),
-        (64, HopperConfig(128, 64, 3, value_stages=3, query_stages=1)),
-        (128, HopperConfig(128, 128, 2)),
-    ],
-)
+@pytest.mark.parametrize(("head_dim", "config"), OTHERS[ARCHITECTURE or "sm_90"])
 @pytest.mark.parametrize("name", ["block", "far pyramid", "text and one token"])
-def test_other_tiles_and_rings(name: str, head_dim: int, config: HopperConfig, dtype: torch.dtype) -> None:
+def test_other_tiles_and_rings(name: str, head_dim: int, config: GluonConfig, dtype: torch.dtype) -> None:
     plan = PLANS[name]
     query, key, value = random_tensors(plan, 2, 3, head_dim, dtype)
     for text_valid in (None, torch.tensor([1, plan.text_len], device="cuda")):
@@ -42,7 +48,7 @@ def test_other_tiles_and_rings(name: str, head_dim: int, config: HopperConfig, d
 
 
 @DTYPES
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_large_scores_rescale_the_output(head_dim: int, dtype: torch.dtype) -> None:
     """Of small ones, the maximum never rises by as much as it may lag behind."""
     plan = PLANS["block"]

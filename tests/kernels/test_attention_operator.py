@@ -197,7 +197,9 @@ def test_auto_takes_the_fastest_kernel_of_a_gpu_and_says_why_not_the_first(monke
     )
     backend, reason = choice((8, 0))
     assert backend is Backend.TRITON
-    assert "it needs a Hopper GPU (compute capability 9.0), cuda:0 has compute capability 8.0" in reason
+    assert (
+        "it needs a Hopper or Blackwell GPU (compute capability 9.0 or 10), cuda:0 has compute capability 8.0" in reason
+    )
     with monkeypatch.context() as without_gluon:
         without_gluon.setattr(gluon_backend, "obstacle", lambda *_: "no Gluon")
         assert choice((9, 0)) == (

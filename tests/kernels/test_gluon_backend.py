@@ -1,4 +1,4 @@
-"""The Hopper kernel's own source against the definition, in a simulator of what the hardware does at the same time."""
+"""The Gluon kernel's own source against the definition, in a simulator of what the hardware does at the same time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import Problem, error_bound, problems
-from hopper_faults import FAULTS
-from hopper_simulator import SOURCES, ProtocolError, Simulation
+from gluon_faults import FAULTS
+from gluon_simulator import SOURCES, ProtocolError, Simulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,13 +32,13 @@ from grat_kernels import (
     span_attention,
 )
 from grat_kernels.summaries import summarise
-from grat_kernels.tile_configs import HopperConfig
+from grat_kernels.tile_configs import GluonConfig
 
 # Tiles so small that small grids have full and packed tiles of tokens and of summaries, in rings of all depths.
-TWO_STAGES = HopperConfig(16, 8, 2)
-THREE_STAGES = HopperConfig(16, 16, 3)
-ONE_QUERY_STAGE = HopperConfig(16, 8, 2, query_stages=1)
-FOUR_STAGES = HopperConfig(16, 16, 4, value_stages=4)
+TWO_STAGES = GluonConfig(16, 8, 2)
+THREE_STAGES = GluonConfig(16, 16, 3)
+ONE_QUERY_STAGE = GluonConfig(16, 8, 2, query_stages=1)
+FOUR_STAGES = GluonConfig(16, 16, 4, value_stages=4)
 CONFIGS = {
     "two stages": TWO_STAGES,
     "three stages": THREE_STAGES,
@@ -59,6 +59,7 @@ PLANS = {
     "one token": build_plan(Grouping(Grid((1,)), (4,)), Full()),
     "text and one token": build_plan(Grouping(Grid((1, 1)), (2, 2)), Block(0), 3, text_first=False),
 }
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
 # The second class has more query tiles, and the far field alone.
 BY_HEAD = build_head_plan(
     (
@@ -85,8 +86,9 @@ def check(
     value: torch.Tensor,
     plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None = None,
-    config: HopperConfig = TWO_STAGES,
+    config: GluonConfig = TWO_STAGES,
     seed: int = 0,
+    architecture: str = "sm_90",
     sources: dict[str, str] | None = None,
 ) -> None:
     """Every element is written once and as exact as fp32 arithmetic makes it, whatever lies in padded text."""
@@ -104,7 +106,7 @@ def check(
         summary_key, summary_value = exact_key.half(), exact_value.half()
         contents = {summary_key: exact_key, summary_value: exact_value}
     launch = gluon_backend.launch_of(
-        query, key, value, output, summary_key, summary_value, plan, text_valid, scale, config
+        query, key, value, output, summary_key, summary_value, plan, text_valid, scale, architecture, config
     )
     simulation = Simulation(seed, programs=1 + seed % 2, sources=sources)
     simulation.run(launch, contents)
@@ -116,40 +118,47 @@ def check(
     assert (torch.from_numpy(result) - expected).abs().max() <= bound
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", PLANS)
-def test_equals_the_definition(name: str, config: HopperConfig) -> None:
+def test_equals_the_definition(name: str, config: GluonConfig, architecture: str) -> None:
     plan = PLANS[name]
     for seed in range(2):
-        check(*tensors_for(plan, 1 + seed % 2, 3, 8), plan, config=config, seed=seed)
+        check(*tensors_for(plan, 1 + seed % 2, 3, 8), plan, config=config, seed=seed, architecture=architecture)
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize("name", ["block", "lines", "far field", "far pyramid", "text and one token"])
-def test_padded_text_is_masked_in_each_sample(name: str) -> None:
+def test_padded_text_is_masked_in_each_sample(name: str, architecture: str) -> None:
     plan = PLANS[name]
     for seed, valid in enumerate((0, plan.text_len - 2)):
-        check(*tensors_for(plan, 2, 2, 8), plan, torch.tensor([valid, plan.text_len]), seed=seed)
+        text_valid = torch.tensor([valid, plan.text_len])
+        check(*tensors_for(plan, 2, 2, 8), plan, text_valid, seed=seed, architecture=architecture)
 
 
-def test_queries_without_any_key_get_zeros() -> None:
+@ARCHITECTURES
+def test_queries_without_any_key_get_zeros(architecture: str) -> None:
     """Those of single groups, which have no far field, and no text that is valid."""
     plan = build_plan(Grouping(Grid((4, 4)), (4, 4)), Far([(0, (2, 2))]), 5)
     for seed, valid in enumerate((0, 3)):
-        check(*tensors_for(plan, 2, 2, 8), plan, torch.tensor([valid, 5]), seed=seed)
+        text_valid = torch.tensor([valid, 5])
+        check(*tensors_for(plan, 2, 2, 8), plan, text_valid, seed=seed, architecture=architecture)
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize("amplitude", [4, 64, 1024])
-def test_large_scores_rescale_the_output(amplitude: int) -> None:
+def test_large_scores_rescale_the_output(amplitude: int, architecture: str) -> None:
     """Of small ones, the maximum never rises enough."""
     plan = PLANS["far field"]
     query, key, value = tensors_for(plan, 2, 3, 8)
-    check(amplitude * query, key, value, plan, seed=amplitude)
+    check(amplitude * query, key, value, plan, seed=amplitude, architecture=architecture)
 
 
-def test_heads_of_several_classes() -> None:
+@ARCHITECTURES
+def test_heads_of_several_classes(architecture: str) -> None:
     for seed in range(4):
         text_valid = torch.tensor([4, 9]) if seed % 2 else None
-        check(*tensors_for(BY_HEAD, 2, 3, 8), BY_HEAD, text_valid, seed=seed)
+        check(*tensors_for(BY_HEAD, 2, 3, 8), BY_HEAD, text_valid, seed=seed, architecture=architecture)
 
 
 def test_parts_of_a_fused_projection_are_read_in_place() -> None:
@@ -159,18 +168,20 @@ def test_parts_of_a_fused_projection_are_read_in_place() -> None:
     check(query, key, value, plan, torch.tensor([13, 7]))
 
 
+@ARCHITECTURES
 @settings(max_examples=30)
-@given(problems(max_tokens=90), st.sampled_from(list(CONFIGS.values())), st.integers(0, 10**6))
-def test_random_problems_and_orders(problem: Problem, config: HopperConfig, seed: int) -> None:
+@given(problem=problems(max_tokens=90), config=st.sampled_from(list(CONFIGS.values())), seed=st.integers(0, 10**6))
+def test_random_problems_and_orders(problem: Problem, config: GluonConfig, seed: int, architecture: str) -> None:
     query, key, value, text_valid = problem.tensors(torch.float16)
-    check(query, key, value, problem.plan, text_valid, config, seed)
+    check(query, key, value, problem.plan, text_valid, config, seed, architecture)
 
 
-def test_programs_share_the_work() -> None:
+@ARCHITECTURES
+def test_programs_share_the_work(architecture: str) -> None:
     plan = PLANS["block"]
     query, key, value = tensors_for(plan, 1, 2, 8)
     output = torch.empty_like(query)
-    launch = gluon_backend.launch_of(query, key, value, output, None, None, plan, None, 0.3, TWO_STAGES)
+    launch = gluon_backend.launch_of(query, key, value, output, None, None, plan, None, 0.3, architecture, TWO_STAGES)
     taken = set()
     for programs in (1, 3, 7):
         simulation = Simulation(5, programs)
@@ -181,10 +192,10 @@ def test_programs_share_the_work() -> None:
     assert len(taken) == 1
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_simulator_sees_a_fault(fault: str) -> None:
+@pytest.mark.parametrize(("architecture", "fault"), [(one, fault) for one in FAULTS for fault in FAULTS[one]])
+def test_the_simulator_sees_a_fault(architecture: str, fault: str) -> None:
     """So that a run without complaint means something."""
-    lines, instead, complaints = FAULTS[fault]
+    lines, instead, complaints = FAULTS[architecture][fault]
     broken = {name: source.replace(lines, instead) for name, source in SOURCES.items()}
     assert broken != SOURCES
     for seed in range(40):
@@ -193,7 +204,7 @@ def test_the_simulator_sees_a_fault(fault: str) -> None:
         try:
             query, key, value = tensors_for(plan, 2, 3, 8)
             config = ONE_QUERY_STAGE if seed % 3 == 1 else TWO_STAGES
-            check(4 * query, key, value, plan, text_valid, config, seed, broken)
+            check(4 * query, key, value, plan, text_valid, config, seed, architecture, broken)
         except ProtocolError as error:
             complaint = str(error)
         except AssertionError as error:
@@ -212,14 +223,28 @@ def test_tiles_of_tokens_one_after_another_are_known() -> None:
     assert gluon_backend._runs_of(torch.tensor(rows, dtype=torch.int32), 12).tolist() == [4, -1, 8, -1, -1, -1]
 
 
-def test_what_it_cannot_run_is_said() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert "not on cpu" in (gluon_backend.obstacle(cpu, torch.bfloat16, 128, None) or "")
-    assert "not float32" in (gluon_backend.obstacle(cuda, torch.float32, 128, None) or "")
-    assert "64, 128, 256, not 96" in (gluon_backend.obstacle(cuda, torch.float16, 96, None) or "")
-    assert "too many" in (gluon_backend.obstacle(cuda, torch.float16, 64, 2**31) or "")
+def test_what_it_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+
+    def reason(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None = None) -> str:
+        return gluon_backend.obstacle(device, dtype, head_dim, tokens) or ""
+
+    assert "not on cpu" in reason(cpu, torch.bfloat16, 128)
+    assert "not float32" in reason(cuda, torch.float32, 128)
+    assert "too many" in reason(cuda, torch.float16, 64, 2**31)
     if not torch.cuda.is_available():
-        assert "no device cuda" in (gluon_backend.obstacle(cuda, torch.float16, 64, 1) or "")
+        assert "no device cuda" in reason(cuda, torch.float16, 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "hip", None)
+    head_dims = {(9, 0): (64, 128, 256), (10, 0): (64, 128), (10, 3): (64, 128)}
+    for capability, served in head_dims.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert all(not reason(cuda, torch.float16, head_dim) for head_dim in served)
+        assert f"{', '.join(map(str, served))} on sm_" in reason(cuda, torch.float16, 96)
+    for capability in ((8, 0), (8, 9), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert "it needs a Hopper or Blackwell GPU (compute capability 9.0 or 10)" in reason(cuda, torch.float16, 64)
 
 
 def test_triton_may_be_missing_or_speak_another_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,4 +262,4 @@ def test_a_scale_that_is_not_positive_is_refused() -> None:
     plan = PLANS["one token"]
     query, key, value = tensors_for(plan, 1, 1, 64)
     with pytest.raises(ValueError, match="positive scale"):
-        gluon_backend.launch_of(query, key, value, query, None, None, plan, None, 0.0, TWO_STAGES)
+        gluon_backend.launch_of(query, key, value, query, None, None, plan, None, 0.0, "sm_90", TWO_STAGES)

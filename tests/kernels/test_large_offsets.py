@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hopper_simulator import Simulation
+from gluon_simulator import Simulation
 from large_tensors import zeros_on_demand
 
 from grat_kernels import (
@@ -30,7 +30,7 @@ from grat_kernels import (
 )
 from grat_kernels.launching import DeviceTiles
 from grat_kernels.rope_norm_sections import Norms, Outputs, Projections, sections_of
-from grat_kernels.tile_configs import HopperConfig, TileConfig
+from grat_kernels.tile_configs import GluonConfig, TileConfig
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu tests the compiled kernels", allow_module_level=True)
@@ -40,7 +40,7 @@ SCALE = 1 / math.sqrt(HEAD_DIM)
 BLOCK = 32
 POINTERS = TileConfig(BLOCK, BLOCK, BLOCK, 1, 1, "pointers")
 DESCRIPTORS = POINTERS._replace(form="tma")
-HOPPER = HopperConfig(BLOCK, BLOCK, 2)
+GLUON = GluonConfig(BLOCK, BLOCK, 2)
 FAR = Union(Full(), Far([(0, (1, 2))]))
 PLANS = {
     "a million tokens": build_plan(Grouping(Grid((1024, 1024)), (1024, 1024)), FAR, 512),
@@ -192,9 +192,10 @@ def tiles_of(work: Work, summary_bias: torch.Tensor) -> DeviceTiles:
 
 
 def launch_by_tiles(
-    backend: Any, tensors: Tensors, config: Any, monkeypatch: pytest.MonkeyPatch, **choice: torch.Tensor
+    monkeypatch: pytest.MonkeyPatch, backend: Any, tensors: Tensors, *how: Any, **choice: torch.Tensor
 ) -> tuple[Any, Any]:
-    """The launch of a backend for the work of some tensors, and the bias of its keys; a choice as for `launch_of`."""
+    """The launch of a backend for the work of some tensors, and the bias of its keys; what it is compiled for, and a
+    choice, as for `launch_of`."""
     work = tensors.work
     # Different from row to row, so that a wrong row shows.
     summary_bias = (torch.arange(work.plan.summaries.rows) % 7).float()
@@ -212,7 +213,7 @@ def launch_by_tiles(
     (key, summary_key), (value, summary_value) = tensors.keys, tensors.values
     launch = backend.launch_of(
         *(tensors.query, key, value, tensors.output, summary_key, summary_value),
-        *(work.plan, TEXT_VALID, SCALE, config),
+        *(work.plan, TEXT_VALID, SCALE, *how),
         **choice,
     )
     return launch, expected_bias(work, summary_bias, TEXT_VALID)
@@ -228,7 +229,7 @@ def test_the_triton_kernel(size: str, dtype: torch.dtype, config: TileConfig, mo
     from grat_kernels.span_kernel import span_attention_kernel
 
     tensors = Tensors(Work.at_both_ends_of(PLANS[size]), dtype)
-    launch, bias = launch_by_tiles(triton_backend, tensors, config, monkeypatch)
+    launch, bias = launch_by_tiles(monkeypatch, triton_backend, tensors, config)
     assert launch.programs == BATCH * HEADS
     span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
     tensors.assert_attended(tensors.output[:, tensors.work.queries], bias)
@@ -244,15 +245,16 @@ def test_chosen_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = Tensors(work, torch.float16)
     slots = -(-(2**31 // (BATCH * HEADS) + 1) // BLOCK) * BLOCK
     chosen = zeros_on_demand((BATCH, HEADS, slots), torch.int32)
-    launch, bias = launch_by_tiles(triton_backend, tensors, POINTERS, monkeypatch, chosen=chosen)
+    launch, bias = launch_by_tiles(monkeypatch, triton_backend, tensors, POINTERS, chosen=chosen)
     span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
     tensors.assert_attended(tensors.output[:, work.queries], bias)
 
 
 @SIZES
-def test_the_hopper_kernel(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_the_gluon_kernel(size: str, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = Tensors(Work.at_both_ends_of(PLANS[size]), torch.float16)
-    launch, bias = launch_by_tiles(gluon_backend, tensors, HOPPER, monkeypatch)
+    launch, bias = launch_by_tiles(monkeypatch, gluon_backend, tensors, architecture, GLUON)
     assert launch.programs == BATCH * HEADS
     simulation = Simulation(seed=1, programs=1)
     simulation.run(launch)

@@ -1,4 +1,4 @@
-"""The producer of the Hopper kernel, in Gluon: takes work items and loads what they need. Device code only."""
+"""The producer of the Gluon kernel: takes work items and loads what they need. Device code only."""
 
 # What is `constexpr` to Gluon's compiler is no Python object of that type.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from grat_kernels.hopper_work import CONSUMERS, PRODUCER_WARPS, publish_work
+from grat_kernels.gluon_work import CONSUMERS, PRODUCER_WARPS, publish_work
 
 # Triton 3.7 renamed it.
 all_threads_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

@@ -1,4 +1,4 @@
-"""Runs the source of the Hopper kernel on the CPU, against a model of what the hardware does at the same time.
+"""Runs the source of the Gluon kernel on the CPU, against a model of what the hardware does at the same time.
 
 The kernel's own functions are executed, with stand-ins for the Gluon language. Each role of each program is a thread,
 of which one runs at a time, in an order drawn from a seed; copies into shared memory and matrix products happen at
@@ -28,11 +28,12 @@ from large_tensors import zeros_on_demand
 from grat_kernels import gluon_backend
 
 # The kernel's modules, of which the last one holds the kernel itself.
-MODULES = ("hopper_work", "hopper_producer", "hopper_consumer", "hopper_kernel")
+MODULES = ("gluon_softmax", "gluon_work", "gluon_producer", "hopper_consumer", "blackwell_roles", "gluon_kernel")
 SOURCES = {name: Path(gluon_backend.__file__).with_name(f"{name}.py").read_text() for name in MODULES}
 ELEMENT_BYTES = 2
 REGISTER_FILE = 64 * 1024
 THREADS_PER_WARP = 32
+WARPS_PER_GROUP = 4
 # Larger tensors are used in place: they are mostly untouched, and a copy would touch all of them.
 COPIED_BYTES = 2**30
 
@@ -55,6 +56,11 @@ class DataType:
     name: str
     numpy: Any
 
+    @property
+    def element_ty(self) -> DataType:
+        """What a pointer to it points to."""
+        return self
+
 
 INT32, INT64 = DataType("int32", np.int64), DataType("int64", np.int64)
 FLOAT32, ELEMENT, BOOLEAN = DataType("float32", np.float32), DataType("element", np.float32), DataType("int1", np.bool_)
@@ -67,7 +73,7 @@ class Array:
     def __init__(self, data: Any, dtype: DataType) -> None:
         self.data = np.asarray(data, dtype.numpy)
         self.dtype = dtype
-        self.type = SimpleNamespace(layout=None)
+        self.type = SimpleNamespace(layout=SimpleNamespace(parent=None))
         if dtype is INT32 and self.data.size and np.abs(self.data).max() >= 2**31:
             raise ProtocolError("an integer of 32 bits overflows")
 
@@ -279,6 +285,20 @@ class Slot:
         if self.loading:
             raise ProtocolError(f"{self.name} is read while it is being loaded")
 
+    def begin_read(self) -> tuple[Slot, int]:
+        """By a matrix product, which ends it by `finish_read` with the version."""
+        self.check_readable()
+        self.readers += 1
+        return self, self.version
+
+    def finish_read(self, version: int) -> None:
+        self.check_readable()
+        if self.version != version:
+            raise ProtocolError(f"{self.name} was overwritten before a matrix product had read it")
+        if self.unfenced:
+            raise ProtocolError(f"{self.name} was written by threads and is read without a fence")
+        self.readers -= 1
+
 
 @dataclass
 class View:
@@ -330,6 +350,87 @@ class SharedArray:
         if not 0 <= number < len(self.views):
             raise ProtocolError(f"there is no slot {number}")
         return self.views[number]
+
+
+@dataclass
+class TensorSlot:
+    """A piece of tensor memory, which matrix products write and read in the order in which they were started.
+
+    Weights lie where scores did, two in the place of one; each that is written leaves nothing of the other.
+    """
+
+    name: str
+    scores: np.ndarray
+    weights: np.ndarray
+    writers: int = 0
+    readers: int = 0
+
+    def check_free(self) -> None:
+        if self.writers or self.readers:
+            raise ProtocolError(f"{self.name} is used while matrix products are under way in it")
+
+
+@dataclass
+class TensorView:
+    """Some columns of a slot of tensor memory, as one dtype."""
+
+    slot: TensorSlot
+    dtype: DataType
+    columns: slice
+    simulation: Simulation
+
+    @property
+    def content(self) -> np.ndarray:
+        return (self.slot.weights if self.dtype is ELEMENT else self.slot.scores)[:, self.columns]
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.content.shape)
+
+    def _reinterpret(self, dtype: DataType, shape: list[int], layout: Any) -> TensorView:
+        assert shape == self.shape
+        return TensorView(self.slot, dtype, self.columns, self.simulation)
+
+    def slice(self, start: int, length: int) -> TensorView:
+        columns = slice(self.columns.start + start, self.columns.start + start + length)
+        if columns.stop > self.columns.stop:
+            raise ProtocolError(f"columns past the end of {self.slot.name}")
+        return TensorView(self.slot, self.dtype, columns, self.simulation)
+
+    def load(self, layout: Any) -> Array:
+        self.simulation.pause()
+        self.slot.check_free()
+        return Array(self.content.copy(), self.dtype)
+
+    def store(self, value: Array) -> None:
+        self.simulation.pause()
+        self.slot.check_free()
+        if value.dtype is not self.dtype:
+            raise ProtocolError(f"{value.dtype.name} is stored as {self.dtype.name}")
+        self.write(value.data)
+
+    def write(self, data: np.ndarray) -> None:
+        self.content[...] = data
+        start, stop = self.columns.start, self.columns.stop
+        if self.dtype is ELEMENT:
+            self.slot.scores[:, start // 2 : -(-stop // 2)] = np.nan
+        else:
+            self.slot.weights[:, 2 * start : 2 * stop] = np.nan
+
+
+class TensorArray:
+    """Slots of tensor memory in a row."""
+
+    def __init__(self, shape: Sequence[int], dtype: DataType, simulation: Simulation) -> None:
+        self.shape, self.dtype, self.layout = list(shape), dtype, None
+        self.views = []
+        for number in range(shape[0]):
+            scores, weights = (np.full(shape[1:], np.nan, np.float32) for _ in range(2))
+            slot = TensorSlot(f"tensor memory {number} of {'x'.join(map(str, shape))}", scores, weights)
+            self.views.append(TensorView(slot, dtype, slice(0, shape[2]), simulation))
+
+    def index(self, number: Any) -> TensorView:
+        return self.views[operator.index(number)]
 
 
 @dataclass
@@ -399,16 +500,42 @@ class Product:
 
     def finish(self) -> None:
         for slot, version in self.versions:
-            slot.check_readable()
-            if slot.version != version:
-                raise ProtocolError(f"{slot.name} was overwritten before a matrix product had read it")
-            if slot.unfenced:
-                raise ProtocolError(f"{slot.name} was written by threads and is read without a fence")
-            slot.readers -= 1
+            slot.finish_read(version)
         left = self.left.content if isinstance(self.left, View) else self.left.data
         with np.errstate(all="ignore"):
             product = left @ self.right.content
             self.result = Array(product if self.accumulator is None else self.accumulator.data + product, FLOAT32)
+
+
+@dataclass
+class TensorProduct:
+    """A matrix product under way whose result goes to tensor memory."""
+
+    left: View | TensorView
+    right: View
+    target: TensorView
+    use_accumulator: bool
+    versions: list[tuple[Slot, int]]
+
+    def finish(self) -> None:
+        for slot, version in self.versions:
+            slot.finish_read(version)
+        if isinstance(self.left, TensorView):
+            self.left.slot.readers -= 1
+        with np.errstate(all="ignore"):
+            product = self.left.content @ self.right.content
+            self.target.write(self.target.content + product if self.use_accumulator else product)
+        self.target.slot.writers -= 1
+
+
+@dataclass
+class Commit:
+    """Arrives at a barrier once what a role has started before has ended."""
+
+    barrier: Barrier
+
+    def finish(self) -> None:
+        self.barrier.arrive()
 
 
 # Threads -----------------------------------------------------------------------------------------------------------
@@ -444,7 +571,7 @@ class Role:
     waits_for: str = ""
     finished: bool = False
     turn: threading.Lock = field(default_factory=_locked)
-    products: list[Product] = field(default_factory=list)
+    products: list[Product | TensorProduct | Commit] = field(default_factory=list)
     copies: CopyGroup = field(default_factory=lambda: CopyGroup([], []))
     groups: list[CopyGroup] = field(default_factory=list)
     written: list[Slot] = field(default_factory=list)
@@ -529,9 +656,15 @@ class Simulation:
             self.current = role
             try:
                 body()
-                if role.products or role.copies.ends or role.groups:
+                if role.copies.ends or role.groups or any(isinstance(one, Product) for one in role.products):
                     raise ProtocolError(f"{role.name} ends without waiting for what it started")
                 role.finished = True
+                together = [other for other in self.roles if other.program == role.program]
+                if all(other.finished for other in together):
+                    if any(isinstance(one, TensorProduct) for other in together for one in other.products):
+                        raise ProtocolError(f"program {role.program} ends while its matrix products are under way")
+                    for other in together:
+                        other.products.clear()
                 while self.in_flight and all(role.finished for role in self.roles):
                     self._finish_one()
                 following = None if all(role.finished for role in self.roles) else self._choose()
@@ -604,6 +737,13 @@ class Simulation:
             "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=_jit)),
             "triton.experimental.gluon": SimpleNamespace(language=self._language()),
             "triton.experimental.gluon.language.nvidia.ampere": SimpleNamespace(async_copy=self._async_copy()),
+            "triton.experimental.gluon.language.nvidia.blackwell": SimpleNamespace(
+                TensorMemoryLayout=lambda *arguments, **options: "layout",
+                get_tmem_reg_layout=lambda *arguments: "layout",
+                allocate_tensor_memory=lambda dtype, shape, layout: TensorArray(shape, dtype, self),
+                tcgen05_mma=self._multiply_in_tensor_memory,
+                tcgen05_commit=self._commit,
+            ),
             "triton.experimental.gluon.language.nvidia.hopper": SimpleNamespace(
                 fence_async_shared=self._fence,
                 mbarrier=self._mbarrier(),
@@ -621,7 +761,7 @@ class Simulation:
             namespace: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": stand_in}}
             exec(compile(sources[name], f"{name}.py", "exec"), namespace)
             modules[f"grat_kernels.{name}"] = SimpleNamespace(**namespace)
-        return modules["grat_kernels.hopper_kernel"].span_attention_kernel
+        return modules["grat_kernels.gluon_kernel"].span_attention_kernel
 
     def _language(self) -> SimpleNamespace:
         def full(shape: Sequence[int], value: Any, dtype: DataType, layout: Any) -> Array:
@@ -673,6 +813,7 @@ class Simulation:
             store=lambda pointers, value, mask: self.memory.store(pointers, value, mask),
             maximum=lambda left, right: _binary(np.maximum, left, right),
             max=lambda value, axis: Array(value.data.max(axis), value.dtype),
+            min=lambda value, axis: Array(value.data.min(axis), value.dtype),
             sum=lambda value, axis: Array(value.data.sum(axis), value.dtype),
             static_range=range,
             convert_layout=lambda value, layout: value,
@@ -684,9 +825,10 @@ class Simulation:
     def _specialise(self, roles: list[tuple[Any, tuple]], warps: list[int], registers: list[int]) -> None:
         starter = self.current
         assert starter is not None
-        threads = THREADS_PER_WARP * (gluon_backend._WARPS + sum(warps))
-        share = REGISTER_FILE // threads // 8 * 8
-        assert share == gluon_backend._REGISTERS
+        # Warps get registers in groups of four, the idle ones in the last group too.
+        groups = 1 + sum(-(-count // WARPS_PER_GROUP) for count in warps)
+        share = REGISTER_FILE // (groups * WARPS_PER_GROUP * THREADS_PER_WARP) // 8 * 8
+        assert share in gluon_backend._REGISTERS.values()
         left_over = share + sum(share - count for count in registers)
         assert all(count % 8 == 0 and 24 <= count <= 256 for count in (*registers, left_over))
         started = []
@@ -793,15 +935,31 @@ class Simulation:
         role = self.current
         assert role is not None
         assert is_async
-        read = [operand.slot for operand in (left, right) if isinstance(operand, View)]
-        for slot in read:
-            slot.check_readable()
-            slot.readers += 1
+        versions = [operand.slot.begin_read() for operand in (left, right) if isinstance(operand, View)]
         if use_acc and not isinstance(accumulator, Array):
             raise ProtocolError("an accumulator is used before its matrix product has ended")
-        product = Product(left, right, accumulator if use_acc else None, [(slot, slot.version) for slot in read])
+        product = Product(left, right, accumulator if use_acc else None, versions)
         role.products.append(product)
         return product
+
+    def _multiply_in_tensor_memory(
+        self, left: View | TensorView, right: View, target: TensorView, use_acc: Any, mbarriers: list[Barrier]
+    ) -> None:
+        self.pause()
+        role = self.current
+        assert role is not None
+        versions = [operand.slot.begin_read() for operand in (left, right) if isinstance(operand, View)]
+        if isinstance(left, TensorView):
+            left.slot.readers += 1
+        target.slot.writers += 1
+        role.products.append(TensorProduct(left, right, target, bool(use_acc), versions))
+        role.products += [Commit(barrier) for barrier in mbarriers]
+
+    def _commit(self, barrier: Barrier) -> None:
+        self.pause()
+        role = self.current
+        assert role is not None
+        role.products.append(Commit(barrier))
 
     def _wait_for_products(self, num_outstanding: int, deps: tuple[Any, ...]) -> Any:
         self.pause()

@@ -1,15 +1,13 @@
-"""The span attention kernel for Hopper (compute capability 9.0), in Gluon: device code only.
+"""The span attention kernel for Hopper and Blackwell (compute capabilities 9.0 and 10), in Gluon: device code only.
 
 A program stays on its multiprocessor and takes work items, one tile of queries of one head each, from a counter that
-all programs share. Three groups of warps play three roles:
+all programs share. Groups of warps play the roles:
 
-- the *producer* (`hopper_producer`) takes an item, loads its queries and then its tiles of keys and values into rings
+- the *producer* (`gluon_producer`) takes an item, loads its queries and then its tiles of keys and values into rings
   of slots in shared memory: full tiles by the tensor memory accelerator, packed tiles row by row. It runs ahead as far
   as the rings have room, into the next item too;
-- two *consumers* (`hopper_consumer`) compute half of the queries each. The scores of tile i + 1 and the weighted values
-  of tile i are multiplied at the same time, the softmax between them runs under the matrix products, and the two take
-  turns in starting their products, so that one computes its softmax while the other multiplies (FlashAttention-3, arXiv
-  2407.08608, sections 3.1 and 3.2). So it goes on from the last tile of an item to the first one of the next.
+- two *consumers* attend with half of the queries each: on Hopper they multiply matrices themselves
+  (`hopper_consumer`), on Blackwell a role of one warp does so for both (`blackwell_roles`).
 
 Each ring slot has a barrier that says it is full and one that says it is empty. A slot's n-th use, counted from 0,
 waits for the parity n & 1 of its *full* barrier, and its refill for the opposite parity of its *empty* barrier: of a
@@ -24,15 +22,20 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.blackwell import TensorMemoryLayout, allocate_tensor_memory
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from grat_kernels.blackwell_roles import MULTIPLIER_WARPS, attend, multiply
+from grat_kernels.gluon_producer import produce
+from grat_kernels.gluon_work import CONSUMER_WARPS, CONSUMERS, FIELDS
 from grat_kernels.hopper_consumer import consume
-from grat_kernels.hopper_producer import produce
-from grat_kernels.hopper_work import CONSUMER_WARPS, CONSUMERS, FIELDS
 
-# A register file of 64 K serves 3 · 128 threads with 168 registers each; the producer hands most of its own to the
-# consumers and keeps 40. These are what FlashAttention-3 gives to a producer that copies rows itself.
-CONSUMER_REGISTERS = gl.constexpr(232)
+# Of the 64 K registers of a multiprocessor, the consumers get most: on Hopper 3 · 128 threads start with 168 each, and
+# the producer keeps 40, what FlashAttention-3 gives to one that copies rows itself; on Blackwell 4 · 128 threads start
+# with 128 each, the warp that multiplies, with three idle ones, keeps 40, and the producer 56.
+HOPPER_REGISTERS = gl.constexpr(232)
+BLACKWELL_REGISTERS = gl.constexpr(208)
+MULTIPLIER_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit(
@@ -85,6 +88,7 @@ def span_attention_kernel(
     QUERY_STAGES: gl.constexpr,
     KEY_STAGES: gl.constexpr,
     VALUE_STAGES: gl.constexpr,
+    TENSOR_MEMORY: gl.constexpr,  # whether matrix products lie there: on Blackwell, not on Hopper
 ):
     HALF: gl.constexpr = query_blocks.block_shape[0]
     BLOCK_N: gl.constexpr = key_blocks.block_shape[0]
@@ -102,15 +106,15 @@ def span_attention_kernel(
     key_empty = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], BARRIER)
     value_full = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], BARRIER)
     value_empty = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], BARRIER)
-    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    _start_ring(query_full, query_empty)
-    _start_ring(key_full, key_empty)
-    _start_ring(value_full, value_empty)
-    for which in gl.static_range(CONSUMERS):
-        mbarrier.init(turns.index(which), count=1)
-    # The first turn is the first consumer's.
-    mbarrier.arrive(turns.index(0), count=1)
-    fence_async_shared()
+    # Products of the one warp that multiplies are known to have ended by a single arrival.
+    READERS: gl.constexpr = 1 if TENSOR_MEMORY else CONSUMERS
+    _start_barriers(key_full, 1)
+    _start_barriers(key_empty, READERS)
+    _start_barriers(value_full, 1)
+    _start_barriers(value_empty, READERS)
+    # Every reader of a work item says that it is done, the one that multiplies too.
+    _start_barriers(query_full, 1)
+    _start_barriers(query_empty, CONSUMERS + 1 if TENSOR_MEMORY else CONSUMERS)
 
     text = (text_start, text_stop)
     rings = ((key_slots, key_full, key_empty), (value_slots, value_full, value_empty))
@@ -122,21 +126,51 @@ def span_attention_kernel(
     biases = (summary_bias, packed_bias)
     lists = (key_tiles, packed_rows, text_valid)
     sizes = (heads, text_stop)
-    gl.warp_specialize(
-        [
-            (produce, (blocks, sources, producer_lists, producer_sizes, counter, rings, queries_ring)),
-            (consume, (output, biases, lists, sizes, scale, rings, queries_ring, turns, 0)),
-            (consume, (output, biases, lists, sizes, scale, rings, queries_ring, turns, 1)),
-        ],
-        [CONSUMER_WARPS, CONSUMER_WARPS],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
-    )
+    produced = (blocks, sources, producer_lists, producer_sizes, counter, rings, queries_ring)
+    if TENSOR_MEMORY:
+        ROWS: gl.constexpr = TensorMemoryLayout([HALF, BLOCK_N], col_stride=1)
+        scores_memory = allocate_tensor_memory(gl.float32, [CONSUMERS, HALF, BLOCK_N], ROWS)
+        OUTPUT: gl.constexpr = TensorMemoryLayout([HALF, HEAD_DIM], col_stride=1)
+        output_memory = allocate_tensor_memory(gl.float32, [CONSUMERS, HALF, HEAD_DIM], OUTPUT)
+        scores_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+        weights_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+        output_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+        _start_barriers(scores_ready, 1)
+        _start_barriers(weights_ready, 1)
+        _start_barriers(output_ready, 1)
+        fence_async_shared()
+        memory = (scores_memory, output_memory)
+        ready = (scores_ready, weights_ready, output_ready)
+        gl.warp_specialize(
+            [
+                (produce, produced),
+                (attend, (output, biases, lists, sizes, scale, queries_ring, memory, ready, 0)),
+                (attend, (output, biases, lists, sizes, scale, queries_ring, memory, ready, 1)),
+                (multiply, (rings, queries_ring, memory, ready)),
+            ],
+            [CONSUMER_WARPS, CONSUMER_WARPS, MULTIPLIER_WARPS],
+            [BLACKWELL_REGISTERS, BLACKWELL_REGISTERS, MULTIPLIER_REGISTERS],
+        )
+    else:
+        turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+        _start_barriers(turns, 1)
+        # The first turn is the first consumer's.
+        mbarrier.arrive(turns.index(0), count=1)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (produce, produced),
+                (consume, (output, biases, lists, sizes, scale, rings, queries_ring, turns, 0)),
+                (consume, (output, biases, lists, sizes, scale, rings, queries_ring, turns, 1)),
+            ],
+            [CONSUMER_WARPS, CONSUMER_WARPS],
+            [HOPPER_REGISTERS, HOPPER_REGISTERS],
+        )
 
 
 @gluon.jit
-def _start_ring(full, empty):
-    """Initialises the barriers of a ring: one filler, and every consumer as a reader."""
-    STAGES: gl.constexpr = full.shape[0]
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=CONSUMERS)
+def _start_barriers(barriers, ARRIVALS: gl.constexpr):
+    """Initialises barriers, each of whose phases ends after so many arrivals."""
+    COUNT: gl.constexpr = barriers.shape[0]
+    for number in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(number), count=ARRIVALS)
