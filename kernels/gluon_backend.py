@@ -33,7 +33,7 @@ _CONSUMERS = 2
 _WARPS = 4
 # With which threads start, of the 64 K of a multiprocessor: three warp groups on Hopper, four on Blackwell. The limit
 # also makes their split take effect.
-_REGISTERS = {"sm_90": 168, "sm_100": 128}
+_HOPPER_REGISTERS, _BLACKWELL_REGISTERS = 168, 128
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None) -> str | None:
@@ -135,7 +135,6 @@ def attention(
         plan,
         text_valid,
         scale,
-        architecture,
         config or GLUON[architecture][query.shape[3]],
     )
     from grat_kernels.gluon_kernel import span_attention_kernel
@@ -156,15 +155,9 @@ def launch_of(
     plan: Plan | HeadPlan,
     text_valid: torch.Tensor | None,
     scale: float,
-    architecture: str,
     config: GluonConfig,
 ) -> Launch:
     """The launch for these tensors, which may lie on any device: ahead-of-time compilation asks for it too.
-
-    Args:
-        architecture: a key of `GLUON`.
-
-    Others as for `attention`.
 
     Raises:
         ValueError: if the scale is not positive.
@@ -224,8 +217,8 @@ def launch_of(
         "KEY_STAGES": config.stages,
         "VALUE_STAGES": config.value_stages,
         "num_warps": _WARPS,
-        "maxnreg": _REGISTERS[architecture],
-        "TENSOR_MEMORY": architecture == "sm_100",
+        "maxnreg": _BLACKWELL_REGISTERS if config.tensor_memory else _HOPPER_REGISTERS,
+        "TENSOR_MEMORY": config.tensor_memory,
     }
     return Launch(items, arguments, options)
 

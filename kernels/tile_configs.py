@@ -112,6 +112,7 @@ class GluonConfig(NamedTuple):
         stages: tiles of keys in shared memory.
         value_stages: tiles of values.
         query_stages: tiles of queries; with two, those of the next work item are there before they are needed.
+        tensor_memory: whether matrix products lie there: on Blackwell, not on Hopper.
     """
 
     block_m: int
@@ -119,6 +120,7 @@ class GluonConfig(NamedTuple):
     stages: int
     value_stages: int = 2
     query_stages: int = 2
+    tensor_memory: bool = False
 
 
 # The Gluon kernel, by architecture and head dimension: as many stages as fit into shared memory, and no more than four.
@@ -130,8 +132,8 @@ GLUON: dict[str, dict[int, GluonConfig]] = {
         256: GluonConfig(128, 64, 2, query_stages=1),
     },
     "sm_100": {
-        64: GluonConfig(256, 128, 4, value_stages=4),
-        128: GluonConfig(256, 128, 3, query_stages=1),
+        64: GluonConfig(256, 128, 4, value_stages=4, tensor_memory=True),
+        128: GluonConfig(256, 128, 3, query_stages=1, tensor_memory=True),
     },
 }
 

@@ -258,8 +258,7 @@ def _gluon_launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, int
     from grat_kernels.gluon_backend import launch_of
     from grat_kernels.gluon_kernel import span_attention_kernel
 
-    *inputs, config = _inputs(variant)
-    launch = launch_of(*inputs, variant.architecture, config)
+    launch = launch_of(*_inputs(variant))
     return span_attention_kernel, launch.arguments, launch.options
 
 

@@ -22,9 +22,9 @@ OTHERS = {
         (128, GluonConfig(128, 128, 2)),
     ],
     "sm_100": [
-        (64, GluonConfig(256, 128, 2)),
-        (64, GluonConfig(256, 64, 3, value_stages=3, query_stages=1)),
-        (128, GluonConfig(256, 128, 2, query_stages=1)),
+        (64, GluonConfig(256, 128, 2, tensor_memory=True)),
+        (64, GluonConfig(256, 64, 3, value_stages=3, query_stages=1, tensor_memory=True)),
+        (128, GluonConfig(256, 128, 2, query_stages=1, tensor_memory=True)),
     ],
 }
 

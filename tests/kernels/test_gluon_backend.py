@@ -105,8 +105,9 @@ def check(
         exact_key, exact_value = summarise(key.float(), plan), summarise(value.float(), plan)
         summary_key, summary_value = exact_key.half(), exact_value.half()
         contents = {summary_key: exact_key, summary_value: exact_value}
+    config = config._replace(tensor_memory=architecture == "sm_100")
     launch = gluon_backend.launch_of(
-        query, key, value, output, summary_key, summary_value, plan, text_valid, scale, architecture, config
+        query, key, value, output, summary_key, summary_value, plan, text_valid, scale, config
     )
     simulation = Simulation(seed, programs=1 + seed % 2, sources=sources)
     simulation.run(launch, contents)
@@ -181,7 +182,8 @@ def test_programs_share_the_work(architecture: str) -> None:
     plan = PLANS["block"]
     query, key, value = tensors_for(plan, 1, 2, 8)
     output = torch.empty_like(query)
-    launch = gluon_backend.launch_of(query, key, value, output, None, None, plan, None, 0.3, architecture, TWO_STAGES)
+    config = TWO_STAGES._replace(tensor_memory=architecture == "sm_100")
+    launch = gluon_backend.launch_of(query, key, value, output, None, None, plan, None, 0.3, config)
     taken = set()
     for programs in (1, 3, 7):
         simulation = Simulation(5, programs)
@@ -262,4 +264,4 @@ def test_a_scale_that_is_not_positive_is_refused() -> None:
     plan = PLANS["one token"]
     query, key, value = tensors_for(plan, 1, 1, 64)
     with pytest.raises(ValueError, match="positive scale"):
-        gluon_backend.launch_of(query, key, value, query, None, None, plan, None, 0.0, "sm_90", TWO_STAGES)
+        gluon_backend.launch_of(query, key, value, query, None, None, plan, None, 0.0, TWO_STAGES)

@@ -40,7 +40,8 @@ SCALE = 1 / math.sqrt(HEAD_DIM)
 BLOCK = 32
 POINTERS = TileConfig(BLOCK, BLOCK, BLOCK, 1, 1, "pointers")
 DESCRIPTORS = POINTERS._replace(form="tma")
-GLUON = GluonConfig(BLOCK, BLOCK, 2)
+HOPPER = GluonConfig(BLOCK, BLOCK, 2)
+BLACKWELL = HOPPER._replace(tensor_memory=True)
 FAR = Union(Full(), Far([(0, (1, 2))]))
 PLANS = {
     "a million tokens": build_plan(Grouping(Grid((1024, 1024)), (1024, 1024)), FAR, 512),
@@ -192,10 +193,9 @@ def tiles_of(work: Work, summary_bias: torch.Tensor) -> DeviceTiles:
 
 
 def launch_by_tiles(
-    monkeypatch: pytest.MonkeyPatch, backend: Any, tensors: Tensors, *how: Any, **choice: torch.Tensor
+    backend: Any, tensors: Tensors, config: Any, monkeypatch: pytest.MonkeyPatch, **choice: torch.Tensor
 ) -> tuple[Any, Any]:
-    """The launch of a backend for the work of some tensors, and the bias of its keys; what it is compiled for, and a
-    choice, as for `launch_of`."""
+    """The launch of a backend for the work of some tensors, and the bias of its keys; a choice as for `launch_of`."""
     work = tensors.work
     # Different from row to row, so that a wrong row shows.
     summary_bias = (torch.arange(work.plan.summaries.rows) % 7).float()
@@ -213,7 +213,7 @@ def launch_by_tiles(
     (key, summary_key), (value, summary_value) = tensors.keys, tensors.values
     launch = backend.launch_of(
         *(tensors.query, key, value, tensors.output, summary_key, summary_value),
-        *(work.plan, TEXT_VALID, SCALE, *how),
+        *(work.plan, TEXT_VALID, SCALE, config),
         **choice,
     )
     return launch, expected_bias(work, summary_bias, TEXT_VALID)
@@ -229,7 +229,7 @@ def test_the_triton_kernel(size: str, dtype: torch.dtype, config: TileConfig, mo
     from grat_kernels.span_kernel import span_attention_kernel
 
     tensors = Tensors(Work.at_both_ends_of(PLANS[size]), dtype)
-    launch, bias = launch_by_tiles(monkeypatch, triton_backend, tensors, config)
+    launch, bias = launch_by_tiles(triton_backend, tensors, config, monkeypatch)
     assert launch.programs == BATCH * HEADS
     span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
     tensors.assert_attended(tensors.output[:, tensors.work.queries], bias)
@@ -245,16 +245,16 @@ def test_chosen_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = Tensors(work, torch.float16)
     slots = -(-(2**31 // (BATCH * HEADS) + 1) // BLOCK) * BLOCK
     chosen = zeros_on_demand((BATCH, HEADS, slots), torch.int32)
-    launch, bias = launch_by_tiles(monkeypatch, triton_backend, tensors, POINTERS, chosen=chosen)
+    launch, bias = launch_by_tiles(triton_backend, tensors, POINTERS, monkeypatch, chosen=chosen)
     span_attention_kernel[(launch.programs,)](*launch.arguments, **launch.options)
     tensors.assert_attended(tensors.output[:, work.queries], bias)
 
 
 @SIZES
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
-def test_the_gluon_kernel(size: str, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", [HOPPER, BLACKWELL], ids=["hopper", "blackwell"])
+def test_the_gluon_kernel(size: str, config: GluonConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = Tensors(Work.at_both_ends_of(PLANS[size]), torch.float16)
-    launch, bias = launch_by_tiles(monkeypatch, gluon_backend, tensors, architecture, GLUON)
+    launch, bias = launch_by_tiles(gluon_backend, tensors, config, monkeypatch)
     assert launch.programs == BATCH * HEADS
     simulation = Simulation(seed=1, programs=1)
     simulation.run(launch)

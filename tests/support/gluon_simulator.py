@@ -828,7 +828,7 @@ class Simulation:
         # Warps get registers in groups of four, the idle ones in the last group too.
         groups = 1 + sum(-(-count // WARPS_PER_GROUP) for count in warps)
         share = REGISTER_FILE // (groups * WARPS_PER_GROUP * THREADS_PER_WARP) // 8 * 8
-        assert share in gluon_backend._REGISTERS.values()
+        assert share in (gluon_backend._HOPPER_REGISTERS, gluon_backend._BLACKWELL_REGISTERS)
         left_over = share + sum(share - count for count in registers)
         assert all(count % 8 == 0 and 24 <= count <= 256 for count in (*registers, left_over))
         started = []
