@@ -9,7 +9,7 @@ after the norm (torch.nn.RMSNorm, Flux) or before and after its weight (diffuser
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -224,24 +224,9 @@ def _operator(
 
 @_operator.register_fake
 def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    text_query: torch.Tensor | None,
-    text_key: torch.Tensor | None,
-    text_value: torch.Tensor | None,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    text_query_weight: torch.Tensor | None,
-    text_key_weight: torch.Tensor | None,
-    cosines: torch.Tensor | None,
-    sines: torch.Tensor | None,
-    eps: float,
-    text_eps: float,
-    plan_key: int,
-    summary_rows: int,
-    fused: bool,
+    query: torch.Tensor, _key: torch.Tensor, _value: torch.Tensor, text_query: torch.Tensor | None, *others: Any
 ) -> list[torch.Tensor]:
+    *_, summary_rows, _fused = others
     tokens = query.shape[1] + (0 if text_query is None else text_query.shape[1])
     outputs = empty_outputs(query, tokens, summary_rows, text_query is not None)
     return [tensor for tensor in outputs if tensor is not None]

@@ -87,7 +87,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number:
 
 
 @_attend.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+def _(query: torch.Tensor, *_others: object) -> torch.Tensor:
     return query.new_empty(query.shape)
 
 
@@ -130,21 +130,7 @@ def _prepare_and_attend(
 
 @_prepare_and_attend.register_fake
 def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    text_query: torch.Tensor | None,
-    text_key: torch.Tensor | None,
-    text_value: torch.Tensor | None,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    text_query_weight: torch.Tensor | None,
-    text_key_weight: torch.Tensor | None,
-    cosines: torch.Tensor | None,
-    sines: torch.Tensor | None,
-    eps: float,
-    text_eps: float,
-    number: torch.Tensor,
+    query: torch.Tensor, _key: torch.Tensor, _value: torch.Tensor, text_query: torch.Tensor | None, *_others: object
 ) -> torch.Tensor:
     return query.new_empty(_joint_shape(query, text_query))
 
