@@ -76,10 +76,11 @@ def served_architecture(device: torch.device) -> str | None:
 def _language_obstacle() -> str | None:
     """Whether the installed Gluon, which is experimental, is one that the kernel is written in."""
     try:
+        from triton.experimental.gluon.language.nvidia.blackwell import get_tmem_reg_layout
         from triton.experimental.gluon.language.nvidia.hopper import tma
     except ImportError:
-        tma = None
-    if not hasattr(tma, "async_copy_global_to_shared"):
+        get_tmem_reg_layout = tma = None
+    if get_tmem_reg_layout is None or not hasattr(tma, "async_copy_global_to_shared"):
         import triton
 
         return f"it is written in the Gluon language of Triton 3.6 and 3.7, here is Triton {triton.__version__}"

@@ -250,12 +250,17 @@ def test_what_it_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_triton_may_be_missing_or_speak_another_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper = "triton.experimental.gluon.language.nvidia.hopper"
+    language = "triton.experimental.gluon.language.nvidia"
     assert gluon_backend._language_obstacle() is None
-    # As in Triton 3.9, which names the copies otherwise, and before Gluon.
-    for module in (SimpleNamespace(tma=SimpleNamespace(async_load=None)), None):
-        monkeypatch.setitem(sys.modules, hopper, module)
-        assert "Triton 3.6 and 3.7, here is" in (gluon_backend._language_obstacle() or "")
+    # As in Triton 3.9, which names the copies otherwise, in 3.5, which names layouts otherwise, and before Gluon.
+    others = {
+        "hopper": (SimpleNamespace(tma=SimpleNamespace(async_load=None)), None),
+        "blackwell": (SimpleNamespace(),),
+    }
+    for part, module in ((part, module) for part, modules in others.items() for module in modules):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, f"{language}.{part}", module)
+            assert "Triton 3.6 and 3.7, here is" in (gluon_backend._language_obstacle() or "")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "not installed" in (gluon_backend.obstacle(torch.device("cuda"), torch.float16, 128, None) or "")
 
