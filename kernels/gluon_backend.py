@@ -98,22 +98,12 @@ def attention(
     summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: GluonConfig | None = None,
 ) -> torch.Tensor:
-    """Span attention by the Gluon kernel.
+    """Span attention by the Gluon kernel; shapes and arguments as in `grat_kernels.span_attention`.
+
+    A tensor that the tensor memory accelerator cannot read as `[B·N, H·D]` is copied first, see `fits_descriptor`.
 
     Args:
-        query: `[B, N, H, D]`, image tokens in the plan's order. A tensor that the tensor memory accelerator cannot
-            read as `[B·N, H·D]` is copied first, see `fits_descriptor`.
-        key: `[B, N, H, D]`.
-        value: `[B, N, H, D]`.
-        plan: what attends what.
-        text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
-        scale: positive factor on the scores.
-        summaries: means of keys and of values over the plan's far blocks, `[B, R, H, D]` contiguous, where the caller
-            has them.
         config: tiles other than the table's, for tests and tuning.
-
-    Returns:
-        `[B, N, H, D]`, contiguous, in the dtype of `query`.
 
     Raises:
         ValueError: if the scale is not positive.

@@ -31,20 +31,11 @@ def attention(
     compute_dtype: torch.dtype = torch.float32,
     summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Span attention by one dense softmax over all tokens and all summaries; zeros for a query without any key.
+    """Span attention by one dense softmax over all tokens and all summaries; shapes and arguments as in
+    `grat_kernels.span_attention`.
 
     Args:
-        query: `[B, N, H, D]`, image tokens in the plan's order.
-        key: `[B, N, H, D]`.
-        value: `[B, N, H, D]`.
-        plan: what attends what.
-        text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
-        scale: factor on the scores.
         compute_dtype: precision of everything inside.
-        summaries: means of keys and values, `[B, R, H, D]` each, in place of those of `key` and `value`.
-
-    Returns:
-        `[B, N, H, D]` in the dtype of `query`.
 
     Raises:
         ValueError: if a sample has less than no valid text, or more than there is.

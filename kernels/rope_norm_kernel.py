@@ -68,30 +68,22 @@ def _offsets(batch, rows, heads, channels, strides):
 
 @triton.jit
 def _chunk(
-    tokens,  # query, key and value, each [B, rows, H, D] by its strides
-    strides,
-    first_row,  # position in the joint sequence of row 0 of `tokens`
-    weights,
-    eps,
-    rotation,
-    first_position,  # position in the joint sequence of row 0 of `rotation`
-    joined,
-    joined_strides,
-    summaries,
-    summary_strides,
+    section,  # what the kernel takes of image or text
+    outputs,
     runs,
-    first_run,
-    last_run,
-    batch,
-    heads,
-    column_exists,
+    bounds,  # of the chunk's runs
+    place,  # sample, and head of each column of the program, with whether there is such a column
     LEVELS: tl.constexpr,
     POOL: tl.constexpr,  # whether these tokens are summarised
     RUN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """The runs `first_run:last_run` of one chunk; `heads` and `column_exists` are of the columns of one program."""
+    """The runs of one chunk."""
+    tokens, strides, first_row, weights, eps, rotation, first_position = section
+    joined, joined_strides, summaries, summary_strides = outputs
+    first_run, last_run = bounds
+    batch, heads, column_exists = place
     COLUMNS: tl.constexpr = heads.shape[0]
     channels = tl.arange(0, COLUMNS) % PADDED_DIM
     slots = tl.arange(0, RUN)
@@ -213,53 +205,12 @@ def rope_norm_kernel(
     chunk = program // (head_groups * batches)
     first_run = tl.load(chunks + chunk)
     last_run = tl.load(chunks + chunk + 1)
+    outputs = (joined, joined_strides, summaries, summary_strides)
+    bounds = (first_run, last_run)
+    place = (batch, heads, column_exists)
     if chunk < text_chunks:
-        _chunk(
-            text,
-            text_strides,
-            text_row,
-            text_weights,
-            text_eps,
-            text_rotation,
-            text_position,
-            joined,
-            joined_strides,
-            summaries,
-            summary_strides,
-            runs,
-            first_run,
-            last_run,
-            batch,
-            heads,
-            column_exists,
-            LEVELS,
-            False,
-            RUN,
-            HEAD_DIM,
-            PADDED_DIM,
-        )
+        section = (text, text_strides, text_row, text_weights, text_eps, text_rotation, text_position)
+        _chunk(section, outputs, runs, bounds, place, LEVELS, False, RUN, HEAD_DIM, PADDED_DIM)
     else:
-        _chunk(
-            image,
-            image_strides,
-            image_row,
-            image_weights,
-            image_eps,
-            image_rotation,
-            image_position,
-            joined,
-            joined_strides,
-            summaries,
-            summary_strides,
-            runs,
-            first_run,
-            last_run,
-            batch,
-            heads,
-            column_exists,
-            LEVELS,
-            LEVELS > 0,
-            RUN,
-            HEAD_DIM,
-            PADDED_DIM,
-        )
+        section = (image, image_strides, image_row, image_weights, image_eps, image_rotation, image_position)
+        _chunk(section, outputs, runs, bounds, place, LEVELS, LEVELS > 0, RUN, HEAD_DIM, PADDED_DIM)

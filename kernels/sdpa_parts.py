@@ -40,21 +40,11 @@ def attention(
     scale: float,
     summaries: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
-    """Span attention on a CPU.
+    """Span attention on a CPU; shapes and arguments as in `grat_kernels.span_attention`.
 
     Args:
-        query: `[B, N, H, D]`.
-        key: `[B, N, H, D]`.
-        value: `[B, N, H, D]`.
-        plan: what attends what, without a choice.
-        divided: the plan, divided.
+        divided: the plan, which has no choice, divided.
         gathered_keys: most summaries that are gathered at once, where a single run has no more.
-        text_valid: as in `grat_kernels.span_attention`.
-        scale: factor on the scores.
-        summaries: means of keys and values where they are known.
-
-    Returns:
-        `[B, N, H, D]`, contiguous.
     """
     merged = _Merged(query, scale)
     tokens = _Keys.of(key, value)

@@ -60,21 +60,12 @@ def attention(
     summaries: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
-    """Span attention by the Triton kernel.
+    """Span attention by the Triton kernel; shapes and arguments as in `grat_kernels.span_attention`.
+
+    A tensor whose channels do not follow one another in memory is copied first.
 
     Args:
-        query: `[B, N, H, D]`, image tokens in the plan's order. Any strides; a tensor whose last dimension is not
-            contiguous is copied first.
-        key: `[B, N, H, D]`.
-        value: `[B, N, H, D]`.
-        plan: what attends what.
-        text_valid: valid text tokens of each sample, `[B]` integers, or None for all.
-        scale: positive factor on the scores.
-        summaries: of keys and values, `[B, R, H, D]` contiguous each, where they are known already.
         config: tiles other than the table's, for tests and tuning.
-
-    Returns:
-        `[B, N, H, D]`, contiguous, in the dtype of `query`.
 
     Raises:
         ValueError: if the scale is not positive, or `config` wants descriptors that the tensors do not allow.

@@ -7,8 +7,9 @@ them, and `rope_norm`.
 
 What is compiled is what the launchers launch: their own arguments, for tensors without data. The machine code is then
 read for what a row of a table promises: no spill inside a loop over tiles, shared memory within the architecture's,
-tensor cores and asynchronous loads of the right kind, and on Hopper a softmax that runs under the matrix products; and
-of `rope_norm`, loads of 16 bytes. The exit code is 1 where a promise is broken.
+tensor cores and asynchronous loads of the right kind, on Hopper a softmax that runs under the matrix products, on
+Blackwell weights that are written after their scores were read; and of `rope_norm`, loads of 16 bytes. The exit code is
+1 where a promise is broken.
 """
 
 from __future__ import annotations
