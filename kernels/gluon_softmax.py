@@ -1,4 +1,4 @@
-"""The online softmax of the Gluon kernel, and biases of tiles that are no full tiles of tokens. Device code only."""
+"""What the softmaxes of the Gluon kernel share: the maximum in use, and biases of scores. Device code only."""
 
 # What is `constexpr` to Gluon's compiler is no Python object of that type.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
