@@ -290,6 +290,8 @@ def _gluon_problems(variant: Variant, code: Code) -> list[str]:
 
 def _hopper_problems(machine: MachineCode, softmaxes: Sequence[tuple[int, ...]]) -> list[str]:
     problems = []
+    if machine.innermost_with("HGMMA") != softmaxes:
+        problems.append("loops on tensor cores other than those with a softmax")
     if not all(machine.hides_softmax(loop) for loop in softmaxes):
         problems.append("a softmax outside of the matrix products")
     if not all(machine.tests_all_factors(loop) for loop in softmaxes):

@@ -617,6 +617,7 @@ class Simulation:
             self.memory.pointer_to(tensor, content)
         arguments = [self._argument(value) for value in launch.arguments]
         constants = {name: value for name, value in launch.options.items() if name.isupper()}
+        self.warps, self.registers = launch.options["num_warps"], launch.options["maxnreg"]
         for program in range(self.programs):
             self._start(f"role 0 of program {program}", program, 0, lambda: self.kernel(*arguments, **constants))
         self._choose().turn.release()
@@ -826,9 +827,9 @@ class Simulation:
         starter = self.current
         assert starter is not None
         # Warps get registers in groups of four, the idle ones in the last group too.
-        groups = 1 + sum(-(-count // WARPS_PER_GROUP) for count in warps)
+        groups = sum(-(-count // WARPS_PER_GROUP) for count in (self.warps, *warps))
         share = REGISTER_FILE // (groups * WARPS_PER_GROUP * THREADS_PER_WARP) // 8 * 8
-        assert share in (gluon_backend._HOPPER_REGISTERS, gluon_backend._BLACKWELL_REGISTERS)
+        assert share == self.registers
         left_over = share + sum(share - count for count in registers)
         assert all(count % 8 == 0 and 24 <= count <= 256 for count in (*registers, left_over))
         started = []
